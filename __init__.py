@@ -1,0 +1,73 @@
+"""motet fuses biomedical modalities (slides, omics, clinical data, time series) in one latent.
+
+HEALNet and MM-Lego, from the papers' equations. The names below are loaded when first used, so that
+`import motet` costs milliseconds and no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import fusion, io, kernels
+    from .fusion.checkpoint import load, save
+    from .fusion.encoders import ABMIL, SNN
+    from .fusion.healnet import HEALNet
+    from .fusion.lego import LegoBlock, LegoFuse, LegoMerge
+    from .fusion.losses import cox_loss, cross_entropy, l1_penalty, nll_loss
+    from .fusion.modalities import Bag, Grid, Tabular
+    from .fusion.survival import TimeBins, concordance_index, hazards, risk, survival
+    from .fusion.upstream import from_upstream, to_upstream
+
+_HOMES = {
+    "fusion.checkpoint": ("load", "save"),
+    "fusion.encoders": ("ABMIL", "SNN"),
+    "fusion.healnet": ("HEALNet",),
+    "fusion.lego": ("LegoBlock", "LegoFuse", "LegoMerge"),
+    "fusion.losses": ("cox_loss", "cross_entropy", "l1_penalty", "nll_loss"),
+    "fusion.modalities": ("Bag", "Grid", "Tabular"),
+    "fusion.survival": ("TimeBins", "concordance_index", "hazards", "risk", "survival"),
+    "fusion.upstream": ("from_upstream", "to_upstream"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
+    "ABMIL",
+    "SNN",
+    "HEALNet",
+    "LegoBlock",
+    "LegoFuse",
+    "LegoMerge",
+    "Bag",
+    "Grid",
+    "Tabular",
+    "TimeBins",
+    "concordance_index",
+    "cox_loss",
+    "cross_entropy",
+    "from_upstream",
+    "fusion",
+    "hazards",
+    "io",
+    "kernels",
+    "l1_penalty",
+    "load",
+    "nll_loss",
+    "risk",
+    "save",
+    "survival",
+    "to_upstream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("fusion", "io", "kernels"):
+        return import_module(f".{name}", __name__)
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

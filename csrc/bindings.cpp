@@ -1,0 +1,125 @@
+// motet.kernels._C: the merge operators for anything that speaks the buffer protocol. Every buffer
+// is checked here, so that no call from Python can read or write out of bounds.
+#include <pybind11/complex.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "merge.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+struct Operands {
+    std::vector<py::buffer_info> inputs;
+    py::buffer_info out;
+    std::size_t size;
+};
+
+bool contiguous(const py::buffer_info& info) {
+    py::ssize_t expected = info.itemsize;
+    for (py::ssize_t axis = info.ndim; axis-- > 0;) {
+        if (info.shape[axis] != 1 && info.strides[axis] != expected) return false;
+        expected *= info.shape[axis];
+    }
+    return true;
+}
+
+// Each input must lie apart from the output, or be the very same buffer.
+bool overlaps(const py::buffer_info& a, const py::buffer_info& b) {
+    const auto begin_a = reinterpret_cast<std::uintptr_t>(a.ptr);
+    const auto begin_b = reinterpret_cast<std::uintptr_t>(b.ptr);
+    const auto bytes = static_cast<std::uintptr_t>(a.size * a.itemsize);
+    return begin_a != begin_b && begin_a < begin_b + bytes && begin_b < begin_a + bytes;
+}
+
+Operands checked(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
+                 const py::buffer& out) {
+    if (inputs.empty()) throw std::invalid_argument("inputs: expected at least one buffer");
+    if (weights.size() != inputs.size())
+        throw std::invalid_argument("weights: expected " + std::to_string(inputs.size()) +
+                                    " values, got " + std::to_string(weights.size()));
+    Operands operands{{}, out.request(/*writable=*/true), 0};
+    const auto& target = operands.out;
+    if (!contiguous(target)) throw std::invalid_argument("out: expected a C-contiguous buffer");
+    for (std::size_t j = 0; j < inputs.size(); ++j) {
+        operands.inputs.push_back(inputs[j].request());
+        const auto& input = operands.inputs.back();
+        const std::string name = "inputs[" + std::to_string(j) + "]: expected ";
+        if (input.format != target.format || input.itemsize != target.itemsize)
+            throw std::invalid_argument(name + "the format of out, '" + target.format + "', got '" +
+                                        input.format + "'");
+        if (input.shape != target.shape) throw std::invalid_argument(name + "the shape of out");
+        if (!contiguous(input)) throw std::invalid_argument(name + "a C-contiguous buffer");
+        if (overlaps(input, target))
+            throw std::invalid_argument(name + "a buffer apart from out, or out itself");
+    }
+    operands.size = static_cast<std::size_t>(target.size);
+    return operands;
+}
+
+template <typename T>
+std::vector<const T*> pointers(const Operands& operands) {
+    std::vector<const T*> result;
+    for (const auto& input : operands.inputs) result.push_back(static_cast<const T*>(input.ptr));
+    return result;
+}
+
+template <typename T>
+void run_harmonic(const Operands& operands, const std::vector<double>& weights,
+                  motet::Phase phase) {
+    using Z = std::complex<T>;
+    const auto inputs = pointers<Z>(operands);
+    py::gil_scoped_release release;
+    motet::harmonic_merge<T>(std::span<const Z* const>(inputs), weights, phase, operands.size,
+                             static_cast<Z*>(operands.out.ptr));
+}
+
+template <typename T>
+void run_slerp(const Operands& operands, const std::vector<double>& weights) {
+    const auto inputs = pointers<T>(operands);
+    py::gil_scoped_release release;
+    motet::slerp<T>(std::span<const T* const>(inputs), weights, operands.size,
+                    static_cast<T*>(operands.out.ptr));
+}
+
+void harmonic_merge(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
+                    const std::string& phase, const py::buffer& out) {
+    if (phase != "principal" && phase != "circular")
+        throw std::invalid_argument("phase: expected 'principal' or 'circular', got '" + phase +
+                                    "'");
+    const auto kind = phase == "circular" ? motet::Phase::circular : motet::Phase::principal;
+    const auto operands = checked(inputs, weights, out);
+    if (operands.out.item_type_is_equivalent_to<std::complex<float>>())
+        run_harmonic<float>(operands, weights, kind);
+    else if (operands.out.item_type_is_equivalent_to<std::complex<double>>())
+        run_harmonic<double>(operands, weights, kind);
+    else
+        throw std::invalid_argument("out: expected complex64 or complex128, got '" +
+                                    operands.out.format + "'");
+}
+
+void slerp(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
+           const py::buffer& out) {
+    const auto operands = checked(inputs, weights, out);
+    if (operands.out.item_type_is_equivalent_to<float>())
+        run_slerp<float>(operands, weights);
+    else if (operands.out.item_type_is_equivalent_to<double>())
+        run_slerp<double>(operands, weights);
+    else
+        throw std::invalid_argument("out: expected float32 or float64, got '" +
+                                    operands.out.format + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Merge operators on raw CPU buffers; motet.kernels is the public door.";
+    module.def("harmonic_merge", &harmonic_merge, py::arg("inputs"), py::arg("weights"),
+               py::arg("phase"), py::arg("out"));
+    module.def("slerp", &slerp, py::arg("inputs"), py::arg("weights"), py::arg("out"));
+}

@@ -1,0 +1,35 @@
+// Merge operators on raw buffers. No torch, no Python: pointers and sizes in, pointers out.
+#pragma once
+
+#include <complex>
+#include <cstddef>
+#include <span>
+#include <vector>
+
+namespace motet {
+
+// Principal: the weighted mean of the phases in (-pi, pi]. Circular: the angle of the weighted
+// mean of the unit phasors, which has no branch cut.
+enum class Phase { principal, circular };
+
+// Weighted harmonic mean of magnitudes with the weighted mean of phases (MM-Lego, Eq. 4):
+//   out[i] = 1 / sum_j(w_j / |z_j[i]|) * exp(i * mean phase)
+// Zero where any input is zero. `weights` sum to 1, one per input; `out` may be an input.
+template <typename T>
+void harmonic_merge(std::span<const std::complex<T>* const> inputs, std::span<const double> weights,
+                    Phase phase, std::size_t size, std::complex<T>* out);
+
+// Spherical interpolation of whole vectors: the weighted Karcher mean of the unit vectors,
+// written as sum_j c_j u_j, applied to the vectors themselves as sum_j c_j v_j. For two inputs
+// that is a sin((1-t)T)/sin T + b sin(tT)/sin T. Zero, opposite or non-converging inputs are
+// interpolated linearly. `out` may be an input.
+template <typename T>
+void slerp(std::span<const T* const> inputs, std::span<const double> weights, std::size_t size,
+           T* out);
+
+// The coefficients c_j above, from the row-major matrix of cosines between the inputs. A zero
+// vector has a cosine of 0 with itself.
+std::vector<double> slerp_coefficients(std::span<const double> cosines,
+                                       std::span<const double> weights);
+
+}  // namespace motet

@@ -1,0 +1,1 @@
+"""Models, losses, survival and training. What users import is listed in the package's root."""

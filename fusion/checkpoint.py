@@ -1,0 +1,172 @@
+"""Models on disk: one safetensors file, the configuration as JSON in its header. Never pickle.
+
+Format 1. Metadata key "motet": JSON with format, version (of motet), model (class name), config
+(`model.config`). Metadata key "sha256": digest of that JSON and of every tensor's name and bytes in
+name order. Tied weights are stored once, under the first of their names.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .healnet import HEALNet
+from .lego import LegoBlock, LegoFuse, LegoMerge
+
+FORMAT = 1
+_MODELS: dict[str, type[Any]] = {
+    model.__name__: model for model in (HEALNet, LegoBlock, LegoMerge, LegoFuse)
+}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model to one file: its tensors and all that is needed to build it again.
+
+    An existing file is replaced only once the new one is complete. An encoder of one's own is
+    stored by its tensors; `load` needs the module.
+
+    Args:
+        model: HEALNet, LegoBlock, LegoMerge or LegoFuse.
+        path: file to write, by custom `*.safetensors`.
+
+    Raises:
+        TypeError: another model.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> model = motet.HEALNet({"omic": motet.Tabular(20)}, out_features=4)
+        >>> motet.save(model, "model.safetensors")
+        >>> motet.load("model.safetensors").config == model.config
+        True
+    """
+    if _MODELS.get(type(model).__name__) is not type(model):
+        raise TypeError(
+            f"model: expected one of {', '.join(_MODELS)}, got {type(model).__name__}"
+        )
+    header = json.dumps(
+        {
+            "format": FORMAT,
+            "version": version("motet"),
+            "model": type(model).__name__,
+            "config": model.config,
+        },
+        sort_keys=True,
+    )
+    tensors = {name: t.detach().cpu().contiguous() for name, t in _untied(model).items()}
+    metadata = {"motet": header, "sha256": _digest(header, tensors)}
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    encoders: nn.Module | Mapping[str, nn.Module] | None = None,
+    device: str | torch.device = "cpu",
+) -> HEALNet | LegoBlock | LegoMerge | LegoFuse:
+    """Read a model that `save` wrote, in evaluation mode.
+
+    Args:
+        path: the file.
+        encoders: encoders of one's own, of the same architecture as those saved: a module for a
+            LegoBlock, a dict of modality name to module for LegoMerge and LegoFuse. They become
+            part of the model and are filled from the file.
+        device: where to put the model.
+
+    Returns:
+        The model, giving the same predictions as the one saved.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that motet did not write, that is corrupt, or of a newer format; or
+            encoders that do not fit.
+    """
+    header, tensors = _read(Path(path))
+    content = json.loads(header)
+    if content["format"] > FORMAT:
+        raise ValueError(
+            f"{path}: format {content['format']} was written by motet {content['version']}; this "
+            f"motet reads up to format {FORMAT}: pip install --upgrade motet"
+        )
+    kind = _MODELS[content["model"]]
+    if kind is HEALNet:
+        if encoders is not None:
+            raise ValueError("encoders: expected none for a HEALNet")
+        model = kind.from_config(content["config"])
+    else:
+        model = kind.from_config(content["config"], encoders)
+    if "upstream_latents" in tensors:
+        model.upstream_latents = torch.zeros_like(tensors["upstream_latents"])
+    own = _untied(model)
+    for name in own.keys() ^ tensors.keys():
+        where = "the file" if name in own else "the model"
+        raise ValueError(f"{path}: {where} has no {name}; were other encoders saved?")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise ValueError(
+                    f"{path}: expected {name} {tuple(tensor.shape)}, got "
+                    f"{tuple(tensors[name].shape)}; were other encoders saved?"
+                )
+            tensor.data = tensors[name]
+    return model.to(device).eval()
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: corrupt, or not a safetensors file ({error})") from error
+    if "motet" not in metadata:
+        raise ValueError(f"{path}: a safetensors file that motet did not write")
+    header = metadata["motet"]
+    if metadata.get("sha256") != _digest(header, tensors):
+        raise ValueError(f"{path}: corrupt, its content does not match its checksum")
+    return header, tensors
+
+
+def _untied(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's tensors by name, each once."""
+    seen: set[int] = set()
+    untied = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            untied[name] = tensor
+    return untied
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

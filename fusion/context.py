@@ -1,0 +1,296 @@
+"""From what the caller passes to the tokens that the latents attend to.
+
+A batch of one modality is checked once (`read`), and becomes a `Context`: dense where every row has
+the same number of real tokens, else packed with offsets. A missing modality is an empty bag, so that
+padding, missing rows and ragged bags are one thing from here on.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .modalities import Bag, Modality, Positions, Tabular
+
+T = TypeVar("T")
+
+
+class Context(NamedTuple):
+    """Tokens that a batch of latents attends to."""
+
+    tokens: Tensor
+    """[B, N, D]; or [T, D] with offsets."""
+    offsets: Tensor | None = None
+    """int64 [B + 1]: row b owns tokens offsets[b] to offsets[b + 1]. None if dense."""
+
+    @property
+    def nonempty(self) -> Tensor | None:
+        """Bool [B], whether a row has a token; None if every row has."""
+        return None if self.offsets is None else self.offsets.diff() > 0
+
+    def rows(self) -> list[Tensor]:
+        """Return the tokens of each row, [N_b, D] each."""
+        if self.offsets is None:
+            return list(self.tokens)
+        return list(self.tokens.split(self.offsets.diff().tolist()))
+
+
+class Batch(NamedTuple):
+    """One modality of a batch, checked."""
+
+    x: Tensor
+    """[I, ...] items of the modality's shape, I = B·K; or [T, D], the values of a jagged tensor."""
+    rows: int
+    """B."""
+    keep: Tensor | None
+    """Bool, which tokens are real: [I, N], or [T] if jagged. None if all are."""
+    offsets: Tensor | None
+    """int64 [B + 1] of the caller's jagged tensor, else None."""
+    coords: Tensor | None
+    """Coordinates in the layout of x."""
+
+    def context(self, modality: Modality, positions: Positions) -> Context:
+        """Turn the batch into tokens, positions joined."""
+        tokens = modality.tokenise(self.x, positions, self.coords)
+        if self.offsets is None:
+            return self.pack(tokens, self.keep)
+        if self.keep is None:
+            return Context(tokens, self.offsets)
+        kept = torch.cat([self.keep.new_zeros(1, dtype=torch.int64), self.keep.cumsum(0)])
+        return Context(tokens[self.keep], kept[self.offsets])
+
+    def pack(self, tokens: Tensor, keep: Tensor | None) -> Context:
+        """Gather the tokens [I, N, D] of each row's items, those where `keep` [I, N] is True."""
+        tokens = tokens.reshape(self.rows, -1, tokens.shape[-1])
+        if keep is None:
+            return Context(tokens)
+        keep = keep.reshape(self.rows, -1)
+        return Context(tokens[keep], offsets_of(keep.sum(1)))
+
+    def spread(self, weights: Tensor, context: Context) -> Tensor:
+        """Return attention weights in the caller's layout.
+
+        Args:
+            weights: [B, H, C, N], or [T, H, C] for packed tokens.
+            context: the context they belong to.
+
+        Returns:
+            [B, H, C, N], zero at tokens that are not real; for a jagged input, jagged [B, j, H, C].
+        """
+        if context.offsets is None:
+            return weights
+        if self.offsets is not None:
+            if self.keep is not None:
+                full = weights.new_zeros(len(self.keep), *weights.shape[1:])
+                full[self.keep] = weights
+                weights = full
+            return torch.nested.nested_tensor_from_jagged(weights, self.offsets)
+        assert self.keep is not None
+        keep = self.keep.reshape(self.rows, -1)
+        full = weights.new_zeros(*keep.shape, *weights.shape[1:])
+        full[keep] = weights
+        return full.permute(0, 2, 3, 1)
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """Return int64 [B + 1] offsets of bags with the given lengths [B]."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def by_name(
+    values: Mapping[str, T] | Sequence[T] | None, names: Sequence[str], what: str
+) -> dict[str, T]:
+    """Return `values` as a dict over known names, None left out; a sequence follows `names`."""
+    if values is None:
+        return {}
+    if isinstance(values, Mapping):
+        unknown = [name for name in values if name not in names]
+        if unknown:
+            raise ValueError(
+                f"{what}: unknown modality {unknown[0]!r}; this model has {', '.join(names)}"
+            )
+        items = dict(values)
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        if len(values) != len(names):
+            raise ValueError(
+                f"{what}: expected {len(names)} entries, one for each of {', '.join(names)}, got "
+                f"{len(values)}"
+            )
+        items = dict(zip(names, values, strict=True))
+    else:
+        raise TypeError(
+            f"{what}: expected a dict of modality name to tensor, or a sequence in the order "
+            f"{', '.join(names)}, got {type(values).__name__}"
+        )
+    return {name: value for name, value in items.items() if value is not None}
+
+
+def read_all(
+    modalities: Mapping[str, Modality],
+    inputs: Any,
+    *,
+    masks: Any,
+    present: Any,
+    coords: Any,
+    like: Tensor,
+) -> dict[str, Batch]:
+    """Check the inputs of a model with several modalities; `like` has its dtype and device."""
+    names = list(modalities)
+    inputs = by_name(inputs, names, "inputs")
+    masks = by_name(masks, names, "masks")
+    present = by_name(present, names, "present")
+    coords = by_name(coords, names, "coords")
+    if not inputs:
+        raise ValueError(f"inputs: expected a tensor for at least one of {', '.join(names)}, got none")
+    for name, rows in present.items():
+        if name not in inputs and isinstance(rows, Tensor) and rows.any():
+            raise ValueError(f"present[{name!r}]: says present, but inputs has no {name!r}")
+    batches = {
+        name: read(
+            modalities[name],
+            inputs[name],
+            name=f"inputs[{name!r}]",
+            mask=masks.get(name),
+            present=present.get(name),
+            coords=coords.get(name),
+            like=like,
+        )
+        for name in names
+        if name in inputs
+    }
+    sizes = {name: batch.rows for name, batch in batches.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"inputs: expected one batch size, got {sizes}")
+    return batches
+
+
+def read(
+    modality: Modality,
+    x: Any,
+    *,
+    name: str,
+    mask: Any = None,
+    present: Any = None,
+    coords: Any = None,
+    like: Tensor,
+) -> Batch:
+    """Check one modality's tensor with what describes it."""
+    _check_tensor(x, name, like)
+    if isinstance(modality, Bag) and modality.coords:
+        if coords is None:
+            raise ValueError(f"coords: {name} has {modality.coords} coordinate axes, got no coords")
+        _check_tensor(coords, f"coords of {name}", like)
+    elif coords is not None:
+        raise ValueError(f"coords: {name} is {modality}, which takes none")
+
+    if x.is_nested:
+        return _read_jagged(modality, x, name, mask, present, coords)
+
+    items = x.ndim == modality.item_ndim + 2  # [B, K, ...]: K items per row
+    if (x.ndim != modality.item_ndim + 1 and not items) or x.shape[-1] != modality.channels:
+        raise ValueError(f"{name}: expected {_expected_shape(modality)}, got {tuple(x.shape)}")
+    rows, per_row = x.shape[0], x.shape[1] if items else 1
+    leading = (rows, per_row) if items else (rows,)
+    shape = modality.token_shape(x)
+    count = 1
+    for size in shape:
+        count *= size
+
+    if coords is not None and coords.shape != (*x.shape[:-1], modality.coords):  # pyright: ignore
+        expected = (*x.shape[:-1], modality.coords)  # pyright: ignore
+        raise ValueError(f"coords of {name}: expected {expected}, got {tuple(coords.shape)}")
+
+    keep = None
+    if mask is not None:
+        _check_bool(mask, f"mask of {name}", x)
+        allowed = [(*leading, count), (*leading, *shape), *([leading] if items else [])]
+        if isinstance(modality, Tabular) and modality.tokens == "row":
+            allowed = [leading] if items else []
+        if tuple(mask.shape) not in allowed:
+            expected = " or ".join(map(str, dict.fromkeys(allowed))) or "none (use present)"
+            raise ValueError(f"mask of {name}: expected {expected}, got {tuple(mask.shape)}")
+        keep = mask[..., None] if tuple(mask.shape) == leading else mask
+        keep = keep.reshape(rows * per_row, -1).expand(rows * per_row, count)
+    if present is not None or count == 0:
+        keep = torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device) if (
+            keep is None
+        ) else keep
+    if present is not None:
+        _check_present(present, name, rows, x)
+        keep = keep & present.repeat_interleave(per_row)[:, None]
+    if items:
+        x = x.flatten(0, 1)
+        coords = None if coords is None else coords.flatten(0, 1)
+    return Batch(x, rows, keep, None, coords)
+
+
+def _read_jagged(
+    modality: Modality, x: Tensor, name: str, mask: Any, present: Any, coords: Any
+) -> Batch:
+    if not isinstance(modality, Bag):
+        raise ValueError(f"{name}: expected {_expected_shape(modality)}, got a nested tensor")
+    if mask is not None:
+        raise ValueError(f"mask of {name}: expected none, since a nested tensor has no padding")
+    values, offsets = _jagged_parts(x, name)
+    if values.ndim != 2 or values.shape[-1] != modality.features:
+        raise ValueError(
+            f"{name}: expected {_expected_shape(modality)}, got a nested tensor with values of "
+            f"shape {tuple(values.shape)}"
+        )
+    rows = len(offsets) - 1
+    if coords is not None:
+        if not coords.is_nested:
+            raise ValueError(f"coords of {name}: expected a nested tensor as {name} is")
+        coords, other = _jagged_parts(coords, f"coords of {name}")
+        if coords.shape != (len(values), modality.coords) or not torch.equal(offsets, other):
+            raise ValueError(
+                f"coords of {name}: expected {modality.coords} numbers for each of its tokens"
+            )
+    keep = None
+    if present is not None:
+        _check_present(present, name, rows, x)
+        keep = present.repeat_interleave(offsets.diff())
+    return Batch(values, rows, keep, offsets, coords)
+
+
+def _jagged_parts(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return the values [T, D] and offsets [B + 1] of a jagged NestedTensor."""
+    if x.layout != torch.jagged:
+        raise ValueError(f"{name}: expected layout=torch.jagged for a nested tensor, got {x.layout}")
+    if x.lengths() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        x = torch.nested.nested_tensor(list(x.unbind()), layout=torch.jagged)  # has holes
+    return x.values(), x.offsets()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _expected_shape(modality: Modality) -> str:
+    width = modality.channels
+    if isinstance(modality, Tabular):
+        return f"[B, {width}]"
+    if isinstance(modality, Bag):
+        return f"[B, N, {width}] or jagged [B, j, {width}]"
+    return f"[B, {', '.join(f'size {i + 1}' for i in range(modality.axes))}, {width}]"
+
+
+def _check_tensor(x: Any, name: str, like: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(x).__name__}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} as the model, got {x.device}")
+    autocast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+    if x.dtype != like.dtype and not autocast:
+        raise ValueError(f"{name}: expected {like.dtype} as the model, got {x.dtype}")
+
+
+def _check_bool(x: Any, name: str, like: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a bool tensor, True for real, got {got}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} as the model, got {x.device}")
+
+
+def _check_present(present: Any, name: str, rows: int, like: Tensor) -> None:
+    _check_bool(present, f"present of {name}", like)
+    if present.shape != (rows,):
+        raise ValueError(f"present of {name}: expected ({rows},), got {tuple(present.shape)}")

@@ -1,0 +1,273 @@
+"""HEALNet: a shared latent array, updated layer after layer by attention to each modality."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor, nn
+
+from .context import read_all
+from .layers import (
+    Attention,
+    FeedForward,
+    Head,
+    ShareWeights,
+    check_rates,
+    initial_latents,
+    layer_order,
+    update,
+)
+from .modalities import Modality, Positions, modality_from_config, modality_to_config
+
+
+class HEALNetOutput(NamedTuple):
+    """What HEALNet returns when more than logits is asked for."""
+
+    logits: Tensor
+    """[B, out_features]."""
+    latents: Tensor | None
+    """[B, C, D], the last latents, if asked for."""
+    attention: dict[str, list[Tensor]] | None
+    """By modality, one entry per layer, [B, H, C, N] (for a jagged input jagged [B, j, H, C]), zero
+    at tokens that are not real; modalities without a tensor are left out. None if not asked for."""
+
+
+class FusionLayer(nn.Module):
+    """The weights of one fusion layer."""
+
+    def __init__(
+        self,
+        token_dims: Mapping[str, int],
+        latent_dim: int,
+        *,
+        heads: int,
+        self_heads: int,
+        head_dim: int,
+        self_head_dim: int,
+        attn_dropout: float,
+        ff_dropout: float,
+        snn: bool,
+        temperature: float,
+        self_attention: int,
+        one_feed_forward: bool,
+    ) -> None:
+        super().__init__()
+
+        def feed_forward() -> FeedForward:
+            return FeedForward(latent_dim, dropout=ff_dropout, snn=snn)
+
+        self.attention = nn.ModuleDict(
+            {
+                name: Attention(
+                    latent_dim,
+                    dim,
+                    heads=heads,
+                    head_dim=head_dim,
+                    dropout=attn_dropout,
+                    temperature=temperature,
+                )
+                for name, dim in token_dims.items()
+            }
+        )
+        shared = feed_forward() if one_feed_forward else None
+        self.feed_forward = nn.ModuleDict({name: shared or feed_forward() for name in token_dims})
+        self.self_attention = nn.ModuleList(
+            Attention(
+                latent_dim,
+                None,
+                heads=self_heads,
+                head_dim=self_head_dim,
+                dropout=attn_dropout,
+                temperature=temperature,
+            )
+            for _ in range(self_attention)
+        )
+        self.self_feed_forward = nn.ModuleList(feed_forward() for _ in range(self_attention))
+
+
+class HEALNet(nn.Module):
+    r"""Fuse any number of modalities in one latent array S (HEALNet, Eq. 1-4, Algorithms 1 and 2).
+
+    .. math::
+        S_{l+1} = \psi(S_l, \, A_m(S_l, X_m)), \quad
+        A_m(S, X) = \mathrm{softmax}\Big(\frac{Q_m(S) K_m(X)^\top}{\sqrt{E}}\Big) V_m(X)
+
+    for each modality m in turn, in every layer; then a head on the mean latent. ψ adds the
+    attention to S and passes the sum through a gated self-normalising feed-forward.
+
+    A modality whose key is absent or None, or which `present` says is absent in a row, or whose bag
+    is empty, skips its update for that row: the three are the same thing. Latent self-attention
+    still runs. A row without any modality is predicted from S_0.
+
+    Args:
+        modalities: name to `Tabular`, `Bag` or `Grid`; updates follow the dict's order.
+        out_features: width of the logits; None for a model without a head, which returns latents.
+        depth: number of fusion layers L.
+        num_latents: number of latents C.
+        latent_dim: their width D.
+        heads: heads per attention H.
+        head_dim: width of each head E.
+        attn_dropout: probability of dropping an attention weight in training.
+        ff_dropout: probability of dropping a feed-forward output in training.
+        share_weights: True, one set of weights for all layers (the paper); False, one per layer;
+            "all-but-first", layer 1 has its own and the others share one set, in which all
+            modalities share one feed-forward.
+        self_attention: number of latent self-attention blocks after each modality.
+        self_heads: heads of the self-attention; None means `heads`.
+        self_head_dim: width of its heads; None means `head_dim`.
+        snn: gate the feed-forward with SELU instead of GELU.
+        temperature: divides the attention scores, on top of sqrt(E).
+        latent_init: "uniform", U(0, 1) (the paper), or "normal", N(0, 1).
+        num_freq_bands: Fourier bands per axis of the positions of grids and coordinates.
+        max_freq: highest frequency of the positions.
+        fourier_encode: encode the positions of `Grid` modalities.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Note:
+        The authors' code divides the scores by a further temperature of 0.5, draws S_0 from N(0, 1)
+        and does not share layer 1. `motet.from_upstream` sets all three.
+
+    Example:
+        >>> model = motet.HEALNet({"omic": motet.Tabular(20), "wsi": motet.Bag(32)}, out_features=4)
+        >>> model({"omic": torch.randn(2, 20), "wsi": torch.randn(2, 50, 32)}).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        modalities: Mapping[str, Modality],
+        *,
+        out_features: int | None,
+        depth: int = 2,
+        num_latents: int = 25,
+        latent_dim: int = 119,
+        heads: int = 8,
+        head_dim: int = 16,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        share_weights: ShareWeights = True,
+        self_attention: int = 0,
+        self_heads: int | None = None,
+        self_head_dim: int | None = None,
+        snn: bool = True,
+        temperature: float = 1.0,
+        latent_init: str = "uniform",
+        num_freq_bands: int = 2,
+        max_freq: float = 10.0,
+        fourier_encode: bool = True,
+    ) -> None:
+        super().__init__()
+        if not modalities:
+            raise ValueError("modalities: expected at least one, got none")
+        check_rates(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
+        self.modalities = dict(modalities)
+        self.positions = Positions(num_freq_bands, max_freq, fourier_encode)
+        self.config: dict[str, Any] = {
+            "modalities": {name: modality_to_config(m) for name, m in modalities.items()},
+            "out_features": out_features,
+            "depth": depth,
+            "num_latents": num_latents,
+            "latent_dim": latent_dim,
+            "heads": heads,
+            "head_dim": head_dim,
+            "attn_dropout": attn_dropout,
+            "ff_dropout": ff_dropout,
+            "share_weights": share_weights,
+            "self_attention": self_attention,
+            "self_heads": self_heads,
+            "self_head_dim": self_head_dim,
+            "snn": snn,
+            "temperature": temperature,
+            "latent_init": latent_init,
+            "num_freq_bands": num_freq_bands,
+            "max_freq": max_freq,
+            "fourier_encode": fourier_encode,
+        }
+        self.latents = initial_latents(num_latents, latent_dim, latent_init)
+        self.order = layer_order(depth, share_weights)
+        token_dims = {name: m.token_dim(self.positions) for name, m in modalities.items()}
+        self.layers = nn.ModuleList(
+            FusionLayer(
+                token_dims,
+                latent_dim,
+                heads=heads,
+                self_heads=self_heads or heads,
+                head_dim=head_dim,
+                self_head_dim=self_head_dim or head_dim,
+                attn_dropout=attn_dropout,
+                ff_dropout=ff_dropout,
+                snn=snn,
+                temperature=temperature,
+                self_attention=self_attention,
+                one_feed_forward=share_weights == "all-but-first" and i > 0,
+            )
+            for i in range(max(self.order) + 1)
+        )
+        self.head = None if out_features is None else Head(latent_dim, out_features)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Build an untrained model from `model.config`."""
+        modalities = {n: modality_from_config(m) for n, m in config["modalities"].items()}
+        return cls(**{**config, "modalities": modalities})
+
+    def forward(
+        self,
+        inputs: Any,
+        *,
+        masks: Any = None,
+        present: Any = None,
+        coords: Any = None,
+        return_latents: bool = False,
+        return_attention: bool = False,
+    ) -> Tensor | HEALNetOutput:
+        """Predict logits.
+
+        Args:
+            inputs: modality name to tensor or None (shapes at `Tabular`, `Bag` and `Grid`), or a
+                sequence in the order of the modalities. The caller's tensors are not changed.
+            masks: name to bool mask, True for real tokens, [B, N] or in the shape of a grid; or a
+                sequence. Without one, all tokens of a dense tensor are real.
+            present: name to bool [B], False where the row misses the modality; or a sequence.
+            coords: name to coordinates, for a `Bag` that has them; or a sequence.
+            return_latents: return the last latents too.
+            return_attention: return the attention weights too, before dropout.
+
+        Returns:
+            Logits [B, out_features] (latents [B, C, D] for a model without a head); a
+            `HEALNetOutput` if latents or attention were asked for.
+
+        Raises:
+            ValueError: an unknown modality, no tensor at all, or shapes, dtypes or devices that do
+                not fit the model.
+            TypeError: something that is not a tensor.
+        """
+        batches = read_all(
+            self.modalities, inputs, masks=masks, present=present, coords=coords, like=self.latents
+        )
+        contexts = {
+            name: batch.context(self.modalities[name], self.positions)
+            for name, batch in batches.items()
+        }
+        rows = next(iter(batches.values())).rows
+        attention = {name: [] for name in contexts} if return_attention else None
+        latents = self.latents.expand(rows, -1, -1)
+        for index in self.order:
+            layer = self.layers[index]
+            for name in self.modalities:
+                if name in contexts:
+                    context = contexts[name]
+                    if attention is not None:
+                        weights = layer.attention[name].weights(latents, context)
+                        attention[name].append(batches[name].spread(weights, context))
+                    latents = update(
+                        layer.attention[name], layer.feed_forward[name], latents, context
+                    )
+                for attend, feed in zip(layer.self_attention, layer.self_feed_forward, strict=True):
+                    latents = attend(latents) + latents
+                    latents = feed(latents) + latents
+        logits = latents if self.head is None else self.head(latents)
+        if not (return_latents or return_attention):
+            return logits
+        return HEALNetOutput(logits, latents if return_latents else None, attention)

@@ -1,0 +1,187 @@
+"""What a modality looks like: its shapes, and how it becomes context tokens."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Fourier features of positions: sin and cos of π·scale·x for each scale, then x itself.
+
+    The scales run linearly from 1 to max_freq / 2 in `num_freq_bands` steps, per axis.
+    """
+
+    num_freq_bands: int = 2
+    max_freq: float = 10.0
+    enabled: bool = True
+
+    def width(self, axes: int) -> int:
+        return axes * (2 * self.num_freq_bands + 1) if self.enabled else 0
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Encode positions [..., A] as [..., A * (2 * num_freq_bands + 1)], axis after axis."""
+        bands = self.num_freq_bands
+        scales = torch.linspace(1.0, self.max_freq / 2, bands, dtype=x.dtype, device=x.device)
+        angles = x[..., None] * scales * math.pi
+        return torch.cat([angles.sin(), angles.cos(), x[..., None]], dim=-1).flatten(-2)
+
+    def grid(self, sizes: tuple[int, ...], like: Tensor) -> Tensor:
+        """Encode a regular grid on [-1, 1] as [*sizes, width]."""
+        axes = [torch.linspace(-1.0, 1.0, n, dtype=like.dtype, device=like.device) for n in sizes]
+        return self.encode(torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1))
+
+
+@dataclass(frozen=True)
+class Tabular:
+    """A row of numbers per patient: clinical variables, omics.
+
+    Args:
+        features: length of the row.
+        tokens: "row", the row is one token; or "features", each feature is a token of one channel
+            with its position encoded, which gives attention per feature.
+
+    Input: [B, features], or [B, K, features] for K items per patient (visits, samples).
+    """
+
+    features: int
+    tokens: Literal["row", "features"] = "row"
+    item_ndim: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "features")
+        if self.tokens not in ("row", "features"):
+            raise ValueError(f"tokens: expected 'row' or 'features', got {self.tokens!r}")
+
+    @property
+    def channels(self) -> int:
+        return self.features
+
+    def token_dim(self, positions: Positions) -> int:
+        if self.tokens == "row":
+            return self.features
+        if not positions.enabled:
+            # A LayerNorm over one channel erases it, so the position is what carries the value.
+            raise ValueError("fourier_encode: Tabular(tokens='features') needs True, got False")
+        return 1 + positions.width(1)
+
+    def token_shape(self, x: Tensor) -> tuple[int, ...]:
+        return (1,) if self.tokens == "row" else (self.features,)
+
+    def tokenise(self, x: Tensor, positions: Positions, coords: Tensor | None) -> Tensor:
+        if self.tokens == "row":
+            return x[:, None]
+        return _with_grid(x[..., None], positions)
+
+
+@dataclass(frozen=True)
+class Bag:
+    """A set of vectors per patient: patches of a slide, cells, time steps. Order is ignored.
+
+    Args:
+        features: width of each vector.
+        coords: number of coordinate axes per vector, 0 for none; e.g. 2 for patch positions, 1 for
+            the time of a measurement. They are Fourier-encoded and joined to the vector.
+        extent: the length, in units of the coordinates, that is encoded as 1; take about the
+            largest in the cohort (e.g. 100_000 level-0 pixels, or 48 hours).
+
+    Input: a jagged NestedTensor [B, j, features]; or [B, N, features], all real unless a mask
+    [B, N] says otherwise; or [B, K, N, features] for K items per patient (several slides).
+    Coordinates have the same layout with `coords` in place of `features`.
+    """
+
+    features: int
+    coords: int = 0
+    extent: float = 1.0
+    item_ndim: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "features")
+        if self.coords < 0:
+            raise ValueError(f"coords: expected 0 or more axes, got {self.coords}")
+        if not self.extent > 0:
+            raise ValueError(f"extent: expected a positive length, got {self.extent}")
+
+    @property
+    def channels(self) -> int:
+        return self.features
+
+    def token_dim(self, positions: Positions) -> int:
+        if self.coords and not positions.enabled:
+            raise ValueError(f"fourier_encode: Bag(coords={self.coords}) needs True, got False")
+        return self.features + (positions.width(self.coords) if self.coords else 0)
+
+    def token_shape(self, x: Tensor) -> tuple[int, ...]:
+        return (x.shape[-2],)
+
+    def tokenise(self, x: Tensor, positions: Positions, coords: Tensor | None) -> Tensor:
+        if coords is None:
+            return x
+        return torch.cat([x, positions.encode(coords / self.extent)], dim=-1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A regular array per patient, channels last: an image (axes=2), a volume (3), a signal (1).
+
+    Args:
+        channels: values per grid point.
+        axes: number of axes. Each grid point is a token with its position on [-1, 1] per axis
+            Fourier-encoded.
+
+    Input: [B, *sizes, channels], or [B, K, *sizes, channels] for K items per patient.
+    """
+
+    channels: int
+    axes: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "channels")
+        _positive(self, "axes")
+
+    @property
+    def item_ndim(self) -> int:
+        return self.axes + 1
+
+    def token_dim(self, positions: Positions) -> int:
+        return self.channels + positions.width(self.axes)
+
+    def token_shape(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape[-1 - self.axes : -1])
+
+    def tokenise(self, x: Tensor, positions: Positions, coords: Tensor | None) -> Tensor:
+        return _with_grid(x, positions).flatten(1, -2)
+
+
+Modality = Tabular | Bag | Grid
+_KINDS: dict[str, type[Tabular] | type[Bag] | type[Grid]] = {
+    "Tabular": Tabular,
+    "Bag": Bag,
+    "Grid": Grid,
+}
+
+
+def modality_to_config(modality: Modality) -> dict[str, Any]:
+    return {"type": type(modality).__name__, **asdict(modality)}
+
+
+def modality_from_config(config: dict[str, Any]) -> Modality:
+    fields = dict(config)
+    return _KINDS[fields.pop("type")](**fields)
+
+
+def _with_grid(x: Tensor, positions: Positions) -> Tensor:
+    """Join the positions of a regular grid to x [B, *sizes, channels]."""
+    if not positions.enabled:
+        return x
+    grid = positions.grid(tuple(x.shape[1:-1]), x)
+    return torch.cat([x, grid.expand(x.shape[0], *grid.shape)], dim=-1)
+
+
+def _positive(owner: object, field: str) -> None:
+    value = getattr(owner, field)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field}: expected a positive integer, got {value!r}")

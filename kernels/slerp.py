@@ -1,0 +1,193 @@
+"""Spherical linear interpolation of whole tensors (MM-Lego, section 3.3)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._checks import normalised_weights, same_tensors
+from ._native import native
+
+_LIBRARY = torch.library.Library("motet", "FRAGMENT")
+_LIBRARY.define("slerp(Tensor[] vectors, float[] weights) -> Tensor")
+_LIBRARY.define("slerp_backward(Tensor grad, Tensor[] vectors, float[] weights) -> Tensor[]")
+
+# Closer than this to opposite, the great circle between two vectors is undefined in practice.
+_OPPOSITE = 1e-7
+
+
+def slerp(vectors: Sequence[Tensor], weights: Sequence[float] | float | None = None) -> Tensor:
+    r"""Interpolate real tensors on the sphere, each tensor taken as one flat vector.
+
+    .. math:: \frac{\sin((1-t)\Theta)}{\sin\Theta} a + \frac{\sin(t\Theta)}{\sin\Theta} b
+
+    with Θ the angle between a and b and t the weight of b (MM-Lego, section 3.3). For more than
+    two, the weighted Karcher mean of the unit vectors u_i is written as Σ c_i u_i, and Σ c_i v_i is
+    returned: at two it is the formula above, whatever the norms. Vectors of which one is zero or
+    two are opposite have no arc between them and are interpolated linearly. Differentiable in
+    `vectors`.
+
+    Args:
+        vectors: one or more float32 or float64 tensors of one shape, dtype and device.
+        weights: one non-negative number per tensor, normalised to sum to 1; None means equal. For
+            two tensors also t in [0, 1], the weight of the second: 0 returns the first, 1 the
+            second.
+
+    Returns:
+        A tensor of the same shape and dtype.
+
+    Raises:
+        ValueError: tensors that differ in shape, dtype or device, weights that do not fit, or a t
+            outside [0, 1].
+        TypeError: something that is not a tensor.
+
+    Example:
+        >>> motet.kernels.slerp([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], 0.5)
+        tensor([0.7071, 0.7071])
+    """
+    vectors = same_tensors(vectors, "vectors", (torch.float32, torch.float64))
+    if isinstance(weights, (int, float)):
+        if len(vectors) != 2 or not 0 <= weights <= 1:
+            raise ValueError(
+                "weights: expected one number in [0, 1] with two vectors, or one number per "
+                f"vector, got {weights} with {len(vectors)}"
+            )
+        weights = [1.0 - weights, float(weights)]
+    return torch.ops.motet.slerp(vectors, normalised_weights(weights, len(vectors)))
+
+
+def slerp_reference(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Compute slerp in torch, literally; `weights` sum to 1."""
+    cosines, _ = _cosines(vectors)
+    coefficients = slerp_coefficients(cosines, weights)
+    return torch.stack(
+        [c * v.double() for c, v in zip(coefficients.tolist(), vectors, strict=True)]
+    ).sum(0).to(vectors[0].dtype)
+
+
+def slerp_coefficients(cosines: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the c_i of the weighted Karcher mean Σ c_i u_i, float64 [n].
+
+    Args:
+        cosines: float64 [n, n] on the CPU, cosines between the vectors; 0 with itself for a zero
+            vector.
+        weights: n numbers that sum to 1.
+    """
+    w = torch.tensor(list(weights), dtype=torch.float64)
+    # Negated, so that NaN is caught too.
+    if not (cosines.diagonal() > 0.5).all() or not (cosines > _OPPOSITE - 1.0).all():
+        return w
+    if len(w) == 2:
+        angle = math.acos(max(-1.0, min(1.0, cosines[0, 1].item())))
+        if math.sin(angle) < 1e-8:
+            return w
+        return (w * angle).sin() / math.sin(angle)
+    # The mean u satisfies c_i ~ w_i Θ_i / sin Θ_i, Θ_i the angle between u and u_i: a fixed point.
+    c = w / (w @ cosines @ w).sqrt()
+    for _ in range(1000):
+        p = cosines @ c
+        following = w * _inverse_sinc(p)
+        square = following @ cosines @ following
+        if p.min() < _OPPOSITE - 1.0 or not square > 1e-14:
+            return w
+        following = following / square.sqrt()
+        step, c = (following - c).abs().max(), following
+        if step < 1e-15:
+            return c
+    return w
+
+
+def _inverse_sinc(cosine: Tensor) -> Tensor:
+    """Return Θ / sin Θ of cos Θ, continuous at 1."""
+    cosine = cosine.clamp(-1, 1)
+    sine = ((1 - cosine) * (1 + cosine)).sqrt()
+    return torch.where(sine < 1e-6, 1 + (1 - cosine) / 3, cosine.acos() / sine)
+
+
+def _cosines(vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return cosines [n, n] and norms [n], float64 on the CPU; a zero vector has cosine 0."""
+    flat = torch.stack([v.detach().double().flatten() for v in vectors])
+    scale = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(len(flat))
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+    flat = flat / scale[:, None]
+    gram = flat @ flat.T
+    norms = gram.diagonal().sqrt()
+    product = norms[:, None] * norms
+    cosines = torch.where(product > 0, gram / product, 0.0)
+    cosines.diagonal().copy_(torch.where(norms > 0, norms / norms, 0.0))
+    return cosines.cpu(), (norms * scale).cpu()
+
+
+def _fallback(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    return slerp_reference(vectors, weights).contiguous()
+
+
+def _cpu(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    module = native()
+    if module is None:
+        return _fallback(vectors, weights)
+    out = torch.empty(vectors[0].shape, dtype=vectors[0].dtype)
+    buffers = [v.detach().resolve_neg().contiguous().numpy() for v in vectors]
+    module.slerp(buffers, weights, out.numpy())
+    return out
+
+
+def _fake(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    return torch.empty(vectors[0].shape, dtype=vectors[0].dtype, device=vectors[0].device)
+
+
+def _backward_op(grad: Tensor, vectors: list[Tensor], weights: list[float]) -> list[Tensor]:
+    """Differentiate Σ c_i v_i: directly, and through the c_i by the implicit function theorem.
+
+    With p = G c (G the cosines) and y_i = w_i Θ_i / sin Θ_i at cos Θ_i = p_i, the coefficients
+    satisfy c = y / (y·p). Hence (I - J G) dc = J dG c with J = dc/dp, and for h_i = <grad, v_i>:
+    dL = λᵀ dG c with λ = Jᵀ (I - J G)^-T h.
+    """
+    n = len(vectors)
+    direct = slerp_coefficients((pair := _cosines(vectors))[0], weights)
+    cosines, norms = pair
+    w = torch.tensor(weights, dtype=torch.float64)
+    grads = [c * grad.double() for c in direct.tolist()]
+    if n > 1 and not torch.equal(direct, w):  # linear weights do not depend on the vectors
+        p = (cosines @ direct).clamp(-1, 1)
+        y = w * _inverse_sinc(p)
+        square = (1 - p) * (1 + p)
+        slope = torch.where(square < 1e-8, -1 / 3 + 0 * p, (p * _inverse_sinc(p) - 1) / square)
+        jacobian = (torch.diag(w * slope) - torch.outer(direct, w * slope * p + y)) / (y @ p)
+        h = torch.stack([(grad.double() * v.double()).sum() for v in vectors]).cpu()
+        system = torch.eye(n, dtype=torch.float64) - jacobian @ cosines
+        adjoint = jacobian.T @ torch.linalg.solve(system.T, h)
+        pull = torch.outer(adjoint, direct) + torch.outer(direct, adjoint)
+        pull = (pull - torch.diag(pull.diagonal())) / (norms[:, None] * norms)
+        own = -(pull * cosines * norms[:, None] * norms).sum(1) / norms**2
+        weight = (pull + torch.diag(own)).tolist()
+        for i in range(n):
+            for j in range(n):
+                grads[i] = grads[i] + weight[i][j] * vectors[j].double()
+    return [g.to(grad.dtype).contiguous() for g in grads]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    vectors, ctx.weights = inputs
+    ctx.save_for_backward(*vectors)
+
+
+def _backward(ctx, grad: Tensor):
+    return torch.ops.motet.slerp_backward(grad, list(ctx.saved_tensors), ctx.weights), None
+
+
+_LIBRARY.impl("slerp", _fallback, "CompositeExplicitAutograd")
+_LIBRARY.impl("slerp", _cpu, "CPU")
+_LIBRARY.impl("slerp_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("motet::slerp", _fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "motet::slerp_backward",
+    lambda grad, vectors, weights: [
+        torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in vectors
+    ],
+    lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    "motet::slerp", _backward, setup_context=_setup_context, lib=_LIBRARY
+)

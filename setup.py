@@ -1,0 +1,64 @@
+"""Maps the repository root to the package `motet` and builds motet.kernels._C with CMake.
+
+Everything else about the project is declared in pyproject.toml. The C++ never needs torch. Where it
+cannot be built (no compiler), the package installs without it and computes with torch instead.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        try:
+            super().run()
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(
+                f"motet: motet.kernels._C was not built ({error}). The package works without it, "
+                "more slowly; with a C++20 compiler installed, run pip again.",
+                file=sys.stderr,
+            )
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as build:
+            configure = [
+                *("cmake", "-S", str(ROOT), "-B", build, "-G", "Ninja"),
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            ]
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", build], check=True)
+            subprocess.run(["cmake", "--install", build, "--prefix", str(target)], check=True)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+class BuildPy(build_py):
+    def find_package_modules(self, package: str, package_dir: str):
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[1] != "setup"]
+
+
+setup(
+    packages=["motet", "motet.fusion", "motet.io", "motet.kernels"],
+    package_dir={"motet": "."},
+    ext_modules=[Extension("motet.kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
+)
