@@ -36,7 +36,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: HEALNet, LegoBlock, LegoMerge or LegoFuse.
-        path: file to write, by custom `*.safetensors`.
+        path: file to write, usually `*.safetensors`.
 
     Raises:
         TypeError: another model.
@@ -87,8 +87,8 @@ def load(
     Args:
         path: the file.
         encoders: encoders of one's own, of the same architecture as those saved: a module for a
-            LegoBlock, a dict of modality name to module for LegoMerge and LegoFuse. They become
-            part of the model and are filled from the file.
+            LegoBlock, a dict of modality name to module for LegoMerge and LegoFuse. The model gets
+            copies, filled from the file.
         device: where to put the model.
 
     Returns:
@@ -126,7 +126,9 @@ def load(
                     f"{path}: expected {name} {tuple(tensor.shape)}, got "
                     f"{tuple(tensors[name].shape)}; were other encoders saved?"
                 )
-            tensor.data = tensors[name]
+            # A copy, since tensors in a file need not be aligned, and matrix products then round
+            # differently from the saved model's.
+            tensor.data = tensors[name].clone()
     return model.to(device).eval()
 
 

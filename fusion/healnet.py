@@ -16,7 +16,13 @@ from .layers import (
     layer_order,
     update,
 )
-from .modalities import Modality, Positions, modality_from_config, modality_to_config
+from .modalities import (
+    Modality,
+    Positions,
+    check_names,
+    modality_from_config,
+    modality_to_config,
+)
 
 
 class HEALNetOutput(NamedTuple):
@@ -160,6 +166,7 @@ class HEALNet(nn.Module):
         super().__init__()
         if not modalities:
             raise ValueError("modalities: expected at least one, got none")
+        check_names(modalities)
         check_rates(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
         self.modalities = dict(modalities)
         self.positions = Positions(num_freq_bands, max_freq, fourier_encode)

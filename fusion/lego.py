@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..kernels import harmonic_merge, slerp
 from .context import Batch, Context, offsets_of, read, read_all
-from .encoders import ABMIL, SNN, BagSelfAttention
+from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
 from .layers import (
     Attention,
     FeedForward,
@@ -32,6 +32,7 @@ from .modalities import (
     Modality,
     Positions,
     Tabular,
+    check_names,
     modality_from_config,
     modality_to_config,
 )
@@ -195,6 +196,10 @@ class LegoBlock(nn.Module):
         self.normalise, self.track_imaginary = normalise, track_imaginary
         self.order = layer_order(depth, share_weights)
         self.latents = initial_latents(num_latents, latent_dim, latent_init)
+        self.self_conjugate: Tensor
+        self.register_buffer(
+            "self_conjugate", _self_conjugate(num_latents, latent_dim, self.axes), persistent=False
+        )
         self.layers = nn.ModuleList(
             LegoLayer(
                 Attention(
@@ -213,10 +218,13 @@ class LegoBlock(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], encoder: nn.Module | None = None) -> Self:
-        """Build an untrained block from `block.config`; an encoder of one's own is passed in."""
+        """Build an untrained block from `block.config`; a copy is made of an encoder passed in."""
         known = config["encoder"]
         if known is None and encoder is not None:
-            raise ValueError("encoder: expected none, since the block has none")
+            raise ValueError("encoders: expected none, since the block has none")
+        encoder = copy.deepcopy(encoder)
+        if encoder is not None and known["type"] == UpstreamEncoder.__name__:
+            encoder = UpstreamEncoder(encoder)
         if encoder is None and known is not None:
             if known["type"] not in _ENCODERS:
                 raise ValueError(
@@ -301,6 +309,9 @@ class LegoBlock(nn.Module):
         real, imaginary = latents, None
         for index, context in enumerate(contexts):
             real, imaginary = self.transform(latents)
+            if imaginary is not None and index > 0 and not self.track_imaginary:
+                # Exactly zero in theory; its rounding noise would decide the phase of the merge.
+                imaginary = torch.zeros_like(imaginary)
             real = self.update(index, real, context)
             if index < len(contexts) - 1:
                 latents = self.inverse(real, imaginary)
@@ -314,7 +325,7 @@ class LegoBlock(nn.Module):
             norm = torch.linalg.vector_norm(latents, dim=self.axes, keepdim=True)
             latents = latents / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         spectrum = torch.fft.fftn(latents, dim=self.axes)
-        return spectrum.real, spectrum.imag
+        return spectrum.real, spectrum.imag.masked_fill(self.self_conjugate, 0)
 
     def update(self, index: int, real: Tensor, context: Context | None) -> Tensor:
         """Update the real part with the weights of one pass."""
@@ -418,6 +429,7 @@ class _Joined(nn.Module):
         super().__init__()
         if isinstance(blocks, LegoBlock) or not isinstance(blocks, Mapping) or not blocks:
             raise ValueError("blocks: expected a dict of modality name to LegoBlock, not empty")
+        check_names(blocks)
         first_name, first = next(iter(blocks.items()))
         for name, block in blocks.items():
             if not isinstance(block, LegoBlock):
@@ -452,7 +464,7 @@ class _Joined(nn.Module):
     def from_config(
         cls, config: dict[str, Any], encoders: Mapping[str, nn.Module] | None = None
     ) -> Self:
-        """Build an untrained model from `model.config`; encoders of one's own are passed in."""
+        """Build an untrained model from `model.config`; copies are made of encoders passed in."""
         encoders = dict(encoders or {})
         unknown = [name for name in encoders if name not in config["blocks"]]
         if unknown:
@@ -461,11 +473,11 @@ class _Joined(nn.Module):
             name: LegoBlock.from_config(block, encoders.get(name))
             for name, block in config["blocks"].items()
         }
-        head = config["head"]
-        if head == "given":
+        options = {key: value for key, value in config.items() if key != "blocks"}
+        if options["head"] == "given":
             first = next(iter(blocks.values())).config
-            head = Head(first["latent_dim"], first["out_features"])
-        return cls(blocks, **{**config, "blocks": None, "head": head})
+            options["head"] = Head(first["latent_dim"], first["out_features"])
+        return cls(blocks, **options)
 
     def _config(self, head: str | Head, **fields: Any) -> dict[str, Any]:
         return {
@@ -484,7 +496,7 @@ class _Joined(nn.Module):
         )
 
     def _with_block(self, name: str, block: LegoBlock) -> dict[str, LegoBlock]:
-        if name in self.blocks:
+        if name in self._blocks():
             raise ValueError(f"name: expected a new modality, got {name!r}, which the model has")
         return {**self._blocks(), name: block}
 
@@ -511,7 +523,7 @@ class LegoMerge(_Joined):
         method: "harmonic" (the paper), "mean" (weighted), "sum", "product", or "upstream-harmonic"
             (two blocks; the authors' code).
         head: "slerp" (the paper), "linear", "ot" (rows of each further head matched to the first
-            by optimal transport, then averaged); or a `Head` to use as it is.
+            by optimal transport, then averaged; needs POT); or a `Head` to use as it is.
         weights: one positive number per block, a dict or in order, for harmonic and mean latents
             and for the head; None means equal.
         phase: how phases are averaged, "principal" or "circular"; see
@@ -582,7 +594,8 @@ class LegoMerge(_Joined):
             merged = self._merge(list(latents), list(latents.values()))
         else:
             merged = self._merge_by_pattern(rows, latents, updated)
-        real = merged.real if merged.is_complex() else merged
+        # Contiguous, as a block alone has it: the head then rounds alike.
+        real = merged.real.contiguous() if merged.is_complex() else merged
         logits = real if self.head is None else self.head(real)
         return LegoOutput(logits, merged) if return_latents else logits
 
@@ -861,13 +874,15 @@ def merge_heads(heads: Sequence[Head], weights: Sequence[float], method: str = "
 
 
 def _matched_rows(target: Tensor, other: Tensor) -> Tensor:
-    """Reorder the rows of `other` to lie nearest to those of `target`.
-
-    Between equal numbers of rows of equal mass the optimal transport plan is an assignment.
-    """
-    a, b = (t.reshape(len(t), -1).double() for t in (target, other))
-    _, order = linear_sum_assignment(torch.cdist(a, b).cpu().numpy())
-    return other[torch.as_tensor(order, device=other.device)]
+    """Transport the rows of `other` optimally to those of `target`, all of equal mass."""
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError("head='ot' needs POT: pip install 'motet[ot]'") from error
+    a, b = (t.reshape(len(t), -1).double().cpu().numpy() for t in (target, other))
+    mass = np.ones(len(a))
+    moved = ot.emd(mass, mass, ot.dist(a, b, metric="euclidean")) @ b
+    return torch.from_numpy(moved).to(target).reshape(target.shape)
 
 
 def _joined_parts(real: Tensor, imaginary: Tensor | None) -> Tensor:
@@ -888,6 +903,20 @@ def _positive_weights(weights: Any, names: list[str]) -> dict[str, float]:
     return {name: w / sum(values) for name, w in zip(names, values, strict=True)}
 
 
+def _self_conjugate(rows: int, columns: int, axes: tuple[int, ...]) -> Tensor:
+    """Mark the frequencies, [rows, columns], at which the spectrum of a real array is real.
+
+    The transforms leave rounding noise in the imaginary part there, whose sign would decide the
+    phase of a merge: a negative real number has phase π or -π.
+    """
+    marks = torch.ones(rows, columns, dtype=torch.bool)
+    for axis in axes:
+        frequency = torch.arange(marks.shape[axis])
+        own = frequency == -frequency % len(frequency)
+        marks &= own[:, None] if axis == -2 else own
+    return marks
+
+
 def _encoder_config(encoder: nn.Module | None) -> dict[str, Any] | None:
     if encoder is None:
         return None
@@ -895,7 +924,7 @@ def _encoder_config(encoder: nn.Module | None) -> dict[str, Any] | None:
     if _ENCODERS.get(name) is type(encoder):
         config: Any = encoder.config
         return {"type": name, **config}
-    return {"type": f"{type(encoder).__module__}.{type(encoder).__qualname__}"}
+    return {"type": name}
 
 
 def _output_width(encoder: nn.Module, modality: Modality) -> int:

@@ -1,11 +1,12 @@
 """What a modality looks like: its shapes, and how it becomes context tokens."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,17 @@ _KINDS: dict[str, type[Tabular] | type[Bag] | type[Grid]] = {
     "Bag": Bag,
     "Grid": Grid,
 }
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise unless every modality name can name a submodule, and with it tensors on disk."""
+    container = nn.ModuleDict()
+    for name in names:
+        if not isinstance(name, str) or not name or "." in name or hasattr(container, name):
+            raise ValueError(
+                f"modalities: expected names without dots that torch.nn.ModuleDict does not use "
+                f"itself, got {name!r}"
+            )
 
 
 def modality_to_config(modality: Modality) -> dict[str, Any]:

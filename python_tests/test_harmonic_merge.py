@@ -1,0 +1,236 @@
+"""harmonic_merge against Eq. 4 in float64, its gradient, its registration, its C++ and torch."""
+
+import cmath
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+import motet
+from motet.kernels import harmonic_merge as operator
+from motet.kernels import _native
+from motet.kernels.harmonic_merge import harmonic_merge_reference
+
+harmonic_merge = motet.kernels.harmonic_merge
+DTYPES = [torch.complex64, torch.complex128]
+PHASES = ["principal", "circular"]
+
+
+def equation_4(values: list[complex], weights: list[float]) -> complex:
+    """Eq. 4 for one element, magnitudes in extended range by scaling."""
+    sizes = [math.hypot(z.real, z.imag) for z in values]
+    if min(sizes) == 0:
+        return 0j
+    low = min(sizes)
+    size = low / sum(w * (low / m) for w, m in zip(weights, sizes, strict=True))
+    angle = sum(w * math.atan2(z.imag, z.real) for w, z in zip(weights, values, strict=True))
+    return cmath.rect(size, angle)
+
+
+def floats32(low: float = -(2.0**60), high: float = 2.0**60) -> st.SearchStrategy[float]:
+    return st.one_of(
+        st.floats(low, high, width=32),
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e-38, 3e37, -3e37, 1e-45]),
+    )
+
+
+@given(st.lists(st.tuples(floats32(), floats32()), min_size=2, max_size=4), st.data())
+def test_equals_equation_4(parts: list[tuple[float, float]], data: st.DataObject) -> None:
+    values = [complex(np.float32(x), np.float32(y)) for x, y in parts]
+    equal = data.draw(st.booleans())
+    raw = [1.0 if equal else data.draw(st.floats(0.01, 1)) for _ in values]
+    weights = [w / math.fsum(raw) for w in raw]
+    expected = equation_4(values, weights)
+    got = harmonic_merge([torch.tensor([z], dtype=torch.complex64) for z in values], weights)
+    # Results below the smallest normal float are rounded to a multiple of 1.4e-45.
+    assert abs(complex(got.item()) - expected) <= 2e-6 * abs(expected) + 1.5e-45
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_branch_cut_and_signed_zeros(dtype: torch.dtype) -> None:
+    signs = [0.0, -0.0]
+    for re_a in (-2.0, 2.0, 0.0, -0.0):
+        for re_b in (-8.0, 8.0):
+            for im_a in signs:
+                for im_b in (*signs, 1e-3, -1e-3):
+                    a, b = complex(re_a, im_a), complex(re_b, im_b)
+                    pair = [torch.complex(*(torch.tensor([x], dtype=torch.float64)
+                                            for x in (z.real, z.imag))).to(dtype)
+                            for z in (a, b)]  # fmt: skip
+                    got = complex(harmonic_merge(pair).item())
+                    assert got == pytest.approx(equation_4([a, b], [0.5, 0.5]), rel=2e-6, abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_native_is_as_good_as_torch(dtype, phase: str, count: int, scale: float) -> None:
+    from .conftest import assert_as_good_as
+
+    latents = [(scale * torch.randn(7, 13, dtype=torch.complex128)).to(dtype) for _ in range(count)]
+    weights = (torch.rand(count, dtype=torch.float64) + 0.1).tolist()
+    weights = [w / math.fsum(weights) for w in weights]
+    rescaled = 1 / scale
+    assert_as_good_as(
+        lambda *z: harmonic_merge(z, weights, phase) * rescaled,
+        lambda *z: harmonic_merge_reference(z, weights, phase) * rescaled,
+        *latents,
+    )
+
+
+def test_double_range() -> None:
+    values = [1e300 + 1e300j, 1e-300 - 1e-300j, 5e-324 + 0j, 1e-200j]
+    a = torch.tensor(values, dtype=torch.complex128)
+    got = harmonic_merge([a, a])
+    assert torch.allclose(got, a, rtol=1e-15, atol=0)
+    got = harmonic_merge([a, 1e-8 * a])
+    assert torch.allclose(got[:2], 2e-8 / (1 + 1e-8) * a[:2], rtol=1e-14, atol=0)
+
+
+def test_zeros_and_nan() -> None:
+    zero, one = torch.zeros(1, dtype=torch.complex64), torch.ones(1, dtype=torch.complex64)
+    nan = torch.full((1,), float("nan"), dtype=torch.complex64)
+    for weights in (None, [0.3, 0.7]):
+        assert harmonic_merge([zero, one], weights).item() == 0
+        assert harmonic_merge([zero, zero], weights).item() == 0
+        assert harmonic_merge([nan, one], weights).isnan().all()
+        assert harmonic_merge([zero, nan], weights).isnan().any()
+
+
+def test_one_is_the_identity_and_order_is_free() -> None:
+    latents = [torch.randn(5, 4, dtype=torch.complex128) for _ in range(4)]
+    assert torch.equal(harmonic_merge(latents[:1]), latents[0])
+    for phase in PHASES:
+        merged = harmonic_merge(latents, phase=phase)
+        shuffled = harmonic_merge([latents[i] for i in (2, 0, 3, 1)], phase=phase)
+        assert torch.allclose(merged, shuffled, rtol=1e-13)
+    a, b = latents[:2]
+    assert torch.equal(harmonic_merge([a, b]), harmonic_merge([b, a]))
+    assert torch.allclose(harmonic_merge([a, a]), a, rtol=1e-14)
+
+
+def test_circular_phase_has_no_branch_cut() -> None:
+    a = torch.polar(torch.ones(1), torch.tensor([math.pi - 0.1]))
+    b = torch.polar(torch.ones(1), torch.tensor([-math.pi + 0.1]))
+    assert harmonic_merge([a, b], phase="circular").real.item() == pytest.approx(-1, abs=1e-6)
+    assert harmonic_merge([a, b]).real.item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_gradients(phase: str, count: int) -> None:
+    latents = [torch.randn(3, 2, dtype=torch.complex128, requires_grad=True) for _ in range(count)]
+    weights = [0.2, 0.5, 0.3][:count]
+    call = lambda *z: harmonic_merge(z, weights, phase)  # noqa: E731
+    assert torch.autograd.gradcheck(call, latents)
+    assert torch.autograd.gradgradcheck(call, latents)
+
+
+def test_gradients_stay_finite_at_the_edges() -> None:
+    a = torch.tensor([0j, 1e-38 + 0j, 1e38 + 0j, 1 + 0j, -1 + 0j], requires_grad=True)
+    b = torch.tensor([1 + 0j, 1e38 + 0j, 1e-38 + 0j, 0j, 1 + 0j], requires_grad=True)
+    for phase in PHASES:
+        grads = torch.autograd.grad(harmonic_merge([a, b], phase=phase).real.sum(), (a, b))
+        assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_registration(phase: str) -> None:
+    latents = [torch.randn(4, 3, dtype=torch.complex64, requires_grad=True) for _ in range(3)]
+    weights = [0.2, 0.5, 0.3]
+    opcheck(torch.ops.motet.harmonic_merge, (latents, weights, phase))
+    detached = [z.detach() for z in latents]
+    out = torch.empty_like(detached[0])
+    opcheck(torch.ops.motet.harmonic_merge_out, (detached, weights, phase, out))
+    compiled = torch.compile(lambda a, b: harmonic_merge([a, b]) * 2, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*latents[:2]), harmonic_merge(latents[:2]) * 2)
+
+
+def test_layouts() -> None:
+    whole = torch.randn(6, 8, dtype=torch.complex128)
+    views = [whole.t(), whole.t().conj(), whole[::2, ::2], whole[:1].expand(6, 8), whole[:0]]
+    for view in views:
+        expected = harmonic_merge_reference([view, view * 2j], [0.5, 0.5])
+        assert torch.allclose(harmonic_merge([view, view * 2j]), expected, rtol=1e-13)
+
+
+def test_out() -> None:
+    a, b = (torch.randn(4, 3, dtype=torch.complex64) for _ in range(2))
+    expected = harmonic_merge([a, b])
+    out = torch.full_like(a, float("nan"))
+    assert harmonic_merge([a, b], out=out) is out
+    assert torch.equal(out, expected)
+    first = a.clone()
+    harmonic_merge([first, b], out=first)
+    assert torch.equal(first, expected)
+    with pytest.raises(ValueError, match="requires grad"):
+        harmonic_merge([a.requires_grad_(), b], out=out)
+    with pytest.raises(ValueError, match="contiguous"):
+        harmonic_merge([b, b], out=torch.empty(3, 4, dtype=torch.complex64).t())
+    with pytest.raises(ValueError, match="expected the shape of"):
+        harmonic_merge([b, b], out=torch.empty(3, dtype=torch.complex64))
+
+
+def test_bad_arguments() -> None:
+    a = torch.randn(3, dtype=torch.complex64)
+    cases = [
+        (TypeError, "latents: expected a sequence", (a,)),
+        (TypeError, "latents\\[0\\]: expected a tensor", ([1],)),
+        (ValueError, "latents: expected at least one", ([],)),
+        (ValueError, "latents\\[0\\]: expected torch.complex64", ([a.real],)),
+        (ValueError, "latents\\[1\\]: expected the shape", ([a, a[:2]],)),
+        (ValueError, "latents\\[1\\]: expected the dtype", ([a, a.to(torch.complex128)],)),
+        (ValueError, "latents\\[1\\]: expected the device", ([a, a.to("meta")],)),
+        (ValueError, "weights: expected 2 values", ([a, a], [1.0])),
+        (ValueError, "weights: expected non-negative", ([a, a], [1.0, -1.0])),
+        (ValueError, "weights: expected non-negative", ([a, a], [0.0, 0.0])),
+        (ValueError, "weights: expected non-negative", ([a, a], [float("nan"), 1.0])),
+        (ValueError, "phase: expected 'principal'", ([a, a], None, "mean")),
+    ]
+    for error, message, arguments in cases:
+        with pytest.raises(error, match=message):
+            harmonic_merge(*arguments)
+
+
+def test_bindings_refuse_what_does_not_fit() -> None:
+    module = _native.native()
+    if module is None:
+        pytest.skip("motet.kernels._C is not built")
+    a = np.ones(8, np.complex64)
+    locked = np.ones(8, np.complex64)
+    locked.flags.writeable = False
+    cases = [
+        ([a[:7]], [1.0], a, "shape"),
+        ([a.astype(np.complex128)], [1.0], a, "format"),
+        ([np.ones(16, np.complex64)[::2]], [1.0], a, "C-contiguous"),
+        ([a[:4]], [1.0], a[2:6], "apart"),
+        ([a], [0.5, 0.5], a, "1 values"),
+        ([], [], a, "at least one"),
+        ([a.real.copy()], [1.0], a.real.copy(), "complex64"),
+    ]
+    for inputs, weights, out, message in cases:
+        with pytest.raises(ValueError, match=message):
+            module.harmonic_merge(inputs, weights, "principal", out)
+    with pytest.raises(ValueError, match="read-only"):
+        module.harmonic_merge([a], [1.0], "principal", locked)
+    with pytest.raises(ValueError, match="phase"):
+        module.harmonic_merge([a], [1.0], "other", a)
+
+
+def test_fallback_warns_once_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    latents: list[Tensor] = [torch.randn(6, dtype=torch.complex128) for _ in range(2)]
+    expected = harmonic_merge(latents)
+    monkeypatch.setattr(_native, "_module", None)
+    monkeypatch.setattr(_native, "_reason", "not built")
+    _native._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="falls back to torch") as seen:
+        for _ in range(3):
+            assert torch.allclose(harmonic_merge(latents), expected, rtol=1e-13)
+    assert len(seen) == 1
+    assert callable(operator)
