@@ -30,7 +30,7 @@ class CMakeBuild(build_ext):
             )
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
+        import pybind11  # pyright: ignore[reportMissingImports], a requirement of the build alone
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         target.mkdir(parents=True, exist_ok=True)

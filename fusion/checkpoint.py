@@ -49,17 +49,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         True
     """
     if _MODELS.get(type(model).__name__) is not type(model):
-        raise TypeError(
-            f"model: expected one of {', '.join(_MODELS)}, got {type(model).__name__}"
-        )
+        raise TypeError(f"model: expected one of {', '.join(_MODELS)}, got {type(model).__name__}")
     header = json.dumps(
         {
             "format": FORMAT,
             "version": version("motet"),
             "model": type(model).__name__,
             "config": model.config,
-        },
-        sort_keys=True,
+        }
     )
     tensors = {name: t.detach().cpu().contiguous() for name, t in _untied(model).items()}
     metadata = {"motet": header, "sha256": _digest(header, tensors)}
@@ -164,7 +161,7 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,8 +1,8 @@
 """From what the caller passes to the tokens that the latents attend to.
 
 A batch of one modality is checked once (`read`), and becomes a `Context`: dense where every row has
-the same number of real tokens, else packed with offsets. A missing modality is an empty bag, so that
-padding, missing rows and ragged bags are one thing from here on.
+the same number of real tokens, else packed with offsets. A missing modality is an empty bag, so
+that padding, missing rows and ragged bags are one thing from here on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -142,7 +142,9 @@ def read_all(
     present = by_name(present, names, "present")
     coords = by_name(coords, names, "coords")
     if not inputs:
-        raise ValueError(f"inputs: expected a tensor for at least one of {', '.join(names)}, got none")
+        raise ValueError(
+            f"inputs: expected a tensor for at least one of {', '.join(names)}, got none"
+        )
     for name, rows in present.items():
         if name not in inputs and isinstance(rows, Tensor) and rows.any():
             raise ValueError(f"present[{name!r}]: says present, but inputs has no {name!r}")
@@ -213,9 +215,11 @@ def read(
         keep = mask[..., None] if tuple(mask.shape) == leading else mask
         keep = keep.reshape(rows * per_row, -1).expand(rows * per_row, count)
     if present is not None or count == 0:
-        keep = torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device) if (
-            keep is None
-        ) else keep
+        keep = (
+            torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device)
+            if (keep is None)
+            else keep
+        )
     if present is not None:
         _check_present(present, name, rows, x)
         keep = keep & present.repeat_interleave(per_row)[:, None]
@@ -257,7 +261,9 @@ def _read_jagged(
 def _jagged_parts(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Return the values [T, D] and offsets [B + 1] of a jagged NestedTensor."""
     if x.layout != torch.jagged:
-        raise ValueError(f"{name}: expected layout=torch.jagged for a nested tensor, got {x.layout}")
+        raise ValueError(
+            f"{name}: expected layout=torch.jagged for a nested tensor, got {x.layout}"
+        )
     if x.lengths() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         x = torch.nested.nested_tensor(list(x.unbind()), layout=torch.jagged)  # has holes
     return x.values(), x.offsets()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,6 +1,7 @@
 """Encoders from the papers, for use in a LegoBlock or alone."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class SNN(nn.Module):
         }
         widths = [features, *hidden]
         self.layers = nn.Sequential()
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             linear = nn.Linear(before, after)
             nn.init.normal_(linear.weight, std=before**-0.5)
             nn.init.zeros_(linear.bias)

@@ -1,11 +1,11 @@
 """HEALNet: a shared latent array, updated layer after layer by attention to each modality."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
-from .context import read_all
+from .context import Context, read_all
 from .layers import (
     Attention,
     FeedForward,
@@ -88,6 +88,19 @@ class FusionLayer(nn.Module):
             for _ in range(self_attention)
         )
         self.self_feed_forward = nn.ModuleList(feed_forward() for _ in range(self_attention))
+
+    def attention_to(self, name: str) -> Attention:
+        return cast(Attention, self.attention[name])
+
+    def update(self, name: str, latents: Tensor, context: Context) -> Tensor:
+        feed_forward = cast(FeedForward, self.feed_forward[name])
+        return update(self.attention_to(name), feed_forward, latents, context)
+
+    def attend_to_itself(self, latents: Tensor) -> Tensor:
+        for attend, feed in zip(self.self_attention, self.self_feed_forward, strict=True):
+            latents = attend(latents) + latents
+            latents = feed(latents) + latents
+        return latents
 
 
 class HEALNet(nn.Module):
@@ -261,19 +274,15 @@ class HEALNet(nn.Module):
         attention = {name: [] for name in contexts} if return_attention else None
         latents = self.latents.expand(rows, -1, -1)
         for index in self.order:
-            layer = self.layers[index]
+            layer = cast(FusionLayer, self.layers[index])
             for name in self.modalities:
                 if name in contexts:
                     context = contexts[name]
                     if attention is not None:
-                        weights = layer.attention[name].weights(latents, context)
+                        weights = layer.attention_to(name).weights(latents, context)
                         attention[name].append(batches[name].spread(weights, context))
-                    latents = update(
-                        layer.attention[name], layer.feed_forward[name], latents, context
-                    )
-                for attend, feed in zip(layer.self_attention, layer.self_feed_forward, strict=True):
-                    latents = attend(latents) + latents
-                    latents = feed(latents) + latents
+                    latents = layer.update(name, latents, context)
+                latents = layer.attend_to_itself(latents)
         logits = latents if self.head is None else self.head(latents)
         if not (return_latents or return_attention):
             return logits

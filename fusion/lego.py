@@ -1,4 +1,4 @@
-"""MM-Lego: LegoBlock learns one modality in the frequency domain; LegoMerge and LegoFuse join blocks.
+"""MM-Lego: LegoBlock learns a modality in the frequency domain, LegoMerge and LegoFuse join blocks.
 
 LegoBlock computes the literal loop of the paper, transforms included: it is the yardstick for every
 faster form.
@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -68,6 +68,9 @@ class LegoLayer(nn.Module):
         super().__init__()
         self.attention = attention
         self.feed_forward = feed_forward
+
+    def forward(self, latents: Tensor, context: Context) -> Tensor:
+        return update(self.attention, self.feed_forward, latents, context)
 
 
 class LegoBlock(nn.Module):
@@ -219,21 +222,8 @@ class LegoBlock(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], encoder: nn.Module | None = None) -> Self:
         """Build an untrained block from `block.config`; a copy is made of an encoder passed in."""
-        known = config["encoder"]
-        if known is None and encoder is not None:
-            raise ValueError("encoders: expected none, since the block has none")
-        encoder = copy.deepcopy(encoder)
-        if encoder is not None and known["type"] == UpstreamEncoder.__name__:
-            encoder = UpstreamEncoder(encoder)
-        if encoder is None and known is not None:
-            if known["type"] not in _ENCODERS:
-                raise ValueError(
-                    f"encoders: expected the block's own encoder, a {known['type']}, which a file "
-                    "does not hold; got none"
-                )
-            arguments = {key: value for key, value in known.items() if key != "type"}
-            encoder = _ENCODERS[known["type"]](**arguments)
         modality = modality_from_config(config["modality"])
+        encoder = _encoder_from_config(config["encoder"], copy.deepcopy(encoder))
         return cls(**{**config, "modality": modality, "encoder": encoder})
 
     def forward(
@@ -327,12 +317,15 @@ class LegoBlock(nn.Module):
         spectrum = torch.fft.fftn(latents, dim=self.axes)
         return spectrum.real, spectrum.imag.masked_fill(self.self_conjugate, 0)
 
+    def layer(self, index: int) -> LegoLayer:
+        """Return one set of weights."""
+        return cast(LegoLayer, self.layers[index])
+
     def update(self, index: int, real: Tensor, context: Context | None) -> Tensor:
         """Update the real part with the weights of one pass."""
         if context is None:
             return real
-        layer = self.layers[self.order[index]]
-        return update(layer.attention, layer.feed_forward, real, context)
+        return self.layer(self.order[index])(real, context)
 
     def inverse(self, real: Tensor, imaginary: Tensor | None) -> Tensor:
         """Return F^-1 of the spectrum, complex; without a transform, the real part itself."""
@@ -411,7 +404,9 @@ class LegoBlock(nn.Module):
     def _tokens(self, encoded: Any, items: int) -> Tensor:
         """Bring an encoder's output into the shape [items, N, W]."""
         if not isinstance(encoded, Tensor):
-            raise TypeError(f"encoder: expected it to return a tensor, got {type(encoded).__name__}")
+            raise TypeError(
+                f"encoder: expected it to return a tensor, got {type(encoded).__name__}"
+            )
         if encoded.ndim == 1 and items == 1:  # encoders that squeeze a batch of one
             encoded = encoded[None]
         if encoded.ndim < 2 or len(encoded) != items or encoded.shape[-1] != self.token_dim:
@@ -633,7 +628,8 @@ class LegoMerge(_Joined):
         has = torch.zeros(rows, len(blocks), dtype=torch.bool, device=like.device)
         for i, name in enumerate(blocks):
             if name in latents:
-                has[:, i] = True if updated[name] is None else updated[name]
+                own = updated[name]
+                has[:, i] = True if own is None else own
         patterns, index = has.unique(dim=0, return_inverse=True)
         merged = None
         for i, pattern in enumerate(patterns.tolist()):
@@ -661,7 +657,9 @@ class LegoMerge(_Joined):
             return torch.stack(latents).prod(0)
         if self.method == "mean":
             total = sum(weights)
-            return torch.stack([w / total * z for w, z in zip(weights, latents, strict=True)]).sum(0)
+            return torch.stack([w / total * z for w, z in zip(weights, latents, strict=True)]).sum(
+                0
+            )
         spectra = [z if z.is_complex() else torch.complex(z, torch.zeros_like(z)) for z in latents]
         if self.method == "harmonic":
             return harmonic_merge(spectra, weights, self.phase)
@@ -834,10 +832,7 @@ class LegoFuse(_Joined):
             for name in batches:
                 encoder: Any = blocks[name].encoder
                 tokens[name] = encoder.weave(tokens[name])
-                layer = blocks[name].layers[0]
-                latents = update(
-                    layer.attention, layer.feed_forward, latents, Context(tokens[name])
-                )
+                latents = blocks[name].layer(0)(latents, Context(tokens[name]))
         return latents
 
 
@@ -925,6 +920,26 @@ def _encoder_config(encoder: nn.Module | None) -> dict[str, Any] | None:
         config: Any = encoder.config
         return {"type": name, **config}
     return {"type": name}
+
+
+def _encoder_from_config(
+    config: dict[str, Any] | None, encoder: nn.Module | None
+) -> nn.Module | None:
+    """Return the encoder that was passed in, or else the papers' encoder that the config names."""
+    if config is None:
+        if encoder is not None:
+            raise ValueError("encoders: expected none, since the block has none")
+        return None
+    if encoder is not None:
+        upstream = config["type"] == UpstreamEncoder.__name__
+        return UpstreamEncoder(encoder) if upstream else encoder
+    arguments = {key: value for key, value in config.items() if key != "type"}
+    if config["type"] not in _ENCODERS:
+        raise ValueError(
+            f"encoders: expected the block's own encoder, a {config['type']}, which a file does "
+            "not hold; got none"
+        )
+    return _ENCODERS[config["type"]](**arguments)
 
 
 def _output_width(encoder: nn.Module, modality: Modality) -> int:

@@ -117,17 +117,16 @@ def cox_loss(log_risk: Tensor, times: Tensor, events: Tensor, *, ties: str = "ef
     log_set = at_risk[group[events]]
     if ties == "efron":
         deaths = torch.zeros_like(size).index_add(0, group, events.long())
-        low = torch.full_like(at_risk, -torch.inf)
-        tied = low.index_put((group[events],), eta[events])
-        tied = low.scatter_reduce(0, group[events], eta[events], "amax", include_self=False).detach()
-        # log Σ exp(η) over the events of each group
-        shifted = (eta[events] - tied[group[events]]).exp()
-        tied = tied + torch.zeros_like(at_risk).index_add(0, group[events], shifted).log()
+        # log Σ exp(η) over the events of each group, shifted by their largest
+        highest = torch.full_like(at_risk, -torch.inf)
+        highest = highest.scatter_reduce(0, group[events], eta[events], "amax").detach()
+        shifted = (eta[events] - highest[group[events]]).exp()
+        tied = highest + torch.zeros_like(at_risk).index_add(0, group[events], shifted).log()
         # k = 0, 1, ... within each group: rows are sorted, so count from the group's first event
         first = deaths.cumsum(0) - deaths
         rank = torch.arange(len(log_set), device=eta.device) - first[group[events]]
-        share = rank / deaths[group[events]]
-        removed = share.to(eta.dtype) * (tied[group[events]] - log_set).exp()
+        share = rank.to(eta.dtype) / deaths[group[events]]
+        removed = share * (tied[group[events]] - log_set).exp()
         log_set = log_set + torch.log1p(-removed)
     return (log_set - eta[events]).sum() / len(eta)
 

@@ -193,8 +193,8 @@ def _block(
     if latent is not None and latent.ndim == 3:
         raise ValueError(
             f"state_dict[{prefix + 'latent'!r}]: expected [{given['l_c']}, {given['l_d']}], got "
-            f"{tuple(latent.shape)}: this block went through the authors' LegoFuse and lost its own "
-            "latents; take its checkpoint from before fusing"
+            f"{tuple(latent.shape)}: this block went through the authors' LegoFuse and lost its "
+            "own latents; take its checkpoint from before fusing"
         )
     width = state.get(f"{prefix}layers.0.1.norm_context.weight")
     share: ShareWeights = False if given["weight_sharing"] else "all-but-first"
@@ -279,13 +279,14 @@ def _joined(
         heads.append(block.head)
     head = _merged_head(heads[0], heads[1], alpha, given["head_method"])
     if merge:
-        methods = {"harmonic": "upstream-harmonic"}
-        method = methods.get(given["merge_method"], given["merge_method"])
+        method: str = given["merge_method"]
+        method = "upstream-harmonic" if method == "harmonic" else method
         # Only the harmonic merge is weighted in the authors' code.
         weights = [alpha, 1 - alpha] if method == "upstream-harmonic" else None
         model: LegoMerge | LegoFuse = LegoMerge(blocks, method=method, head=head, weights=weights)
     else:
-        mode = {"weave": "upstream-weave"}.get(given["fuse_method"], given["fuse_method"])
+        mode: str = given["fuse_method"]
+        mode = "upstream-weave" if mode == "weave" else mode
         model = LegoFuse(blocks, mode=mode, head=head, depth=given["depth"])
     if "L" in state and _own_latents(model) is None:
         model.upstream_latents = torch.zeros_like(state["L"])
@@ -390,12 +391,14 @@ def _names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             raise ValueError("model: the authors' code joins exactly 2 blocks, with a head")
         latents = _own_latents(model)
         latents = model.upstream_latents if latents is None else latents
-        if latents is not None:
+        if isinstance(latents, Tensor):
             yield "L", latents
         for i, block in enumerate(model.blocks.values()):
             assert isinstance(block, LegoBlock)
             yield from _block_names(f"layers.{i}.", block)
         for i, block in enumerate(model.blocks.values(), 1):
+            assert isinstance(block, LegoBlock)
+            assert block.head is not None
             yield from _head_names(f"to_logits.head{i}.", block.head)
         yield from _head_names("to_logits.combined_layers.", model.head)
     else:
@@ -426,8 +429,8 @@ def _block_names(prefix: str, block: LegoBlock) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in encoder.module.state_dict(keep_vars=True).items():
                 yield f"{start}0.{name}", tensor
             first = 1
-        yield from _attention_names(f"{start}{first}.", block.layers[index].attention)
-        yield from _feed_forward_names(f"{start}{first + 1}.", block.layers[index].feed_forward)
+        yield from _attention_names(f"{start}{first}.", block.layer(index).attention)
+        yield from _feed_forward_names(f"{start}{first + 1}.", block.layer(index).feed_forward)
     if block.head is not None:
         yield from _head_names(f"{prefix}to_logits.", block.head)
 

@@ -52,6 +52,7 @@ def breast_cancer() -> Cohort:
     from sksurv.datasets import load_breast_cancer
 
     features, outcome = load_breast_cancer()
+    assert outcome is not None
     genes = features.filter(regex="_at$")
     clinical = features.drop(columns=genes.columns)
     return Cohort(

@@ -135,7 +135,7 @@ def _backward(ctx, grad: Tensor):
     units = [torch.where(m > 0, z / m, 0) for z, m in zip(latents, sizes, strict=True)]
     phase_weights: list[float] | list[Tensor] = ctx.weights
     if ctx.phase == "circular":
-        total = sum(w * u for w, u in zip(ctx.weights, units, strict=True))
+        total = torch.stack([w * u for w, u in zip(ctx.weights, units, strict=True)]).sum(0)
         square = total.real**2 + total.imag**2
         phase_weights = [
             torch.where(square > 0, w * (u * total.conj()).real / square, 0)

@@ -1,5 +1,7 @@
 """Attention of a few latent queries to many context tokens, per bag."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -71,12 +73,13 @@ def attention_weights(
         ValueError: shapes, dtypes, devices or offsets that do not fit.
     """
     _check(q, k, offsets)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if offsets is None:
-        return torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
+        scores = q @ k.transpose(-1, -2)
+        return torch.softmax(scores * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
     bags = [
-        attention_weights(q[b, None], k[start:stop].transpose(0, 1)[None], scale=scale)[0]
-        .permute(2, 0, 1)
+        attention_weights(q[b, None], k[start:stop].transpose(0, 1)[None], scale=scale)[0].permute(
+            2, 0, 1
+        )
         for b, (start, stop) in enumerate(_spans(offsets))
     ]
     return torch.cat(bags) if bags else k.new_empty(0, *q.shape[1:3])
@@ -84,7 +87,7 @@ def attention_weights(
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def _check(q: Tensor, k: Tensor, offsets: Tensor | None, v: Tensor | None = None) -> None:
@@ -116,9 +119,7 @@ def _check(q: Tensor, k: Tensor, offsets: Tensor | None, v: Tensor | None = None
                 f"{tuple(offsets.shape)}"
             )
         bounds = offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != k.shape[0] or sorted(
-            bounds
-        ) != bounds:
+        if bounds[0] != 0 or bounds[-1] != k.shape[0] or sorted(bounds) != bounds:
             raise ValueError(
                 f"offsets: expected to rise from 0 to {k.shape[0]}, the number of tokens, got "
                 f"{bounds if len(bounds) < 12 else f'{bounds[:5]} … {bounds[-5:]}'}"

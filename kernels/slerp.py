@@ -61,9 +61,11 @@ def slerp_reference(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tens
     """Compute slerp in torch, literally; `weights` sum to 1."""
     cosines, _ = _cosines(vectors)
     coefficients = slerp_coefficients(cosines, weights)
-    return torch.stack(
-        [c * v.double() for c, v in zip(coefficients.tolist(), vectors, strict=True)]
-    ).sum(0).to(vectors[0].dtype)
+    return (
+        torch.stack([c * v.double() for c, v in zip(coefficients.tolist(), vectors, strict=True)])
+        .sum(0)
+        .to(vectors[0].dtype)
+    )
 
 
 def slerp_coefficients(cosines: Tensor, weights: Sequence[float]) -> Tensor:

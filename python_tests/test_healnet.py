@@ -2,13 +2,12 @@
 
 from typing import Any
 
+import motet
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-
-import motet
 
 from .conftest import randomised
 
@@ -242,7 +241,9 @@ def test_compiles_whole() -> None:
     model = model_of(self_attention=1)
     inputs, coords = inputs_of(2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert close(compiled(inputs, coords={"cells": coords}), model(inputs, coords={"cells": coords}))
+    assert close(
+        compiled(inputs, coords={"cells": coords}), model(inputs, coords={"cells": coords})
+    )
 
 
 def test_autocast() -> None:
@@ -267,7 +268,8 @@ def test_refusals() -> None:
         (ValueError, "inputs: expected 5 entries", [None], {}),
         (TypeError, "inputs: expected a dict", inputs["omic"], {}),
         (TypeError, "inputs\\['omic'\\]: expected a tensor", {"omic": [1.0]}, {}),
-        (ValueError, "inputs\\['omic'\\]: expected \\[B, 7\\]", {"omic": inputs["omic"][:, :6]}, {}),
+        (ValueError, "inputs\\['omic'\\]: expected \\[B, 7\\]", {"omic": inputs["omic"][:, :6]},
+         {}),
         (ValueError, "expected \\[B, N, 6\\] or jagged", {"wsi": inputs["wsi"][..., :5]}, {}),
         (ValueError, "expected \\[B, N, 6\\] or jagged", {"wsi": inputs["omic"]}, {}),
         (ValueError, "values of shape \\(3, 5\\)", {"wsi": jagged}, {}),
@@ -278,7 +280,8 @@ def test_refusals() -> None:
         (ValueError, "expected torch.float64 as the model", {"omic": inputs["omic"].long()}, {}),
         (ValueError, "expected device cpu", {"omic": inputs["omic"].to("meta")}, {}),
         (ValueError, "masks: unknown modality", inputs, {"masks": {"ct": ok}}),
-        (ValueError, "expected \\(2, 8\\), got \\(2, 7\\)", inputs, {"masks": {"wsi": ok[:, None].expand(2, 7)}}),
+        (ValueError, "expected \\(2, 8\\), got \\(2, 7\\)", inputs,
+         {"masks": {"wsi": ok[:, None].expand(2, 7)}}),
         (TypeError, "mask of .*expected a bool", inputs, {"masks": {"wsi": torch.ones(2, 8)}}),
         (ValueError, "none \\(use present\\)", inputs, {"masks": {"omic": ok[:, None]}}),
         (ValueError, "present of .*expected \\(2,\\)", inputs, {"present": {"wsi": ok[:1]}}),

@@ -1,13 +1,13 @@
 """latent_attention: ragged equals dense bag by bag; weights, dropout, refusals."""
 
 import math
+from itertools import pairwise
 
+import motet
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import motet
 
 latent_attention = motet.kernels.latent_attention
 attention_weights = motet.kernels.attention_weights
@@ -38,7 +38,7 @@ def test_each_bag_gets_what_it_gets_alone(lengths: list[int]) -> None:
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     out = latent_attention(q, k, v, offsets)
     weights = attention_weights(q, k, offsets)
-    for b, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for b, (start, stop) in enumerate(pairwise(offsets)):
         own_k, own_v = (t[start:stop].transpose(0, 1)[None] for t in (k, v))
         assert torch.equal(out[b], latent_attention(q[b, None], own_k, own_v)[0])
         if start == stop:

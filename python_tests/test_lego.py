@@ -3,13 +3,12 @@
 import copy
 from typing import Any
 
+import motet
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-
-import motet
 
 from .conftest import randomised
 
@@ -44,9 +43,7 @@ class Convolution(nn.Module):
 def block_of(modality: Any, encoder: nn.Module | None = None, seed: int = 0, **options: Any):
     torch.manual_seed(seed)
     options = {"num_latents": 6, "latent_dim": 5, "heads": 2, "head_dim": 4, **options}
-    return randomised(
-        motet.LegoBlock(modality, encoder, out_features=3, **options).double(), seed
-    )
+    return randomised(motet.LegoBlock(modality, encoder, out_features=3, **options).double(), seed)
 
 
 def blocks_of(count: int = 3, **options: Any) -> dict[str, motet.LegoBlock]:

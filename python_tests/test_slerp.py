@@ -2,16 +2,15 @@
 
 import math
 
+import motet
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.library import opcheck
-
-import motet
 from motet.kernels import _native
 from motet.kernels.slerp import slerp_reference
+from torch.library import opcheck
 
 from .conftest import assert_as_good_as
 
@@ -22,9 +21,9 @@ def formula(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     """The paper's two-vector form, literally."""
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.acos(cosine)
-    return a * torch.sin((1 - t) * angle) / torch.sin(angle) + b * torch.sin(
-        t * angle
-    ) / torch.sin(angle)
+    return a * torch.sin((1 - t) * angle) / torch.sin(angle) + b * torch.sin(t * angle) / torch.sin(
+        angle
+    )
 
 
 @given(st.integers(0, 10_000), st.floats(0, 1), st.floats(-6, 6))

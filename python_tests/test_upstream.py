@@ -4,12 +4,11 @@ import copy
 import json
 from typing import Any, NamedTuple
 
+import motet
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-
-import motet
 
 from .conftest import golden_path
 

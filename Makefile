@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up everything on a fresh machine: virtual environment, install,
+# build. PYTHON chooses the interpreter (3.11 or later).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
+
+.PHONY: demo test lint bench gpu soak clean
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/motet demo --out runs/demo
+
+# One thread per test process: two workers on two cores do not fight over them.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/basedpyright
+	CMAKE_ARGS=-DCMAKE_COMPILE_WARNING_AS_ERROR=ON $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/lint .
+
+# The quick benchmarks, each with its error beside it.
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,stddev,rounds --benchmark-group-by=group
+
+# Checks and timings on the GPU at hand, one JSON file in $(RESULTS). Uses the environment that is
+# active, since GPU machines bring their own torch.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) benchmarks/gpu.py --out $(RESULTS)
+
+# The properties with fresh seeds and many more examples.
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 MOTET_HYPOTHESIS=soak $(BIN)/python -m pytest --numprocesses auto python_tests
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info kernels/_C.*

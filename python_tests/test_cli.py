@@ -1,0 +1,117 @@
+"""The command `motet`: doctor, demo, what bad input prints."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from motet import cli
+from motet.kernels import _native
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("motet")
+    assert any(line.startswith("C++ module") for line in lines)
+    assert cli.main(["doctor", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)
+    by_name = {check["name"]: check for check in checks}
+    assert {"motet", "torch", "C++ module", "GPU"} <= by_name.keys()
+    assert {check["state"] for check in checks} <= {"ok", "missing", "off"}
+    assert all(check["cure"] for check in checks if check["state"] == "missing")
+
+
+def test_doctor_names_the_cure(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_native, "_reason", "No module named 'motet.kernels._C'")
+    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert "missing merging runs in torch, slower" in out
+    assert "cure: install a C++20 compiler" in out
+    monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
+    cli.main(["doctor"])
+    assert "run pip with -v to see why c++ failed" in capsys.readouterr().out
+
+
+def test_demo(tmp_path: Path) -> None:
+    """One shortened run as a user's: a pipe gets no progress bar, the folder gets its files."""
+    code = (
+        "import sys, pathlib, motet.demo as d; d.run(pathlib.Path(sys.argv[1]), epochs=2, folds=3)"
+    )
+    out = tmp_path / "a" / "report"
+    run = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", code, str(out)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "\r" not in run.stderr
+    assert "fold 3/3" in run.stdout
+    names = {"results.csv", "predictions.csv", "kaplan_meier.png", "training.png"}
+    assert {path.name for path in out.iterdir()} == names
+    with open(out / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows][:2] == ["ridge Cox", "HEALNet"]
+    for row in rows:
+        assert 0 <= float(row["ci_low"]) <= float(row["c_index"]) <= float(row["ci_high"]) <= 1
+        assert int(row["parameters"]) > 0
+        assert f"{float(row['c_index']):.3f}" in run.stdout
+    with open(out / "predictions.csv") as file:
+        patients = list(csv.DictReader(file))
+    assert len(patients) == 198
+    assert all(row["HEALNet"] != "nan" for row in patients)
+    assert (out / "kaplan_meier.png").stat().st_size > 10_000
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    run = subprocess.run(
+        [sys.executable, "-m", "motet", "demo", "--out", str(blocked)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("motet demo: ")
+    assert len(run.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["fly"])
+    assert exit_.value.code == 2
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+
+
+def test_demo_splits_by_patient_and_fits_on_training_only() -> None:
+    import dataclasses
+
+    import numpy as np
+    import torch
+    from motet import demo, io
+
+    cohort = io.breast_cancer()
+    folds = demo._folds(cohort, 5)
+    tested = np.sort(np.concatenate([fold.rows["test"] for fold in folds]))
+    assert tested.tolist() == list(range(198))
+    for fold in folds:
+        rows = np.concatenate(list(fold.rows.values()))
+        assert len(np.unique(rows)) == len(rows) == 198
+        assert all(cohort.events[part].any() for part in fold.rows.values())
+
+    # Changing what lies outside the training part changes nothing that was fitted.
+    first = folds[0]
+    outside = np.setdiff1d(np.arange(198), first.rows["train"])
+    tables = {name: table.copy() for name, table in cohort.tables.items()}
+    for table in tables.values():
+        table.iloc[outside] = table.iloc[outside] * 7 + 3
+    times = cohort.times.copy()
+    times[outside] *= 2
+    changed = demo._folds(dataclasses.replace(cohort, tables=tables, times=times), 5)[0]
+    assert changed.bins == first.bins
+    for name, x in first.train.inputs.items():
+        assert torch.equal(changed.train.inputs[name], x)
+    assert torch.equal(changed.train.bins, first.train.bins)

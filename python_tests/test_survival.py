@@ -1,0 +1,81 @@
+"""Bins, survival curves, risk, Harrell's c and its pooled form."""
+
+import motet
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from motet.fusion.evaluation import pooled_concordance
+from sksurv.datasets import load_gbsg2, load_whas500
+from sksurv.metrics import concordance_index_censored
+
+
+def test_bins_are_quartiles_of_the_uncensored_times() -> None:
+    _, outcome = load_gbsg2()
+    times, events = outcome["time"], outcome["cens"]
+    bins = motet.TimeBins.fit(times, events)
+    assert bins.count == 4
+    assert np.allclose(bins.edges, np.quantile(times[events], [0.25, 0.5, 0.75]))
+    index = bins.index(times)
+    counts = np.bincount(index[events], minlength=4)
+    assert counts.max() - counts.min() <= 3
+    assert bins.index([-1.0, bins.edges[0], 1e9]).tolist() == [0, 1, 3]
+    # Censored times have no say.
+    changed = np.where(events, times, times * 3 + 1)
+    assert motet.TimeBins.fit(changed, events) == bins
+
+
+def test_bins_refusals() -> None:
+    with pytest.raises(ValueError, match="at least 4 events for 4 bins, got 1"):
+        motet.TimeBins.fit([1, 2, 3, 4], [1, 0, 0, 0])
+    with pytest.raises(ValueError, match="distinct enough"):
+        motet.TimeBins.fit([1, 1, 1, 1, 2], [1, 1, 1, 1, 1])
+    with pytest.raises(ValueError, match="expected the shape of times"):
+        motet.TimeBins.fit([1, 2], [1])
+
+
+@given(st.integers(0, 1000))
+def test_survival_is_the_product_of_what_is_left(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(5, 4, dtype=torch.float64, generator=generator)
+    expected = torch.cumprod(1 - torch.sigmoid(logits), 1)
+    assert torch.allclose(motet.survival(logits), expected, rtol=1e-12)
+    assert torch.equal(motet.hazards(logits), torch.sigmoid(logits))
+    assert torch.allclose(motet.risk(logits), -expected.sum(1))
+    worse = motet.risk(logits + 1)
+    assert (worse > motet.risk(logits)).all()
+
+
+@pytest.mark.parametrize("load", [load_gbsg2, load_whas500])
+def test_concordance_equals_scikit_survival(load) -> None:
+    _, outcome = load()
+    event, time = (outcome[name] for name in outcome.dtype.names)
+    risks = np.round(np.random.default_rng(0).normal(size=len(time)), 1)  # with ties
+    expected = concordance_index_censored(event, time, risks)[0]
+    assert motet.concordance_index(time, event, risks) == expected
+    assert motet.concordance_index(time, event, torch.tensor(risks)) == expected
+    folds = np.zeros(len(time))
+    pooled = pooled_concordance(time, event, risks, folds, draws=50)
+    assert pooled.c == pytest.approx(expected, abs=1e-12)
+    assert pooled.low < pooled.c < pooled.high
+
+
+def test_pooled_concordance_never_compares_folds() -> None:
+    rng = np.random.default_rng(1)
+    times, events = rng.exponential(size=60), rng.random(60) < 0.7
+    folds = np.arange(60) % 3
+    risks = -times + rng.normal(size=60)
+    shifted = risks + 100 * folds
+    assert pooled_concordance(times, events, risks, folds) == pooled_concordance(
+        times, events, shifted, folds
+    )
+    pairs = [motet.concordance_index(times[folds == f], events[folds == f], risks[folds == f])
+             for f in range(3)]  # fmt: skip
+    assert min(pairs) <= pooled_concordance(times, events, risks, folds).c <= max(pairs)
+    with pytest.raises(ValueError, match="a comparable pair"):
+        pooled_concordance([1.0, 2.0], [True, True], [0.0, 1.0], [0, 1])
+    with pytest.raises(ValueError, match="risks: expected finite"):
+        pooled_concordance([1.0, 2.0], [True, True], [0.0, np.nan], [0, 0])
+    with pytest.raises(ValueError, match="folds: expected"):
+        pooled_concordance([1.0, 2.0], [True, True], [0.0, 1.0], [0])
