@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .fusion.checkpoint import load, save
     from .fusion.encoders import ABMIL, SNN
     from .fusion.healnet import HEALNet
-    from .fusion.lego import LegoBlock, LegoFuse, LegoMerge
+    from .fusion.lego_block import LegoBlock
+    from .fusion.lego_join import LegoFuse, LegoMerge
     from .fusion.losses import cox_loss, cross_entropy, l1_penalty, nll_loss
     from .fusion.modalities import Bag, Grid, Tabular
     from .fusion.survival import TimeBins, concordance_index, hazards, risk, survival
@@ -22,7 +23,8 @@ _HOMES = {
     "fusion.checkpoint": ("load", "save"),
     "fusion.encoders": ("ABMIL", "SNN"),
     "fusion.healnet": ("HEALNet",),
-    "fusion.lego": ("LegoBlock", "LegoFuse", "LegoMerge"),
+    "fusion.lego_block": ("LegoBlock",),
+    "fusion.lego_join": ("LegoFuse", "LegoMerge"),
     "fusion.losses": ("cox_loss", "cross_entropy", "l1_penalty", "nll_loss"),
     "fusion.modalities": ("Bag", "Grid", "Tabular"),
     "fusion.survival": ("TimeBins", "concordance_index", "hazards", "risk", "survival"),
@@ -60,6 +62,8 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("motet")
     if name in ("fusion", "io", "kernels"):
         return import_module(f".{name}", __name__)
     if name in _HOME:

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from .fusion.evaluation import pooled_concordance
 from .fusion.healnet import HEALNet
-from .fusion.lego import LegoBlock, LegoFuse, LegoMerge
+from .fusion.lego_block import LegoBlock
+from .fusion.lego_join import LegoFuse, LegoMerge
 from .fusion.modalities import Tabular
 from .fusion.survival import TimeBins, concordance_index, risk
 from .fusion.training import History, Patients, train

@@ -29,27 +29,23 @@ std::complex<T> rounded(double magnitude, std::complex<double> phase) {
     return {static_cast<T>(magnitude * phase.real()), static_cast<T>(magnitude * phase.imag())};
 }
 
-// Two inputs of equal weight, the papers' case: no atan2, sin or cos.
+// A product with zero: zero, unless a magnitude in the sum is NaN.
 template <typename T>
-std::complex<T> merge_two(std::complex<T> a, std::complex<T> b) {
-    const double m = modulus(a), n = modulus(b);
-    if (m == 0.0 || n == 0.0) return {static_cast<T>(m * n), T(0)};  // NaN stays NaN
-    const double low = std::min(m, n), high = std::max(m, n);
-    const auto p = half_phase(a, m), q = half_phase(b, n);
-    return rounded<T>(2.0 * low / (1.0 + low / high), {p.real() * q.real() - p.imag() * q.imag(),
-                                                       p.real() * q.imag() + p.imag() * q.real()});
+std::complex<T> zero_unless_nan(double sum) {
+    return std::isnan(sum) ? std::complex<T>(static_cast<T>(sum), static_cast<T>(sum))
+                           : std::complex<T>(0, 0);
 }
 
 template <typename T>
 std::complex<T> merge_many(std::span<const std::complex<T>* const> inputs,
                            std::span<const double> weights, Phase phase, std::size_t i) {
-    double low = modulus(inputs[0][i]), product = 1.0;
+    double low = modulus(inputs[0][i]), total = 0.0;
     for (const auto* input : inputs) {
         const double m = modulus(input[i]);
         low = std::min(low, m);
-        product *= m == 0.0 ? 0.0 : m / m;  // 0 if any is zero, NaN if any is NaN
+        total += m;
     }
-    if (low == 0.0) return {static_cast<T>(product), T(0)};
+    if (low == 0.0) return zero_unless_nan<T>(total);
 
     // The ratios low / m lie in (0, 1], so that nothing over- or underflows on the way.
     double reciprocal = 0.0, angle = 0.0, x = 0.0, y = 0.0;
@@ -68,6 +64,20 @@ std::complex<T> merge_many(std::span<const std::complex<T>* const> inputs,
     return rounded<T>(low / reciprocal, {std::cos(angle), std::sin(angle)});
 }
 
+// Two inputs of equal weight, the papers' case: no atan2, sin or cos.
+template <typename T>
+std::complex<T> merge_two(std::span<const std::complex<T>* const> inputs,
+                          std::span<const double> weights, std::size_t i) {
+    const auto a = inputs[0][i], b = inputs[1][i];
+    const double m = modulus(a), n = modulus(b);
+    if (!std::isfinite(m + n)) return merge_many(inputs, weights, Phase::principal, i);
+    if (m == 0.0 || n == 0.0) return {0, 0};
+    const double low = std::min(m, n), high = std::max(m, n);
+    const auto p = half_phase(a, m), q = half_phase(b, n);
+    return rounded<T>(2.0 * low / (1.0 + low / high), {p.real() * q.real() - p.imag() * q.imag(),
+                                                       p.real() * q.imag() + p.imag() * q.real()});
+}
+
 }  // namespace
 
 template <typename T>
@@ -76,7 +86,7 @@ void harmonic_merge(std::span<const std::complex<T>* const> inputs, std::span<co
     if (inputs.size() == 1) {
         std::copy_n(inputs[0], inputs[0] == out ? 0 : size, out);
     } else if (inputs.size() == 2 && weights[0] == weights[1] && phase == Phase::principal) {
-        for (std::size_t i = 0; i < size; ++i) out[i] = merge_two(inputs[0][i], inputs[1][i]);
+        for (std::size_t i = 0; i < size; ++i) out[i] = merge_two(inputs, weights, i);
     } else {
         for (std::size_t i = 0; i < size; ++i) out[i] = merge_many(inputs, weights, phase, i);
     }

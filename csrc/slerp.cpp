@@ -9,6 +9,8 @@ namespace {
 
 // Closer than this to opposite, the great circle between two vectors is undefined in practice.
 constexpr double kOpposite = 1e-7;
+// Less of the weighted logarithms along the mean than this cannot stand for its direction.
+constexpr double kFlat = 1e-3;
 
 // angle / sin(angle) of a cosine, continuous at 1.
 double inverse_sinc(double cosine) {
@@ -42,35 +44,41 @@ std::vector<double> slerp_coefficients(std::span<const double> cosines,
         if (sine < 1e-8) return linear;
         return {std::sin(weights[0] * angle) / sine, std::sin(weights[1] * angle) / sine};
     }
-    // The Karcher mean u = sum c_j u_j satisfies c_j ~ w_j * angle_j / sin(angle_j), angle_j being
-    // the angle between u and u_j: iterate on that, u kept at unit length.
-    std::vector<double> c = linear, p(n), next(n);
-    const auto project = [&](const std::vector<double>& v) {
-        for (std::size_t i = 0; i < n; ++i) {
-            p[i] = 0.0;
-            for (std::size_t j = 0; j < n; ++j) p[i] += cosines[i * n + j] * v[j];
-        }
-    };
-    const auto normalise = [&](std::vector<double>& v) {
-        project(v);
+    // The Karcher mean u = sum c_j u_j by Riemannian gradient steps, in coefficients: the mean of
+    // the logarithms of the u_j at u is sum_j t_j u_j with t = y - (y . p) c, p the cosines to u
+    // and y_j = w_j * angle_j / sin(angle_j). Step along it until its length vanishes.
+    std::vector<double> c = linear, p(n), y(n), t(n);
+    const auto times_cosines = [&](const std::vector<double>& v, std::vector<double>& out) {
         double square = 0.0;
-        for (std::size_t i = 0; i < n; ++i) square += v[i] * p[i];
-        if (!(square > 1e-14)) return false;
-        const double length = std::sqrt(square);
-        for (std::size_t i = 0; i < n; ++i) v[i] /= length, p[i] /= length;
-        return true;
-    };
-    if (!normalise(c)) return linear;
-    for (int round = 0; round < 1000; ++round) {
         for (std::size_t i = 0; i < n; ++i) {
-            if (p[i] < -1.0 + kOpposite) return linear;
-            next[i] = weights[i] * inverse_sinc(p[i]);
+            out[i] = 0.0;
+            for (std::size_t j = 0; j < n; ++j) out[i] += cosines[i * n + j] * v[j];
+            square += v[i] * out[i];
         }
-        if (!normalise(next)) return linear;
-        double step = 0.0;
-        for (std::size_t i = 0; i < n; ++i) step = std::max(step, std::fabs(next[i] - c[i]));
-        c.swap(next);
-        if (step < 1e-15) return c;
+        return square;
+    };
+    for (int round = 0; round < 1000; ++round) {
+        const double square = times_cosines(c, p);
+        if (!(square > 1e-14)) return linear;
+        const double length = std::sqrt(square);
+        double along = 0.0;
+        for (std::size_t i = 0; i < n; ++i) {
+            c[i] /= length, p[i] /= length;
+            if (p[i] < -1.0 + kOpposite) return linear;
+            y[i] = weights[i] * inverse_sinc(p[i]);
+            along += y[i] * p[i];
+        }
+        for (std::size_t i = 0; i < n; ++i) t[i] = y[i] - along * c[i];
+        const double step = std::sqrt(std::max(0.0, times_cosines(t, p)));
+        if (step < 1e-13) {
+            // Where vectors depend on each other c is not unique; this form, which the mean
+            // satisfies, is. Without a component along the mean there is no such form.
+            if (!(along > kFlat)) return linear;
+            for (std::size_t i = 0; i < n; ++i) c[i] = y[i] / along;
+            return c;
+        }
+        for (std::size_t i = 0; i < n; ++i)
+            c[i] = std::cos(step) * c[i] + std::sin(step) / step * t[i];
     }
     return linear;
 }

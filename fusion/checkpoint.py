@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .healnet import HEALNet
-from .lego import LegoBlock, LegoFuse, LegoMerge
+from .lego_block import LegoBlock
+from .lego_join import LegoFuse, LegoMerge
 
 FORMAT = 1
+_DIFFERENT = "encoders or parts of another architecture were saved"
 _MODELS: dict[str, type[Any]] = {
     model.__name__: model for model in (HEALNet, LegoBlock, LegoMerge, LegoFuse)
 }
@@ -58,9 +60,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "config": model.config,
         }
     )
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _untied(model).items()}
+    tensors = {}
+    for name, tensor in _untied(model).items():
+        plain = tensor.detach().cpu().contiguous()
+        # Another view of the same memory, such as a buffer made from a parameter, is stored too.
+        shared = any(plain.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()
+                     for t in tensors.values() if plain.numel())  # fmt: skip
+        tensors[name] = plain.clone() if shared else plain
     metadata = {"motet": header, "sha256": _digest(header, tensors)}
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -96,13 +106,7 @@ def load(
         ValueError: a file that motet did not write, that is corrupt, or of a newer format; or
             encoders that do not fit.
     """
-    header, tensors = _read(Path(path))
-    content = json.loads(header)
-    if content["format"] > FORMAT:
-        raise ValueError(
-            f"{path}: format {content['format']} was written by motet {content['version']}; this "
-            f"motet reads up to format {FORMAT}: pip install --upgrade motet"
-        )
+    content, tensors = _read(Path(path))
     kind = _MODELS[content["model"]]
     if kind is HEALNet:
         if encoders is not None:
@@ -115,13 +119,13 @@ def load(
     own = _untied(model)
     for name in own.keys() ^ tensors.keys():
         where = "the file" if name in own else "the model"
-        raise ValueError(f"{path}: {where} has no {name}; were other encoders saved?")
+        raise ValueError(f"{path}: {where} has no {name}; {_DIFFERENT}")
     with torch.no_grad():
         for name, tensor in own.items():
             if tensor.shape != tensors[name].shape:
                 raise ValueError(
                     f"{path}: expected {name} {tuple(tensor.shape)}, got "
-                    f"{tuple(tensors[name].shape)}; were other encoders saved?"
+                    f"{tuple(tensors[name].shape)}; {_DIFFERENT}"
                 )
             # A copy, since tensors in a file need not be aligned, and matrix products then round
             # differently from the saved model's.
@@ -129,7 +133,7 @@ def load(
     return model.to(device).eval()
 
 
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -141,9 +145,19 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     if "motet" not in metadata:
         raise ValueError(f"{path}: a safetensors file that motet did not write")
     header = metadata["motet"]
+    try:
+        content = json.loads(header)
+        newer = content["format"] > FORMAT  # first: its checksum may be another
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: corrupt, its header cannot be read ({error})") from error
+    if newer:
+        raise ValueError(
+            f"{path}: format {content['format']} was written by motet {content.get('version')}; "
+            f"this motet reads up to format {FORMAT}: pip install --upgrade motet"
+        )
     if metadata.get("sha256") != _digest(header, tensors):
         raise ValueError(f"{path}: corrupt, its content does not match its checksum")
-    return header, tensors
+    return content, tensors
 
 
 def _untied(model: nn.Module) -> dict[str, Tensor]:

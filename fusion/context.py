@@ -43,6 +43,8 @@ class Batch(NamedTuple):
     """[I, ...] items of the modality's shape, I = B·K; or [T, D], the values of a jagged tensor."""
     rows: int
     """B."""
+    items: int
+    """K, items per row; 1 if jagged."""
     keep: Tensor | None
     """Bool, which tokens are real: [I, N], or [T] if jagged. None if all are."""
     offsets: Tensor | None
@@ -62,10 +64,11 @@ class Batch(NamedTuple):
 
     def pack(self, tokens: Tensor, keep: Tensor | None) -> Context:
         """Gather the tokens [I, N, D] of each row's items, those where `keep` [I, N] is True."""
-        tokens = tokens.reshape(self.rows, -1, tokens.shape[-1])
+        count = self.items * tokens.shape[1]
+        tokens = tokens.reshape(self.rows, count, tokens.shape[-1])
         if keep is None:
             return Context(tokens)
-        keep = keep.reshape(self.rows, -1)
+        keep = keep.reshape(self.rows, count)
         return Context(tokens[keep], offsets_of(keep.sum(1)))
 
     def spread(self, weights: Tensor, context: Context) -> Tensor:
@@ -87,7 +90,7 @@ class Batch(NamedTuple):
                 weights = full
             return torch.nested.nested_tensor_from_jagged(weights, self.offsets)
         assert self.keep is not None
-        keep = self.keep.reshape(self.rows, -1)
+        keep = self.keep.reshape(self.rows, self.items * self.keep.shape[1])
         full = weights.new_zeros(*keep.shape, *weights.shape[1:])
         full[keep] = weights
         return full.permute(0, 2, 3, 1)
@@ -145,9 +148,6 @@ def read_all(
         raise ValueError(
             f"inputs: expected a tensor for at least one of {', '.join(names)}, got none"
         )
-    for name, rows in present.items():
-        if name not in inputs and isinstance(rows, Tensor) and rows.any():
-            raise ValueError(f"present[{name!r}]: says present, but inputs has no {name!r}")
     batches = {
         name: read(
             modalities[name],
@@ -164,6 +164,17 @@ def read_all(
     sizes = {name: batch.rows for name, batch in batches.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"inputs: expected one batch size, got {sizes}")
+    rows = next(iter(sizes.values()))
+    for what, given in (("masks", masks), ("present", present), ("coords", coords)):
+        for name in given.keys() - inputs.keys():  # of a modality that all rows miss
+            if what == "coords":
+                check_tensor(given[name], f"coords of inputs[{name!r}]", like)
+            else:
+                _check_bool(given[name], f"{what} of inputs[{name!r}]", like)
+            if what == "present":
+                _check_present(given[name], f"inputs[{name!r}]", rows, like)
+                if given[name].any():
+                    raise ValueError(f"present[{name!r}]: says present, but inputs has no {name!r}")
     return batches
 
 
@@ -178,11 +189,13 @@ def read(
     like: Tensor,
 ) -> Batch:
     """Check one modality's tensor with what describes it."""
-    _check_tensor(x, name, like)
+    check_tensor(x, name, like)
     if isinstance(modality, Bag) and modality.coords:
         if coords is None:
             raise ValueError(f"coords: {name} has {modality.coords} coordinate axes, got no coords")
-        _check_tensor(coords, f"coords of {name}", like)
+        # Half precision cannot hold pixels: such models take coordinates in float32 too.
+        wide = isinstance(coords, Tensor) and coords.dtype == torch.float32 and like.itemsize == 2
+        check_tensor(coords, f"coords of {name}", like.float() if wide else like)
     elif coords is not None:
         raise ValueError(f"coords: {name} is {modality}, which takes none")
 
@@ -212,21 +225,20 @@ def read(
         if tuple(mask.shape) not in allowed:
             expected = " or ".join(map(str, dict.fromkeys(allowed))) or "none (use present)"
             raise ValueError(f"mask of {name}: expected {expected}, got {tuple(mask.shape)}")
-        keep = mask[..., None] if tuple(mask.shape) == leading else mask
-        keep = keep.reshape(rows * per_row, -1).expand(rows * per_row, count)
-    if present is not None or count == 0:
-        keep = (
-            torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device)
-            if (keep is None)
-            else keep
-        )
+        if items and tuple(mask.shape) == leading:  # whole items
+            keep = mask.reshape(rows * per_row, 1).expand(rows * per_row, count)
+        else:
+            keep = mask.reshape(rows * per_row, count)
+    if keep is None and (present is not None or per_row * count == 0):
+        keep = torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device)
     if present is not None:
+        assert keep is not None
         _check_present(present, name, rows, x)
         keep = keep & present.repeat_interleave(per_row)[:, None]
     if items:
         x = x.flatten(0, 1)
         coords = None if coords is None else coords.flatten(0, 1)
-    return Batch(x, rows, keep, None, coords)
+    return Batch(x, rows, per_row, keep, None, coords)
 
 
 def _read_jagged(
@@ -255,7 +267,7 @@ def _read_jagged(
     if present is not None:
         _check_present(present, name, rows, x)
         keep = present.repeat_interleave(offsets.diff())
-    return Batch(values, rows, keep, offsets, coords)
+    return Batch(values, rows, 1, keep, offsets, coords)
 
 
 def _jagged_parts(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -264,9 +276,18 @@ def _jagged_parts(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{name}: expected layout=torch.jagged for a nested tensor, got {x.layout}"
         )
-    if x.lengths() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        x = torch.nested.nested_tensor(list(x.unbind()), layout=torch.jagged)  # has holes
-    return x.values(), x.offsets()  # pyright: ignore[reportAttributeAccessIssue]
+    nested: Any = x
+    if nested.dim() != 3 or nested._ragged_idx != 1:
+        raise ValueError(f"{name}: expected a nested tensor that is ragged in its second axis")
+    if nested.lengths() is not None:  # with holes between the bags
+        return torch.cat(list(nested.unbind())), offsets_of(nested.lengths().long())
+    values, offsets = nested.values(), nested.offsets().long()
+    if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != len(values)):
+        raise ValueError(
+            f"{name}: expected offsets from 0 to {len(values)}, the number of tokens, got "
+            f"{int(offsets[0])} to {int(offsets[-1])}"
+        )
+    return values, offsets
 
 
 def _expected_shape(modality: Modality) -> str:
@@ -278,14 +299,18 @@ def _expected_shape(modality: Modality) -> str:
     return f"[B, {', '.join(f'size {i + 1}' for i in range(modality.axes))}, {width}]"
 
 
-def _check_tensor(x: Any, name: str, like: Tensor) -> None:
+def check_tensor(x: Any, name: str, like: Tensor) -> None:
+    """Raise unless x is a tensor of the device and dtype of `like` (or autocast sees to it)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {type(x).__name__}")
     if x.device != like.device:
         raise ValueError(f"{name}: expected device {like.device} as the model, got {x.device}")
-    autocast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
-    if x.dtype != like.dtype and not autocast:
-        raise ValueError(f"{name}: expected {like.dtype} as the model, got {x.dtype}")
+    if x.layout not in (torch.strided, torch.jagged):
+        raise ValueError(f"{name}: expected a dense or jagged tensor, got {x.layout}")
+    if x.dtype != like.dtype:
+        half = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        if not (half and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"{name}: expected {like.dtype} as the model, got {x.dtype}")
 
 
 def _check_bool(x: Any, name: str, like: Tensor) -> None:

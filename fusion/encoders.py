@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import integer, rate
 from .layers import Attention, FeedForward, layer_order
 
 
@@ -29,12 +30,13 @@ class SNN(nn.Module):
         self, features: int, hidden: Sequence[int] = (256, 256, 256, 256), dropout: float = 0.25
     ) -> None:
         super().__init__()
+        widths = [integer("features", features), *(integer("hidden", width) for width in hidden)]
+        dropout = rate("dropout", dropout)
         self.config: dict[str, Any] = {
-            "features": features,
-            "hidden": list(hidden),
+            "features": widths[0],
+            "hidden": widths[1:],
             "dropout": dropout,
         }
-        widths = [features, *hidden]
         self.layers = nn.Sequential()
         for before, after in pairwise(widths):
             linear = nn.Linear(before, after)
@@ -68,6 +70,8 @@ class ABMIL(nn.Module):
         self, features: int, hidden: int = 512, attention: int = 256, dropout: float = 0.25
     ) -> None:
         super().__init__()
+        features, hidden = integer("features", features), integer("hidden", hidden)
+        attention, dropout = integer("attention", attention), rate("dropout", dropout)
         self.config: dict[str, Any] = {
             "features": features,
             "hidden": hidden,
@@ -81,11 +85,17 @@ class ABMIL(nn.Module):
         self.out = nn.Sequential(nn.Linear(hidden, attention), nn.ReLU(), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pool x [B, N, features], N >= 1, to [B, attention]; mask bool [B, N], True for real."""
+        """Pool x [B, N, features] to [B, attention]; mask bool [B, N], True for real.
+
+        What is masked is not read, NaN included. A bag without a real token is pooled as if it had
+        N tokens of zeros.
+        """
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0)
         hidden = self.embed(x)
         score = self.score(self.value(hidden) * self.gate(hidden))
         if mask is not None:
-            score = score.masked_fill(~mask[..., None], -torch.inf)
+            score = score.masked_fill(~mask[..., None], torch.finfo(score.dtype).min)
         return self.out((score.softmax(dim=1) * hidden).sum(dim=1))
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .survival import outcome_arrays
+
 
 class Concordance(NamedTuple):
     """Harrell's c with a 95 % bootstrap interval."""
@@ -38,16 +40,16 @@ def pooled_concordance(
         seed: of the draws.
 
     Raises:
-        ValueError: no comparable pair, NaN in the risks, or shapes that differ.
+        ValueError: no comparable pair, numbers that are not finite, or shapes that differ.
 
     Example:
         >>> from motet.fusion.evaluation import pooled_concordance
         >>> pooled_concordance([1.0, 2.0, 3.0], [1, 1, 0], [3.0, 1.0, 2.0], [0, 0, 0]).c
         0.6666666666666666
     """
-    times, events = np.asarray(times, float), np.asarray(events, bool)
+    times, events = outcome_arrays(times, events)
     risks, folds = np.asarray(risks, float), np.asarray(folds)
-    for name, values in (("events", events), ("risks", risks), ("folds", folds)):
+    for name, values in (("risks", risks), ("folds", folds)):
         if values.shape != times.shape:
             raise ValueError(f"{name}: expected {times.shape} as times, got {values.shape}")
     if not np.isfinite(risks).all():

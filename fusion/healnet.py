@@ -5,13 +5,13 @@ from typing import Any, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
+from .checks import choice, integer, positive, rate
 from .context import Context, read_all
 from .layers import (
     Attention,
     FeedForward,
     Head,
     ShareWeights,
-    check_rates,
     initial_latents,
     layer_order,
     update,
@@ -19,7 +19,7 @@ from .layers import (
 from .modalities import (
     Modality,
     Positions,
-    check_names,
+    check_modalities,
     modality_from_config,
     modality_to_config,
 )
@@ -142,6 +142,11 @@ class HEALNet(nn.Module):
 
     Raises:
         ValueError: an argument outside its range.
+        TypeError: a modality that is none.
+
+    Note:
+        `torch.compile(fullgraph=True)` takes dense inputs; ragged, masked and partly missing ones
+        have shapes that depend on data, at which it breaks the graph.
 
     Note:
         The authors' code divides the scores by a further temperature of 0.5, draws S_0 from N(0, 1)
@@ -177,10 +182,22 @@ class HEALNet(nn.Module):
         fourier_encode: bool = True,
     ) -> None:
         super().__init__()
-        if not modalities:
-            raise ValueError("modalities: expected at least one, got none")
-        check_names(modalities)
-        check_rates(attn_dropout=attn_dropout, ff_dropout=ff_dropout)
+        check_modalities(modalities)
+        depth, num_latents = integer("depth", depth), integer("num_latents", num_latents)
+        latent_dim = integer("latent_dim", latent_dim)
+        heads, head_dim = integer("heads", heads), integer("head_dim", head_dim)
+        self_attention = integer("self_attention", self_attention, 0)
+        self_heads = heads if self_heads is None else integer("self_heads", self_heads)
+        self_head_dim = (
+            head_dim if self_head_dim is None else integer("self_head_dim", self_head_dim)
+        )
+        out_features = None if out_features is None else integer("out_features", out_features)
+        attn_dropout, ff_dropout = (
+            rate("attn_dropout", attn_dropout),
+            rate("ff_dropout", ff_dropout),
+        )
+        temperature = positive("temperature", temperature)
+        choice("snn", snn, (True, False))
         self.modalities = dict(modalities)
         self.positions = Positions(num_freq_bands, max_freq, fourier_encode)
         self.config: dict[str, Any] = {
@@ -200,8 +217,8 @@ class HEALNet(nn.Module):
             "snn": snn,
             "temperature": temperature,
             "latent_init": latent_init,
-            "num_freq_bands": num_freq_bands,
-            "max_freq": max_freq,
+            "num_freq_bands": self.positions.num_freq_bands,
+            "max_freq": self.positions.max_freq,
             "fourier_encode": fourier_encode,
         }
         self.latents = initial_latents(num_latents, latent_dim, latent_init)
@@ -212,9 +229,9 @@ class HEALNet(nn.Module):
                 token_dims,
                 latent_dim,
                 heads=heads,
-                self_heads=self_heads or heads,
+                self_heads=self_heads,
                 head_dim=head_dim,
-                self_head_dim=self_head_dim or head_dim,
+                self_head_dim=self_head_dim,
                 attn_dropout=attn_dropout,
                 ff_dropout=ff_dropout,
                 snn=snn,

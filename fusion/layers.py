@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import attention_weights, latent_attention
+from .checks import choice
 from .context import Context
 
 ShareWeights = bool | Literal["all-but-first"]
@@ -127,32 +128,14 @@ def update(
 
 def layer_order(depth: int, share_weights: ShareWeights) -> list[int]:
     """Return which set of weights each of `depth` layers uses."""
-    if not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"depth: expected a positive integer, got {depth!r}")
-    if share_weights is True:
-        return [0] * depth
-    if share_weights is False:
-        return list(range(depth))
+    choice("share_weights", share_weights, (True, False, "all-but-first"))
     if share_weights == "all-but-first":
         return [min(i, 1) for i in range(depth)]
-    raise ValueError(
-        f"share_weights: expected True, False or 'all-but-first', got {share_weights!r}"
-    )
+    return [0] * depth if share_weights else list(range(depth))
 
 
 def initial_latents(num_latents: int, latent_dim: int, init: str) -> nn.Parameter:
     """Return S_0 as a parameter [num_latents, latent_dim], drawn from U(0, 1) or N(0, 1)."""
-    for name, value in (("num_latents", num_latents), ("latent_dim", latent_dim)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    if init not in ("uniform", "normal"):
-        raise ValueError(f"latent_init: expected 'uniform' or 'normal', got {init!r}")
+    choice("latent_init", init, ("uniform", "normal"))
     draw = torch.rand if init == "uniform" else torch.randn
     return nn.Parameter(draw(num_latents, latent_dim))
-
-
-def check_rates(**rates: float) -> None:
-    """Raise unless every dropout rate lies in [0, 1)."""
-    for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name}: expected a probability in [0, 1), got {rate}")

@@ -41,7 +41,8 @@ def nll_loss(
         A scalar.
 
     Raises:
-        ValueError: shapes, bins or alpha that do not fit.
+        ValueError: shapes, bins, weights or alpha that do not fit, or an empty batch.
+        TypeError: something that is not a tensor.
 
     Example:
         >>> logits = torch.zeros(2, 4)
@@ -52,7 +53,7 @@ def nll_loss(
         raise ValueError(f"logits: expected [B, K], got {tuple(logits.shape)}")
     count, size = logits.shape
     _check_rows(count, bins=bins, events=events)
-    if bins.dtype != torch.int64 or (count and not 0 <= int(bins.min()) <= int(bins.max()) < size):
+    if bins.dtype != torch.int64 or not 0 <= int(bins.min()) <= int(bins.max()) < size:
         raise ValueError(f"bins: expected int64 in 0 to {size - 1}, got {bins.dtype} {bins}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
@@ -70,6 +71,8 @@ def nll_loss(
         weights = torch.as_tensor(weights, dtype=logits.dtype, device=logits.device)
         if weights.shape != (size,):
             raise ValueError(f"weights: expected [{size}], got {tuple(weights.shape)}")
+        if not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
+            raise ValueError(f"weights: expected non-negative numbers, not all zero, got {weights}")
         likelihood = likelihood * (weights / weights.sum())[bins]
     return ((1 - alpha) * likelihood + alpha * observed).mean()
 
@@ -93,7 +96,9 @@ def cox_loss(log_risk: Tensor, times: Tensor, events: Tensor, *, ties: str = "ef
         A scalar.
 
     Raises:
-        ValueError: shapes that do not fit, or unknown ties.
+        ValueError: shapes that do not fit, an empty batch, times that are not finite, or unknown
+            ties.
+        TypeError: something that is not a tensor.
 
     Example:
         >>> motet.cox_loss(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]), torch.ones(3))
@@ -105,6 +110,8 @@ def cox_loss(log_risk: Tensor, times: Tensor, events: Tensor, *, ties: str = "ef
     if eta.ndim != 1:
         raise ValueError(f"log_risk: expected [B] or [B, 1], got {tuple(log_risk.shape)}")
     _check_rows(len(eta), times=times, events=events)
+    if not times.isfinite().all():
+        raise ValueError("times: expected finite numbers, got NaN or infinity")
     events = events.bool()
     if not events.any():
         return eta.sum() * 0
@@ -137,14 +144,23 @@ def l1_penalty(model: nn.Module) -> Tensor:
     Args:
         model: any module with at least one trainable parameter.
 
+    Raises:
+        ValueError: a model without one.
+
     Example:
         >>> loss = motet.l1_penalty(motet.HEALNet({"omic": motet.Tabular(20)}, out_features=4))
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model: expected at least one trainable parameter, got none")
     return torch.stack([p.abs().sum() for p in parameters]).sum()
 
 
 def _check_rows(rows: int, **tensors: Tensor) -> None:
+    if rows == 0:
+        raise ValueError("batch: expected at least one row, got none")
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.shape != (rows,):
             raise ValueError(f"{name}: expected ({rows},), got {tuple(tensor.shape)}")

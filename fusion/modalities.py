@@ -1,12 +1,14 @@
 """What a modality looks like: its shapes, and how it becomes context tokens."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .checks import choice, integer, positive
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,14 @@ class Positions:
     num_freq_bands: int = 2
     max_freq: float = 10.0
     enabled: bool = True
+
+    def __post_init__(self) -> None:
+        _plain(
+            self,
+            num_freq_bands=integer("num_freq_bands", self.num_freq_bands),
+            max_freq=positive("max_freq", self.max_freq),
+        )
+        choice("fourier_encode", self.enabled, (True, False))
 
     def width(self, axes: int) -> int:
         return axes * (2 * self.num_freq_bands + 1) if self.enabled else 0
@@ -53,9 +63,8 @@ class Tabular:
     item_ndim: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "features")
-        if self.tokens not in ("row", "features"):
-            raise ValueError(f"tokens: expected 'row' or 'features', got {self.tokens!r}")
+        _plain(self, features=integer("features", self.features))
+        choice("tokens", self.tokens, ("row", "features"))
 
     @property
     def channels(self) -> int:
@@ -100,11 +109,12 @@ class Bag:
     item_ndim: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "features")
-        if self.coords < 0:
-            raise ValueError(f"coords: expected 0 or more axes, got {self.coords}")
-        if not self.extent > 0:
-            raise ValueError(f"extent: expected a positive length, got {self.extent}")
+        _plain(
+            self,
+            features=integer("features", self.features),
+            coords=integer("coords", self.coords, 0),
+            extent=positive("extent", self.extent),
+        )
 
     @property
     def channels(self) -> int:
@@ -121,7 +131,7 @@ class Bag:
     def tokenise(self, x: Tensor, positions: Positions, coords: Tensor | None) -> Tensor:
         if coords is None:
             return x
-        return torch.cat([x, positions.encode(coords / self.extent)], dim=-1)
+        return torch.cat([x, positions.encode(coords / self.extent).to(x.dtype)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -140,8 +150,7 @@ class Grid:
     axes: int = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "channels")
-        _positive(self, "axes")
+        _plain(self, channels=integer("channels", self.channels), axes=integer("axes", self.axes))
 
     @property
     def item_ndim(self) -> int:
@@ -163,6 +172,21 @@ _KINDS: dict[str, type[Tabular] | type[Bag] | type[Grid]] = {
     "Bag": Bag,
     "Grid": Grid,
 }
+
+
+def check_modalities(modalities: Any) -> None:
+    """Raise unless `modalities` maps names to modalities."""
+    if not isinstance(modalities, Mapping) or not modalities:
+        raise ValueError("modalities: expected a dict of name to Tabular, Bag or Grid, not empty")
+    check_names(modalities)
+    for name, modality in modalities.items():
+        check_modality(f"modalities[{name!r}]", modality)
+
+
+def check_modality(what: str, modality: Any) -> None:
+    """Raise unless `modality` is one."""
+    if not isinstance(modality, (Tabular, Bag, Grid)):
+        raise TypeError(f"{what}: expected a Tabular, Bag or Grid, got {modality!r}")
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -193,7 +217,7 @@ def _with_grid(x: Tensor, positions: Positions) -> Tensor:
     return torch.cat([x, grid.expand(x.shape[0], *grid.shape)], dim=-1)
 
 
-def _positive(owner: object, field: str) -> None:
-    value = getattr(owner, field)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field}: expected a positive integer, got {value!r}")
+def _plain(owner: object, **values: Any) -> None:
+    """Put checked values into a frozen dataclass."""
+    for field, value in values.items():
+        object.__setattr__(owner, field, value)

@@ -1,6 +1,8 @@
 """Discrete-time survival: bins, hazards, survival curves, risk; and the concordance index."""
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -28,6 +30,10 @@ class TimeBins:
 
     edges: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not all(a < b for a, b in pairwise((-math.inf, *self.edges, math.inf))):
+            raise ValueError(f"edges: expected rising finite numbers, got {self.edges}")
+
     @property
     def count(self) -> int:
         """Number of bins K."""
@@ -45,11 +51,7 @@ class TimeBins:
         Raises:
             ValueError: too few distinct uncensored times for `count` bins, or shapes that differ.
         """
-        times, events = np.asarray(times, float), np.asarray(events, bool)
-        if times.shape != events.shape or times.ndim != 1:
-            raise ValueError(
-                f"events: expected the shape of times, {times.shape}, got {events.shape}"
-            )
+        times, events = outcome_arrays(times, events)
         uncensored = times[events]
         if count < 1 or len(uncensored) < count:
             raise ValueError(
@@ -65,7 +67,30 @@ class TimeBins:
 
     def index(self, times: ArrayLike) -> NDArray[np.int64]:
         """Return the bin of each time, int64 [n]."""
-        return np.searchsorted(self.edges, np.asarray(times, float), side="right").astype(np.int64)
+        values = np.asarray(times, float)
+        if np.isnan(values).any():
+            raise ValueError("times: expected numbers, got NaN")
+        return np.searchsorted(self.edges, values, side="right").astype(np.int64)
+
+
+def outcome_arrays(
+    times: ArrayLike, events: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return times as float64 [n] and events as bool [n] after checking them.
+
+    Raises:
+        ValueError: shapes that differ, times that are not finite, or events other than 0 and 1.
+    """
+    values, observed = np.asarray(times, float), np.asarray(events)
+    if values.shape != observed.shape or values.ndim != 1:
+        raise ValueError(
+            f"events: expected the shape of times, {values.shape}, got {observed.shape}"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError("times: expected finite numbers, got NaN or infinity")
+    if not np.isin(observed, (0, 1)).all():
+        raise ValueError(f"events: expected 0 or 1, got {np.unique(observed)[:5]}")
+    return values, observed.astype(bool)
 
 
 def hazards(logits: Tensor) -> Tensor:
@@ -117,8 +142,6 @@ def concordance_index(times: ArrayLike, events: ArrayLike, risks: ArrayLike | Te
         0.6666666666666666
     """
     if isinstance(risks, Tensor):
-        risks = risks.detach().cpu().numpy()
-    c = concordance_index_censored(
-        np.asarray(events, bool), np.asarray(times, float), np.asarray(risks, float)
-    )[0]
-    return float(c)
+        risks = risks.detach().double().cpu().numpy()
+    values, observed = outcome_arrays(times, events)
+    return float(concordance_index_censored(observed, values, np.asarray(risks, float))[0])

@@ -1,5 +1,6 @@
 """Train a survival model on tensors in memory: Adam, one-cycle, early stopping on validation."""
 
+import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -88,11 +89,21 @@ def train(
         The History.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss is not finite, in training or on validation.
+        ValueError: no patients to train on or to validate with, or no batch size.
     """
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
+    for name, value in (
+        ("patients", len(patients)),
+        ("validation", len(validation)),
+        ("batch_size", batch_size),
+        ("epochs", epochs),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    model.eval()
     with torch.no_grad():
         classes = forward(patients.take(torch.arange(1))).shape[1]
     weights = 1.0 / torch.bincount(patients.bins, minlength=classes).clamp_min(1)
@@ -113,8 +124,7 @@ def train(
         total = 0.0
         for rows in torch.randperm(len(patients), generator=generator).split(batch_size):
             loss = loss_of(patients.take(rows))
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss: expected a finite number, got {loss.item()}")
+            _check_finite("training loss", loss.item())
             total += loss.item() * len(rows)
             optimiser.zero_grad()
             (loss + l1 * l1_penalty(model) if l1 else loss).backward()
@@ -123,6 +133,7 @@ def train(
         model.eval()
         with torch.no_grad():
             validation_loss = loss_of(validation).item()
+        _check_finite("validation loss", validation_loss)
         history.train_loss.append(total / len(patients))
         history.validation_loss.append(validation_loss)
         if validation_loss < best_loss:
@@ -134,3 +145,8 @@ def train(
     model.eval()
     history.seconds = time.perf_counter() - started
     return history
+
+
+def _check_finite(name: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name}: expected a finite number, got {loss}")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .encoders import BagSelfAttention, UpstreamEncoder
 from .healnet import FusionLayer, HEALNet
 from .layers import Attention, FeedForward, Head, ShareWeights
-from .lego import LegoBlock, LegoFuse, LegoMerge, merge_heads
+from .lego_block import LegoBlock
+from .lego_join import LegoFuse, LegoMerge, merge_heads
 from .modalities import Bag, Grid
 
 _TEMPERATURE = 0.5
@@ -90,9 +91,13 @@ def from_upstream(
         ValueError: an unknown model, an argument or tensor that is missing, left over or of the
             wrong shape, or a block that lost its own latents in the authors' LegoFuse.
     """
+    if isinstance(encoders, nn.Module):
+        raise TypeError("encoders: expected a sequence of modules, one per block, got a module")
     kind = config.get("model")
     state = dict(state_dict)
     if kind == "HealNet":
+        if encoders:
+            raise ValueError("encoders: expected none for HealNet")
         model: UpstreamModel = _healnet(config, state)
     elif kind == "LegoBlock":
         model = _block(_required(config, "in_shape"), config, state, "", _one(encoders))
@@ -121,6 +126,7 @@ def to_upstream(model: UpstreamModel) -> dict[str, Tensor]:
     Raises:
         ValueError: a model that the authors' code cannot express.
     """
+    _check_expressible(model)
     return {name: tensor.detach() for name, tensor in _names(model)}
 
 
@@ -257,7 +263,7 @@ def _joined(
     blocks = {
         str(i): _block(
             shape,
-            config.get("block", {}),
+            config.get("block") or {},
             state,
             f"layers.{i}.",
             encoders[i] if encoders else None,
@@ -274,6 +280,8 @@ def _joined(
     for i, block in enumerate(blocks.values()):
         if block.head is None:
             raise ValueError("config['block']: expected blocks with a head to merge")
+        if f"layers.{i}.latent" not in state:
+            raise ValueError(f"state_dict: expected layers.{i}.latent, got none")
         block.to(state[f"layers.{i}.latent"].dtype)
         _fill(_head_names(f"layers.{i}.to_logits.", block.head), state)
         heads.append(block.head)
@@ -309,11 +317,63 @@ def _merged_head(a: Head, b: Head, alpha: float, method: str) -> Head:
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
             u, v = a.get_parameter(name), b.get_parameter(name)
+            if not (u.any() and v.any()):
+                raise ValueError(
+                    f"state_dict: expected merged heads (to_logits.combined_layers), since the "
+                    f"authors' slerp of the blocks' own gives NaN for {name}, which is zero"
+                )
             cosine = ((u * v).sum() / (u.norm() * v.norm())).clamp(-1, 1)
             rest = v - u * cosine
             angle = float(cosine.acos()) * alpha
             parameter.copy_(u * math.cos(angle) + rest / rest.norm() * math.sin(angle))
     return merged
+
+
+def _check_expressible(model: nn.Module) -> None:
+    """Raise unless the authors' code computes what the model computes."""
+
+    def expect(owner: str, config: dict[str, Any], **allowed: tuple[Any, ...]) -> None:
+        for field, values in allowed.items():
+            if config[field] not in values:
+                raise ValueError(
+                    f"model: the authors' code expects {field} {' or '.join(map(repr, values))} "
+                    f"of a {owner}, got {config[field]!r}"
+                )
+
+    own_weights = (False, "all-but-first")
+    if isinstance(model, HEALNet):
+        expect(
+            "HealNet",
+            model.config,
+            temperature=(_TEMPERATURE,),
+            share_weights=own_weights,
+            self_attention=(0, 1),
+        )
+        for name, modality in model.modalities.items():
+            if not isinstance(modality, Grid):
+                raise ValueError(f"model: the authors' code expects a Grid, got {name} {modality}")
+    elif isinstance(model, LegoBlock):
+        expect(
+            "LegoBlock",
+            model.config,
+            temperature=(_TEMPERATURE,),
+            share_weights=own_weights,
+            heads=(_HEADS,),
+            head_dim=(_HEAD_DIM,),
+            fft=("latents", "width", None),
+            context=("spectrum",),
+            snn=(True,),
+        )
+    elif isinstance(model, (LegoMerge, LegoFuse)):
+        if isinstance(model, LegoMerge):
+            methods = ("upstream-harmonic", "sum", "mean", "product")
+            expect("LegoMerge", model.config, method=methods)
+            if model.method == "mean" and len(set(model.weights.values())) > 1:
+                raise ValueError("model: the authors' code expects equal weights of a mean")
+        else:
+            expect("LegoFuse", model.config, mode=("stack", "upstream-weave"))
+        for block in model.blocks.values():
+            _check_expressible(block)
 
 
 def _real_name(name: str) -> str:

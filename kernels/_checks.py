@@ -1,7 +1,7 @@
 """Argument checks that every operator shares; each error names the argument."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,14 +33,23 @@ def same_tensors(
     return tensors
 
 
+def refuse_forward_mode(operator: str) -> None:
+    """Raise in forward-mode differentiation, in which torch would take the derivative for zero."""
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        raise NotImplementedError(f"{operator}: expected reverse mode, got forward-mode autograd")
+
+
 def normalised_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return `count` weights that sum to 1; None means equal ones."""
     if weights is None:
         return [1.0 / count] * count
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights: expected {count} numbers, got {type(weights).__name__}")
     values = [float(w) for w in weights]
     if len(values) != count:
         raise ValueError(f"weights: expected {count} values, one per tensor, got {len(values)}")
-    if not all(math.isfinite(w) and w >= 0 for w in values) or sum(values) <= 0:
+    if not all(math.isfinite(w) and w >= 0 for w in values) or max(values) <= 0:
         raise ValueError(f"weights: expected non-negative numbers, not all zero, got {values}")
-    total = math.fsum(values)
-    return [w / total for w in values]
+    largest = max(values)  # so that the sum of huge weights stays finite
+    total = math.fsum([w / largest for w in values])
+    return [w / largest / total for w in values]

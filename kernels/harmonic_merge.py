@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import normalised_weights, same_tensors
+from ._checks import normalised_weights, refuse_forward_mode, same_tensors
 from ._native import native
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
@@ -27,12 +27,13 @@ def harmonic_merge(
 
     MM-Lego, Eq. 4, which is the case of two tensors at equal weights:
     2|a||b| / (|a| + |b|) · exp(i (arg a + arg b) / 2). The result is zero where any input is
-    zero, and one tensor is returned as it is. Differentiable in `latents`; at zeros the gradient
-    is zero.
+    zero, and one tensor is returned as it is. Differentiable in `latents` in reverse mode; at zeros
+    the gradient is zero.
 
     Args:
         latents: one or more complex64 or complex128 tensors of one shape, dtype and device.
-        weights: one non-negative number per tensor, normalised to sum to 1; None means equal.
+        weights: one non-negative number per tensor, normalised to sum to 1; None means equal. A
+            tensor of weight zero takes no part.
         phase: "principal", the mean of the angles in (-π, π], where a negative real number with an
             imaginary part of -0.0 counts as -π; or "circular", the angle of the mean of the unit
             phasors, which has no branch cut (0 where the phasors cancel exactly).
@@ -55,11 +56,15 @@ def harmonic_merge(
     weights = normalised_weights(weights, len(latents))
     if phase not in ("principal", "circular"):
         raise ValueError(f"phase: expected 'principal' or 'circular', got {phase!r}")
+    refuse_forward_mode("harmonic_merge")
+    if 0.0 in weights:  # what has no weight takes no part
+        latents = [z for z, w in zip(latents, weights, strict=True) if w]
+        weights = [w for w in weights if w]
     if out is None:
         return torch.ops.motet.harmonic_merge(latents, weights, phase)
     same_tensors([latents[0], out], "(latents[0], out)", (latents[0].dtype,))
-    if not out.is_contiguous():
-        raise ValueError("out: expected a contiguous tensor")
+    if not out.is_contiguous() or out.is_conj() or out.is_neg():
+        raise ValueError("out: expected a contiguous tensor without lazy conjugation")
     if torch.is_grad_enabled() and (out.requires_grad or any(z.requires_grad for z in latents)):
         raise ValueError("out: expected no argument that requires grad; leave out=None to train")
     torch.ops.motet.harmonic_merge_out(latents, weights, phase, out)
@@ -113,6 +118,13 @@ def _fake(latents: list[Tensor], weights: list[float], phase: str) -> Tensor:
     return torch.empty(latents[0].shape, dtype=latents[0].dtype, device=latents[0].device)
 
 
+def _polar(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return |z| and z / |z|, 0 at 0; by parts, since complex division loses tiny numbers."""
+    size = torch.hypot(z.real, z.imag)
+    safe = torch.where(size > 0, size, 1)
+    return size, torch.complex(z.real / safe, z.imag / safe)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     latents, ctx.weights, ctx.phase = inputs
     ctx.save_for_backward(output, *latents)
@@ -129,10 +141,9 @@ def _backward(ctx, grad: Tensor):
     merged, *latents = ctx.saved_tensors
     if len(latents) == 1:
         return [grad], None, None
-    size = torch.hypot(merged.real, merged.imag)
-    rotated = grad.conj() * torch.where(size > 0, merged / size, 0)
-    sizes = [torch.hypot(z.real, z.imag) for z in latents]
-    units = [torch.where(m > 0, z / m, 0) for z, m in zip(latents, sizes, strict=True)]
+    size, phase = _polar(merged)
+    rotated = grad.conj() * phase
+    sizes, units = zip(*(_polar(z) for z in latents), strict=True)
     phase_weights: list[float] | list[Tensor] = ctx.weights
     if ctx.phase == "circular":
         total = torch.stack([w * u for w, u in zip(ctx.weights, units, strict=True)]).sum(0)

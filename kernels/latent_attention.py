@@ -35,6 +35,7 @@ def latent_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or offsets that do not fit.
+        TypeError: something that is not a tensor.
     """
     _check(q, k, offsets, v=v)
     if not 0 <= dropout_p < 1:
@@ -71,6 +72,7 @@ def attention_weights(
 
     Raises:
         ValueError: shapes, dtypes, devices or offsets that do not fit.
+        TypeError: something that is not a tensor.
     """
     _check(q, k, offsets)
     if offsets is None:
@@ -91,6 +93,11 @@ def _spans(offsets: Tensor) -> list[tuple[int, int]]:
 
 
 def _check(q: Tensor, k: Tensor, offsets: Tensor | None, v: Tensor | None = None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("offsets", offsets)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in ("v", "offsets")):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not q.is_floating_point():
+        raise ValueError(f"q: expected floating-point numbers, got {q.dtype}")
     if q.ndim != 4:
         raise ValueError(f"q: expected [B, H, C, E], got {tuple(q.shape)}")
     batch, heads, _, width = q.shape

@@ -1,12 +1,12 @@
 """Spherical linear interpolation of whole tensors (MM-Lego, section 3.3)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ._checks import normalised_weights, same_tensors
+from ._checks import normalised_weights, refuse_forward_mode, same_tensors
 from ._native import native
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
@@ -15,6 +15,8 @@ _LIBRARY.define("slerp_backward(Tensor grad, Tensor[] vectors, float[] weights) 
 
 # Closer than this to opposite, the great circle between two vectors is undefined in practice.
 _OPPOSITE = 1e-7
+# Less of the weighted logarithms along the mean than this cannot stand for its direction.
+_FLAT = 1e-3
 
 
 def slerp(vectors: Sequence[Tensor], weights: Sequence[float] | float | None = None) -> Tensor:
@@ -24,9 +26,9 @@ def slerp(vectors: Sequence[Tensor], weights: Sequence[float] | float | None = N
 
     with Θ the angle between a and b and t the weight of b (MM-Lego, section 3.3). For more than
     two, the weighted Karcher mean of the unit vectors u_i is written as Σ c_i u_i, and Σ c_i v_i is
-    returned: at two it is the formula above, whatever the norms. Vectors of which one is zero or
-    two are opposite have no arc between them and are interpolated linearly. Differentiable in
-    `vectors`.
+    returned: at two it is the formula above, whatever the norms. Vectors of which one is zero, two
+    are opposite, or which spread so far that no mean stands out are interpolated linearly.
+    Differentiable in `vectors`, once, in reverse mode.
 
     Args:
         vectors: one or more float32 or float64 tensors of one shape, dtype and device.
@@ -47,14 +49,16 @@ def slerp(vectors: Sequence[Tensor], weights: Sequence[float] | float | None = N
         tensor([0.7071, 0.7071])
     """
     vectors = same_tensors(vectors, "vectors", (torch.float32, torch.float64))
-    if isinstance(weights, (int, float)):
-        if len(vectors) != 2 or not 0 <= weights <= 1:
-            raise ValueError(
-                "weights: expected one number in [0, 1] with two vectors, or one number per "
-                f"vector, got {weights} with {len(vectors)}"
-            )
-        weights = [1.0 - weights, float(weights)]
-    return torch.ops.motet.slerp(vectors, normalised_weights(weights, len(vectors)))
+    refuse_forward_mode("slerp")
+    if weights is None or isinstance(weights, Iterable):
+        return torch.ops.motet.slerp(vectors, normalised_weights(weights, len(vectors)))
+    t = float(weights)
+    if len(vectors) != 2 or not 0 <= t <= 1:
+        raise ValueError(
+            "weights: expected one number in [0, 1] with two vectors, or one number per vector, "
+            f"got {t} with {len(vectors)}"
+        )
+    return torch.ops.motet.slerp(vectors, [1.0 - t, t])
 
 
 def slerp_reference(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -85,18 +89,25 @@ def slerp_coefficients(cosines: Tensor, weights: Sequence[float]) -> Tensor:
         if math.sin(angle) < 1e-8:
             return w
         return (w * angle).sin() / math.sin(angle)
-    # The mean u satisfies c_i ~ w_i Θ_i / sin Θ_i, Θ_i the angle between u and u_i: a fixed point.
-    c = w / (w @ cosines @ w).sqrt()
+    # Riemannian gradient steps, in coefficients: the mean of the logarithms of the u_i at u is
+    # Σ t_i u_i with t = y - (y·p) c, p the cosines to u and y_i = w_i Θ_i / sin Θ_i.
+    c = w
     for _ in range(1000):
-        p = cosines @ c
-        following = w * _inverse_sinc(p)
-        square = following @ cosines @ following
-        if p.min() < _OPPOSITE - 1.0 or not square > 1e-14:
+        square = c @ cosines @ c
+        if not square > 1e-14:
             return w
-        following = following / square.sqrt()
-        step, c = (following - c).abs().max(), following
-        if step < 1e-15:
-            return c
+        c = c / square.sqrt()
+        p = cosines @ c
+        if p.min() < _OPPOSITE - 1.0:
+            return w
+        y = w * _inverse_sinc(p)
+        t = y - (y @ p) * c
+        step = (t @ cosines @ t).clamp_min(0).sqrt().item()
+        if step < 1e-13:
+            # Where vectors depend on each other c is not unique; this form, which the mean
+            # satisfies, is. Without a component along the mean there is no such form.
+            return y / (y @ p) if y @ p > _FLAT else w
+        c = math.cos(step) * c + math.sin(step) / step * t
     return w
 
 
@@ -170,6 +181,10 @@ def _backward_op(grad: Tensor, vectors: list[Tensor], weights: list[float]) -> l
     return [g.to(grad.dtype).contiguous() for g in grads]
 
 
+def _twice(ctx, grads):
+    raise NotImplementedError("slerp: expected one derivative, got a request for the second")
+
+
 def _setup_context(ctx, inputs, output) -> None:
     vectors, ctx.weights = inputs
     ctx.save_for_backward(*vectors)
@@ -190,6 +205,7 @@ torch.library.register_fake(
     ],
     lib=_LIBRARY,
 )
+torch.library.register_autograd("motet::slerp_backward", _twice, lib=_LIBRARY)
 torch.library.register_autograd(
     "motet::slerp", _backward, setup_context=_setup_context, lib=_LIBRARY
 )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import motet
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -65,11 +66,55 @@ def test_lego(tmp_path) -> None:
         motet.load(path)
     with pytest.raises(ValueError, match="encoders: unknown modality 'ct'"):
         motet.load(path, encoders={**own, "ct": nn.Identity()})
-    with pytest.raises(ValueError, match="other encoders saved"):
+    with pytest.raises(ValueError, match="another architecture"):
         motet.load(path, encoders={"mri": nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))})
     motet.save(blocks["mri"], path)
-    with pytest.raises(ValueError, match="other encoders saved"):
+    with pytest.raises(ValueError, match="another architecture"):
         motet.load(path, encoders=nn.Conv2d(3, 9, 1))
+
+
+def test_every_model_that_can_be_built_can_be_saved(tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    numbers = motet.HEALNet(
+        {"a": motet.Tabular(np.int64(3))},  # pyright: ignore[reportArgumentType]
+        out_features=2,
+        heads=np.int64(2),  # pyright: ignore[reportArgumentType]
+        attn_dropout=np.float32(0.5),  # pyright: ignore[reportArgumentType]
+    ).eval()
+    motet.save(numbers, path)
+    x = torch.randn(2, 3)
+    assert torch.equal(motet.load(path)({"a": x}), numbers({"a": x}))
+
+    def block(out_features: int | None, encoder: nn.Module | None = None) -> motet.LegoBlock:
+        sizes = {"num_latents": 4, "latent_dim": 8, "heads": 2, "head_dim": 4}
+        return motet.LegoBlock(motet.Tabular(3), encoder, out_features=out_features, **sizes)
+
+    given = motet.fusion.layers.Head(8, 7)
+    for model in (
+        motet.LegoMerge({"a": block(None), "b": block(None)}, head=given),
+        motet.LegoMerge({"a": block(2), "b": block(2)}, head=given),
+        motet.LegoFuse({"a": block(None), "b": block(None)}),
+    ):
+        motet.save(model.eval(), path)
+        loaded = motet.load(path)
+        assert torch.equal(loaded({"a": x, "b": x}), model({"a": x, "b": x}))
+        assert loaded.config == model.config
+
+    class SNN(nn.Linear):
+        """An encoder of the user's, named as one of motet's, with a view of a parameter."""
+
+        def __init__(self) -> None:
+            super().__init__(3, 5)
+            self.register_buffer("start", self.weight.detach())
+
+    own = block(2, SNN()).eval()
+    motet.save(own, path)
+    assert torch.equal(motet.load(path, encoders=SNN())(x), own(x))
+    with pytest.raises(ValueError, match="the block's own encoder, a SNN"):
+        motet.load(path)
+    motet.save(motet.LegoMerge({"a": own}), path)
+    with pytest.raises(TypeError, match="encoders: expected a dict"):
+        motet.load(path, encoders=SNN())
 
 
 def test_tied_weights_are_stored_once(tmp_path) -> None:
@@ -165,6 +210,14 @@ def test_bad_files(tmp_path) -> None:
         ValueError, match="format 2 was written by motet 9.0.*pip install --upgrade"
     ):
         motet.load(path)
+    save_file({}, path, {"motet": '{"format": 3}', "sha256": ""})
+    with pytest.raises(ValueError, match="format 3 was written by"):
+        motet.load(path)
+    save_file({}, path, {"motet": "[]", "sha256": ""})
+    with pytest.raises(ValueError, match="its header cannot be read"):
+        motet.load(path)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        motet.save(healnet(), tmp_path / "nowhere" / "model.safetensors")
     with pytest.raises(TypeError, match="model: expected one of HEALNet"):
         motet.save(nn.Linear(1, 1), path)
     motet.save(healnet(), path)

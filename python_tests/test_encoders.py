@@ -25,6 +25,18 @@ def test_abmil_ignores_what_is_masked() -> None:
     assert torch.allclose(model(x, mask=mask)[1], model(x)[1], atol=1e-12)
 
 
+def test_abmil_never_reads_padding() -> None:
+    model = motet.ABMIL(6, hidden=8, attention=5)
+    x = torch.full((2, 7, 6), float("nan"))
+    x[0, :3] = torch.randn(3, 6)
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[0, :3] = True
+    out = model(x, mask=mask)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_snn_keeps_unit_variance() -> None:
     model = motet.SNN(500, hidden=(400, 300), dropout=0.0)
     out = model(torch.randn(200, 500))

@@ -130,9 +130,35 @@ def test_gradients(phase: str, count: int) -> None:
     assert torch.autograd.gradgradcheck(call, latents)
 
 
+def test_infinite_inputs_are_the_same_in_both() -> None:
+    infinity, one = float("inf"), torch.tensor([1 + 1j], dtype=torch.complex64)
+    for z in (complex(infinity, 0), complex(0, -infinity), complex(infinity, infinity)):
+        other = torch.tensor([z], dtype=torch.complex64)
+        for pair in ([one, other], [other, one], [other, other], [0 * one, other]):
+            for weights in ([0.5, 0.5], [0.3, 0.7]):
+                expected = harmonic_merge_reference(pair, weights)
+                assert torch.allclose(harmonic_merge(pair, weights), expected, equal_nan=True)
+
+
+def test_what_has_no_weight_takes_no_part() -> None:
+    a = torch.tensor([1e-30 + 0j, 0j], requires_grad=True)
+    b = torch.tensor([1e10 + 0j, 2j], requires_grad=True)
+    merged = harmonic_merge([a, b], [0.0, 1.0])
+    assert torch.equal(merged, b)
+    assert torch.autograd.grad(merged.real.sum(), a, allow_unused=True) == (None,)
+    huge = harmonic_merge([a, b], [1e308, 1e308])
+    assert torch.equal(huge, harmonic_merge([a, b]))
+
+
+def test_forward_mode_says_that_it_is_not_there() -> None:
+    a, b = torch.randn(2, 3, dtype=torch.complex64)
+    with pytest.raises(NotImplementedError, match="expected reverse mode"):
+        torch.func.jvp(lambda z: harmonic_merge([z, b]), (a,), (b,))
+
+
 def test_gradients_stay_finite_at_the_edges() -> None:
-    a = torch.tensor([0j, 1e-38 + 0j, 1e38 + 0j, 1 + 0j, -1 + 0j], requires_grad=True)
-    b = torch.tensor([1 + 0j, 1e38 + 0j, 1e-38 + 0j, 0j, 1 + 0j], requires_grad=True)
+    a = torch.tensor([0j, 1e-38, 1e38, 1, -1, 1e-44, 1e-44j], requires_grad=True)
+    b = torch.tensor([1, 1e38, 1e-38, 0j, 1, 1e-44j, 1e38], requires_grad=True)
     for phase in PHASES:
         grads = torch.autograd.grad(harmonic_merge([a, b], phase=phase).real.sum(), (a, b))
         assert all(g.isfinite().all() for g in grads)

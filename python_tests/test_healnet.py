@@ -126,6 +126,8 @@ def test_missing_in_every_spelling() -> None:
         (inputs, {"masks": {"wsi": nobody[:, None].expand(2, 8)}}),
         ({**absent, "wsi": inputs["wsi"][:, :0]}, {}),
         ({**absent, "wsi": empty}, {}),
+        ({**absent, "wsi": inputs["wsi"][:, None][:, :0]}, {}),
+        ({**absent, "wsi": inputs["wsi"][:, None, :0]}, {}),
         ({**absent, "wsi": None}, {"present": {"wsi": nobody}}),
         ([inputs[n] if n != "wsi" and n in inputs else None for n in model.modalities], {}),
     ):
@@ -189,6 +191,43 @@ def test_several_items_per_patient_are_one_bag() -> None:
     scans = torch.randn(2, 2, 2, 3, 2, 1, **WIDE)
     weights = model({"mri": scans}, return_attention=True).attention["mri"][0]
     assert weights.shape == (2, 2, 5, 24)
+
+
+def test_jagged_layouts() -> None:
+    model = model_of()
+    padded = torch.randn(2, 9, 6, **WIDE, requires_grad=True)
+    start, size = torch.tensor([0, 2]), torch.tensor([3, 4])
+    holes = torch.nested.narrow(padded, 1, start, size, layout=torch.jagged)
+    out = model({"wsi": holes})
+    assert close(out[1:], model({"wsi": padded[1:, 2:6]}))
+    out.sum().backward()
+    used = padded.grad.abs().sum(-1) > 0
+    assert used.sum(1).tolist() == [3, 4]
+    values = torch.randn(6, 6, **WIDE)
+    narrow = torch.tensor([0, 2, 6], dtype=torch.int32)
+    bags = torch.nested.nested_tensor_from_jagged(values, narrow)
+    assert close(model({"wsi": bags})[:1], model({"wsi": values[None, :2]}))
+    with pytest.raises(ValueError, match="ragged in its second axis"):
+        model({"wsi": bags.transpose(1, 2)})
+    with pytest.raises(ValueError, match="expected offsets from 0 to 6"):
+        model({"wsi": torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 2, 4]))})
+
+
+def test_empty_batch() -> None:
+    model = model_of(self_attention=1)
+    inputs, coords = inputs_of(1)
+    nobody = {name: x[:0] for name, x in inputs.items()}
+    out = model(nobody, coords={"cells": coords[:0]}, return_attention=True)
+    assert out.logits.shape == (0, 3)
+    assert model({"omic": nobody["omic"]}, present={"omic": torch.ones(0).bool()}).shape == (0, 3)
+
+
+def test_half_precision_models_take_pixels_in_float32() -> None:
+    model = motet.HEALNet({"cells": motet.Bag(4, coords=2, extent=1e5)}, out_features=2).eval()
+    cells, pixels = torch.randn(1, 5, 4), 1e5 * torch.rand(1, 5, 2)
+    expected = model({"cells": cells}, coords={"cells": pixels})
+    out = model.bfloat16()({"cells": cells.bfloat16()}, coords={"cells": pixels})
+    assert torch.allclose(out.float(), expected, atol=0.1)
 
 
 def test_weight_sharing() -> None:
@@ -287,6 +326,15 @@ def test_refusals() -> None:
         (ValueError, "present of .*expected \\(2,\\)", inputs, {"present": {"wsi": ok[:1]}}),
         (TypeError, "present of .*expected a bool", inputs, {"present": {"wsi": [True, True]}}),
         (ValueError, "says present, but", {"omic": inputs["omic"]}, {"present": {"wsi": ok}}),
+        (TypeError, "present of .*expected a bool", {"omic": inputs["omic"]},
+         {"present": {"wsi": [True, True]}}),
+        (ValueError, "present of .*expected \\(2,\\)", {"omic": inputs["omic"]},
+         {"present": {"wsi": ok[:1]}}),
+        (TypeError, "masks of .*expected a bool", {"omic": inputs["omic"]},
+         {"masks": {"wsi": "all"}}),
+        (TypeError, "coords of .*expected a tensor", {"omic": inputs["omic"]},
+         {"coords": {"cells": "here"}}),
+        (ValueError, "expected a dense or jagged tensor", {"omic": inputs["omic"].to_sparse()}, {}),
         (ValueError, "got no coords", {"cells": torch.randn(2, 3, 4, **WIDE)}, {}),
         (ValueError, "which takes none", inputs, {"coords": {"wsi": coords}}),
         (ValueError, "coords of .*expected \\(2, 3, 2\\)", {"cells": torch.randn(2, 3, 4, **WIDE)},
@@ -309,6 +357,17 @@ def test_refusals() -> None:
         ("share_weights: expected", {"share_weights": "some"}),
         ("attn_dropout: expected a probability", {"attn_dropout": 1.0}),
         ("fourier_encode: Tabular", {"fourier_encode": False}),
+        ("heads: expected a positive integer", {"heads": 0}),
+        ("heads: expected a positive integer", {"heads": 2.0}),
+        ("head_dim: expected a positive integer", {"head_dim": -3}),
+        ("self_heads: expected a positive integer", {"self_heads": 0}),
+        ("self_attention: expected a non-negative integer", {"self_attention": -1}),
+        ("num_latents: expected a positive integer", {"num_latents": True}),
+        ("temperature: expected a positive finite", {"temperature": 0.0}),
+        ("temperature: expected a positive finite", {"temperature": float("nan")}),
+        ("num_freq_bands: expected a positive integer", {"num_freq_bands": -1}),
+        ("max_freq: expected a positive finite", {"max_freq": float("inf")}),
+        ("snn: expected True or False", {"snn": "yes"}),
     ],
 )
 def test_bad_options(message: str, options: dict[str, Any]) -> None:
@@ -317,7 +376,7 @@ def test_bad_options(message: str, options: dict[str, Any]) -> None:
 
 
 def test_bad_modalities() -> None:
-    with pytest.raises(ValueError, match="modalities: expected at least one"):
+    with pytest.raises(ValueError, match="modalities: expected a dict"):
         motet.HEALNet({}, out_features=1)
     with pytest.raises(ValueError, match="features: expected a positive integer"):
         motet.Tabular(0)
@@ -325,5 +384,11 @@ def test_bad_modalities() -> None:
         motet.Tabular(3, tokens="columns")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="extent: expected a positive"):
         motet.Bag(3, coords=2, extent=0)
+    for wrong in (5, motet.Tabular):
+        with pytest.raises(TypeError, match="modalities\\['o'\\]: expected a Tabular, Bag or Grid"):
+            motet.HEALNet({"o": wrong}, out_features=1)  # pyright: ignore
+    for wrong in (motet.Tabular(3), [motet.Tabular(3)]):
+        with pytest.raises(ValueError, match="modalities: expected a dict"):
+            motet.HEALNet(wrong, out_features=1)  # pyright: ignore
     with pytest.raises(ValueError, match="'type'"):
         motet.HEALNet({"type": motet.Tabular(3)}, out_features=1)

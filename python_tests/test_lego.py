@@ -40,6 +40,34 @@ class Convolution(nn.Module):
         return self.convolve(x.movedim(-1, 1)).movedim(1, -1)
 
 
+class Narrow(nn.Module):
+    """An encoder in another precision than its block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+class Fickle(nn.Module):
+    """An encoder whose output has another width for longer bags."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : 7 - x.shape[1]] if x.shape[1] < 3 else x[..., :2]
+
+
+class FourTokens(nn.Module):
+    """An encoder that takes a mask and pools every bag to four tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores = self.queries @ x.transpose(1, 2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        return scores.softmax(-1) @ x
+
+
 def block_of(modality: Any, encoder: nn.Module | None = None, seed: int = 0, **options: Any):
     torch.manual_seed(seed)
     options = {"num_latents": 6, "latent_dim": 5, "heads": 2, "head_dim": 4, **options}
@@ -109,7 +137,13 @@ def test_every_row_is_predicted_alone(fft, context: str, normalise: bool) -> Non
     ragged = torch.nested.nested_tensor(
         [x[keep] for x, keep in zip(bag, mask, strict=True)], layout=torch.jagged
     )
-    encoders = [None, motet.ABMIL(6, hidden=8, attention=5), TokenMixer(6, 3), nn.Linear(6, 4)]
+    encoders = [
+        None,
+        motet.ABMIL(6, hidden=8, attention=5),
+        TokenMixer(6, 3),
+        nn.Linear(6, 4),
+        FourTokens(),
+    ]
     for encoder in encoders:
         block = block_of(motet.Bag(6), encoder, **options)
         out = block(poisoned, mask=mask, present=present, return_latents=True)
@@ -294,6 +328,40 @@ def test_weave_alternates_the_layers() -> None:
     assert close(got, torch.fft.fft2(latents).real)
 
 
+def test_latents_are_of_one_kind_whatever_is_missing() -> None:
+    blocks, x = blocks_of(2, fft=None), inputs_of(2)
+    for method, is_complex in (("harmonic", True), ("mean", False)):
+        merged = motet.LegoMerge(blocks, method=method)
+        for missing in (None, "wsi"):
+            given_ = {name: x[name] for name in blocks if name != missing}
+            assert merged(given_, return_latents=True).latents.is_complex() == is_complex
+
+
+def test_empty_batches() -> None:
+    blocks = blocks_of(3)
+    nobody = {name: tensor[:0] for name, tensor in inputs_of(1).items() if name in blocks}
+    models = [
+        motet.LegoMerge(blocks),
+        motet.LegoFuse(blocks),
+        motet.LegoFuse(blocks, mode="weave"),
+    ]
+    for model in models:
+        assert model(nobody).shape == (0, 3)
+        present = {"wsi": torch.ones(0, dtype=torch.bool)}
+        assert model(nobody, present=present).shape == (0, 3)
+    assert blocks["wsi"](nobody["wsi"]).shape == (0, 3)
+
+
+def test_joined_models_take_their_blocks_mode() -> None:
+    blocks = blocks_of(3)
+    assert not motet.LegoMerge(blocks).training
+    blocks["wsi"].train()
+    merged = motet.LegoMerge(blocks)
+    assert merged.training
+    bigger = merged.eval().add("more", blocks["wsi"])
+    assert not any(module.training for module in bigger.modules())
+
+
 def test_nothing_changes_the_blocks() -> None:
     blocks, x = blocks_of(3), inputs_of(3)
     before = {name: copy.deepcopy(block.state_dict()) for name, block in blocks.items()}
@@ -411,7 +479,7 @@ def test_refusals() -> None:
          lambda: motet.LegoMerge({**blocks, "a": block_of(motet.Bag(6), num_latents=7)})),
         (ValueError, "expected fft '2d' as",
          lambda: motet.LegoMerge({**blocks, "a": block_of(motet.Bag(6), fft=None)})),
-        (ValueError, "method: expected one of", lambda: motet.LegoMerge(blocks, method="max")),
+        (ValueError, "method: expected 'harmonic'", lambda: motet.LegoMerge(blocks, method="max")),
         (ValueError, "method: upstream-harmonic takes 2",
          lambda: motet.LegoMerge(blocks, method="upstream-harmonic")),
         (ValueError, "head: expected", lambda: motet.LegoMerge(blocks, head="nearest")),
@@ -433,8 +501,25 @@ def test_refusals() -> None:
         (ValueError, "context: expected", lambda: block_of(motet.Bag(6), context="tokens")),
         (ValueError, "encoder: expected None for a Bag with coords",
          lambda: block_of(motet.Bag(6, coords=2), nn.Linear(6, 6))),
-        (ValueError, "expected it to return",
-         lambda: block_of(motet.Bag(6), nn.Linear(6, 4), encoder_dim=5)(x["wsi"])),
+        (ValueError, "encoder_dim: expected 4",
+         lambda: block_of(motet.Bag(6), nn.Linear(6, 4), encoder_dim=5)),
+        (ValueError, "encoder_dim: expected None", lambda: block_of(motet.Bag(6), encoder_dim=5)),
+        (TypeError, "encoder: expected a torch.nn.Module", lambda: block_of(motet.Bag(6), len)),
+        (TypeError, "modality: expected a Tabular", lambda: block_of(6)),
+        (ValueError, "encoder's output: expected torch.float64",
+         lambda: block_of(motet.Bag(6), Narrow())(x["wsi"])),
+        (ValueError, "encoder: expected it to return",
+         lambda: block_of(motet.Bag(6), Fickle())(x["wsi"])),
+        (ValueError, "blocks\\['b'\\]: expected torch.float64 on cpu as blocks\\['a'\\]",
+         lambda: motet.LegoMerge({"a": block, "b": copy.deepcopy(block).float()})),
+        (ValueError, "latents: expected torch.float64",
+         lambda: block(x["wsi"], latents=torch.randn(6, 5, dtype=torch.complex128))),
+        (ValueError, "dtype: expected float32 or float64",
+         lambda: copy.deepcopy(blocks["cells"]).bfloat16()(x["cells"].bfloat16())),
+        (ValueError, "head: expected a Head of width 5",
+         lambda: motet.LegoMerge(blocks, head=motet.fusion.layers.Head(4, 3).double())),
+        (TypeError, "weights: expected one number per block",
+         lambda: motet.LegoMerge(blocks, weights=0.5)),
         (ValueError, "mask: expected whole items", lambda: block_of(
             motet.Grid(3, axes=2), Convolution())(
                 x_image := torch.randn(1, 4, 6, 3, **WIDE),

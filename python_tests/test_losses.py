@@ -67,6 +67,8 @@ def test_nll_refusals() -> None:
         ("bins: expected int64 in 0 to 3", (logits, index.double(), events), {}),
         ("alpha: expected", (logits, index, events), {"alpha": 2.0}),
         ("weights: expected \\[4\\]", (logits, index, events), {"weights": [1.0]}),
+        ("weights: expected non-negative", (logits, index, events), {"weights": [0.0] * 4}),
+        ("batch: expected at least one", (logits[:0], index[:0], events[:0]), {}),
     ):
         with pytest.raises(ValueError, match=message):
             motet.nll_loss(*arguments, **options)
@@ -124,6 +126,10 @@ def test_cox_edges() -> None:
         motet.cox_loss(torch.zeros(3, 2), times, events)
     with pytest.raises(ValueError, match="times: expected \\(3,\\)"):
         motet.cox_loss(eta, times[:2], events)
+    with pytest.raises(ValueError, match="times: expected finite"):
+        motet.cox_loss(eta, times * float("nan"), events)
+    with pytest.raises(TypeError, match="times: expected a tensor"):
+        motet.cox_loss(eta, [1.0, 2.0, 3.0], events)  # pyright: ignore[reportArgumentType]
 
 
 def test_l1_penalty() -> None:
@@ -135,6 +141,11 @@ def test_l1_penalty() -> None:
     assert penalty.item() == 3
     penalty.backward()
     assert torch.equal(model.bias.grad, torch.tensor([1.0, -1.0]))
+
+
+def test_l1_penalty_needs_parameters() -> None:
+    with pytest.raises(ValueError, match="at least one trainable parameter"):
+        motet.l1_penalty(torch.nn.Identity())
 
 
 def test_cross_entropy_is_torchs() -> None:

@@ -84,6 +84,7 @@ def test_public_names_are_lazy_listed_and_resolved() -> None:
     assert set(motet.__all__) <= set(dir(motet))
     assert len(public_objects()) >= 25
     assert sorted(motet.__all__) == sorted({*motet._HOME, *PARTS})
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", motet.__version__)
     with pytest.raises(AttributeError, match="has no attribute 'Perceiver'"):
         _ = motet.Perceiver  # pyright: ignore[reportAttributeAccessIssue]
 

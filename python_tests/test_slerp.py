@@ -90,6 +90,21 @@ def test_karcher_mean() -> None:
         assert torch.allclose(shuffled, mean, atol=1e-12)
 
 
+@pytest.mark.parametrize(("count", "dim"), [(3, 3), (3, 4), (5, 4), (5, 8), (8, 64)])
+def test_widely_spread_vectors_have_one_mean(count: int, dim: int) -> None:
+    """Far from each other the mean is still found: no order, no backend decides."""
+    generator = torch.Generator().manual_seed(count * dim)
+    linear = 0
+    for _ in range(50):
+        vectors = [torch.randn(dim, dtype=torch.float64, generator=generator) for _ in range(count)]
+        weights = [1 / count] * count
+        mean = slerp(vectors, weights)
+        assert torch.allclose(slerp(vectors[::-1], weights), mean, atol=1e-9)
+        assert torch.allclose(slerp_reference(vectors, weights), mean, atol=1e-9)
+        linear += torch.allclose(mean, torch.stack(vectors).mean(0), atol=1e-9)
+    assert linear <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_native_is_as_good_as_torch(dtype: torch.dtype, count: int) -> None:
@@ -112,6 +127,15 @@ def test_gradients_of_nearly_equal_vectors() -> None:
     a = torch.randn(6, dtype=torch.float64, requires_grad=True)
     b = (a.detach() + 1e-3 * torch.randn(6, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda *v: slerp(v, 0.3), (a, b), eps=1e-7, atol=1e-5)
+
+
+def test_derivatives_that_are_not_there_say_so() -> None:
+    a, b = (torch.randn(6, requires_grad=True) for _ in range(2))
+    (first,) = torch.autograd.grad(slerp([a, b]).square().sum(), a, create_graph=True)
+    with pytest.raises(NotImplementedError, match="expected one derivative"):
+        first.sum().backward()
+    with pytest.raises(NotImplementedError, match="expected reverse mode"):
+        torch.func.jvp(lambda x: slerp([x, b]), (a.detach(),), (torch.ones(6),))
 
 
 def test_registration() -> None:
@@ -143,6 +167,7 @@ def test_bad_arguments() -> None:
         (ValueError, "vectors\\[0\\]: expected torch.float32 or torch.float64", ([a.long()],)),
         (ValueError, "vectors\\[1\\]: expected the shape", ([a, a[:2]],)),
         (TypeError, "vectors: expected a sequence", (a,)),
+        (ValueError, "weights: expected non-negative", ([a, a, a], [1e308, 1e308, -1])),
     ]
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):

@@ -33,6 +33,16 @@ def test_bins_refusals() -> None:
         motet.TimeBins.fit([1, 1, 1, 1, 2], [1, 1, 1, 1, 1])
     with pytest.raises(ValueError, match="expected the shape of times"):
         motet.TimeBins.fit([1, 2], [1])
+    with pytest.raises(ValueError, match="times: expected finite"):
+        motet.TimeBins.fit([1, 2, float("nan"), 4], [1] * 4, 2)
+    with pytest.raises(ValueError, match="events: expected 0 or 1"):
+        motet.TimeBins.fit([1, 2, 3, 4], [1, 2, 0, 1], 2)
+    with pytest.raises(ValueError, match="edges: expected rising"):
+        motet.TimeBins((2.0, 1.0))
+    with pytest.raises(ValueError, match="times: expected numbers"):
+        motet.TimeBins((1.0, 2.0)).index([float("nan")])
+    with pytest.raises(ValueError, match="times: expected finite"):
+        motet.concordance_index([1.0, float("nan")], [1, 1], [0.0, 1.0])
 
 
 @given(st.integers(0, 1000))

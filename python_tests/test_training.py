@@ -66,8 +66,21 @@ def test_nan_stops_it() -> None:
     model = model_of()
     bad = patients(64, 1)
     bad.inputs["omic"][5] = float("nan")
-    with pytest.raises(FloatingPointError, match="loss: expected a finite number"):
+    with pytest.raises(FloatingPointError, match="training loss: expected a finite"):
         train(model, lambda p: model(p.inputs), bad, patients(32, 2), epochs=2)
+
+
+def test_nan_on_validation_stops_it_too() -> None:
+    model = model_of()
+    bad = patients(8, 2)
+    bad.inputs["omic"][0] = float("nan")
+    with pytest.raises(FloatingPointError, match="validation loss: expected a finite"):
+        train(model, lambda p: model(p.inputs), patients(64, 1), bad, epochs=2)
+    nobody = patients(8, 2).take(torch.arange(0))
+    with pytest.raises(ValueError, match="validation: expected at least 1, got 0"):
+        train(model, lambda p: model(p.inputs), patients(64, 1), nobody)
+    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
+        run(model, batch_size=0)
 
 
 def test_take_keeps_rows_together() -> None:

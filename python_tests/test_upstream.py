@@ -197,5 +197,39 @@ def test_refusals() -> None:
         healnet.model(self_per_cross_attn=2)
     with pytest.warns(UserWarning, match="ignored surprise"):
         healnet.model(surprise=1)
-    with pytest.raises(ValueError, match="always have an encoder"):
-        motet.to_upstream(motet.LegoBlock(motet.Bag(4), out_features=2))
+    with pytest.raises(ValueError, match="encoders: expected none for HealNet"):
+        motet.from_upstream(healnet.config, healnet.state, [nn.Identity()])
+    with pytest.raises(TypeError, match="encoders: expected a sequence of modules"):
+        motet.from_upstream(golden.config, golden.state, golden.encoders()[0])
+    with pytest.raises(ValueError, match="expected layers.0.latent, got none"):
+        state = {k: v for k, v in fuse.state.items() if k != "blocks.0.latent"}
+        motet.from_upstream(fuse.config, state, fuse.encoders())
+    with pytest.raises(ValueError, match="gives NaN for norm.bias"):
+        name = "blocks.0.to_logits.1.bias"
+        state = {**fuse.state, name: torch.zeros_like(fuse.state[name])}
+        motet.from_upstream(fuse.config, state, fuse.encoders())
+
+
+def test_only_what_the_authors_code_computes_is_exported() -> None:
+    grids = {"a": motet.Grid(3, axes=1)}
+    theirs = {"temperature": 0.5, "share_weights": False}
+    block = {"temperature": 0.5, "context": "spectrum", "fft": "latents"}
+    blocks = {name: load("legoblock_default").model() for name in "ab"}
+    cases = [
+        ("temperature 0.5", motet.HEALNet(grids, out_features=2, share_weights=False)),
+        ("share_weights False", motet.HEALNet(grids, out_features=2, temperature=0.5)),
+        ("self_attention 0 or 1", motet.HEALNet(grids, out_features=2, self_attention=2, **theirs)),
+        ("a Grid", motet.HEALNet({"a": motet.Tabular(3)}, out_features=2, **theirs)),
+        ("fft", motet.LegoBlock(motet.Bag(4), out_features=2, **{**block, "fft": "2d"})),
+        ("always have an encoder", motet.LegoBlock(motet.Bag(4), out_features=2, **block)),
+        ("method", motet.LegoMerge(blocks)),
+        ("equal weights", motet.LegoMerge(blocks, method="mean", weights=[1, 2])),
+        ("mode", motet.LegoFuse(blocks, mode="weave")),
+        ("exactly 2 blocks", motet.LegoFuse({**blocks, "c": blocks["a"]})),
+    ]
+    for message, model in cases:
+        with pytest.raises(ValueError, match=message):
+            motet.to_upstream(model)
+    assert motet.to_upstream(motet.LegoFuse(blocks))
+    with pytest.raises(TypeError, match="model: expected HEALNet"):
+        motet.to_upstream(nn.Linear(1, 1))
