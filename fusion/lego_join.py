@@ -90,6 +90,35 @@ class _Joined(nn.Module):
         model.config = config
         return model
 
+    def forward(
+        self,
+        inputs: Any,
+        *,
+        masks: Any = None,
+        present: Any = None,
+        coords: Any = None,
+        return_latents: bool = False,
+    ) -> Tensor | LegoOutput:
+        """Predict logits; arguments as in `HEALNet.forward`.
+
+        Returns:
+            Logits [B, out_features] (real latents [B, C, D] without a head); a `LegoOutput` if
+            latents were asked for.
+        """
+        like = next(iter(self._blocks().values())).latents
+        batches = read_all(
+            self.modalities, inputs, masks=masks, present=present, coords=coords, like=like
+        )
+        latents = self.join(batches)
+        # Contiguous, as a block alone has it: the head then rounds alike.
+        real = latents.real.contiguous() if latents.is_complex() else latents
+        logits = real if self.head is None else self.head(real)
+        return LegoOutput(logits, latents) if return_latents else logits
+
+    def join(self, batches: dict[str, Batch]) -> Tensor:
+        """Return the joint latents [B, C, D] of the modalities that there are."""
+        raise NotImplementedError
+
     def _config(self, head: str | Head, **fields: Any) -> dict[str, Any]:
         size = None
         if self.head is not None:
@@ -103,12 +132,6 @@ class _Joined(nn.Module):
 
     def _blocks(self) -> dict[str, LegoBlock]:
         return {name: block for name, block in self.blocks.items() if isinstance(block, LegoBlock)}
-
-    def _read(self, inputs: Any, masks: Any, present: Any, coords: Any) -> dict[str, Batch]:
-        like = next(iter(self._blocks().values())).latents
-        return read_all(
-            self.modalities, inputs, masks=masks, present=present, coords=coords, like=like
-        )
 
     def _with_block(self, name: str, block: LegoBlock) -> dict[str, LegoBlock]:
         if name in self._blocks():
@@ -179,24 +202,9 @@ class LegoMerge(_Joined):
         self.method, self.phase = method, phase
         self.config = self._config(head, method=method, weights=dict(self.weights), phase=phase)
 
-    def forward(
-        self,
-        inputs: Any,
-        *,
-        masks: Any = None,
-        present: Any = None,
-        coords: Any = None,
-        return_latents: bool = False,
-    ) -> Tensor | LegoOutput:
-        """Predict logits; arguments as in `HEALNet.forward`.
-
-        Returns:
-            Logits [B, out_features] (real latents [B, C, D] without a head); a `LegoOutput` if
-            latents were asked for.
-        """
-        batches = self._read(inputs, masks, present, coords)
-        rows = next(iter(batches.values())).rows
+    def join(self, batches: dict[str, Batch]) -> Tensor:
         blocks = self._blocks()
+        rows = next(iter(batches.values())).rows
         latents: dict[str, Tensor] = {}
         updated: dict[str, Tensor | None] = {}
         for name, batch in batches.items():
@@ -204,13 +212,8 @@ class LegoMerge(_Joined):
             latents[name] = _joined_parts(real, imaginary)
         everyone = all(has is None for has in updated.values())
         if not rows or (len(latents) == len(blocks) and everyone):
-            merged = self._merge(list(latents), list(latents.values()))
-        else:
-            merged = self._merge_by_pattern(rows, latents, updated)
-        # Contiguous, as a block alone has it: the head then rounds alike.
-        real = merged.real.contiguous() if merged.is_complex() else merged
-        logits = real if self.head is None else self.head(real)
-        return LegoOutput(logits, merged) if return_latents else logits
+            return self._merge(list(latents), list(latents.values()))
+        return self._merge_by_pattern(rows, latents, updated)
 
     def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
         """Return a model with one more modality, nothing retrained.
@@ -350,26 +353,9 @@ class LegoFuse(_Joined):
             self.latents = nn.Parameter(first.latents.detach().clone())
         self.config = self._config(head, mode=mode, weights=dict(self.weights), depth=depth)
 
-    def forward(
-        self,
-        inputs: Any,
-        *,
-        masks: Any = None,
-        present: Any = None,
-        coords: Any = None,
-        return_latents: bool = False,
-    ) -> Tensor | LegoOutput:
-        """Predict logits; arguments as in `HEALNet.forward`.
-
-        Returns:
-            Logits [B, out_features] (latents [B, C, D] without a head); a `LegoOutput` if latents
-            were asked for, real.
-        """
-        batches = self._read(inputs, masks, present, coords)
+    def join(self, batches: dict[str, Batch]) -> Tensor:
         run = {"stack": self._stack, "weave": self._weave, "upstream-weave": self._upstream_weave}
-        latents = run[self.mode](batches)
-        logits = latents if self.head is None else self.head(latents)
-        return LegoOutput(logits, latents) if return_latents else logits
+        return run[self.mode](batches)
 
     def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
         """Return a model with one more modality; what was fine-tuned is kept, the head too.
