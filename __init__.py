@@ -8,11 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from . import fusion, io, kernels
     from .fusion.checkpoint import load, save
     from .fusion.encoders import ABMIL, SNN
-    from .fusion.healnet import HEALNet
-    from .fusion.lego_block import LegoBlock
+    from .fusion.healnet import HEALNet, HEALNetOutput
+    from .fusion.layers import Head
+    from .fusion.lego_block import LegoBlock, LegoOutput
     from .fusion.lego_join import LegoFuse, LegoMerge
     from .fusion.losses import cox_loss, cross_entropy, l1_penalty, nll_loss
     from .fusion.modalities import Bag, Grid, Tabular
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "fusion.checkpoint": ("load", "save"),
     "fusion.encoders": ("ABMIL", "SNN"),
-    "fusion.healnet": ("HEALNet",),
-    "fusion.lego_block": ("LegoBlock",),
+    "fusion.healnet": ("HEALNet", "HEALNetOutput"),
+    "fusion.layers": ("Head",),
+    "fusion.lego_block": ("LegoBlock", "LegoOutput"),
     "fusion.lego_join": ("LegoFuse", "LegoMerge"),
     "fusion.losses": ("cox_loss", "cross_entropy", "l1_penalty", "nll_loss"),
     "fusion.modalities": ("Bag", "Grid", "Tabular"),
@@ -36,9 +39,12 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
     "ABMIL",
     "SNN",
     "HEALNet",
+    "HEALNetOutput",
+    "Head",
     "LegoBlock",
     "LegoFuse",
     "LegoMerge",
+    "LegoOutput",
     "Bag",
     "Grid",
     "Tabular",
@@ -61,16 +67,18 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("motet")
-    if name in ("fusion", "io", "kernels"):
-        return import_module(f".{name}", __name__)
-    if name in _HOME:
-        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # so that type checkers know the names above and no others
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("motet")
+        if name in ("fusion", "io", "kernels"):
+            return import_module(f".{name}", __name__)
+        if name in _HOME:
+            value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

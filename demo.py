@@ -1,13 +1,15 @@
 """`motet demo`: both systems on real patients, end to end, beside a linear model.
 
-198 breast cancers that ship with scikit-survival, two modalities, five patient-level folds. All
-that is fitted (scaling, bins, penalties) is fitted on the training part of each fold; the
-validation part stops the training; the test part is touched once.
+198 breast cancers that ship with scikit-survival, two modalities, five patient-level folds. Scaling
+and bins are fitted on the training part of each fold; the validation part stops the training and
+chooses the penalty of the ridge Cox model; each patient is tested once.
+
+The settings below were chosen once, on the validation parts of these very folds, whose patients are
+tested in other folds: a little optimism that the printed note names.
 """
 
 import csv
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +35,12 @@ from .fusion.training import History, Patients, train
 from .io import Cohort, breast_cancer
 
 FOLDS = 5
-# Chosen once by concordance on the validation parts, among some 300 random settings.
+# Chosen once on the validation parts, among some 300 random settings.
 SHAPE: dict[str, Any] = {"num_latents": 8, "latent_dim": 32, "depth": 2, "heads": 4, "head_dim": 16}
-TRAINING = {"max_lr": 0.002, "batch_size": 16, "patience": 15, "alpha": 0.0, "l2": 0.01}
+TRAINING: dict[str, Any] = {"max_lr": 0.002, "batch_size": 16, "patience": 15, "alpha": 0.0}
+HEALNET_PENALTIES: dict[str, Any] = {"l1": 1e-3, "l2": 1e-2}
+LEGO_PENALTIES: dict[str, Any] = {"l2": 1e-3}
+FINE_TUNING: dict[str, Any] = {"epochs": 2, "max_lr": 0.0005}
 MISSING = "HEALNet, half miss genes"
 MODELS = (
     "ridge Cox",
@@ -160,7 +165,7 @@ def _run_fold(
         )
 
     model = healnet()
-    fit("HEALNet", model, lambda p: model(p.inputs), l1=1e-3)
+    fit("HEALNet", model, lambda p: model(p.inputs), **HEALNET_PENALTIES)
 
     blocks = {}
     for name, size in features.items():
@@ -170,6 +175,7 @@ def _run_fold(
             f"LegoBlock {name}",
             block,
             lambda p, block=block, name=name: block(p.inputs[name]),
+            **LEGO_PENALTIES,
         )
 
     started = time.perf_counter()
@@ -179,19 +185,32 @@ def _run_fold(
     record("LegoMerge, no training", risks, merged, time.perf_counter() - started)
 
     fused = LegoFuse(blocks, mode="weave")
-    fit("LegoFuse, 2 epochs", fused, lambda p: fused(p.inputs), epochs=2, max_lr=0.0005)
+    fit(
+        "LegoFuse, 2 epochs",
+        fused,
+        lambda p: fused(p.inputs),
+        epochs=2,
+        max_lr=0.0005,
+        **LEGO_PENALTIES,
+    )
 
     halved = _without_genes(fold)
     partial = healnet()
-    fit(MISSING, partial, lambda p: partial(p.inputs, present=p.present), part=halved, l1=1e-3)
+    fit(
+        MISSING,
+        partial,
+        lambda p: partial(p.inputs, present=p.present),
+        part=halved,
+        **HEALNET_PENALTIES,
+    )
 
 
 def _without_genes(fold: Fold) -> Fold:
-    """Take the genes from every second patient of each part, by order of the cohort."""
+    """Take the genes from every second patient of each part."""
 
     def halved(part: str) -> Patients:
         patients: Patients = getattr(fold, part)
-        there = torch.from_numpy(fold.rows[part] % 2 == 0)
+        there = torch.arange(len(patients)) % 2 == 0
         return Patients(patients.inputs, patients.bins, patients.events, {"genes": there})
 
     parts = {part: halved(part) for part in fold.rows}
@@ -235,7 +254,8 @@ def _report(cohort: Cohort, folds: NDArray, results: dict[str, Result], out: Pat
     print(
         f"\nOut of fold: {len(cohort)} patients, each tested once; pairs within a fold only. With "
         f"{int(cohort.events.sum())} events\nthe intervals are wide: differences inside them are "
-        "no evidence either way."
+        "no evidence either way. The settings "
+        "were\nchosen on the validation parts of these folds: a little optimism, but for ridge Cox."
     )
     header = ["model", "c_index", "ci_low", "ci_high", "seconds", "parameters"]
     _write_csv(out / "results.csv", header, rows)
@@ -283,7 +303,9 @@ def _plot_groups(cohort: Cohort, folds: NDArray, risks: NDArray, path: Path) -> 
         estimate: Any = kaplan_meier_estimator(
             cohort.events[rows], cohort.times[rows], conf_type="log-log"
         )
-        times, survival, interval = estimate
+        # Everyone is free of the event at time 0, where the estimate does not begin by itself.
+        times, survival = np.append(0.0, estimate[0]), np.append(1.0, estimate[1])
+        interval = np.column_stack([[1.0, 1.0], estimate[2]])
         years = times / 365.25
         axes.step(years, survival, where="post", color=colour, label=f"{label} (n = {rows.sum()})")
         axes.fill_between(years, *interval, step="post", color=colour, alpha=0.15, linewidth=0)
@@ -303,6 +325,7 @@ def _plot_groups(cohort: Cohort, folds: NDArray, risks: NDArray, path: Path) -> 
 def _plot_histories(results: dict[str, Result], path: Path) -> None:
     """Training and validation losses of every trained model, one line per fold."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     trained = {name: result.histories for name, result in results.items() if result.histories}
     figure = Figure(figsize=(3.2 * len(trained), 3.2), layout="constrained")
@@ -310,25 +333,27 @@ def _plot_histories(results: dict[str, Result], path: Path) -> None:
     for axes, (name, histories) in zip(panels, trained.items(), strict=True):
         for history in histories:
             epochs = np.arange(1, len(history.train_loss) + 1)
-            axes.plot(epochs, history.train_loss, color="#a0aec0", linewidth=1)
-            axes.plot(epochs, history.validation_loss, color="#2b6cb0", linewidth=1)
-            if history.best_epoch:
-                best = history.validation_loss[history.best_epoch - 1]
-                axes.plot(history.best_epoch, best, "o", color="#2b6cb0", markersize=4)
+            axes.plot(epochs, history.train_loss, color="#a0aec0", linewidth=0.8)
+            axes.plot(epochs, history.validation_loss, color="#2b6cb0", linewidth=0.8)
+            best = history.validation_loss[history.best_epoch - 1]
+            axes.plot(history.best_epoch, best, "o", color="#2b6cb0", markersize=4)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("loss: training grey, validation blue")
+    panels[0].set_ylabel("loss, one line per fold")
+    handles = [
+        Line2D([], [], color="#a0aec0", label="training"),
+        Line2D([], [], color="#2b6cb0", label="validation"),
+        Line2D([], [], color="#2b6cb0", linestyle="", marker="o", label="best"),
+    ]
+    panels[0].legend(handles=handles, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def main(out: Path) -> int:
     """Run the demonstration; return the exit code."""
     started = time.perf_counter()
-    with warnings.catch_warnings():
-        # The schedule is longer than the training when it stops early; torch says so per model.
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
-        run(out)
+    run(out)
     print(f"{time.perf_counter() - started:.0f} s in all")
     return 0

@@ -1,7 +1,8 @@
 """Maps the repository root to the package `motet` and builds motet.kernels._C with CMake.
 
 Everything else about the project is declared in pyproject.toml. The C++ never needs torch. Where it
-cannot be built (no compiler), the package installs without it and computes with torch instead.
+cannot be built (no compiler), the package installs without it and computes with torch instead;
+MOTET_REQUIRE_NATIVE=1 makes that an error.
 """
 
 import os
@@ -22,7 +23,9 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         try:
             super().run()
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("MOTET_REQUIRE_NATIVE"):
+                raise
             print(
                 f"motet: motet.kernels._C was not built ({error}). The package works without it, "
                 "more slowly; with a C++20 compiler installed, run pip again.",

@@ -8,7 +8,7 @@ name order. Tied weights are stored once, under the first of their names.
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -71,16 +71,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        save_file(tensors, partial, metadata)
-        with open(partial, "rb") as file:
+        with open(partial, "xb") as file:  # with the permissions that a new file gets
+            mode = os.fstat(file.fileno()).st_mode
+        save_file(tensors, partial, metadata)  # which makes it private
+        os.chmod(partial, mode)
+        with open(partial, "r+b") as file:
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def load(
@@ -105,21 +106,30 @@ def load(
         FileNotFoundError: no such file.
         ValueError: a file that motet did not write, that is corrupt, or of a newer format; or
             encoders that do not fit.
+        TypeError: encoders that are not modules by modality.
+
+    Example:
+        >>> block = motet.LegoBlock(motet.Bag(6), torch.nn.Linear(6, 3), out_features=4)
+        >>> motet.save(block, "block.safetensors")
+        >>> motet.load("block.safetensors", encoders=torch.nn.Linear(6, 3)).token_dim
+        3
     """
     content, tensors = _read(Path(path))
     kind = _MODELS[content["model"]]
-    if kind is HEALNet:
-        if encoders is not None:
-            raise ValueError("encoders: expected none for a HEALNet")
-        model = kind.from_config(content["config"])
-    else:
-        model = kind.from_config(content["config"], encoders)
+    if kind is HEALNet and encoders is not None:
+        raise ValueError("encoders: expected none for a HEALNet")
+    given = [] if kind is HEALNet else [encoders]
+    try:
+        model = kind.from_config(content["config"], *given)
+    except KeyError as error:
+        raise ValueError(f"{path}: corrupt, its configuration has no {error}") from error
     if "upstream_latents" in tensors:
         model.upstream_latents = torch.zeros_like(tensors["upstream_latents"])
     own = _untied(model)
-    for name in own.keys() ^ tensors.keys():
-        where = "the file" if name in own else "the model"
-        raise ValueError(f"{path}: {where} has no {name}; {_DIFFERENT}")
+    for where, names in (("the file", own.keys() - tensors), ("the model", tensors.keys() - own)):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{path}: {where} has no {some} ({len(names)} in all); {_DIFFERENT}")
     with torch.no_grad():
         for name, tensor in own.items():
             if tensor.shape != tensors[name].shape:
@@ -148,6 +158,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         content = json.loads(header)
         newer = content["format"] > FORMAT  # first: its checksum may be another
+        known = content["format"] == FORMAT and content["model"] in _MODELS
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: corrupt, its header cannot be read ({error})") from error
     if newer:
@@ -155,6 +166,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: format {content['format']} was written by motet {content.get('version')}; "
             f"this motet reads up to format {FORMAT}: pip install --upgrade motet"
         )
+    if not known:
+        raise ValueError(f"{path}: corrupt, its header names no format or model of motet's")
     if metadata.get("sha256") != _digest(header, tensors):
         raise ValueError(f"{path}: corrupt, its content does not match its checksum")
     return content, tensors
@@ -177,9 +190,3 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from ..kernels.checks import choice
+
+__all__ = ["choice", "integer", "positive", "rate", "same_kind"]
+
 
 def integer(name: str, value: Any, low: int = 1) -> int:
     """Return an integer of at least `low`, numpy's included, bools not."""
@@ -33,13 +37,6 @@ def rate(name: str, value: Any) -> float:
     if not 0 <= number < 1:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
     return number
-
-
-def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise unless `value` is one of `allowed`, type included."""
-    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-        expected = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def same_kind(name: str, tensor: torch.Tensor, like: torch.Tensor, whose: str) -> None:

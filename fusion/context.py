@@ -6,7 +6,7 @@ that padding, missing rows and ragged bags are one thing from here on.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,6 +96,20 @@ class Batch(NamedTuple):
         return full.permute(0, 2, 3, 1)
 
 
+class Names(NamedTuple):
+    """What the caller called the parts of one modality; errors name them so."""
+
+    x: str = "x"
+    mask: str = "mask"
+    present: str = "present"
+    coords: str = "coords"
+
+    @classmethod
+    def of(cls, modality: str) -> Self:
+        whole = ("inputs", "masks", "present", "coords")
+        return cls(*(f"{part}[{modality!r}]" for part in whole))
+
+
 def offsets_of(lengths: Tensor) -> Tensor:
     """Return int64 [B + 1] offsets of bags with the given lengths [B]."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -152,7 +166,7 @@ def read_all(
         name: read(
             modalities[name],
             inputs[name],
-            name=f"inputs[{name!r}]",
+            names=Names.of(name),
             mask=masks.get(name),
             present=present.get(name),
             coords=coords.get(name),
@@ -168,11 +182,11 @@ def read_all(
     for what, given in (("masks", masks), ("present", present), ("coords", coords)):
         for name in given.keys() - inputs.keys():  # of a modality that all rows miss
             if what == "coords":
-                check_tensor(given[name], f"coords of inputs[{name!r}]", like)
+                check_tensor(given[name], f"coords[{name!r}]", like)
             else:
-                _check_bool(given[name], f"{what} of inputs[{name!r}]", like)
+                _check_bool(given[name], f"{what}[{name!r}]", like)
             if what == "present":
-                _check_present(given[name], f"inputs[{name!r}]", rows, like)
+                _check_present(given[name], Names.of(name), rows, like)
                 if given[name].any():
                     raise ValueError(f"present[{name!r}]: says present, but inputs has no {name!r}")
     return batches
@@ -182,25 +196,28 @@ def read(
     modality: Modality,
     x: Any,
     *,
-    name: str,
+    names: Names,
     mask: Any = None,
     present: Any = None,
     coords: Any = None,
     like: Tensor,
 ) -> Batch:
     """Check one modality's tensor with what describes it."""
+    name = names.x
     check_tensor(x, name, like)
     if isinstance(modality, Bag) and modality.coords:
         if coords is None:
-            raise ValueError(f"coords: {name} has {modality.coords} coordinate axes, got no coords")
+            raise ValueError(
+                f"{names.coords}: expected {modality.coords} coordinates per token, got none"
+            )
         # Half precision cannot hold pixels: such models take coordinates in float32 too.
         wide = isinstance(coords, Tensor) and coords.dtype == torch.float32 and like.itemsize == 2
-        check_tensor(coords, f"coords of {name}", like.float() if wide else like)
+        check_tensor(coords, names.coords, like.float() if wide else like)
     elif coords is not None:
-        raise ValueError(f"coords: {name} is {modality}, which takes none")
+        raise ValueError(f"{names.coords}: expected none for {modality}, got a value")
 
     if x.is_nested:
-        return _read_jagged(modality, x, name, mask, present, coords)
+        return _read_jagged(modality, x, names, mask, present, coords)
 
     items = x.ndim == modality.item_ndim + 2  # [B, K, ...]: K items per row
     if (x.ndim != modality.item_ndim + 1 and not items) or x.shape[-1] != modality.channels:
@@ -214,17 +231,17 @@ def read(
 
     if coords is not None and coords.shape != (*x.shape[:-1], modality.coords):  # pyright: ignore
         expected = (*x.shape[:-1], modality.coords)  # pyright: ignore
-        raise ValueError(f"coords of {name}: expected {expected}, got {tuple(coords.shape)}")
+        raise ValueError(f"{names.coords}: expected {expected}, got {tuple(coords.shape)}")
 
     keep = None
     if mask is not None:
-        _check_bool(mask, f"mask of {name}", x)
+        _check_bool(mask, names.mask, x)
         allowed = [(*leading, count), (*leading, *shape), *([leading] if items else [])]
         if isinstance(modality, Tabular) and modality.tokens == "row":
             allowed = [leading] if items else []
         if tuple(mask.shape) not in allowed:
             expected = " or ".join(map(str, dict.fromkeys(allowed))) or "none (use present)"
-            raise ValueError(f"mask of {name}: expected {expected}, got {tuple(mask.shape)}")
+            raise ValueError(f"{names.mask}: expected {expected}, got {tuple(mask.shape)}")
         if items and tuple(mask.shape) == leading:  # whole items
             keep = mask.reshape(rows * per_row, 1).expand(rows * per_row, count)
         else:
@@ -233,7 +250,7 @@ def read(
         keep = torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device)
     if present is not None:
         assert keep is not None
-        _check_present(present, name, rows, x)
+        _check_present(present, names, rows, x)
         keep = keep & present.repeat_interleave(per_row)[:, None]
     if items:
         x = x.flatten(0, 1)
@@ -242,12 +259,13 @@ def read(
 
 
 def _read_jagged(
-    modality: Modality, x: Tensor, name: str, mask: Any, present: Any, coords: Any
+    modality: Modality, x: Tensor, names: Names, mask: Any, present: Any, coords: Any
 ) -> Batch:
+    name = names.x
     if not isinstance(modality, Bag):
         raise ValueError(f"{name}: expected {_expected_shape(modality)}, got a nested tensor")
     if mask is not None:
-        raise ValueError(f"mask of {name}: expected none, since a nested tensor has no padding")
+        raise ValueError(f"{names.mask}: expected none, since a nested tensor has no padding")
     values, offsets = _jagged_parts(x, name)
     if values.ndim != 2 or values.shape[-1] != modality.features:
         raise ValueError(
@@ -257,15 +275,18 @@ def _read_jagged(
     rows = len(offsets) - 1
     if coords is not None:
         if not coords.is_nested:
-            raise ValueError(f"coords of {name}: expected a nested tensor as {name} is")
-        coords, other = _jagged_parts(coords, f"coords of {name}")
+            raise ValueError(
+                f"{names.coords}: expected a nested tensor as {name} is, got a dense one"
+            )
+        coords, other = _jagged_parts(coords, names.coords)
         if coords.shape != (len(values), modality.coords) or not torch.equal(offsets, other):
             raise ValueError(
-                f"coords of {name}: expected {modality.coords} numbers for each of its tokens"
+                f"{names.coords}: expected {modality.coords} numbers for each token of {name}, got "
+                f"values of shape {tuple(coords.shape)}"
             )
     keep = None
     if present is not None:
-        _check_present(present, name, rows, x)
+        _check_present(present, names, rows, x)
         keep = present.repeat_interleave(offsets.diff())
     return Batch(values, rows, 1, keep, offsets, coords)
 
@@ -278,7 +299,10 @@ def _jagged_parts(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         )
     nested: Any = x
     if nested.dim() != 3 or nested._ragged_idx != 1:
-        raise ValueError(f"{name}: expected a nested tensor that is ragged in its second axis")
+        raise ValueError(
+            f"{name}: expected a nested tensor [B, j, D], ragged in its second axis, got "
+            f"{tuple(nested.shape)}"
+        )
     if nested.lengths() is not None:  # with holes between the bags
         return torch.cat(list(nested.unbind())), offsets_of(nested.lengths().long())
     values, offsets = nested.values(), nested.offsets().long()
@@ -321,7 +345,7 @@ def _check_bool(x: Any, name: str, like: Tensor) -> None:
         raise ValueError(f"{name}: expected device {like.device} as the model, got {x.device}")
 
 
-def _check_present(present: Any, name: str, rows: int, like: Tensor) -> None:
-    _check_bool(present, f"present of {name}", like)
+def _check_present(present: Any, names: Names, rows: int, like: Tensor) -> None:
+    _check_bool(present, names.present, like)
     if present.shape != (rows,):
-        raise ValueError(f"present of {name}: expected ({rows},), got {tuple(present.shape)}")
+        raise ValueError(f"{names.present}: expected ({rows},), got {tuple(present.shape)}")

@@ -1,6 +1,6 @@
 """Encoders from the papers, for use in a LegoBlock or alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,9 @@ class SNN(nn.Module):
         hidden: widths of the layers; the last one is the width of the output.
         dropout: alpha dropout in training.
 
+    Raises:
+        ValueError: an argument outside its range.
+
     Example:
         >>> motet.SNN(20)(torch.randn(2, 20)).shape
         torch.Size([2, 256])
@@ -30,6 +33,8 @@ class SNN(nn.Module):
         self, features: int, hidden: Sequence[int] = (256, 256, 256, 256), dropout: float = 0.25
     ) -> None:
         super().__init__()
+        if not isinstance(hidden, Iterable):
+            raise ValueError(f"hidden: expected a sequence of widths, got {hidden!r}")
         widths = [integer("features", features), *(integer("hidden", width) for width in hidden)]
         dropout = rate("dropout", dropout)
         self.config: dict[str, Any] = {
@@ -60,6 +65,9 @@ class ABMIL(nn.Module):
         hidden: width of the token embedding h.
         attention: width of V and U, and of the output.
         dropout: in training.
+
+    Raises:
+        ValueError: an argument outside its range.
 
     Example:
         >>> motet.ABMIL(32)(torch.randn(2, 50, 32)).shape

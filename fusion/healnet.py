@@ -1,7 +1,7 @@
 """HEALNet: a shared latent array, updated layer after layer by attention to each modality."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
@@ -176,7 +176,7 @@ class HEALNet(nn.Module):
         self_head_dim: int | None = None,
         snn: bool = True,
         temperature: float = 1.0,
-        latent_init: str = "uniform",
+        latent_init: Literal["uniform", "normal"] = "uniform",
         num_freq_bands: int = 2,
         max_freq: float = 10.0,
         fourier_encode: bool = True,

@@ -103,7 +103,16 @@ class FeedForward(nn.Module):
 
 
 class Head(nn.Module):
-    """Mean over the latents, LayerNorm, Linear: [B, C, D] -> [B, out_features]."""
+    """Take the mean over the latents, LayerNorm, Linear: [B, C, D] -> [B, out_features].
+
+    Args:
+        dim: width D of the latents.
+        out_features: width of the logits.
+
+    Example:
+        >>> motet.Head(8, 4)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 4])
+    """
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()

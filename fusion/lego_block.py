@@ -8,13 +8,13 @@ import copy
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from .checks import choice, integer, positive, rate, same_kind
-from .context import Batch, Context, check_tensor, offsets_of, read
+from .context import Batch, Context, Names, check_tensor, offsets_of, read
 from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
 from .layers import (
     Attention,
@@ -146,13 +146,13 @@ class LegoBlock(nn.Module):
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         share_weights: ShareWeights = False,
-        fft: str | None = "2d",
-        context: str = "features",
+        fft: Literal["2d", "latents", "width"] | None = "2d",
+        context: Literal["features", "spectrum"] = "features",
         normalise: bool = False,
         track_imaginary: bool = True,
         snn: bool = True,
         temperature: float = 1.0,
-        latent_init: str = "normal",
+        latent_init: Literal["uniform", "normal"] = "normal",
         num_freq_bands: int = 2,
         max_freq: float = 10.0,
         fourier_encode: bool = True,
@@ -268,7 +268,13 @@ class LegoBlock(nn.Module):
             TypeError: something that is not a tensor.
         """
         batch = read(
-            self.modality, x, name="x", mask=mask, present=present, coords=coords, like=self.latents
+            self.modality,
+            x,
+            names=Names(),
+            mask=mask,
+            present=present,
+            coords=coords,
+            like=self.latents,
         )
         if latents is not None:
             check_tensor(latents, "latents", self.latents)

@@ -2,18 +2,23 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..kernels import harmonic_merge, slerp
+from ..kernels.checks import normalised_weights
 from .checks import choice, integer, same_kind
 from .context import Batch, Context, read_all
 from .layers import Head
 from .lego_block import LegoBlock, LegoOutput, fourier
 from .modalities import Modality, check_names
+
+Method = Literal["harmonic", "mean", "sum", "product", "upstream-harmonic"]
+Mode = Literal["stack", "weave", "upstream-weave"]
+HeadMethod = Literal["slerp", "linear", "ot"]
 
 
 class _Joined(nn.Module):
@@ -22,10 +27,12 @@ class _Joined(nn.Module):
     def __init__(self, blocks: Mapping[str, LegoBlock], head: str | Head, weights: Any) -> None:
         super().__init__()
         if isinstance(blocks, LegoBlock) or not isinstance(blocks, Mapping) or not blocks:
-            raise ValueError("blocks: expected a dict of modality name to LegoBlock, not empty")
-        check_names(blocks)
+            raise ValueError(
+                f"blocks: expected a dict of modality name to LegoBlock, not empty, got {blocks!r}"
+            )
+        check_names("blocks", blocks)
         if not isinstance(head, Head):
-            choice("head", head, ("slerp", "linear", "ot"))
+            choice("head", head, get_args(HeadMethod))
         first_name, first = next(iter(blocks.items()))
         for name, block in blocks.items():
             if not isinstance(block, LegoBlock):
@@ -189,17 +196,18 @@ class LegoMerge(_Joined):
         self,
         blocks: Mapping[str, LegoBlock],
         *,
-        method: str = "harmonic",
-        head: str | Head = "slerp",
+        method: Method = "harmonic",
+        head: HeadMethod | Head = "slerp",
         weights: Mapping[str, float] | Sequence[float] | None = None,
-        phase: str = "principal",
+        phase: Literal["principal", "circular"] = "principal",
     ) -> None:
-        choice("method", method, ("harmonic", "mean", "sum", "product", "upstream-harmonic"))
+        choice("method", method, get_args(Method))
         choice("phase", phase, ("principal", "circular"))
         super().__init__(blocks, head, weights)
         if method == "upstream-harmonic" and len(self.blocks) != 2:
             raise ValueError(f"method: upstream-harmonic takes 2 blocks, got {len(self.blocks)}")
-        self.method, self.phase = method, phase
+        self.method: Method = method
+        self.phase: Literal["principal", "circular"] = phase
         self.config = self._config(head, method=method, weights=dict(self.weights), phase=phase)
 
     def join(self, batches: dict[str, Batch]) -> Tensor:
@@ -281,10 +289,8 @@ class LegoMerge(_Joined):
         if self.method == "product":
             return torch.stack(latents).prod(0)
         if self.method == "mean":
-            total = sum(weights)
-            return torch.stack([w / total * z for w, z in zip(weights, latents, strict=True)]).sum(
-                0
-            )
+            shares = normalised_weights(weights, len(latents))
+            return torch.stack([w * z for w, z in zip(shares, latents, strict=True)]).sum(0)
         if self.method == "harmonic":
             return harmonic_merge(latents, weights, self.phase)
         alpha = weights[0]
@@ -335,18 +341,21 @@ class LegoFuse(_Joined):
         self,
         blocks: Mapping[str, LegoBlock],
         *,
-        mode: str = "stack",
-        head: str | Head = "slerp",
+        mode: Mode = "stack",
+        head: HeadMethod | Head = "slerp",
         weights: Mapping[str, float] | Sequence[float] | None = None,
         depth: int | None = None,
     ) -> None:
-        choice("mode", mode, ("stack", "weave", "upstream-weave"))
+        choice("mode", mode, get_args(Mode))
         super().__init__(blocks, head, weights)
         deepest = max(block.config["depth"] for block in blocks.values())
         rounds = deepest if depth is None else integer("depth", depth)
         if mode == "weave" and rounds > deepest:
             raise ValueError(f"depth: expected 1 to {deepest} rounds, got {depth}")
-        self.mode, self.rounds = mode, rounds
+        if mode == "stack" and depth is not None:
+            raise ValueError(f"depth: expected None for a stack, which has no rounds, got {depth}")
+        self.mode: Mode = mode
+        self.rounds = rounds
         self.latents: nn.Parameter | None = None
         if mode != "stack":
             first = next(iter(self._blocks().values()))
@@ -370,7 +379,7 @@ class LegoFuse(_Joined):
             ValueError: a name that the model has, or a block or weight that does not fit.
         """
         weights = self._weights_with(name, weight)
-        head: str | Head = self.config["head"]
+        head: HeadMethod | Head = self.config["head"]
         if self.head is not None and block.head is not None:
             method = "slerp" if head == "given" else str(head)
             share = weights[name]
@@ -456,7 +465,7 @@ def merge_heads(heads: Sequence[Head], weights: Sequence[float], method: str = "
     Raises:
         ValueError: an unknown method.
     """
-    choice("method", method, ("slerp", "linear", "ot"))
+    choice("method", method, get_args(HeadMethod))
     merged = copy.deepcopy(heads[0])
     if len(heads) == 1:
         return merged
@@ -478,7 +487,7 @@ def _matched_rows(target: Tensor, other: Tensor) -> Tensor:
     try:
         import ot
     except ImportError as error:
-        raise ImportError("head='ot' needs POT: pip install 'motet[ot]'") from error
+        raise ImportError("head='ot' needs POT: pip install POT") from error
     a, b = (t.reshape(len(t), -1).double().cpu().numpy() for t in (target, other))
     mass = np.ones(len(a))
     moved = ot.emd(mass, mass, ot.dist(a, b, metric="euclidean")) @ b
@@ -494,7 +503,9 @@ def _positive_weights(weights: Any, names: list[str]) -> dict[str, float]:
         return dict.fromkeys(names, 1 / len(names))
     if isinstance(weights, Mapping):
         if set(weights) != set(names):
-            raise ValueError(f"weights: expected one for each of {', '.join(names)}")
+            raise ValueError(
+                f"weights: expected one for each of {', '.join(names)}, got {', '.join(weights)}"
+            )
         values = [float(weights[name]) for name in names]
     elif isinstance(weights, Sequence):
         values = [float(w) for w in weights]
@@ -504,4 +515,4 @@ def _positive_weights(weights: Any, names: list[str]) -> dict[str, float]:
         )
     if len(values) != len(names) or not all(0 < w < float("inf") for w in values):
         raise ValueError(f"weights: expected {len(names)} positive numbers, got {weights}")
-    return {name: w / sum(values) for name, w in zip(names, values, strict=True)}
+    return dict(zip(names, normalised_weights(values, len(names)), strict=True))

@@ -1,11 +1,14 @@
 """Losses of the papers: discrete-time survival, Cox, classes, and the L1 penalty."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from .checks import choice
 
 __all__ = ["cox_loss", "cross_entropy", "l1_penalty", "nll_loss"]
 
@@ -49,6 +52,7 @@ def nll_loss(
         >>> motet.nll_loss(logits, torch.tensor([0, 3]), torch.tensor([True, False]), alpha=0)
         tensor(1.7329)
     """
+    _check_tensor("logits", logits)
     if logits.ndim != 2:
         raise ValueError(f"logits: expected [B, K], got {tuple(logits.shape)}")
     count, size = logits.shape
@@ -77,7 +81,9 @@ def nll_loss(
     return ((1 - alpha) * likelihood + alpha * observed).mean()
 
 
-def cox_loss(log_risk: Tensor, times: Tensor, events: Tensor, *, ties: str = "efron") -> Tensor:
+def cox_loss(
+    log_risk: Tensor, times: Tensor, events: Tensor, *, ties: Literal["efron", "breslow"] = "efron"
+) -> Tensor:
     r"""Return the negative partial log-likelihood of Cox's model, divided by the batch size.
 
     .. math::
@@ -104,8 +110,8 @@ def cox_loss(log_risk: Tensor, times: Tensor, events: Tensor, *, ties: str = "ef
         >>> motet.cox_loss(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]), torch.ones(3))
         tensor(0.5973)
     """
-    if ties not in ("efron", "breslow"):
-        raise ValueError(f"ties: expected 'efron' or 'breslow', got {ties!r}")
+    choice("ties", ties, ("efron", "breslow"))
+    _check_tensor("log_risk", log_risk)
     eta = log_risk.squeeze(1) if log_risk.ndim == 2 and log_risk.shape[1] == 1 else log_risk
     if eta.ndim != 1:
         raise ValueError(f"log_risk: expected [B] or [B, 1], got {tuple(log_risk.shape)}")
@@ -156,11 +162,17 @@ def l1_penalty(model: nn.Module) -> Tensor:
     return torch.stack([p.abs().sum() for p in parameters]).sum()
 
 
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
 def _check_rows(rows: int, **tensors: Tensor) -> None:
     if rows == 0:
         raise ValueError("batch: expected at least one row, got none")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        _check_tensor(name, tensor)
+        if name == "events" and not ((tensor == 0) | (tensor == 1)).all():
+            raise ValueError(f"events: expected 0 or 1, got {tensor.unique()[:5].tolist()}")
         if tensor.shape != (rows,):
             raise ValueError(f"{name}: expected ({rows},), got {tuple(tensor.shape)}")

@@ -56,6 +56,15 @@ class Tabular:
             with its position encoded, which gives attention per feature.
 
     Input: [B, features], or [B, K, features] for K items per patient (visits, samples).
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> model = motet.HEALNet({"omic": motet.Tabular(20, tokens="features")}, out_features=4)
+        >>> out = model({"omic": torch.randn(2, 20)}, return_attention=True)
+        >>> out.attention["omic"][0].shape
+        torch.Size([2, 8, 25, 20])
     """
 
     features: int
@@ -101,6 +110,15 @@ class Bag:
     Input: a jagged NestedTensor [B, j, features]; or [B, N, features], all real unless a mask
     [B, N] says otherwise; or [B, K, N, features] for K items per patient (several slides).
     Coordinates have the same layout with `coords` in place of `features`.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> model = motet.HEALNet({"wsi": motet.Bag(32, coords=2, extent=1e5)}, out_features=4)
+        >>> patches, pixels = torch.randn(2, 50, 32), 1e5 * torch.rand(2, 50, 2)
+        >>> model({"wsi": patches}, coords={"wsi": pixels}).shape
+        torch.Size([2, 4])
     """
 
     features: int
@@ -144,6 +162,14 @@ class Grid:
             Fourier-encoded.
 
     Input: [B, *sizes, channels], or [B, K, *sizes, channels] for K items per patient.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> model = motet.HEALNet({"mri": motet.Grid(1, axes=3)}, out_features=4)
+        >>> model({"mri": torch.randn(2, 4, 8, 8, 1)}).shape
+        torch.Size([2, 4])
     """
 
     channels: int
@@ -178,7 +204,7 @@ def check_modalities(modalities: Any) -> None:
     """Raise unless `modalities` maps names to modalities."""
     if not isinstance(modalities, Mapping) or not modalities:
         raise ValueError("modalities: expected a dict of name to Tabular, Bag or Grid, not empty")
-    check_names(modalities)
+    check_names("modalities", modalities)
     for name, modality in modalities.items():
         check_modality(f"modalities[{name!r}]", modality)
 
@@ -189,13 +215,13 @@ def check_modality(what: str, modality: Any) -> None:
         raise TypeError(f"{what}: expected a Tabular, Bag or Grid, got {modality!r}")
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_names(argument: str, names: Iterable[str]) -> None:
     """Raise unless every modality name can name a submodule, and with it tensors on disk."""
     container = nn.ModuleDict()
     for name in names:
         if not isinstance(name, str) or not name or "." in name or hasattr(container, name):
             raise ValueError(
-                f"modalities: expected names without dots that torch.nn.ModuleDict does not use "
+                f"{argument}: expected names without dots that torch.nn.ModuleDict does not use "
                 f"itself, got {name!r}"
             )
 

@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from sksurv.metrics import concordance_index_censored
 from torch import Tensor
 
+from .checks import integer
+
 
 @dataclass(frozen=True)
 class TimeBins:
@@ -19,6 +21,9 @@ class TimeBins:
     Args:
         edges: the inner edges, rising, in units of the times; bin k is [edges[k-1], edges[k]), the
             first from 0 and the last without end.
+
+    Raises:
+        ValueError: edges that do not rise.
 
     Example:
         >>> bins = motet.TimeBins.fit([1.0, 2.0, 3.0, 4.0, 9.0], [1, 1, 1, 1, 0])
@@ -31,6 +36,7 @@ class TimeBins:
     edges: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", tuple(float(edge) for edge in self.edges))
         if not all(a < b for a, b in pairwise((-math.inf, *self.edges, math.inf))):
             raise ValueError(f"edges: expected rising finite numbers, got {self.edges}")
 
@@ -53,7 +59,8 @@ class TimeBins:
         """
         times, events = outcome_arrays(times, events)
         uncensored = times[events]
-        if count < 1 or len(uncensored) < count:
+        count = integer("count", count)
+        if len(uncensored) < count:
             raise ValueError(
                 f"events: expected at least {count} events for {count} bins, got {len(uncensored)}"
             )
@@ -94,7 +101,15 @@ def outcome_arrays(
 
 
 def hazards(logits: Tensor) -> Tensor:
-    """Return the probability of the event in each bin given survival so far: sigmoid, [B, K]."""
+    """Return the probability of the event in each bin given survival so far: sigmoid, [B, K].
+
+    Args:
+        logits: [B, K].
+
+    Example:
+        >>> motet.hazards(torch.zeros(1, 3))
+        tensor([[0.5000, 0.5000, 0.5000]])
+    """
     return torch.sigmoid(logits)
 
 
@@ -104,10 +119,15 @@ def survival(logits: Tensor) -> Tensor:
     Args:
         logits: [B, K].
 
+    Raises:
+        ValueError: logits of another shape.
+
     Example:
         >>> motet.survival(torch.zeros(1, 3))
         tensor([[0.5000, 0.2500, 0.1250]])
     """
+    if logits.ndim != 2:
+        raise ValueError(f"logits: expected [B, K], got {tuple(logits.shape)}")
     return torch.nn.functional.logsigmoid(-logits).cumsum(1).exp()
 
 
@@ -116,6 +136,9 @@ def risk(logits: Tensor) -> Tensor:
 
     Args:
         logits: [B, K].
+
+    Raises:
+        ValueError: logits of another shape.
 
     Example:
         >>> motet.risk(torch.zeros(1, 3))

@@ -43,7 +43,7 @@ class Patients:
 
 @dataclass
 class History:
-    """What happened in training: losses per epoch, the best epoch (0 = untrained), seconds."""
+    """What happened in training: losses per epoch, the best epoch (from 1), seconds."""
 
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
@@ -93,8 +93,6 @@ def train(
         ValueError: no patients to train on or to validate with, or no batch size.
     """
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
     for name, value in (
         ("patients", len(patients)),
         ("validation", len(validation)),
@@ -119,28 +117,31 @@ def train(
 
     history = History()
     best, best_loss = deepcopy(model.state_dict()), float("inf")
-    for epoch in range(1, epochs + 1):
-        model.train()
-        total = 0.0
-        for rows in torch.randperm(len(patients), generator=generator).split(batch_size):
-            loss = loss_of(patients.take(rows))
-            _check_finite("training loss", loss.item())
-            total += loss.item() * len(rows)
-            optimiser.zero_grad()
-            (loss + l1 * l1_penalty(model) if l1 else loss).backward()
-            optimiser.step()
-            schedule.step()
-        model.eval()
-        with torch.no_grad():
-            validation_loss = loss_of(validation).item()
-        _check_finite("validation loss", validation_loss)
-        history.train_loss.append(total / len(patients))
-        history.validation_loss.append(validation_loss)
-        if validation_loss < best_loss:
-            best, best_loss = deepcopy(model.state_dict()), validation_loss
-            history.best_epoch = epoch
-        elif epoch - history.best_epoch >= patience:
-            break
+    # Dropout draws from torch's global generator, which is left as it was found.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for epoch in range(1, epochs + 1):
+            model.train()
+            total = 0.0
+            for rows in torch.randperm(len(patients)).split(batch_size):
+                loss = loss_of(patients.take(rows))
+                _check_finite("training loss", loss.item())
+                total += loss.item() * len(rows)
+                optimiser.zero_grad()
+                (loss + l1 * l1_penalty(model) if l1 else loss).backward()
+                optimiser.step()
+                schedule.step()
+            model.eval()
+            with torch.no_grad():
+                validation_loss = loss_of(validation).item()
+            _check_finite("validation loss", validation_loss)
+            history.train_loss.append(total / len(patients))
+            history.validation_loss.append(validation_loss)
+            if validation_loss < best_loss:
+                best, best_loss = deepcopy(model.state_dict()), validation_loss
+                history.best_epoch = epoch
+            elif epoch - history.best_epoch >= patience:
+                break
     model.load_state_dict(best)
     model.eval()
     history.seconds = time.perf_counter() - started

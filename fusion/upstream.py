@@ -8,7 +8,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +85,23 @@ def from_upstream(
             from the checkpoint.
 
     Returns:
-        HEALNet, LegoBlock, LegoMerge or LegoFuse.
+        HEALNet, LegoBlock, LegoMerge or LegoFuse, in evaluation mode.
 
     Raises:
         ValueError: an unknown model, an argument or tensor that is missing, left over or of the
             wrong shape, or a block that lost its own latents in the authors' LegoFuse.
+        TypeError: encoders that are not a sequence.
+
+    Example:
+        >>> config = {"model": "HealNet", "n_modalities": 1, "channel_dims": [8],
+        ...           "num_spatial_axes": [1], "out_dims": 4, "depth": 1, "l_c": 5, "l_d": 12,
+        ...           "x_heads": 2, "cross_dim_head": 4, "self_per_cross_attn": 0}
+        >>> ours = motet.HEALNet({"0": motet.Grid(8, axes=1)}, out_features=4, depth=1,
+        ...                      num_latents=5, latent_dim=12, heads=2, head_dim=4,
+        ...                      temperature=0.5, share_weights=False)
+        >>> model = motet.from_upstream(config, motet.to_upstream(ours))
+        >>> model([torch.randn(2, 50, 8)]).shape
+        torch.Size([2, 4])
     """
     if isinstance(encoders, nn.Module):
         raise TypeError("encoders: expected a sequence of modules, one per block, got a module")
@@ -111,7 +123,7 @@ def from_upstream(
     floating = [t.dtype for t in state.values() if t.is_floating_point()]
     model = model.to(floating[0] if floating else torch.get_default_dtype())
     _load(model, state)
-    return model
+    return model.eval()
 
 
 def to_upstream(model: UpstreamModel) -> dict[str, Tensor]:
@@ -125,6 +137,12 @@ def to_upstream(model: UpstreamModel) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a model that the authors' code cannot express.
+
+    Example:
+        >>> ours = motet.HEALNet({"0": motet.Grid(8, axes=1)}, out_features=4, temperature=0.5,
+        ...                      share_weights=False)
+        >>> motet.to_upstream(ours)["layers.1.0.fn.to_q.weight"].shape
+        torch.Size([128, 119])
     """
     _check_expressible(model)
     return {name: tensor.detach() for name, tensor in _names(model)}
@@ -204,9 +222,14 @@ def _block(
         )
     width = state.get(f"{prefix}layers.0.1.norm_context.weight")
     share: ShareWeights = False if given["weight_sharing"] else "all-but-first"
-    fft = None
+    fft: Literal["latents", "width"] | None = None
     if given["frequency_domain"]:
-        axes = {1: "latents", -2: "latents", 2: "width", -1: "width"}
+        axes: dict[Any, Literal["latents", "width"]] = {
+            1: "latents",
+            -2: "latents",
+            2: "width",
+            -1: "width",
+        }
         if given["fourier_dim"] not in axes:
             raise ValueError(f"config['fourier_dim']: expected 1 or 2, got {given['fourier_dim']}")
         fft = axes[given["fourier_dim"]]
@@ -287,15 +310,17 @@ def _joined(
         heads.append(block.head)
     head = _merged_head(heads[0], heads[1], alpha, given["head_method"])
     if merge:
-        method: str = given["merge_method"]
+        method: Any = given["merge_method"]
         method = "upstream-harmonic" if method == "harmonic" else method
         # Only the harmonic merge is weighted in the authors' code.
         weights = [alpha, 1 - alpha] if method == "upstream-harmonic" else None
         model: LegoMerge | LegoFuse = LegoMerge(blocks, method=method, head=head, weights=weights)
     else:
-        mode: str = given["fuse_method"]
+        mode: Any = given["fuse_method"]
         mode = "upstream-weave" if mode == "weave" else mode
-        model = LegoFuse(blocks, mode=mode, head=head, depth=given["depth"])
+        model = LegoFuse(
+            blocks, mode=mode, head=head, depth=given["depth"] if mode != "stack" else None
+        )
     if "L" in state and _own_latents(model) is None:
         model.upstream_latents = torch.zeros_like(state["L"])
     # A state without merged heads gets them as the authors' constructor makes them.

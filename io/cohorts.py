@@ -21,6 +21,11 @@ class Cohort:
         times: float64 [n], follow-up in `time_unit`.
         events: bool [n], True if the event was observed, False if censored.
         time_unit: unit of the times.
+
+    Example:
+        >>> cohort = motet.io.breast_cancer()
+        >>> cohort.time_unit, int(cohort.events.sum())
+        ('days', 51)
     """
 
     name: str

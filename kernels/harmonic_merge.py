@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import normalised_weights, refuse_forward_mode, same_tensors
-from ._native import native
+from .checks import choice, normalised_weights, refuse_forward_mode, same_tensors
+from .native import native
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 _LIBRARY.define("harmonic_merge(Tensor[] latents, float[] weights, str phase) -> Tensor")
@@ -27,7 +27,7 @@ def harmonic_merge(
 
     MM-Lego, Eq. 4, which is the case of two tensors at equal weights:
     2|a||b| / (|a| + |b|) · exp(i (arg a + arg b) / 2). The result is zero where any input is
-    zero, and one tensor is returned as it is. Differentiable in `latents` in reverse mode; at zeros
+    zero; one tensor alone is copied. Differentiable in `latents` in reverse mode; at zeros
     the gradient is zero.
 
     Args:
@@ -54,15 +54,14 @@ def harmonic_merge(
     """
     latents = same_tensors(latents, "latents", (torch.complex64, torch.complex128))
     weights = normalised_weights(weights, len(latents))
-    if phase not in ("principal", "circular"):
-        raise ValueError(f"phase: expected 'principal' or 'circular', got {phase!r}")
+    choice("phase", phase, ("principal", "circular"))
     refuse_forward_mode("harmonic_merge")
     if 0.0 in weights:  # what has no weight takes no part
         latents = [z for z, w in zip(latents, weights, strict=True) if w]
         weights = [w for w in weights if w]
     if out is None:
         return torch.ops.motet.harmonic_merge(latents, weights, phase)
-    same_tensors([latents[0], out], "(latents[0], out)", (latents[0].dtype,))
+    same_tensors([latents[0], out], "out", (latents[0].dtype,), each=("latents[0]", "out"))
     if not out.is_contiguous() or out.is_conj() or out.is_neg():
         raise ValueError("out: expected a contiguous tensor without lazy conjugation")
     if torch.is_grad_enabled() and (out.requires_grad or any(z.requires_grad for z in latents)):
@@ -72,13 +71,14 @@ def harmonic_merge(
 
 
 def harmonic_merge_reference(
-    latents: Sequence[Tensor], weights: Sequence[float], phase: str = "principal"
+    latents: Sequence[Tensor], weights: Sequence[float] | None = None, phase: str = "principal"
 ) -> Tensor:
-    """Compute harmonic_merge in torch, literally; `weights` sum to 1."""
+    """Compute harmonic_merge in torch, literally."""
     if len(latents) == 1:
         return latents[0].clone()
     z = torch.stack(list(latents))
-    w = torch.tensor(list(weights), dtype=z.real.dtype, device=z.device)
+    shares = normalised_weights(weights, len(latents))
+    w = torch.tensor(shares, dtype=z.real.dtype, device=z.device)
     w = w.reshape(-1, *[1] * latents[0].ndim)
     magnitude = torch.hypot(z.real, z.imag)
     low = magnitude.amin(0)  # ratios to the smallest, so that nothing over- or underflows

@@ -36,24 +36,35 @@ def latent_attention(
     Raises:
         ValueError: shapes, dtypes, devices or offsets that do not fit.
         TypeError: something that is not a tensor.
+
+    Example:
+        >>> q, k, v = torch.randn(2, 8, 25, 16), torch.randn(70, 8, 16), torch.randn(70, 8, 16)
+        >>> motet.kernels.latent_attention(q, k, v, offsets=torch.tensor([0, 50, 70])).shape
+        torch.Size([2, 8, 25, 16])
     """
     _check(q, k, offsets, v=v)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p!r}")
+    return latent_attention_reference(q, k, v, offsets, scale=scale, dropout_p=dropout_p)
+
+
+def latent_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Compute latent_attention in torch, literally, bag after bag."""
     if offsets is None:
-        weights = attention_weights(q, k, scale=scale)
-        return torch.nn.functional.dropout(weights, dropout_p) @ v
+        return torch.nn.functional.dropout(_softmax(q, k, scale), dropout_p) @ v
     bags = [
-        latent_attention(
-            q[b, None],
-            k[start:stop].transpose(0, 1)[None],
-            v[start:stop].transpose(0, 1)[None],
-            scale=scale,
-            dropout_p=dropout_p,
-        )
-        for b, (start, stop) in enumerate(_spans(offsets))
+        torch.nn.functional.dropout(_softmax(q[b], own, scale), dropout_p) @ v[bag].transpose(0, 1)
+        for b, (bag, own) in enumerate(_bags(k, offsets))
     ]
-    return torch.cat(bags) if bags else torch.empty_like(q)
+    return torch.stack(bags) if bags else torch.empty_like(q)
 
 
 def attention_weights(
@@ -73,23 +84,29 @@ def attention_weights(
     Raises:
         ValueError: shapes, dtypes, devices or offsets that do not fit.
         TypeError: something that is not a tensor.
+
+    Example:
+        >>> q, k = torch.randn(2, 8, 25, 16), torch.randn(2, 8, 50, 16)
+        >>> motet.kernels.attention_weights(q, k).shape
+        torch.Size([2, 8, 25, 50])
     """
     _check(q, k, offsets)
     if offsets is None:
-        scores = q @ k.transpose(-1, -2)
-        return torch.softmax(scores * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
-    bags = [
-        attention_weights(q[b, None], k[start:stop].transpose(0, 1)[None], scale=scale)[0].permute(
-            2, 0, 1
-        )
-        for b, (start, stop) in enumerate(_spans(offsets))
-    ]
-    return torch.cat(bags) if bags else k.new_empty(0, *q.shape[1:3])
+        return _softmax(q, k, scale)
+    bags = [_softmax(q[b], own, scale) for b, (_, own) in enumerate(_bags(k, offsets))]
+    # [H, C, N] of each bag, one after the other along the tokens
+    return torch.cat(bags, dim=-1).permute(2, 0, 1) if bags else k.new_empty(0, *q.shape[1:3])
 
 
-def _spans(offsets: Tensor) -> list[tuple[int, int]]:
-    bounds = offsets.tolist()
-    return list(pairwise(bounds))
+def _softmax(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    scores = q @ k.transpose(-1, -2)
+    return torch.softmax(scores * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
+
+
+def _bags(k: Tensor, offsets: Tensor) -> list[tuple[slice, Tensor]]:
+    """Return where each bag's tokens lie, and its keys [H, N, E]."""
+    bags = [slice(start, stop) for start, stop in pairwise(offsets.tolist())]
+    return [(bag, k[bag].transpose(0, 1)) for bag in bags]
 
 
 def _check(q: Tensor, k: Tensor, offsets: Tensor | None, v: Tensor | None = None) -> None:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ._checks import normalised_weights, refuse_forward_mode, same_tensors
-from ._native import native
+from .checks import normalised_weights, refuse_forward_mode, same_tensors
+from .native import native
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 _LIBRARY.define("slerp(Tensor[] vectors, float[] weights) -> Tensor")
@@ -50,26 +51,33 @@ def slerp(vectors: Sequence[Tensor], weights: Sequence[float] | float | None = N
     """
     vectors = same_tensors(vectors, "vectors", (torch.float32, torch.float64))
     refuse_forward_mode("slerp")
-    if weights is None or isinstance(weights, Iterable):
-        return torch.ops.motet.slerp(vectors, normalised_weights(weights, len(vectors)))
-    t = float(weights)
-    if len(vectors) != 2 or not 0 <= t <= 1:
+    shares = _shares(weights, len(vectors))
+    if vectors[0].device.type == "mps":  # which has no float64, in which angles are taken
+        return torch.ops.motet.slerp([v.cpu() for v in vectors], shares).to(vectors[0].device)
+    return torch.ops.motet.slerp(vectors, shares)
+
+
+def slerp_reference(
+    vectors: Sequence[Tensor], weights: Sequence[float] | float | None = None
+) -> Tensor:
+    """Compute slerp in torch, literally."""
+    cosines, _ = _cosines(vectors)
+    coefficients = slerp_coefficients(cosines, _shares(weights, len(vectors))).tolist()
+    terms = [c * v.double() for c, v in zip(coefficients, vectors, strict=True)]
+    return torch.stack(terms).sum(0).to(vectors[0].dtype)
+
+
+def _shares(weights: Sequence[float] | float | None, count: int) -> list[float]:
+    """Return one weight per vector, summing to 1; one number is the weight of the second of two."""
+    if weights is None or (isinstance(weights, Iterable) and getattr(weights, "ndim", 1) > 0):
+        return normalised_weights(weights, count)
+    t = float(cast(float, weights))
+    if count != 2 or not 0 <= t <= 1:
         raise ValueError(
             "weights: expected one number in [0, 1] with two vectors, or one number per vector, "
-            f"got {t} with {len(vectors)}"
+            f"got {t} with {count}"
         )
-    return torch.ops.motet.slerp(vectors, [1.0 - t, t])
-
-
-def slerp_reference(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Compute slerp in torch, literally; `weights` sum to 1."""
-    cosines, _ = _cosines(vectors)
-    coefficients = slerp_coefficients(cosines, weights)
-    return (
-        torch.stack([c * v.double() for c, v in zip(coefficients.tolist(), vectors, strict=True)])
-        .sum(0)
-        .to(vectors[0].dtype)
-    )
+    return [1.0 - t, t]
 
 
 def slerp_coefficients(cosines: Tensor, weights: Sequence[float]) -> Tensor:

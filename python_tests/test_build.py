@@ -1,5 +1,7 @@
 """The wheel: built without torch, usable without a compiler, nothing in it that should not be."""
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,37 +12,82 @@ import pytest
 from .conftest import ROOT
 
 
-def build(target: Path, source: Path, environment: dict[str, str]) -> Path:
-    """Run pip wheel on a copy of the tracked files, as a user would on a download."""
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
-    changed = subprocess.run(
-        ["git", "ls-files", "--modified", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    for name in changed:
+def copied(source: Path) -> Path:
+    """Copy what git tracks, and would track, as a user's download has it."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in listed:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    log = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(target), str(source)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert log.returncode == 0, log.stdout[-3000:] + log.stderr[-3000:]
-    assert "torch" not in [line.split("==")[0] for line in log.stdout.splitlines()]
-    assert "Collecting torch" not in log.stdout
+    return source
+
+
+def pip_wheel(target: Path, source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build in isolation, where no torch is; one that is asked for cannot be had either."""
+    target.mkdir(exist_ok=True)
+    without_torch = target / "constraint.txt"
+    without_torch.write_text("torch<0\n")
+    environment["PIP_CONSTRAINT"] = str(without_torch)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(target)]
+    return subprocess.run(
+        [*command, str(source)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def build(target: Path, source: Path, **environment: str) -> Path:
+    done = pip_wheel(target, source, **environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (wheel,) = target.glob("*.whl")
     return wheel
 
 
+def has_native(wheel: Path) -> bool:
+    with zipfile.ZipFile(wheel) as archive:
+        return any(name.startswith("motet/kernels/_C.") for name in archive.namelist())
+
+
+# What CMake finds on a machine without a compiler: nothing that runs.
+NO_COMPILER = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+
+
+def test_source_distribution_builds_the_module(tmp_path: Path) -> None:
+    source = copied(tmp_path / "source")
+    make = "import sys; from setuptools import build_meta as b; print(b.build_sdist(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", make, str(tmp_path)], cwd=source, capture_output=True, check=True
+    )
+    (archive,) = tmp_path.glob("motet-*.tar.gz")
+    assert has_native(build(tmp_path / "wheels", archive)) == (shutil.which("c++") is not None)
+
+
+def test_a_broken_module_is_an_error_where_it_is_required(tmp_path: Path) -> None:
+    """What `make lint` relies on: warnings are errors, and errors stop it."""
+    source = copied(tmp_path / "source")
+    with open(source / "csrc" / "slerp.cpp", "a") as file:
+        file.write("static void unused() {}\n")
+    strict = {
+        "MOTET_REQUIRE_NATIVE": "1",
+        "CMAKE_ARGS": "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
+    }
+    assert pip_wheel(tmp_path / "wheels", source, **strict).returncode != 0
+    assert pip_wheel(tmp_path / "wheels", copied(source), **NO_COMPILER, **strict).returncode != 0
+
+
 @pytest.mark.parametrize("compiler", [True, False])
 def test_wheel(compiler: bool, tmp_path: Path) -> None:
-    import os
-
-    environment = dict(os.environ)
-    if not compiler:
-        # What CMake finds on a machine without one: nothing that runs.
-        environment |= {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
-    wheel = build(tmp_path / "wheels", tmp_path / "source", environment)
+    wheel = build(
+        tmp_path / "wheels", copied(tmp_path / "source"), **({} if compiler else NO_COMPILER)
+    )
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "installed")
@@ -51,9 +98,9 @@ def test_wheel(compiler: bool, tmp_path: Path) -> None:
         name.split("/")[1] for name in names if name.startswith("motet/") and "/" in name[6:]
     }
     assert folders == {"fusion", "io", "kernels"}
-    assert not {"motet/setup.py", "motet/io/cohorts.pyc"} & set(names)
+    assert "motet/setup.py" not in names
     assert "motet/py.typed" in names
-    assert any(name.startswith("motet/kernels/_C.") for name in names) == compiler
+    assert has_native(wheel) == compiler
 
     code = """
 import warnings, motet, torch

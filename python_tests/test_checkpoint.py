@@ -213,6 +213,14 @@ def test_bad_files(tmp_path) -> None:
     save_file({}, path, {"motet": '{"format": 3}', "sha256": ""})
     with pytest.raises(ValueError, match="format 3 was written by"):
         motet.load(path)
+    for header_ in ({**header, "format": 0}, {**header, "model": "Perceiver"}):
+        save_file({}, path, {"motet": json.dumps(header_), "sha256": ""})
+        with pytest.raises(ValueError, match="names no format or model"):
+            motet.load(path)
+    bare = json.dumps({**header, "config": {"depth": 2}})
+    save_file({}, path, {"motet": bare, "sha256": _digest(bare, {})})
+    with pytest.raises(ValueError, match="its configuration has no 'modalities'"):
+        motet.load(path)
     save_file({}, path, {"motet": "[]", "sha256": ""})
     with pytest.raises(ValueError, match="its header cannot be read"):
         motet.load(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.kernels import _native
+from motet.kernels import native
 from motet.kernels.harmonic_merge import harmonic_merge_reference
 from torch import Tensor
 from torch.library import opcheck
@@ -186,6 +186,18 @@ def test_layouts() -> None:
         assert torch.allclose(harmonic_merge([view, view * 2j]), expected, rtol=1e-13)
 
 
+def test_every_element_is_written() -> None:
+    latents = [torch.randn(1001, dtype=torch.complex64) for _ in range(3)]
+    try:
+        torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+        assert torch.empty(3).isnan().all()
+        for count in (1, 2, 3):
+            assert harmonic_merge(latents[:count]).isfinite().all()
+            assert motet.kernels.slerp([z.real for z in latents[:count]]).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_out() -> None:
     a, b = (torch.randn(4, 3, dtype=torch.complex64) for _ in range(2))
     expected = harmonic_merge([a, b])
@@ -225,7 +237,7 @@ def test_bad_arguments() -> None:
 
 
 def test_bindings_refuse_what_does_not_fit() -> None:
-    module = _native.native()
+    module = native.native()
     if module is None:
         pytest.skip("motet.kernels._C is not built")
     a = np.ones(8, np.complex64)
@@ -252,9 +264,9 @@ def test_bindings_refuse_what_does_not_fit() -> None:
 def test_fallback_warns_once_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     latents: list[Tensor] = [torch.randn(6, dtype=torch.complex128) for _ in range(2)]
     expected = harmonic_merge(latents)
-    monkeypatch.setattr(_native, "_module", None)
-    monkeypatch.setattr(_native, "_reason", "not built")
-    _native._say_once.cache_clear()
+    monkeypatch.setattr(native, "_module", None)
+    monkeypatch.setattr(native, "_reason", "not built")
+    native._say_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="falls back to torch") as seen:
         for _ in range(3):
             assert torch.allclose(harmonic_merge(latents), expected, rtol=1e-13)

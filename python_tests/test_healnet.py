@@ -298,7 +298,7 @@ def test_refusals() -> None:
     model = model_of()
     inputs, coords = inputs_of(2)
     del inputs["cells"]
-    ok = torch.ones(2, dtype=torch.bool)
+    ok, cells = torch.ones(2, dtype=torch.bool), torch.randn(2, 3, 4, **WIDE)
     jagged = torch.nested.nested_tensor([torch.randn(3, 5, **WIDE)], layout=torch.jagged)
     cases: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
         (ValueError, "inputs: unknown modality 'ct'", {"ct": None}, {}),
@@ -321,23 +321,26 @@ def test_refusals() -> None:
         (ValueError, "masks: unknown modality", inputs, {"masks": {"ct": ok}}),
         (ValueError, "expected \\(2, 8\\), got \\(2, 7\\)", inputs,
          {"masks": {"wsi": ok[:, None].expand(2, 7)}}),
-        (TypeError, "mask of .*expected a bool", inputs, {"masks": {"wsi": torch.ones(2, 8)}}),
+        (TypeError, "masks\\['wsi'\\]: expected a bool", inputs,
+         {"masks": {"wsi": torch.ones(2, 8)}}),
         (ValueError, "none \\(use present\\)", inputs, {"masks": {"omic": ok[:, None]}}),
-        (ValueError, "present of .*expected \\(2,\\)", inputs, {"present": {"wsi": ok[:1]}}),
-        (TypeError, "present of .*expected a bool", inputs, {"present": {"wsi": [True, True]}}),
-        (ValueError, "says present, but", {"omic": inputs["omic"]}, {"present": {"wsi": ok}}),
-        (TypeError, "present of .*expected a bool", {"omic": inputs["omic"]},
+        (ValueError, "present\\['wsi'\\]: expected \\(2,\\)", inputs, {"present": {"wsi": ok[:1]}}),
+        (TypeError, "present\\['wsi'\\]: expected a bool", inputs,
          {"present": {"wsi": [True, True]}}),
-        (ValueError, "present of .*expected \\(2,\\)", {"omic": inputs["omic"]},
+        (ValueError, "says present, but", {"omic": inputs["omic"]}, {"present": {"wsi": ok}}),
+        (TypeError, "present\\['wsi'\\]: expected a bool", {"omic": inputs["omic"]},
+         {"present": {"wsi": [True, True]}}),
+        (ValueError, "present\\['wsi'\\]: expected \\(2,\\)", {"omic": inputs["omic"]},
          {"present": {"wsi": ok[:1]}}),
-        (TypeError, "masks of .*expected a bool", {"omic": inputs["omic"]},
+        (TypeError, "masks\\['wsi'\\]: expected a bool", {"omic": inputs["omic"]},
          {"masks": {"wsi": "all"}}),
-        (TypeError, "coords of .*expected a tensor", {"omic": inputs["omic"]},
+        (TypeError, "coords\\['cells'\\]: expected a tensor", {"omic": inputs["omic"]},
          {"coords": {"cells": "here"}}),
         (ValueError, "expected a dense or jagged tensor", {"omic": inputs["omic"].to_sparse()}, {}),
-        (ValueError, "got no coords", {"cells": torch.randn(2, 3, 4, **WIDE)}, {}),
-        (ValueError, "which takes none", inputs, {"coords": {"wsi": coords}}),
-        (ValueError, "coords of .*expected \\(2, 3, 2\\)", {"cells": torch.randn(2, 3, 4, **WIDE)},
+        (ValueError, "coords\\['cells'\\]: expected 2 coordinates", {"cells": cells}, {}),
+        (ValueError, "coords\\['wsi'\\]: expected none for Bag", inputs,
+         {"coords": {"wsi": coords}}),
+        (ValueError, "coords\\['cells'\\]: expected \\(2, 3, 2\\)", {"cells": cells},
          {"coords": {"cells": coords[:, :2]}}),
     ]  # fmt: skip
     for error, message, given_, options in cases:

@@ -6,7 +6,6 @@ import inspect
 import re
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def test_every_public_name_is_documented() -> None:
         text = inspect.getdoc(thing)
         assert text, name
         assert f"`motet.{name}`" in reference, f"docs/api.md does not list motet.{name}"
-        if name == "cross_entropy":  # torch's own
+        if name == "cross_entropy" or name.endswith("Output"):  # torch's own; tuples
             continue
         signature = inspect.signature(thing)
         parameters = [p for p in signature.parameters if p not in ("self", "logits", "model")]
@@ -108,16 +107,15 @@ def test_every_public_name_is_documented() -> None:
 def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     finder, runner = doctest.DocTestFinder(recurse=True), doctest.DocTestRunner()
-    count = 0
     for name, thing in public_objects().items():
-        if name == "cross_entropy":
+        if name == "cross_entropy" or name.endswith("Output"):
             continue
-        for test in finder.find(thing, name, globs={"motet": motet, "torch": torch}):
+        found = finder.find(thing, name, globs={"motet": motet, "torch": torch})
+        assert sum(len(test.examples) for test in found), f"{name} has no example"
+        for test in found:
             torch.manual_seed(0)
-            count += len(test.examples)
             runner.run(test)
     assert runner.failures == 0
-    assert count >= 25
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -138,30 +136,18 @@ def test_documents_link_to_what_exists() -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
-def test_readme_shows_the_two_commands() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert "make demo" in text
-    assert "make test" in text
+def test_commands_in_the_readme_are_targets() -> None:
+    text, makefile = ((ROOT / name).read_text() for name in ("README.md", "Makefile"))
+    commands = set(re.findall(r"^make (\w+)", text, re.MULTILINE))
+    assert {"demo", "test"} <= commands
+    for command in commands:
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
 
 
 def test_the_module_is_built_where_it_can_be() -> None:
     import shutil
 
-    from motet.kernels import _native
+    from motet.kernels import native
 
     if shutil.which("c++"):
-        assert _native.native() is not None, f"{_native.status()}; run pip install -v to see why"
-
-
-def test_training_on_real_patients_is_quick() -> None:
-    """A guard against a slow import or a slow forward pass creeping into the demonstration."""
-    from motet import io
-
-    started = time.perf_counter()
-    cohort = io.breast_cancer()
-    assert {name: t.shape for name, t in cohort.tables.items()} == {
-        "genes": (198, 76),
-        "clinical": (198, 8),
-    }
-    assert int(cohort.events.sum()) == 51
-    assert time.perf_counter() - started < 30
+        assert native.native() is not None, f"{native.status()}; run pip install -v to see why"

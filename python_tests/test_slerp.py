@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.kernels import _native
+from motet.kernels import native
 from motet.kernels.slerp import slerp_reference
 from torch.library import opcheck
 
@@ -175,7 +175,7 @@ def test_bad_arguments() -> None:
 
 
 def test_bindings_refuse_what_does_not_fit() -> None:
-    module = _native.native()
+    module = native.native()
     if module is None:
         pytest.skip("motet.kernels._C is not built")
     a = np.ones(8, np.float32)

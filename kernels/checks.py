@@ -2,34 +2,48 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise unless `value` is one of `allowed`, type included."""
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        expected = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
 def same_tensors(
-    tensors: Sequence[Tensor], name: str, dtypes: tuple[torch.dtype, ...]
+    tensors: Sequence[Tensor],
+    name: str,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    each: tuple[str, ...] = (),
 ) -> list[Tensor]:
-    """Return `tensors` as a list after checking that they agree in shape, dtype and device."""
+    """Return `tensors` as a list after checking that they agree in shape, dtype and device.
+
+    Errors call the sequence `name`, and its tensors `each`, by default name[0], name[1], ...
+    """
     if isinstance(tensors, Tensor):
         raise TypeError(f"{name}: expected a sequence of tensors, got one tensor")
     tensors = list(tensors)
     if not tensors:
         raise ValueError(f"{name}: expected at least one tensor, got none")
-    for i, tensor in enumerate(tensors):
+    each = each or tuple(f"{name}[{i}]" for i in range(len(tensors)))
+    for own, tensor in zip(each, tensors, strict=True):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{own}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in dtypes:
             expected = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"{name}[{i}]: expected {expected}, got {tensor.dtype}")
+            raise ValueError(f"{own}: expected {expected}, got {tensor.dtype}")
         for what in ("shape", "dtype", "device"):
             got, expected = getattr(tensor, what), getattr(tensors[0], what)
             if got != expected:
                 if what == "shape":
                     got, expected = tuple(got), tuple(expected)
-                raise ValueError(
-                    f"{name}[{i}]: expected the {what} of {name}[0], {expected}, got {got}"
-                )
+                raise ValueError(f"{own}: expected the {what} of {each[0]}, {expected}, got {got}")
     return tensors
 
 
@@ -43,7 +57,7 @@ def normalised_weights(weights: Sequence[float] | None, count: int) -> list[floa
     """Return `count` weights that sum to 1; None means equal ones."""
     if weights is None:
         return [1.0 / count] * count
-    if not isinstance(weights, Iterable):
+    if not isinstance(weights, Iterable) or isinstance(weights, str):
         raise TypeError(f"weights: expected {count} numbers, got {type(weights).__name__}")
     values = [float(w) for w in weights]
     if len(values) != count:

@@ -4,7 +4,7 @@ import warnings
 from functools import cache
 from types import ModuleType
 
-CURE = "install a C++20 compiler and run `pip install --force-reinstall --no-deps motet` again"
+CURE = "install a C++20 compiler, then `pip install --force-reinstall --no-deps .` in the checkout"
 
 try:
     from . import _C as _module  # pyright: ignore[reportAttributeAccessIssue]
