@@ -4,7 +4,6 @@
 #include <complex>
 #include <cstddef>
 #include <span>
-#include <vector>
 
 namespace motet {
 
@@ -26,10 +25,5 @@ void harmonic_merge(std::span<const std::complex<T>* const> inputs, std::span<co
 template <typename T>
 void slerp(std::span<const T* const> inputs, std::span<const double> weights, std::size_t size,
            T* out);
-
-// The coefficients c_j above, from the row-major matrix of cosines between the inputs. A zero
-// vector has a cosine of 0 with itself.
-std::vector<double> slerp_coefficients(std::span<const double> cosines,
-                                       std::span<const double> weights);
 
 }  // namespace motet

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
 #include "merge.hpp"
 
@@ -28,10 +29,9 @@ double scale_of(const T* v, std::size_t size) {
     return largest > 0.0 && std::isfinite(largest) ? largest : 1.0;
 }
 
-}  // namespace
-
-std::vector<double> slerp_coefficients(std::span<const double> cosines,
-                                       std::span<const double> weights) {
+// The coefficients c_j of the Karcher mean, from the row-major matrix of cosines between the
+// inputs. A zero vector has a cosine of 0 with itself.
+std::vector<double> coefficients(std::span<const double> cosines, std::span<const double> weights) {
     const std::size_t n = weights.size();
     const std::vector<double> linear(weights.begin(), weights.end());
     for (std::size_t i = 0; i < n; ++i) {
@@ -83,6 +83,8 @@ std::vector<double> slerp_coefficients(std::span<const double> cosines,
     return linear;
 }
 
+}  // namespace
+
 template <typename T>
 void slerp(std::span<const T* const> inputs, std::span<const double> weights, std::size_t size,
            T* out) {
@@ -104,7 +106,7 @@ void slerp(std::span<const T* const> inputs, std::span<const double> weights, st
                                      ? (i == j ? 1.0 : cosines[i * n + j] / (norm[i] * norm[j]))
                                      : 0.0;
 
-    const auto c = slerp_coefficients(cosines, weights);
+    const auto c = coefficients(cosines, weights);
     for (std::size_t k = 0; k < size; ++k) {
         double sum = 0.0;
         for (std::size_t j = 0; j < n; ++j) sum += c[j] * inputs[j][k];

@@ -60,13 +60,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "config": model.config,
         }
     )
-    tensors = {}
+    tensors, memory = {}, set()
     for name, tensor in _untied(model).items():
         plain = tensor.detach().cpu().contiguous()
         # Another view of the same memory, such as a buffer made from a parameter, is stored too.
-        shared = any(plain.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()
-                     for t in tensors.values() if plain.numel())  # fmt: skip
-        tensors[name] = plain.clone() if shared else plain
+        address = plain.untyped_storage().data_ptr()
+        tensors[name] = plain.clone() if address in memory else plain
+        memory.add(address)
     metadata = {"motet": header, "sha256": _digest(header, tensors)}
     path = Path(path)
     if not path.parent.is_dir():

@@ -6,10 +6,6 @@ from typing import Any
 
 import torch
 
-from ..kernels.checks import choice
-
-__all__ = ["choice", "integer", "positive", "rate", "same_kind"]
-
 
 def integer(name: str, value: Any, low: int = 1) -> int:
     """Return an integer of at least `low`, numpy's included, bools not."""

@@ -5,6 +5,7 @@ the same number of real tokens, else packed with offsets. A missing modality is 
 that padding, missing rows and ragged bags are one thing from here on.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -30,9 +31,8 @@ class Context(NamedTuple):
         return None if self.offsets is None else self.offsets.diff() > 0
 
     def rows(self) -> list[Tensor]:
-        """Return the tokens of each row, [N_b, D] each."""
-        if self.offsets is None:
-            return list(self.tokens)
+        """Return the tokens of each row of a packed context, [N_b, D] each."""
+        assert self.offsets is not None
         return list(self.tokens.split(self.offsets.diff().tolist()))
 
 
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
             return self.pack(tokens, self.keep)
         if self.keep is None:
             return Context(tokens, self.offsets)
-        kept = torch.cat([self.keep.new_zeros(1, dtype=torch.int64), self.keep.cumsum(0)])
+        kept = offsets_of(self.keep.long())  # how many real tokens lie before each
         return Context(tokens[self.keep], kept[self.offsets])
 
     def pack(self, tokens: Tensor, keep: Tensor | None) -> Context:
@@ -179,16 +179,15 @@ def read_all(
     if len(set(sizes.values())) > 1:
         raise ValueError(f"inputs: expected one batch size, got {sizes}")
     rows = next(iter(sizes.values()))
-    for what, given in (("masks", masks), ("present", present), ("coords", coords)):
-        for name in given.keys() - inputs.keys():  # of a modality that all rows miss
-            if what == "coords":
-                check_tensor(given[name], f"coords[{name!r}]", like)
-            else:
-                _check_bool(given[name], f"{what}[{name!r}]", like)
-            if what == "present":
-                _check_present(given[name], Names.of(name), rows, like)
-                if given[name].any():
-                    raise ValueError(f"present[{name!r}]: says present, but inputs has no {name!r}")
+    # What is said of modalities that all rows miss has to make sense too.
+    for name in masks.keys() - inputs.keys():
+        _check_bool(masks[name], Names.of(name).mask, like)
+    for name in coords.keys() - inputs.keys():
+        check_tensor(coords[name], Names.of(name).coords, like)
+    for name in present.keys() - inputs.keys():
+        _check_present(present[name], Names.of(name), rows, like)
+        if present[name].any():
+            raise ValueError(f"present[{name!r}]: says present, but inputs has no {name!r}")
     return batches
 
 
@@ -225,13 +224,13 @@ def read(
     rows, per_row = x.shape[0], x.shape[1] if items else 1
     leading = (rows, per_row) if items else (rows,)
     shape = modality.token_shape(x)
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
 
-    if coords is not None and coords.shape != (*x.shape[:-1], modality.coords):  # pyright: ignore
-        expected = (*x.shape[:-1], modality.coords)  # pyright: ignore
-        raise ValueError(f"{names.coords}: expected {expected}, got {tuple(coords.shape)}")
+    if coords is not None:
+        assert isinstance(modality, Bag)
+        expected = (*x.shape[:-1], modality.coords)
+        if tuple(coords.shape) != expected:
+            raise ValueError(f"{names.coords}: expected {expected}, got {tuple(coords.shape)}")
 
     keep = None
     if mask is not None:

@@ -5,7 +5,8 @@ from typing import Any, Literal, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
-from .checks import choice, integer, positive, rate
+from ..kernels.checks import choice
+from .checks import integer, positive, rate
 from .context import Context, read_all
 from .layers import (
     Attention,
@@ -192,10 +193,8 @@ class HEALNet(nn.Module):
             head_dim if self_head_dim is None else integer("self_head_dim", self_head_dim)
         )
         out_features = None if out_features is None else integer("out_features", out_features)
-        attn_dropout, ff_dropout = (
-            rate("attn_dropout", attn_dropout),
-            rate("ff_dropout", ff_dropout),
-        )
+        attn_dropout = rate("attn_dropout", attn_dropout)
+        ff_dropout = rate("ff_dropout", ff_dropout)
         temperature = positive("temperature", temperature)
         choice("snn", snn, (True, False))
         self.modalities = dict(modalities)

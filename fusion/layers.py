@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import attention_weights, latent_attention
-from .checks import choice
+from ..kernels.checks import choice
 from .context import Context
 
 ShareWeights = bool | Literal["all-but-first"]

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .checks import choice, integer, positive, rate, same_kind
+from ..kernels.checks import choice
+from .checks import integer, positive, rate, same_kind
 from .context import Batch, Context, Names, check_tensor, offsets_of, read
 from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
 from .layers import (
@@ -27,6 +28,7 @@ from .layers import (
 )
 from .modalities import (
     Bag,
+    Grid,
     Modality,
     Positions,
     Tabular,
@@ -169,10 +171,8 @@ class LegoBlock(nn.Module):
         latent_dim, depth = integer("latent_dim", latent_dim), integer("depth", depth)
         heads, head_dim = integer("heads", heads), integer("head_dim", head_dim)
         out_features = None if out_features is None else integer("out_features", out_features)
-        attn_dropout, ff_dropout = (
-            rate("attn_dropout", attn_dropout),
-            rate("ff_dropout", ff_dropout),
-        )
+        attn_dropout = rate("attn_dropout", attn_dropout)
+        ff_dropout = rate("ff_dropout", ff_dropout)
         temperature = positive("temperature", temperature)
         self.modality, self.encoder = modality, encoder
         self.positions = Positions(num_freq_bands, max_freq, fourier_encode)
@@ -288,7 +288,7 @@ class LegoBlock(nn.Module):
         logits = real if self.head is None else self.head(real)
         if not return_latents:
             return logits
-        return LegoOutput(logits, real if imaginary is None else torch.complex(real, imaginary))
+        return LegoOutput(logits, joined_parts(real, imaginary))
 
     def encode(
         self, batch: Batch, latents: Tensor | None = None
@@ -444,6 +444,11 @@ class LegoBlock(nn.Module):
         return encoded[:, None] if encoded.ndim == 2 else encoded.flatten(1, -2)
 
 
+def joined_parts(real: Tensor, imaginary: Tensor | None) -> Tensor:
+    """Return real + i imaginary; without a transform, the real part itself."""
+    return real if imaginary is None else torch.complex(real, imaginary)
+
+
 def fourier(x: Tensor, axes: tuple[int, ...], *, inverse: bool = False) -> Tensor:
     """Return the transform of x along `axes`, complex; also of no rows, which MKL refuses."""
     if x.numel() == 0:
@@ -506,8 +511,8 @@ def _probed(encoder: Any, modality: Modality, width: int | None) -> tuple[int, b
         raise TypeError(f"encoder: expected a torch.nn.Module or None, got {encoder!r}")
     if isinstance(modality, Bag) and modality.coords:
         raise ValueError("encoder: expected None for a Bag with coords, which the tokens carry")
-    sizes = {Tabular: (), Bag: (2,)}
-    shape = sizes[type(modality)] if type(modality) in sizes else (32,) * (modality.item_ndim - 1)
+    sizes = {Tabular: (), Bag: (2,), Grid: (32,) * (modality.item_ndim - 1)}
+    shape = sizes[type(modality)]
     like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
     zeros = torch.zeros(1, *shape, modality.channels, dtype=like.dtype, device=like.device)
     modes = {module: module.training for module in encoder.modules()}

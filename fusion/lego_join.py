@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import harmonic_merge, slerp
-from ..kernels.checks import normalised_weights
-from .checks import choice, integer, same_kind
+from ..kernels.checks import choice, normalised_weights
+from .checks import integer, same_kind
 from .context import Batch, Context, read_all
 from .layers import Head
-from .lego_block import LegoBlock, LegoOutput, fourier
+from .lego_block import LegoBlock, LegoOutput, fourier, joined_parts
 from .modalities import Modality, check_names
 
 Method = Literal["harmonic", "mean", "sum", "product", "upstream-harmonic"]
@@ -26,26 +26,9 @@ class _Joined(nn.Module):
 
     def __init__(self, blocks: Mapping[str, LegoBlock], head: str | Head, weights: Any) -> None:
         super().__init__()
-        if isinstance(blocks, LegoBlock) or not isinstance(blocks, Mapping) or not blocks:
-            raise ValueError(
-                f"blocks: expected a dict of modality name to LegoBlock, not empty, got {blocks!r}"
-            )
-        check_names("blocks", blocks)
         if not isinstance(head, Head):
             choice("head", head, get_args(HeadMethod))
-        first_name, first = next(iter(blocks.items()))
-        for name, block in blocks.items():
-            if not isinstance(block, LegoBlock):
-                raise TypeError(
-                    f"blocks[{name!r}]: expected a LegoBlock, got {type(block).__name__}"
-                )
-            for field in ("num_latents", "latent_dim", "fft", "out_features"):
-                if block.config[field] != first.config[field]:
-                    raise ValueError(
-                        f"blocks[{name!r}]: expected {field} {first.config[field]!r} as "
-                        f"blocks[{first_name!r}], got {block.config[field]!r}"
-                    )
-            same_kind(f"blocks[{name!r}]", block.latents, first.latents, f"blocks[{first_name!r}]")
+        first = _check_fit(blocks)
         self.weights = _positive_weights(weights, list(blocks))
         self.blocks = nn.ModuleDict({name: copy.deepcopy(b) for name, b in blocks.items()})
         self.head: Head | None
@@ -93,7 +76,7 @@ class _Joined(nn.Module):
         options = {key: value for key, value in config.items() if key not in ("blocks", "size")}
         # A plain head of the right size: nothing is merged only to be overwritten.
         head = options["head"] if config["size"] is None else Head(*config["size"])
-        model = cls(blocks, **{**options, "head": "slerp" if head == "given" else head})
+        model = cls(blocks, **{**options, "head": head})
         model.config = config
         return model
 
@@ -143,7 +126,9 @@ class _Joined(nn.Module):
     def _with_block(self, name: str, block: LegoBlock) -> dict[str, LegoBlock]:
         if name in self._blocks():
             raise ValueError(f"name: expected a new modality, got {name!r}, which the model has")
-        return {**self._blocks(), name: block}
+        blocks = {**self._blocks(), name: block}
+        _check_fit(blocks)
+        return blocks
 
     def _weights_with(self, name: str, weight: float | None) -> dict[str, float]:
         count = len(self.weights)
@@ -217,7 +202,7 @@ class LegoMerge(_Joined):
         updated: dict[str, Tensor | None] = {}
         for name, batch in batches.items():
             real, imaginary, updated[name] = blocks[name].encode(batch)
-            latents[name] = _joined_parts(real, imaginary)
+            latents[name] = joined_parts(real, imaginary)
         everyone = all(has is None for has in updated.values())
         if not rows or (len(latents) == len(blocks) and everyone):
             return self._merge(list(latents), list(latents.values()))
@@ -268,7 +253,7 @@ class LegoMerge(_Joined):
             parts = [latents[name][chosen] for name in names]
             if not names:
                 names = list(blocks)
-                parts = [_joined_parts(*blocks[name].untouched(len(chosen))) for name in names]
+                parts = [joined_parts(*blocks[name].untouched(len(chosen))) for name in names]
             part = self._merge(names, parts)
             if merged is None:
                 merged = part.new_zeros(rows, *part.shape[1:])
@@ -378,14 +363,14 @@ class LegoFuse(_Joined):
         Raises:
             ValueError: a name that the model has, or a block or weight that does not fit.
         """
-        weights = self._weights_with(name, weight)
+        blocks, weights = self._with_block(name, block), self._weights_with(name, weight)
         head: HeadMethod | Head = self.config["head"]
         if self.head is not None and block.head is not None:
             method = "slerp" if head == "given" else str(head)
             share = weights[name]
             head = merge_heads([self.head, block.head], [1 - share, share], method)
         bigger = type(self)(
-            self._with_block(name, block),
+            blocks,
             mode=self.mode,
             head=head,
             weights=weights,
@@ -494,8 +479,25 @@ def _matched_rows(target: Tensor, other: Tensor) -> Tensor:
     return torch.from_numpy(moved).to(target).reshape(target.shape)
 
 
-def _joined_parts(real: Tensor, imaginary: Tensor | None) -> Tensor:
-    return real if imaginary is None else torch.complex(real, imaginary)
+def _check_fit(blocks: Any) -> LegoBlock:
+    """Raise unless the blocks fit together; return the first."""
+    if isinstance(blocks, LegoBlock) or not isinstance(blocks, Mapping) or not blocks:
+        raise ValueError(
+            f"blocks: expected a dict of modality name to LegoBlock, not empty, got {blocks!r}"
+        )
+    check_names("blocks", blocks)
+    first_name, first = next(iter(blocks.items()))
+    for name, block in blocks.items():
+        if not isinstance(block, LegoBlock):
+            raise TypeError(f"blocks[{name!r}]: expected a LegoBlock, got {type(block).__name__}")
+        for field in ("num_latents", "latent_dim", "fft", "out_features"):
+            if block.config[field] != first.config[field]:
+                raise ValueError(
+                    f"blocks[{name!r}]: expected {field} {first.config[field]!r} as "
+                    f"blocks[{first_name!r}], got {block.config[field]!r}"
+                )
+        same_kind(f"blocks[{name!r}]", block.latents, first.latents, f"blocks[{first_name!r}]")
+    return first
 
 
 def _positive_weights(weights: Any, names: list[str]) -> dict[str, float]:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .checks import choice, integer, positive
+from ..kernels.checks import choice
+from .checks import integer, positive
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ One list of name pairs serves both directions.
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -308,7 +308,11 @@ def _joined(
         block.to(state[f"layers.{i}.latent"].dtype)
         _fill(_head_names(f"layers.{i}.to_logits.", block.head), state)
         heads.append(block.head)
-    head = _merged_head(heads[0], heads[1], alpha, given["head_method"])
+    head = copy.deepcopy(heads[0])
+    merged = list(_head_names("to_logits.combined_layers.", head))
+    if not any(name in state for name, _ in merged):  # as the authors' constructor makes them
+        _merge_head(head, heads[1], alpha, given["head_method"])
+        state |= {name: tensor.detach() for name, tensor in merged}
     if merge:
         method: Any = given["merge_method"]
         method = "upstream-harmonic" if method == "harmonic" else method
@@ -323,35 +327,30 @@ def _joined(
         )
     if "L" in state and _own_latents(model) is None:
         model.upstream_latents = torch.zeros_like(state["L"])
-    # A state without merged heads gets them as the authors' constructor makes them.
-    assert model.head is not None
-    for name, tensor in _head_names("to_logits.combined_layers.", model.head):
-        state.setdefault(name, tensor.detach())
     return model
 
 
-def _merged_head(a: Head, b: Head, alpha: float, method: str) -> Head:
-    """Merge two heads as the authors' PlugHeads does."""
-    if method == "linear":
-        return merge_heads([a, b], [alpha, 1 - alpha], "linear")
-    if method == "ot":
-        return merge_heads([a, b], [1 - alpha, alpha], "ot")
+def _merge_head(a: Head, b: Head, alpha: float, method: str) -> None:
+    """Merge head b into head a as the authors' PlugHeads does."""
+    if method in ("linear", "ot"):
+        weights = [alpha, 1 - alpha] if method == "linear" else [1 - alpha, alpha]
+        a.load_state_dict(merge_heads([a, b], weights, method).state_dict())
+        return
     if method != "slerp":
         raise ValueError(f"config['head_method']: expected slerp, linear or ot, got {method!r}")
-    merged = copy.deepcopy(a)
     with torch.no_grad():
-        for name, parameter in merged.named_parameters():
-            u, v = a.get_parameter(name), b.get_parameter(name)
-            if not (u.any() and v.any()):
-                raise ValueError(
-                    f"state_dict: expected merged heads (to_logits.combined_layers), since the "
-                    f"authors' slerp of the blocks' own gives NaN for {name}, which is zero"
-                )
+        for name, u in a.named_parameters():
+            v = b.get_parameter(name)
             cosine = ((u * v).sum() / (u.norm() * v.norm())).clamp(-1, 1)
             rest = v - u * cosine
             angle = float(cosine.acos()) * alpha
-            parameter.copy_(u * math.cos(angle) + rest / rest.norm() * math.sin(angle))
-    return merged
+            u.copy_(u * math.cos(angle) + rest / rest.norm() * math.sin(angle))
+            if not u.isfinite().all():
+                raise ValueError(
+                    f"state_dict: expected merged heads (to_logits.combined_layers), since the "
+                    f"authors' slerp of the blocks' own gives NaN for {name}: one is zero, or both "
+                    "are the same"
+                )
 
 
 def _check_expressible(model: nn.Module) -> None:
@@ -426,7 +425,7 @@ def _load(model: UpstreamModel, state: dict[str, Tensor]) -> None:
         raise ValueError(f"state_dict: the model has no {', '.join(left[:5])} ({len(left)} in all)")
 
 
-def _fill(names: Sequence[tuple[str, Tensor]] | Iterator[tuple[str, Tensor]], state) -> None:
+def _fill(names: Iterable[tuple[str, Tensor]], state: Mapping[str, Tensor]) -> None:
     filled: dict[int, str] = {}
     with torch.no_grad():
         for name, tensor in names:

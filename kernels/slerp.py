@@ -166,8 +166,8 @@ def _backward_op(grad: Tensor, vectors: list[Tensor], weights: list[float]) -> l
     dL = λᵀ dG c with λ = Jᵀ (I - J G)^-T h.
     """
     n = len(vectors)
-    direct = slerp_coefficients((pair := _cosines(vectors))[0], weights)
-    cosines, norms = pair
+    cosines, norms = _cosines(vectors)
+    direct = slerp_coefficients(cosines, weights)
     w = torch.tensor(weights, dtype=torch.float64)
     grads = [c * grad.double() for c in direct.tolist()]
     if n > 1 and not torch.equal(direct, w):  # linear weights do not depend on the vectors

@@ -402,6 +402,10 @@ def test_add() -> None:
     assert close(bigger.head.linear.weight, motet.kernels.slerp(pair, 0.25))
     with pytest.raises(ValueError, match="expected a new modality"):
         fused.add("wsi", blocks["wsi"])
+    other = motet.LegoBlock(motet.Bag(4), out_features=9, num_latents=6, latent_dim=5).double()
+    for model in (fused, motet.LegoMerge(three)):
+        with pytest.raises(ValueError, match="blocks\\['mri'\\]: expected out_features 3"):
+            model.add("mri", other)
     with pytest.raises(ValueError, match="weight: expected a share"):
         fused.add("mri", blocks["mri"], weight=1.0)
 

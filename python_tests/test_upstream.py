@@ -208,6 +208,13 @@ def test_refusals() -> None:
         name = "blocks.0.to_logits.1.bias"
         state = {**fuse.state, name: torch.zeros_like(fuse.state[name])}
         motet.from_upstream(fuse.config, state, fuse.encoders())
+    with pytest.raises(ValueError, match="gives NaN for norm.bias"):
+        same = fuse.state["blocks.1.to_logits.1.bias"]
+        motet.from_upstream(fuse.config, {**fuse.state, name: same}, fuse.encoders())
+    # A checkpoint that holds its merged heads needs nothing of the blocks' own.
+    merged = {k: v for k, v in fuse.tensors.items() if k.startswith("merged_head.")}
+    loaded = motet.from_upstream(fuse.config, {**state, **merged}, fuse.encoders())
+    assert close(fuse.run(loaded).logits, fuse.tensors["logits"])
 
 
 def test_only_what_the_authors_code_computes_is_exported() -> None:
