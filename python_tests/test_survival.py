@@ -1,4 +1,4 @@
-"""Bins, survival curves, risk, Harrell's c and its pooled form."""
+"""Bins, survival curves, risk and Harrell's c."""
 
 import motet
 import numpy as np
@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.fusion.evaluation import pooled_concordance
 from sksurv.datasets import load_gbsg2, load_whas500
 from sksurv.metrics import concordance_index_censored
 
@@ -65,27 +64,3 @@ def test_concordance_equals_scikit_survival(load) -> None:
     expected = concordance_index_censored(event, time, risks)[0]
     assert motet.concordance_index(time, event, risks) == expected
     assert motet.concordance_index(time, event, torch.tensor(risks)) == expected
-    folds = np.zeros(len(time))
-    pooled = pooled_concordance(time, event, risks, folds, draws=50)
-    assert pooled.c == pytest.approx(expected, abs=1e-12)
-    assert pooled.low < pooled.c < pooled.high
-
-
-def test_pooled_concordance_never_compares_folds() -> None:
-    rng = np.random.default_rng(1)
-    times, events = rng.exponential(size=60), rng.random(60) < 0.7
-    folds = np.arange(60) % 3
-    risks = -times + rng.normal(size=60)
-    shifted = risks + 100 * folds
-    assert pooled_concordance(times, events, risks, folds) == pooled_concordance(
-        times, events, shifted, folds
-    )
-    pairs = [motet.concordance_index(times[folds == f], events[folds == f], risks[folds == f])
-             for f in range(3)]  # fmt: skip
-    assert min(pairs) <= pooled_concordance(times, events, risks, folds).c <= max(pairs)
-    with pytest.raises(ValueError, match="a comparable pair"):
-        pooled_concordance([1.0, 2.0], [True, True], [0.0, 1.0], [0, 1])
-    with pytest.raises(ValueError, match="risks: expected finite"):
-        pooled_concordance([1.0, 2.0], [True, True], [0.0, np.nan], [0, 0])
-    with pytest.raises(ValueError, match="folds: expected"):
-        pooled_concordance([1.0, 2.0], [True, True], [0.0, 1.0], [0])
