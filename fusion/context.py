@@ -5,6 +5,7 @@ the same number of real tokens, else packed with offsets. A missing modality is 
 that padding, missing rows and ragged bags are one thing from here on.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
@@ -24,6 +25,8 @@ class Context(NamedTuple):
     """[B, N, D]; or [T, D] with offsets."""
     offsets: Tensor | None = None
     """int64 [B + 1]: row b owns tokens offsets[b] to offsets[b + 1]. None if dense."""
+    single: bool = False
+    """Whether it is known that no row has a second token."""
 
     @property
     def nonempty(self) -> Tensor | None:
@@ -67,9 +70,9 @@ class Batch(NamedTuple):
         count = self.items * tokens.shape[1]
         tokens = tokens.reshape(self.rows, count, tokens.shape[-1])
         if keep is None:
-            return Context(tokens)
+            return Context(tokens, single=count == 1)
         keep = keep.reshape(self.rows, count)
-        return Context(tokens[keep], offsets_of(keep.sum(1)))
+        return Context(tokens[keep], offsets_of(keep.sum(1)), single=count == 1)
 
     def spread(self, weights: Tensor, context: Context) -> Tensor:
         """Return attention weights in the caller's layout.
@@ -88,7 +91,7 @@ class Batch(NamedTuple):
                 full = weights.new_zeros(len(self.keep), *weights.shape[1:])
                 full[self.keep] = weights
                 weights = full
-            return torch.nested.nested_tensor_from_jagged(weights, self.offsets)
+            return jagged(weights, self.offsets)
         assert self.keep is not None
         keep = self.keep.reshape(self.rows, self.items * self.keep.shape[1])
         full = weights.new_zeros(*keep.shape, *weights.shape[1:])
@@ -113,6 +116,13 @@ class Names(NamedTuple):
 def offsets_of(lengths: Tensor) -> Tensor:
     """Return int64 [B + 1] offsets of bags with the given lengths [B]."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def jagged(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return the jagged NestedTensor [B, j, ...] of values [T, ...]."""
+    # torch 2.13 logs a warning meant for its own developers at the first call.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    return torch.nested.nested_tensor_from_jagged(values, offsets)
 
 
 def by_name(

@@ -51,10 +51,29 @@ class Attention(nn.Module):
 
     def forward(self, latents: Tensor, context: Context | None = None) -> Tensor:
         """Return the update [B, C, D] of latents [B, C, D], residual not added."""
+        if context is not None and context.single:
+            return self._only_token(latents, context)
         q, k, v, offsets = self._project(latents, context)
         dropout = self.dropout if self.training else 0.0
         out = latent_attention(q, k, v, offsets, scale=self.scale, dropout_p=dropout)
         return F.leaky_relu(self.to_out(out.transpose(1, 2).flatten(2)))
+
+    def _only_token(self, latents: Tensor, context: Context) -> Tensor:
+        """Attend to one token: its weight is 1 whatever Q and K are, so that only V is needed.
+
+        [B, 1, D] where all latents get the same; the rows without a token get what `update` drops.
+        """
+        assert self.norm_context is not None
+        inner = self.to_out.in_features
+        v = F.linear(self.norm_context(context.tokens), self.to_kv.weight[inner:])
+        nonempty = context.nonempty
+        if nonempty is not None:
+            v = v.new_zeros(len(nonempty), 1, inner).index_put((nonempty,), v[:, None])
+        if self.training and self.dropout:
+            kept = v.new_ones(len(v), self.heads, latents.shape[1], 1)
+            kept = F.dropout(kept, self.dropout).transpose(1, 2)  # [B, C, H, 1]
+            v = (kept * v.unflatten(-1, (self.heads, -1))).flatten(2)
+        return F.leaky_relu(self.to_out(v))
 
     def weights(self, latents: Tensor, context: Context) -> Tensor:
         """Return the attention weights, [B, H, C, N], or [T, H, C] for a packed context."""

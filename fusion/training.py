@@ -1,153 +1,315 @@
-"""Train a survival model on tensors in memory: Adam, one-cycle, early stopping on validation."""
+"""Train a model with Lightning: Adam, one cycle, early stopping that restores the best weights.
 
+An epoch's order is drawn from (seed, epoch) and a step's dropout from (seed, step), so that a run
+that was killed and resumed gives the very weights of one that was not.
+"""
+
+import logging
 import math
+import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as lightning
 import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
-from .losses import l1_penalty, nll_loss
+from ..kernels.checks import choice
+from .checks import integer, positive
+from .lego_block import LegoBlock
+from .objectives import Objective
+from .patients import Batch, Patients
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 @dataclass(frozen=True)
-class Patients:
-    """Patients of one part of a split, as tensors.
+class Training:
+    """How to train.
 
     Args:
-        inputs: modality name to tensor [n, ...].
-        bins: int64 [n], the bin of each follow-up time.
-        events: bool [n], True if the event was observed.
-        present: modality name to bool [n]; a name left out is present throughout.
+        epochs: at most; the length of the one cycle.
+        max_lr: its peak.
+        batch_size: patients per step and process.
+        patience: epochs without a lower validation loss after which training stops.
+        l1: weight of `l1_penalty`.
+        l2: weight decay of Adam.
+        momentum: highest momentum of the cycle, at its ends; the lowest is 0.07 less.
+        seed: of the patients' order and of dropout.
+        precision: "32-true", "16-mixed" or "bf16-mixed", as Lightning calls them.
+        workers: processes that read bags ahead.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
-    inputs: dict[str, Tensor]
-    bins: Tensor
-    events: Tensor
-    present: dict[str, Tensor] = field(default_factory=dict)
+    epochs: int = 50
+    max_lr: float = 0.008
+    batch_size: int = 8
+    patience: int = 5
+    l1: float = 0.0
+    l2: float = 0.0
+    momentum: float = 0.92
+    seed: int = 0
+    precision: str = "32-true"
+    workers: int = 0
 
-    def __len__(self) -> int:
-        return len(self.bins)
-
-    def take(self, rows: Tensor) -> "Patients":
-        """Return the patients at the given rows."""
-        return Patients(
-            {name: x[rows] for name, x in self.inputs.items()},
-            self.bins[rows],
-            self.events[rows],
-            {name: there[rows] for name, there in self.present.items()},
-        )
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            integer(name, getattr(self, name))
+        for name in ("seed", "workers"):
+            integer(name, getattr(self, name), 0)
+        positive("max_lr", self.max_lr)
+        for name in ("l1", "l2"):
+            if getattr(self, name) != 0:
+                positive(name, getattr(self, name))
+        if not 0.07 <= self.momentum < 1:
+            raise ValueError(f"momentum: expected a number in [0.07, 1), got {self.momentum!r}")
+        choice("precision", self.precision, PRECISIONS)
 
 
 @dataclass
 class History:
-    """What happened in training: losses per epoch, the best epoch (from 1), seconds."""
+    """What happened in training: losses and seconds per epoch, the best epoch (from 1)."""
 
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     best_epoch: int = 0
-    seconds: float = 0.0
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits [B, K] of any of motet's models; a LegoBlock's batch has one modality."""
+    inputs, options = batch.arguments()
+    if isinstance(model, LegoBlock):
+        ((name, x),) = inputs.items()
+        logits = model(x, **{key: value.get(name) for key, value in options.items()})
+    else:
+        logits = model(inputs, **options)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # losses in full precision
 
 
 def train(
     model: nn.Module,
-    forward: Callable[[Patients], Tensor],
+    objective: Objective,
     patients: Patients,
     validation: Patients,
+    settings: Training,
     *,
-    epochs: int = 50,
-    max_lr: float = 0.008,
-    batch_size: int = 32,
-    patience: int = 5,
-    alpha: float = 0.4,
-    l1: float = 0.0,
-    l2: float = 0.0,
-    seed: int = 0,
+    resume: Path | None = None,
+    each_epoch: Callable[[History], None] = lambda history: None,
 ) -> History:
-    """Train `model` in place by the discrete-time likelihood; leave it with its best weights.
+    """Train `model` in place; leave it with the weights of the lowest validation loss, exactly.
 
-    Bin weights are inverse to the bins' sizes among the training patients, as in the authors' code.
-    The best weights are those of the lowest validation loss, restored exactly.
+    Under torchrun every process trains on its share of each batch (DDP); all return the same.
 
     Args:
-        model: what is trained.
-        forward: logits [n, K] of some patients.
-        patients: the training part.
-        validation: decides when to stop.
-        epochs: at most; training stops after `patience` epochs without a better one.
-        max_lr: peak of the one-cycle schedule of Adam.
-        batch_size: patients per step.
-        patience: see `epochs`.
-        alpha: of `nll_loss`.
-        l1: weight of `l1_penalty`.
-        l2: weight decay.
-        seed: of the order of the patients and of dropout.
+        model: what is trained, on any device.
+        objective: fitted on the training part.
+        patients: the training part, with targets.
+        validation: decides when to stop; with targets.
+        settings: see `Training`.
+        resume: a folder to keep the state in after every epoch, and to continue from if it holds
+            one; emptied at the end.
+        each_epoch: called after every epoch.
 
     Returns:
         The History.
 
     Raises:
         FloatingPointError: the loss is not finite, in training or on validation.
-        ValueError: no patients to train on or to validate with, or no batch size.
+        ValueError: nobody to train on or to validate with.
     """
-    started = time.perf_counter()
-    for name, value in (
-        ("patients", len(patients)),
-        ("validation", len(validation)),
-        ("batch_size", batch_size),
-        ("epochs", epochs),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    for name, part in (("patients", patients), ("validation", validation)):
+        if not len(part):
+            raise ValueError(f"{name}: expected at least 1, got 0")
+    world, rank = _world()
+    sampler = DistributedSampler(patients, world, rank, shuffle=True, seed=settings.seed)
+    ahead: dict[str, Any] = {"num_workers": settings.workers, "collate_fn": _whole}
+    loader = DataLoader(patients, settings.batch_size, sampler=sampler, **ahead)
+    # Validation runs whole on every process, so that all agree when to stop.
+    checking = DataLoader(validation, max(settings.batch_size, 64), **ahead)
+    fit = _Fit(model, objective, settings, steps=len(loader))
+    best = _BestWeights(fit.history, each_epoch)
+    stop = EarlyStopping("validation_loss", patience=settings.patience, check_finite=False)
+    # The last callback, so that the file holds the state of the others after the epoch.
+    keep = [] if resume is None else [_keeper(resume)]
+    last = None if resume is None else resume / "last.ckpt"
+    # Dropout draws from torch's global generators, which are left as they were found.
+    with torch.random.fork_rng(), _quiet():
+        trainer = lightning.Trainer(
+            accelerator="auto",
+            devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            num_nodes=world // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            # A batch in which everyone misses a modality leaves its weights without gradient.
+            strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
+            precision=settings.precision,  # pyright: ignore[reportArgumentType]
+            max_epochs=settings.epochs,
+            callbacks=[best, stop, *keep],
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=bool(keep),
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        known = last is not None and last.exists()
+        trainer.fit(fit, loader, checking, ckpt_path=str(last) if known else None)
+    model.cpu()
+    model.load_state_dict(best.weights)
     model.eval()
-    with torch.no_grad():
-        classes = forward(patients.take(torch.arange(1))).shape[1]
-    weights = 1.0 / torch.bincount(patients.bins, minlength=classes).clamp_min(1)
-    optimiser = torch.optim.Adam(model.parameters(), lr=max_lr, weight_decay=l2)
-    steps = -(-len(patients) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr, epochs=epochs, steps_per_epoch=steps, base_momentum=0.85,
-        max_momentum=0.92,
+    if last is not None and rank == 0:
+        last.unlink(missing_ok=True)
+    return fit.history
+
+
+@torch.no_grad()
+def predict_logits(model: nn.Module, patients: Patients, *, batch_size: int = 64) -> Tensor:
+    """Return the logits [n, K] of a model in evaluation mode.
+
+    Each patient's do not depend on who else is asked for: batches only save memory.
+    """
+    model.eval()
+    if not len(patients):
+        raise ValueError("patients: expected at least 1, got 0")
+    device = next(model.parameters()).device
+    batches = DataLoader(patients, batch_size, collate_fn=_whole)
+    return torch.cat([logits_of(model, batch.to(device)).cpu() for batch in batches])
+
+
+class _Fit(lightning.LightningModule):
+    def __init__(
+        self, model: nn.Module, objective: Objective, settings: Training, *, steps: int
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.settings = model, objective, settings
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.steps = steps
+        self.history = History()
+        self.checked: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.total, self.started = 0.0, 0.0
+
+    def configure_optimizers(self) -> Any:
+        own = self.settings
+        # Fused, but where the loss is scaled: a fused step unscales only after the L1 gradient.
+        optimiser = torch.optim.Adam(
+            self.parameters(), lr=own.max_lr, weight_decay=own.l2,
+            fused=own.precision != "16-mixed",
+        )  # fmt: skip
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, own.max_lr, epochs=own.epochs, steps_per_epoch=self.steps,
+            base_momentum=own.momentum - 0.07, max_momentum=own.momentum,
+        )  # fmt: skip
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        self.total, self.started = 0.0, time.perf_counter()
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        seed = (self.settings.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
+        torch.manual_seed(seed % 2**63)
+        loss = self.objective.loss(logits_of(self.model, batch), batch.target)
+        self.total += _finite("training loss", loss)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradient of `l1 * l1_penalty(model)`, at a fraction of what autograd takes."""
+        if not self.settings.l1:
+            return
+        gradients = []
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        signs = torch._foreach_sign([parameter.detach() for parameter in self.trained])
+        torch._foreach_add_(gradients, signs, alpha=self.settings.l1)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        self.checked.append((logits_of(self.model, batch), batch.target))
+
+    def on_validation_epoch_end(self) -> None:
+        """Take the loss over all patients at once: that of Cox needs them together."""
+        logits = torch.cat([logits for logits, _ in self.checked])
+        target = {
+            name: torch.cat([part[name] for _, part in self.checked]) for name in self.checked[0][1]
+        }
+        self.checked.clear()
+        loss = self.objective.loss(logits, target)
+        self.log("validation_loss", loss)
+        history = self.history
+        history.validation_loss.append(_finite("validation loss", loss))
+        # Validation is the end of an epoch: Lightning runs it inside the training epoch.
+        history.train_loss.append(self.total / self.steps)
+        history.seconds.append(time.perf_counter() - self.started)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = vars(self.history)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        vars(self.history).update(checkpoint["history"])
+
+
+class _BestWeights(Callback):
+    """Remembers the weights of the lowest validation loss."""
+
+    def __init__(self, history: History, each_epoch: Callable[[History], None]) -> None:
+        self.history, self.each_epoch = history, each_epoch
+        self.weights: dict[str, Any] = {}
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        losses = self.history.validation_loss
+        if losses[-1] == min(losses) and losses.index(losses[-1]) == len(losses) - 1:
+            self.weights = deepcopy(pl_module.model.state_dict())
+            self.history.best_epoch = len(losses)
+        self.each_epoch(self.history)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.weights = state_dict["weights"]
+
+
+def _keeper(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
+        enable_version_counter=False,
     )  # fmt: skip
 
-    def loss_of(part: Patients) -> Tensor:
-        return nll_loss(forward(part), part.bins, part.events, alpha=alpha, weights=weights)
 
-    history = History()
-    best, best_loss = deepcopy(model.state_dict()), float("inf")
-    # Dropout draws from torch's global generator, which is left as it was found.
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for epoch in range(1, epochs + 1):
-            model.train()
-            total = 0.0
-            for rows in torch.randperm(len(patients)).split(batch_size):
-                loss = loss_of(patients.take(rows))
-                _check_finite("training loss", loss.item())
-                total += loss.item() * len(rows)
-                optimiser.zero_grad()
-                (loss + l1 * l1_penalty(model) if l1 else loss).backward()
-                optimiser.step()
-                schedule.step()
-            model.eval()
-            with torch.no_grad():
-                validation_loss = loss_of(validation).item()
-            _check_finite("validation loss", validation_loss)
-            history.train_loss.append(total / len(patients))
-            history.validation_loss.append(validation_loss)
-            if validation_loss < best_loss:
-                best, best_loss = deepcopy(model.state_dict()), validation_loss
-                history.best_epoch = epoch
-            elif epoch - history.best_epoch >= patience:
-                break
-    model.load_state_dict(best)
-    model.eval()
-    history.seconds = time.perf_counter() - started
-    return history
+def _world() -> tuple[int, int]:
+    """Return the number of processes that torchrun started, and this one's number."""
+    return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
 
-def _check_finite(name: str, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"{name}: expected a finite number, got {loss}")
+def _whole(batch: Any) -> Batch:
+    return batch
+
+
+def _finite(name: str, loss: Tensor) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's advice (loggers, workers, devices) off the user's terminal."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            yield
+    finally:
+        logger.setLevel(level)

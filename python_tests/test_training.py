@@ -1,91 +1,261 @@
-"""The training loop: best weights restored exactly, seeds, bins, what stops it."""
+"""Training: best weights restored exactly, resumed runs, seeds, losses, what stops it."""
 
-import copy
-import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 
 import motet
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from motet.fusion.training import Patients, train
+from motet.fusion.objectives import Classification, CoxSurvival, DiscreteSurvival
+from motet.fusion.patients import Bags, Patients, modalities_of
+from motet.fusion.preprocessing import fit_scaling
+from motet.fusion.training import History, Training, predict_logits, train
+
+IDS = [f"p{i}" for i in range(130)]
+TRAIN, VALIDATION = IDS[:90], IDS[90:]
 
 
-def patients(rows: int, seed: int) -> Patients:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 6, generator=generator)
-    bins = (x[:, 0] * -1.5 + 2).round().clamp(0, 3).long()
-    events = torch.rand(rows, generator=generator) < 0.7
-    return Patients({"omic": x}, bins, events)
+class Labs:
+    """Bags of 1 to 6 tokens for most patients."""
+
+    features, coords, extent, names = 3, 1, 48.0, None
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(1)
+        self.bags = {
+            patient: generator.normal(size=(generator.integers(1, 7), 3)).astype(np.float32)
+            for patient in IDS[::2] + IDS[1::4]
+        }
+        self.reads = 0
+
+    def __contains__(self, patient: object) -> bool:
+        return patient in self.bags
+
+    def __getitem__(self, patient: str) -> tuple[np.ndarray, np.ndarray]:
+        self.reads += 1
+        x = self.bags[patient]
+        return x, np.arange(len(x), dtype=np.float32)[:, None]
 
 
-def model_of(seed: int = 0) -> motet.HEALNet:
+def omic() -> pd.DataFrame:
+    table = pd.DataFrame(
+        np.random.default_rng(0).normal(size=(len(IDS), 6)), index=IDS, columns=list("abcdef")
+    )
+    table.iloc[3] = np.nan
+    return table
+
+
+MODALITIES = {"omic": omic(), "labs": Labs()}
+TIMES = np.random.default_rng(2).exponential(np.exp(-omic()["a"].fillna(0))) + 0.01
+EVENTS = np.random.default_rng(3).random(len(IDS)) < 0.7
+SCALING = fit_scaling(MODALITIES, TRAIN)
+NLL = DiscreteSurvival.fit(TIMES[:90], EVENTS[:90], bins=4, alpha=0.4, weighted=True)
+
+
+def parts(objective=NLL, *outcome: np.ndarray) -> tuple[Patients, Patients]:
+    outcome = outcome or (TIMES, EVENTS)
+    every = Patients.of(MODALITIES, SCALING, IDS, objective.target(*outcome))
+    return every.take(torch.arange(90)), every.take(torch.arange(90, 130))
+
+
+def model_of(out_features: int = 4, seed: int = 0) -> motet.HEALNet:
     torch.manual_seed(seed)
-    return motet.HEALNet({"omic": motet.Tabular(6)}, out_features=4, num_latents=4, latent_dim=8,
-                         heads=1, head_dim=8, ff_dropout=0.2)  # fmt: skip
+    return motet.HEALNet(
+        modalities_of(SCALING), out_features=out_features, num_latents=4, latent_dim=8, heads=1,
+        head_dim=8, ff_dropout=0.2,
+    )  # fmt: skip
 
 
-def run(model: motet.HEALNet, **options):
-    options = {"epochs": 12, "max_lr": 0.01, **options}
-    return train(model, lambda p: model(p.inputs), patients(64, 1), patients(32, 2), **options)
+def run(model, objective=NLL, data=None, **options) -> History:
+    where = {k: options.pop(k) for k in ("resume", "each_epoch") if k in options}
+    settings = Training(**{"epochs": 8, "max_lr": 0.01, "batch_size": 32, **options})
+    return train(model, objective, *(data or parts()), settings, **where)
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_it_learns_and_restores_the_best_weights() -> None:
     model = model_of()
-    history = run(model, epochs=40, patience=3)
-    assert min(history.validation_loss) < 0.8 * history.validation_loss[0]
-    assert history.best_epoch == 1 + history.validation_loss.index(min(history.validation_loss))
-    assert len(history.validation_loss) <= history.best_epoch + 3
+    weights: list[dict] = []
+    history = run(
+        model, epochs=40, patience=3,
+        each_epoch=lambda history: weights.append(deepcopy(model.state_dict())),
+    )  # fmt: skip
+    losses = history.validation_loss
+    assert min(losses) < 0.95 * losses[0]
+    assert history.best_epoch == 1 + losses.index(min(losses)) < len(losses)
+    assert len(losses) == history.best_epoch + 3 < 40
+    best = weights[history.best_epoch - 1]
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
     # Evaluated again, the restored weights give the very loss that was recorded.
-    validation, training = patients(32, 2), patients(64, 1)
-    weights = 1 / torch.bincount(training.bins, minlength=4).clamp_min(1)
-    with torch.no_grad():
-        loss = motet.nll_loss(
-            model(validation.inputs), validation.bins, validation.events, weights=weights
-        )
-    assert loss.item() == min(history.validation_loss)
+    validation = parts()[1]
+    assert NLL.loss(predict_logits(model, validation), validation.target).item() == min(losses)
     assert not model.training
+    assert len(history.train_loss) == len(history.seconds) == len(losses)
 
 
-def test_a_seed_gives_one_result() -> None:
+def test_a_seed_gives_one_result_and_leaves_the_generator_alone() -> None:
     first, second, other = model_of(), model_of(), model_of()
+    before = torch.get_rng_state()
     a, b, c = run(first, seed=3), run(second, seed=3), run(other, seed=4)
+    assert torch.equal(before, torch.get_rng_state())
     assert a.train_loss == b.train_loss != c.train_loss
-    assert all(
-        torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True)
-    )
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 7])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(epochs: int, tmp_path: Path) -> None:
+    whole, resumed = model_of(), model_of()
+    expected = run(whole, patience=2)
+
+    def stop(history: History) -> None:
+        if len(history.train_loss) == epochs:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(model_of(), patience=2, resume=tmp_path, each_epoch=stop)
+    history = run(resumed, patience=2, resume=tmp_path)
+    assert same(whole, resumed)
+    assert replace(history, seconds=[]) == replace(expected, seconds=[])
+    assert not list(tmp_path.iterdir())
 
 
 def test_validation_never_trains() -> None:
+    training, validation = parts()
     first, second = model_of(), model_of()
-    a = run(first, epochs=3)
-    changed = dataclasses.replace(patients(32, 2), inputs={"omic": torch.zeros(32, 6)})
-    b = train(second, lambda p: second(p.inputs), patients(64, 1), changed, epochs=3, max_lr=0.01)
+    changed = replace(validation, tables={"omic": torch.zeros_like(validation.tables["omic"])})
+    a = run(first, epochs=3, patience=3, data=(training, validation))
+    b = run(second, epochs=3, patience=3, data=(training, changed))
     assert a.train_loss == b.train_loss
+    assert a.validation_loss != b.validation_loss
 
 
-def test_nan_stops_it() -> None:
-    model = model_of()
-    bad = patients(64, 1)
-    bad.inputs["omic"][5] = float("nan")
-    with pytest.raises(FloatingPointError, match="training loss: expected a finite"):
-        train(model, lambda p: model(p.inputs), bad, patients(32, 2), epochs=2)
+def test_every_objective_and_a_block() -> None:
+    cox = CoxSurvival()
+    data = parts(cox)
+    model = model_of(1)
+    history = run(model, cox, data, epochs=12)
+    assert min(history.validation_loss) < history.validation_loss[0]
+    fitted = cox.fitted(predict_logits(model, data[0]), TIMES[:90], EVENTS[:90])
+    curves = fitted.curves(predict_logits(model, data[1]), np.array([0.0, 0.5, 1.0, 99.0]))
+    assert (curves[:, 0] == 1).all()
+    assert (np.diff(curves, axis=1) <= 0).all()
+
+    labels = (omic()["a"].fillna(0).to_numpy() > 0).astype(int)
+    classes = Classification.fit(labels[:90], classes=2, weighted=True)
+    data = parts(classes, labels)
+    model = model_of(2)
+    run(model, classes, data, epochs=15)
+    right = classes.probabilities(predict_logits(model, data[1])).argmax(1) == labels[90:]
+    assert right.mean() > 0.75
+
+    training, validation = (part.only("labs").take(part.has("labs")) for part in parts())
+    block = motet.LegoBlock(modalities_of(SCALING)["labs"], out_features=4, num_latents=4,
+                            latent_dim=8, heads=1, head_dim=8)  # fmt: skip
+    assert len(run(block, data=(training, validation), epochs=2).train_loss) == 2
 
 
-def test_nan_on_validation_stops_it_too() -> None:
-    model = model_of()
-    bad = patients(8, 2)
-    bad.inputs["omic"][0] = float("nan")
-    with pytest.raises(FloatingPointError, match="validation loss: expected a finite"):
-        train(model, lambda p: model(p.inputs), patients(64, 1), bad, epochs=2)
-    nobody = patients(8, 2).take(torch.arange(0))
+def test_half_precision_keeps_its_losses_whole() -> None:
+    history = run(model_of(), epochs=3, precision="bf16-mixed")
+    exact = run(model_of(), epochs=3)
+    np.testing.assert_allclose(history.validation_loss, exact.validation_loss, rtol=0.02)
+    assert len({loss * 256 % 1 for loss in history.validation_loss}) > 1  # not rounded to bfloat16
+
+
+def test_several_processes_train_one_model(tmp_path: Path) -> None:
+    """torchrun on two processes: both end with the same weights, and have learned."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import importlib.util as u\n"
+        f"spec = u.spec_from_file_location('t', {__file__!r})\n"
+        "t = u.module_from_spec(spec); spec.loader.exec_module(t)\n"
+        "model = t.model_of()\n"
+        "history = t.run(model, epochs=4)\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "torch.save((model.state_dict(), vars(history)), folder + '/' + os.environ['RANK'])\n"
+    )
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    subprocess.run(
+        [sys.executable, *command, str(script)], check=True, capture_output=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    (a, first), (b, second) = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert first["validation_loss"] == second["validation_loss"]
+    assert min(first["validation_loss"]) < first["validation_loss"][0]
+
+
+def test_what_is_not_finite_stops_it() -> None:
+    training, validation = parts()
+    bad = training.tables["omic"].clone()
+    bad[5] = float("nan")
+    with pytest.raises(
+        FloatingPointError, match="training loss: expected a finite number, got nan"
+    ):
+        run(model_of(), data=(replace(training, tables={"omic": bad}), validation))
+    bad = validation.tables["omic"].clone()
+    bad[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="validation loss: expected a finite number"):
+        run(model_of(), data=(training, replace(validation, tables={"omic": bad})))
     with pytest.raises(ValueError, match="validation: expected at least 1, got 0"):
-        train(model, lambda p: model(p.inputs), patients(64, 1), nobody)
-    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
-        run(model, batch_size=0)
+        run(model_of(), data=(training, validation.take(torch.arange(0))))
 
 
-def test_take_keeps_rows_together() -> None:
-    everyone = dataclasses.replace(patients(10, 1), present={"omic": torch.arange(10) % 2 == 0})
-    some = copy.deepcopy(everyone).take(torch.tensor([4, 7]))
-    assert len(some) == 2
-    assert torch.equal(some.inputs["omic"], everyone.inputs["omic"][[4, 7]])
-    assert some.present["omic"].tolist() == [True, False]
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected a positive integer, got 0"),
+        ({"batch_size": "8"}, "batch_size: expected a positive integer, got '8'"),
+        ({"max_lr": -1}, "max_lr: expected a positive finite number, got -1"),
+        ({"l2": float("nan")}, "l2: expected a positive finite number, got nan"),
+        ({"momentum": 1.0}, r"momentum: expected a number in \[0.07, 1\), got 1.0"),
+        ({"precision": "8"}, "precision: expected '32-true', '16-mixed' or 'bf16-mixed', got '8'"),
+    ],
+)
+def test_settings_are_checked(setting: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Training(**setting)
+
+
+def test_batches_hold_who_misses_what() -> None:
+    every = Patients.of(MODALITIES, SCALING, IDS)
+    batch = every.__getitems__([3, 0, 4, 9])
+    assert batch.present["omic"].tolist() == [False, True, True, True]
+    labs = batch.x["labs"]
+    held = [len(MODALITIES["labs"].bags.get(IDS[i], ())) for i in (3, 0, 4, 9)]
+    assert labs.offsets.diff().tolist() == held
+    assert torch.equal(batch.coords["labs"].offsets, labs.offsets)
+    assert "omic" not in every.__getitems__([0, 1]).present  # everyone has it
+    # A modality that the new patients' cohort lacks is missing for all.
+    fewer = Patients.of({"omic": MODALITIES["omic"]}, SCALING, IDS[:5])
+    assert not fewer.has("labs").any()
+    assert predict_logits(model_of(), fewer).isfinite().all()
+
+
+def test_bags_are_read_once_while_they_fit_in_memory() -> None:
+    source = Labs()
+    small = Bags(source, SCALING["labs"])
+    for _ in range(3):
+        small.take(IDS[:10:2])
+    assert source.reads == 5
+    large = Bags(source, SCALING["labs"], limit=100)
+    before = source.reads
+    for _ in range(2):
+        large.take(IDS[:20:2])
+    assert large.bytes <= 100
+    assert source.reads - before > 10

@@ -1,0 +1,187 @@
+"""What a model is trained for: fitted on training outcomes; makes targets, loss and predictions.
+
+An objective knows how wide the logits are, what the loss of a batch is, and what the logits mean:
+risks and survival curves, or probabilities of classes.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .losses import cox_loss, nll_loss
+from .survival import TimeBins, outcome_arrays, risk, survival
+
+Target = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DiscreteSurvival:
+    """Hazards in bins of follow-up time, by the likelihood of discrete-time survival."""
+
+    bins: TimeBins
+    end: float
+    """Longest training follow-up, at which the last bin ends."""
+    weights: tuple[float, ...] | None
+    """Per bin, see `nll_loss`."""
+    alpha: float
+    kind: ClassVar[str] = "nll"
+
+    @classmethod
+    def fit(
+        cls, times: ArrayLike, events: ArrayLike, *, bins: int, alpha: float, weighted: bool
+    ) -> Self:
+        """Cut the bins at quantiles of the uncensored training times.
+
+        Args:
+            times: [n] of the training patients.
+            events: [n], likewise.
+            bins: their number.
+            alpha: of `nll_loss`.
+            weighted: weigh each bin by the inverse of its size, as the authors do.
+        """
+        times, events = outcome_arrays(times, events)
+        cut = TimeBins.fit(times, events, bins)
+        sizes = np.bincount(cut.index(times), minlength=bins)
+        weights = tuple((1.0 / np.maximum(sizes, 1)).tolist()) if weighted else None
+        return cls(cut, float(times.max()), weights, alpha)
+
+    @property
+    def out_features(self) -> int:
+        return self.bins.count
+
+    def target(self, times: ArrayLike, events: ArrayLike) -> Target:
+        """Return what `loss` needs of some patients."""
+        times, events = outcome_arrays(times, events)
+        return {"bins": torch.from_numpy(self.bins.index(times)), "events": torch.tensor(events)}
+
+    def loss(self, logits: Tensor, target: Target) -> Tensor:
+        return nll_loss(
+            logits, target["bins"], target["events"], alpha=self.alpha, weights=self.weights
+        )
+
+    def risk(self, logits: Tensor) -> NDArray[np.float64]:
+        """Return the risks [n], higher is worse."""
+        return risk(logits.double()).cpu().numpy()
+
+    def curves(self, logits: Tensor, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return S(t) [n, G] at the times `grid`, linear within a bin, flat after the last."""
+        at_edges = survival(logits.double()).cpu().numpy()
+        edges = np.array([0.0, *self.bins.edges, max(self.end, self.bins.edges[-1])])
+        known = np.concatenate([np.ones((len(at_edges), 1)), at_edges], axis=1)
+        return np.stack([np.interp(grid, edges, curve) for curve in known])
+
+    def fitted(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
+        """Return the objective after training; nothing more is learned."""
+        return self
+
+
+@dataclass(frozen=True)
+class CoxSurvival:
+    """One log hazard ratio per patient, by Cox's partial likelihood (Efron's form for ties)."""
+
+    times: tuple[float, ...] = ()
+    """Event times of Breslow's baseline, learned after training."""
+    hazard: tuple[float, ...] = ()
+    """Its cumulative hazard at these."""
+    kind: ClassVar[str] = "cox"
+    out_features: ClassVar[int] = 1
+
+    def target(self, times: ArrayLike, events: ArrayLike) -> Target:
+        """Return what `loss` needs of some patients."""
+        times, events = outcome_arrays(times, events)
+        return {"times": torch.from_numpy(times), "events": torch.tensor(events)}
+
+    def loss(self, logits: Tensor, target: Target) -> Tensor:
+        return cox_loss(logits, target["times"], target["events"])
+
+    def risk(self, logits: Tensor) -> NDArray[np.float64]:
+        """Return the risks [n], log hazard ratios."""
+        return logits.double().squeeze(1).cpu().numpy()
+
+    def curves(self, logits: Tensor, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return S(t) [n, G] at the times `grid`, from Breslow's baseline."""
+        at = np.searchsorted(np.asarray(self.times), grid, side="right")
+        cumulative = np.array([0.0, *self.hazard])[at]
+        return np.exp(-cumulative * np.exp(self.risk(logits))[:, None])
+
+    def fitted(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
+        """Return the objective with Breslow's baseline of the training patients."""
+        from sksurv.linear_model.coxph import BreslowEstimator
+
+        times, events = outcome_arrays(times, events)
+        baseline = BreslowEstimator().fit(self.risk(logits), events, times).cum_baseline_hazard_
+        assert baseline is not None
+        return replace(
+            self, times=tuple(map(float, baseline.x)), hazard=tuple(map(float, baseline.y))
+        )
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Probabilities of classes, by cross entropy."""
+
+    classes: int
+    weights: tuple[float, ...] | None
+    """Per class."""
+    kind: ClassVar[str] = "cross_entropy"
+
+    @classmethod
+    def fit(cls, labels: ArrayLike, *, classes: int, weighted: bool) -> Self:
+        """Weigh each class by the inverse of its size among the training patients, or not.
+
+        Raises:
+            ValueError: a class without a training patient.
+        """
+        sizes = np.bincount(np.asarray(labels, np.int64), minlength=classes)
+        if not sizes.all():
+            raise ValueError(
+                f"labels: expected training patients of all {classes} classes, got {sizes.tolist()}"
+            )
+        weights = tuple((sizes.sum() / (classes * sizes)).tolist()) if weighted else None
+        return cls(classes, weights)
+
+    @property
+    def out_features(self) -> int:
+        return self.classes
+
+    def target(self, labels: ArrayLike) -> Target:
+        """Return what `loss` needs of some patients."""
+        return {"labels": torch.from_numpy(np.asarray(labels, np.int64))}
+
+    def loss(self, logits: Tensor, target: Target) -> Tensor:
+        weights = None if self.weights is None else logits.new_tensor(self.weights)
+        return cross_entropy(logits, target["labels"], weights)
+
+    def probabilities(self, logits: Tensor) -> NDArray[np.float64]:
+        """Return [n, K]."""
+        return logits.double().softmax(1).cpu().numpy()
+
+    def fitted(self, logits: Tensor, labels: ArrayLike) -> Self:
+        """Return the objective after training; nothing more is learned."""
+        return self
+
+
+Objective = DiscreteSurvival | CoxSurvival | Classification
+_KINDS: dict[str, type[Any]] = {o.kind: o for o in (DiscreteSurvival, CoxSurvival, Classification)}
+
+
+def objective_to_config(objective: Objective) -> dict[str, Any]:
+    """Return plain values from which `objective_from_config` builds the objective again."""
+    return {"kind": objective.kind, **asdict(objective)}
+
+
+def objective_from_config(config: dict[str, Any]) -> Objective:
+    """Build what `objective_to_config` described."""
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key != "kind"
+    }
+    if "bins" in fields:
+        fields["bins"] = TimeBins(tuple(fields["bins"]["edges"]))
+    return _KINDS[config["kind"]](**fields)

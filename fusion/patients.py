@@ -1,0 +1,244 @@
+"""Patients of one part of a split as a torch dataset: rows of tables, bags read when needed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .context import jagged
+from .modalities import Bag, Modality, Tabular
+from .preprocessing import BagScaling, BagSource, Scaling, TableScaling
+
+# Scaled bags of at most this size are kept in memory; a larger store is read again every epoch.
+CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Bags of a batch: values [T, D], offsets [B + 1]."""
+
+    values: Tensor
+    offsets: Tensor
+
+    def nested(self) -> Tensor:
+        """Return the jagged NestedTensor [B, j, D]."""
+        return jagged(self.values, self.offsets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of some patients, in the form that models take, and their targets."""
+
+    x: dict[str, Tensor | Ragged]
+    coords: dict[str, Ragged]
+    present: dict[str, Tensor]
+    """Bool [B], for the tables that some rows miss."""
+    target: dict[str, Tensor]
+    rows: int
+
+    def to(self, device: Any, **options: Any) -> Self:
+        """Move the batch; Lightning calls this."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, **options)
+            return Ragged(value.values.to(device, **options), value.offsets.to(device, **options))
+
+        def moved(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: move(value) for name, value in values.items()}
+
+        return replace(
+            self, x=moved(self.x), coords=moved(self.coords), present=moved(self.present),
+            target=moved(self.target),
+        )  # fmt: skip
+
+    def arguments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the inputs of `HEALNet`, `LegoMerge` and `LegoFuse`, and their keywords."""
+        inputs = {n: x.nested() if isinstance(x, Ragged) else x for n, x in self.x.items()}
+        coords = {name: c.nested() for name, c in self.coords.items()}
+        return inputs, {"present": self.present, "coords": coords}
+
+
+@dataclass(frozen=True)
+class Patients(Dataset):
+    """Patients with scaled modalities and targets, handed out as a Batch.
+
+    Args:
+        ids: [n].
+        tables: modality name to scaled table, float32 [n, F].
+        present: modality name to bool [n], for tables.
+        bags: modality name to bags, read through `scaling`.
+        target: name to tensor [n]; see the objectives.
+    """
+
+    ids: tuple[str, ...]
+    tables: dict[str, Tensor]
+    present: dict[str, Tensor]
+    bags: dict[str, "Bags"]
+    target: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        modalities: Mapping[str, pd.DataFrame | BagSource],
+        scaling: Mapping[str, Scaling],
+        ids: Sequence[str],
+        target: dict[str, Tensor] | None = None,
+    ) -> Self:
+        """Scale the modalities of the given patients; a modality not given is missing for all.
+
+        Raises:
+            ValueError: a modality that does not fit its scaling.
+        """
+        tables, present, bags = {}, {}, {}
+        for name, how in scaling.items():
+            source = modalities.get(name)
+            if isinstance(how, BagScaling):
+                if isinstance(source, pd.DataFrame):
+                    raise ValueError(f"modality {name!r}: expected bags, got a table")
+                named = how.names is not None and source is not None and source.names is not None
+                if source is not None and source.features != how.width and not named:
+                    raise ValueError(
+                        f"modality {name!r}: expected {how.width} features per token, got "
+                        f"{source.features}"
+                    )
+                bags[name] = Bags(source, how)
+                continue
+            if source is None:
+                x = np.zeros((len(ids), len(how.features)), np.float32)
+                there = np.zeros(len(ids), bool)
+            elif not isinstance(source, pd.DataFrame):
+                raise ValueError(f"modality {name!r}: expected a table, got bags")
+            else:
+                try:
+                    x, there = how.transform(source.loc[list(ids)])
+                except ValueError as error:
+                    raise ValueError(f"modality {name!r}: {error}") from error
+            tables[name], present[name] = torch.from_numpy(x), torch.from_numpy(there)
+        return cls(tuple(ids), tables, present, bags, target or {})
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> Batch:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        """Return a batch; torch's DataLoader calls this with a batch's row numbers."""
+        index = torch.as_tensor(rows)
+        x: dict[str, Tensor | Ragged] = {n: table[index] for n, table in self.tables.items()}
+        present = {name: there[index] for name, there in self.present.items()}
+        coords = {}
+        for name, bags in self.bags.items():
+            x[name], at = bags.take([self.ids[row] for row in rows])
+            if at is not None:
+                coords[name] = at
+        return Batch(
+            x,
+            coords,
+            {name: there for name, there in present.items() if not there.all()},
+            {name: value[index] for name, value in self.target.items()},
+            len(rows),
+        )
+
+    def has(self, modality: str) -> Tensor:
+        """Return who has the modality, bool [n]."""
+        if modality in self.present:
+            return self.present[modality]
+        return torch.tensor([patient in self.bags[modality] for patient in self.ids])
+
+    def take(self, rows: Tensor) -> Self:
+        """Return the patients at the given rows (numbers or bools)."""
+        index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in index.tolist()),
+            tables={name: x[index] for name, x in self.tables.items()},
+            present={name: there[index] for name, there in self.present.items()},
+            target={name: value[index] for name, value in self.target.items()},
+        )
+
+    def only(self, *modalities: str) -> Self:
+        """Return the patients with these modalities alone."""
+
+        def chosen(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in values.items() if name in modalities}
+
+        return replace(
+            self,
+            tables=chosen(self.tables),
+            present=chosen(self.present),
+            bags=chosen(self.bags),
+        )
+
+
+class Bags:
+    """Scaled bags of one modality, kept in memory up to a limit.
+
+    Args:
+        source: the bags as they are; None if nobody has any.
+        scaling: fitted on training patients.
+        limit: bytes to keep.
+    """
+
+    def __init__(
+        self, source: BagSource | None, scaling: BagScaling, limit: int = CACHE_BYTES
+    ) -> None:
+        self.source, self.scaling, self.limit = source, scaling, limit
+        # New patients may have had other lab items measured: those of training, in their order.
+        self.places: NDArray[np.intp] | None = None
+        if source is not None and scaling.names and source.names and source.names != scaling.names:
+            self.places = pd.Index(source.names).get_indexer(pd.Index(scaling.names))
+        self.kept: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.bytes = 0
+
+    def __contains__(self, patient: str) -> bool:
+        return self.source is not None and patient in self.source
+
+    def __getitem__(self, patient: str) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens [N, F] and coordinates [N, A]; no token for a patient without."""
+        if patient in self.kept:
+            return self.kept[patient]
+        if patient not in self:
+            at = torch.zeros(0, self.scaling.coords) if self.scaling.coords else None
+            return torch.zeros(0, len(self.scaling.features)), at
+        assert self.source is not None
+        features, coords = self.source[patient]
+        if self.places is not None:
+            unmeasured = np.full((len(features), 1), np.nan, np.float32)
+            features = np.concatenate([features, unmeasured], axis=1)[:, self.places]
+        bag = (
+            torch.from_numpy(self.scaling.transform(features)),
+            None if coords is None else torch.from_numpy(coords),
+        )
+        size = sum(part.nbytes for part in bag if part is not None)
+        if self.bytes + size <= self.limit:
+            self.kept[patient] = bag
+            self.bytes += size
+        return bag
+
+    def take(self, patients: Sequence[str]) -> tuple[Ragged, Ragged | None]:
+        """Return the bags of some patients, packed, and their coordinates."""
+        bags = [self[patient] for patient in patients]
+        lengths = torch.tensor([0, *(len(x) for x, _ in bags)])
+        offsets = lengths.cumsum(0)
+        values = Ragged(torch.cat([x for x, _ in bags]), offsets)
+        if not self.scaling.coords:
+            return values, None
+        return values, Ragged(torch.cat([at for _, at in bags if at is not None]), offsets)
+
+
+def modalities_of(scaling: Mapping[str, Scaling]) -> dict[str, Modality]:
+    """Return the shapes of scaled modalities, as models are told them."""
+    return {
+        name: Tabular(len(how.features))
+        if isinstance(how, TableScaling)
+        else Bag(len(how.features), coords=how.coords, extent=how.extent)
+        for name, how in scaling.items()
+    }
