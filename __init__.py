@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from . import fusion, io, kernels
     from .fusion.checkpoint import load, save
     from .fusion.encoders import ABMIL, SNN
+    from .fusion.evaluation import (
+        ClassFold,
+        Comparison,
+        Estimate,
+        SurvivalFold,
+        compare_classes,
+        compare_survival,
+        evaluate_classes,
+        evaluate_survival,
+    )
     from .fusion.healnet import HEALNet, HEALNetOutput
     from .fusion.layers import Head
     from .fusion.lego_block import LegoBlock, LegoOutput
@@ -24,6 +34,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "fusion.checkpoint": ("load", "save"),
     "fusion.encoders": ("ABMIL", "SNN"),
+    "fusion.evaluation": (
+        "ClassFold",
+        "Comparison",
+        "Estimate",
+        "SurvivalFold",
+        "compare_classes",
+        "compare_survival",
+        "evaluate_classes",
+        "evaluate_survival",
+    ),
     "fusion.healnet": ("HEALNet", "HEALNetOutput"),
     "fusion.layers": ("Head",),
     "fusion.lego_block": ("LegoBlock", "LegoOutput"),
@@ -48,10 +68,18 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
     "Bag",
     "Grid",
     "Tabular",
+    "ClassFold",
+    "Comparison",
+    "Estimate",
+    "SurvivalFold",
     "TimeBins",
+    "compare_classes",
+    "compare_survival",
     "concordance_index",
     "cox_loss",
     "cross_entropy",
+    "evaluate_classes",
+    "evaluate_survival",
     "from_upstream",
     "fusion",
     "hazards",

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .runs import Run
 
 
 class Check(NamedTuple):
@@ -33,40 +36,260 @@ REQUIRED = (
     ("safetensors", "0.5"),
     ("scikit-learn", "1.6"),
     ("scikit-survival", "0.24"),
+    ("scipy", "1.14"),
     ("matplotlib", "3.9"),
     ("tqdm", "4.66"),
+    ("filelock", "3.16"),
+    ("pyarrow", "18"),
+    ("pydantic", "2.10"),
+    ("PyYAML", "6"),
+    ("zarr", "3.1"),
+    ("lightning", "2.5"),
     ("torch", "2.10"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    options = _parser().parse_args(arguments)
+    if options.command == "doctor":
+        return _doctor(as_json=options.json)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print(f"motet {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        # Bad input: the loaders, checks and models say in one line what is wrong with it.
+        message = " ".join(str(error).split())
+        print(f"motet {options.command}: {message}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="motet", description="Fuse biomedical modalities in one latent: HEALNet and MM-Lego."
     )
     parser.add_argument("--version", action="version", version=f"motet {_version('motet')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
     demo = commands.add_parser("demo", help="train both systems on real patients, with a report")
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/demo"),
-        metavar="DIR",
-        help="where to write tables and pictures (default: %(default)s)",
+    _out(demo, "where to write tables and pictures", default=Path("runs/demo"))
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="train a model on every split of a cohort, and evaluate it out of fold",
+        description="Train a model on every split of a cohort, and evaluate it out of fold. The "
+        "same command again continues a run that was stopped.",
     )
+    train.add_argument(
+        "cohort", help="a YAML file, or the name of a shipped cohort (docs/cohorts.md)"
+    )
+    train.add_argument(
+        "--model",
+        required=True,
+        help="healnet; lego, a LegoBlock per modality and their merge; or a baseline: cox, rsf "
+        "(survival), logistic, forest (classes)",
+    )
+    _out(train, "the run folder")
+    _data(train)
+    train.add_argument(
+        "--modalities", type=_names, metavar="A,B", help="those to use (default: all)"
+    )
+    train.add_argument(
+        "--splits", type=int, default=5, metavar="N", help="number of splits (default: 5)"
+    )
+    train.add_argument(
+        "--test", type=float, default=0.15, metavar="SHARE",
+        help="share of the patients tested in each split; 1 / N tests everyone (default: 0.15)",
+    )  # fmt: skip
+    train.add_argument(
+        "--validation", type=float, default=0.15, metavar="SHARE",
+        help="share of the patients that training stops on (default: 0.15)",
+    )  # fmt: skip
+    train.add_argument("--seed", type=int, default=0, help="of splits, weights and dropout")
+    _set(train)
+    _json(train)
+    train.set_defaults(run=_train)
+
+    merge = commands.add_parser("merge", help="join trained LegoBlocks with no training")
+    _joined(merge)
+    merge.add_argument("--method", default="harmonic", help="of LegoMerge (default: harmonic)")
+    merge.set_defaults(run=_merge)
+
+    fuse = commands.add_parser("fuse", help="join trained LegoBlocks and fine-tune them")
+    _joined(fuse)
+    fuse.add_argument("--mode", default="stack", help="stack or weave (default: stack)")
+    _set(fuse)
+    fuse.set_defaults(run=_fuse)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="metrics of finished runs, and paired comparisons with the first"
+    )
+    evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    evaluate.add_argument("--draws", type=int, default=1000, help="bootstrap samples")
+    _json(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = commands.add_parser("predict", help="predict patients with the models of a run")
+    predict.add_argument("trained", type=Path, metavar="RUN", help="a finished run")
+    predict.add_argument("cohort", help="a YAML file of the patients; needs no outcome")
+    predict.add_argument("--out", type=Path, required=True, metavar="CSV", help="where to write")
+    _data(predict)
+    predict.set_defaults(run=_predict)
+
     doctor = commands.add_parser("doctor", help="say what is built, what is missing, and the cure")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
-    if options.command == "doctor":
-        return _doctor(as_json=options.json)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"motet demo: --out: {error}", file=sys.stderr)
-        return 2
+    _json(doctor)
+    return parser
+
+
+def _out(parser: argparse.ArgumentParser, text: str, default: Path | None = None) -> None:
+    note = "" if default is None else " (default: %(default)s)"
+    parser.add_argument(
+        "--out", type=Path, default=default, required=default is None, metavar="DIR",
+        help=text + note,
+    )  # fmt: skip
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="folder of the cohort's files (default: beside the YAML, then $MOTET_DATA)",
+    )  # fmt: skip
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+        help="a setting of the model, its training or its goal; may be repeated (docs/training.md)",
+    )  # fmt: skip
+
+
+def _joined(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs of LegoBlocks")
+    _out(parser, "the new run folder")
+    _data(parser)
+    parser.add_argument("--head", default="slerp", help="slerp, linear or ot (default: slerp)")
+    _json(parser)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _changes(settings: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE settings; values are YAML, so numbers, true, null."""
+    import yaml
+
+    changes = {}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set: expected NAME=VALUE, got {setting!r}")
+        try:
+            # YAML takes 1e-3 for text; no setting is text that float() understands.
+            changes[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
+        except ValueError:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set: cannot read {setting!r}") from error
+    return changes
+
+
+def _demo(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
     from .demo import main as run_demo
 
     return run_demo(options.out)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from . import experiments
+    from .io import load_cohort
+
+    cohort = load_cohort(options.cohort, data=options.data)
+    run = experiments.train_run(
+        cohort,
+        experiments.source_of(cohort, options.cohort, options.data),
+        options.model,
+        options.out,
+        modalities=options.modalities,
+        changes=_changes(options.changes),
+        splits=experiments.Splits(options.splits, options.test, options.validation, options.seed),
+    )
+    return _show([run], as_json=options.json)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from . import experiments
+
+    runs = experiments.blocks_of(options.runs)
+    cohort, source = experiments.cohort_of(runs[0], options.data)
+    run = experiments.merge_runs(
+        runs, options.out, cohort=cohort, source=source, method=options.method, head=options.head
+    )
+    return _show([run], as_json=options.json)
+
+
+def _fuse(options: argparse.Namespace) -> int:
+    from . import experiments
+
+    runs = experiments.blocks_of(options.runs)
+    cohort, source = experiments.cohort_of(runs[0], options.data)
+    run = experiments.fuse_runs(
+        runs, options.out, cohort=cohort, source=source, changes=_changes(options.changes),
+        mode=options.mode, head=options.head,
+    )  # fmt: skip
+    return _show([run], as_json=options.json)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .runs import Run
+
+    return _show(
+        [Run.finished(path) for path in options.runs], as_json=options.json, draws=options.draws
+    )
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from . import experiments
+    from .fusion.fitted import write_text
+    from .io import load_cohort
+    from .runs import Run
+
+    run = Run.finished(options.trained)
+    cohort = load_cohort(options.cohort, data=options.data, outcome=False)
+    table = experiments.predict(run, cohort)
+    write_text(options.out, table.to_csv(index=False))
+    seen = sum(folds > 0 for folds in table["seen"])
+    note = f"; {seen} of them were trained on" if seen else ""
+    print(f"{len(table)} patients predicted{note}: {options.out}")
+    return 0
+
+
+def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> int:
+    """Print the metrics of runs; those on disk unless other bootstrap draws are asked for."""
+    from . import experiments, report
+
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    results = [
+        (
+            run,
+            experiments.read_metrics(run)
+            if draws is None
+            else experiments.evaluate_run(run, draws=draws),
+        )
+        for run in runs
+    ]
+    comparisons = [experiments.compare_runs(run, runs[0]) for run in runs[1:]]
+    print(report.as_json(results, comparisons) if as_json else report.table(results, comparisons))
+    return 0
 
 
 def _doctor(*, as_json: bool) -> int:

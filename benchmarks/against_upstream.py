@@ -1,0 +1,360 @@
+"""Train the authors' HEALNet, with the authors' code, on given patients: motet's rival.
+
+    git clone https://github.com/konst-int-i/healnet DIR
+    pip install einops python-box
+    python benchmarks/against_upstream.py --checkout DIR --cohort tcga_blca --splits splits.json \
+        --out runs/upstream
+
+Nothing of theirs is copied here: all of it is imported from the checkout.
+
+Theirs, as it is: `HealNet`; `nll_loss`; `calc_reg_loss`; `EarlyStopping`; of `Pipeline` the
+constructor, `load_data` (data loaders, bin weights), `make_model`, `train_survival_fold` (the whole
+training loop) and `evaluate_survival_epoch`; items and length of `TCGADataset`; the files
+`config/main_gpu.yml`, which the README's command `python3 healnet/main.py` reads, and
+`config/best_hyperparams.yml`.
+
+Ours, because theirs wants whole slides on disk or draws its own splits:
+
+* `TCGADataset` is filled without its constructor. The columns are theirs, and so is the single
+  token of all features. One row per patient instead of one per slide, so that nobody is in two
+  parts. Means that fill gaps and edges of the time bins come from the training part; theirs come
+  from all rows.
+* `random_split` returns the given parts. `Pipeline.main`'s loop over folds is ours, with its seeds.
+  Their loop calls `train_survival_fold` with test and validation part in each other's place, which
+  does no harm to random parts of one size; here the validation part decides when to stop and the
+  test part is predicted once, at the end.
+* wandb and what only slides and other baselines need are stubs, and tqdm is silent.
+
+Worth knowing of what they do: features are not scaled (`--standardise` does, on the training part).
+`EarlyStopping` keeps references to the weights rather than copies, so what is tested are the last
+weights, `patience` epochs after the best. The loss is divided by 16, but every batch is a step, so
+that the L1 penalty weighs 16 times what is configured. Evaluation builds the graph of the gradients
+too. Eight workers load tables that lie in memory; `--in-process` does without.
+
+Writes to --out: predictions.csv (patient, fold, risk; test parts only, higher is riskier) and
+summary.json (seconds per epoch, epochs, concordance, hyperparameters, versions).
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import motet
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Subset
+
+ROOT = Path(__file__).parent.parent
+# What their modules import and training on tables never calls. wandb would also log to its server.
+STUBS = (
+    "wandb", "openslide", "h5py", "torchsummary", "torchmetrics", "torchvision",
+    "torchvision.models",
+)  # fmt: skip
+NOT_FEATURES = (
+    "site", "oncotree_code", "case_id", "slide_id", "train", "censorship", "survival_months",
+)  # fmt: skip
+PARTS = ("train", "validation", "test")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkout", type=Path, required=True, help="their repository")
+    parser.add_argument("--cohort", required=True, help="tcga_blca or tcga_kirp")
+    parser.add_argument(
+        "--splits",
+        type=Path,
+        required=True,
+        help='JSON: {"folds": [{"train": [ids], "validation": [ids], "test": [ids]}, ...]}',
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    shared = Path(os.environ.get("MOTET_DATA", ROOT.parent / "shared"))
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=shared / "data" / "tcga",
+        help="folder of the authors' tables (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="0 seeds the folds as they do")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
+    parser.add_argument(
+        "--standardise", action="store_true", help="scale features by the training part"
+    )
+    parser.add_argument(
+        "--in-process", action="store_true", help="load batches without worker processes"
+    )
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    upstream = import_upstream(options.checkout.resolve())
+    if options.in_process:
+        upstream.DataLoader = _in_process
+    config = read_config(upstream, options.checkout, options.cohort)
+    table = read_table(options.data / f"{options.cohort}_all_clean.csv.zip")
+    folds = json.loads(options.splits.read_text())["folds"]
+    rows, runs = [], []
+    for number, fold in enumerate(folds):
+        # Their seed of a fold is its number, from 1.
+        seed = options.seed * len(folds) + number + 1
+        positions = {part: locate(table, fold[part]) for part in PARTS}
+        _check_disjoint(positions, number)
+        risks, run = train_fold(
+            upstream, config, table, positions, seed=seed, standardise=options.standardise
+        )
+        test = table.iloc[positions["test"]]
+        rows.append(pd.DataFrame({"patient": test.index, "fold": number, "risk": risks}))
+        run["c"] = float(
+            motet.concordance_index(test["survival_months"], test["censorship"] == 0, risks)
+        )
+        if abs(run["c"] - run["c_reported_by_their_code"]) > 1e-6:
+            raise RuntimeError(  # then these are not the weights that they test
+                f"fold {number}: expected the c of their code, {run['c_reported_by_their_code']}, "
+                f"got {run['c']}"
+            )
+        runs.append({"fold": number, "seed": seed, **run})
+        print(
+            f"fold {number}: c {run['c']:.3f}, {run['epochs']} epochs, best {run['best_epoch']}, "
+            f"{statistics.median(run['train_s']):.2f} s training and "
+            f"{statistics.median(run['validation_s']):.2f} s validation per epoch",
+            flush=True,
+        )
+
+    predictions = pd.concat(rows)
+    summary = {
+        "cohort": options.cohort,
+        "mean_c": statistics.mean(run["c"] for run in runs),
+        "seconds_per_epoch": {
+            part: _spread([second for run in runs for second in run[f"{part}_s"]])
+            for part in ("train", "validation")
+        },
+        "folds": runs,
+        "hyperparameters": dict(_pipeline(upstream, config).config),
+        "standardised": options.standardise,
+        "workers": "none" if options.in_process else "as published",
+        "their_revision": _revision(options.checkout),
+        "revision": _revision(ROOT),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    predictions.to_csv(options.out / "predictions.csv", index=False)
+    path = options.out / "summary.json"
+    path.write_text(json.dumps(summary, indent=1, default=str) + "\n")
+    print(f"mean c {summary['mean_c']:.3f}; written to {options.out}")
+    return 0
+
+
+def import_upstream(checkout: Path) -> ModuleType:
+    """Return their module `healnet.main`.
+
+    Raises:
+        FileNotFoundError: a folder that is no checkout of their repository.
+    """
+    if not (checkout / "healnet" / "main.py").is_file():
+        raise FileNotFoundError(
+            f"checkout: expected a clone of konst-int-i/healnet, got {checkout} without "
+            "healnet/main.py"
+        )
+    sys.path.insert(0, str(checkout))
+    sys.modules.update({name: mock.MagicMock() for name in STUBS})
+    try:
+        upstream = importlib.import_module("healnet.main")
+    finally:
+        for name in STUBS:  # torch looks for some of them itself
+            del sys.modules[name]
+    upstream.MP_CONTEXT = "fork"  # which they set only when main.py is the program
+    upstream.tqdm = iter
+    return upstream
+
+
+def read_config(upstream: ModuleType, checkout: Path, cohort: str) -> Any:
+    """Return their configuration for the omic-only HEALNet, nothing of the training changed."""
+    config = upstream.Config(str(checkout / "config" / "main_gpu.yml")).read()
+    config["dataset"] = cohort.removeprefix("tcga_")
+    tuned = upstream.Config(str(checkout / config["hyperparams"])).read()
+    if config["dataset"] not in tuned:
+        known = ", ".join(f"tcga_{name}" for name in tuned)
+        raise ValueError(f"cohort: expected one of {known}, got {cohort}")
+    config["model_params"] = tuned[config["dataset"]]
+    config["sources"] = ["omic"]
+    config["model"] = "healnet"
+    return config
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return their table with one row per patient, by patient id.
+
+    Raises:
+        ValueError: rows of one patient that differ in what is used.
+    """
+    table = pd.read_csv(path, index_col=0, low_memory=False)
+    used = table.drop(columns=["slide_id", "train"])
+    patients = used.drop_duplicates().set_index("case_id")
+    if not patients.index.is_unique:
+        twice = patients.index[patients.index.duplicated()].unique().tolist()
+        raise ValueError(f"{path}: expected equal rows for one patient, got others for {twice[:5]}")
+    return patients
+
+
+def locate(table: pd.DataFrame, patients: Sequence[str]) -> NDArray[np.int64]:
+    """Return the rows of patients.
+
+    Raises:
+        ValueError: patients that the table lacks.
+    """
+    rows = table.index.get_indexer(patients)
+    if (rows < 0).any():
+        missing = [patient for patient, row in zip(patients, rows, strict=True) if row < 0]
+        raise ValueError(f"splits: expected patients of the table, got {missing[:5]}")
+    return rows.astype(np.int64)
+
+
+def train_fold(
+    upstream: ModuleType,
+    config: Any,
+    table: pd.DataFrame,
+    positions: dict[str, NDArray[np.int64]],
+    *,
+    seed: int,
+    standardise: bool,
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """Train on one fold.
+
+    Returns:
+        Risks of the test patients, and what happened: epochs, losses, seconds.
+    """
+    pipeline = _pipeline(upstream, config)
+    data = fill_dataset(upstream, pipeline, table, positions["train"], standardise=standardise)
+    parts = {part: Subset(data, rows.tolist()) for part, rows in positions.items()}
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    given = (parts["train"], parts["test"], parts["validation"])  # in the order of their unpacking
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(upstream, "TCGADataset", return_value=data),
+        mock.patch.object(torch.utils.data, "random_split", return_value=given),
+    ):
+        train_data, validation_data, test_data = pipeline.load_data()
+        model = pipeline.make_model(train_data)
+        clock = pipeline.evaluate_survival_epoch = _Clock(pipeline.evaluate_survival_epoch)
+        model, *_, reported, _ = pipeline.train_survival_fold(
+            model, train_data, test_data=test_data, val_data=validation_data, fold=seed
+        )
+    model.eval()  # their evaluation leaves the model in training
+    with torch.no_grad():
+        risks = [
+            motet.risk(model([x.to(pipeline.device) for x in batch[0]])) for batch in test_data
+        ]
+    losses = clock.losses[:-1]  # the last evaluation is that of the test part
+    return torch.cat(risks).double().cpu().numpy(), {
+        "patients": {part: len(rows) for part, rows in positions.items()},
+        "features": data.omic_tensor.shape[2],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps_per_epoch": len(train_data),
+        "epochs": len(losses),
+        "best_epoch": 1 + int(np.argmin(losses)),
+        "validation_losses": losses,
+        "train_s": clock.between[:-1],
+        "validation_s": clock.within[:-1],
+        "c_reported_by_their_code": float(reported),
+    }
+
+
+def fill_dataset(
+    upstream: ModuleType,
+    pipeline: Any,
+    table: pd.DataFrame,
+    train: NDArray[np.int64],
+    *,
+    standardise: bool,
+) -> Any:
+    """Return their dataset, filled by what the training part says."""
+    features = table.drop(columns=[c for c in NOT_FEATURES if c in table]).astype(float)
+    known = features.iloc[train]
+    features = features.fillna(known.mean())
+    if standardise:
+        features = (features - known.mean()) / known.std().replace(0, 1).fillna(1)
+    times, censored = table["survival_months"], table["censorship"].astype(int)
+    # Quantiles of the uncensored times, as theirs.
+    bins = motet.TimeBins.fit(times.iloc[train], censored.iloc[train] == 0, pipeline.output_dims)
+    data = upstream.TCGADataset.__new__(upstream.TCGADataset)
+    data.sources = pipeline.sources
+    data.omic_tensor = torch.tensor(features.to_numpy(), dtype=torch.float32)[:, None]
+    data.censorship, data.survival_months = censored.to_numpy(), times.to_numpy(float)
+    data.y_disc = bins.index(times)
+    data.omic_df = pd.DataFrame({"y_disc": data.y_disc})
+    return data
+
+
+class _Clock:
+    """Their evaluation, with the seconds that it takes and the seconds since it last ended."""
+
+    def __init__(self, evaluate: Any) -> None:
+        self.evaluate = evaluate
+        self.within: list[float] = []
+        self.between: list[float] = []
+        self.losses: list[float] = []
+        self.last = time.perf_counter()
+
+    def __call__(self, *arguments: Any, **options: Any) -> tuple[float, float]:
+        started = time.perf_counter()
+        self.between.append(started - self.last)
+        loss, c = self.evaluate(*arguments, **options)
+        self.last = time.perf_counter()
+        self.within.append(self.last - started)
+        self.losses.append(float(loss))
+        return loss, c
+
+
+def _pipeline(upstream: ModuleType, config: Any) -> Any:
+    return upstream.Pipeline(config, Namespace(mode="single_run"))
+
+
+def _in_process(*arguments: Any, **options: Any) -> DataLoader[Any]:
+    for name in ("multiprocessing_context", "persistent_workers", "prefetch_factor"):
+        del options[name]  # which mean nothing without workers
+    return DataLoader(*arguments, **{**options, "num_workers": 0})
+
+
+def _check_disjoint(positions: dict[str, NDArray[np.int64]], number: int) -> None:
+    every = np.concatenate(list(positions.values()))
+    if len(np.unique(every)) != len(every) or not all(map(len, positions.values())):
+        raise ValueError(
+            f"fold {number}: expected three parts without a common patient, none empty"
+        )
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75])
+    return {"median": middle, "iqr": high - low, "epochs": len(seconds)}
+
+
+def _revision(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""What `motet train`, `merge`, `fuse` and `evaluate` print."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .fusion.evaluation import Comparison
+from .runs import Run
+
+Result = tuple[Run, dict[str, Any]]
+
+
+def table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
+    """Return the metrics of some runs, and how each differs from the first, as text."""
+    classes = results[0][0].config["classes"] is not None
+    columns = _CLASSES if classes else _SURVIVAL
+    columns = {name: title for name, title in columns.items() if any(name in m for _, m in results)}
+    width = max(len(str(run.path)) for run, _ in results)
+    first = results[0][1]
+    counts = f"{first['patients']} patients"
+    if not classes:
+        counts += f", {first['events']} events"
+    lines = [
+        f"out of fold: {counts}, {first['folds']} test parts; pairs within a part only; 95 % "
+        "bootstrap intervals",
+        f"{'run':{width}}" + "".join(f"  {title:22}" for title in columns.values()),
+    ]
+    for run, metrics in results:
+        cells = [_cell(metrics.get(name)) for name in columns]
+        lines.append(f"{run.path!s:{width}}" + "".join(f"  {cell:22}" for cell in cells))
+    for (run, _), comparison in zip(results[1:], comparisons, strict=True):
+        lines.append(
+            f"{run.path} less {results[0][0].path}: {comparison.difference:+.3f} "
+            f"({comparison.low:+.3f} to {comparison.high:+.3f}), paired, p = {comparison.p:.2g}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_json(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
+    """Return the same as JSON."""
+    content = {
+        "runs": {str(run.path): metrics for run, metrics in results},
+        "less_the_first": {
+            str(run.path): comparison._asdict()
+            for (run, _), comparison in zip(results[1:], comparisons, strict=True)
+        },
+    }
+    return json.dumps(content, indent=2)
+
+
+_SURVIVAL = {
+    "harrell_c": "Harrell's c",
+    "uno_c": "Uno's c",
+    "integrated_brier": "integrated Brier",
+}
+_CLASSES = {
+    "auc": "AUC",
+    "macro_auc": "macro AUC",
+    "balanced_accuracy": "balanced accuracy",
+}
+
+
+def _cell(metric: dict[str, float] | None) -> str:
+    if metric is None:
+        return "-"
+    return f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"

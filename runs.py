@@ -1,0 +1,275 @@
+"""The run folder: what `motet train`, `merge` and `fuse` leave behind, and how it is read again.
+
+    config.json        what was asked for; a run continues only with the same
+    splits.json        {"folds": [{"train": [ids], "validation": [ids], "test": [ids]}, ...]}
+    outcome.csv        patient, time and event, or label
+    folds/0/           model.safetensors, fitted.json (scaling, objective), predictions.csv and,
+                       written last, done.json (history, seconds)
+    predictions.csv    out of fold: all folds' predictions of their test parts
+    metrics.json       see docs/evaluation.md
+    log.txt
+
+Every file is written whole or not at all, so that a run that was killed goes on where it stopped.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from .fusion.evaluation import ClassFold, SurvivalFold
+from .fusion.fitted import Fitted, Predictions, write_text
+
+FORMAT = 1
+# What may differ between a run and its continuation.
+_FREE = ("motet", "data", "cohort")
+# What may lie in a folder whose run has not begun.
+_BEFORE = (".lock", "blocks")
+
+
+class RunError(ValueError):
+    """A run folder that does not serve, in one line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Args:
+        path: the folder.
+        config: what was asked for.
+        splits: one dict per fold, part name to patient ids.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    splits: list[dict[str, list[str]]]
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        config: dict[str, Any],
+        splits: list[dict[str, list[str]]],
+        outcome: pd.DataFrame,
+    ) -> "Run":
+        """Make the folder, or continue one that was made with the same configuration.
+
+        Raises:
+            RunError: the folder holds something else.
+        """
+        config = {"format": FORMAT, **config}
+        if (path / "config.json").exists():
+            known = cls.open(path)
+            differs = [
+                key
+                for key in sorted({*config, *known.config})
+                if key not in _FREE and config.get(key) != known.config.get(key)
+            ]
+            if not differs and known.splits != splits:
+                differs = ["splits"]
+            if differs:
+                key = differs[0]
+                raise RunError(
+                    f"{path}: holds a run with {key} {_short(known.config.get(key))}, got "
+                    f"{_short(config.get(key))}; choose another --out, or remove the folder"
+                )
+            return known
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: expected a folder, got a file")
+        if path.exists() and any(item.name not in _BEFORE for item in path.iterdir()):
+            raise RunError(f"{path}: expected a new or empty folder, or a run to continue")
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, config, splits)
+        write_text(path / "splits.json", json.dumps({"folds": splits}))
+        write_text(path / "outcome.csv", outcome.to_csv(index=False))
+        write_text(path / "config.json", json.dumps(config, indent=2))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """Read a run, finished or not.
+
+        Raises:
+            RunError: no run, or one of a newer format.
+        """
+        if not path.is_dir():
+            raise RunError(f"{path}: no such run folder")
+        if not (path / "config.json").is_file():
+            raise RunError(f"{path}: not a run folder, or one that was never begun: no config.json")
+        try:
+            config = json.loads((path / "config.json").read_text())
+            if config["format"] > FORMAT:
+                raise RunError(
+                    f"{path}: format {config['format']} was written by motet "
+                    f"{config.get('motet')}; this motet reads up to format {FORMAT}"
+                )
+            splits = json.loads((path / "splits.json").read_text())["folds"]
+        except FileNotFoundError as error:
+            raise RunError(f"{path}: half-written, without {error.filename}") from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: corrupt, config.json or splits.json: {error}") from error
+        return cls(path, config, splits)
+
+    @classmethod
+    def finished(cls, path: Path) -> "Run":
+        """Read a run whose folds are all done.
+
+        Raises:
+            RunError: they are not.
+        """
+        run = cls.open(path)
+        for fold in range(len(run.splits)):
+            if not run.done(fold):
+                raise RunError(
+                    f"{path}: half-written, fold {fold + 1} of {len(run.splits)} is not done; run "
+                    f"the same `motet {run.config['command']}` again to finish it"
+                )
+        return run
+
+    def fold(self, number: int) -> Path:
+        """Return the folder of a fold."""
+        return self.path / "folds" / str(number)
+
+    def done(self, number: int) -> bool:
+        """Return whether a fold is complete."""
+        return (self.fold(number) / "done.json").is_file()
+
+    def finish_fold(
+        self,
+        number: int,
+        predictions: pd.DataFrame,
+        facts: dict[str, Any],
+        fitted: Fitted | None,
+    ) -> None:
+        """Write a fold; `done.json` is last."""
+        folder = self.fold(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        if fitted is not None:
+            fitted.save(folder)
+        write_text(folder / "predictions.csv", predictions.to_csv(index=False))
+        write_text(folder / "done.json", json.dumps(facts))
+
+    def fitted(self, number: int) -> Fitted:
+        """Read the model of a fold.
+
+        Raises:
+            RunError: a baseline, whose models are not kept, or a file that is lost or corrupt.
+        """
+        folder = self.fold(number)
+        if not (folder / "fitted.json").exists():
+            raise RunError(
+                f"{self.path}: keeps no model to predict with (model {self.config['model']})"
+            )
+        try:
+            return Fitted.load(folder)
+        except (OSError, ValueError) as error:
+            raise RunError(str(error)) from error
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """Return what `done.json` of a fold holds."""
+        return json.loads((self.fold(number) / "done.json").read_text())
+
+    def predictions(self) -> pd.DataFrame:
+        """Return the out-of-fold predictions: patient, fold, then what `table_of` gives."""
+        frames = []
+        for fold in range(len(self.splits)):
+            frame = pd.read_csv(
+                self.fold(fold) / "predictions.csv",
+                dtype={"patient": str},
+                float_precision="round_trip",
+            )
+            frame.insert(1, "fold", fold)
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
+
+    def outcome(self) -> pd.DataFrame:
+        """Return time and event, or label, by patient."""
+        frame = pd.read_csv(
+            self.path / "outcome.csv", dtype={"patient": str}, float_precision="round_trip"
+        )
+        return frame.set_index("patient")
+
+    def tested(self) -> list[SurvivalFold] | list[ClassFold]:
+        """Return the test parts for evaluation."""
+        outcome = self.outcome()
+        if self.config["classes"] is not None:
+            columns = [f"p_{name}" for name in self.config["classes"]]
+            return [
+                ClassFold(
+                    outcome["label"].loc[frame["patient"]].to_numpy(), frame[columns].to_numpy()
+                )
+                for _, frame in self.predictions().groupby("fold")
+            ]
+        folds = []
+        for number, frame in self.predictions().groupby("fold"):
+            facts = self.facts(int(str(number)))
+            train = outcome.loc[self.splits[int(str(number))]["train"]]
+            test = outcome.loc[frame["patient"]]
+            folds.append(
+                SurvivalFold(
+                    test["time"].to_numpy(),
+                    test["event"].to_numpy(),
+                    frame["risk"].to_numpy(),
+                    train["time"].to_numpy(),
+                    train["event"].to_numpy(),
+                    cut=facts["cut"],
+                    grid=np.asarray(facts["grid"]),
+                    curves=frame.filter(regex=r"^s_\d+$").to_numpy(),
+                )
+            )
+        return folds
+
+    def log(self, line: str) -> None:
+        """Append a line to log.txt."""
+        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def table_of(predictions: Predictions, classes: list[str] | None) -> pd.DataFrame:
+    """Return predictions as a table: patient, risk and S at the grid (s_0, ...), or p_CLASS."""
+    columns: dict[str, Any] = {"patient": list(predictions.ids)}
+    if predictions.probabilities is not None:
+        assert classes is not None
+        for name, column in zip(classes, predictions.probabilities.T, strict=True):
+            columns[f"p_{name}"] = column
+        return pd.DataFrame(columns)
+    assert predictions.risk is not None
+    assert predictions.curves is not None
+    columns["risk"] = predictions.risk
+    for i, column in enumerate(predictions.curves.T):
+        columns[f"s_{i}"] = column
+    return pd.DataFrame(columns)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to the run folder.
+
+    Raises:
+        RunError: another one is writing.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(f"{path}: another motet process is writing to it") from error
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
