@@ -181,20 +181,14 @@ class Run:
         """Return the out-of-fold predictions: patient, fold, then what `table_of` gives."""
         frames = []
         for fold in range(len(self.splits)):
-            frame = pd.read_csv(
-                self.fold(fold) / "predictions.csv",
-                dtype={"patient": str},
-                float_precision="round_trip",
-            )
+            frame = pd.read_csv(self.fold(fold) / "predictions.csv", dtype={"patient": str})
             frame.insert(1, "fold", fold)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
     def outcome(self) -> pd.DataFrame:
         """Return time and event, or label, by patient."""
-        frame = pd.read_csv(
-            self.path / "outcome.csv", dtype={"patient": str}, float_precision="round_trip"
-        )
+        frame = pd.read_csv(self.path / "outcome.csv", dtype={"patient": str})
         return frame.set_index("patient")
 
     def tested(self) -> list[SurvivalFold] | list[ClassFold]:

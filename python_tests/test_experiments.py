@@ -1,0 +1,600 @@
+"""Runs from end to end: leakage, killed runs, new patients, every shipped cohort, bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import motet
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from motet import cli, experiments
+from motet.io import Classes, Cohort, Split, Survival, load_cohort
+from motet.runs import Run, locked
+from safetensors import safe_open
+
+from .conftest import data_path
+
+QUICK = ["--set", "epochs=2", "--set", "num_latents=4", "--set", "latent_dim=8"]
+SMALL = {"epochs": 2, "num_latents": 4, "latent_dim": 8}
+SHIPPED = sorted(path.stem for path in (Path(motet.__file__).parent / "io/shipped").glob("*.yaml"))
+
+
+def motet_command(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "motet", *map(str, arguments)],
+        capture_output=True, text=True, check=check, cwd="/",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def breast_cancer() -> Cohort:
+    return load_cohort("breast_cancer")
+
+
+def trained(cohort: Cohort, kind: str, out: Path, **options: Any) -> Run:
+    source = experiments.source_of(cohort, "breast_cancer", None)
+    if kind in ("healnet", "lego"):
+        options.setdefault("changes", SMALL)
+    options.setdefault("splits", experiments.Splits(2))
+    return experiments.train_run(cohort, source, kind, out, **options)
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Return what a run has found: no seconds, no log."""
+    names = ("predictions.csv", "metrics.json", "splits.json", "outcome.csv")
+    found = {name: (run / name).read_bytes() for name in names}
+    for path in sorted(run.glob("folds/*/*")):
+        if path.suffix == ".safetensors":
+            found[str(path.relative_to(run))] = weights(path)
+        elif path.name != "done.json":
+            found[str(path.relative_to(run))] = path.read_bytes()
+    return found
+
+
+def weights(path: Path) -> bytes:
+    """Return the digest of a model's configuration and tensors, which `motet.load` checks."""
+    motet.load(path)
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["sha256"].encode()
+
+
+# Leakage
+
+
+def with_fixed_splits(cohort: Cohort) -> Cohort:
+    ids = cohort.patients
+    return replace(cohort, splits=(Split(ids[:110], ids[110:150], ids[150:]),))
+
+
+def changed_test_rows(cohort: Cohort) -> Cohort:
+    """Change every feature and the outcome of the patients that are tested."""
+    rows = slice(150, None)
+    modalities = {}
+    for name, table in cohort.modalities.items():
+        assert isinstance(table, pd.DataFrame)
+        table = table.copy()
+        numbers = table.select_dtypes(float).columns
+        table.iloc[rows, table.columns.get_indexer(numbers)] *= -7.0
+        modalities[name] = table
+    outcome = cohort.outcome
+    assert isinstance(outcome, Survival)
+    times, events = outcome.times.copy(), outcome.events.copy()
+    times[rows] = times[rows][::-1] * 3 + 1
+    events[rows] = ~events[rows]
+    outcome = replace(outcome, times=times, events=events)
+    return replace(cohort, modalities=modalities, outcome=outcome)
+
+
+@pytest.mark.parametrize("kind", ["healnet", "lego"])
+def test_test_patients_change_nothing_that_is_fitted(kind: str, tmp_path: Path) -> None:
+    """Scaling, bins, weights, the stopping epoch, cut-points: byte for byte the same."""
+    cohort = with_fixed_splits(breast_cancer())
+    changes = {**SMALL, "epochs": 6, "patience": 2}
+    one = trained(cohort, kind, tmp_path / "one", changes=changes)
+    other = trained(changed_test_rows(cohort), kind, tmp_path / "other", changes=changes)
+    mine, theirs = (one.fold(0) / "fitted.json", other.fold(0) / "fitted.json")
+    assert mine.read_bytes() == theirs.read_bytes()
+    mine, theirs = (weights(run.fold(0) / "model.safetensors") for run in (one, other))
+    assert mine == theirs
+    assert not one.predictions().equals(other.predictions())
+    if kind == "healnet":
+        mine, theirs = one.facts(0)["history"], other.facts(0)["history"]
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_bins_and_censoring_come_from_training(tmp_path: Path) -> None:
+    cohort = with_fixed_splits(breast_cancer())
+    run = trained(cohort, "healnet", tmp_path / "run")
+    outcome = cohort.outcome
+    assert isinstance(outcome, Survival)
+    expected = motet.TimeBins.fit(outcome.times[:110], outcome.events[:110], 4)
+    fitted = json.loads((run.fold(0) / "fitted.json").read_text())
+    assert tuple(fitted["objective"]["bins"]["edges"]) == expected.edges
+    (fold,) = run.tested()
+    assert sorted(fold.train_times) == sorted(outcome.times[:110])
+    assert len(fold) == 48
+
+
+def test_groups_never_part_and_patients_are_tested_once() -> None:
+    cohort = replace(breast_cancer(), groups=tuple(str(i // 3) for i in range(198)))
+    group = dict(zip(cohort.patients, cohort.groups, strict=True))
+    tested: list[str] = []
+    for fold in experiments._parts(cohort, experiments.Splits(test=0.2)):
+        owners = [{group[patient] for patient in part.ids} for part in fold.values()]
+        assert len(set.union(*owners)) == sum(map(len, owners))
+        tested += fold["test"].ids
+    assert sorted(tested) == sorted(cohort.patients)
+
+
+def test_given_splits_are_used_and_checked() -> None:
+    cohort, ids = breast_cancer(), breast_cancer().patients
+    given = replace(cohort, splits=(Split(ids[:150], (), ids[150:]),))
+    (fold,) = experiments._parts(given, experiments.Splits())
+    assert fold["test"].ids == ids[150:]
+    assert set(fold["train"].ids) | set(fold["validation"].ids) == set(ids[:150])
+    assert len(fold["validation"].ids) == round(0.15 * 198)
+    twice = replace(cohort, splits=(Split(ids[:150], ids[149:170], ids[170:]),))
+    with pytest.raises(ValueError, match="fold 1: expected every patient in one part"):
+        experiments._parts(twice, experiments.Splits())
+    parted = replace(given, groups=("same",) * 198)
+    with pytest.raises(ValueError, match="validation|group"):
+        experiments._parts(parted, experiments.Splits())
+
+
+# Runs
+
+
+def test_a_run_from_the_command_line(tmp_path: Path) -> None:
+    """Train, evaluate, predict in another process: the same risks, also with a modality missing."""
+    out = tmp_path / "runs" / "healnet"
+    shown = motet_command("train", "breast_cancer", "--model", "healnet", "--out", out, *QUICK,
+                          "--splits", 2, "--test", 0.5, "--json")  # fmt: skip
+    assert shown.stderr == ""
+    metrics = json.loads(shown.stdout)["runs"][str(out)]
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    frame = pd.read_csv(out / "predictions.csv", dtype={"patient": str})
+    assert sorted(frame["patient"]) == sorted(breast_cancer().patients)
+    assert "epoch 2: train" in (out / "log.txt").read_text()
+
+    # Curves in predictions.csv are what the metrics were made of.
+    again = motet_command("evaluate", out, "--json", "--draws", 1000)
+    assert json.loads(again.stdout)["runs"][str(out)] == metrics
+
+    new = tmp_path / "new.csv"
+    motet_command("predict", out, "breast_cancer", "--out", new)
+    predicted = pd.read_csv(new, dtype={"patient": str}).set_index("patient")
+    run, cohort = Run.finished(out), breast_cancer()
+    with torch.no_grad():
+        expected = []
+        for number in range(2):
+            fitted = run.fitted(number)
+            patients = fitted.patients(cohort.modalities, cohort.patients)
+            logits = torch.cat([
+                fitted.model(*_arguments(patients.__getitems__([row]))) for row in range(198)
+            ])  # fmt: skip
+            risks = motet.risk(logits.double()).numpy()
+            assert fitted.scale is not None
+            expected.append((risks - fitted.scale.mean) / fitted.scale.sd)
+    np.testing.assert_allclose(predicted["risk"], np.mean(expected, 0), rtol=1e-4, atol=1e-5)
+    assert (predicted["seen"] == 1).all()  # either fold tests the half that the other one knew
+    assert (predicted["modalities"] == "genes clinical").all()
+
+    table = cohort.modalities["clinical"]
+    assert isinstance(table, pd.DataFrame)
+    table = table.rename(columns=str).reset_index()
+    table["patient"] = "new " + table["patient"]
+    table.loc[5, ["age", "size", "grade", "er"]] = None
+    table.to_csv(tmp_path / "clinical.csv", index=False)
+    (tmp_path / "new.yaml").write_text(
+        "name: new patients\npatient: patient\ntables: {c: {file: clinical.csv}}\n"
+        "modalities: {clinical: {table: c, categorical: [er, grade]}}\n"
+    )
+    motet_command("predict", out, tmp_path / "new.yaml", "--out", new)
+    fewer = pd.read_csv(new, dtype={"patient": str}, keep_default_na=False)
+    assert (fewer["seen"] == 0).all()
+    assert set(fewer["modalities"]) == {"clinical", ""}
+    halved = replace(cohort, modalities={"clinical": cohort.modalities["clinical"]})
+    np.testing.assert_allclose(
+        fewer["risk"].drop(5),
+        experiments.predict(run, halved)["risk"].drop(5),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    curves = fewer.filter(like="survival at").to_numpy()
+    assert ((curves >= 0) & (curves <= 1)).all()
+    assert (np.diff(curves, axis=1) <= 1e-9).all()
+
+
+def _arguments(batch: Any) -> tuple[Any]:
+    inputs, options = batch.arguments()
+    assert not options["present"]
+    return (inputs,)
+
+
+def test_lego_merge_and_fuse(tmp_path: Path) -> None:
+    cohort = breast_cancer()
+    lego = trained(cohort, "lego", tmp_path / "lego")
+    blocks = experiments.blocks_of([tmp_path / "lego"])
+    assert [block.config["modalities"] for block in blocks] == [["genes"], ["clinical"]]
+    code = cli.main(["merge", str(tmp_path / "lego"), "--out", str(tmp_path / "merged")])
+    assert code == 0
+    merged = Run.finished(tmp_path / "merged")
+    assert merged.predictions().equals(lego.predictions())
+    # One block after the other gives the same merge; in the other order the same risks.
+    folders = [str(tmp_path / "lego" / "blocks" / name) for name in ("clinical", "genes")]
+    assert cli.main(["merge", *folders, "--out", str(tmp_path / "turned")]) == 0
+    turned = Run.finished(tmp_path / "turned").predictions()
+    np.testing.assert_allclose(turned["risk"], lego.predictions()["risk"], rtol=1e-3)
+    command = ["fuse", str(tmp_path / "lego"), "--out", str(tmp_path / "fused"), "--mode", "weave"]
+    assert cli.main(command) == 0
+    fused = Run.finished(tmp_path / "fused")
+    assert len(fused.facts(0)["history"]["train_loss"]) == 2
+    assert not fused.predictions().equals(lego.predictions())
+    compared = experiments.compare_runs(fused, lego)
+    assert compared.low <= compared.difference <= compared.high
+
+
+def test_blocks_of_other_splits_do_not_merge(tmp_path: Path) -> None:
+    cohort = breast_cancer()
+    trained(cohort, "lego", tmp_path / "a", modalities=["genes"])
+    other = experiments.Splits(2, seed=1)
+    trained(cohort, "lego", tmp_path / "b", modalities=["clinical"], splits=other)
+    trained(cohort, "lego", tmp_path / "c", modalities=["clinical"])
+    blocks = experiments.blocks_of([tmp_path / "a", tmp_path / "b"])
+    source = experiments.source_of(cohort, "breast_cancer", None)
+    with pytest.raises(ValueError, match="expected the splits of .* would be tested"):
+        experiments.merge_runs(blocks, tmp_path / "ab", cohort=cohort, source=source)
+    blocks = experiments.blocks_of([tmp_path / "a", tmp_path / "a"])
+    with pytest.raises(ValueError, match="a second block of modality 'genes'"):
+        experiments.merge_runs(blocks, tmp_path / "aa", cohort=cohort, source=source)
+    blocks = experiments.blocks_of([tmp_path / "a", tmp_path / "c"])
+    merged = experiments.merge_runs(blocks, tmp_path / "ac", cohort=cohort, source=source)
+    assert merged.predictions()["risk"].nunique() > 20
+
+
+def test_blocks_train_on_the_patients_that_have_their_modality(tmp_path: Path) -> None:
+    """Unpaired: nobody has both modalities, yet the blocks merge and everyone is predicted."""
+    cohort = breast_cancer()
+    genes, clinical = (cohort.modalities[name].copy() for name in ("genes", "clinical"))
+    genes.iloc[::2] = np.nan
+    clinical.iloc[1::2] = None
+    unpaired = replace(cohort, modalities={"genes": genes, "clinical": clinical})
+    run = trained(unpaired, "lego", tmp_path / "run", splits=experiments.Splits(2, test=0.5))
+    assert sorted(run.predictions()["patient"]) == sorted(cohort.patients)
+    for block in experiments.blocks_of([tmp_path / "run"]):
+        assert len(block.predictions()) == 99
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    """Killed at random moments, a run ends with the very files of one that was not."""
+    changes = ["--set", "epochs=6", "--set", "patience=6", *QUICK[2:], "--splits", "2"]
+    command = ["train", "breast_cancer", "--model", "healnet", *changes, "--out"]
+    motet_command(*command, tmp_path / "whole")
+    generator = random.Random(0)
+    kills = 0
+    for attempt in range(60):
+        with open(tmp_path / f"log {attempt}", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "motet", *command, str(tmp_path / "killed")],
+                stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        started = time.monotonic()
+        # Past the imports, at a moment of its own: later and later, so that it ends some day.
+        config = tmp_path / "killed" / "config.json"
+        while process.poll() is None and not (attempt or config.exists()):
+            time.sleep(0.01)
+        wait = generator.uniform(0, 1) + (0 if not attempt else 2 + 0.3 * attempt)
+        while process.poll() is None and time.monotonic() - started < wait:
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills >= 2
+    assert process.returncode == 0, (tmp_path / f"log {attempt}").read_text()
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob("folds/*/last.ckpt"))
+
+
+def test_a_run_continues_only_as_it_began(tmp_path: Path) -> None:
+    cohort = breast_cancer()
+    trained(cohort, "cox", tmp_path / "run")
+    before = content(tmp_path / "run")
+    again = trained(cohort, "cox", tmp_path / "run")
+    assert content(tmp_path / "run") == before
+    assert again.predictions()["fold"].nunique() == 2
+    with pytest.raises(
+        ValueError, match=r'holds a run with model "cox", got "rsf"; choose another'
+    ):
+        trained(cohort, "rsf", tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run with splits"):
+        trained(cohort, "cox", tmp_path / "run", splits=experiments.Splits(2, seed=9))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        trained(cohort, "cox", tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir() if path.suffix] == ["thesis.tex"]
+    with locked(tmp_path / "busy"), pytest.raises(ValueError, match="another motet process"):
+        trained(cohort, "cox", tmp_path / "busy")
+
+
+def test_baselines(tmp_path: Path) -> None:
+    """Ridge Cox on principal axes is ridge Cox; forests and logistic regression give curves."""
+    from motet.fusion import baselines
+    from sksurv.linear_model import CoxPHSurvivalAnalysis
+    from sksurv.util import Surv
+
+    cohort = with_fixed_splits(breast_cancer())
+    (parts,) = experiments._parts(cohort, experiments.Splits())
+    scaling = experiments.fit_scaling(cohort.modalities, parts["train"].ids)
+    having = {name: experiments._having(cohort, scaling, part) for name, part in parts.items()}
+    train, outcome = having["train"]
+    model = baselines.ridge_cox(train, outcome, *having["validation"])
+    x, test = baselines.flat(train), baselines.flat(having["test"][0])
+    times, events = outcome
+    expected = [
+        CoxPHSurvivalAnalysis(alpha=penalty, ties="efron").fit(x, Surv.from_arrays(events, times))
+        for penalty in baselines.PENALTIES
+    ]
+    risks = model.risk(test)
+    others = [cox.predict(test) for cox in expected]
+    errors = [np.abs(risks - risks.mean() - (r - r.mean())).max() for r in others]
+    assert min(errors) < 1e-6
+    chosen = expected[int(np.argmin(errors))]
+    grid = np.array([500.0, 2000.0])
+    curves = [[f(t) for t in grid] for f in chosen.predict_survival_function(test)]
+    np.testing.assert_allclose(model.curves(test, grid), curves, atol=1e-6)
+
+    run = trained(cohort, "rsf", tmp_path / "rsf")
+    assert run.tested()[0].curves.shape == (48, 32)
+    with pytest.raises(ValueError, match="keeps no model to predict with"):
+        experiments.predict(run, cohort)
+
+    labels = Classes((cohort.outcome.times > 3000).astype(np.int64), ("early", "late"))
+    classes = replace(cohort, outcome=labels)
+    found = {}
+    for kind in ("logistic", "forest", "healnet"):
+        run = trained(classes, kind, tmp_path / kind)
+        frame = run.predictions()
+        np.testing.assert_allclose(frame["p_early"] + frame["p_late"], 1, rtol=1e-6)
+        found[kind] = experiments.read_metrics(run)["auc"]["value"]
+    assert all(0 < auc < 1 for auc in found.values())
+    table = experiments.predict(run, classes)
+    np.testing.assert_allclose(table["p_early"] + table["p_late"], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_cohort_trains_with_one_command(name: str, tmp_path: Path) -> None:
+    if name != "breast_cancer":
+        data_path("data")
+    out = tmp_path / "run"
+    command = ["train", name, "--model", "healnet", "--out", str(out), "--set", "epochs=1"]
+    assert cli.main([*command, *QUICK[2:], "--splits", "2"]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["patients"] == len(Run.finished(out).predictions())
+    cohort = load_cohort(name)
+    run = Run.finished(out)
+    table = experiments.predict(run, cohort)
+    assert list(table["patient"]) == list(cohort.patients)
+    assert np.isfinite(table.select_dtypes(float)).all().all()
+    # Loaded without an outcome, codes, categories and lab items may come in another order.
+    blind = load_cohort(name, outcome=False)
+    other = experiments.predict(run, blind).set_index("patient").loc[list(cohort.patients)]
+    numbers = table.select_dtypes(float).to_numpy()
+    np.testing.assert_allclose(other.select_dtypes(float), numbers, rtol=1e-4, atol=1e-5)
+
+
+# Bad input
+
+ROWS = 60
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A cohort of 60 patients that trains; tests spoil it."""
+    generator = np.random.default_rng(0)
+    frame = pd.DataFrame(generator.normal(size=(ROWS, 3)).round(3), columns=["a", "b", "c"])
+    frame.insert(0, "id", [f"{i:03}" for i in range(ROWS)])
+    frame["months"] = generator.exponential(20, ROWS).round(2) + 0.1
+    frame["died"] = (generator.random(ROWS) < 0.7).astype(int)
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    np.savez(tmp_path / "bags.npz", **{i: generator.normal(size=(2, 3)) for i in frame["id"]})
+    (tmp_path / "cohort.yaml").write_text(
+        "name: sixty\npatient: id\ntables: {t: {file: table.csv}}\n"
+        "outcome: {table: t, time: months, unit: months, event: died}\n"
+        "modalities:\n  omic: {table: t, columns: [a, b, c]}\n  wsi: {bags: bags.npz}\n"
+    )
+    return tmp_path
+
+
+def spoil(change: Callable[[pd.DataFrame], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        frame = pd.read_csv(folder / "table.csv", dtype={"id": str})
+        changed = change(frame)
+        (frame if changed is None else changed).to_csv(folder / "table.csv", index=False)
+
+    return apply
+
+
+def rewrite(old: str, new: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        text = (folder / "cohort.yaml").read_text()
+        assert old in text
+        (folder / "cohort.yaml").write_text(text.replace(old, new))
+
+    return apply
+
+
+def bags(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        with np.load(folder / "bags.npz") as archive:
+            content = dict(archive)
+        change(content)
+        np.savez(folder / "bags.npz", **content)
+
+    return apply
+
+
+def set_cell(column: str, row: int, value: Any) -> Callable[[Path], None]:
+    def change(frame: pd.DataFrame) -> None:
+        frame[column] = frame[column].astype(object)
+        frame.loc[row, column] = value
+
+    return spoil(change)
+
+
+BAD = {
+    "a missing file": (lambda folder: (folder / "table.csv").unlink(), "table.csv"),
+    "no such cohort": (lambda folder: (folder / "cohort.yaml").unlink(), "no file"),
+    "an unknown column": (rewrite("[a, b, c]", "[a, b, cc]"), "no column 'cc'"),
+    "time below zero": (set_cell("months", 3, -1), "-1"),
+    "time zero": (set_cell("months", 3, 0), "003"),
+    "no event": (spoil(lambda f: f.assign(died=0)), "event"),
+    "one event": (spoil(lambda f: f.assign(died=[1] + [0] * (ROWS - 1))), "no event among the"),
+    "a column of NaN": (spoil(lambda f: f.assign(b=np.nan)), "'b'"),
+    "nobody has it": (
+        bags(lambda held: [held.update({"x" + key: held.pop(key)}) for key in list(held)]),
+        "no patient of the outcome has a bag",
+    ),
+    "a word": (set_cell("a", 7, "high"), "'high'"),
+    "infinity": (set_cell("a", 7, np.inf), "column 'a'"),
+    "NaN in a bag": (bags(lambda held: held["004"].__setitem__((0, 0), np.nan)), "NaN or Inf"),
+    "Inf in a bag": (bags(lambda held: held["004"].__setitem__((0, 0), np.inf)), "NaN or Inf"),
+    "an empty table": (spoil(lambda f: f.iloc[:0]), "table.csv"),
+    "an unknown key": (rewrite("columns: [a", "colums: [a"), "unknown key 'colums'"),
+    "a patient twice": (spoil(lambda f: pd.concat([f, f.iloc[:1]])), "000"),
+    "no YAML": (lambda folder: (folder / "cohort.yaml").write_text("a: [b"), "cohort.yaml"),
+    "a group as big as all": (rewrite("patient: id\n", "patient: id\ngroup: died\n"), "groups"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_clear_line(
+    what: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, expected = BAD[what]
+    change(files)
+    command = ["train", str(files / "cohort.yaml"), "--model", "cox", "--out", str(files / "run")]
+    assert cli.main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("motet train: ")
+    assert printed.err.count("\n") == 1
+    assert expected in printed.err
+    assert not (files / "run" / "config.json").exists()
+
+
+def test_the_cohort_that_is_spoiled_trains(files: Path) -> None:
+    command = ["train", str(files / "cohort.yaml"), "--model", "healnet", *QUICK, "--out"]
+    assert cli.main([*command, str(files / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "perceiver"], "--model: expected one of healnet, lego, cox"),
+        (["--model", "logistic"], "--model: expected cox or rsf for survival, got logistic"),
+        (["--model", "healnet", "--set", "epoch=3"], "unknown setting 'epoch' of healnet; did you"),
+        (["--model", "healnet", "--set", "epochs"], "--set: expected NAME=VALUE, got 'epochs'"),
+        (["--model", "healnet", "--set", "depth=none"], "depth: expected a positive integer"),
+        (["--model", "healnet", "--set", "max_lr=fast"], "max_lr: expected a positive finite"),
+        (["--model", "healnet", "--set", "loss=mse"], "--set loss: expected nll or cox, got 'mse'"),
+        (["--model", "healnet", "--set", "alpha=2"], "--set alpha: expected a number in [0, 1]"),
+        (["--model", "lego", "--set", "encoders=big"], "--set encoders: expected null or paper"),
+        (["--model", "cox", "--set", "epochs=3"], "unknown setting 'epochs' of cox"),
+        (["--model", "cox", "--modalities", "rna"], "--modalities: expected some of omic, wsi"),
+        (["--model", "cox", "--test", "0.5"], "test: expected at most 1 / 5"),
+        (["--model", "cox", "--splits", "0"], "count: expected a positive integer"),
+        (["--model", "cox", "--data", "nowhere"], "table.csv"),
+    ],
+)
+def test_bad_options_are_one_clear_line(
+    arguments: list[str], expected: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(files / "run")]
+    assert cli.main(["train", str(files / "cohort.yaml"), *arguments, *out]) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_half_written_runs_are_one_clear_line(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort, run = str(files / "cohort.yaml"), files / "run"
+    train = ["train", cohort, "--model", "healnet", *QUICK, "--splits", "2", "--out", str(run)]
+    assert cli.main(train) == 0
+    whole = content(run)
+    capsys.readouterr()
+
+    def refused(expected: str, *command: str) -> None:
+        assert cli.main([*command]) == 2
+        printed = capsys.readouterr()
+        assert expected in printed.err
+        assert printed.err.count("\n") == 1
+
+    evaluate = ["evaluate", str(run)]
+    predict = ["predict", str(run), cohort, "--out", str(files / "risks.csv")]
+    refused("no such run folder", "evaluate", str(files / "nothing"))
+    refused("no config.json", "evaluate", str(files))
+    refused("expected LegoBlocks", "merge", str(run), "--out", str(files / "merged"))
+
+    (run / "folds" / "1" / "done.json").rename(files / "kept")
+    for command in (evaluate, predict):
+        refused("half-written, fold 2 of 2 is not done", *command)
+    (files / "kept").rename(run / "folds" / "1" / "done.json")
+
+    model = run / "folds" / "0" / "model.safetensors"
+    kept = model.read_bytes()
+    model.write_bytes(kept[:-40])
+    refused("corrupt", *predict)
+    model.unlink()
+    refused("model.safetensors: no such file", *predict)
+    model.write_bytes(kept)
+    fitted = run / "folds" / "0" / "fitted.json"
+    fitted.write_bytes(whole["folds/0/fitted.json"][:100])
+    refused("fitted.json: corrupt", *predict)
+    fitted.write_bytes(whole["folds/0/fitted.json"])
+
+    (run / "metrics.json").unlink()
+    (run / "splits.json").write_text("{")
+    refused("corrupt, config.json or splits.json", *evaluate)
+    (run / "splits.json").unlink()
+    refused("half-written, without", *evaluate)
+    (run / "splits.json").write_bytes(whole["splits.json"])
+    assert cli.main(train) == 0  # the same command again mends what is missing
+    assert content(run) == whole
+
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "format": 99}))
+    refused("format 99 was written by motet", *evaluate)
+
+
+def test_new_patients_that_do_not_fit(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cohort, run = files / "cohort.yaml", files / "run"
+    train = ["train", str(cohort), "--model", "healnet", *QUICK, "--splits", "2", "--out", str(run)]
+    assert cli.main(train) == 0
+    capsys.readouterr()
+    for change, expected in (
+        (rewrite("[a, b, c]", "[a, b]"), "modality 'omic': expected the columns of training, got"),
+        (rewrite("omic:", "rna:"), None),
+        (rewrite("wsi:", "ct:"), "expected at least one modality of the run (omic, wsi), got rna"),
+    ):
+        change(files)
+        code = cli.main(["predict", str(run), str(cohort), "--out", str(files / "risks.csv")])
+        printed = capsys.readouterr()
+        assert code == (0 if expected is None else 2), printed.err
+        if expected:
+            assert expected in printed.err
+            assert printed.err.count("\n") == 1
