@@ -276,7 +276,7 @@ def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> 
     """Print the metrics of runs; those on disk unless other bootstrap draws are asked for."""
     from . import experiments, report
 
-    if int(os.environ.get("RANK", "0")):
+    if experiments.rank():
         return 0
     results = [
         (

@@ -14,7 +14,7 @@ Every file is written whole or not at all, so that a run that was killed goes on
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,8 @@ from .fusion.fitted import Fitted, Predictions, write_text
 FORMAT = 1
 # What may differ between a run and its continuation.
 _FREE = ("motet", "data", "cohort")
-# What may lie in a folder whose run has not begun.
-_BEFORE = (".lock", "blocks")
+# What may lie in a folder before config.json does: a run stopped in its first moments leaves these.
+_BEFORE = ("blocks", "folds", "splits.json", "outcome.csv")
 
 
 class RunError(ValueError):
@@ -84,7 +84,9 @@ class Run:
             return known
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: expected a folder, got a file")
-        if path.exists() and any(item.name not in _BEFORE for item in path.iterdir()):
+        if path.exists() and any(
+            item.name not in _BEFORE and item.name[0] != "." for item in path.iterdir()
+        ):
             raise RunError(f"{path}: expected a new or empty folder, or a run to continue")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, config, splits)
@@ -191,19 +193,21 @@ class Run:
         frame = pd.read_csv(self.path / "outcome.csv", dtype={"patient": str})
         return frame.set_index("patient")
 
-    def tested(self) -> list[SurvivalFold] | list[ClassFold]:
-        """Return the test parts for evaluation."""
-        outcome = self.outcome()
+    def tested(self, only: Set[str] | None = None) -> list[SurvivalFold] | list[ClassFold]:
+        """Return the test parts for evaluation, all patients or some."""
+        outcome, predictions = self.outcome(), self.predictions()
+        if only is not None:
+            predictions = predictions[predictions["patient"].isin(list(only))]
         if self.config["classes"] is not None:
             columns = [f"p_{name}" for name in self.config["classes"]]
             return [
                 ClassFold(
                     outcome["label"].loc[frame["patient"]].to_numpy(), frame[columns].to_numpy()
                 )
-                for _, frame in self.predictions().groupby("fold")
+                for _, frame in predictions.groupby("fold")
             ]
         folds = []
-        for number, frame in self.predictions().groupby("fold"):
+        for number, frame in predictions.groupby("fold"):
             facts = self.facts(int(str(number)))
             train = outcome.loc[self.splits[int(str(number))]["train"]]
             test = outcome.loc[frame["patient"]]

@@ -33,7 +33,17 @@ CALIBRATION_BINS = 10  # as Haider et al.
 
 
 class Estimate(NamedTuple):
-    """A figure with its 95 % bootstrap interval."""
+    """A figure with its 95 % bootstrap interval.
+
+    Args:
+        value: the figure.
+        low: lower end of the interval.
+        high: upper end.
+
+    Example:
+        >>> motet.Estimate(0.71, 0.65, 0.77).value
+        0.71
+    """
 
     value: float
     low: float
@@ -41,7 +51,18 @@ class Estimate(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The difference a - b between two models, its 95 % bootstrap interval and two-sided p."""
+    """The difference a - b between two models, its 95 % bootstrap interval and two-sided p.
+
+    Args:
+        difference: of a less b.
+        low: lower end of the interval.
+        high: upper end.
+        p: two-sided, for no difference.
+
+    Example:
+        >>> motet.Comparison(0.02, -0.01, 0.05, 0.2).difference
+        0.02
+    """
 
     difference: float
     low: float
@@ -70,7 +91,7 @@ class SurvivalFold:
             event, a grid without curves, or curves that rise or leave [0, 1].
 
     Example:
-        >>> from motet.fusion.evaluation import SurvivalFold
+        >>> from motet import SurvivalFold
         >>> fold = SurvivalFold([2.0, 5.0], [1, 0], [0.3, 0.1], [1.0, 4.0, 6.0], [1, 1, 0], cut=0.2)
         >>> fold.events
         array([ True, False])
@@ -149,7 +170,7 @@ class ClassFold:
             probabilities.
 
     Example:
-        >>> from motet.fusion.evaluation import ClassFold
+        >>> from motet import ClassFold
         >>> ClassFold([0, 1], [[0.9, 0.1], [0.4, 0.6]]).probabilities.shape
         (2, 2)
     """
@@ -222,7 +243,7 @@ def evaluate_survival(
             test parts or the curves do not reach.
 
     Example:
-        >>> from motet.fusion.evaluation import SurvivalFold, evaluate_survival
+        >>> from motet import SurvivalFold, evaluate_survival
         >>> times, events = [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 0]
         >>> fold = SurvivalFold(times, events, [4.0, 2.0, 3.0, 1.0], times, events)
         >>> evaluate_survival([fold])["harrell_c"]["value"]
@@ -292,7 +313,7 @@ def evaluate_classes(
         ValueError: no fold, folds of different K, or a class that no fold can tell from another.
 
     Example:
-        >>> from motet.fusion.evaluation import ClassFold, evaluate_classes
+        >>> from motet import ClassFold, evaluate_classes
         >>> fold = ClassFold([0, 1, 1], [[0.8, 0.2], [0.4, 0.6], [0.9, 0.1]])
         >>> evaluate_classes([fold])["auc"]["value"]
         0.5
@@ -336,7 +357,7 @@ def compare_survival(
         ValueError: other patients in b than in a, or no comparable pair.
 
     Example:
-        >>> from motet.fusion.evaluation import SurvivalFold, compare_survival
+        >>> from motet import SurvivalFold, compare_survival
         >>> times, events = [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 0]
         >>> fold = SurvivalFold(times, events, [4.0, 2.0, 3.0, 1.0], times, events)
         >>> compare_survival([fold], [fold])
@@ -366,7 +387,7 @@ def compare_classes(
         ValueError: other patients or classes in b than in a, or a class that no fold can tell.
 
     Example:
-        >>> from motet.fusion.evaluation import ClassFold, compare_classes
+        >>> from motet import ClassFold, compare_classes
         >>> fold = ClassFold([0, 1, 1], [[0.8, 0.2], [0.4, 0.6], [0.9, 0.1]])
         >>> compare_classes([fold], [fold]).p
         1.0

@@ -229,8 +229,8 @@ class _Fit(lightning.LightningModule):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        signs = torch._foreach_sign([parameter.detach() for parameter in self.trained])
-        torch._foreach_add_(gradients, signs, alpha=self.settings.l1)
+        signs = torch._foreach_sign([p.detach() for p in self.trained])  # pyright: ignore
+        torch._foreach_add_(gradients, signs, alpha=self.settings.l1)  # pyright: ignore
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self.checked.append((logits_of(self.model, batch), batch.target))

@@ -100,6 +100,7 @@ def test_wheel(compiler: bool, tmp_path: Path) -> None:
     assert folders == {"fusion", "io", "kernels"}
     assert "motet/setup.py" not in names
     assert "motet/py.typed" in names
+    assert "motet/io/shipped/breast_cancer.yaml" in names
     assert has_native(wheel) == compiler
 
     code = """

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -305,6 +306,25 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 0, (tmp_path / f"log {attempt}").read_text()
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert not list((tmp_path / "killed").glob("folds/*/last.ckpt"))
+
+
+def test_torchrun_leaves_one_run_folder(tmp_path: Path) -> None:
+    """Two processes: the first one alone writes, and the blocks are merged once they are there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command = ["train", "breast_cancer", "--model", "lego", *QUICK, "--splits", "2", "--out"]
+    subprocess.run(
+        [sys.executable, *launch, "-m", "motet", *command, str(tmp_path / "run")],
+        check=True, capture_output=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    run = Run.finished(tmp_path / "run")
+    assert np.isfinite(run.predictions()["risk"]).all()
+    (block, _) = experiments.blocks_of([tmp_path / "run"])
+    assert len(block.facts(1)["history"]["train_loss"]) == 2
+    assert block.predictions()["risk"].nunique() > 20
 
 
 def test_a_run_continues_only_as_it_began(tmp_path: Path) -> None:

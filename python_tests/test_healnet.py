@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from motet.fusion.context import Context
+from motet.fusion.layers import Attention
 from torch import Tensor
 
 from .conftest import randomised
@@ -395,3 +397,34 @@ def test_bad_modalities() -> None:
             motet.HEALNet(wrong, out_features=1)  # pyright: ignore
     with pytest.raises(ValueError, match="'type'"):
         motet.HEALNet({"type": motet.Tabular(3)}, out_features=1)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
+    """Only V is computed; what comes out, gradients and dropout's draws included, is the same."""
+    attention = Attention(6, 5, heads=2, head_dim=3, dropout=dropout).double()
+    randomised(attention).train()
+    latents = torch.randn(4, 7, 6, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(4, 1, 5, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([0, 1, 3] if missing else [0, 1, 2, 3])
+    offsets = torch.tensor([0, 1, 2, 2, 3]) if missing else None
+
+    def outcome(single: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        given = tokens[rows, 0] if missing else tokens
+        update = attention(latents, Context(given, offsets, single=single)).expand(4, 7, 6)[rows]
+        wanted = [tokens, attention.to_out.weight, attention.to_kv.weight, attention.to_q.weight]
+        gradients = torch.autograd.grad(
+            update.square().sum(), wanted, allow_unused=True, materialize_grads=True
+        )
+        return [update, *gradients]
+
+    # Packed bags draw dropout in another layout.
+    if missing and dropout:
+        torch.manual_seed(1)
+        update = attention(latents, Context(tokens[rows, 0], offsets, single=True))
+        assert (update[rows] != update[rows][:, :1]).any()
+        return
+    for mine, theirs in zip(outcome(True), outcome(False), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
