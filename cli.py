@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
     fuse = commands.add_parser("fuse", help="join trained LegoBlocks and fine-tune them")
     _joined(fuse)
-    fuse.add_argument("--mode", default="stack", help="stack or weave (default: stack)")
+    fuse.add_argument("--mode", default="weave", help="weave or stack (default: weave)")
     _set(fuse)
     fuse.set_defaults(run=_fuse)
 

@@ -193,17 +193,17 @@ def train_run(
     cohort = _with_modalities(cohort, modalities)
     plan = Plan.of(kind, changes or {}, seed=splits.seed)
     _check_goal(plan.goal, cohort, kind)
-    parts = _parts(cohort, splits)
+    parts = parts_of(cohort, splits)
     if kind == "lego":
         blocks = []
         for name in cohort.modalities:
             config = _config(cohort, source, "block", [name], plan, command="train")
             blocks.append(
-                _run(cohort, config, parts, out / "blocks" / name, _trainer(cohort, name, plan))
+                _run(cohort, config, parts, out / "blocks" / name, trainer(cohort, name, plan))
             )
         return merge_runs(blocks, out, cohort=cohort, source=source, command="train")
     config = _config(cohort, source, kind, list(cohort.modalities), plan, command="train")
-    work = _trainer(cohort, None, plan) if kind == "healnet" else _baseline(cohort, kind, splits)
+    work = trainer(cohort, None, plan) if kind == "healnet" else _baseline(cohort, kind, splits)
     return _run(cohort, config, parts, out, work)
 
 
@@ -495,7 +495,7 @@ def _fold(run: Run, number: int, parts: Mapping[str, Part], work: Worker, bar: t
     run.log(f"{name}: done in {result.seconds:.1f} s")
 
 
-def _trainer(cohort: Cohort, modality: str | None, plan: Plan) -> Worker:
+def trainer(cohort: Cohort, modality: str | None, plan: Plan) -> Worker:
     """Return what trains HEALNet on all modalities, or a LegoBlock on one."""
     chosen = cohort if modality is None else _with_modalities(cohort, [modality])
 
@@ -682,7 +682,7 @@ def _block_digest(run: Run) -> str:
     return digest.hexdigest()
 
 
-def _parts(cohort: Cohort, splits: Splits) -> list[dict[str, Part]]:
+def parts_of(cohort: Cohort, splits: Splits) -> list[dict[str, Part]]:
     """Return the parts of every split, checked."""
     strata = _strata(cohort)
     groups, ids = np.asarray(cohort.groups), np.asarray(cohort.patients)

@@ -130,7 +130,7 @@ def test_groups_never_part_and_patients_are_tested_once() -> None:
     cohort = replace(breast_cancer(), groups=tuple(str(i // 3) for i in range(198)))
     group = dict(zip(cohort.patients, cohort.groups, strict=True))
     tested: list[str] = []
-    for fold in experiments._parts(cohort, experiments.Splits(test=0.2)):
+    for fold in experiments.parts_of(cohort, experiments.Splits(test=0.2)):
         owners = [{group[patient] for patient in part.ids} for part in fold.values()]
         assert len(set.union(*owners)) == sum(map(len, owners))
         tested += fold["test"].ids
@@ -140,16 +140,16 @@ def test_groups_never_part_and_patients_are_tested_once() -> None:
 def test_given_splits_are_used_and_checked() -> None:
     cohort, ids = breast_cancer(), breast_cancer().patients
     given = replace(cohort, splits=(Split(ids[:150], (), ids[150:]),))
-    (fold,) = experiments._parts(given, experiments.Splits())
+    (fold,) = experiments.parts_of(given, experiments.Splits())
     assert fold["test"].ids == ids[150:]
     assert set(fold["train"].ids) | set(fold["validation"].ids) == set(ids[:150])
     assert len(fold["validation"].ids) == round(0.15 * 198)
     twice = replace(cohort, splits=(Split(ids[:150], ids[149:170], ids[170:]),))
     with pytest.raises(ValueError, match="fold 1: expected every patient in one part"):
-        experiments._parts(twice, experiments.Splits())
+        experiments.parts_of(twice, experiments.Splits())
     parted = replace(given, groups=("same",) * 198)
     with pytest.raises(ValueError, match="validation|group"):
-        experiments._parts(parted, experiments.Splits())
+        experiments.parts_of(parted, experiments.Splits())
 
 
 # Runs
@@ -356,7 +356,7 @@ def test_baselines(tmp_path: Path) -> None:
     from sksurv.util import Surv
 
     cohort = with_fixed_splits(breast_cancer())
-    (parts,) = experiments._parts(cohort, experiments.Splits())
+    (parts,) = experiments.parts_of(cohort, experiments.Splits())
     scaling = experiments.fit_scaling(cohort.modalities, parts["train"].ids)
     having = {name: experiments._having(cohort, scaling, part) for name, part in parts.items()}
     train, outcome = having["train"]
