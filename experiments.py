@@ -302,8 +302,14 @@ def blocks_of(paths: Sequence[Path]) -> list[Run]:
 
 
 def evaluate_run(run: Run, *, draws: int = 1000) -> dict[str, Any]:
-    """Compute the metrics of a finished run's out-of-fold predictions."""
+    """Compute the metrics of a finished run's out-of-fold predictions.
+
+    A LegoBlock may have nobody to predict, where no test patient has its modality: the counts alone
+    are given then.
+    """
     tested = run.tested()
+    if not tested:
+        return {"patients": 0, "events": 0, "folds": 0}
     if run.config["classes"] is not None:
         return evaluate_classes(cast(Any, tested), draws=draws)
     return evaluate_survival(cast(Any, tested), draws=draws)
@@ -328,6 +334,8 @@ def compare_runs(run: Run, other: Run) -> Comparison:
     if run.splits != other.splits or not run.outcome().equals(other.outcome()):
         raise RunError(f"{other.path}: expected the splits and outcomes of {run.path}, got others")
     both = set(run.predictions()["patient"]) & set(other.predictions()["patient"])
+    if not both:
+        raise RunError(f"{other.path}: predicts no test patient that {run.path} predicts")
     mine, theirs = (cast(Any, one.tested(both)) for one in (run, other))
     compare = compare_survival if run.config["classes"] is None else compare_classes
     return compare(mine, theirs)

@@ -2,8 +2,12 @@
 
     git clone https://github.com/konst-int-i/healnet DIR
     pip install einops python-box
-    python benchmarks/against_upstream.py --checkout DIR --cohort tcga_blca --splits splits.json \
-        --out runs/upstream
+    motet train tcga_blca --model healnet --out runs/healnet
+    python benchmarks/against_upstream.py --checkout DIR --run runs/healnet --out runs/upstream
+    motet evaluate runs/upstream runs/healnet
+
+The splits are those of the run of ours; what they predict is written as a run folder, so that the
+last command compares the two, patient by patient.
 
 Nothing of theirs is copied here: all of it is imported from the checkout.
 
@@ -31,8 +35,9 @@ weights, `patience` epochs after the best. The loss is divided by 16, but every 
 that the L1 penalty weighs 16 times what is configured. Evaluation builds the graph of the gradients
 too. Eight workers load tables that lie in memory; `--in-process` does without.
 
-Writes to --out: predictions.csv (patient, fold, risk; test parts only, higher is riskier) and
-summary.json (seconds per epoch, epochs, concordance, hyperparameters, versions).
+Seconds per epoch are taken side by side: after each fold of theirs the same fold is trained by
+ours, once with motet's recipe on the run's modalities, and once with all features as one token and
+their sizes, batch, rates and penalties.
 """
 
 import argparse
@@ -45,9 +50,11 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +64,11 @@ import motet
 import numpy as np
 import pandas as pd
 import torch
+from motet import experiments
+from motet.fusion.fitted import Predictions, time_grid
+from motet.fusion.objectives import DiscreteSurvival
+from motet.io import Cohort
+from motet.runs import Run, table_of
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
@@ -77,14 +89,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkout", type=Path, required=True, help="their repository")
-    parser.add_argument("--cohort", required=True, help="tcga_blca or tcga_kirp")
-    parser.add_argument(
-        "--splits",
-        type=Path,
-        required=True,
-        help='JSON: {"folds": [{"train": [ids], "validation": [ids], "test": [ids]}, ...]}',
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--run", type=Path, required=True, help="run of motet's HEALNet")
+    parser.add_argument("--out", type=Path, required=True, help="the run folder of theirs")
     shared = Path(os.environ.get("MOTET_DATA", ROOT.parent / "shared"))
     parser.add_argument(
         "--data",
@@ -103,64 +109,104 @@ def main() -> int:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
+    ours = Run.finished(options.run)
+    cohort, _ = experiments.cohort_of(ours)
     upstream = import_upstream(options.checkout.resolve())
     if options.in_process:
         upstream.DataLoader = _in_process
-    config = read_config(upstream, options.checkout, options.cohort)
-    table = read_table(options.data / f"{options.cohort}_all_clean.csv.zip")
-    folds = json.loads(options.splits.read_text())["folds"]
-    rows, runs = [], []
-    for number, fold in enumerate(folds):
+    name = ours.config["cohort"]
+    config = read_config(upstream, options.checkout, name)
+    table = read_table(options.data / f"{name}_all_clean.csv.zip")
+    workers = "none" if options.in_process else "as published"
+    settings = {
+        "standardised": options.standardise, "workers": workers, "seed": options.seed,
+        "revision": _revision(options.checkout),
+    }  # fmt: skip
+    outcome = ours.outcome().reset_index()
+    theirs = Run.create(
+        options.out,
+        {**ours.config, "model": "the authors' HEALNet", "options": settings, "training": None},
+        ours.splits,
+        outcome,
+    )
+    seconds: dict[str, list[float]] = {"theirs": [], "ours": [], "ours, their recipe": []}
+    for number, fold in enumerate(ours.splits):
         # Their seed of a fold is its number, from 1.
-        seed = options.seed * len(folds) + number + 1
+        seed = options.seed * len(ours.splits) + number + 1
         positions = {part: locate(table, fold[part]) for part in PARTS}
-        _check_disjoint(positions, number)
-        risks, run = train_fold(
+        logits, run = train_fold(
             upstream, config, table, positions, seed=seed, standardise=options.standardise
         )
-        test = table.iloc[positions["test"]]
-        rows.append(pd.DataFrame({"patient": test.index, "fold": number, "risk": risks}))
-        run["c"] = float(
-            motet.concordance_index(test["survival_months"], test["censorship"] == 0, risks)
+        times, events = table["survival_months"], table["censorship"] == 0
+        train, test = positions["train"], positions["test"]
+        objective = DiscreteSurvival.fit(
+            times.iloc[train], events.iloc[train], bins=4, alpha=0.4, weighted=True
         )
-        if abs(run["c"] - run["c_reported_by_their_code"]) > 1e-6:
+        risks, grid = objective.risk(logits), time_grid(times.iloc[train].to_numpy())
+        c = motet.concordance_index(times.iloc[test], events.iloc[test], risks)
+        if abs(c - run["c_reported_by_their_code"]) > 1e-6:
             raise RuntimeError(  # then these are not the weights that they test
                 f"fold {number}: expected the c of their code, {run['c_reported_by_their_code']}, "
-                f"got {run['c']}"
+                f"got {c}"
             )
-        runs.append({"fold": number, "seed": seed, **run})
-        print(
-            f"fold {number}: c {run['c']:.3f}, {run['epochs']} epochs, best {run['best_epoch']}, "
-            f"{statistics.median(run['train_s']):.2f} s training and "
-            f"{statistics.median(run['validation_s']):.2f} s validation per epoch",
-            flush=True,
+        predictions = Predictions(tuple(fold["test"]), risks, objective.curves(logits, grid), grid)
+        facts = {**run, "cut": None, "grid": grid.tolist()}
+        theirs.finish_fold(number, table_of(predictions, None), facts, None)
+        seconds["theirs"] += run["seconds_per_epoch"]
+        seconds["ours"] += epochs_of(ours, cohort, number, {})
+        seconds["ours, their recipe"] += epochs_of(
+            ours, one_token(cohort), number, their_recipe(config)
         )
+        said = ", ".join(f"{who} {statistics.median(s):.3f}" for who, s in seconds.items())
+        print(f"fold {number}: c {c:.3f}, {run['epochs']} epochs; s per epoch: {said}", flush=True)
 
-    predictions = pd.concat(rows)
+    (options.out / "predictions.csv").write_text(theirs.predictions().to_csv(index=False))
+    (options.out / "metrics.json").write_text(json.dumps(experiments.evaluate_run(theirs)))
     summary = {
-        "cohort": options.cohort,
-        "mean_c": statistics.mean(run["c"] for run in runs),
-        "seconds_per_epoch": {
-            part: _spread([second for run in runs for second in run[f"{part}_s"]])
-            for part in ("train", "validation")
-        },
-        "folds": runs,
+        "cohort": name,
+        "seconds_per_epoch": {who: _spread(values) for who, values in seconds.items()},
         "hyperparameters": dict(_pipeline(upstream, config).config),
-        "standardised": options.standardise,
-        "workers": "none" if options.in_process else "as published",
-        "their_revision": _revision(options.checkout),
         "revision": _revision(ROOT),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    predictions.to_csv(options.out / "predictions.csv", index=False)
     path = options.out / "summary.json"
     path.write_text(json.dumps(summary, indent=1, default=str) + "\n")
-    print(f"mean c {summary['mean_c']:.3f}; written to {options.out}")
     return 0
+
+
+def epochs_of(run: Run, cohort: Cohort, number: int, changes: dict[str, Any]) -> list[float]:
+    """Return the seconds of every epoch of a fold, trained by ours with changed settings."""
+    settings = {} if changes else {**run.config["options"], **run.config["goal"]}
+    if not changes:
+        settings |= {k: v for k, v in run.config["training"].items() if k != "seed"}
+    plan = experiments.Plan.of("healnet", {**settings, **changes}, seed=0)
+    parts = experiments.parts_of(cohort, experiments.Splits())[number]
+    with tempfile.TemporaryDirectory() as folder:
+        work = experiments.trainer(cohort, None, plan)
+        return work(number, parts, Path(folder), lambda name, history: None).history.seconds
+
+
+def one_token(cohort: Cohort) -> Cohort:
+    """Return the cohort with all its features as one modality, as theirs has them."""
+    tables = [table for table in cohort.modalities.values() if isinstance(table, pd.DataFrame)]
+    return replace(cohort, modalities={"omic": pd.concat(tables, axis=1)})
+
+
+def their_recipe(config: Any) -> dict[str, Any]:
+    """Return their hyperparameters under the names of motet's settings."""
+    own = config["model_params"]
+    return {
+        "depth": own["depth"], "num_latents": own["num_latents"], "latent_dim": own["latent_dim"],
+        "heads": own["cross_heads"], "head_dim": own["cross_dim_head"],
+        "attn_dropout": own["attn_dropout"], "ff_dropout": own["ff_dropout"], "snn": own["snn"],
+        "share_weights": False, "temperature": 0.5, "latent_init": "normal",
+        "epochs": config["train_loop"]["epochs"], "batch_size": config["train_loop"]["batch_size"],
+        "patience": config["train_loop"]["patience"], "max_lr": config["optimizer"]["max_lr"],
+        "alpha": 0.4, "weighted": True, "l1": 16 * own["l1"], "l2": 0,
+    }  # fmt: skip
 
 
 def import_upstream(checkout: Path) -> ModuleType:
@@ -236,11 +282,11 @@ def train_fold(
     *,
     seed: int,
     standardise: bool,
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Train on one fold.
 
     Returns:
-        Risks of the test patients, and what happened: epochs, losses, seconds.
+        Logits of the test patients, and what happened: epochs, losses, seconds.
     """
     pipeline = _pipeline(upstream, config)
     data = fill_dataset(upstream, pipeline, table, positions["train"], standardise=standardise)
@@ -261,11 +307,9 @@ def train_fold(
         )
     model.eval()  # their evaluation leaves the model in training
     with torch.no_grad():
-        risks = [
-            motet.risk(model([x.to(pipeline.device) for x in batch[0]])) for batch in test_data
-        ]
+        logits = [model([x.to(pipeline.device) for x in batch[0]]).cpu() for batch in test_data]
     losses = clock.losses[:-1]  # the last evaluation is that of the test part
-    return torch.cat(risks).double().cpu().numpy(), {
+    return torch.cat(logits), {
         "patients": {part: len(rows) for part, rows in positions.items()},
         "features": data.omic_tensor.shape[2],
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -273,8 +317,7 @@ def train_fold(
         "epochs": len(losses),
         "best_epoch": 1 + int(np.argmin(losses)),
         "validation_losses": losses,
-        "train_s": clock.between[:-1],
-        "validation_s": clock.within[:-1],
+        "seconds_per_epoch": [a + b for a, b in zip(clock.between, clock.within, strict=True)][:-1],
         "c_reported_by_their_code": float(reported),
     }
 
@@ -333,14 +376,6 @@ def _in_process(*arguments: Any, **options: Any) -> DataLoader[Any]:
     for name in ("multiprocessing_context", "persistent_workers", "prefetch_factor"):
         del options[name]  # which mean nothing without workers
     return DataLoader(*arguments, **{**options, "num_workers": 0})
-
-
-def _check_disjoint(positions: dict[str, NDArray[np.int64]], number: int) -> None:
-    every = np.concatenate(list(positions.values()))
-    if len(np.unique(every)) != len(every) or not all(map(len, positions.values())):
-        raise ValueError(
-            f"fold {number}: expected three parts without a common patient, none empty"
-        )
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Run what docs/results.md reports: `python benchmarks/results.py [--table] COHORT ...`.
 
-Types the commands that it prints, one after the other, into runs/results/COHORT; runs that are there
-already are not repeated. `--table` prints the tables of what is there, as Markdown.
+Types the commands that it prints, one after the other, into runs/results/COHORT; runs that are
+there already are not repeated. `--table` prints the tables of what is there, as Markdown.
 """
 
 import argparse
@@ -99,6 +99,8 @@ def table(cohort: str) -> None:
     for folder in [*folders[:place], *blocks, *folders[place:]]:
         one = Run.finished(folder)
         found = experiments.read_metrics(one)
+        if not found["patients"]:  # nobody in the test part has the modality
+            continue
         name = NAMES.get(folder.name) if folder.parent == out else f"LegoBlock {folder.name}"
         gap = "" if folder == first.path else _signed(*experiments.compare_runs(one, first)[:3])
         wall = f"{seconds[folder.name]:.0f}" if folder.parent == out else ""

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -121,8 +122,10 @@ class Fitted:
         return Patients.of(modalities, self.scaling, ids)
 
     def predict(self, patients: Patients) -> Predictions:
-        """Predict scaled patients."""
-        logits = predict_logits(self.model, patients)
+        """Predict scaled patients; there may be none."""
+        logits = torch.zeros(0, self.objective.out_features)
+        if len(patients):
+            logits = predict_logits(self.model, patients)
         if isinstance(self.objective, Classification):
             probabilities = self.objective.probabilities(logits)
             return Predictions(patients.ids, probabilities=probabilities)

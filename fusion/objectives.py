@@ -73,7 +73,8 @@ class DiscreteSurvival:
         at_edges = survival(logits.double()).cpu().numpy()
         edges = np.array([0.0, *self.bins.edges, max(self.end, self.bins.edges[-1])])
         known = np.concatenate([np.ones((len(at_edges), 1)), at_edges], axis=1)
-        return np.stack([np.interp(grid, edges, curve) for curve in known])
+        curves = [np.interp(grid, edges, curve) for curve in known]
+        return np.asarray(curves).reshape(len(known), len(grid))
 
     def fitted(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
         """Return the objective after training; nothing more is learned."""
