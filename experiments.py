@@ -60,7 +60,7 @@ MODELS = ("healnet", "lego", *BASELINES)
 RECIPES: dict[str, dict[str, Any]] = {
     "healnet": {
         "num_latents": 16, "latent_dim": 32, "depth": 2, "heads": 1, "head_dim": 16,
-        "attn_dropout": 0.3, "ff_dropout": 0.3, "epochs": 20, "max_lr": 0.001, "batch_size": 16,
+        "attn_dropout": 0.5, "ff_dropout": 0.5, "epochs": 20, "max_lr": 0.001, "batch_size": 16,
         "patience": 10, "l2": 1e-2,
     },
     "lego": {

@@ -276,6 +276,23 @@ def test_blocks_train_on_the_patients_that_have_their_modality(tmp_path: Path) -
         assert len(block.predictions()) == 99
 
 
+def test_nobody_in_the_test_part_has_a_modality(tmp_path: Path) -> None:
+    """As protein in breast_tcga: the block is trained and merged, and has nobody to be tested on."""
+    cohort = with_fixed_splits(breast_cancer())
+    genes = cohort.modalities["genes"].copy()
+    genes.iloc[150:] = np.nan
+    cohort = replace(cohort, modalities={**cohort.modalities, "genes": genes})
+    run = trained(cohort, "lego", tmp_path / "run")
+    assert len(run.predictions()) == 48
+    block, clinical = experiments.blocks_of([tmp_path / "run"])
+    assert experiments.read_metrics(block) == {"patients": 0, "events": 0, "folds": 0}
+    # What is left is the other block, under the head that both merged to.
+    assert (run.predictions()["patient"] == clinical.predictions()["patient"]).all()
+    with pytest.raises(ValueError, match="predicts no test patient that"):
+        experiments.compare_runs(run, block)
+    assert cli.main(["evaluate", str(block.path)]) == 0
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """Killed at random moments, a run ends with the very files of one that was not."""
     changes = ["--set", "epochs=6", "--set", "patience=6", *QUICK[2:], "--splits", "2"]
