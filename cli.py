@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,7 +45,7 @@ REQUIRED = (
     ("pydantic", "2.10"),
     ("PyYAML", "6"),
     ("zarr", "3.1"),
-    ("lightning", "2.5"),
+    ("lightning", "2.6"),
     ("torch", "2.10"),
 )
 
@@ -192,12 +193,13 @@ def _changes(settings: Sequence[str]) -> dict[str, Any]:
         if not separator:
             raise ValueError(f"--set: expected NAME=VALUE, got {setting!r}")
         try:
-            # YAML takes 1e-3 for text; no setting is text that float() understands.
-            changes[name] = float(value) if "e" in value.lower() else yaml.safe_load(value)
-        except ValueError:
             changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"--set: cannot read {setting!r}") from error
+        # YAML takes 1e-3 for text.
+        with suppress(TypeError, ValueError):
+            if isinstance(changes[name], str):
+                changes[name] = float(changes[name])
     return changes
 
 
@@ -287,7 +289,8 @@ def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> 
         )
         for run in runs
     ]
-    comparisons = [experiments.compare_runs(run, runs[0]) for run in runs[1:]]
+    drawn = {} if draws is None else {"draws": draws}
+    comparisons = [experiments.compare_runs(run, runs[0], **drawn) for run in runs[1:]]
     print(report.as_json(results, comparisons) if as_json else report.table(results, comparisons))
     return 0
 

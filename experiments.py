@@ -31,6 +31,7 @@ from .fusion.baselines import (
     ridge_cox,
     survival_forest,
 )
+from .fusion.checks import integer
 from .fusion.encoders import ABMIL, SNN
 from .fusion.evaluation import (
     Comparison,
@@ -123,12 +124,16 @@ class Plan:
             options |= {"tokens"} if kind == "healnet" else {"encoders"}
         training = {f.name for f in fields(Training)} - {"seed"}
         goal = {f.name for f in fields(Goal)}
-        known = options | goal | (training if kind in RECIPES else set())
+        known = set(options)
+        known |= training if kind in RECIPES else set()
+        known |= goal if kind in ("healnet", "lego") else set()
         for name in changes:
             if name not in known:
                 close = get_close_matches(name, known, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"--set: unknown setting {name!r} of {kind}{hint}")
+            if not isinstance(changes[name], str | int | float | None):
+                raise ValueError(f"--set {name}: expected a number or a word, got {changes[name]}")
         chosen = {**RECIPES.get(kind, {}), **changes}
 
         def part(names: set[str]) -> dict[str, Any]:
@@ -146,12 +151,12 @@ class Part:
     """Times and events, or labels, [n] each."""
 
 
-Progress = Callable[[str, History], None]
+Progress = Callable[[History], None]
 
 
 def source_of(cohort: Cohort, path: str, data: Path | None) -> dict[str, Any]:
     """Return what a run's configuration says of where its cohort came from."""
-    if Path(path).exists():
+    if Path(path).is_file():
         path = str(Path(path).resolve())
     return {
         "cohort": path,
@@ -195,6 +200,8 @@ def train_run(
     _check_goal(plan.goal, cohort, kind)
     parts = parts_of(cohort, splits)
     if kind == "lego":
+        if not rank():
+            Run.check_free(out, "merge")  # before hours of training, not after them
         blocks = []
         for name in cohort.modalities:
             config = _config(cohort, source, "block", [name], plan, command="train")
@@ -304,15 +311,19 @@ def blocks_of(paths: Sequence[Path]) -> list[Run]:
 def evaluate_run(run: Run, *, draws: int = 1000) -> dict[str, Any]:
     """Compute the metrics of a finished run's out-of-fold predictions.
 
-    A LegoBlock may have nobody to predict, where no test patient has its modality: the counts alone
-    are given then.
+    A LegoBlock predicts only test patients who have its modality. Where these are none, or too few
+    to evaluate, the counts and the reason are given alone.
     """
     tested = run.tested()
     if not tested:
-        return {"patients": 0, "events": 0, "folds": 0}
-    if run.config["classes"] is not None:
-        return evaluate_classes(cast(Any, tested), draws=draws)
-    return evaluate_survival(cast(Any, tested), draws=draws)
+        return {"patients": 0, "folds": 0}
+    evaluate = evaluate_survival if run.config["classes"] is None else evaluate_classes
+    try:
+        return evaluate(cast(Any, tested), draws=draws)
+    except ValueError as error:
+        if run.config["model"] != "block":
+            raise
+        return {"patients": sum(map(len, tested)), "folds": len(tested), "reason": str(error)}
 
 
 def read_metrics(run: Run) -> dict[str, Any]:
@@ -323,7 +334,7 @@ def read_metrics(run: Run) -> dict[str, Any]:
         raise RunError(f"{run.path}: half-written, metrics.json cannot be read: {error}") from error
 
 
-def compare_runs(run: Run, other: Run) -> Comparison:
+def compare_runs(run: Run, other: Run, *, draws: int = 1000) -> Comparison:
     """Compare two runs on the test patients that both predicted: how much better is `run`.
 
     A LegoBlock predicts only those who have its modality.
@@ -338,7 +349,7 @@ def compare_runs(run: Run, other: Run) -> Comparison:
         raise RunError(f"{other.path}: predicts no test patient that {run.path} predicts")
     mine, theirs = (cast(Any, one.tested(both)) for one in (run, other))
     compare = compare_survival if run.config["classes"] is None else compare_classes
-    return compare(mine, theirs)
+    return compare(mine, theirs, draws=draws)
 
 
 def predict(run: Run, cohort: Cohort) -> pd.DataFrame:
@@ -452,7 +463,7 @@ def _run(
         for number, fold in enumerate(parts):
             folder = out / "folds" / str(number)
             if not (folder / "done.json").is_file():
-                work(number, fold, folder, lambda name, history: None)
+                work(number, fold, folder, lambda history: None)
         return Run(out, config, ids)
     with locked(out):
         run = Run.create(out, config, ids, _outcome_table(cohort))
@@ -481,7 +492,7 @@ def _fold(run: Run, number: int, parts: Mapping[str, Part], work: Worker, bar: t
     sizes = ", ".join(f"{part} {len(p.ids)}" for part, p in parts.items())
     run.log(f"{name}: {sizes} patients")
 
-    def progress(_: str, history: History) -> None:
+    def progress(history: History) -> None:
         loss, epoch = history.validation_loss[-1], len(history.validation_loss)
         bar.set_postfix(validation=f"{loss:.4f}", best=history.best_epoch)
         bar.update()
@@ -565,7 +576,7 @@ def _fit(
         patients("validation"),
         replace(plan.training, seed=plan.training.seed * 1_009 + number),
         resume=folder,
-        each_epoch=lambda history: progress("", history),
+        each_epoch=progress,
     )
 
 
@@ -609,7 +620,10 @@ def _baseline(cohort: Cohort, kind: str, splits: Splits) -> Worker:
                 if kind == "logistic"
                 else class_forest(train, outcome[0], seed)
             )
-            predictions = Predictions(ids, probabilities=model.probabilities(flat(test)))
+            probabilities = np.zeros((0, len(cohort.outcome.names)))
+            if ids:
+                probabilities = model.probabilities(flat(test))
+            predictions = Predictions(ids, probabilities=probabilities)
             scale, count = None, model.parameters
         else:
             times, events = outcome
@@ -618,8 +632,11 @@ def _baseline(cohort: Cohort, kind: str, splits: Splits) -> Worker:
                 if kind == "cox"
                 else survival_forest(train, (times, events), seed)
             )
-            grid, x = time_grid(times), flat(test)
-            predictions = Predictions(ids, baseline.risk(x), baseline.curves(x, grid), grid)
+            grid = time_grid(times)
+            risks, curves = np.zeros(0), np.zeros((0, len(grid)))
+            if ids:
+                risks, curves = baseline.risk(flat(test)), baseline.curves(flat(test), grid)
+            predictions = Predictions(ids, risks, curves, grid)
             scale, count = RiskScale.fit(baseline.risk(flat(train))), baseline.parameters
         seconds = time.perf_counter() - started
         return Work(predictions, None, History(), scale, seconds, count)
@@ -669,6 +686,11 @@ def _joint(
         raise ValueError("runs: expected at least one, got none")
     first = runs[0]
     for run in runs[1:]:
+        if run.config["fingerprint"] != first.config["fingerprint"]:
+            raise RunError(
+                f"{run.path}: expected the cohort of {first.path}, got another; one YAML with the "
+                "modalities of both lets their blocks merge (train --modalities one by one)"
+            )
         if run.splits != first.splits:
             raise RunError(
                 f"{run.path}: expected the splits of {first.path}, got others: a patient that one "
@@ -714,8 +736,15 @@ def parts_of(cohort: Cohort, splits: Splits) -> list[dict[str, Part]]:
                 train, validation = tuple(ids[kept].tolist()), tuple(ids[held].tolist())
             drawn.append({"train": train, "validation": validation, "test": given.test})
     folds = [_part_of(cohort, names) for names in drawn]
+    tested: dict[str, int] = {}
     for number, fold in enumerate(folds):
         _check_parts(cohort, number, fold)
+        for patient in fold["test"].ids:
+            if tested.setdefault(patient, number) != number:
+                raise ValueError(
+                    f"fold {number + 1}: patient {patient!r} is in its test part and in that of "
+                    f"fold {tested[patient] + 1}; intervals need test parts that do not overlap"
+                )
     return folds
 
 
@@ -772,7 +801,7 @@ def _strata(cohort: Cohort) -> NDArray[np.int64]:
 
 
 def _with_modalities(cohort: Cohort, names: Sequence[str] | None) -> Cohort:
-    """Return the cohort with some of its modalities, and only patients that have any."""
+    """Return the cohort with some of its modalities."""
     if names is None:
         return cohort
     unknown = [name for name in names if name not in cohort.modalities]
@@ -796,6 +825,7 @@ def _check_goal(goal: Goal, cohort: Cohort, kind: str) -> None:
         raise ValueError(f"--set loss: expected {' or '.join(losses)}, got {goal.loss!r}")
     if not isinstance(goal.alpha, int | float) or not 0 <= goal.alpha <= 1:
         raise ValueError(f"--set alpha: expected a number in [0, 1], got {goal.alpha!r}")
+    integer("--set bins", goal.bins, 2)
     if not isinstance(goal.weighted, bool):
         raise ValueError(f"--set weighted: expected true or false, got {goal.weighted!r}")
 

@@ -18,7 +18,7 @@ def table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
     width = max(len(str(run.path)) for run, _ in results)
     first = results[0][1]
     counts = f"{first['patients']} patients"
-    if not classes:
+    if "events" in first:
         counts += f", {first['events']} events"
     lines = [
         f"out of fold: {counts}, {first['folds']} test parts; pairs within a part only; 95 % "

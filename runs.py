@@ -66,8 +66,8 @@ class Run:
             RunError: the folder holds something else.
         """
         config = {"format": FORMAT, **config}
-        if (path / "config.json").exists():
-            known = cls.open(path)
+        known = cls.check_free(path, config["model"])
+        if known is not None and known.begun():
             differs = [
                 key
                 for key in sorted({*config, *known.config})
@@ -82,18 +82,35 @@ class Run:
                     f"{_short(config.get(key))}; choose another --out, or remove the folder"
                 )
             return known
-        if path.exists() and not path.is_dir():
-            raise RunError(f"{path}: expected a folder, got a file")
-        if path.exists() and any(
-            item.name not in _BEFORE and item.name[0] != "." for item in path.iterdir()
-        ):
-            raise RunError(f"{path}: expected a new or empty folder, or a run to continue")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, config, splits)
         write_text(path / "splits.json", json.dumps({"folds": splits}))
         write_text(path / "outcome.csv", outcome.to_csv(index=False))
         write_text(path / "config.json", json.dumps(config, indent=2))
         return run
+
+    @classmethod
+    def check_free(cls, path: Path, model: str) -> "Run | None":
+        """Return the run at a path, None if there is none yet.
+
+        Raises:
+            RunError: the folder holds something else, or a run of another model.
+        """
+        if (path / "config.json").exists():
+            known = cls.open(path)
+            if known.begun() and known.config["model"] != model:
+                raise RunError(
+                    f"{path}: holds a run with model {_short(known.config['model'])}, got "
+                    f"{_short(model)}; choose another --out, or remove the folder"
+                )
+            return known
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: expected a folder, got a file")
+        if path.exists() and any(
+            item.name not in _BEFORE and item.name[0] != "." for item in path.iterdir()
+        ):
+            raise RunError(f"{path}: expected a new or empty folder, or a run to continue")
+        return None
 
     @classmethod
     def open(cls, path: Path) -> "Run":
@@ -139,6 +156,11 @@ class Run:
     def fold(self, number: int) -> Path:
         """Return the folder of a fold."""
         return self.path / "folds" / str(number)
+
+    def begun(self) -> bool:
+        """Return whether anything was trained; a run refused before that may be begun otherwise."""
+        folds = self.path / "folds"
+        return any(folds.glob("*/done.json")) or any(folds.glob("*/last.ckpt"))
 
     def done(self, number: int) -> bool:
         """Return whether a fold is complete."""

@@ -1,7 +1,7 @@
-"""The models to beat, on the very features that the networks get: linear ones and forests.
+"""The models to beat, on the features that the networks get: linear ones and forests.
 
-Tables are joined; a bag counts by the mean of its tokens; a modality that some training patients
-miss adds a column that says so. Penalties are chosen on the validation part.
+Tables are joined; a bag counts by the mean of its tokens, without their coordinates; each modality
+adds a column that says whether a patient has it. Penalties are chosen on the validation part.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,8 @@ def integer(name: str, value: Any, low: int = 1) -> int:
     except TypeError:
         number = None
     if number is None or number < low:
-        kind = {0: "a non-negative integer", 1: "a positive integer"}[low]
+        kinds = {0: "a non-negative integer", 1: "a positive integer"}
+        kind = kinds.get(low, f"an integer of at least {low}")
         raise ValueError(f"{name}: expected {kind}, got {value!r}")
     return number
 

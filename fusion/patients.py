@@ -40,7 +40,6 @@ class Batch:
     present: dict[str, Tensor]
     """Bool [B], for the tables that some rows miss."""
     target: dict[str, Tensor]
-    rows: int
 
     def to(self, device: Any, **options: Any) -> Self:
         """Move the batch; Lightning calls this."""
@@ -102,6 +101,13 @@ class Patients(Dataset):
             if isinstance(how, BagScaling):
                 if isinstance(source, pd.DataFrame):
                     raise ValueError(f"modality {name!r}: expected bags, got a table")
+                if source is not None and not any(patient in source for patient in ids):
+                    source = None
+                if source is not None and source.coords != how.coords:
+                    raise ValueError(
+                        f"modality {name!r}: expected {how.coords} coordinates per token, as in "
+                        f"training, got {source.coords}"
+                    )
                 named = how.names is not None and source is not None and source.names is not None
                 if source is not None and source.features != how.width and not named:
                     raise ValueError(
@@ -144,7 +150,6 @@ class Patients(Dataset):
             coords,
             {name: there for name, there in present.items() if not there.all()},
             {name: value[index] for name, value in self.target.items()},
-            len(rows),
         )
 
     def has(self, modality: str) -> Tensor:
@@ -162,19 +167,6 @@ class Patients(Dataset):
             tables={name: x[index] for name, x in self.tables.items()},
             present={name: there[index] for name, there in self.present.items()},
             target={name: value[index] for name, value in self.target.items()},
-        )
-
-    def only(self, *modalities: str) -> Self:
-        """Return the patients with these modalities alone."""
-
-        def chosen(values: dict[str, Any]) -> dict[str, Any]:
-            return {name: value for name, value in values.items() if name in modalities}
-
-        return replace(
-            self,
-            tables=chosen(self.tables),
-            present=chosen(self.present),
-            bags=chosen(self.bags),
         )
 
 

@@ -2,7 +2,7 @@
 
 A number becomes (x - mean) / sd of the training patients, a missing one their median before that; a
 column that some of them lack gets a further column, 1 where it was missing. A category becomes one
-0/1 column per value seen in training. Columns without a spread in training are left out.
+0/1 column per value seen in training. Columns of a table without a spread in training are left out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,6 @@ class BagSource(Protocol):
 
     features: int
     coords: int
-    extent: float
     names: tuple[str, ...] | None
     """Of the features, where new patients may have others (lab items)."""
 
@@ -46,8 +45,10 @@ class TableScaling:
     sd: tuple[float, ...]
     flagged: tuple[str, ...]
     """Numbers that get a column of their own, 1 where missing."""
+    categories: tuple[str, ...]
+    """Those that are categories."""
     levels: dict[str, tuple[str, ...]]
-    """Values of each category."""
+    """Values of each category that varies."""
     codes: bool
     """Columns are codes that a patient has or has not: one that new patients lack is zero."""
 
@@ -90,6 +91,11 @@ class TableScaling:
             mean=tuple(mean),
             sd=tuple(sd),
             flagged=tuple(flagged),
+            categories=tuple(
+                str(name)
+                for name, column in frame.items()
+                if isinstance(column.dtype, pd.CategoricalDtype)
+            ),
             levels=levels,
             codes=bool(frame.attrs.get("codes")),
         )
@@ -110,8 +116,17 @@ class TableScaling:
         lost = [name for name in self.columns if name not in frame]
         if lost and not self.codes:
             raise ValueError(f"expected the columns of training, got none named {lost[0]!r}")
-        present = frame.notna().any(axis=1).to_numpy(bool, copy=True)
+        known = frame if self.codes else frame.loc[:, list(self.columns)]
+        present = known.notna().any(axis=1).to_numpy(bool, copy=True)
         frame = frame.reindex(columns=list(self.columns), fill_value=0.0)
+        for name in self.columns:
+            category = isinstance(frame[name].dtype, pd.CategoricalDtype)
+            if category != (name in self.categories):
+                kinds = ("numbers", "categories") if category else ("categories", "numbers")
+                raise ValueError(
+                    f"expected {kinds[0]} in column {name!r}, as in training, got {kinds[1]}; see "
+                    "`categorical` in docs/cohorts.md"
+                )
         numbers = frame[list(self.numbers)].to_numpy(float)
         numbers = np.where(np.isnan(numbers), np.asarray(self.fill), numbers)
         parts = [(numbers - np.asarray(self.mean)) / np.asarray(self.sd)]
@@ -138,6 +153,7 @@ class BagScaling:
     """Features, as numbered before, that get a column of their own, 1 where missing."""
     coords: int
     extent: float
+    """Largest coordinate, by its absolute value, of the training patients."""
     names: tuple[str, ...] | None
 
     @classmethod
@@ -149,11 +165,14 @@ class BagScaling:
         """
         width = bags.features
         count, total, square, holders = (np.zeros(width) for _ in range(4))
-        owners, tokens = 0, 0
+        owners, tokens, extent = 0, 0, 0.0
         for patient in patients:
             if patient not in bags:
                 continue
-            x = bags[patient][0].astype(float)
+            features, coords = bags[patient]
+            if coords is not None and len(coords):
+                extent = max(extent, float(np.abs(coords).max()))
+            x = features.astype(float)
             real = ~np.isnan(x)
             x = np.where(real, x, 0.0)
             owners += 1
@@ -177,7 +196,7 @@ class BagScaling:
             tuple(sd.tolist()),
             tuple(kept[count[kept] < tokens].tolist()),
             bags.coords,
-            bags.extent,
+            extent or 1.0,
             bags.names,
         )
 

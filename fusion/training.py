@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -71,6 +72,7 @@ class Training:
         for name in ("l1", "l2"):
             if getattr(self, name) != 0:
                 positive(name, getattr(self, name))
+        positive("momentum", self.momentum)
         if not 0.07 <= self.momentum < 1:
             raise ValueError(f"momentum: expected a number in [0.07, 1), got {self.momentum!r}")
         choice("precision", self.precision, PRECISIONS)
@@ -109,7 +111,8 @@ def train(
 ) -> History:
     """Train `model` in place; leave it with the weights of the lowest validation loss, exactly.
 
-    Under torchrun every process trains on its share of each batch (DDP); all return the same.
+    Under torchrun every process trains on its share of the patients (DDP); all end with the same
+    weights and validation losses.
 
     Args:
         model: what is trained, on any device.
@@ -133,18 +136,23 @@ def train(
             raise ValueError(f"{name}: expected at least 1, got 0")
     world, rank = _world()
     sampler = DistributedSampler(patients, world, rank, shuffle=True, seed=settings.seed)
-    ahead: dict[str, Any] = {"num_workers": settings.workers, "collate_fn": _whole}
+    ahead: dict[str, Any] = {
+        "num_workers": settings.workers,
+        "persistent_workers": settings.workers > 0,  # they keep the bags that they have read
+        "collate_fn": _whole,
+    }
     loader = DataLoader(patients, settings.batch_size, sampler=sampler, **ahead)
     # Validation runs whole on every process, so that all agree when to stop.
-    checking = DataLoader(validation, max(settings.batch_size, 64), **ahead)
+    checking = DataLoader(validation, settings.batch_size, **ahead)
     fit = _Fit(model, objective, settings, steps=len(loader))
     best = _BestWeights(fit.history, each_epoch)
     stop = EarlyStopping("validation_loss", patience=settings.patience, check_finite=False)
     # The last callback, so that the file holds the state of the others after the epoch.
-    keep = [] if resume is None else [_keeper(resume)]
     last = None if resume is None else resume / "last.ckpt"
+    keep = [] if last is None else [_Keep(last)]
+    known = None if last is None else _kept(last)
     # Dropout draws from torch's global generators, which are left as they were found.
-    with torch.random.fork_rng(), _quiet():
+    with _quiet(), torch.random.fork_rng():
         trainer = lightning.Trainer(
             accelerator="auto",
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -157,12 +165,16 @@ def train(
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             logger=False,
-            enable_checkpointing=bool(keep),
+            enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
         )
-        known = last is not None and last.exists()
-        trainer.fit(fit, loader, checking, ckpt_path=str(last) if known else None)
+        if known is not None:
+            fit.on_load_checkpoint(known)
+            best.load_state_dict(known["callbacks"][best.state_key])
+        if not (known is not None and _stopped(fit.history, settings)):
+            at = None if known is None else str(last)
+            trainer.fit(fit, loader, checking, ckpt_path=at, weights_only=True)
     model.cpu()
     model.load_state_dict(best.weights)
     model.eval()
@@ -172,10 +184,10 @@ def train(
 
 
 @torch.no_grad()
-def predict_logits(model: nn.Module, patients: Patients, *, batch_size: int = 64) -> Tensor:
-    """Return the logits [n, K] of a model in evaluation mode.
+def predict_logits(model: nn.Module, patients: Patients, *, batch_size: int = 16) -> Tensor:
+    """Return the logits [n, K] of a model in evaluation mode, where the model is.
 
-    Each patient's do not depend on who else is asked for: batches only save memory.
+    A patient's depend on nobody else: batches only save memory.
     """
     model.eval()
     if not len(patients):
@@ -278,11 +290,37 @@ class _BestWeights(Callback):
         self.weights = state_dict["weights"]
 
 
-def _keeper(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        folder, filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )  # fmt: skip
+class _Keep(Callback):
+    """Keeps the state after every epoch, in a file that is replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        partial = self.path.with_name(f".{self.path.name}")
+        trainer.save_checkpoint(partial)  # by the first process
+        if trainer.is_global_zero:
+            os.replace(partial, self.path)
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """Return the state that a run left behind, if it did.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
+        raise ValueError(f"{path}: cannot be read; without it, the fold starts anew") from error
+
+
+def _stopped(history: History, settings: Training) -> bool:
+    """Return whether training had come to its end: Lightning would resume it all the same."""
+    epochs = len(history.validation_loss)
+    return epochs >= min(settings.epochs, history.best_epoch + settings.patience)
 
 
 def _world() -> tuple[int, int]:

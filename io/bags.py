@@ -192,10 +192,14 @@ class Zarr:
     def read(self, key: str) -> Bag:
         features, coords = self.arrays(key)
         place = f"{self._where}: {key}"
-        bag = _checked(features[...], self._features, place)
+        try:
+            features, coords = features[...], None if coords is None else coords[...]
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: what codecs raise
+            raise CohortError(f"{place}: cannot be read: {error}") from None
+        bag = _checked(features, self._features, place)
         if coords is None:
             return bag, None
-        where = _checked(coords[...], None, f"{place}: coords")
+        where = _checked(coords, None, f"{place}: coords")
         if len(where) != len(bag):
             raise CohortError(f"{place}: expected coords of {len(bag)} tokens, got {len(where)}")
         return bag, where

@@ -81,13 +81,12 @@ def _label(section: LabelOutcome, tables: Tables) -> Outcome:
             f"{where}: expected the values of `names` ({listed(names)}), got "
             f"{listed(map(repr, unknown))} for {counted(cells.index[~cells.isin(list(names))])}"
         )
-    places = {one: place for place, one in enumerate(names)}
+    kinds = tuple(dict.fromkeys(names.values()))  # values of one name are one class
+    places = {one: kinds.index(name) for one, name in names.items()}
     labels = np.array([places[cell] for cell in cells], dtype=np.int64)
     _two(labels, where, f"only {listed(sorted(set(cells)))!r}")
     patients = tuple(map(str, rows.index))
-    return Outcome(
-        patients, _groups(rows, patients, tables), Classes(labels, tuple(names.values()))
-    )
+    return Outcome(patients, _groups(rows, patients, tables), Classes(labels, kinds))
 
 
 def _code(section: CodeOutcome, tables: Tables) -> Outcome:
@@ -103,6 +102,8 @@ def _code(section: CodeOutcome, tables: Tables) -> Outcome:
     _two(inside.to_numpy(), where, f"{inside.sum()} of {len(inside)} patients in {span}")
     patients = tuple(map(str, inside.index))
     names = tuple(section.names or (f"not {span}", span))
+    if names[0] == names[1]:
+        raise CohortError(f"outcome.names: expected two names, got {names[0]!r} twice")
     labels = np.asarray(inside, dtype=np.int64)
     return Outcome(patients, _groups(rows, patients, tables), Classes(labels, names))
 

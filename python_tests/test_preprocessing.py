@@ -72,10 +72,21 @@ def test_new_patients_change_nothing_and_may_hold_new_categories() -> None:
         scaling.transform(new.drop(columns="age"))
 
 
+def test_who_has_it_is_told_by_the_columns_of_training() -> None:
+    scaling = TableScaling.fit(frame())
+    new = frame().assign(further=1.0)
+    assert scaling.transform(new)[1].tolist() == [True] * 4 + [False]
+    with pytest.raises(ValueError, match="expected categories in column 'grade', as in training"):
+        scaling.transform(new.assign(grade=1.0))
+    with pytest.raises(ValueError, match="expected numbers in column 'age', as in training"):
+        scaling.transform(new.assign(age=pd.Categorical(["old"] * 5)))
+
+
 def test_bags_are_scaled_over_tokens() -> None:
     scaling = BagScaling.fit(Bags(), ["a", "b", "c", "who has none"])
     assert scaling.kept == (0, 1, 2)
     assert scaling.flagged == (0, 1)
+    assert scaling.extent == 1.0  # the latest training token, whatever others have
     values = np.array([1, 3, 5, 7.0])
     x = scaling.transform(Bags()["c"][0])
     assert x.shape == (2, 5)

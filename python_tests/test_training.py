@@ -130,6 +130,23 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(epochs: int, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_killed_after_its_last_epoch_is_finished(tmp_path: Path, monkeypatch) -> None:
+    """Lightning forgets that training had stopped, and would train on."""
+    whole, resumed = model_of(), model_of()
+    options = {"epochs": 40, "patience": 1, "max_lr": 0.05, "resume": tmp_path}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        expected = run(whole, **options)
+    assert len(expected.validation_loss) < 40
+    assert (tmp_path / "last.ckpt").exists()
+    history = run(resumed, **options)
+    assert history == expected
+    assert same(whole, resumed)
+    (tmp_path / "last.ckpt").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match="last.ckpt: cannot be read; without it, the fold starts"):
+        run(model_of(), **options)
+
+
 def test_validation_never_trains() -> None:
     training, validation = parts()
     first, second = model_of(), model_of()
@@ -159,7 +176,10 @@ def test_every_objective_and_a_block() -> None:
     right = classes.probabilities(predict_logits(model, data[1])).argmax(1) == labels[90:]
     assert right.mean() > 0.75
 
-    training, validation = (part.only("labs").take(part.has("labs")) for part in parts())
+    alone = {"labs": SCALING["labs"]}
+    every = Patients.of(MODALITIES, alone, IDS, NLL.target(TIMES, EVENTS))
+    first, has = torch.arange(len(IDS)) < 90, every.has("labs")
+    training, validation = every.take(first & has), every.take(~first & has)
     block = motet.LegoBlock(modalities_of(SCALING)["labs"], out_features=4, num_latents=4,
                             latent_dim=8, heads=1, head_dim=8)  # fmt: skip
     assert len(run(block, data=(training, validation), epochs=2).train_loss) == 2
