@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from .runs import Run
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print(f"motet {options.command}: interrupted", file=sys.stderr)
+        again = "; the same command goes on where it stopped" if hasattr(options, "out") else ""
+        print(f"motet {options.command}: interrupted{again}", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         # Bad input: the loaders, checks and models say in one line what is wrong with it.
@@ -67,8 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="motet", description="Fuse biomedical modalities in one latent: HEALNet and MM-Lego."
     )
     parser.add_argument("--version", action="version", version=f"motet {_version('motet')}")
@@ -253,6 +261,9 @@ def _fuse(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from .runs import Run
 
+    if options.draws < 100:
+        raise ValueError(f"--draws: expected at least 100, got {options.draws}")
+
     return _show(
         [Run.finished(path) for path in options.runs], as_json=options.json, draws=options.draws
     )
@@ -264,6 +275,7 @@ def _predict(options: argparse.Namespace) -> int:
     from .io import load_cohort
     from .runs import Run
 
+    _check_csv(options.out)
     run = Run.finished(options.trained)
     cohort = load_cohort(options.cohort, data=options.data, outcome=False)
     table = experiments.predict(run, cohort)
@@ -272,6 +284,22 @@ def _predict(options: argparse.Namespace) -> int:
     note = f"; {seen} of them were trained on" if seen else ""
     print(f"{len(table)} patients predicted{note}: {options.out}")
     return 0
+
+
+def _check_csv(path: Path) -> None:
+    """Raise unless predictions can go there: nothing but earlier predictions is overwritten."""
+    if path.is_dir() or not path.name:
+        raise ValueError(f"--out: expected a file, got the folder {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: no folder {str(path.parent)!r}")
+    if not path.exists():
+        return
+    mine = b"patient,modalities,seen,"
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(mine)) == mine:
+                return
+    raise ValueError(f"--out: {str(path)!r} is there, and holds no predictions of motet's")
 
 
 def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> int:

@@ -44,7 +44,7 @@ from .fusion.fitted import Fitted, Predictions, RiskScale, time_grid, write_text
 from .fusion.healnet import HEALNet
 from .fusion.lego_block import LegoBlock
 from .fusion.lego_join import LegoFuse, LegoMerge
-from .fusion.modalities import Tabular
+from .fusion.modalities import Tabular, check_names
 from .fusion.objectives import Classification, CoxSurvival, DiscreteSurvival, Objective
 from .fusion.patients import Patients, modalities_of
 from .fusion.preprocessing import Scaling, fit_scaling
@@ -196,6 +196,7 @@ def train_run(
     if kind not in MODELS:
         raise ValueError(f"--model: expected one of {', '.join(MODELS)}, got {kind!r}")
     cohort = _with_modalities(cohort, modalities)
+    check_names("modalities", cohort.modalities)
     plan = Plan.of(kind, changes or {}, seed=splits.seed)
     _check_goal(plan.goal, cohort, kind)
     parts = parts_of(cohort, splits)
@@ -294,9 +295,9 @@ def blocks_of(paths: Sequence[Path]) -> list[Run]:
     """
     runs = []
     for path in paths:
-        found = sorted((path / "blocks").iterdir()) if (path / "blocks").is_dir() else [path]
-        order = Run.open(path).config["modalities"] if len(found) > 1 else []
-        found.sort(key=lambda folder: order.index(folder.name) if folder.name in order else -1)
+        found = [path]
+        if (path / "blocks").is_dir():
+            found = [path / "blocks" / name for name in Run.open(path).config["modalities"]]
         for folder in found:
             run = Run.finished(folder)
             if run.config["model"] != "block":
@@ -311,8 +312,8 @@ def blocks_of(paths: Sequence[Path]) -> list[Run]:
 def evaluate_run(run: Run, *, draws: int = 1000) -> dict[str, Any]:
     """Compute the metrics of a finished run's out-of-fold predictions.
 
-    A LegoBlock predicts only test patients who have its modality. Where these are none, or too few
-    to evaluate, the counts and the reason are given alone.
+    Where nobody was tested (a LegoBlock predicts only those who have its modality), or too few to
+    evaluate, the counts and the reason are given alone.
     """
     tested = run.tested()
     if not tested:
@@ -321,8 +322,6 @@ def evaluate_run(run: Run, *, draws: int = 1000) -> dict[str, Any]:
     try:
         return evaluate(cast(Any, tested), draws=draws)
     except ValueError as error:
-        if run.config["model"] != "block":
-            raise
         return {"patients": sum(map(len, tested)), "folds": len(tested), "reason": str(error)}
 
 
@@ -379,11 +378,20 @@ def predict(run: Run, cohort: Cohort) -> pd.DataFrame:
         )
     risks, curves, probabilities, grid = [], [], [], None
     held = None
+    ids = np.asarray(cohort.patients)
     for number in range(len(run.splits)):
         fitted = run.fitted(number)
         patients = fitted.patients(shared, cohort.patients)
         held = torch.stack([patients.has(name) for name in names])
         predictions = fitted.predict(patients)
+        said = predictions.risk if predictions.probabilities is None else predictions.probabilities
+        assert said is not None
+        bad = ids[~np.isfinite(said.reshape(len(ids), -1)).all(1)]
+        if len(bad):
+            raise ValueError(
+                f"{cohort.name}: expected finite predictions, got others for patient {bad[0]!r} "
+                f"({len(bad)} in all): a value far beyond those of training?"
+            )
         if predictions.probabilities is not None:
             probabilities.append(predictions.probabilities)
             continue
@@ -459,7 +467,9 @@ def _run(
 ) -> Run:
     """Do what is left of a run: folds, then out-of-fold predictions and metrics."""
     ids = [{name: list(part.ids) for name, part in fold.items()} for fold in parts]
-    if rank():
+    if not rank():
+        Run.check_free(out, config["model"])  # before anything is put there, the lock included
+    else:
         for number, fold in enumerate(parts):
             folder = out / "folds" / str(number)
             if not (folder / "done.json").is_file():
@@ -475,7 +485,9 @@ def _run(
                 if not run.done(number):
                     _fold(run, number, fold, work, bar)
                 bar.update((number + 1) * epochs - bar.n)
-        if not (out / "metrics.json").exists():
+        try:
+            read_metrics(run)
+        except RunError:
             write_text(out / "predictions.csv", run.predictions().to_csv(index=False))
             write_text(out / "metrics.json", json.dumps(evaluate_run(run), indent=2))
             run.log("finished")
@@ -520,7 +532,7 @@ def trainer(cohort: Cohort, modality: str | None, plan: Plan) -> Worker:
 
     def work(number: int, parts: Mapping[str, Part], folder: Path, progress: Progress) -> Work:
         started = time.perf_counter()
-        scaling = fit_scaling(chosen.modalities, parts["train"].ids)
+        scaling = _scaling(chosen, parts, number)
         # Bins from all training patients, also where a block trains on some: so blocks fit.
         objective = _objective(plan.goal, cohort, parts["train"].outcome)
         torch.manual_seed(plan.training.seed * 1_009 + number)
@@ -567,6 +579,10 @@ def _fit(
 
     def patients(name: str) -> Patients:
         some, outcome = _having(cohort, scaling, parts[name])
+        if not len(some):
+            raise ValueError(
+                f"fold {number + 1}: nobody in its {name} part has {' or '.join(scaling)}"
+            )
         return replace(some, target=cast(Any, objective).target(*outcome))
 
     return train(
@@ -597,6 +613,13 @@ def _worked(
     return Work(predictions, fitted, history, fitted.scale, seconds, count)
 
 
+def _scaling(cohort: Cohort, parts: Mapping[str, Part], number: int) -> dict[str, Scaling]:
+    try:
+        return fit_scaling(cohort.modalities, parts["train"].ids)
+    except ValueError as error:
+        raise ValueError(f"fold {number + 1}: {error}") from error
+
+
 def _having(
     cohort: Cohort, scaling: dict[str, Scaling], part: Part
 ) -> tuple[Patients, tuple[NDArray[Any], ...]]:
@@ -609,7 +632,7 @@ def _having(
 def _baseline(cohort: Cohort, kind: str, splits: Splits) -> Worker:
     def work(number: int, parts: Mapping[str, Part], folder: Path, progress: Progress) -> Work:
         started = time.perf_counter()
-        scaling = fit_scaling(cohort.modalities, parts["train"].ids)
+        scaling = _scaling(cohort, parts, number)
         train, outcome = _having(cohort, scaling, parts["train"])
         held, held_outcome = _having(cohort, scaling, parts["validation"])
         test = _having(cohort, scaling, parts["test"])[0]

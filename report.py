@@ -21,13 +21,16 @@ def table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
     if "events" in first:
         counts += f", {first['events']} events"
     lines = [
-        f"out of fold: {counts}, {first['folds']} test parts; pairs within a part only; 95 % "
+        f"out of fold: {counts}, test parts: {first['folds']}; pairs within a part only; 95 % "
         "bootstrap intervals",
         f"{'run':{width}}" + "".join(f"  {title:22}" for title in columns.values()),
     ]
     for run, metrics in results:
         cells = [_cell(metrics.get(name)) for name in columns]
         lines.append(f"{run.path!s:{width}}" + "".join(f"  {cell:22}" for cell in cells))
+    for run, metrics in results:
+        if "reason" in metrics:
+            lines.append(f"{run.path} cannot be evaluated: {metrics['reason']}")
     for (run, _), comparison in zip(results[1:], comparisons, strict=True):
         lines.append(
             f"{run.path} less {results[0][0].path}: {comparison.difference:+.3f} "

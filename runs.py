@@ -73,14 +73,20 @@ class Run:
                 for key in sorted({*config, *known.config})
                 if key not in _FREE and config.get(key) != known.config.get(key)
             ]
+            if "fingerprint" in differs:
+                raise RunError(f"{path}: the data of {config['cohort']} changed since the run")
             if not differs and known.splits != splits:
-                differs = ["splits"]
+                raise RunError(
+                    f"{path}: holds a run with other splits (--splits, --test, --validation, "
+                    "--seed or split files); choose another --out, or remove the folder"
+                )
             if differs:
                 key = differs[0]
                 raise RunError(
                     f"{path}: holds a run with {key} {_short(known.config.get(key))}, got "
                     f"{_short(config.get(key))}; choose another --out, or remove the folder"
                 )
+            write_text(path / "outcome.csv", outcome.to_csv(index=False))  # should it be cut short
             return known
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, config, splits)
@@ -163,8 +169,13 @@ class Run:
         return any(folds.glob("*/done.json")) or any(folds.glob("*/last.ckpt"))
 
     def done(self, number: int) -> bool:
-        """Return whether a fold is complete."""
-        return (self.fold(number) / "done.json").is_file()
+        """Return whether a fold is complete: `done.json` names its files and their sizes."""
+        folder = self.fold(number)
+        try:
+            sizes = json.loads((folder / "done.json").read_text())["bytes"]
+            return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+            return False
 
     def finish_fold(
         self,
@@ -179,7 +190,11 @@ class Run:
         if fitted is not None:
             fitted.save(folder)
         write_text(folder / "predictions.csv", predictions.to_csv(index=False))
-        write_text(folder / "done.json", json.dumps(facts))
+        names = ["predictions.csv"]
+        if fitted is not None:
+            names += ["model.safetensors", "fitted.json"]
+        sizes = {name: (folder / name).stat().st_size for name in names}
+        write_text(folder / "done.json", json.dumps({**facts, "bytes": sizes}))
 
     def fitted(self, number: int) -> Fitted:
         """Read the model of a fold.
@@ -205,15 +220,24 @@ class Run:
         """Return the out-of-fold predictions: patient, fold, then what `table_of` gives."""
         frames = []
         for fold in range(len(self.splits)):
-            frame = pd.read_csv(self.fold(fold) / "predictions.csv", dtype={"patient": str})
+            path = self.fold(fold) / "predictions.csv"
+            frame = pd.read_csv(path, dtype={"patient": str}, keep_default_na=False)
             frame.insert(1, "fold", fold)
             frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
     def outcome(self) -> pd.DataFrame:
         """Return time and event, or label, by patient."""
-        frame = pd.read_csv(self.path / "outcome.csv", dtype={"patient": str})
-        return frame.set_index("patient")
+        path = self.path / "outcome.csv"
+        try:
+            frame = pd.read_csv(path, dtype={"patient": str}, keep_default_na=False)
+            frame = frame.set_index("patient")
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{path}: cannot be read: {error}") from error
+        known = {patient for fold in self.splits for part in fold.values() for patient in part}
+        if not known <= set(frame.index):
+            raise RunError(f"{path}: half-written, it lacks patients of splits.json")
+        return frame
 
     def tested(self, only: Set[str] | None = None) -> list[SurvivalFold] | list[ClassFold]:
         """Return the test parts for evaluation, all patients or some."""

@@ -165,7 +165,7 @@ class Fitted:
                 None if grid is None else np.asarray(grid),
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: corrupt ({error})") from error
+            raise ValueError(f"{path}: corrupt, or of another version ({error})") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -413,7 +413,9 @@ class LegoFuse(_Joined):
                 woven = blocks[name].inverse(real, imaginary)
                 nonempty = passes[index].nonempty
                 if nonempty is not None:
-                    woven = torch.where(nonempty[:, None, None], woven, latents)
+                    # Of one dtype: torch would give real latents a complex gradient.
+                    kept = latents.to(woven.dtype)
+                    woven = torch.where(nonempty[:, None, None], woven, kept)
                 latents = woven
         return fourier(latents, first.axes).real if first.axes else latents
 

@@ -220,10 +220,15 @@ def check_names(argument: str, names: Iterable[str]) -> None:
     """Raise unless every modality name can name a submodule, and with it tensors on disk."""
     container = nn.ModuleDict()
     for name in names:
-        if not isinstance(name, str) or not name or "." in name or hasattr(container, name):
+        if (
+            not isinstance(name, str)
+            or not 0 < len(name) <= 100
+            or any(character in name for character in "./\\\0")
+            or hasattr(container, name)
+        ):
             raise ValueError(
-                f"{argument}: expected names without dots that torch.nn.ModuleDict does not use "
-                f"itself, got {name!r}"
+                f"{argument}: expected names of up to 100 characters without dots and slashes that "
+                f"torch.nn.ModuleDict does not use itself, got {name[:120]!r}"
             )
 
 

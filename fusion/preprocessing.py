@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 # A feature of a bag that fewer of the training patients' bags hold is left out (rare lab values).
 RARE = 0.1
+# Standard deviations from the training mean beyond which a number is taken for an error.
+FARTHEST = 1e6
 
 
 class BagSource(Protocol):
@@ -76,7 +78,10 @@ class TableScaling:
                 flagged.append(str(name))
             median = float(np.median(values[~missing])) if not missing.all() else 0.0
             filled = np.where(missing, median, values)
-            spread = float(filled.std())
+            with np.errstate(over="ignore", invalid="ignore"):
+                spread = float(filled.std())
+            if not spread < np.finfo(np.float32).max:
+                raise ValueError(f"column {name!r} holds numbers too large to scale")
             if spread > 1e-12 * max(1.0, abs(median)):
                 numbers.append(str(name))
                 fill.append(median)
@@ -129,7 +134,14 @@ class TableScaling:
                 )
         numbers = frame[list(self.numbers)].to_numpy(float)
         numbers = np.where(np.isnan(numbers), np.asarray(self.fill), numbers)
-        parts = [(numbers - np.asarray(self.mean)) / np.asarray(self.sd)]
+        scaled = (numbers - np.asarray(self.mean)) / np.asarray(self.sd)
+        for row, column in np.argwhere(np.abs(scaled) > FARTHEST)[:1]:
+            raise ValueError(
+                f"column {self.numbers[column]!r}: expected numbers like those of training "
+                f"({self.mean[column]:.6g} ± {self.sd[column]:.6g}), got "
+                f"{numbers[row, column]:.6g} for patient {frame.index[row]!r}"
+            )
+        parts = [scaled]
         parts.append(frame[list(self.flagged)].isna().to_numpy(float))
         for name, seen in self.levels.items():
             values = frame[name].astype(object).map(str).to_numpy(object)

@@ -68,6 +68,8 @@ class Training:
             integer(name, getattr(self, name))
         for name in ("seed", "workers"):
             integer(name, getattr(self, name), 0)
+        if self.workers > (cores := max(8, os.cpu_count() or 1)):
+            raise ValueError(f"workers: expected at most {cores} here, got {self.workers}")
         positive("max_lr", self.max_lr)
         for name in ("l1", "l2"):
             if getattr(self, name) != 0:
@@ -174,7 +176,10 @@ def train(
             best.load_state_dict(known["callbacks"][best.state_key])
         if not (known is not None and _stopped(fit.history, settings)):
             at = None if known is None else str(last)
-            trainer.fit(fit, loader, checking, ckpt_path=at, weights_only=True)
+            try:
+                trainer.fit(fit, loader, checking, ckpt_path=at, weights_only=True)
+            except SystemExit as error:  # Lightning's answer to Ctrl-C and SIGTERM, which exits 0
+                raise KeyboardInterrupt from error
     model.cpu()
     model.load_state_dict(best.weights)
     model.eval()

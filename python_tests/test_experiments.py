@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -360,7 +361,7 @@ def test_a_run_continues_only_as_it_began(tmp_path: Path) -> None:
         ValueError, match=r'holds a run with model "cox", got "rsf"; choose another'
     ):
         trained(cohort, "rsf", tmp_path / "run")
-    with pytest.raises(ValueError, match="holds a run with splits"):
+    with pytest.raises(ValueError, match="holds a run with other splits"):
         trained(cohort, "cox", tmp_path / "run", splits=experiments.Splits(2, seed=9))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
@@ -524,6 +525,8 @@ BAD = {
     "an unknown key": (rewrite("columns: [a", "colums: [a"), "unknown key 'colums'"),
     "a patient twice": (spoil(lambda f: pd.concat([f, f.iloc[:1]])), "000"),
     "no YAML": (lambda folder: (folder / "cohort.yaml").write_text("a: [b"), "cohort.yaml"),
+    "a name that leaves the folder": (rewrite("omic:", '"../omic":'), "without dots and slashes"),
+    "too large numbers": (set_cell("a", 7, 1e300), "column 'a'"),
     "a group as big as all": (rewrite("patient: id\n", "patient: id\ngroup: died\n"), "groups"),
 }  # fmt: skip
 
@@ -541,7 +544,7 @@ def test_bad_input_is_one_clear_line(
     assert printed.err.startswith("motet train: ")
     assert printed.err.count("\n") == 1
     assert expected in printed.err
-    assert not (files / "run" / "config.json").exists()
+    assert not list(files.glob("run/folds/*/done.json"))
 
 
 def test_the_cohort_that_is_spoiled_trains(files: Path) -> None:
@@ -615,19 +618,21 @@ def test_half_written_runs_are_one_clear_line(
         refused("half-written, fold 2 of 2 is not done", *command)
     (files / "kept").rename(run / "folds" / "1" / "done.json")
 
-    model = run / "folds" / "0" / "model.safetensors"
-    kept = model.read_bytes()
-    model.write_bytes(kept[:-40])
-    refused("corrupt", *predict)
-    model.unlink()
-    refused("model.safetensors: no such file", *predict)
-    model.write_bytes(kept)
-    fitted = run / "folds" / "0" / "fitted.json"
-    fitted.write_bytes(whole["folds/0/fitted.json"][:100])
-    refused("fitted.json: corrupt", *predict)
-    fitted.write_bytes(whole["folds/0/fitted.json"])
+    for name in ("model.safetensors", "fitted.json", "predictions.csv", "done.json"):
+        path = run / "folds" / "0" / name
+        kept = path.read_bytes()
+        for broken in (kept[: len(kept) // 2], None):
+            path.write_bytes(broken) if broken else path.unlink()
+            refused("half-written, fold 1 of 2 is not done", *predict)
+        if name in ("model.safetensors", "fitted.json"):
+            path.write_bytes(kept[:-9] + b"?" * 9)  # of the right size
+            refused("corrupt", *predict)
+        path.write_bytes(kept)
+    outcome = (run / "outcome.csv").read_bytes()
+    (run / "outcome.csv").write_bytes(outcome[: len(outcome) // 2])
+    refused("outcome.csv: half-written", *evaluate)
 
-    (run / "metrics.json").unlink()
+    (run / "metrics.json").write_text("{")
     (run / "splits.json").write_text("{")
     refused("corrupt, config.json or splits.json", *evaluate)
     (run / "splits.json").unlink()
@@ -639,6 +644,56 @@ def test_half_written_runs_are_one_clear_line(
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "format": 99}))
     refused("format 99 was written by motet", *evaluate)
+
+
+def test_predictions_overwrite_nothing_else(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cohort, run = files / "cohort.yaml", files / "run"
+    train = ["train", str(cohort), "--model", "healnet", *QUICK, "--splits", "2", "--out", str(run)]
+    assert cli.main(train) == 0
+    before = content(run)
+    predict = ["predict", str(run), str(cohort), "--out"]
+    for out, expected in (
+        (files / "table.csv", "holds no predictions of motet's"),
+        (run / "predictions.csv", "holds no predictions of motet's"),
+        (Path("/dev/null"), "holds no predictions of motet's"),
+        (run, "expected a file, got the folder"),
+        (files / "nowhere" / "risks.csv", "no folder"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*predict, str(out)]) == 2
+        printed = capsys.readouterr()
+        assert expected in printed.err
+        assert printed.err.count("\n") == 1
+    assert content(run) == before
+    assert not Path("/dev/null").is_file()
+    for _ in range(2):
+        assert cli.main([*predict, str(files / "risks.csv")]) == 0
+    spoil(lambda f: f.assign(a=[1e35] + [0.0] * (ROWS - 1)))(files)
+    capsys.readouterr()
+    assert cli.main([*predict, str(files / "risks.csv")]) == 2
+    printed = capsys.readouterr().err
+    assert "modality 'omic': column 'a': expected numbers like those of training" in printed
+    assert "got 1e+35 for patient '000'" in printed
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_says_so(sign: signal.Signals, tmp_path: Path) -> None:
+    command = ["train", "breast_cancer", "--model", "healnet", "--set", "epochs=500", "--out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "motet", *command, str(tmp_path / "run")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("run/folds/*/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(sign)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err == "motet train: interrupted; the same command goes on where it stopped\n"
 
 
 def test_new_patients_that_do_not_fit(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

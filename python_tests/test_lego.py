@@ -437,6 +437,20 @@ def test_fine_tuning_through_a_merge_reaches_everything() -> None:
                    if p.grad is not None)  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", ["stack", "weave"])
+def test_fine_tuning_with_rows_that_miss_any_modality(mode) -> None:
+    blocks, x = blocks_of(2), inputs_of(4)
+    model = motet.LegoFuse(blocks, mode=mode).train()
+    for name in blocks:
+        model.zero_grad()
+        there = {name: torch.tensor([True, False, True, False])}
+        model({n: x[n] for n in blocks}, present=there).square().sum().backward()
+        gradient = model.get_parameter(f"blocks.{name}.layers.0.attention.to_kv.weight").grad
+        assert gradient is not None
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
+
+
 def test_gradients() -> None:
     blocks = blocks_of(2)
     merged = motet.LegoMerge({"omic": blocks["omic"], "wsi": blocks["wsi"]})
