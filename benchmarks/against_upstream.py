@@ -186,7 +186,7 @@ def epochs_of(run: Run, cohort: Cohort, number: int, changes: dict[str, Any]) ->
     parts = experiments.parts_of(cohort, experiments.Splits())[number]
     with tempfile.TemporaryDirectory() as folder:
         work = experiments.trainer(cohort, None, plan)
-        return work(number, parts, Path(folder), lambda name, history: None).history.seconds
+        return work(number, parts, Path(folder), lambda history: None).history.seconds
 
 
 def one_token(cohort: Cohort) -> Cohort:
