@@ -20,8 +20,11 @@ from .runs import Run
 MISSING = "HEALNet, half miss genes"
 
 
-def run(out: Path, *, epochs: int = 50, folds: int = 5) -> dict[str, Run]:
-    """Train and evaluate all models; print the table, write runs, pictures and a table to `out`."""
+def run(out: Path, *, epochs: int | None = None, folds: int = 5) -> dict[str, Run]:
+    """Train and evaluate all models; print the table, write runs, pictures and a table to `out`.
+
+    Epochs are those of the recipes unless given.
+    """
     cohort = load_cohort("breast_cancer")
     outcome = cohort.outcome
     assert isinstance(outcome, Survival)
@@ -37,13 +40,15 @@ def run(out: Path, *, epochs: int = 50, folds: int = 5) -> dict[str, Run]:
     return runs
 
 
-def _train(cohort: Cohort, out: Path, epochs: int, splits: experiments.Splits) -> dict[str, Run]:
+def _train(
+    cohort: Cohort, out: Path, epochs: int | None, splits: experiments.Splits
+) -> dict[str, Run]:
     source = experiments.source_of(cohort, "breast_cancer", None)
     halved = _without_genes(cohort)
     runs: dict[str, Run] = {}
 
     def train(name: str, folder: str, kind: str, cohort: Cohort = cohort) -> None:
-        changes = {} if kind == "cox" else {"epochs": epochs}
+        changes = {} if kind == "cox" or epochs is None else {"epochs": epochs}
         own = {**source, "fingerprint": cohort.fingerprint()}
         runs[name] = experiments.train_run(
             cohort, own, kind, out / folder, changes=changes, splits=splits

@@ -1,6 +1,5 @@
 """Honest evaluation: the libraries' figures, pooling by plain loops, intervals that cover."""
 
-import doctest
 import json
 import os
 from itertools import product
@@ -603,7 +602,3 @@ def test_refusals() -> None:
         evaluate_classes([class_folds(2)[0], class_folds(3)[0]])
     with pytest.raises(ValueError, match="b: expected 2 classes as a, got 3"):
         compare_classes(class_folds(2), class_folds(3))
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(evaluation).failed == 0

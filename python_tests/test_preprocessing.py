@@ -64,10 +64,12 @@ def test_a_table_is_scaled_by_its_training_patients() -> None:
 
 def test_new_patients_change_nothing_and_may_hold_new_categories() -> None:
     scaling = TableScaling.fit(frame().iloc[:3])
-    new = frame().iloc[3:4].assign(grade=pd.Categorical(["never seen"]), age=1e9)
+    new = frame().iloc[3:4].assign(grade=pd.Categorical(["never seen"]), age=1e5)
     x, present = scaling.transform(new)
     assert present.all()
     assert x[0, -2:].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="column 'age': expected numbers like those of training"):
+        scaling.transform(new.assign(age=1e9))
     with pytest.raises(ValueError, match="expected the columns of training, got none named 'age'"):
         scaling.transform(new.drop(columns="age"))
 
