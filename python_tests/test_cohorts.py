@@ -2,11 +2,11 @@
 
 import gzip
 import hashlib
-import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from textwrap import dedent
 
@@ -617,7 +617,7 @@ def test_zarr_is_read_when_asked_for(
         cohort = load_cohort(path)
         cohort.fingerprint()
         assert not [name for name in read if name.endswith("features")]
-    wsi = pickle.loads(pickle.dumps(bags(cohort, "wsi")))  # as a worker gets it
+    wsi = ForkingPickler.loads(ForkingPickler.dumps(bags(cohort, "wsi")))  # as a worker gets it
     assert wsi.patients == ("001", "002")
     assert (wsi.features, wsi.coords) == (3, 2)
     assert wsi.extent == max(array.max() for array in where.values())
