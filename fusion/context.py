@@ -22,7 +22,9 @@ class Context(NamedTuple):
     """Tokens that a batch of latents attends to."""
 
     tokens: Tensor
-    """[B, N, D]; or [T, D] with offsets."""
+    """[B, N, D]; or [T, D] with offsets. Without their positions."""
+    positions: Tensor | None = None
+    """[N, P], which every row shares; or [B, N, P]; or [T, P] with offsets. None without any."""
     offsets: Tensor | None = None
     """int64 [B + 1]: row b owns tokens offsets[b] to offsets[b + 1]. None if dense."""
     single: bool = False
@@ -36,7 +38,31 @@ class Context(NamedTuple):
     def rows(self) -> list[Tensor]:
         """Return the tokens of each row of a packed context, [N_b, D] each."""
         assert self.offsets is not None
-        return list(self.tokens.split(self.offsets.diff().tolist()))
+        return list(self.joined().split(self.offsets.diff().tolist()))
+
+    def joined(self) -> Tensor:
+        """Return the tokens with their positions, [B, N, D + P] or [T, D + P]."""
+        if self.positions is None:
+            return self.tokens
+        positions = self.positions.expand(*self.tokens.shape[:-1], -1)
+        return torch.cat([self.tokens, positions.to(self.tokens.dtype)], dim=-1)
+
+    def packed(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return all tokens [T, D], their positions [T or N, P], and offsets [B + 1]."""
+        if self.offsets is not None:
+            return self.tokens, self.positions, self.offsets
+        rows, count = self.tokens.shape[:2]
+        offsets = count * torch.arange(rows + 1, device=self.tokens.device)
+        positions = self.positions
+        if positions is not None and positions.ndim == 3:
+            positions = positions.flatten(0, 1)
+        return self.tokens.flatten(0, 1), positions, offsets
+
+    def unpacked(self, weights: Tensor) -> Tensor:
+        """Return weights [T, H, C] as [B, H, C, N] for a dense context, else as they are."""
+        if self.offsets is not None:
+            return weights
+        return weights.unflatten(0, self.tokens.shape[:2]).permute(0, 2, 3, 1)
 
 
 class Batch(NamedTuple):
@@ -56,23 +82,32 @@ class Batch(NamedTuple):
     """Coordinates in the layout of x."""
 
     def context(self, modality: Modality, positions: Positions) -> Context:
-        """Turn the batch into tokens, positions joined."""
-        tokens = modality.tokenise(self.x, positions, self.coords)
+        """Turn the batch into tokens and their positions."""
+        tokens, places = modality.tokenise(self.x, positions, self.coords)
         if self.offsets is None:
-            return self.pack(tokens, self.keep)
+            return self.pack(tokens, self.keep, places)
         if self.keep is None:
-            return Context(tokens, self.offsets)
+            return Context(tokens, places, self.offsets)
         kept = offsets_of(self.keep.long())  # how many real tokens lie before each
-        return Context(tokens[self.keep], kept[self.offsets])
+        places = None if places is None else places[self.keep]
+        return Context(tokens[self.keep], places, kept[self.offsets])
 
-    def pack(self, tokens: Tensor, keep: Tensor | None) -> Context:
-        """Gather the tokens [I, N, D] of each row's items, those where `keep` [I, N] is True."""
-        count = self.items * tokens.shape[1]
+    def pack(self, tokens: Tensor, keep: Tensor | None, positions: Tensor | None = None) -> Context:
+        """Gather the tokens [I, N, D] of each row's items, those where `keep` [I, N] is True.
+
+        Positions are [I, N, P], or [N, P] for all items alike.
+        """
+        items, per_item = tokens.shape[:2]
+        count = self.items * per_item
         tokens = tokens.reshape(self.rows, count, tokens.shape[-1])
+        if positions is not None and (positions.ndim == 3 or keep is not None or self.items > 1):
+            positions = positions.expand(items, per_item, -1)
+            positions = positions.reshape(self.rows, count, positions.shape[-1])
         if keep is None:
-            return Context(tokens, single=count == 1)
+            return Context(tokens, positions, single=count == 1)
         keep = keep.reshape(self.rows, count)
-        return Context(tokens[keep], offsets_of(keep.sum(1)), single=count == 1)
+        positions = None if positions is None else positions[keep]
+        return Context(tokens[keep], positions, offsets_of(keep.sum(1)), single=count == 1)
 
     def spread(self, weights: Tensor, context: Context) -> Tensor:
         """Return attention weights in the caller's layout.

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import Attention
 from .checks import integer, rate
-from .layers import Attention, FeedForward, layer_order
+from .layers import FeedForward, layer_order
 
 
 class SNN(nn.Module):

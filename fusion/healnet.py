@@ -5,11 +5,13 @@ from typing import Any, Literal, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
+from ..kernels.backends import Backend
 from ..kernels.checks import choice
+from ..kernels.plan import Strategy
+from .attention import Attention, Keys, prepare
 from .checks import integer, positive, rate
-from .context import Context, read_all
+from .context import read_all
 from .layers import (
-    Attention,
     FeedForward,
     Head,
     ShareWeights,
@@ -93,9 +95,9 @@ class FusionLayer(nn.Module):
     def attention_to(self, name: str) -> Attention:
         return cast(Attention, self.attention[name])
 
-    def update(self, name: str, latents: Tensor, context: Context) -> Tensor:
+    def update(self, name: str, latents: Tensor, keys: Keys) -> Tensor:
         feed_forward = cast(FeedForward, self.feed_forward[name])
-        return update(self.attention_to(name), feed_forward, latents, context)
+        return update(self.attention_to(name), feed_forward, latents, keys)
 
     def attend_to_itself(self, latents: Tensor) -> Tensor:
         for attend, feed in zip(self.self_attention, self.self_feed_forward, strict=True):
@@ -257,6 +259,8 @@ class HEALNet(nn.Module):
         coords: Any = None,
         return_latents: bool = False,
         return_attention: bool = False,
+        strategy: Strategy | None = None,
+        backend: Backend = "auto",
     ) -> Tensor | HEALNetOutput:
         """Predict logits.
 
@@ -268,7 +272,12 @@ class HEALNet(nn.Module):
             present: name to bool [B], False where the row misses the modality; or a sequence.
             coords: name to coordinates, for a `Bag` that has them; or a sequence.
             return_latents: return the last latents too.
-            return_attention: return the attention weights too, before dropout.
+            return_attention: return the attention weights too, before dropout; without a
+                gradient, unless `strategy="reference"`.
+            strategy: how contexts are attended to, instead of what `motet.kernels.plan` chooses:
+                "cached", "absorbed", or "reference" for the literal equation. The results are the
+                same but for rounding.
+            backend: who computes: "auto", "triton", "compile" or "eager".
 
         Returns:
             Logits [B, out_features] (latents [B, C, D] for a model without a head); a
@@ -287,17 +296,28 @@ class HEALNet(nn.Module):
             for name, batch in batches.items()
         }
         rows = next(iter(batches.values())).rows
+        keys = {
+            name: prepare(
+                context,
+                [cast(FusionLayer, layer).attention_to(name) for layer in self.layers],
+                latents=self.latents,
+                layers=len(self.order),
+                strategy=strategy,
+                backend=backend,
+            )
+            for name, context in contexts.items()
+        }
         attention = {name: [] for name in contexts} if return_attention else None
         latents = self.latents.expand(rows, -1, -1)
         for index in self.order:
             layer = cast(FusionLayer, self.layers[index])
             for name in self.modalities:
                 if name in contexts:
-                    context = contexts[name]
+                    own = keys[name][index]
                     if attention is not None:
-                        weights = layer.attention_to(name).weights(latents, context)
-                        attention[name].append(batches[name].spread(weights, context))
-                    latents = layer.update(name, latents, context)
+                        weights = own.weights(layer.attention_to(name), latents)
+                        attention[name].append(batches[name].spread(weights, own.context))
+                    latents = layer.update(name, latents, own)
                 latents = layer.attend_to_itself(latents)
         logits = latents if self.head is None else self.head(latents)
         if not (return_latents or return_attention):

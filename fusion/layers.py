@@ -1,4 +1,4 @@
-"""The parts that HEALNet and MM-Lego share: attention, gated feed-forward, head, layer sharing."""
+"""The parts that HEALNet and MM-Lego share: gated feed-forward, update, head, layer sharing."""
 
 from typing import Literal
 
@@ -6,96 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention_weights, latent_attention
 from ..kernels.checks import choice
-from .context import Context
+from .attention import Attention, Keys
 
 ShareWeights = bool | Literal["all-but-first"]
-
-
-class Attention(nn.Module):
-    r"""Pre-norm multi-head attention of latents to a context, or to themselves.
-
-    .. math:: \mathrm{LeakyReLU}(W_o \, \mathrm{softmax}(Q K^\top / (\sqrt{E} \, \tau)) V + b)
-
-    HEALNet, Eq. 2, with Q from the normalised latents and K, V from the normalised context.
-
-    Args:
-        dim: width of the latents.
-        context_dim: width of the context tokens; None for self-attention.
-        heads: number of heads H.
-        head_dim: width of each head E.
-        dropout: probability of dropping an attention weight in training.
-        temperature: τ above.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        context_dim: int | None,
-        *,
-        heads: int,
-        head_dim: int,
-        dropout: float = 0.0,
-        temperature: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.scale = head_dim**-0.5 / temperature
-        inner = heads * head_dim
-        self.norm = nn.LayerNorm(dim)
-        self.norm_context = None if context_dim is None else nn.LayerNorm(context_dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(context_dim or dim, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim)
-
-    def forward(self, latents: Tensor, context: Context | None = None) -> Tensor:
-        """Return the update [B, C, D] of latents [B, C, D], residual not added."""
-        if context is not None and context.single:
-            return self._only_token(latents, context)
-        q, k, v, offsets = self._project(latents, context)
-        dropout = self.dropout if self.training else 0.0
-        out = latent_attention(q, k, v, offsets, scale=self.scale, dropout_p=dropout)
-        return F.leaky_relu(self.to_out(out.transpose(1, 2).flatten(2)))
-
-    def _only_token(self, latents: Tensor, context: Context) -> Tensor:
-        """Attend to one token: its weight is 1 whatever Q and K are, so that only V is needed.
-
-        [B, 1, D] where all latents get the same; the rows without a token get what `update` drops.
-        """
-        assert self.norm_context is not None
-        inner = self.to_out.in_features
-        v = F.linear(self.norm_context(context.tokens), self.to_kv.weight[inner:])
-        nonempty = context.nonempty
-        if nonempty is not None:
-            v = v.new_zeros(len(nonempty), 1, inner).index_put((nonempty,), v[:, None])
-        if self.training and self.dropout:
-            kept = v.new_ones(len(v), self.heads, latents.shape[1], 1)
-            kept = F.dropout(kept, self.dropout).transpose(1, 2)  # [B, C, H, 1]
-            v = (kept * v.unflatten(-1, (self.heads, -1))).flatten(2)
-        return F.leaky_relu(self.to_out(v))
-
-    def weights(self, latents: Tensor, context: Context) -> Tensor:
-        """Return the attention weights, [B, H, C, N], or [T, H, C] for a packed context."""
-        q, k, _, offsets = self._project(latents, context)
-        return attention_weights(q, k, offsets, scale=self.scale)
-
-    def _project(
-        self, latents: Tensor, context: Context | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        normed = self.norm(latents)
-        offsets = None
-        tokens = normed
-        if context is not None:
-            assert self.norm_context is not None
-            tokens, offsets = self.norm_context(context.tokens), context.offsets
-        q = self.to_q(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = (
-            part.unflatten(-1, (self.heads, -1)) for part in self.to_kv(tokens).chunk(2, dim=-1)
-        )
-        if offsets is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return q, k, v, offsets
 
 
 class FeedForward(nn.Module):
@@ -142,13 +56,11 @@ class Head(nn.Module):
         return self.linear(self.norm(latents.mean(dim=1)))
 
 
-def update(
-    attention: Attention, feed_forward: FeedForward, latents: Tensor, context: Context
-) -> Tensor:
+def update(attention: Attention, feed_forward: FeedForward, latents: Tensor, keys: Keys) -> Tensor:
     """Update latents [B, C, D] from a context; rows without a token keep theirs."""
-    updated = attention(latents, context) + latents
+    updated = attention(latents, keys) + latents
     updated = feed_forward(updated) + updated
-    nonempty = context.nonempty
+    nonempty = keys.context.nonempty
     if nonempty is None:
         return updated
     return torch.where(nonempty[:, None, None], updated, latents)

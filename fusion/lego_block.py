@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.checks import choice
+from .attention import Attention, prepare
 from .checks import integer, positive, rate, same_kind
 from .context import Batch, Context, Names, check_tensor, offsets_of, read
 from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
 from .layers import (
-    Attention,
     FeedForward,
     Head,
     ShareWeights,
@@ -72,7 +72,8 @@ class LegoLayer(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(self, latents: Tensor, context: Context) -> Tensor:
-        return update(self.attention, self.feed_forward, latents, context)
+        (keys,) = prepare(context, [self.attention], latents=latents)
+        return update(self.attention, self.feed_forward, latents, keys)
 
 
 class LegoBlock(nn.Module):
@@ -373,10 +374,10 @@ class LegoBlock(nn.Module):
         if not (self.spectral_context and self.axes):
             return context
         if context.offsets is None:
-            return Context(fourier(context.tokens, self.axes).real)
+            return Context(fourier(context.joined(), self.axes).real)
         bags = [bag for bag in context.rows() if len(bag)]
         spectra = [fourier(bag, self.axes).real for bag in bags]
-        return Context(torch.cat([context.tokens[:0], *spectra]), context.offsets)
+        return Context(torch.cat([context.joined()[:0], *spectra]), offsets=context.offsets)
 
     def _encoded(self, batch: Batch, layer: int | None) -> Context:
         """Encode each real item of the batch."""
@@ -405,7 +406,8 @@ class LegoBlock(nn.Module):
             if real.any():
                 encoded = self._tokens(run(batch.x[real]), int(real.sum()))
                 tokens, lengths = encoded.flatten(0, 1), lengths * encoded.shape[1]
-        return Context(tokens, offsets_of(lengths.reshape(batch.rows, batch.items).sum(1)))
+        lengths = lengths.reshape(batch.rows, batch.items).sum(1)
+        return Context(tokens, offsets=offsets_of(lengths))
 
     def _encoded_bags(self, bags: list[Tensor], run: Any) -> tuple[Tensor, Tensor]:
         """Encode bags [N_i, F]: return all tokens [T, W] and how many each bag has, int64 [I]."""

@@ -91,10 +91,12 @@ class Tabular:
     def token_shape(self, x: Tensor) -> tuple[int, ...]:
         return (1,) if self.tokens == "row" else (self.features,)
 
-    def tokenise(self, x: Tensor, positions: Positions, coords: Tensor | None) -> Tensor:
+    def tokenise(
+        self, x: Tensor, positions: Positions, coords: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.tokens == "row":
-            return x[:, None]
-        return _with_grid(x[..., None], positions)
+            return x[:, None], None
+        return x[..., None], positions.grid((self.features,), x)
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,10 @@ class Bag:
     def token_shape(self, x: Tensor) -> tuple[int, ...]:
         return (x.shape[-2],)
 
-    def tokenise(self, x: Tensor, positions: Positions, coords: Tensor | None) -> Tensor:
-        if coords is None:
-            return x
-        return torch.cat([x, positions.encode(coords / self.extent).to(x.dtype)], dim=-1)
+    def tokenise(
+        self, x: Tensor, positions: Positions, coords: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return x, None if coords is None else positions.encode(coords / self.extent).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,11 @@ class Grid:
     def token_shape(self, x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape[-1 - self.axes : -1])
 
-    def tokenise(self, x: Tensor, positions: Positions, coords: Tensor | None) -> Tensor:
-        return _with_grid(x, positions).flatten(1, -2)
+    def tokenise(
+        self, x: Tensor, positions: Positions, coords: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        grid = positions.grid(tuple(x.shape[1:-1]), x) if positions.enabled else None
+        return x.flatten(1, -2), None if grid is None else grid.flatten(0, -2)
 
 
 Modality = Tabular | Bag | Grid
@@ -239,14 +244,6 @@ def modality_to_config(modality: Modality) -> dict[str, Any]:
 def modality_from_config(config: dict[str, Any]) -> Modality:
     fields = dict(config)
     return _KINDS[fields.pop("type")](**fields)
-
-
-def _with_grid(x: Tensor, positions: Positions) -> Tensor:
-    """Join the positions of a regular grid to x [B, *sizes, channels]."""
-    if not positions.enabled:
-        return x
-    grid = positions.grid(tuple(x.shape[1:-1]), x)
-    return torch.cat([x, grid.expand(x.shape[0], *grid.shape)], dim=-1)
 
 
 def _plain(owner: object, **values: Any) -> None:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .attention import Attention
 from .encoders import BagSelfAttention, UpstreamEncoder
 from .healnet import FusionLayer, HEALNet
-from .layers import Attention, FeedForward, Head, ShareWeights
+from .layers import FeedForward, Head, ShareWeights
 from .lego_block import LegoBlock
 from .lego_join import LegoFuse, LegoMerge, merge_heads
 from .modalities import Bag, Grid

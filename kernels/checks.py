@@ -1,6 +1,7 @@
 """Argument checks that every operator shares; each error names the argument."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,3 +68,32 @@ def normalised_weights(weights: Sequence[float] | None, count: int) -> list[floa
     largest = max(values)  # so that the sum of huge weights stays finite
     total = math.fsum([w / largest for w in values])
     return [w / largest / total for w in values]
+
+
+def check_offsets(
+    offsets: Tensor, tokens: int, device: torch.device, bags: int | None = None
+) -> None:
+    """Raise unless `offsets` are int64 and rise from 0 to `tokens`.
+
+    Their values are looked at on the CPU; on CUDA, where that would wait for the device, only with
+    MOTET_CHECK=1 in the environment; under torch.compile not at all.
+    """
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets: expected a tensor, got {type(offsets).__name__}")
+    expected = "[B + 1]" if bags is None else f"[{bags + 1}] for {bags} bags"
+    wrong_length = offsets.ndim != 1 or len(offsets) < 1 or bags not in (None, len(offsets) - 1)
+    if offsets.dtype != torch.int64 or wrong_length:
+        raise ValueError(
+            f"offsets: expected int64 {expected}, got {offsets.dtype} {tuple(offsets.shape)}"
+        )
+    if offsets.device != device:
+        raise ValueError(f"offsets: expected {device} as the tokens, got {offsets.device}")
+    if torch.compiler.is_compiling():
+        return
+    if device.type == "cpu" or os.environ.get("MOTET_CHECK") == "1":
+        bounds = offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
+            shown = bounds if len(bounds) < 12 else f"{bounds[:5]} … {bounds[-5:]}"
+            raise ValueError(
+                f"offsets: expected to rise from 0 to {tokens}, the number of tokens, got {shown}"
+            )

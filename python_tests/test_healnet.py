@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from motet.fusion.attention import Attention, prepare
 from motet.fusion.context import Context
-from motet.fusion.layers import Attention
 from torch import Tensor
 
 from .conftest import randomised
@@ -413,7 +413,10 @@ def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
     def outcome(single: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         given = tokens[rows, 0] if missing else tokens
-        update = attention(latents, Context(given, offsets, single=single)).expand(4, 7, 6)[rows]
+        context = Context(given, offsets=offsets, single=single)
+        strategy = None if single else "reference"
+        (keys,) = prepare(context, [attention], latents=latents, strategy=strategy)
+        update = attention(latents, keys).expand(4, 7, 6)[rows]
         wanted = [tokens, attention.to_out.weight, attention.to_kv.weight, attention.to_q.weight]
         gradients = torch.autograd.grad(
             update.square().sum(), wanted, allow_unused=True, materialize_grads=True
@@ -423,7 +426,8 @@ def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
     # Packed bags draw dropout in another layout.
     if missing and dropout:
         torch.manual_seed(1)
-        update = attention(latents, Context(tokens[rows, 0], offsets, single=True))
+        context = Context(tokens[rows, 0], offsets=offsets, single=True)
+        update = attention(latents, *prepare(context, [attention], latents=latents))
         assert (update[rows] != update[rows][:, :1]).any()
         return
     for mine, theirs in zip(outcome(True), outcome(False), strict=True):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from motet.fusion.attention import prepare
 from torch import Tensor, nn
 
 from .conftest import randomised
@@ -105,7 +106,8 @@ def literal(block: motet.LegoBlock, tokens: Tensor) -> Tensor:
         real, imaginary = spectrum.real, spectrum.imag
         layer = block.layers[block.order[index]]
         context = motet.fusion.context.Context(tokens[None])
-        real = real + layer.attention(real[None], context)[0]
+        (keys,) = prepare(context, [layer.attention], latents=real, strategy="reference")
+        real = real + layer.attention(real[None], keys)[0]
         real = real + layer.feed_forward(real)
         latents = torch.fft.ifftn(torch.complex(real, imaginary), dim=axes)
     return torch.complex(real, imaginary)
@@ -321,7 +323,8 @@ def test_weave_alternates_the_layers() -> None:
             layer = block.layers[index]
             encoded = block.encoder(x[name])[:, None]
             context = motet.fusion.context.Context(encoded)
-            real = spectrum.real + layer.attention(spectrum.real, context)
+            (keys,) = prepare(context, [layer.attention], latents=spectrum, strategy="reference")
+            real = spectrum.real + layer.attention(spectrum.real, keys)
             real = real + layer.feed_forward(real)
             latents = torch.fft.ifft2(torch.complex(real, spectrum.imag))
     got = fused({"omic": x["omic"], "wsi": x["wsi"]}, return_latents=True).latents

@@ -1,0 +1,318 @@
+"""Latents attend to a context: prepared once per forward pass, for all layers that will ask."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import absorbed_attention, attention_weights, context_kv, plan
+from ..kernels.absorbed_attention import absorbed_weights
+from ..kernels.backends import Backend
+from ..kernels.latent_attention import latent_attention_kv, latent_attention_reference
+from ..kernels.plan import Strategy
+from .context import Context
+
+
+class Attention(nn.Module):
+    r"""Pre-norm multi-head attention of latents to a context, or to themselves.
+
+    .. math:: \mathrm{LeakyReLU}(W_o \, \mathrm{softmax}(Q K^\top / (\sqrt{E} \, \tau)) V + b)
+
+    HEALNet, Eq. 2, with Q from the normalised latents and K, V from the normalised context.
+
+    Args:
+        dim: width of the latents.
+        context_dim: width of the context tokens; None for self-attention.
+        heads: number of heads H.
+        head_dim: width of each head E.
+        dropout: probability of dropping an attention weight in training.
+        temperature: τ above.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int | None,
+        *,
+        heads: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.dropout = heads, head_dim, dropout
+        self.scale = head_dim**-0.5 / temperature
+        inner = heads * head_dim
+        self.norm = nn.LayerNorm(dim)
+        self.norm_context = None if context_dim is None else nn.LayerNorm(context_dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(context_dim or dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim)
+
+    def forward(self, latents: Tensor, keys: "Keys | None" = None) -> Tensor:
+        """Return the update of latents [B, C, D], residual not added.
+
+        Args:
+            latents: [B, C, D].
+            keys: what this attention's layer prepared; None for the latents themselves.
+
+        Returns:
+            [B, C, D]; or [B, 1, D] where every latent gets the same.
+        """
+        if keys is None:
+            normed = self.norm(latents)
+            k, v = self.to_kv(normed).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+            heads = F.scaled_dot_product_attention(
+                self.split(self.to_q(normed)),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                dropout_p=self.active_dropout,
+                scale=self.scale,
+            )
+        else:
+            heads = keys.attend(self, latents)
+        return F.leaky_relu(self.to_out(heads.transpose(1, 2).flatten(2)))
+
+    def queries(self, latents: Tensor) -> Tensor:
+        """Return Q [B, H, C, E] of latents [B, C, D], not scaled."""
+        return self.split(self.to_q(self.norm(latents)))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return K's and V's weights [2, H, E, W] and shifts [2, H, E] with the LayerNorm in them.
+
+        W = W₀ diag(γ) and b = W₀ β, so that what is left to do to a token is to normalise it.
+        """
+        assert self.norm_context is not None
+        shape = (2, self.heads, self.head_dim)
+        weight = self.to_kv.weight
+        return (
+            (weight * self.norm_context.weight).unflatten(0, shape),
+            (weight @ self.norm_context.bias).unflatten(0, shape),
+        )
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+class Keys(Protocol):
+    """What the latents of a batch attend to in one layer."""
+
+    context: Context
+
+    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+        """Return what each head gathers for latents [B, C, D]: [B, H, C or 1, E]."""
+        ...
+
+    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
+        """Return the attention weights before dropout, [B, H, C, N]; [T, H, C] if packed."""
+        ...
+
+
+class OneToken:
+    """At most one token in every row: its weight is 1 whatever Q and K are, so V is all it takes.
+
+    Rows without a token get zeros, which `update` drops.
+    """
+
+    def __init__(self, context: Context, attention: Attention, backend: Backend) -> None:
+        self.context = context
+        weight, bias = (part[1].flatten(0, 1) for part in attention.folded())  # of V
+        x, positions, _ = context.packed()
+        v = context_kv(
+            x, _cast(weight), _cast(bias), positions=positions, eps=_eps(attention), backend=backend
+        )
+        nonempty = context.nonempty
+        if nonempty is not None:
+            v = v.new_zeros(len(nonempty), v.shape[1]).index_put((nonempty,), v)
+        self.v = attention.split(v[:, None])  # [B, H, 1, E]
+
+    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+        p = attention.active_dropout
+        if not p:
+            return self.v
+        kept = self.v.new_ones(len(self.v), attention.heads, latents.shape[1], 1)
+        return F.dropout(kept, p) * self.v
+
+    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
+        offsets, shape = self.context.offsets, (attention.heads, latents.shape[1])
+        if offsets is None:
+            return latents.new_ones(len(latents), *shape, 1)
+        return latents.new_ones(len(self.context.tokens), *shape)
+
+
+class Cached:
+    """K and V [T, 2, H, E] of a layer, from the one product that makes those of all layers."""
+
+    def __init__(self, context: Context, offsets: Tensor, kv: Tensor, backend: Backend) -> None:
+        self.context, self.offsets, self.kv = context, offsets, kv
+        self.backend: Backend = backend
+
+    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+        out, _ = latent_attention_kv(
+            self._queries(attention, latents),
+            self.kv,
+            self.offsets,
+            scale=attention.scale,
+            dropout_p=attention.active_dropout,
+            backend=self.backend,
+        )
+        return out[..., : attention.head_dim]
+
+    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
+        q = self._queries(attention, latents).detach()
+        k = self.kv[:, 0].detach()
+        weights = attention_weights(q, k, self.offsets, scale=attention.scale, backend=self.backend)
+        return self.context.unpacked(weights)
+
+    def _queries(self, attention: Attention, latents: Tensor) -> Tensor:
+        q = attention.queries(latents)
+        padding = self.kv.shape[-1] - attention.head_dim
+        return F.pad(q, (0, padding)) if padding else q
+
+
+class Absorbed:
+    """The tokens themselves; the projections are taken into the queries and the pooled tokens."""
+
+    def __init__(
+        self, context: Context, packed: tuple[Tensor, Tensor | None, Tensor],
+        folded: tuple[Tensor, Tensor], backend: Backend,
+    ) -> None:  # fmt: skip
+        self.context = context
+        self.backend: Backend = backend
+        self.x, self.positions, self.offsets = packed
+        self.weight, self.bias = folded
+
+    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+        pooled, mass = absorbed_attention(
+            self._queries(attention, latents).flatten(1, 2),
+            self.x,
+            self.offsets,
+            positions=self.positions,
+            eps=_eps(attention),
+            dropout_p=attention.active_dropout,
+            backend=self.backend,
+        )
+        shape = (attention.heads, latents.shape[1])
+        pooled, mass = pooled.unflatten(1, shape), mass.unflatten(1, shape)
+        values = torch.einsum("bhcw,hew->bhce", pooled, self.weight[1])
+        return values + mass[..., None] * self.bias[1][:, None]
+
+    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
+        queries = self._queries(attention, latents)
+        weights = absorbed_weights(
+            queries.flatten(1, 2).detach(),
+            self.x.detach(),
+            self.offsets,
+            positions=self.positions,
+            eps=_eps(attention),
+            backend=self.backend,
+        )
+        return self.context.unpacked(weights.unflatten(1, queries.shape[1:3]))
+
+    def _queries(self, attention: Attention, latents: Tensor) -> Tensor:
+        """Return scale · Q W_k, [B, H, C, W]."""
+        q = attention.queries(latents) * attention.scale
+        return torch.einsum("bhce,hew->bhcw", q, self.weight[0])
+
+
+class Literal:
+    """Every layer on its own, as the equation says: what the fast forms are tested against."""
+
+    def __init__(self, context: Context, attention: Attention) -> None:
+        assert attention.norm_context is not None
+        self.context = context
+        kv = attention.to_kv(attention.norm_context(context.joined()))
+        k, v = kv.unflatten(-1, (2, attention.heads, -1)).unbind(-3)
+        if context.offsets is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        self.k, self.v = k, v
+
+    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+        return latent_attention_reference(
+            attention.queries(latents), self.k, self.v, self.context.offsets,
+            scale=attention.scale, dropout_p=attention.active_dropout,
+        )  # fmt: skip
+
+    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
+        q = attention.queries(latents)
+        return attention_weights(q, self.k, self.context.offsets, scale=attention.scale)
+
+
+def prepare(
+    context: Context,
+    attentions: Sequence[Attention],
+    *,
+    latents: Tensor,
+    layers: int = 1,
+    strategy: Strategy | None = None,
+    backend: Backend = "auto",
+) -> list[Keys]:
+    """Read a context once for all layers; return what each weight set attends to.
+
+    Args:
+        context: the tokens of a batch.
+        attentions: one per weight set, alike but for their weights.
+        latents: [..., C, D], those that will attend.
+        layers: how many will ask, at least one per weight set.
+        strategy: instead of the planned one, see `kernels.plan`.
+        backend: see `kernels.plan`.
+    """
+    first = attentions[0]
+    x, positions, offsets = packed = context.packed()
+    weight, bias = zip(*(attention.folded() for attention in attentions), strict=True)
+    chosen = plan(
+        len(x),
+        weight[0].shape[-1],
+        bags=len(offsets) - 1,
+        latents=latents.shape[-2],
+        heads=first.heads,
+        head_dim=first.head_dim,
+        layers=layers,
+        weight_sets=len(attentions),
+        longest=1 if context.single else None,
+        dtype=_cast(weight[0]).dtype,
+        device=x.device.type,
+        training=torch.is_grad_enabled(),
+        dropout=first.active_dropout,
+        tokens_need_grad=x.requires_grad,
+        strategy=strategy,
+        backend=backend,
+    ).strategy
+    if chosen == "reference":
+        return [Literal(context, attention) for attention in attentions]
+    if context.single:
+        return [OneToken(context, attention, backend) for attention in attentions]
+    if chosen == "absorbed":
+        folds = zip(weight, bias, strict=True)
+        return [Absorbed(context, packed, fold, backend) for fold in folds]
+    weights, biases = _cast(torch.stack(weight)), _cast(torch.stack(bias))
+    if x.is_cuda:  # rows of K and V on 32-byte boundaries, without which no load is asynchronous
+        padding = -first.head_dim % 16
+        weights, biases = F.pad(weights, (0, 0, 0, padding)), F.pad(biases, (0, padding))
+    y = context_kv(
+        x, weights.flatten(1, 3), biases.flatten(1), positions=positions, offsets=offsets,
+        eps=_eps(first), backend=backend,
+    )  # fmt: skip
+    y = y.unflatten(2, weights.shape[1:4])
+    # One set is a view; of several, unbinding collects the gradients without sums over zeros.
+    kv = [y.squeeze(0)] if len(attentions) == 1 else y.unbind(0)
+    return [Cached(context, offsets, own, backend) for own in kv]
+
+
+def _eps(attention: Attention) -> float:
+    assert attention.norm_context is not None
+    return attention.norm_context.eps
+
+
+def _cast(weight: Tensor) -> Tensor:
+    """Return the weight in the dtype in which autocast would multiply."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+        return weight.to(torch.get_autocast_dtype(device))
+    return weight

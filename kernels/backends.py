@@ -1,0 +1,73 @@
+"""Who computes: Triton on a GPU, else torch."""
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .checks import choice
+
+Backend = Literal["auto", "triton", "compile", "eager"]
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_backend(backend: str) -> None:
+    """Raise unless `backend` is one."""
+    choice("backend", backend, ("auto", "triton", "compile", "eager"))
+
+
+def triton_kernels(operator: str, backend: str, like: Tensor) -> ModuleType | None:
+    """Return the module of an operator's Triton kernels, or None where torch computes.
+
+    "auto" takes Triton for CUDA tensors of up to 32 bits; Triton has no matrix product in float64.
+
+    Raises:
+        ValueError: "triton" was asked for and cannot be had.
+    """
+    if backend == "eager":
+        return None
+    reason = _why_not(like.device.type, like.dtype)
+    if not reason:
+        return importlib.import_module(f"{__package__}.{operator}_triton")
+    if backend == "triton":
+        raise ValueError(f"backend: 'triton' {reason}; 'auto' falls back to torch")
+    return None
+
+
+def _why_not(device: str, dtype: torch.dtype) -> str:
+    if dtype not in _TRITON_DTYPES:
+        return f"takes float32, bfloat16 and float16, got {dtype}"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs CUDA tensors, got {device}"
+    return _import_error()
+
+
+@cache
+def _import_error() -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return ""
+
+
+def refuse_second_derivative(library: torch.library.Library, operator: str) -> None:
+    """Make differentiating an operator's backward an error; torch would take it for zero."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"{operator}: expected one derivative, got a second; use strategy='reference' for it"
+        )
+
+    torch.library.register_autograd(f"motet::{operator}_backward", refuse, lib=library)
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch.compile of a function, made once for all shapes."""
+    return torch.compile(function, dynamic=True)
