@@ -1,5 +1,5 @@
-// motet.kernels._C: the merge operators for anything that speaks the buffer protocol. Every buffer
-// is checked here, so that no call from Python can read or write out of bounds.
+// motet.kernels._C: the operators for anything that speaks the buffer protocol. Every buffer is
+// checked here, so that no call from Python can read or write out of bounds.
 #include <pybind11/complex.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "context_kv.hpp"
 #include "merge.hpp"
 
 namespace py = pybind11;
@@ -116,11 +117,83 @@ void slerp(const std::vector<py::buffer>& inputs, const std::vector<double>& wei
                                     operands.out.format + "'");
 }
 
+motet::Kind kind_of(const std::string& name) {
+    if (name == "float32") return motet::Kind::float32;
+    if (name == "float64") return motet::Kind::float64;
+    if (name == "bfloat16") return motet::Kind::bfloat16;
+    if (name == "float16") return motet::Kind::float16;
+    throw std::invalid_argument("kind: expected float32, float64, bfloat16 or float16, got '" +
+                                name + "'");
+}
+
+py::ssize_t bytes_of(motet::Kind kind) {
+    return kind == motet::Kind::float64 ? 8 : kind == motet::Kind::float32 ? 4 : 2;
+}
+
+// Half-precision numbers come as integers of their size, since Python has no buffer format for
+// bfloat16.
+py::buffer_info rows_buffer(const py::buffer& buffer, const std::string& name, motet::Kind kind,
+                            py::ssize_t rows, py::ssize_t columns, bool writable) {
+    auto info = buffer.request(writable);
+    const auto size = bytes_of(kind);
+    const bool fits = info.itemsize == size && info.ndim == (columns < 0 ? 1 : 2) &&
+                      info.shape[0] == rows && (columns < 0 || info.shape[1] == columns);
+    if (!fits || !contiguous(info))
+        throw std::invalid_argument(name + ": expected a C-contiguous buffer of " +
+                                    std::to_string(rows) + " rows and " + std::to_string(size) +
+                                    "-byte items");
+    return info;
+}
+
+void standardise(const py::buffer& x, const std::string& kind, const py::object& positions,
+                 std::size_t first, double eps, const py::buffer& out, const std::string& out_kind,
+                 const py::buffer& mean, const py::buffer& rstd, int threads) {
+    const auto in = x.request();
+    const auto from = kind_of(kind), to = kind_of(out_kind);
+    const auto size = bytes_of(from);
+    const bool wide = from == motet::Kind::float64;
+    const auto full = wide ? motet::Kind::float64 : motet::Kind::float32;
+    if (to == motet::Kind::float16 || (to == motet::Kind::float64) != wide)
+        throw std::invalid_argument("out_kind: expected float32 or bfloat16, float64 for float64");
+    if (in.ndim != 2 || in.itemsize != size || (in.shape[1] > 1 && in.strides[1] != size) ||
+        in.strides[0] % size)
+        throw std::invalid_argument("x: expected rows of " + kind + " without gaps");
+    motet::Rows rows{in.ptr,
+                     from,
+                     in.strides[0] / size,
+                     static_cast<std::size_t>(in.shape[0]),
+                     static_cast<std::size_t>(in.shape[1]),
+                     nullptr,
+                     0,
+                     1,
+                     first};
+    py::buffer_info places;
+    if (!positions.is_none()) {
+        places = positions.cast<py::buffer>().request();
+        if (places.ndim != 2 || places.itemsize != bytes_of(full) || places.shape[0] < 1 ||
+            !contiguous(places))
+            throw std::invalid_argument("positions: expected a C-contiguous matrix with rows");
+        rows.positions = places.ptr;
+        rows.width = static_cast<std::size_t>(places.shape[1]);
+        rows.period = static_cast<std::size_t>(places.shape[0]);
+    }
+    const auto width = static_cast<py::ssize_t>(rows.dim + rows.width);
+    const auto z = rows_buffer(out, "out", to, in.shape[0], width, true);
+    const auto means = rows_buffer(mean, "mean", full, in.shape[0], -1, true);
+    const auto rstds = rows_buffer(rstd, "rstd", full, in.shape[0], -1, true);
+    if (width == 0) throw std::invalid_argument("x: expected rows of at least one number");
+    py::gil_scoped_release release;
+    motet::standardise(rows, eps, z.ptr, to, means.ptr, rstds.ptr, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Merge operators on raw CPU buffers; motet.kernels is the public door.";
+    module.doc() = "Operators on raw CPU buffers; motet.kernels is the public door.";
     module.def("harmonic_merge", &harmonic_merge, py::arg("inputs"), py::arg("weights"),
                py::arg("phase"), py::arg("out"));
     module.def("slerp", &slerp, py::arg("inputs"), py::arg("weights"), py::arg("out"));
+    module.def("standardise", &standardise, py::arg("x"), py::arg("kind"), py::arg("positions"),
+               py::arg("first"), py::arg("eps"), py::arg("out"), py::arg("out_kind"),
+               py::arg("mean"), py::arg("rstd"), py::arg("threads"));
 }

@@ -28,7 +28,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "absorbed_attention_backward(Tensor grad_pooled, Tensor grad_mass, Tensor queries, Tensor x, "
     "Tensor? positions, Tensor offsets, Tensor pooled, Tensor mass, Tensor scores, Tensor lse, "
-    "Tensor mean, Tensor rstd, float dropout_p, Tensor? seed, str backend, bool rows) "
+    "Tensor mean, Tensor rstd, float eps, float dropout_p, Tensor? seed, str backend, bool rows) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -181,16 +181,15 @@ def _forward(
     masks = _Masks(seed, bounds, count, dropout_p, mass)
     for bag, start, stop in chunks(bounds, width):
         rows = slice(start, stop)
-        z, mean[rows], rstd[rows] = standardised(x, positions, rows, eps)
-        low = z.to(queries.dtype)
-        scores[rows] = own = low @ queries[bag].t()
+        z, mean[rows], rstd[rows] = standardised(x, positions, rows, eps, queries.dtype)
+        scores[rows] = own = z @ queries[bag].t()
         highest = torch.maximum(top[bag], scores[rows].amax(0))
         weights = (own - highest).exp_()
         shrunk = (top[bag] - highest).exp_()  # what came before, relative to the highest score
         total[bag] = total[bag] * shrunk + weights.sum(0)
         weights = masks.apply(weights, bag, rows)
         mass[bag] = mass[bag] * shrunk + weights.sum(0)
-        part = weights.to(queries.dtype).t() @ low
+        part = weights.to(queries.dtype).t() @ z
         pooled[bag] = part if start == bounds[bag] else pooled[bag] * shrunk[:, None] + part
         top[bag] = highest
     seen = total > 0
@@ -215,6 +214,7 @@ def _backward_of(
     lse: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    eps: float,
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
@@ -239,17 +239,18 @@ def _backward_of(
     masks = _Masks(seed, bounds, count, dropout_p, lse)
     for bag, start, stop in chunks(bounds, width):
         rows = slice(start, stop)
-        z, _, own = standardised(x, positions, rows, 0.0, mean, rstd)
-        low = z.to(queries.dtype)
+        # Computed again in the very bits of the forward pass, in one sweep.
+        z, _, own = standardised(x, positions, rows, eps, queries.dtype)
         weights = (scores[rows] - lse[bag]).exp_()
-        dweights = (low @ grad_pooled[bag].t()).to(lse.dtype).add_(grad_mass[bag])
+        dweights = (z @ grad_pooled[bag].t()).to(lse.dtype).add_(grad_mass[bag])
         dscores = masks.apply(dweights, bag, rows).sub_(delta[bag]).mul_(weights)
         dscores = dscores.to(queries.dtype)
-        dqueries[bag] += dscores.t() @ low
+        dqueries[bag] += dscores.t() @ z
         if of_rows:
             dropped = masks.apply(weights, bag, rows).to(queries.dtype)
             dz = dscores @ queries[bag] + dropped @ grad_pooled[bag]
-            drows[rows] = standardise_backward(dz.to(z.dtype), z, own)
+            full = lse.dtype
+            drows[rows] = standardise_backward(dz.to(full), z.to(full), own)
     none = x.new_empty(0)
     return dqueries.to(queries.dtype), *(
         split_gradient(drows, x, positions) if of_rows else (none, none)
@@ -279,7 +280,7 @@ class _Masks:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, x, positions, offsets, _, ctx.dropout_p, seed, ctx.backend = inputs
+    queries, x, positions, offsets, ctx.eps, ctx.dropout_p, seed, ctx.backend = inputs
     ctx.save_for_backward(queries, x, positions, offsets, *output, seed)
 
 
@@ -287,7 +288,14 @@ def _backward(ctx, grad_pooled: Tensor, grad_mass: Tensor, *_: Tensor):
     *saved, seed = ctx.saved_tensors
     of_queries, of_x, of_positions = ctx.needs_input_grad[:3]
     dqueries, dx, dpositions = torch.ops.motet.absorbed_attention_backward(
-        grad_pooled, grad_mass, *saved, ctx.dropout_p, seed, ctx.backend, of_x or of_positions
+        grad_pooled,
+        grad_mass,
+        *saved,
+        ctx.eps,
+        ctx.dropout_p,
+        seed,
+        ctx.backend,
+        of_x or of_positions,
     )
     return (
         dqueries if of_queries else None,

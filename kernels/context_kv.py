@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .backends import Backend, check_backend, compiled, refuse_second_derivative, triton_kernels
 from .checks import check_offsets, refuse_forward_mode
+from .native import native
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 _LIBRARY.define(
@@ -16,7 +19,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "context_kv_backward(Tensor grad, Tensor x, Tensor? positions, Tensor weight, Tensor? offsets, "
-    "Tensor mean, Tensor rstd, str backend, bool[3] needed) "
+    "Tensor mean, Tensor rstd, float eps, str backend, bool[3] needed) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -128,8 +131,10 @@ def check_rows(x: Tensor, positions: Tensor | None, offsets: Tensor | None) -> N
     """Raise unless tokens, positions and offsets fit together."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"x: expected floating-point [T, D], got {x.dtype} {tuple(x.shape)}")
+    if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x: expected floating-point [T, D] with D > 0, got {x.dtype} {tuple(x.shape)}"
+        )
     if positions is not None:
         rows = positions.shape[0] if positions.ndim == 2 else -1
         if rows < 0 or (len(x) and (rows == 0 or len(x) % rows)):
@@ -163,18 +168,38 @@ def standardised(
     positions: Tensor | None,
     rows: slice,
     eps: float,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
+    dtype: torch.dtype,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalised [x | p] of some rows, float32 or float64, with means and 1 / SDs."""
-    z = x[rows].to(wide(x.dtype))
+    """Return the normalised [x | p] of some rows in `dtype`, with their means and 1 / SDs."""
+    x, tokens = x[rows], len(x)
+    full, module = wide(x.dtype), native()
+    if statistics is None and x.device.type == "cpu" and module is not None and x.stride(1) == 1:
+        period = 1 if positions is None else len(positions)
+        width = x.shape[1] + (0 if positions is None else positions.shape[1])
+        low = dtype if dtype == torch.bfloat16 else full
+        z = x.new_empty(len(x), width, dtype=low)
+        mean, rstd = (x.new_empty(len(x), dtype=full) for _ in range(2))
+        module.standardise(
+            _buffer(x), str(x.dtype)[6:],
+            None if positions is None else _buffer(positions.to(full).contiguous()),
+            rows.start % period, eps, _buffer(z), str(low)[6:], _buffer(mean), _buffer(rstd),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return z.to(dtype), mean, rstd
+    z = x.to(full)
     if positions is not None:
-        z = torch.cat([z, positions_of(positions, rows, len(x)).to(z.dtype)], dim=1)
-    if mean is None or rstd is None:
+        z = torch.cat([z, positions_of(positions, rows, tokens).to(full)], dim=1)
+    if statistics is None:
         z, mean, rstd = torch.native_layer_norm(z, z.shape[1:], None, None, eps)
-        return z, mean.flatten(), rstd.flatten()
-    mean, rstd = mean[rows], rstd[rows]
-    return (z - mean[:, None]).mul_(rstd[:, None]), mean, rstd
+        return z.to(dtype), mean.flatten(), rstd.flatten()
+    mean, rstd = statistics[0][rows], statistics[1][rows]
+    return (z - mean[:, None]).mul_(rstd[:, None]).to(dtype), mean, rstd
+
+
+def _buffer(x: Tensor) -> NDArray[Any]:
+    """Return a view for the C++ module; half precision as integers, which have a format."""
+    return (x.detach() if x.itemsize > 2 else x.detach().view(torch.int16)).numpy()
 
 
 def positions_of(positions: Tensor, rows: slice, tokens: int) -> Tensor:
@@ -221,13 +246,15 @@ def _forward(
     fast = triton_kernels("context_kv", backend, weight)
     if fast is not None:
         return fast.project(x, positions, weight, bias, None, mean, rstd, eps)
+    statistics = None if mean is None or rstd is None else (mean, rstd)
     sets, outputs, width = weight.shape
     y = weight.new_empty(sets, len(x), outputs)
     means, rstds = (x.new_empty(len(x), dtype=wide(x.dtype)) for _ in range(2))
     for _, start, stop in chunks(bounds_of(offsets, len(x)), width):
         rows = slice(start, stop)
-        z, means[rows], rstds[rows] = standardised(x, positions, rows, eps, mean, rstd)
-        z = z.to(weight.dtype)
+        z, means[rows], rstds[rows] = standardised(
+            x, positions, rows, eps, weight.dtype, statistics
+        )
         for s in range(sets):
             if bias is None:
                 torch.mm(z, weight[s].t(), out=y[s, rows])
@@ -244,6 +271,7 @@ def _backward_rows(
     offsets: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    eps: float,
     backend: str,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -265,27 +293,26 @@ def _backward_rows(
         bounds_of(offsets, len(x) if weights or tokens else 0), weight.shape[2]
     ):
         rows = slice(start, stop)
-        z, _, own = standardised(x, positions, rows, 0.0, mean, rstd)
+        # Computed again in the very bits of the forward pass, in one sweep.
+        z, _, own = standardised(x, positions, rows, eps, weight.dtype)
         if weights:
-            low = z.to(weight.dtype)
             for s in range(len(weight)):
                 if full == weight.dtype:
-                    dweight[s].addmm_(grad[s, rows].t(), low)
+                    dweight[s].addmm_(grad[s, rows].t(), z)
                 else:
-                    dweight[s] += grad[s, rows].t() @ low
+                    dweight[s] += grad[s, rows].t() @ z
         if tokens:
-            dz = torch.zeros_like(z)
+            dz = torch.zeros_like(z, dtype=full)
             for s in range(len(weight)):
                 dz += grad[s, rows] @ weight[s]
-            drows[rows] = standardise_backward(dz, z, own)
+            drows[rows] = standardise_backward(dz, z.to(full), own)
     dx, dpositions = split_gradient(drows, x, positions) if tokens else (none, none)
     return dx, dpositions, dweight.to(weight.dtype), dbias
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, positions, weight, bias, offsets, _, _, _, ctx.backend = inputs
+    x, positions, weight, _, offsets, _, _, ctx.eps, ctx.backend = inputs
     _, mean, rstd = output
-    ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, positions, weight, offsets, mean, rstd)
 
@@ -294,7 +321,7 @@ def _backward(ctx, grad: Tensor, *_: Tensor):
     x, positions, weight, offsets, mean, rstd = ctx.saved_tensors
     of_x, of_positions, of_weight, of_bias = ctx.needs_input_grad[:4]
     dx, dpositions, dweight, dbias = torch.ops.motet.context_kv_backward(
-        grad.contiguous(), x, positions, weight, offsets, mean, rstd, ctx.backend,
+        grad.contiguous(), x, positions, weight, offsets, mean, rstd, ctx.eps, ctx.backend,
         [of_x or of_positions, of_weight, of_bias],
     )  # fmt: skip
     return (
@@ -311,7 +338,7 @@ def _fake(x, positions, weight, bias, offsets, mean, rstd, eps, backend):
     return y, *(x.new_empty(x.shape[0], dtype=wide(x.dtype)) for _ in range(2))
 
 
-def _fake_backward(grad, x, positions, weight, offsets, mean, rstd, backend, needed):
+def _fake_backward(grad, x, positions, weight, offsets, mean, rstd, eps, backend, needed):
     tokens, weights, biases = needed
     return (
         x.new_empty(x.shape if tokens else 0),
