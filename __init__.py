@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         evaluate_classes,
         evaluate_survival,
     )
+    from .fusion.graphs import CudaGraphs
     from .fusion.healnet import HEALNet, HEALNetOutput
     from .fusion.layers import Head
     from .fusion.lego_block import LegoBlock, LegoOutput
@@ -44,6 +45,7 @@ _HOMES = {
         "evaluate_classes",
         "evaluate_survival",
     ),
+    "fusion.graphs": ("CudaGraphs",),
     "fusion.healnet": ("HEALNet", "HEALNetOutput"),
     "fusion.layers": ("Head",),
     "fusion.lego_block": ("LegoBlock", "LegoOutput"),
@@ -60,6 +62,7 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
     "SNN",
     "HEALNet",
     "HEALNetOutput",
+    "CudaGraphs",
     "Head",
     "LegoBlock",
     "LegoFuse",

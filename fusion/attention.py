@@ -120,9 +120,13 @@ class OneToken:
     Rows without a token get zeros, which `update` drops.
     """
 
-    def __init__(self, context: Context, attention: Attention, backend: Backend) -> None:
-        self.context = context
-        weight, bias = (part[1].flatten(0, 1) for part in attention.folded())  # of V
+    def __init__(self, context: Context, v: Tensor) -> None:
+        self.context, self.v = context, v  # [B, H, 1, E]
+
+    @classmethod
+    def of(cls, context: Context, attention: Attention, backend: Backend) -> "OneToken":
+        """Project the tokens of a context that has at most one per row."""
+        weight, bias = (part[1].flatten(0, 1) for part in attention.folded())
         x, positions, _ = context.packed()
         v = context_kv(
             x, _cast(weight), _cast(bias), positions=positions, eps=_eps(attention), backend=backend
@@ -130,7 +134,7 @@ class OneToken:
         nonempty = context.nonempty
         if nonempty is not None:
             v = v.new_zeros(len(nonempty), v.shape[1]).index_put((nonempty,), v)
-        self.v = attention.split(v[:, None])  # [B, H, 1, E]
+        return cls(context, attention.split(v[:, None]))
 
     def attend(self, attention: Attention, latents: Tensor) -> Tensor:
         p = attention.active_dropout
@@ -149,7 +153,9 @@ class OneToken:
 class Cached:
     """K and V [T, 2, H, E] of a layer, from the one product that makes those of all layers."""
 
-    def __init__(self, context: Context, offsets: Tensor, kv: Tensor, backend: Backend) -> None:
+    def __init__(
+        self, context: Context, offsets: Tensor, kv: Tensor, backend: Backend = "auto"
+    ) -> None:
         self.context, self.offsets, self.kv = context, offsets, kv
         self.backend: Backend = backend
 
@@ -287,7 +293,7 @@ def prepare(
     if chosen == "reference":
         return [Literal(context, attention) for attention in attentions]
     if context.single:
-        return [OneToken(context, attention, backend) for attention in attentions]
+        return [OneToken.of(context, attention, backend) for attention in attentions]
     if chosen == "absorbed":
         folds = zip(weight, bias, strict=True)
         return [Absorbed(context, packed, fold, backend) for fold in folds]

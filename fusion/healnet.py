@@ -1,6 +1,6 @@
 """HEALNet: a shared latent array, updated layer after layer by attention to each modality."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, cast
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from ..kernels.checks import choice
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys, prepare
 from .checks import integer, positive, rate
-from .context import read_all
+from .context import Batch, Context, read_all
 from .layers import (
     FeedForward,
     Head,
@@ -291,35 +291,59 @@ class HEALNet(nn.Module):
         batches = read_all(
             self.modalities, inputs, masks=masks, present=present, coords=coords, like=self.latents
         )
-        contexts = {
-            name: batch.context(self.modalities[name], self.positions)
-            for name, batch in batches.items()
-        }
+        keys = self.prepare(batches, strategy=strategy, backend=backend)
+        attention = {name: [] for name in keys} if return_attention else None
+
+        def watch(name: str, weights: Tensor, context: Context) -> None:
+            if attention is not None:
+                attention[name].append(batches[name].spread(weights, context))
+
         rows = next(iter(batches.values())).rows
-        keys = {
+        latents = self.fuse(rows, keys, watch if return_attention else None)
+        logits = latents if self.head is None else self.head(latents)
+        if not (return_latents or return_attention):
+            return logits
+        return HEALNetOutput(logits, latents if return_latents else None, attention)
+
+    def prepare(
+        self,
+        batches: Mapping[str, Batch],
+        *,
+        strategy: Strategy | None = None,
+        backend: Backend = "auto",
+    ) -> dict[str, list[Keys]]:
+        """Read every context once; return what each set of weights attends to, by modality."""
+        return {
             name: prepare(
-                context,
+                batch.context(self.modalities[name], self.positions),
                 [cast(FusionLayer, layer).attention_to(name) for layer in self.layers],
                 latents=self.latents,
                 layers=len(self.order),
                 strategy=strategy,
                 backend=backend,
             )
-            for name, context in contexts.items()
+            for name, batch in batches.items()
         }
-        attention = {name: [] for name in contexts} if return_attention else None
+
+    def fuse(
+        self,
+        rows: int,
+        keys: Mapping[str, Sequence[Keys]],
+        watch: Callable[[str, Tensor, Context], None] | None = None,
+    ) -> Tensor:
+        """Update the latents of `rows` rows, layer after layer; return the last, [B, C, D].
+
+        `watch` is given every update's modality, attention weights and context.
+        """
         latents = self.latents.expand(rows, -1, -1)
         for index in self.order:
             layer = cast(FusionLayer, self.layers[index])
             for name in self.modalities:
-                if name in contexts:
+                if name in keys:
                     own = keys[name][index]
-                    if attention is not None:
+                    if watch is not None:
                         weights = own.weights(layer.attention_to(name), latents)
-                        attention[name].append(batches[name].spread(weights, own.context))
+                        watch(name, weights, own.context)
                     latents = layer.update(name, latents, own)
                 latents = layer.attend_to_itself(latents)
-        logits = latents if self.head is None else self.head(latents)
-        if not (return_latents or return_attention):
-            return logits
-        return HEALNetOutput(logits, latents if return_latents else None, attention)
+        return latents

@@ -111,7 +111,7 @@ def absorbed_weights(
         queries, x, positions, offsets, eps, 0.0, None, backend
     )
     lengths = offsets.diff()
-    return (scores - lse.repeat_interleave(lengths, 0, output_size=len(x))).exp().to(queries.dtype)
+    return (scores.to(lse.dtype) - lse.repeat_interleave(lengths, 0, output_size=len(x))).exp().to(queries.dtype)
 
 
 def absorbed_attention_reference(
@@ -175,7 +175,7 @@ def _forward(
     )
     total = torch.zeros_like(mass)
     top = torch.full_like(mass, float("-inf"))
-    scores = queries.new_empty(len(x), count, dtype=full)
+    scores = queries.new_empty(len(x), count)
     mean, rstd = (x.new_empty(len(x), dtype=full) for _ in range(2))
     bounds = bounds_of(offsets, len(x))
     masks = _Masks(seed, bounds, count, dropout_p, mass)
@@ -183,7 +183,8 @@ def _forward(
         rows = slice(start, stop)
         z, mean[rows], rstd[rows] = standardised(x, positions, rows, eps, queries.dtype)
         scores[rows] = own = z @ queries[bag].t()
-        highest = torch.maximum(top[bag], scores[rows].amax(0))
+        own = own.to(full)
+        highest = torch.maximum(top[bag], own.amax(0))
         weights = (own - highest).exp_()
         shrunk = (top[bag] - highest).exp_()  # what came before, relative to the highest score
         total[bag] = total[bag] * shrunk + weights.sum(0)
@@ -229,7 +230,7 @@ def _backward_of(
     if fast is not None and not of_rows:
         dqueries = fast.attend_backward(
             grad_pooled, grad_mass, delta, queries, x, positions, offsets, scores, lse, mean, rstd,
-            dropout_p, seed,
+            eps, dropout_p, seed,
         )  # fmt: skip
         return dqueries, x.new_empty(0), x.new_empty(0)
     count, width = queries.shape[1:]
@@ -241,7 +242,7 @@ def _backward_of(
         rows = slice(start, stop)
         # Computed again in the very bits of the forward pass, in one sweep.
         z, _, own = standardised(x, positions, rows, eps, queries.dtype)
-        weights = (scores[rows] - lse[bag]).exp_()
+        weights = (scores[rows].to(lse.dtype) - lse[bag]).exp_()
         dweights = (z @ grad_pooled[bag].t()).to(lse.dtype).add_(grad_mass[bag])
         dscores = masks.apply(dweights, bag, rows).sub_(delta[bag]).mul_(weights)
         dscores = dscores.to(queries.dtype)
@@ -310,7 +311,7 @@ def _fake(queries, x, positions, offsets, *_):
     return (
         queries.new_empty(queries.shape),
         queries.new_empty(bags, count),
-        x.new_empty(x.shape[0], count, dtype=full),
+        queries.new_empty(x.shape[0], count),
         x.new_empty(bags, count, dtype=full),
         x.new_empty(x.shape[0], dtype=full),
         x.new_empty(x.shape[0], dtype=full),

@@ -109,10 +109,12 @@ def latent_attention_kv(
 ) -> tuple[Tensor, Tensor]:
     """Compute latent_attention with K and V in one tensor [T, 2, H, E], as context_kv makes them.
 
+    Tokens behind the last bag belong to none; their gradient is left undefined.
+
     Returns:
         [B, H, C, E], and the log-sum-exp of the scores [B, H, C], which attention_weights takes.
     """
-    _check(q, kv[:, 0], offsets, v=kv[:, 1])
+    _check(q, kv[:, 0], offsets, v=kv[:, 1], whole=False)
     seed = check_dropout(dropout_p, seed, q.device)
     if backend == "compile":
         out = compiled(_through_sdpa)(q, kv[:, 0], kv[:, 1], offsets, scale, dropout_p)
@@ -441,7 +443,14 @@ for _name in ("latent_attention", "latent_attention_kv"):
     refuse_second_derivative(_LIBRARY, _name)
 
 
-def _check(q: Tensor, k: Tensor, offsets: Tensor | None, v: Tensor | None = None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    offsets: Tensor | None,
+    v: Tensor | None = None,
+    *,
+    whole: bool = True,
+) -> None:
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -470,4 +479,4 @@ def _check(q: Tensor, k: Tensor, offsets: Tensor | None, v: Tensor | None = None
                 f"{tensor.device}"
             )
     if offsets is not None:
-        check_offsets(offsets, len(k), k.device, batch)
+        check_offsets(offsets, len(k), k.device, batch, whole=whole)

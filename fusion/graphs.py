@@ -1,0 +1,152 @@
+"""CUDA graphs of HEALNet's latent part, for which a GPU otherwise waits on launches.
+
+The contexts are read outside, by one product per modality; what follows is the same few hundred
+small kernels whatever the bags hold, as long as sizes are the same. So token counts are rounded up
+to a bucket, and ragged batches replay one graph.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Cached, Keys, OneToken
+from .context import Context, read_all
+from .healnet import HEALNet
+
+Capture = Callable[..., Callable[..., Tensor]]
+
+
+def bucket(tokens: int) -> int:
+    """Return `tokens` rounded up to 4, 5, 6 or 7 times a power of two: at most 25 % more."""
+    if tokens <= 8:
+        return 8
+    step = 1 << (math.floor(math.log2(tokens)) - 2)
+    return -(-tokens // step) * step
+
+
+class CudaGraphs:
+    """Call a HEALNet so that its latent part replays as a CUDA graph.
+
+    A graph is captured at the first call with new sizes: the rows, the modalities at hand and the
+    bucket of each one's token count (`bucket`); training and evaluation, and every precision of
+    autocast, have their own. Later calls with these sizes replay it. Gradients flow as without.
+
+    Args:
+        model: on a CUDA device. Its parameters may change in place between calls, as optimisers
+            change them; a module that is moved or converted needs new graphs.
+        capture: makes a replaying callable of a module and its sample arguments.
+
+    Raises:
+        ValueError: a model that is not on a CUDA device.
+        TypeError: something that is not a HEALNet.
+
+    Note:
+        What differs from the model itself is memory: a graph keeps its own copy of K and V, of the
+        size of its bucket. Absorbed attention, which reads the tokens in every layer, is left to
+        the model.
+
+    Example:
+        >>> model = motet.HEALNet({"wsi": motet.Bag(32)}, out_features=4)
+        >>> motet.CudaGraphs(model)
+        Traceback (most recent call last):
+        ValueError: model: expected it on a CUDA device, got cpu
+    """
+
+    def __init__(self, model: HEALNet, *, capture: Capture | None = None) -> None:
+        if not isinstance(model, HEALNet):
+            raise TypeError(f"model: expected a HEALNet, got {type(model).__name__}")
+        device = model.latents.device
+        if capture is None and device.type != "cuda":
+            raise ValueError(f"model: expected it on a CUDA device, got {device}")
+        self.model = model
+        self.capture: Any = capture or torch.cuda.make_graphed_callables
+        self.graphs: dict[Any, Callable[..., Tensor]] = {}
+
+    def __call__(
+        self, inputs: Any, *, masks: Any = None, present: Any = None, coords: Any = None
+    ) -> Tensor:
+        """Predict logits [B, out_features]; arguments and errors as of HEALNet.forward."""
+        model = self.model
+        batches = read_all(
+            model.modalities, inputs, masks=masks, present=present, coords=coords,
+            like=model.latents,
+        )  # fmt: skip
+        keys = model.prepare(batches, strategy="cached")
+        rows = next(iter(batches.values())).rows
+        parts = {name: _Part.of(own) for name, own in keys.items()}
+        tensors = [tensor for part in parts.values() for tensor in part.tensors]
+        device = model.latents.device.type
+        signature = (
+            rows,
+            tuple(
+                (name, part.dense, *map(_signature, part.tensors)) for name, part in parts.items()
+            ),
+            model.training,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        )
+        if signature not in self.graphs:
+            latent_part = _LatentPart(model, rows, parts).train(model.training)
+            samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+            self.graphs[signature] = self.capture(latent_part, samples, allow_unused_input=True)
+        return self.graphs[signature](*tensors)
+
+
+class _Part(NamedTuple):
+    """One modality's prepared contexts, as tensors whose sizes a graph can rely on."""
+
+    tensors: list[Tensor]
+    """Offsets if rows may miss the modality, then K and V, or V alone, of every set of weights."""
+    single: bool
+    dense: bool
+
+    @classmethod
+    def of(cls, keys: list[Keys]) -> "_Part":
+        offsets, tensors = keys[0].context.offsets, []
+        for own in keys:
+            if isinstance(own, Cached):
+                tensors.append(F.pad(own.kv, (0, 0) * 3 + (0, bucket(len(own.kv)) - len(own.kv))))
+            else:
+                assert isinstance(own, OneToken)
+                tensors.append(own.v)
+        if isinstance(keys[0], Cached):
+            offsets = keys[0].offsets
+        single, dense = isinstance(keys[0], OneToken), keys[0].context.offsets is None
+        return cls(tensors if offsets is None else [offsets, *tensors], single, dense)
+
+
+class _LatentPart(nn.Module):
+    """What a HEALNet does once its contexts are read."""
+
+    def __init__(self, model: HEALNet, rows: int, parts: Mapping[str, _Part]) -> None:
+        super().__init__()
+        self.model, self.rows = model, rows
+        self.layout = {
+            name: (part.single, part.dense, len(part.tensors)) for name, part in parts.items()
+        }
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        keys, rest = {}, list(tensors)
+        for name, (single, dense, count) in self.layout.items():
+            own, rest = rest[:count], rest[count:]
+            offsets = own.pop(0) if count > len(self.model.layers) else None
+            context = Context(own[0], offsets=None if dense else offsets)
+            keys[name] = [
+                OneToken(context, tensor) if single else Cached(context, _given(offsets), tensor)
+                for tensor in own
+            ]
+        latents = self.model.fuse(self.rows, keys)
+        return latents if self.model.head is None else self.model.head(latents)
+
+
+def _given(offsets: Tensor | None) -> Tensor:
+    assert offsets is not None
+    return offsets
+
+
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.requires_grad

@@ -1,0 +1,214 @@
+"""Triton kernels between the two products of absorbed attention: softmax, dropout, gradient.
+
+The products are those of context_kv: `project` gives scores [T, R] of every bag's own queries,
+`pool` gathers the tokens by weights [T, R].
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .context_kv_triton import chunk_of_slot, chunks_of_bag, count_slots, pool, project
+from .latent_attention_triton import _kept, _representable
+
+# Rows of a program: 1024 x 32 scores are read in 16 steps, and 8 bags of 15,000 patches with 200
+# queries make 7 x 128 programs.
+_CHUNK, _BLOCK_N, _BLOCK_R = 1024, 64, 32
+
+
+def attend(
+    queries: Tensor,
+    x: Tensor,
+    p: Tensor | None,
+    offsets: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return pooled [B, R, W], mass [B, R], scores [T, R], lse fp32 [B, R], mean and rstd [T]."""
+    scores, mean, rstd = project(x, p, queries, None, offsets, None, None, eps)
+    (rows, count), bags = scores.shape, len(queries)
+    slots = count_slots(rows, bags, _CHUNK)
+    own = {"dtype": torch.float32, "device": x.device}
+    peak, total = torch.empty(slots, count, **own), torch.empty(slots, count, **own)
+    lse, mass = torch.empty(bags, count, **own), torch.empty(bags, count, **own)
+    grid, combined = _grids(slots, bags, count)
+    with torch.cuda.device_of(x):
+        _statistics[grid](
+            scores, offsets, peak, total, bags, R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
+            BLOCK_R=_BLOCK_R, num_warps=4,
+        )  # fmt: skip
+        _combine_statistics[combined](
+            peak, total, offsets, lse, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
+        )
+        weights = torch.empty_like(scores)
+        _weights[grid](
+            scores, lse, offsets, seed, weights, total, bags, *_dropout(dropout_p), R=count,
+            CHUNK=_CHUNK, BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, DROPOUT=seed is not None,
+            num_warps=4,
+        )  # fmt: skip
+        _combine_mass[combined](
+            total, offsets, mass, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
+        )
+    pooled = pool(weights, x, p, mean, rstd, offsets)
+    return pooled.to(queries.dtype), mass.to(queries.dtype), scores, lse, mean, rstd
+
+
+def attend_backward(
+    grad_pooled: Tensor,
+    grad_mass: Tensor,
+    delta: Tensor,
+    queries: Tensor,
+    x: Tensor,
+    p: Tensor | None,
+    offsets: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Return the gradient of the queries; delta is fp32 [B, R]."""
+    dweights, _, _ = project(x, p, grad_pooled.contiguous(), None, offsets, mean, rstd, eps)
+    (rows, count), bags = scores.shape, len(queries)
+    grid, _ = _grids(count_slots(rows, bags, _CHUNK), bags, count)
+    with torch.cuda.device_of(x):
+        _gradient[grid](
+            scores, lse, dweights, grad_mass.float().contiguous(), delta.contiguous(), offsets,
+            seed, bags, *_dropout(dropout_p), R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
+            BLOCK_R=_BLOCK_R, DROPOUT=seed is not None, num_warps=4,
+        )  # fmt: skip
+    return pool(dweights, x, p, mean, rstd, offsets).to(queries.dtype)
+
+
+def _grids(slots: int, bags: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    blocks = triton.cdiv(count, _BLOCK_R)
+    return (max(slots, 1), blocks), (max(bags, 1), blocks)
+
+
+def _dropout(dropout_p: float) -> tuple[float, float]:
+    return _representable(dropout_p), 1 / (1 - dropout_p)
+
+
+@triton.jit
+def _tile(slot, offsets_ptr, n_bags, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Return a program's bag, the bag's first row, its own rows, and its columns with a mask."""
+    bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, 0, CHUNK, True)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return bag, origin, start, stop, r, r < R
+
+
+@triton.jit(do_not_specialize=["n_bags"])
+def _statistics(
+    scores_ptr, offsets_ptr, peak_ptr, total_ptr, n_bags,
+    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Store max_t s and sum_t e^(s - max) of one chunk of a bag, [slots, R] each."""
+    slot = tl.program_id(0)
+    _, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for n0 in range(start, stop, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        mask = (n[:, None] < stop) & valid[None, :]
+        at = (origin + n)[:, None] * R + r[None, :]
+        s = tl.load(scores_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
+        highest = tl.maximum(peak, tl.max(s, 0))
+        base = tl.where(valid, highest, 0.0)  # a column beyond R has no highest score
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(s - base[None, :]), 0)
+        peak = highest
+    at = slot.to(tl.int64) * R + r
+    tl.store(peak_ptr + at, peak, mask=valid & (start < stop))
+    tl.store(total_ptr + at, total, mask=valid & (start < stop))
+
+
+@triton.jit
+def _combine_statistics(
+    peak_ptr, total_ptr, offsets_ptr, lse_ptr,
+    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Join the chunks of a bag in order: lse [B, R], -inf for an empty bag."""
+    bag = tl.program_id(0)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid = r < R
+    slot, chunks = chunks_of_bag(bag, offsets_ptr, 0, CHUNK, True)
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for j in range(0, chunks):
+        at = (slot + j) * R + r
+        own_peak = tl.load(peak_ptr + at, mask=valid, other=0.0)
+        own_total = tl.load(total_ptr + at, mask=valid, other=0.0)
+        highest = tl.maximum(peak, own_peak)
+        total = total * tl.exp(peak - highest) + own_total * tl.exp(own_peak - highest)
+        peak = highest
+    total = tl.where(total > 0, total, 1.0)
+    tl.store(lse_ptr + bag.to(tl.int64) * R + r, peak + tl.log(total), mask=valid)
+
+
+@triton.jit(do_not_specialize=["n_bags"])
+def _weights(
+    scores_ptr, lse_ptr, offsets_ptr, seed_ptr, weights_ptr, mass_ptr, n_bags, dropout_p, undrop,
+    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Store the weights after dropout, e^(s - lse) [T, R], and their sum over the chunk."""
+    slot = tl.program_id(0)
+    bag, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
+    lse = tl.load(lse_ptr + bag * R + r, mask=valid, other=0.0)
+    mass = tl.zeros([BLOCK_R], tl.float32)
+    for n0 in range(start, stop, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        mask = (n[:, None] < stop) & valid[None, :]
+        at = (origin + n)[:, None] * R + r[None, :]
+        s = tl.load(scores_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
+        weight = tl.exp(s - lse[None, :])
+        if DROPOUT:
+            kept = tl.trans(_kept(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N))
+            weight = tl.where(kept, weight * undrop, 0.0)
+        mass += tl.sum(weight, 0)
+        tl.store(weights_ptr + at, weight.to(weights_ptr.dtype.element_ty), mask=mask)
+    tl.store(mass_ptr + slot.to(tl.int64) * R + r, mass, mask=valid & (start < stop))
+
+
+@triton.jit
+def _combine_mass(
+    mass_ptr, offsets_ptr, out_ptr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """Add the chunks of a bag in order, [B, R]."""
+    bag = tl.program_id(0)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    valid = r < R
+    slot, chunks = chunks_of_bag(bag, offsets_ptr, 0, CHUNK, True)
+    mass = tl.zeros([BLOCK_R], tl.float32)
+    for j in range(0, chunks):
+        mass += tl.load(mass_ptr + (slot + j) * R + r, mask=valid, other=0.0)
+    tl.store(out_ptr + bag.to(tl.int64) * R + r, mass, mask=valid)
+
+
+@triton.jit(do_not_specialize=["n_bags"])
+def _gradient(
+    scores_ptr, lse_ptr, dweights_ptr, dmass_ptr, delta_ptr, offsets_ptr, seed_ptr, n_bags,
+    dropout_p, undrop,
+    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Replace dweights [T, R] by the gradient of the scores, A (mask (dA + dmass) - delta)."""
+    slot = tl.program_id(0)
+    bag, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
+    lse = tl.load(lse_ptr + bag * R + r, mask=valid, other=0.0)
+    dmass = tl.load(dmass_ptr + bag * R + r, mask=valid, other=0.0)
+    delta = tl.load(delta_ptr + bag * R + r, mask=valid, other=0.0)
+    for n0 in range(start, stop, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        mask = (n[:, None] < stop) & valid[None, :]
+        at = (origin + n)[:, None] * R + r[None, :]
+        s = tl.load(scores_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
+        grad = tl.load(dweights_ptr + at, mask=mask, other=0.0).to(tl.float32) + dmass[None, :]
+        if DROPOUT:
+            kept = tl.trans(_kept(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N))
+            grad = tl.where(kept, grad * undrop, 0.0)
+        grad = tl.exp(s - lse[None, :]) * (grad - delta[None, :])
+        tl.store(dweights_ptr + at, grad.to(dweights_ptr.dtype.element_ty), mask=mask)

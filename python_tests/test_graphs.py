@@ -1,0 +1,104 @@
+"""CudaGraphs as far as a machine without a GPU can show it: what is captured, and when.
+
+The capture here runs the captured module on static copies of its inputs, as a CUDA graph does.
+"""
+
+from typing import Any
+
+import motet
+import pytest
+import torch
+from motet.fusion.graphs import bucket
+from torch import Tensor, nn
+
+from .conftest import randomised
+
+
+class Recorder:
+    """Stands in for torch.cuda.make_graphed_callables."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+
+    def __call__(self, module: nn.Module, samples: tuple[Tensor, ...], **options: Any) -> Any:
+        self.captured += 1
+        shapes = [sample.shape for sample in samples]
+
+        def replay(*tensors: Tensor) -> Tensor:
+            assert [tensor.shape for tensor in tensors] == shapes  # a graph takes no others
+            return module(*(tensor + 0 for tensor in tensors))
+
+        return replay
+
+
+def model_of(**options: Any) -> motet.HEALNet:
+    model = motet.HEALNet(
+        {"omic": motet.Tabular(7), "wsi": motet.Bag(6, coords=2)}, out_features=3, num_latents=5,
+        latent_dim=12, heads=2, head_dim=4, self_attention=1, **options,
+    )  # fmt: skip
+    return randomised(model.double())
+
+
+def batch_of(*lengths: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    total = int(offsets[-1])
+    jagged = torch.nested.nested_tensor_from_jagged
+    wsi, places = (torch.randn(total, n, dtype=torch.float64) for n in (6, 2))
+    omic = torch.randn(len(lengths), 7, dtype=torch.float64)
+    present = torch.arange(len(lengths)) % 3 > 0
+    return {"omic": omic, "wsi": jagged(wsi, offsets)}, {
+        "coords": {"wsi": jagged(places, offsets)}, "present": {"omic": present},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_ragged_batches_replay_one_graph(share: bool) -> None:
+    model, recorder = model_of(share_weights=share, depth=3), Recorder()
+    graphed = motet.CudaGraphs(model, capture=recorder)
+    for lengths in ((9, 0, 30), (20, 18, 1), (0, 0, 40)):  # 39, 39 and 40 tokens: one bucket
+        inputs, options = batch_of(*lengths)
+        torch.testing.assert_close(graphed(inputs, **options), model(inputs, **options))
+    assert recorder.captured == 1
+    inputs, options = batch_of(30, 30, 30)
+    graphed(inputs, **options)
+    assert recorder.captured == 2
+    graphed({"omic": inputs["omic"]})
+    assert recorder.captured == 3
+    with torch.no_grad():
+        graphed({"omic": inputs["omic"]})
+    assert recorder.captured == 4
+
+
+def test_gradients_flow_to_every_parameter() -> None:
+    model = model_of().train()
+    graphed = motet.CudaGraphs(model, capture=Recorder())
+    inputs, options = batch_of(9, 0, 30)
+    wanted = list(model.parameters())
+
+    def gradients(call: Any) -> tuple[Tensor, ...]:
+        loss = call(inputs, **options).square().sum()
+        return torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+
+    for own, theirs in zip(gradients(graphed), gradients(model), strict=True):
+        torch.testing.assert_close(own, theirs)
+
+
+def test_dense_bags() -> None:
+    model = motet.HEALNet({"wsi": motet.Bag(6)}, out_features=3, num_latents=4, latent_dim=8).eval()
+    graphed = motet.CudaGraphs(model, capture=Recorder())
+    bags = torch.randn(2, 21, 6)
+    torch.testing.assert_close(graphed({"wsi": bags}), model({"wsi": bags}, strategy="cached"))
+
+
+def test_buckets() -> None:
+    sizes = [bucket(n) for n in range(1, 5000)]
+    assert sizes == sorted(sizes)
+    assert all(n <= size <= max(8, 1.25 * n) for n, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) <= 4 * 10
+
+
+def test_refusals() -> None:
+    with pytest.raises(TypeError, match="model: expected a HEALNet, got Linear"):
+        motet.CudaGraphs(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="model: expected it on a CUDA device, got cpu"):
+        motet.CudaGraphs(model_of())

@@ -1,0 +1,173 @@
+"""The public operators and HEALNet on their Triton kernels, run by Triton's interpreter."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+pytest.importorskip("triton", reason="triton is not installed; it comes with motet on Linux")
+
+import motet
+from motet.kernels import absorbed_attention, attention_weights, context_kv, latent_attention
+from motet.kernels.absorbed_attention import absorbed_attention_reference, absorbed_weights
+from motet.kernels.context_kv import context_kv_reference
+from motet.kernels.latent_attention import latent_attention_reference
+
+OFFSETS = torch.tensor([0, 40, 40, 41, 130])
+ON = {"backend": "triton"}
+
+
+def outcome(run: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Return a result and the gradients of all inputs."""
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    out = run(*inputs)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+def check(fast: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """err(fast) <= 2 err(reference in float32) + 1e-6, against float64, gradients too."""
+    gold = outcome(reference, *(x.double() for x in inputs))
+    yardstick = outcome(reference, *inputs)
+    for own, theirs, exact in zip(outcome(fast, *inputs), yardstick, gold, strict=True):
+        floor = 1e-6 * max(1.0, exact.abs().max().item())
+        allowed = 2 * (theirs - exact).abs().max().item() + floor
+        assert (own - exact).abs().max().item() <= allowed
+
+
+@pytest.mark.parametrize("width", [37, 64])
+@pytest.mark.parametrize("places", [None, 65, 130])
+def test_context_kv(width: int, places: int | None) -> None:
+    positions = None if places is None else torch.randn(places, 5)
+    x, total = 3 + torch.randn(130, width), width + (0 if places is None else 5)
+    weight, bias = torch.randn(2, 24, total) / 8, torch.randn(2, 24)
+
+    def wide(like: Tensor) -> Tensor | None:
+        return None if positions is None else positions.to(like.dtype)
+
+    check(
+        lambda x, w, b: context_kv(x, w, b, positions=wide(x), offsets=OFFSETS, **ON),
+        lambda x, w, b: context_kv_reference(x, w, b, positions=wide(x)),
+        x, weight, bias,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_latent_attention(ragged: bool) -> None:
+    if ragged:
+        shape, offsets = (130, 3, 27), OFFSETS
+    else:
+        shape, offsets = (4, 3, 33, 27), None
+    q, k, v = torch.randn(4, 3, 7, 27), torch.randn(shape), torch.randn(shape)
+    check(
+        lambda *t: latent_attention(*t, offsets, **ON),
+        lambda *t: latent_attention_reference(*t, offsets),
+        q, k, v,
+    )  # fmt: skip
+    own = attention_weights(q, k, offsets, reduce="mean", **ON)
+    literal = attention_weights(q, k, offsets)
+    mean = literal.mean((1, 2))
+    torch.testing.assert_close(own, mean, rtol=1e-4, atol=1e-7)
+    lse = (q @ k.transpose(-1, -2) * 27**-0.5).logsumexp(-1) if not ragged else None
+    if lse is not None:
+        full = attention_weights(q, k, offsets, lse=lse, **ON)
+        torch.testing.assert_close(full, literal, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_absorbed_attention(part: int) -> None:
+    queries, x, positions = torch.randn(4, 14, 42) / 3, torch.randn(130, 37), torch.randn(65, 5)
+
+    def wide(like: Tensor) -> Tensor:
+        return positions.to(like.dtype)
+
+    check(
+        lambda q: absorbed_attention(q, x, OFFSETS, positions=positions, **ON)[part],
+        lambda q: absorbed_attention_reference(
+            q, x.to(q.dtype), OFFSETS, positions=wide(q)
+        )[part],
+        queries,
+    )  # fmt: skip
+    fast = absorbed_weights(queries, x, OFFSETS, positions=positions, **ON)
+    eager = absorbed_weights(queries, x, OFFSETS, positions=positions, backend="eager")
+    torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_absorbed_gradient_of_the_tokens() -> None:
+    queries, x = torch.randn(4, 14, 37) / 3, torch.randn(130, 37)
+    check(
+        lambda q, x: absorbed_attention(q, x, OFFSETS, **ON)[0],
+        lambda q, x: absorbed_attention_reference(q, x, OFFSETS)[0],
+        queries, x,
+    )  # fmt: skip
+
+
+def test_absorbed_dropout() -> None:
+    """The result is linear in the mask, which is that of latent_attention for one head."""
+    from motet.kernels.latent_attention_triton import dropout_mask
+
+    queries, x, seed = torch.randn(4, 14, 37) / 3, torch.randn(130, 37), torch.tensor([11])
+    like = torch.empty(4, 1, 14, 1), torch.empty(130, 1, 1)
+    kept = dropout_mask(*like, OFFSETS, 0.3, seed)[:, 0] / 0.7  # [T, R]
+    (z,) = context_kv_reference(x, torch.eye(37)[None])
+
+    def literal(q: Tensor, part: int) -> Tensor:
+        rows = []
+        for own, start, stop in zip(q, OFFSETS[:-1], OFFSETS[1:], strict=True):
+            bag = z.to(q.dtype)[start:stop]
+            weights = torch.softmax(own @ bag.t(), -1) * kept[start:stop].t().to(q.dtype)
+            rows.append(weights @ bag if part == 0 else weights.sum(-1))
+        return torch.stack(rows)
+
+    for part in (0, 1):
+        check(
+            lambda q, part=part: absorbed_attention(
+                q, x, OFFSETS, dropout_p=0.3, seed=seed, **ON
+            )[part],
+            lambda q, part=part: literal(q, part),
+            queries,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["cached", "absorbed"])
+@pytest.mark.parametrize("share", [True, False])
+def test_healnet(strategy: str, share: bool) -> None:
+    """Bags with coordinates, one empty; a grid; a row of one token: logits and all gradients."""
+    torch.manual_seed(0)
+    modalities = {"omic": motet.Tabular(9), "wsi": motet.Bag(21, coords=2), "mri": motet.Grid(1)}
+    model = motet.HEALNet(
+        modalities, out_features=3, num_latents=5, latent_dim=12, heads=2, head_dim=7,
+        share_weights=share,
+    )  # fmt: skip
+    wide = motet.HEALNet.from_config(model.config).double()
+    wide.load_state_dict(model.state_dict())
+    values, places = torch.randn(30, 21), torch.rand(30, 2)
+    offsets = torch.tensor([0, 12, 12, 30])
+
+    def gradients(model: torch.nn.Module, dtype: torch.dtype, **how: str) -> list[Tensor]:
+        def nested(x: Tensor) -> Tensor:
+            return torch.nested.nested_tensor_from_jagged(x.to(dtype), offsets)
+
+        torch.manual_seed(1)
+        inputs = {
+            "omic": torch.randn(3, 9).to(dtype),
+            "wsi": nested(values),
+            "mri": torch.randn(3, 4, 5, 1).to(dtype),
+        }
+        logits = model(inputs, coords={"wsi": nested(places)}, **how)
+        grads = torch.autograd.grad(
+            logits.square().sum(), list(model.parameters()), allow_unused=True,
+            materialize_grads=True,
+        )  # fmt: skip
+        return [logits, *grads]
+
+    gold = gradients(wide, torch.float64, strategy="reference")
+    yardstick = gradients(model, torch.float32, strategy="reference")
+    fast = gradients(model, torch.float32, strategy=strategy, backend="triton")
+    for own, theirs, exact in zip(fast, yardstick, gold, strict=True):
+        floor = 2e-6 * max(1.0, exact.abs().max().item())
+        allowed = 2 * (theirs - exact).abs().max().item() + floor
+        assert (own - exact).abs().max().item() <= allowed
