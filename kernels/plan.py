@@ -82,16 +82,31 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """A strategy, with its predicted cost and that of what it was chosen over."""
+    """A strategy, with its predicted cost and that of what it was chosen over.
+
+    Args:
+        strategy: "nothing", no bag has a token; "one token", its weight is 1, so V alone is
+            computed; "cached", K and V of all layers by one product; "absorbed", the projections
+            are taken into the queries, K and V never exist; "reference", every layer on its own,
+            literally, for tests.
+        backend: as asked for.
+        machine: what the predictions are for.
+        costs: predicted `Cost` (flop, bytes, seconds) by strategy, the chosen one's among them.
+        reason: why, in a few words.
+
+    Example:
+        >>> chosen = motet.kernels.plan(300, 64, bags=4, latents=5, heads=2, head_dim=8, layers=2,
+        ...                             longest=1, device="A100")
+        >>> chosen.strategy, chosen.reason
+        ('one token', 'no bag has a second token')
+        >>> chosen.cost.flop
+        614400.0
+    """
 
     strategy: Literal["nothing", "one token", "cached", "absorbed", "reference"]
-    """nothing: no token. one token: its weight is 1, V alone is computed. cached: K and V of all
-    layers by one product. absorbed: the projections are taken into the queries, K and V never
-    exist. reference: every layer on its own, literally; for tests."""
     backend: Backend
     machine: str
     costs: dict[str, Cost]
-    """Predicted costs by strategy, the chosen one's among them."""
     reason: str
 
     @property
@@ -147,7 +162,7 @@ def plan(
         weight_sets: how many of these layers have weights of their own.
         longest: tokens of the longest bag, where it is known.
         dtype: of the products.
-        device: "cpu", "cuda" (the GPU at hand), a name in `MACHINES`, or a `Machine`.
+        device: "cpu", "cuda" (the GPU at hand), "A100", "H100", "H200", "B200", or a `Machine`.
         training: count the backward pass too.
         dropout: probability of dropping an attention weight.
         weights: whether the attention weights are wanted as well.
@@ -165,9 +180,9 @@ def plan(
         >>> print(motet.kernels.plan(120_000, 2048, bags=8, latents=25, heads=8, head_dim=16,
         ...                          layers=2, dtype=torch.bfloat16, device="H200"))
         cached on H200, backend auto: least predicted time
-        * cached       135.72 GFLOP    0.737 GB     0.316 ms predicted
-          absorbed     393.22 GFLOP    1.966 GB     1.122 ms predicted
-          reference    260.79 GFLOP    8.356 GB     2.441 ms predicted
+        * cached        128.90 GFLOP    0.676 GB     0.230 ms predicted
+          absorbed      393.64 GFLOP    2.158 GB     0.613 ms predicted
+          reference     254.73 GFLOP    4.424 GB     1.068 ms predicted
     """
     choice("strategy", strategy, (None, *get_args(Strategy)))
     check_backend(backend)
