@@ -1,7 +1,7 @@
 """Attention of a few latent queries to very many context tokens, per bag."""
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,9 @@ _LIBRARY.define(
 
 # Keys that torch attends to at once: their scores, 8 heads x 25 latents, are 6 MiB in float32.
 KEYS = 8192
+# Neighbouring bags of one length up to this are attended to by one product: below it, the time of a
+# bag is that of starting a dozen operators.
+TOGETHER = 512
 
 Reduce = Literal["mean"] | None
 
@@ -70,8 +73,9 @@ def latent_attention(
         scale: factor on the scores; None means E ** -0.5.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: int64 [1], what the mask is drawn from; None draws one from torch's generator. The
-            mask depends on seed, bag, token, head and latent, on nothing else.
-        backend: "auto", "triton", "compile" or "eager".
+            mask of a bag depends on the seed, the bag's place in the batch and its own sizes, not
+            on how the work is cut or on other bags.
+        backend: "auto", "triton", "compile" (without dropout; with it "eager") or "eager".
 
     Returns:
         [B, H, C, E]. Differentiable once, in reverse mode.
@@ -89,8 +93,8 @@ def latent_attention(
     check_backend(backend)
     seed = check_dropout(dropout_p, seed, q.device)
     refuse_forward_mode("latent_attention")
-    if backend == "compile":
-        return compiled(_through_sdpa)(q, k, v, offsets, _scale(q, scale), dropout_p)
+    if backend == "compile" and not dropout_p:
+        return compiled(_through_sdpa)(q, k, v, offsets, _scale(q, scale))
     out, _ = torch.ops.motet.latent_attention(
         q, k, v, offsets, _scale(q, scale), dropout_p, seed, backend
     )
@@ -116,8 +120,9 @@ def latent_attention_kv(
     """
     _check(q, kv[:, 0], offsets, v=kv[:, 1], whole=False)
     seed = check_dropout(dropout_p, seed, q.device)
-    if backend == "compile":
-        out = compiled(_through_sdpa)(q, kv[:, 0], kv[:, 1], offsets, scale, dropout_p)
+    refuse_forward_mode("latent_attention")
+    if backend == "compile" and not dropout_p:
+        out = compiled(_through_sdpa)(q, kv[:, 0], kv[:, 1], offsets, scale)
         return out, q.new_empty(0)
     return torch.ops.motet.latent_attention_kv(q, kv, offsets, scale, dropout_p, seed, backend)
 
@@ -182,8 +187,14 @@ def attention_weights(
     _check(q, k, offsets)
     check_backend(backend)
     choice("reduce", reduce, (None, "mean"))
-    if lse is not None and lse.shape != q.shape[:3]:
-        raise ValueError(f"lse: expected {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+    if lse is not None:
+        if not isinstance(lse, Tensor):
+            raise TypeError(f"lse: expected a tensor, got {type(lse).__name__}")
+        if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], _full(q.dtype), q.device):
+            raise ValueError(
+                f"lse: expected {tuple(q.shape[:3])} {_full(q.dtype)} on {q.device}, got "
+                f"{tuple(lse.shape)} {lse.dtype} on {lse.device}"
+            )
     if lse is None and reduce is None:
         if offsets is None:
             return _softmax(q, k, scale)
@@ -211,6 +222,8 @@ def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -
         return None
     if seed is None:
         return torch.randint(2**62, (1,), device=device)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed: expected a tensor, got {type(seed).__name__}")
     if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != device:
         raise ValueError(
             f"seed: expected int64 [1] on {device}, got {seed.dtype} {tuple(seed.shape)} on "
@@ -222,10 +235,7 @@ def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -
 def keep_mask(
     seed: Tensor, bag: int, shape: tuple[int, int], dropout_p: float, like: Tensor
 ) -> Tensor:
-    """Return 1 / (1 - p) for the weights of a bag that are kept, else 0.
-
-    One generator per bag: the mask depends on the seed and the bag's place in the batch alone.
-    """
+    """Return 1 / (1 - p) for the weights of a bag that are kept, else 0; one generator per bag."""
     generator = torch.Generator(like.device).manual_seed((int(seed) + bag) % 2**62)
     return like.new_empty(shape).bernoulli_(1 - dropout_p, generator=generator).div_(1 - dropout_p)
 
@@ -235,7 +245,11 @@ def _softmax(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is not None:
+        return scale
+    if q.shape[-1] == 0:
+        raise ValueError("q: expected [B, H, C, E] with E > 0, or a scale")
+    return q.shape[-1] ** -0.5
 
 
 def _slices(offsets: Tensor) -> list[slice]:
@@ -249,14 +263,12 @@ def _bags(tokens: Tensor, offsets: Tensor | None) -> list[Tensor]:
     return [tokens[bag].transpose(0, 1) for bag in _slices(offsets)]
 
 
-def _through_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float, dropout_p: float
-) -> Tensor:
+def _through_sdpa(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
     """Compute latent_attention by torch's own attention, bag after bag."""
     if offsets is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     bags = [
-        F.scaled_dot_product_attention(own, key, value, dropout_p=dropout_p, scale=scale)
+        F.scaled_dot_product_attention(own, key, value, scale=scale)
         if key.shape[1]
         else torch.zeros_like(own)
         for own, key, value in zip(q, _bags(k, offsets), _bags(v, offsets), strict=True)
@@ -284,15 +296,14 @@ def _forward(
     out = q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=_full(q.dtype))
     scaled = q * scale
-    for b, (keys, values) in enumerate(zip(_bags(k, offsets), _bags(v, offsets), strict=True)):
-        if not keys.shape[1]:
-            continue
-        mask = _mask(seed, b, q, keys, dropout_p)
-        top = lse.new_full((*q.shape[1:3], 1), float("-inf"))
-        total, summed = torch.zeros_like(top), torch.zeros_like(q[b], dtype=lse.dtype)
-        for start in range(0, keys.shape[1], KEYS):
+    for run in _runs(k, offsets):
+        own, keys, values = run.of(scaled), run.tokens(k), run.tokens(v)
+        mask = _mask(seed, run, q, dropout_p)
+        top = lse.new_full((*own.shape[:2], 1), float("-inf"))
+        total, summed = torch.zeros_like(top), torch.zeros_like(own, dtype=lse.dtype)
+        for start in range(0, run.length, KEYS):
             chunk = slice(start, start + KEYS)
-            weights = torch.bmm(scaled[b], keys[:, chunk].transpose(1, 2)).to(lse.dtype)
+            weights = torch.bmm(own, keys[:, chunk].transpose(1, 2)).to(lse.dtype)
             highest = torch.maximum(top, weights.amax(-1, keepdim=True))
             shrunk = (top - highest).exp_()  # what came before, relative to the highest score
             weights.sub_(highest).exp_()
@@ -301,21 +312,77 @@ def _forward(
                 weights.mul_(mask[..., chunk])
             summed = summed * shrunk + torch.bmm(weights.to(q.dtype), values[:, chunk])
             top = highest
-        out[b] = summed / total
-        lse[b] = (top + total.log()).squeeze(-1)
+        run.put(out, summed / total)
+        run.put(lse, (top + total.log()).squeeze(-1))
     return out, lse
 
 
-def _mask(
-    seed: Tensor | None, bag: int, q: Tensor, keys: Tensor, dropout_p: float
-) -> Tensor | None:
-    """Return the dropout mask [H, C, N_b] of one bag."""
+class _Run(NamedTuple):
+    """Neighbouring bags of one length, or one bag."""
+
+    first: int
+    bags: int
+    start: int | None
+    """The first bag's first token; None if bags are an axis of their own."""
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return this run's part [G·H, ...] of x [B, H, ...]."""
+        return x[self.first : self.first + self.bags].flatten(0, 1)
+
+    def put(self, target: Tensor, x: Tensor) -> None:
+        """Write x [G·H, ...] into this run's part of target [B, H, ...]."""
+        own = target[self.first : self.first + self.bags]
+        own.copy_(x.unflatten(0, own.shape[:2]))
+
+    def view(self, tokens: Tensor) -> Tensor:
+        """Return a view [G, H, N, E] of this run's tokens."""
+        if self.start is None:
+            return tokens[self.first : self.first + self.bags]
+        own = tokens[self.start : self.start + self.bags * self.length]
+        return own.unflatten(0, (self.bags, self.length)).transpose(1, 2)
+
+    def tokens(self, tokens: Tensor) -> Tensor:
+        """Return this run's tokens [G·H, N, E].
+
+        Always a copy for short bags, so that one alone is multiplied as it is among others.
+        """
+        view = self.view(tokens)
+        if self.length <= TOGETHER:
+            return view.contiguous().flatten(0, 1)
+        return view[0]
+
+
+def _runs(k: Tensor, offsets: Tensor | None) -> list[_Run]:
+    """Cut the bags that have tokens into runs."""
+    if offsets is None:
+        bags, _, length, _ = k.shape
+        lengths, starts = [length] * bags, [None] * bags
+    else:
+        starts = offsets.tolist()
+        lengths = [stop - start for start, stop in pairwise(starts)]
+    runs: list[_Run] = []
+    for bag, length in enumerate(lengths):
+        last = runs[-1] if runs else None
+        if not length:
+            continue
+        if last and length == last.length <= TOGETHER and last.first + last.bags == bag:
+            runs[-1] = last._replace(bags=last.bags + 1)
+        else:
+            runs.append(_Run(bag, 1, starts[bag], length))
+    return runs
+
+
+def _mask(seed: Tensor | None, run: _Run, q: Tensor, dropout_p: float) -> Tensor | None:
+    """Return the dropout mask [G·H, C, N] of a run."""
     if seed is None:
         return None
-    heads, latents, tokens = q.shape[1], q.shape[2], keys.shape[1]
+    heads, latents = q.shape[1], q.shape[2]
     like = q.new_empty(0, dtype=_full(q.dtype))
-    mask = keep_mask(seed, bag, (heads * latents, tokens), dropout_p, like)
-    return mask.unflatten(0, (heads, latents))
+    shape = (heads * latents, run.length)
+    bags = range(run.first, run.first + run.bags)
+    masks = [keep_mask(seed, bag, shape, dropout_p, like) for bag in bags]
+    return torch.cat(masks).unflatten(0, (-1, latents))
 
 
 def _backward_into(
@@ -335,8 +402,10 @@ def _backward_into(
 ) -> Tensor:
     """Fill dk and dv, return dq.
 
-    With A the weights and D = mask ∘ A those after dropout, O = D V: dV = Dᵀ dO, and
-    dS = A ∘ (mask ∘ (dO Vᵀ) - rowsum(dO ∘ O)).
+    With A the weights and D = mask ∘ A those after dropout, O = D V: dV = Dᵀ dO, and with
+    dA = mask ∘ (dO Vᵀ), dS = A ∘ (dA - rowsum(A ∘ dA)). That sum is rowsum(dO ∘ O) too, and the
+    rows of A sum to 1, but not after rounding, which would be multiplied by what the keys have in
+    common: so it is the mean of dA by A as it is here.
     """
     fast = triton_kernels("latent_attention", backend, q)
     if fast is not None:
@@ -345,23 +414,39 @@ def _backward_into(
         )
     dq = q.new_zeros(q.shape)
     scaled = q * scale
-    delta = (grad * out).sum(-1, keepdim=True, dtype=lse.dtype)
-    bags = (_bags(tokens, offsets) for tokens in (k, v, dk, dv))
-    for b, (keys, values, dkeys, dvalues) in enumerate(zip(*bags, strict=True)):
-        mask = _mask(seed, b, q, keys, dropout_p)
-        for start in range(0, keys.shape[1], KEYS):
-            chunk = slice(start, start + KEYS)
-            weights = torch.bmm(scaled[b], keys[:, chunk].transpose(1, 2)).to(lse.dtype)
-            weights.sub_(lse[b, ..., None]).exp_()
-            dscores = torch.bmm(grad[b], values[:, chunk].transpose(1, 2)).to(lse.dtype)
-            dropped = weights
-            if mask is not None:
-                dropped = weights * mask[..., chunk]
-                dscores.mul_(mask[..., chunk])
-            dvalues[:, chunk] = torch.bmm(dropped.to(q.dtype).transpose(1, 2), grad[b])
-            dscores = dscores.sub_(delta[b]).mul_(weights).to(q.dtype)
-            dq[b] += torch.bmm(dscores, keys[:, chunk])
-            dkeys[:, chunk] = torch.bmm(dscores.transpose(1, 2), scaled[b])
+    for run in _runs(k, offsets):
+        own, of_out, keys, values = run.of(scaled), run.of(grad), run.tokens(k), run.tokens(v)
+        dkeys, dvalues = run.view(dk), run.view(dv)
+        mask, own_dq = _mask(seed, run, q, dropout_p), torch.zeros_like(own)
+        own_lse = run.of(lse)[..., None]
+
+        def of(
+            chunk: slice, own=own, of_out=of_out, keys=keys, values=values, mask=mask, lse=own_lse
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            """Return A, A after dropout, and the gradient of A, [G·H, C, n] each."""
+            weights = torch.bmm(own, keys[:, chunk].transpose(1, 2)).to(lse.dtype)
+            weights.sub_(lse).exp_()
+            dweights = torch.bmm(of_out, values[:, chunk].transpose(1, 2)).to(lse.dtype)
+            if mask is None:
+                return weights, weights, dweights
+            return weights, weights * mask[..., chunk], dweights.mul_(mask[..., chunk])
+
+        chunks = [slice(start, start + KEYS) for start in range(0, run.length, KEYS)]
+        parts = [of(chunk) for chunk in chunks[:1]]
+        delta = total = torch.zeros_like(own_lse)
+        for weights, _, dweights in (*parts, *map(of, chunks[1:])):
+            delta = delta + (weights * dweights).sum(-1, keepdim=True)
+            total = total + weights.sum(-1, keepdim=True)
+        delta = delta / total
+        for index, chunk in enumerate(chunks):
+            weights, dropped, dweights = parts.pop() if index == 0 else of(chunk)
+            part = torch.bmm(dropped.to(q.dtype).transpose(1, 2), of_out)
+            dvalues[:, :, chunk] = part.unflatten(0, dvalues.shape[:2])
+            dscores = dweights.sub_(delta).mul_(weights).to(q.dtype)
+            own_dq.baddbmm_(dscores, keys[:, chunk])
+            part = torch.bmm(dscores.transpose(1, 2), own)
+            dkeys[:, :, chunk] = part.unflatten(0, dkeys.shape[:2])
+        run.put(dq, own_dq)
     return dq.mul_(scale)
 
 
@@ -396,7 +481,8 @@ def _weights(
             parts.append(part.to(q.dtype) if reduce is None else part.mean((0, 1)))
         bags.append(torch.cat(parts if reduce is None else [lse.new_empty(0), *parts[1:]], -1))
     if offsets is None:
-        return torch.stack(bags)
+        shape = k.shape[2:3] if reduce else (*q.shape[1:3], k.shape[2])
+        return torch.stack(bags) if bags else (lse if reduce else q).new_empty(0, *shape)
     if reduce is None:
         return torch.cat([q.new_empty(*q.shape[1:3], 0), *bags], -1).permute(2, 0, 1)
     return torch.cat([lse.new_empty(0), *bags])
