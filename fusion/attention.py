@@ -269,6 +269,8 @@ def prepare(
         strategy: instead of the planned one, see `kernels.plan`.
         backend: see `kernels.plan`.
     """
+    if strategy == "reference":
+        return [Literal(context, attention) for attention in attentions]
     first = attentions[0]
     x, positions, offsets = packed = context.packed()
     weight, bias = zip(*(attention.folded() for attention in attentions), strict=True)
@@ -290,8 +292,6 @@ def prepare(
         strategy=strategy,
         backend=backend,
     ).strategy
-    if chosen == "reference":
-        return [Literal(context, attention) for attention in attentions]
     if context.single:
         return [OneToken.of(context, attention, backend) for attention in attentions]
     if chosen == "absorbed":

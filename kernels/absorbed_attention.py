@@ -8,13 +8,13 @@ from torch import Tensor
 from .backends import Backend, check_backend, compiled, refuse_second_derivative, triton_kernels
 from .checks import refuse_forward_mode
 from .context_kv import (
+    Standardiser,
     bounds_of,
     check_rows,
     chunks,
     context_kv_reference,
     split_gradient,
     standardise_backward,
-    standardised,
     wide,
 )
 from .latent_attention import check_dropout, keep_mask
@@ -64,7 +64,7 @@ def absorbed_attention(
         eps: ε.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         seed: as in latent_attention.
-        backend: "auto", "triton", "compile" or "eager".
+        backend: "auto", "triton", "compile" (without dropout; with it "eager") or "eager".
 
     Returns:
         pooled [B, R, D + P]; and mass [B, R], the sum of each row of D, 1 without dropout; both 0
@@ -85,9 +85,9 @@ def absorbed_attention(
     check_backend(backend)
     seed = check_dropout(dropout_p, seed, x.device)
     refuse_forward_mode("absorbed_attention")
-    if backend == "compile":
+    if backend == "compile" and not dropout_p:
         return compiled(absorbed_attention_reference)(
-            queries, x, offsets, positions=positions, eps=eps, dropout_p=dropout_p
+            queries, x, offsets, positions=positions, eps=eps
         )
     pooled, mass, *_ = torch.ops.motet.absorbed_attention(
         queries, x, positions, offsets, eps, dropout_p, seed, backend
@@ -111,7 +111,11 @@ def absorbed_weights(
         queries, x, positions, offsets, eps, 0.0, None, backend
     )
     lengths = offsets.diff()
-    return (scores.to(lse.dtype) - lse.repeat_interleave(lengths, 0, output_size=len(x))).exp().to(queries.dtype)
+    return (
+        (scores.to(lse.dtype) - lse.repeat_interleave(lengths, 0, output_size=len(x)))
+        .exp()
+        .to(queries.dtype)
+    )
 
 
 def absorbed_attention_reference(
@@ -137,6 +141,8 @@ def absorbed_attention_reference(
 
 
 def _check(queries: Tensor, x: Tensor, offsets: Tensor, positions: Tensor | None) -> None:
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets: expected a tensor, got {type(offsets).__name__}")
     check_rows(x, positions, offsets)
     width = x.shape[1] + (0 if positions is None else positions.shape[1])
     if not isinstance(queries, Tensor):
@@ -145,8 +151,10 @@ def _check(queries: Tensor, x: Tensor, offsets: Tensor, positions: Tensor | None
         raise ValueError(
             f"queries: expected [{len(offsets) - 1}, R, {width}], got {tuple(queries.shape)}"
         )
-    if queries.device != x.device or (
-        (x.dtype == torch.float64) != (queries.dtype == torch.float64)
+    if (
+        queries.device != x.device
+        or not queries.is_floating_point()
+        or (x.dtype == torch.float64) != (queries.dtype == torch.float64)
     ):
         raise ValueError(
             f"queries: expected a dtype that goes with {x.dtype} on {x.device}, got "
@@ -179,9 +187,10 @@ def _forward(
     mean, rstd = (x.new_empty(len(x), dtype=full) for _ in range(2))
     bounds = bounds_of(offsets, len(x))
     masks = _Masks(seed, bounds, count, dropout_p, mass)
+    standardised = Standardiser(x, positions, eps, queries.dtype)
     for bag, start, stop in chunks(bounds, width):
         rows = slice(start, stop)
-        z, mean[rows], rstd[rows] = standardised(x, positions, rows, eps, queries.dtype)
+        z, mean[rows], rstd[rows] = standardised(rows)
         scores[rows] = own = z @ queries[bag].t()
         own = own.to(full)
         highest = torch.maximum(top[bag], own.amax(0))
@@ -223,7 +232,9 @@ def _backward_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, x and positions, the last two empty without `of_rows`.
 
-    dS = A ∘ (mask ∘ (dpooled ẑᵀ + dmass) - delta), delta = rowsum(dpooled ∘ pooled) + dmass mass.
+    dS = A ∘ (mask ∘ (dpooled ẑᵀ + dmass) - delta), delta = rowsum(dpooled ∘ pooled) + dmass mass,
+    dqueries = dS ẑ. The rows of dS sum to 0, but for rounding, which what all tokens share would
+    multiply: it is taken out with the mean token, dS (ẑ - pooled / mass).
     """
     delta = (grad_pooled * pooled).sum(-1, dtype=lse.dtype) + grad_mass * mass
     fast = triton_kernels("absorbed_attention", backend, queries)
@@ -234,28 +245,35 @@ def _backward_of(
         )  # fmt: skip
         return dqueries, x.new_empty(0), x.new_empty(0)
     count, width = queries.shape[1:]
+    rest = torch.zeros_like(lse)
     dqueries = torch.zeros_like(queries, dtype=lse.dtype)
     drows = mean.new_empty((len(x), width) if of_rows else 0)
     bounds = bounds_of(offsets, len(x))
     masks = _Masks(seed, bounds, count, dropout_p, lse)
+    standardised = Standardiser(x, positions, eps, queries.dtype)
     for bag, start, stop in chunks(bounds, width):
         rows = slice(start, stop)
         # Computed again in the very bits of the forward pass, in one sweep.
-        z, _, own = standardised(x, positions, rows, eps, queries.dtype)
+        z, _, own = standardised(rows)
         weights = (scores[rows].to(lse.dtype) - lse[bag]).exp_()
         dweights = (z @ grad_pooled[bag].t()).to(lse.dtype).add_(grad_mass[bag])
         dscores = masks.apply(dweights, bag, rows).sub_(delta[bag]).mul_(weights)
         dscores = dscores.to(queries.dtype)
         dqueries[bag] += dscores.t() @ z
+        rest[bag] += dscores.sum(0, dtype=lse.dtype)
         if of_rows:
             dropped = masks.apply(weights, bag, rows).to(queries.dtype)
             dz = dscores @ queries[bag] + dropped @ grad_pooled[bag]
             full = lse.dtype
             drows[rows] = standardise_backward(dz.to(full), z.to(full), own)
-    none = x.new_empty(0)
-    return dqueries.to(queries.dtype), *(
-        split_gradient(drows, x, positions) if of_rows else (none, none)
-    )
+    dqueries -= _times_mean_token(rest, pooled, mass)
+    if not of_rows:
+        return dqueries.to(queries.dtype), x.new_empty(0), x.new_empty(0)
+    return dqueries.to(queries.dtype), *split_gradient(drows, x, positions)
+
+
+def _times_mean_token(rest: Tensor, pooled: Tensor, mass: Tensor) -> Tensor:
+    return (rest / torch.where(mass > 0, mass, 1))[..., None] * pooled
 
 
 class _Masks:
@@ -319,10 +337,10 @@ def _fake(queries, x, positions, offsets, *_):
 
 
 def _fake_backward(grad_pooled, grad_mass, queries, x, positions, *rest):
-    none, of_rows = x.new_empty(0), rest[-1]
+    of_rows = rest[-1]
     return (
         queries.new_empty(queries.shape),
-        x.new_empty(x.shape) if of_rows else none,
+        x.new_empty(x.shape if of_rows else 0),
         positions.new_empty(positions.shape)
         if of_rows and positions is not None
         else x.new_empty(0),

@@ -76,6 +76,11 @@ def context_kv(
     """
     x = x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim == 3 else x
     check_rows(x, positions, offsets)
+    mean, rstd = statistics or (None, None)
+    given = {"statistics[0]": mean, "statistics[1]": rstd}
+    for name, part in {"weight": weight, "bias": bias, **given}.items():
+        if not isinstance(part, Tensor) and (name == "weight" or part is not None):
+            raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
     one = weight.ndim == 2
     if one:
         weight, bias = weight[None], None if bias is None else bias[None]
@@ -85,18 +90,21 @@ def context_kv(
     if bias is not None and bias.shape != weight.shape[:2]:
         raise ValueError(f"bias: expected {tuple(weight.shape[:2])}, got {tuple(bias.shape)}")
     for name, part in (("weight", weight), ("bias", bias)):
-        if part is not None and (part.device != x.device or part.dtype != weight.dtype):
+        if part is not None and (
+            (part.device, part.dtype) != (x.device, weight.dtype) or not part.is_floating_point()
+        ):
             raise ValueError(
                 f"{name}: expected {weight.dtype} on {x.device} as x, got {part.dtype} on "
                 f"{part.device}"
             )
     if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise ValueError(f"weight: expected a dtype that goes with {x.dtype}, got {weight.dtype}")
-    mean, rstd = statistics or (None, None)
-    for name, part in (("statistics[0]", mean), ("statistics[1]", rstd)):
-        if part is not None and (part.shape, part.dtype) != (x.shape[:1], wide(x.dtype)):
+    for name, part in given.items():
+        expected = (x.shape[:1], wide(x.dtype), x.device)
+        if part is not None and (part.shape, part.dtype, part.device) != expected:
             raise ValueError(
-                f"{name}: expected {wide(x.dtype)} [{len(x)}], got {part.dtype} {tuple(part.shape)}"
+                f"{name}: expected {expected[1]} [{len(x)}] on {x.device}, got {part.dtype} "
+                f"{tuple(part.shape)} on {part.device}"
             )
     check_backend(backend)
     refuse_forward_mode("context_kv")
@@ -136,6 +144,10 @@ def check_rows(x: Tensor, positions: Tensor | None, offsets: Tensor | None) -> N
             f"x: expected floating-point [T, D] with D > 0, got {x.dtype} {tuple(x.shape)}"
         )
     if positions is not None:
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions: expected a tensor, got {type(positions).__name__}")
+        if not positions.is_floating_point():
+            raise ValueError(f"positions: expected floating-point numbers, got {positions.dtype}")
         rows = positions.shape[0] if positions.ndim == 2 else -1
         if rows < 0 or (len(x) and (rows == 0 or len(x) % rows)):
             raise ValueError(
@@ -157,44 +169,54 @@ def chunks(bounds: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:
 
     So that the products of a bag have the same shapes, and the same bits, in any batch.
     """
-    rows = max(64, CHUNK_ELEMENTS // max(width, 1) // 64 * 64)
+    rows = chunk_rows(width)
     for bag, (first, last) in enumerate(pairwise(bounds)):
         for start in range(first, last, rows):
             yield bag, start, min(start + rows, last)
 
 
-def standardised(
-    x: Tensor,
-    positions: Tensor | None,
-    rows: slice,
-    eps: float,
-    dtype: torch.dtype,
-    statistics: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalised [x | p] of some rows in `dtype`, with their means and 1 / SDs."""
-    x, tokens = x[rows], len(x)
-    full, module = wide(x.dtype), native()
-    if statistics is None and x.device.type == "cpu" and module is not None and x.stride(1) == 1:
-        period = 1 if positions is None else len(positions)
-        width = x.shape[1] + (0 if positions is None else positions.shape[1])
-        low = dtype if dtype == torch.bfloat16 else full
-        z = x.new_empty(len(x), width, dtype=low)
-        mean, rstd = (x.new_empty(len(x), dtype=full) for _ in range(2))
-        module.standardise(
-            _buffer(x), str(x.dtype)[6:],
-            None if positions is None else _buffer(positions.to(full).contiguous()),
-            rows.start % period, eps, _buffer(z), str(low)[6:], _buffer(mean), _buffer(rstd),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return z.to(dtype), mean, rstd
-    z = x.to(full)
-    if positions is not None:
-        z = torch.cat([z, positions_of(positions, rows, tokens).to(full)], dim=1)
-    if statistics is None:
-        z, mean, rstd = torch.native_layer_norm(z, z.shape[1:], None, None, eps)
-        return z.to(dtype), mean.flatten(), rstd.flatten()
-    mean, rstd = statistics[0][rows], statistics[1][rows]
-    return (z - mean[:, None]).mul_(rstd[:, None]).to(dtype), mean, rstd
+def chunk_rows(width: int) -> int:
+    return max(64, CHUNK_ELEMENTS // max(width, 1) // 64 * 64)
+
+
+class Standardiser:
+    """Normalises rows of [x | p], a chunk at a time, on their way into a product in `dtype`."""
+
+    def __init__(self, x: Tensor, positions: Tensor | None, eps: float, dtype: torch.dtype) -> None:
+        self.x, self.eps, self.dtype, self.full = x, eps, dtype, wide(x.dtype)
+        self.positions = None if positions is None else positions.detach().to(self.full)
+        self.width = x.shape[1] + (0 if positions is None else positions.shape[1])
+        self.module = native() if x.device.type == "cpu" and x.stride(1) == 1 else None
+        if self.module is not None:
+            if self.positions is not None:
+                self.positions = self.positions.contiguous()
+            low = dtype if dtype == torch.bfloat16 else self.full
+            rows = min(chunk_rows(self.width), len(x))
+            self.room = x.new_empty(rows, self.width, dtype=low)
+
+    def __call__(
+        self, rows: slice, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normalised rows, valid until the next call, their means and 1 / SDs."""
+        x, positions = self.x[rows], self.positions
+        if statistics is None and self.module is not None:
+            z = self.room[: len(x)]
+            mean, rstd = (x.new_empty(len(x), dtype=self.full) for _ in range(2))
+            period = 1 if positions is None else len(positions)
+            self.module.standardise(
+                _buffer(x), str(x.dtype)[6:], None if positions is None else _buffer(positions),
+                rows.start % period, self.eps, _buffer(z), str(z.dtype)[6:], _buffer(mean),
+                _buffer(rstd), torch.get_num_threads(),
+            )  # fmt: skip
+            return z.to(self.dtype), mean, rstd
+        z = x.to(self.full)
+        if positions is not None:
+            z = torch.cat([z, positions_of(positions, rows, len(self.x))], dim=1)
+        if statistics is None:
+            z, mean, rstd = torch.native_layer_norm(z, z.shape[1:], None, None, self.eps)
+            return z.to(self.dtype), mean.flatten(), rstd.flatten()
+        mean, rstd = statistics[0][rows], statistics[1][rows]
+        return (z - mean[:, None]).mul_(rstd[:, None]).to(self.dtype), mean, rstd
 
 
 def _buffer(x: Tensor) -> NDArray[Any]:
@@ -220,10 +242,11 @@ def standardise_backward(grad: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
 
 def split_gradient(grad: Tensor, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and positions, given that of their rows [T, W]."""
-    dx = grad[:, : x.shape[1]].to(x.dtype)
+    dx = grad[:, : x.shape[1]].to(x.dtype).contiguous()
     if positions is None:
         return dx, x.new_empty(0)
-    own = grad[:, x.shape[1] :].reshape(-1, *positions.shape)
+    periods = len(x) // len(positions) if len(positions) else 0
+    own = grad[:, x.shape[1] :].reshape(periods, *positions.shape)
     return dx, own.sum(0).to(positions.dtype)
 
 
@@ -250,11 +273,10 @@ def _forward(
     sets, outputs, width = weight.shape
     y = weight.new_empty(sets, len(x), outputs)
     means, rstds = (x.new_empty(len(x), dtype=wide(x.dtype)) for _ in range(2))
+    standardised = Standardiser(x, positions, eps, weight.dtype)
     for _, start, stop in chunks(bounds_of(offsets, len(x)), width):
         rows = slice(start, stop)
-        z, means[rows], rstds[rows] = standardised(
-            x, positions, rows, eps, weight.dtype, statistics
-        )
+        z, means[rows], rstds[rows] = standardised(rows, statistics)
         for s in range(sets):
             if bias is None:
                 torch.mm(z, weight[s].t(), out=y[s, rows])
@@ -280,8 +302,8 @@ def _backward_rows(
     `needed` speaks of x or positions, of the weight, and of the bias.
     """
     tokens, weights, biases = needed
-    none, full = x.new_empty(0), wide(x.dtype)
-    dbias = grad.sum(1, dtype=full).to(weight.dtype) if biases else none
+    full = wide(x.dtype)
+    dbias = grad.sum(1, dtype=full).to(weight.dtype) if biases else x.new_empty(0)
     fast = triton_kernels("context_kv", backend, weight)
     if fast is not None and weights:
         dweight = fast.pool(grad, x, positions, mean, rstd, None).to(weight.dtype)
@@ -289,12 +311,12 @@ def _backward_rows(
     else:
         dweight = weight.new_zeros(weight.shape if weights else 0, dtype=full)
     drows = x.new_empty((len(x), weight.shape[2]) if tokens else 0, dtype=full)
-    for _, start, stop in chunks(
-        bounds_of(offsets, len(x) if weights or tokens else 0), weight.shape[2]
-    ):
+    bounds = bounds_of(offsets, len(x)) if weights or tokens else []
+    standardised = Standardiser(x, positions, eps, weight.dtype)
+    for _, start, stop in chunks(bounds, weight.shape[2]):
         rows = slice(start, stop)
         # Computed again in the very bits of the forward pass, in one sweep.
-        z, _, own = standardised(x, positions, rows, eps, weight.dtype)
+        z, _, own = standardised(rows)
         if weights:
             for s in range(len(weight)):
                 if full == weight.dtype:
@@ -306,8 +328,9 @@ def _backward_rows(
             for s in range(len(weight)):
                 dz += grad[s, rows] @ weight[s]
             drows[rows] = standardise_backward(dz, z.to(full), own)
-    dx, dpositions = split_gradient(drows, x, positions) if tokens else (none, none)
-    return dx, dpositions, dweight.to(weight.dtype), dbias
+    if not tokens:
+        return x.new_empty(0), x.new_empty(0), dweight.to(weight.dtype), dbias
+    return *split_gradient(drows, x, positions), dweight.to(weight.dtype), dbias
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -26,6 +26,8 @@ _LIBRARY.define(
     "Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, str backend) "
     "-> (Tensor, Tensor, Tensor)"
 )
+# The result is float32 also for half precision, since its rounding would be that of a difference in
+# the backward pass; callers round it.
 # The same with K and V in one tensor [T, 2, H, E], as one projection makes them: their gradient is
 # then written in place too, instead of being put together from two.
 _LIBRARY.define(
@@ -98,7 +100,7 @@ def latent_attention(
     out, _ = torch.ops.motet.latent_attention(
         q, k, v, offsets, _scale(q, scale), dropout_p, seed, backend
     )
-    return out
+    return out.to(q.dtype)
 
 
 def latent_attention_kv(
@@ -124,7 +126,8 @@ def latent_attention_kv(
     if backend == "compile" and not dropout_p:
         out = compiled(_through_sdpa)(q, kv[:, 0], kv[:, 1], offsets, scale)
         return out, q.new_empty(0)
-    return torch.ops.motet.latent_attention_kv(q, kv, offsets, scale, dropout_p, seed, backend)
+    out, lse = torch.ops.motet.latent_attention_kv(q, kv, offsets, scale, dropout_p, seed, backend)
+    return out.to(q.dtype), lse
 
 
 def latent_attention_reference(
@@ -293,7 +296,7 @@ def _forward(
     fast = triton_kernels("latent_attention", backend, q)
     if fast is not None:
         return fast.attend(q, k, v, offsets, scale, dropout_p, seed)
-    out = q.new_zeros(q.shape)
+    out = q.new_zeros(q.shape, dtype=_full(q.dtype))
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=_full(q.dtype))
     scaled = q * scale
     for run in _runs(k, offsets):
@@ -498,12 +501,15 @@ def _backward(ctx, grad: Tensor, _: Tensor):
     packed = len(tensors) == 3  # q, kv and offsets, instead of q, k, v and offsets
     operators = torch.ops.motet
     run = operators.latent_attention_kv_backward if packed else operators.latent_attention_backward
-    grads = run(grad, *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend)
+    grads = run(
+        grad.to(tensors[0].dtype), *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend
+    )
     return (*grads, *[None] * 5)
 
 
 def _fake(q, *rest):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_full(q.dtype))
+    full = _full(q.dtype)
+    return q.new_empty(q.shape, dtype=full), q.new_empty(q.shape[:3], dtype=full)
 
 
 def _fake_backward(grad, q, k, v, *rest):

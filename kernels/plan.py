@@ -9,6 +9,7 @@ from .backends import Backend, check_backend
 from .checks import choice
 
 Strategy = Literal["cached", "absorbed", "reference"]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,8 @@ def plan(
     choice("strategy", strategy, (None, *get_args(Strategy)))
     check_backend(backend)
     machine = _machine(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(map(str, DTYPES))}, got {dtype}")
     if tokens == 0 or (longest is not None and longest <= 1):
         name = "nothing" if tokens == 0 else "one token"
         inner = heads * head_dim

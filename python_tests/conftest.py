@@ -1,7 +1,7 @@
 """What the tests share: where data lies, how close is close enough, deterministic properties."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,10 @@ settings.register_profile("soak", parent=settings.get_profile("fixed"), derandom
                           max_examples=2000)  # fmt: skip
 settings.load_profile(os.environ.get("MOTET_HYPOTHESIS", "fixed"))
 
+# Triton reads it when it is first imported, which some part of torch may do before its tests.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)  # pytest-xdist runs one worker per core
 
 
@@ -46,20 +50,137 @@ def golden_path(name: str) -> Path:
 
 
 # Absolute error that a comparison may always have, by the dtype that was worked in.
-FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12}
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+WIDE = {torch.complex64: torch.complex128} | dict.fromkeys(
+    (torch.float32, torch.float16, torch.bfloat16), torch.float64
+)
+# What two float64 computations of the same numbers may differ by.
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def results_of(function: Function, *args: Tensor) -> tuple[Tensor, ...]:
+    results = function(*args)
+    return (results,) if isinstance(results, Tensor) else results
+
+
+def with_gradients(function: Function) -> Function:
+    """Return a function that adds to the results their gradients in all its arguments.
+
+    What is differentiated is a fixed random sum of the results, the same in every dtype.
+    """
+
+    def both(*args: Tensor) -> tuple[Tensor, ...]:
+        args = tuple(a.detach().requires_grad_() for a in args)
+        results = results_of(function, *args)
+        generator = torch.Generator().manual_seed(0)
+        sums = [torch.randn(r.shape, generator=generator).bfloat16().to(r.dtype) for r in results]
+        moving = [(r, s) for r, s in zip(results, sums, strict=True) if r.requires_grad]
+        gradients = [torch.zeros_like(a) for a in args]
+        if moving:
+            outputs, weights = zip(*moving, strict=True)
+            gradients = torch.autograd.grad(
+                outputs, args, weights, allow_unused=True, materialize_grads=True
+            )
+        return (*(r.detach() for r in results), *gradients)
+
+    return both
 
 
 def assert_as_good_as(
-    fast: Callable[..., Tensor], reference: Callable[..., Tensor], *args: Tensor
+    fast: Function,
+    reference: Function,
+    *args: Tensor,
+    worked_in: torch.dtype | None = None,
+    rms: bool = False,
 ) -> None:
-    """Check that err(fast) <= 2 err(reference in the working dtype) + floor, against float64."""
-    wide = {torch.float32: torch.float64, torch.complex64: torch.complex128}
-    gold = reference(*(a.to(wide.get(a.dtype, a.dtype)) for a in args))
-    own, theirs = fast(*args), reference(*args)
-    real = own.real.dtype if own.is_complex() else own.dtype
-    allowed = 2 * (theirs - gold).abs().max().item() + FLOOR[real] * max(1, gold.abs().max().item())
-    error = (own - gold).abs().max().item()
-    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+    """Check that err(fast) <= 2 err(reference in the working dtype) + floor, against float64.
+
+    Functions with several results are compared result by result.
+
+    Args:
+        worked_in: the dtype that sets the floor, where autocast makes it another than the result's.
+        rms: compare root mean squares instead of maxima. Over a chain of many roundings, as in a
+            model, which of two computations has the largest single error is a matter of luck.
+    """
+
+    def size(x: Tensor) -> float:
+        return (x.abs().square().mean().sqrt() if rms else x.abs().max()).item()
+
+    wide = results_of(reference, *(a.to(WIDE.get(a.dtype, a.dtype)) for a in args))
+    several = zip(results_of(fast, *args), results_of(reference, *args), wide, strict=True)
+    for i, (own, theirs, gold) in enumerate(several):
+        assert own.shape == gold.shape
+        if not own.numel():
+            continue
+        real = own.real.dtype if own.is_complex() else own.dtype
+        allowed = 2 * size(theirs - gold) + FLOOR[worked_in or real] * max(1, size(gold))
+        error = size(own - gold)
+        assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_leaves_no_trace(function: Function, *args: Tensor) -> None:
+    """Check that a call and its gradient change no argument and no random state, and repeat."""
+    before = [(a.clone(), a._version) for a in args]
+    state = torch.get_rng_state()
+    first, second = (with_gradients(function)(*args) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, (value, version) in zip(args, before, strict=True):
+        assert torch.equal(a, value)
+        assert a._version == version
+    assert all(map(torch.equal, first, second))
+
+
+def assert_differentiable_once(function: Function, *args: Tensor) -> None:
+    """Check that what is not there raises, in every argument, instead of giving zero."""
+    args = tuple(a.detach().requires_grad_() for a in args)
+    for i, arg in enumerate(args):
+        (first,) = torch.autograd.grad(results_of(function, *args)[0].sum(), arg, create_graph=True)
+        with pytest.raises(NotImplementedError, match="expected one derivative"):
+            torch.autograd.grad(first.square().sum(), args, allow_unused=True)
+        with pytest.raises(NotImplementedError, match="expected reverse mode"):
+            torch.func.jvp(
+                lambda a, i=i: results_of(function, *args[:i], a, *args[i + 1 :])[0],
+                (arg.detach(),), (torch.ones_like(arg),),
+            )  # fmt: skip
+
+
+def assert_compiles(function: Function, *examples: tuple[Tensor, ...]) -> None:
+    """Check that torch.compile takes a function whole, once for examples of several sizes."""
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, args in enumerate(examples):
+        expected = with_gradients(function)(*args)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            torch.testing.assert_close(with_gradients(compiled)(*args), expected)
+
+
+def offsets_of(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def rows_of(kind: float | str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return tokens whose mean is `kind` times their standard deviation, or "constant" ones."""
+    if kind == "constant":
+        return (10 * torch.randn(*shape[:-1], 1)).expand(shape).to(dtype)
+    return (torch.randn(shape) + kind).to(dtype)
+
+
+def views_of(tensor: Tensor) -> dict[str, Tensor]:
+    """Return tensors of the same numbers with other strides."""
+    wide = torch.randn(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
+    wide[..., ::2] = tensor
+    apart = torch.randn(3, *tensor.shape, dtype=tensor.dtype)
+    apart[1] = tensor
+    return {
+        "transposed": tensor.transpose(-1, -2).contiguous().transpose(-1, -2),
+        "every second": wide[..., ::2],
+        "within another": apart[1],
+    }
+
+
+ROWS = [0.0, 1.0, 10.0, 100.0, "constant"]
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -75,3 +196,19 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave Triton's interpreter to its own tests."""
+    if "test_triton" not in request.path.name:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def _poisoned() -> Iterator[None]:
+    """Make memory that is not written show: torch fills it with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,16 +1,64 @@
 """latent_attention: ragged equals dense bag by bag; weights, dropout, refusals."""
 
+import itertools
 import math
-from itertools import pairwise
+from importlib import import_module
+from unittest import mock
 
 import motet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from motet.kernels.latent_attention import latent_attention_kv, latent_attention_reference
+from torch import Tensor
+from torch.library import opcheck
 
+from .conftest import (
+    EXACT,
+    FLOOR,
+    assert_as_good_as,
+    assert_compiles,
+    assert_differentiable_once,
+    assert_leaves_no_trace,
+    offsets_of,
+    views_of,
+    with_gradients,
+)
+
+module = import_module("motet.kernels.latent_attention")
 latent_attention = motet.kernels.latent_attention
 attention_weights = motet.kernels.attention_weights
+WIDE = {"dtype": torch.float64}
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, **options) -> Tensor:
+    """Run latent_attention with K and V in one tensor."""
+    options.setdefault("scale", q.shape[-1] ** -0.5)
+    return latent_attention_kv(q, torch.stack([k, v], 1), offsets, **options)[0]
+
+
+FORMS = {"apart": latent_attention, "in one tensor": packed}
+LENGTHS = {
+    "three bags": [4, 2, 3],
+    "empty and one-key bags": [0, 1, 5, 0, 1],
+    "above the chunks": [17, 16, 15, 33],
+    "all empty": [0, 0],
+    "no bag": [],
+    "one bag": [7],
+}
+
+
+def ragged(lengths: list[int], dtype: torch.dtype = torch.float64, *, width: int = 5):
+    """Return q, k and v, 3 heads and 4 latents, as views of projections."""
+    q = torch.randn(len(lengths), 4, 3, width).transpose(1, 2).to(dtype)
+    kv = torch.randn(sum(lengths), 2, 3, width).to(dtype)
+    return q, kv[:, 0], kv[:, 1]
+
+
+@pytest.fixture
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEYS", 8)
 
 
 def literal(q, k, v, scale):
@@ -30,55 +78,472 @@ def test_equals_the_literal_sum() -> None:
     assert torch.allclose(latent_attention(q, k, v, scale=0.3), literal(q, k, v, 0.3), atol=1e-12)
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_each_bag_gets_what_it_gets_alone(lengths: list[int]) -> None:
-    generator = torch.Generator().manual_seed(len(lengths) + sum(lengths))
-    q = torch.randn(len(lengths), 2, 3, 4, generator=generator)
-    k, v = (torch.randn(sum(lengths), 2, 4, generator=generator) for _ in range(2))
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    out = latent_attention(q, k, v, offsets)
-    weights = attention_weights(q, k, offsets)
-    for b, (start, stop) in enumerate(pairwise(offsets)):
-        own_k, own_v = (t[start:stop].transpose(0, 1)[None] for t in (k, v))
-        assert torch.equal(out[b], latent_attention(q[b, None], own_k, own_v)[0])
-        if start == stop:
-            assert torch.equal(out[b], torch.zeros_like(out[b]))
-        else:
-            assert torch.allclose(weights[start:stop].sum(0), torch.ones(2, 3), atol=1e-6)
+@pytest.mark.usefixtures("_poisoned", "_small_chunks")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_equals_the_reference(lengths: list[int], form: str) -> None:
+    args, offsets = ragged(lengths), offsets_of(lengths)
+    for options in ({}, {"scale": 0.3}, {"scale": 4.0}):
+        mine, theirs = (
+            with_gradients(lambda *t, f=f, o=options: f(*t, offsets, **o))(*args)
+            for f in (FORMS[form], latent_attention_reference)
+        )
+        torch.testing.assert_close(mine, theirs, **EXACT)
 
 
-def test_gradients() -> None:
-    q = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    offsets = torch.tensor([0, 2, 5])
-    assert torch.autograd.gradcheck(lambda *t: latent_attention(*t, offsets), (q, k, v))
+@pytest.mark.usefixtures("_poisoned", "_small_chunks")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((2, 3, 4, 5, 17), (1, 1, 1, 1, 1), (2, 1, 3, 8, 8)),
+        *((0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 3, 0, 4, 5), (2, 3, 4, 5, 0)),
+    ],
+)
+def test_dense_equals_the_reference(shape: tuple[int, ...]) -> None:
+    batch, heads, latents, width, keys = shape
+    q = torch.randn(batch, heads, latents, width, **WIDE)
+    k, v = (torch.randn(batch, heads, keys, width, **WIDE) for _ in range(2))
+    mine, theirs = (
+        with_gradients(f)(q, k, v) for f in (latent_attention, latent_attention_reference)
+    )
+    torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+def test_heads_without_width_need_a_scale() -> None:
+    q, k, v = ragged([2, 3], width=0)
+    out = latent_attention(q, k, v, offsets_of([2, 3]), scale=1.0)
+    assert out.shape == (2, 3, 4, 0)
+    for call in (lambda: latent_attention(q, k, v, offsets_of([2, 3])),
+                 lambda: attention_weights(q, k, offsets_of([2, 3]))):  # fmt: skip
+        with pytest.raises(ValueError, match="q: expected .*E"):
+            call()
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("common", "scale"), [(0.0, 0.1), (0.0, 1.0), (0.0, 5.0), (1.0, 0.3), (10.0, 0.1), (10.0, 1.0)]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_is_as_good_as_torch(form: str, common: float, scale: float, dtype: torch.dtype) -> None:
+    """With keys and values that have something in common too, which no score's gradient sees."""
+    lengths = [40, 1, 0, 23]
+    offsets = offsets_of(lengths)
+    q, k, v = ragged(lengths, width=16)
+    assert_as_good_as(
+        with_gradients(lambda *t: FORMS[form](*t, offsets, scale=scale)),
+        with_gradients(lambda *t: latent_attention_reference(*t, offsets, scale=scale)),
+        *(t.to(dtype) for t in (q, k + common, v + common)),
+    )
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_huge_scores_do_not_overflow() -> None:
+    """Scores of 1e4 and beyond, rising from chunk to chunk: the highest wins, nothing is NaN."""
+    k = torch.arange(40.0)[:, None, None].expand(40, 1, 1) * 1e3
+    v = torch.arange(40.0)[:, None, None].clone()
+    for sign, winner in ((1.0, 39.0), (-1.0, 0.0)):
+        q = torch.full((1, 1, 1, 1), sign)
+        outcome = with_gradients(lambda *t: latent_attention(*t, offsets_of([40]), scale=1.0))(
+            q, k, v
+        )
+        assert outcome[0].item() == winner
+        assert all(part.isfinite().all() for part in outcome)
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 7, 8, 9, 15, 16, 17, 30]), max_size=5),
+    st.sampled_from([3, 4, 16]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.sampled_from(sorted(FORMS)),
+    st.sampled_from([0, 8, 512]),
+)
+@example([], 4, torch.float32, "apart", 512)
+@example([9] * 5, 16, torch.float32, "in one tensor", 512)
+@example([9] * 5, 16, torch.float32, "in one tensor", 8)
+@example([0, 1, 1, 0, 1, 17, 17], 3, torch.bfloat16, "apart", 512)
+def test_a_bag_has_the_same_bits_in_any_batch(
+    lengths: list[int], width: int, dtype: torch.dtype, form: str, together: int
+) -> None:
+    """Where bags are cut into chunks of keys, and where short ones are multiplied together."""
+    torch.manual_seed(sum(lengths))
+    q, k, v = ragged(lengths, dtype, width=width)
+    offsets = offsets_of(lengths)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> list[Tensor]:
+        args = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        out = FORMS[form](*args, offsets)
+        mean = attention_weights(*args[:2], offsets, reduce="mean")
+        return [out.detach(), *torch.autograd.grad(out.sum(), args), mean]
+
+    with mock.patch.multiple(module, KEYS=8, TOGETHER=together):
+        out, dq, dk, dv, mean = run(q, k, v, offsets)
+        for b, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
+            bag = slice(start, stop)
+            alone = run(q[b, None], k[bag], v[bag], offsets_of([stop - start]))
+            batched = (out[b, None], dq[b, None], dk[bag], dv[bag], mean[bag])
+            assert all(map(torch.equal, alone, batched))
+            own_k, own_v = (t[bag].transpose(0, 1)[None] for t in (k, v))
+            assert torch.equal(latent_attention(q[b, None], own_k, own_v), out[b, None])
+
+
+def test_the_size_of_chunks_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [30, 0, 17, 17, 3]
+    args, offsets = ragged(lengths), offsets_of(lengths)
+    outcomes = []
+    for keys, together in itertools.product((1, 7, 16, 30, 8192), (0, 17, 512)):
+        monkeypatch.setattr(module, "KEYS", keys)
+        monkeypatch.setattr(module, "TOGETHER", together)
+        outcomes.append(with_gradients(lambda *t: latent_attention(*t, offsets))(*args))
+    for outcome in outcomes:
+        torch.testing.assert_close(outcome, outcomes[0], **EXACT)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients(form: str, dropout_p: float) -> None:
+    """With a fixed seed the mask is fixed too, and the gradient is that of what was computed."""
+    args = [t.detach().requires_grad_() for t in ragged([2, 0, 3])]
+    offsets, seed = offsets_of([2, 0, 3]), torch.tensor([5])
+    with mock.patch.object(module, "KEYS", 2):
+        assert torch.autograd.gradcheck(
+            lambda *t: FORMS[form](
+                *t, offsets, dropout_p=dropout_p, seed=seed if dropout_p else None
+            ),
+            args,
+        )
+
+
+def test_tokens_behind_the_last_bag_belong_to_none() -> None:
+    q, k, v = ragged([4, 0, 9])
+    kv, offsets = torch.stack([k, v], 1), offsets_of([4, 0, 9])
+    longer = torch.cat([kv, torch.full_like(kv[:3], torch.nan)])
+    run = with_gradients(lambda q, kv: latent_attention_kv(q, kv, offsets, scale=0.3)[0])
+    out, dq, dkv = run(q, kv)
+    for mine, theirs in zip(run(q, longer), (out, dq, dkv), strict=True):
+        assert torch.equal(mine[: len(theirs)], theirs)
+    with pytest.raises(ValueError, match="offsets: expected to rise from 0 to 12"):
+        latent_attention_kv(q, kv[:-1], offsets, scale=0.3)
+    with pytest.raises(ValueError, match="offsets: expected to rise from 0 to 16"):
+        latent_attention(q, longer[:, 0], longer[:, 1], offsets)
+
+
+def test_log_sum_exp() -> None:
+    q, k, v = ragged([4, 0, 9])
+    _, lse = latent_attention_kv(q, torch.stack([k, v], 1), offsets_of([4, 0, 9]), scale=0.3)
+    for b, bag in enumerate((slice(0, 4), slice(4, 4), slice(4, 13))):
+        scores = 0.3 * q[b] @ k[bag].movedim(0, 1).mT
+        torch.testing.assert_close(lse[b], scores.logsumexp(-1), **EXACT)
+
+
+HEADS, LATENTS, TOKENS, P = 3, 4, 400, 0.3
+
+
+def kept(
+    lengths: list[int], seed: int = 5, dropout_p: float = P, form: str = "apart"
+) -> list[Tensor]:
+    """Return the mask [H, C, N_b] of each bag, by equal scores and unit vectors as values."""
+    masks, longest = [], max(lengths)
+    q = torch.zeros(len(lengths), HEADS, LATENTS, longest)
+    k = torch.zeros(sum(lengths), HEADS, longest)
+    v = torch.cat([torch.eye(longest)[:n] for n in lengths])[:, None].expand(-1, HEADS, -1)
+    out = FORMS[form](q, k, v, offsets_of(lengths), dropout_p=dropout_p, seed=torch.tensor([seed]))
+    for own, count in zip(out, lengths, strict=True):
+        scaled = own[..., :count] * count * (1 - dropout_p)
+        assert ((scaled - scaled.round()).abs() < 1e-5).all()
+        masks.append(scaled.round().bool())
+    return masks
+
+
+def test_every_weight_is_kept_with_the_same_probability() -> None:
+    """Per bag, head, latent and token within 5 standard deviations of a binomial."""
+    bags = torch.stack(kept([TOKENS] * 6)).double()  # [B, H, C, N]
+    for axes in ([], [0], [1], [2], [3], [0, 1], [0, 1, 2], [0, 2], [1, 2]):
+        others = [axis for axis in range(4) if axis not in axes]
+        count = math.prod(bags.shape[axis] for axis in others)
+        deviation = math.sqrt(P * (1 - P) / count)
+        assert (bags.mean(others) - (1 - P)).abs().max() < 5 * deviation, axes
+
+
+def test_masks_of_bags_heads_latents_and_seeds_are_independent() -> None:
+    masks = torch.stack(kept([TOKENS] * 3) + kept([TOKENS] * 3, seed=6)[2:]).flatten(0, 2).double()
+    agreement = (masks @ masks.T + (1 - masks) @ (1 - masks).T) / TOKENS
+    expected = P**2 + (1 - P) ** 2
+    apart = agreement[~torch.eye(len(masks)).bool()]
+    assert (apart - expected).abs().max() < 6 * math.sqrt(expected * (1 - expected) / TOKENS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_mask_depends_on_the_seed_and_not_on_chunks_or_other_bags(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, mine, last = kept([9, 40, 3], form=form)
+    assert torch.equal(mine, kept([50, 40], form=form)[1])
+    assert torch.equal(first, kept([9], form=form)[0])
+    assert not torch.equal(mine, kept([9, 40, 3], seed=6, form=form)[1])
+    assert torch.equal(last, kept([0, 0, 3], form=form)[2])
+    monkeypatch.setattr(module, "KEYS", 8)
+    assert all(map(torch.equal, kept([9, 40, 3], form=form), (first, mine, last)))
 
 
 def test_dropout_keeps_the_mean() -> None:
-    q = torch.zeros(1, 1, 4, 2)
-    k, v = torch.zeros(1, 1, 2000, 2), torch.ones(1, 1, 2000, 2)
-    out = latent_attention(q, k, v, dropout_p=0.4)
-    assert out.mean().item() == pytest.approx(1, abs=0.05)
-    assert out.std() > 0
+    q, k, v = ragged([200] * 2)
+    offsets = offsets_of([200] * 2)
+    draws = torch.stack([latent_attention(q, k, v, offsets, dropout_p=0.4) for _ in range(300)])
+    expected = latent_attention(q, k, v, offsets)
+    error = (draws.mean(0) - expected) / (draws.std(0) / len(draws) ** 0.5)
+    assert error.abs().max() < 5
+    assert draws.std(0).min() > 0
 
 
-def test_refusals() -> None:
+@pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
+@pytest.mark.parametrize("form", FORMS)
+def test_torchs_generator_draws_the_seed(form: str, backend: str, monkeypatch) -> None:
+    monkeypatch.setattr(module, "compiled", lambda function: function)  # what it computes, quickly
+    args, offsets = ragged([40, 0, 20]), offsets_of([40, 0, 20])
+
+    def run(dropout_p: float = 0.5) -> Tensor:
+        return FORMS[form](*args, offsets, dropout_p=dropout_p, backend=backend)
+
+    torch.manual_seed(3)
+    first, second = run(), run()
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(run(), first)
+    state = torch.get_rng_state()
+    assert torch.equal(run(0.0), run(0.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_seed_is_the_same_mask(form: str, backend: str, monkeypatch) -> None:
+    monkeypatch.setattr(module, "compiled", lambda function: function)
+    args, offsets = ragged([40, 0, 20]), offsets_of([40, 0, 20])
+    state = torch.get_rng_state()
+
+    def run(seed: int) -> Tensor:
+        own = torch.tensor([seed])
+        return FORMS[form](*args, offsets, dropout_p=0.5, seed=own, backend=backend)
+
+    for seed in (0, 1, -1, 2**62, 2**63 - 1):
+        assert torch.equal(run(seed), run(seed))
+    assert not torch.equal(run(1), run(2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("lengths", [[4, 0, 3], [0, 0], []], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_registration(lengths: list[int], dropout_p: float) -> None:
+    q, k, v = (t.detach() for t in ragged(lengths))
+    kv, offsets = torch.stack([k, v], 1), offsets_of(lengths)
+    seed = torch.tensor([5]) if dropout_p else None
+    options = (0.5, dropout_p, seed, "auto")
+    operators = torch.ops.motet
+    for op, tokens in (("latent_attention", (k, v)), ("latent_attention_kv", (kv,))):
+        args = [t.clone().requires_grad_() for t in (q, *tokens)]
+        opcheck(getattr(operators, op), (*args, offsets, *options))
+        made = getattr(operators, op)(q, *tokens, offsets, *options)
+        backward = (torch.randn_like(q), q, *tokens, offsets, *made, *options)
+        opcheck(getattr(operators, f"{op}_backward"), backward)
+
+
+def test_registration_dense() -> None:
+    q, k, v = (torch.randn(2, 3, n, 5, requires_grad=True) for n in (4, 7, 7))
+    opcheck(torch.ops.motet.latent_attention, (q, k, v, None, 0.5, 0.0, None, "auto"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_whole_for_any_size(form: str) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        offsets = torch.arange(3) * (len(k) // 2)
+        return 2 * FORMS[form](q, k, v, offsets)
+
+    assert_compiles(run, *(ragged([n, n]) for n in (6, 9)))
+
+
+def test_the_compiled_backend() -> None:
+    args = [torch.randn(2, 3, n, 5, **WIDE) for n in (4, 9, 9)]
+    mine = with_gradients(lambda *t: latent_attention(*t, backend="compile"))(*args)
+    torch.testing.assert_close(mine, with_gradients(latent_attention_reference)(*args), **EXACT)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_what_the_compiled_backend_computes(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "compiled", lambda function: function)
+    args, offsets = ragged(lengths), offsets_of(lengths)
+    expected = with_gradients(lambda *t: latent_attention_reference(*t, offsets))(*args)
+    for form in FORMS.values():
+        mine = with_gradients(lambda *t, f=form: f(*t, offsets, backend="compile"))(*args)
+        torch.testing.assert_close(mine, expected, **EXACT)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_there_is_one_derivative(form: str) -> None:
+    assert_differentiable_once(lambda *t: FORMS[form](*t, offsets_of([2, 3])), *ragged([2, 3]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_state_survives_a_call(form: str) -> None:
+    lengths = [4, 0, 3]
+    assert_leaves_no_trace(lambda *t: FORMS[form](*t, offsets_of(lengths)), *ragged(lengths))
+    seed = torch.tensor([5])
+    assert_leaves_no_trace(
+        lambda *t: FORMS[form](*t, offsets_of(lengths), dropout_p=0.5, seed=seed), *ragged(lengths)
+    )
+    assert seed.item() == 5
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("dense", [False, True])
+def test_layouts_of_every_argument(which: int, dense: bool) -> None:
+    offsets = None if dense else offsets_of([9, 0, 10])
+    args = [torch.randn(3, 3, n, 5, **WIDE) for n in (4, 9, 9)] if dense else ragged([9, 0, 10])
+    mine, theirs = (
+        with_gradients(lambda *t, f=f: f(*t, offsets))
+        for f in (latent_attention, latent_attention_reference)
+    )
+    expected = theirs(*args)
+    for view in views_of(args[which]).values():
+        torch.testing.assert_close(
+            mine(*args[:which], view, *args[which + 1 :]), expected, **EXACT
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_expanded_arguments(dense: bool) -> None:
+    shapes = [(3, 3, n, 5) for n in (4, 9, 9)] if dense else [(3, 3, 4, 5), (19, 3, 5), (19, 3, 5)]
+    args = [torch.randn(5, **WIDE).expand(shape) for shape in shapes]
+    offsets = None if dense else offsets_of([9, 0, 10])
+    mine, theirs = (
+        with_gradients(lambda *t, f=f: f(*t, offsets))(*args)
+        for f in (latent_attention, latent_attention_reference)
+    )
+    torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+def literal_weights(q: Tensor, k: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
+    if offsets is None:
+        return (scale * q @ k.mT).softmax(-1)
+    bags = [slice(*bag) for bag in itertools.pairwise(offsets.tolist())]
+    maps = [(scale * q[b] @ k[bag].movedim(0, 1).mT).softmax(-1) for b, bag in enumerate(bags)]
+    return torch.cat([torch.zeros(*q.shape[1:3], 0, dtype=q.dtype), *maps], -1).permute(2, 0, 1)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("lengths", [*LENGTHS.values(), (2, 17), (2, 0), (0, 9)], ids=str)
+def test_attention_weights(lengths: list[int] | tuple[int, int], dtype: torch.dtype) -> None:
+    """A list is ragged bags; a pair is so many dense ones of so many tokens."""
+    if isinstance(lengths, tuple):
+        offsets = None
+        q, k = (torch.randn(lengths[0], 3, n, 5).to(dtype) for n in (4, lengths[1]))
+    else:
+        offsets = offsets_of(lengths)
+        q, k, _ = ragged(lengths, dtype)
+    lse = torch.ops.motet.latent_attention(q, k, k, offsets, 0.7, 0.0, None, "eager")[1]
+    gold = literal_weights(q.double(), k.double(), offsets, 0.7)
+    close = {"rtol": 0, "atol": 4 * FLOOR[dtype]}
+    for own_lse, backend in itertools.product((None, lse), ("auto", "eager", "compile")):
+        options = {"scale": 0.7, "lse": own_lse, "backend": backend}
+        full = attention_weights(q, k, offsets, **options)
+        assert full.dtype == dtype
+        torch.testing.assert_close(full.double(), gold, **close)
+        mean = attention_weights(q, k, offsets, reduce="mean", **options)
+        assert mean.dtype == lse.dtype
+        torch.testing.assert_close(mean.double(), gold.mean((1, 2)), **close)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_attention_weights_sum_to_1_over_the_tokens_of_a_bag() -> None:
+    lengths = [20, 0, 1, 9]
+    q, k, _ = ragged(lengths)
+    for reduce in (None, "mean"):
+        weights = attention_weights(q, k, offsets_of(lengths), reduce=reduce)
+        for bag in weights.split(lengths):
+            expected = torch.full_like(bag[0], 1) if len(bag) else bag.sum(0)
+            torch.testing.assert_close(bag.sum(0), expected, **EXACT)
+
+
+def test_attention_weights_have_a_gradient() -> None:
+    q, k, _ = (t.detach().requires_grad_() for t in ragged([2, 0, 3]))
+    assert torch.autograd.gradcheck(lambda *t: attention_weights(*t, offsets_of([2, 0, 3])), (q, k))
+    dense = k.detach()[None, :5].transpose(1, 2).requires_grad_()
+    assert torch.autograd.gradcheck(attention_weights, (q.detach()[:1].requires_grad_(), dense))
+    assert not attention_weights(q, k, offsets_of([2, 0, 3]), reduce="mean").requires_grad
+
+
+def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
     q, k = torch.randn(2, 2, 3, 4), torch.randn(5, 2, 4)
-    offsets = torch.tensor([0, 2, 5])
-    cases = [
-        ("q: expected \\[B, H, C, E\\]", (q[0], k, k, offsets)),
-        ("k: expected \\[T, 2, 4\\]", (q, k[:, :1], k, offsets)),
-        ("k: expected \\[2, 2, N, 4\\]", (q, k, k)),
-        ("v: expected the shape of k", (q, k, k[:3], offsets)),
-        ("k: expected torch.float32 on cpu as q", (q, k.double(), k.double(), offsets)),
-        ("offsets: expected int64 \\[3\\]", (q, k, k, offsets[:2])),
-        ("offsets: expected int64 \\[3\\]", (q, k, k, offsets.int())),
-        ("offsets: expected to rise", (q, k, k, torch.tensor([0, 2, 4]))),
-        ("offsets: expected to rise", (q, k, k, torch.tensor([0, 6, 5]))),
-        ("offsets: expected to rise", (q, k, k, torch.tensor([1, 2, 5]))),
-    ]
-    for message, arguments in cases:
-        with pytest.raises(ValueError, match=message):
-            latent_attention(*arguments)
-    with pytest.raises(ValueError, match="dropout_p"):
-        latent_attention(q, k, k, offsets, dropout_p=1.0)
+    offsets, seed = torch.tensor([0, 2, 5]), torch.tensor([1])
+    rag = (q, k, k, offsets)
+    return [
+        (ValueError, "q: expected \\[B, H, C, E\\]", (q[0], k, k, offsets), {}),
+        (ValueError, "q: expected a floating-point", (q.long(), k, k, offsets), {}),
+        (ValueError, "k: expected \\[T, 2, 4\\]", (q, k[:, :1], k, offsets), {}),
+        (ValueError, "k: expected \\[T, 2, 4\\]", (q, k[None], k, offsets), {}),
+        (ValueError, "k: expected \\[2, 2, N, 4\\]", (q, k, k), {}),
+        (ValueError, "v: expected the shape of k", (q, k, k[:3], offsets), {}),
+        (ValueError, "v: expected the shape of k", (q, k, k[..., :3], offsets), {}),
+        (ValueError, "k: expected torch.float32 on cpu as q", (q, k.double(), k.double(), offsets),
+         {}),
+        (ValueError, "v: expected torch.float32 on cpu as q", (q, k, k.half(), offsets), {}),
+        (ValueError, "k: expected torch.float32 on cpu as q", (q, k.to("meta"), k, offsets), {}),
+        (ValueError, "v: expected torch.float32 on cpu as q", (q, k, k.to("meta"), offsets), {}),
+        (ValueError, "offsets: expected int64 \\[3\\]", (q, k, k, offsets[:2]), {}),
+        (ValueError, "offsets: expected int64 \\[3\\]", (q, k, k, offsets.int()), {}),
+        (ValueError, "offsets: expected int64 \\[3\\]", (q, k, k, offsets[None]), {}),
+        (ValueError, "offsets: expected cpu", (q, k, k, offsets.to("meta")), {}),
+        (ValueError, "offsets: expected to rise", (q, k, k, torch.tensor([0, 2, 4])), {}),
+        (ValueError, "offsets: expected to rise", (q, k, k, torch.tensor([0, 6, 5])), {}),
+        (ValueError, "offsets: expected to rise", (q, k, k, torch.tensor([1, 2, 5])), {}),
+        (ValueError, "offsets: expected to rise", (q, k, k, torch.tensor([0, 2, 6])), {}),
+        (TypeError, "q: expected a tensor", (None, k, k, offsets), {}),
+        (TypeError, "k: expected a tensor", (q, [1.0], k, offsets), {}),
+        (TypeError, "v: expected a tensor", (q, k, [1.0], offsets), {}),
+        (TypeError, "offsets: expected a tensor", (q, k, k, [0, 2, 5]), {}),
+        (ValueError, "dropout_p: expected", rag, {"dropout_p": 1.0}),
+        (ValueError, "dropout_p: expected", rag, {"dropout_p": -0.1}),
+        (ValueError, "dropout_p: expected", rag, {"dropout_p": float("nan")}),
+        (ValueError, "dropout_p: expected", rag, {"dropout_p": "half"}),
+        (ValueError, "seed: expected int64 \\[1\\]", rag, {"dropout_p": 0.5, "seed": seed.int()}),
+        (ValueError, "seed: expected int64 \\[1\\]", rag, {"dropout_p": 0.5, "seed": seed[0]}),
+        (ValueError, "seed: expected int64 \\[1\\] on cpu", rag,
+         {"dropout_p": 0.5, "seed": seed.to("meta")}),
+        (TypeError, "seed: expected a tensor", rag, {"dropout_p": 0.5, "seed": 1}),
+        (ValueError, "backend: expected 'auto'", rag, {"backend": "cuda"}),
+        (ValueError, "backend: 'triton' needs CUDA tensors, got cpu; 'auto' falls back", rag,
+         {"backend": "triton"}),
+        (ValueError, "backend: 'triton' takes float32", (*(t.double() for t in rag[:3]), offsets),
+         {"backend": "triton"}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "args", "options"), refused())
+def test_refusals(error, message: str, args: tuple, options: dict) -> None:
+    with pytest.raises(error, match=message):
+        latent_attention(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "reduce: expected None or 'mean'", {"reduce": "sum"}),
+        (ValueError, "lse: expected \\(2, 3, 4\\)", {"lse": torch.zeros(1, 3, 4, **WIDE)}),
+        (ValueError, "lse: expected", {"lse": torch.zeros(2, 3, 4, dtype=torch.half)}),
+        (ValueError, "lse: expected", {"lse": torch.zeros(2, 3, 4, **WIDE, device="meta")}),
+        (TypeError, "lse: expected a tensor", {"lse": [1.0]}),
+        (ValueError, "backend: expected", {"backend": "cuda"}),
+        (ValueError, "backend: 'triton' takes", {"backend": "triton", "reduce": "mean"}),
+        (
+            ValueError,
+            "backend: 'triton' takes",
+            {"backend": "triton", "lse": torch.zeros(2, 3, 4, **WIDE)},
+        ),
+    ],
+)
+def test_refusals_of_attention_weights(error, message: str, options: dict) -> None:
+    q, k, _ = ragged([2, 3])
+    with pytest.raises(error, match=message):
+        attention_weights(q, k, offsets_of([2, 3]), **options)

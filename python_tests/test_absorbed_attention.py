@@ -1,0 +1,473 @@
+"""absorbed_attention against softmax over normalised tokens; bags, dropout and mass, refusals."""
+
+import itertools
+import math
+from importlib import import_module
+from unittest import mock
+
+import motet
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from motet.kernels.absorbed_attention import absorbed_attention_reference, absorbed_weights
+from motet.kernels.context_kv import context_kv_reference
+from torch import Tensor
+from torch.library import opcheck
+
+from .conftest import (
+    EXACT,
+    FLOOR,
+    ROWS,
+    assert_as_good_as,
+    assert_compiles,
+    assert_differentiable_once,
+    assert_leaves_no_trace,
+    offsets_of,
+    rows_of,
+    views_of,
+    with_gradients,
+)
+
+module = import_module("motet.kernels.absorbed_attention")
+chunks = import_module("motet.kernels.context_kv")
+absorbed_attention = motet.kernels.absorbed_attention
+WIDE = {"dtype": torch.float64}
+LENGTHS = {
+    "three bags": [4, 2, 3],
+    "empty and one-key bags": [0, 1, 5, 0, 1],
+    "above the chunks": [65, 64, 63, 128],
+    "all empty": [0, 0],
+    "no bag": [],
+    "one bag": [150],
+}
+
+
+def draw(
+    lengths: list[int],
+    dtype: torch.dtype = torch.float64,
+    *,
+    rows: int = 4,
+    width: int = 5,
+    places: tuple[int, int] | None = None,
+    kind: float | str = 1.0,
+) -> list[Tensor]:
+    """Return queries, x and, if there are any, positions of the shape `places`."""
+    wide = width + (places[1] if places else 0)
+    queries = torch.randn(len(lengths), rows, wide).to(dtype)
+    x = rows_of(kind, sum(lengths), width, dtype=dtype)
+    return [queries, x, *([torch.randn(places).to(dtype)] if places else [])]
+
+
+def call(lengths: list[int], function=absorbed_attention, **options):
+    """Return `function` of queries, x and, if there are any, positions."""
+
+    def called(queries: Tensor, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
+        return function(queries, x, offsets_of(lengths), positions=positions, **options)
+
+    return called
+
+
+def reference(lengths: list[int], **options):
+    return call(lengths, absorbed_attention_reference, **options)
+
+
+@pytest.fixture
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)  # 64 rows
+
+
+@pytest.mark.usefixtures("_poisoned", "_small_chunks")
+@pytest.mark.parametrize("channels", [None, 0, 3])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_equals_the_reference(lengths: list[int], channels: int | None) -> None:
+    args = draw(lengths, places=None if channels is None else (sum(lengths), channels))
+    mine, theirs = (with_gradients(f(lengths))(*args) for f in (call, reference))
+    torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.usefixtures("_poisoned", "_small_chunks")
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [89, 89], [89, 0, 178], [70, 84]], ids=str)
+def test_shared_positions(lengths: list[int]) -> None:
+    args = draw(lengths, places=(89 if 89 in lengths else 7, 2))
+    mine, theirs = (with_gradients(f(lengths))(*args) for f in (call, reference))
+    torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (0, 5), (11, 1), (1, 17)])
+def test_sizes_at_the_edge(rows: int, width: int) -> None:
+    args = draw([4, 0, 3], rows=rows, width=width)
+    mine, theirs = (with_gradients(f([4, 0, 3]))(*args) for f in (call, reference))
+    torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+def test_bags_without_tokens_and_with_one() -> None:
+    queries, x = draw([0, 1])
+    pooled, mass = absorbed_attention(queries, x, offsets_of([0, 1]))
+    assert torch.equal(pooled[0], torch.zeros(4, 5, **WIDE))
+    assert torch.equal(mass, torch.tensor([[0.0] * 4, [1.0] * 4], **WIDE))
+    token = torch.nn.functional.layer_norm(x, (5,))
+    torch.testing.assert_close(pooled[1], token.expand(4, 5), **EXACT)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("places", [None, (50, 4)])
+def test_rows_with_any_mean_lose_no_digits(kind, dtype: torch.dtype, places) -> None:
+    lengths = [70, 0, 1, 79]
+    queries, *rest = draw(lengths, dtype, rows=8, width=48, places=places, kind=kind)
+    assert_as_good_as(
+        with_gradients(call(lengths)), with_gradients(reference(lengths)), queries / 8, *rest
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_say_the_dtype_of_the_products(dtype: torch.dtype) -> None:
+    queries, x = draw([4, 3], torch.float32)
+    for tokens in (x, x.to(dtype)):
+        outcome = with_gradients(call([4, 3]))(queries.to(dtype), tokens)
+        assert [part.dtype for part in outcome] == [dtype, dtype, dtype, tokens.dtype]
+        assert_as_good_as(call([4, 3]), reference([4, 3]), queries.to(dtype), tokens)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_huge_scores_do_not_overflow() -> None:
+    """Scores of 1e4 and beyond, rising from chunk to chunk: the highest wins, nothing is NaN."""
+    queries, x = draw([200], torch.float32)
+    outcome = with_gradients(call([200]))(1e4 * queries, x)
+    z = torch.nn.functional.layer_norm(x, (5,))
+    torch.testing.assert_close(outcome[0][0], z[(z @ queries[0].T).argmax(0)])
+    assert all(part.isfinite().all() for part in outcome)
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 7, 63, 64, 65, 128, 129, 200]), max_size=4),
+    st.sampled_from([(4, 5), (3, 16), (17, 33)]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.booleans(),
+)
+@example([], (4, 5), torch.float32, False)
+def test_a_bag_has_the_same_bits_in_any_batch(
+    lengths: list[int], sizes: tuple[int, int], dtype: torch.dtype, positions: bool
+) -> None:
+    torch.manual_seed(sum(lengths))
+    places = (sum(lengths), 2) if positions else None
+
+    def run(lengths: list[int], *args: Tensor) -> list[Tensor]:
+        args = tuple(t.clone().requires_grad_() for t in args)
+        results = call(lengths)(*args)
+        return [*results, *torch.autograd.grad(results[0].sum() + results[1].sum(), args)]
+
+    queries, *tokens = draw(lengths, dtype, rows=sizes[0], width=sizes[1], places=places)
+    with mock.patch.object(chunks, "CHUNK_ELEMENTS", 1):
+        batched = run(lengths, queries, *tokens)
+        for b, bound in enumerate(itertools.pairwise(offsets_of(lengths).tolist())):
+            row, bag = slice(b, b + 1), slice(*bound)
+            alone = run(lengths[row], queries[row], *(t[bag] for t in tokens))
+            assert all(map(torch.equal, alone[:3], (part[row] for part in batched[:3])))
+            assert all(map(torch.equal, alone[3:], (part[bag] for part in batched[3:])))
+
+
+def test_the_size_of_chunks_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [300, 0, 233]
+    args = draw(lengths, places=(533, 2))
+    seed = torch.tensor([5])
+    plain, dropped = [], []
+    for elements in (1, 128 * 7, 256 * 7, 1 << 21):
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)
+        plain.append(with_gradients(call(lengths))(*args))
+        dropped.append(with_gradients(call(lengths, dropout_p=0.4, seed=seed))(*args))
+    for outcomes in (plain, dropped):
+        for outcome in outcomes:
+            torch.testing.assert_close(outcome, outcomes[0], **EXACT)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("places", [None, (70, 1), (5, 2)])
+def test_gradients(dropout_p: float, places: tuple[int, int] | None) -> None:
+    """With a fixed seed the mask is fixed too, and the gradient is that of what was computed.
+
+    The mass has one too.
+    """
+    lengths = [3, 0, 67] if places != (5, 2) else [2, 0, 3]
+    args = [a.requires_grad_() for a in draw(lengths, rows=2, width=2, places=places)]
+    seed = torch.tensor([5]) if dropout_p else None
+    run = call(lengths, dropout_p=dropout_p, seed=seed)
+    assert torch.autograd.gradcheck(run, args, fast_mode=True)
+
+
+def test_no_gradient_where_none_is_wanted() -> None:
+    lengths = [3, 4]
+    queries, x, places = draw(lengths, places=(7, 2))
+    every = with_gradients(call(lengths))(queries, x, places)[2:]
+    generator = torch.Generator().manual_seed(0)
+    for wanted in ([0], [1], [2], [0, 2]):
+        args = [a.clone().requires_grad_(i in wanted) for i, a in enumerate((queries, x, places))]
+        results = call(lengths)(*args)
+        generator.manual_seed(0)
+        sums = [torch.randn(r.shape, generator=generator).bfloat16().double() for r in results]
+        some = torch.autograd.grad(results, [args[i] for i in wanted], sums)
+        for i, gradient in zip(wanted, some, strict=True):
+            torch.testing.assert_close(gradient, every[i], **EXACT)
+
+
+def test_one_result_is_enough_for_a_gradient() -> None:
+    args = [a.requires_grad_() for a in draw([3, 4])]
+    for i in range(2):
+        options = {"allow_unused": True, "materialize_grads": True}
+        mine, theirs = (
+            torch.autograd.grad(f([3, 4])(*args)[i].square().sum(), args, **options)
+            for f in (call, reference)
+        )
+        torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+ROWS_OF_QUERIES, TOKENS, P = 12, 400, 0.3
+
+
+def kept(lengths: list[int], seed: int = 5, dropout_p: float = P) -> list[Tensor]:
+    """Return the mask [R, N_b] of each bag, by equal scores and unit vectors as tokens."""
+    wide = max(lengths)
+    x = torch.cat([torch.eye(wide, **WIDE)[:n] for n in lengths])
+    queries = torch.zeros(len(lengths), ROWS_OF_QUERIES, wide, **WIDE)
+    options = {"dropout_p": dropout_p, "seed": torch.tensor([seed])}
+    pooled, mass = absorbed_attention(queries, x, offsets_of(lengths), **options)
+    rstd = (1 / wide - 1 / wide**2 + 1e-5) ** -0.5  # of a normalised unit vector
+    masks = []
+    for own, total, count in zip(pooled, mass, lengths, strict=True):
+        weights = own / rstd + total[:, None] / wide
+        scaled = weights[:, :count] * count * (1 - dropout_p)
+        assert ((scaled - scaled.round()).abs() < 1e-9).all()
+        assert (weights[:, count:].abs() < 1e-12).all()
+        torch.testing.assert_close(total, weights.sum(-1), **EXACT)
+        masks.append(scaled.round().bool())
+    return masks
+
+
+def test_every_weight_is_kept_with_the_same_probability() -> None:
+    """Per bag, query and token within 5 standard deviations of a binomial."""
+    bags = torch.stack(kept([TOKENS] * 6)).double()  # [B, R, N]
+    for axes in ([], [0], [1], [2], [0, 1]):
+        others = [axis for axis in range(3) if axis not in axes]
+        count = math.prod(bags.shape[axis] for axis in others)
+        deviation = math.sqrt(P * (1 - P) / count)
+        assert (bags.mean(others) - (1 - P)).abs().max() < 5 * deviation, axes
+
+
+def test_masks_of_bags_queries_and_seeds_are_independent() -> None:
+    masks = torch.cat(kept([TOKENS] * 3) + kept([TOKENS] * 3, seed=6)[2:]).double()
+    agreement = (masks @ masks.T + (1 - masks) @ (1 - masks).T) / TOKENS
+    expected = P**2 + (1 - P) ** 2
+    apart = agreement[~torch.eye(len(masks)).bool()]
+    assert (apart - expected).abs().max() < 6 * math.sqrt(expected * (1 - expected) / TOKENS)
+
+
+def test_the_mask_depends_on_the_seed_and_not_on_chunks_or_other_bags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, mine, last = kept([9, 140, 3])
+    assert torch.equal(mine, kept([50, 140])[1])
+    assert torch.equal(first, kept([9])[0])
+    assert torch.equal(last, kept([0, 0, 3])[2])
+    assert not torch.equal(mine, kept([9, 140, 3], seed=6)[1])
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
+    assert all(map(torch.equal, kept([9, 140, 3]), (first, mine, last)))
+
+
+def test_dropout_keeps_the_mean() -> None:
+    lengths = [200, 100]
+    args = draw(lengths)
+    draws = [call(lengths, dropout_p=0.4)(*args) for _ in range(300)]
+    expected = call(lengths)(*args)
+    for drawn, true in zip(map(torch.stack, zip(*draws, strict=True)), expected, strict=True):
+        error = (drawn.mean(0) - true) / (drawn.std(0) / len(draws) ** 0.5)
+        assert error.abs().max() < 5
+        assert drawn.std(0).min() > 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
+def test_torchs_generator_draws_the_seed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "compiled", lambda function: function)  # what it computes, quickly
+    args = draw([40, 20])
+
+    def run(dropout_p: float = 0.5) -> Tensor:
+        return call([40, 20], dropout_p=dropout_p, backend=backend)(*args)[0]
+
+    torch.manual_seed(3)
+    first, second = run(), run()
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(run(), first)
+    state = torch.get_rng_state()
+    assert torch.equal(run(0.0), run(0.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
+def test_the_same_seed_is_the_same_mask(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "compiled", lambda function: function)
+    args = draw([40, 20])
+    state = torch.get_rng_state()
+
+    def run(seed: int) -> Tensor:
+        options = {"dropout_p": 0.5, "seed": torch.tensor([seed]), "backend": backend}
+        return call([40, 20], **options)(*args)[0]
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_weights(lengths: list[int], dtype: torch.dtype) -> None:
+    queries, x, places = draw(lengths, dtype, places=(sum(lengths), 2))
+    weights = absorbed_weights(queries, x, offsets_of(lengths), positions=places)
+    assert (weights.dtype, weights.shape) == (dtype, (sum(lengths), 4))
+    identity = torch.eye(7, **WIDE)[None]
+    (z,) = context_kv_reference(x.double(), identity, positions=places.double())
+    bags = weights.double().split(lengths) if lengths else []
+    own_z = z.split(lengths) if lengths else []
+    atol = 8 * FLOOR[dtype]  # of scores of up to 5
+    for bag, query, tokens in zip(bags, queries.double(), own_z, strict=True):
+        torch.testing.assert_close(bag, (tokens @ query.T).softmax(0), rtol=0, atol=atol)
+        if len(bag):
+            torch.testing.assert_close(bag.sum(0), torch.ones(4, **WIDE), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("lengths", [[4, 0, 3], [0, 0], []], ids=str)
+@pytest.mark.parametrize("channels", [None, 2])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_registration(lengths: list[int], channels: int | None, dropout_p: float) -> None:
+    queries, x, *places = draw(lengths, places=channels and (sum(lengths), channels))
+    positions = places[0] if places else None
+    offsets, seed = offsets_of(lengths), torch.tensor([5]) if dropout_p else None
+    operators = torch.ops.motet
+    args = [a if a is None else a.clone().requires_grad_() for a in (queries, x, positions)]
+    opcheck(operators.absorbed_attention, (*args, offsets, 1e-5, dropout_p, seed, "auto"))
+    plain = (queries, x, positions, offsets)
+    made = operators.absorbed_attention(*plain, 1e-5, dropout_p, seed, "auto")
+    grads = [torch.randn_like(part) for part in made[:2]]
+    for rows in (True, False):
+        opcheck(
+            operators.absorbed_attention_backward,
+            (*grads, *plain, *made, 1e-5, dropout_p, seed, "auto", rows),
+        )
+
+
+def test_compiles_whole_for_any_size() -> None:
+    def run(queries: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        offsets = torch.arange(3) * (len(x) // 2)
+        pooled, mass = absorbed_attention(queries, x, offsets, positions=positions)
+        return 2 * pooled, mass
+
+    assert_compiles(run, *(draw([n, n], places=(n, 3)) for n in (6, 9)))
+
+
+# torch's own, where offsets break the graph; it says so only where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_the_compiled_backend() -> None:
+    lengths = [4]
+    args = draw(lengths)
+    mine, theirs = (f(lengths) for f in (lambda n: call(n, backend="compile"), reference))
+    torch.testing.assert_close(with_gradients(mine)(*args), with_gradients(theirs)(*args), **EXACT)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_what_the_compiled_backend_computes(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "compiled", lambda function: function)
+    args = draw(lengths)
+    mine, theirs = (
+        with_gradients(call(lengths, backend=backend))(*args) for backend in ("compile", "eager")
+    )
+    torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+def test_there_is_one_derivative() -> None:
+    assert_differentiable_once(call([2, 3]), *draw([2, 3], places=(5, 2)))
+
+
+def test_no_state_survives_a_call() -> None:
+    lengths = [4, 0, 3]
+    args = draw(lengths, places=(7, 2))
+    assert_leaves_no_trace(call(lengths), *args)
+    seed = torch.tensor([5])
+    assert_leaves_no_trace(call(lengths, dropout_p=0.5, seed=seed), *args)
+    assert seed.item() == 5
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_layouts_of_every_argument(which: int) -> None:
+    lengths = [9, 0, 12]
+    args = draw(lengths, places=(7, 2))
+    expected = with_gradients(reference(lengths))(*args)
+    for view in views_of(args[which]).values():
+        changed = [*args[:which], view, *args[which + 1 :]]
+        torch.testing.assert_close(with_gradients(call(lengths))(*changed), expected, **EXACT)
+
+
+def test_expanded_arguments() -> None:
+    lengths = [9, 0, 12]
+    shapes = [(3, 4, 7), (21, 5), (7, 2)]
+    args = [torch.randn(shape[-1], **WIDE).expand(shape) for shape in shapes]
+    mine, theirs = (with_gradients(f(lengths))(*args) for f in (call, reference))
+    torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
+    queries, x = draw([2, 3])
+    offsets, seed = offsets_of([2, 3]), torch.tensor([1])
+    ok = (queries, x, offsets)
+    wide = torch.randn(2, 4, 7, **WIDE)
+    single = (queries.float(), x.float(), offsets)
+    return [
+        (TypeError, "queries: expected a tensor", ([1.0], x, offsets), {}),
+        (TypeError, "x: expected a tensor", (queries, [1.0], offsets), {}),
+        (TypeError, "offsets: expected a tensor", (queries, x, [0, 2, 5]), {}),
+        (TypeError, "offsets: expected a tensor", (queries, x, None), {}),
+        (TypeError, "positions: expected a tensor", (wide, x, offsets), {"positions": [1.0]}),
+        (ValueError, "x: expected floating-point \\[T, D\\]", (queries, x[None], offsets), {}),
+        (ValueError, "x: expected floating-point", (queries, x.long(), offsets), {}),
+        (ValueError, "\\[T, D\\] with D > 0", (queries, x[:, :0], offsets), {}),
+        (ValueError, "queries: expected \\[2, R, 5\\]", (queries[..., :4], x, offsets), {}),
+        (ValueError, "queries: expected \\[2, R, 5\\]", (queries[0], x, offsets), {}),
+        (ValueError, "queries: expected \\[2, R, 5\\]", (queries[:1], x, offsets), {}),
+        (ValueError, "queries: expected", (single[0].long(), single[1], offsets), {}),
+        (ValueError, "queries: expected", (single[0].to(torch.complex64), single[1], offsets), {}),
+        (ValueError, "queries: expected a dtype that goes with torch.float64",
+         (queries.float(), x, offsets), {}),
+        (ValueError, "queries: expected .* on cpu", (queries.to("meta"), x, offsets), {}),
+        (ValueError, "positions: expected \\[N, P\\]", (wide, x, offsets), {"positions": x[:2]}),
+        (ValueError, "positions: expected cpu as x", (wide, x, offsets),
+         {"positions": x[:, :2].to("meta")}),
+        (ValueError, "positions: expected floating", (wide, x, offsets),
+         {"positions": x[:, :2].long()}),
+        (ValueError, "offsets: expected int64", (queries, x, offsets.int()), {}),
+        (ValueError, "offsets: expected int64", (queries, x, offsets[None]), {}),
+        (ValueError, "offsets: expected int64", (queries, x, offsets[:0]), {}),
+        (ValueError, "offsets: expected cpu", (queries, x, offsets.to("meta")), {}),
+        (ValueError, "offsets: expected to rise", (queries, x, torch.tensor([0, 6, 5])), {}),
+        (ValueError, "offsets: expected to rise", (queries, x, torch.tensor([1, 2, 5])), {}),
+        (ValueError, "offsets: expected to rise", (queries, x, torch.tensor([0, 2, 6])), {}),
+        (ValueError, "offsets: expected to rise", (queries, x, torch.tensor([0, 2, 4])), {}),
+        (ValueError, "dropout_p: expected", ok, {"dropout_p": 1.0}),
+        (ValueError, "seed: expected int64 \\[1\\]", ok, {"dropout_p": 0.5, "seed": seed[0]}),
+        (TypeError, "seed: expected a tensor", ok, {"dropout_p": 0.5, "seed": 1}),
+        (ValueError, "backend: expected 'auto'", ok, {"backend": "cuda"}),
+        (ValueError, "backend: 'triton' takes float32", ok, {"backend": "triton"}),
+        (ValueError, "backend: 'triton' needs CUDA tensors, got cpu; 'auto' falls back", single,
+         {"backend": "triton"}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "args", "options"), refused())
+def test_refusals(error, message: str, args: tuple, options: dict) -> None:
+    with pytest.raises(error, match=message):
+        absorbed_attention(*args, **options)
+    if not options.keys() & {"dropout_p", "seed"}:
+        with pytest.raises(error, match=message):
+            absorbed_weights(*args, **options)

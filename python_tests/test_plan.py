@@ -1,0 +1,185 @@
+"""plan: what it chooses on which machine, degenerate cases, what it prints, refusals."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import motet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from motet.kernels.plan import MACHINES, Cost, Machine, cpu_machine
+
+plan = motet.kernels.plan
+
+SIZES = {"bags": 8, "latents": 25, "heads": 8, "head_dim": 16, "layers": 2}
+STRATEGIES = ("cached", "absorbed", "reference")
+CPUS = [cpu_machine(threads, amx) for threads in (1, 2, 16) for amx in (False, True)]
+# HEALNet on four TCGA cohorts: latents x width of a head, 8 heads. algebra.md, section 1.
+TCGA = {
+    "25x16": ("cached", {"latents": 25, "head_dim": 16, "layers": 2}),
+    "17x63": ("absorbed", {"latents": 17, "head_dim": 63, "layers": 2}),
+    "17x27": ("cached", {"latents": 17, "head_dim": 27, "layers": 5}),
+    "16x103": ("absorbed", {"latents": 16, "head_dim": 103, "layers": 2}),
+    "17x27, unshared": ("absorbed", {"latents": 17, "head_dim": 27, "layers": 5, "weight_sets": 5}),
+}
+
+
+def planned(tokens: int = 30_000, width: int = 2048, **options: Any) -> motet.kernels.Plan:
+    return plan(tokens, width, **{**SIZES, **options})
+
+
+@pytest.mark.parametrize("name", TCGA)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("tokens", [1000, 30_000, 120_000])
+@pytest.mark.parametrize("machine", CPUS, ids=lambda machine: machine.name)
+def test_tcga_on_a_cpu(name: str, training: bool, tokens: int, machine: Machine) -> None:
+    strategy, sizes = TCGA[name]
+    assert planned(tokens, training=training, device=machine, **sizes).strategy == strategy
+
+
+@pytest.mark.parametrize("device", MACHINES)
+def test_gpus_are_known_by_name_without_one_at_hand(device: str) -> None:
+    for name in ("25x16", "17x27"):
+        chosen = planned(120_000, device=device, dtype=torch.bfloat16, **TCGA[name][1])
+        assert (chosen.strategy, chosen.machine) == ("cached", device)
+    # Many wide heads without sharing: keys and values of all layers are more than the tokens.
+    options = {"layers": 5, "weight_sets": 5, "latents": 4, "head_dim": 128, "heads": 8}
+    assert planned(120_000, device=device, dtype=torch.bfloat16, **options).strategy == "absorbed"
+
+
+def test_faster_machines_are_predicted_to_be_faster() -> None:
+    costs = [planned(120_000, device=name).cost.seconds for name in ("A100", "H100", "H200")]
+    assert costs == sorted(costs, reverse=True)
+    threads = [planned(device=cpu_machine(n, False)).cost.seconds for n in (1, 2, 16)]
+    assert threads == sorted(threads, reverse=True)
+    assert planned(device="cpu").machine.startswith("CPU, ")
+    amx = [planned(device=cpu_machine(1, a), dtype=torch.bfloat16) for a in (False, True)]
+    assert amx[0].cost.seconds > amx[1].cost.seconds
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "width": st.integers(1, 4096),
+        "bags": st.integers(1, 64),
+        "latents": st.integers(1, 256),
+        "heads": st.integers(1, 16),
+        "head_dim": st.integers(1, 128),
+        "layers": st.integers(1, 8),
+        "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+        "device": st.sampled_from([*CPUS, *MACHINES]),
+        "training": st.booleans(),
+        "dropout": st.sampled_from([0.0, 0.1]),
+        "weights": st.booleans(),
+        "tokens_need_grad": st.booleans(),
+    }
+)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), sizes, st.booleans())
+def test_the_least_predicted_time_is_chosen_and_grows_with_the_tokens(
+    fewer: int, more: int, options: dict[str, Any], shared: bool
+) -> None:
+    fewer, more = sorted((fewer, more))
+    options["weight_sets"] = 1 if shared else options["layers"]
+    small, large = (plan(tokens, **options) for tokens in (fewer, more))
+    assert small == plan(fewer, **options)
+    for chosen in (small, large):
+        assert tuple(chosen.costs) == STRATEGIES
+        assert chosen.strategy in ("cached", "absorbed")
+        fastest = min(chosen.costs[name].seconds for name in ("cached", "absorbed"))
+        assert chosen.cost.seconds == fastest
+        for cost in chosen.costs.values():
+            assert min(dataclasses.astuple(cost)) > 0
+    for name, field in itertools.product(STRATEGIES, ("flop", "bytes", "seconds")):
+        assert getattr(small.costs[name], field) <= getattr(large.costs[name], field)
+
+
+@pytest.mark.parametrize("strategy", ["cached", "absorbed"])
+@pytest.mark.parametrize("device", [CPUS[0], "H200"], ids=str)
+def test_what_is_asked_for_beyond_the_forward_pass_costs(strategy: str, device) -> None:
+    def seconds(**options: Any) -> float:
+        return planned(device=device, **options).costs[strategy].seconds
+
+    plain, training = seconds(), seconds(training=True)
+    assert plain < training
+    assert seconds(weights=True) > plain
+    assert seconds(dropout=0.1) == plain  # in training only
+    assert seconds(training=True, dropout=0.1) > training
+    assert seconds(training=True, tokens_need_grad=True) >= training
+    assert seconds(layers=4) > plain
+    assert seconds(layers=4, weight_sets=4) >= seconds(layers=4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "H200"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "tokens", "longest"),
+    [("nothing", 0, None), ("nothing", 0, 0), ("one token", 8, 1), ("one token", 3, 1)],
+)
+def test_degenerate_cases(strategy, tokens: int, longest, training: bool, device: str) -> None:
+    chosen = planned(tokens, longest=longest, training=training, device=device)
+    assert chosen.strategy == strategy
+    assert tuple(chosen.costs) == (strategy,)
+    assert "no bag has" in chosen.reason
+    assert strategy in str(chosen)
+    assert chosen.cost.seconds < planned(8, device=device, training=training).cost.seconds
+
+
+def test_a_longest_bag_of_two_tokens_is_no_degenerate_case() -> None:
+    assert planned(8, longest=2).strategy in ("cached", "absorbed")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_asked_for_is_chosen(strategy) -> None:
+    chosen = planned(strategy=strategy, device="H200")
+    assert (chosen.strategy, chosen.reason) == (strategy, "asked for")
+    assert chosen.costs == planned(device="H200").costs
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "compile", "eager"])
+def test_it_prints_why(backend) -> None:
+    for strategy in (None, *STRATEGIES):
+        chosen = planned(strategy=strategy, backend=backend, device="H200")
+        first, *rows = str(chosen).splitlines()
+        assert first == f"{chosen.strategy} on H200, backend {backend}: {chosen.reason}"
+        assert [row[2:].split()[0] for row in rows] == list(STRATEGIES)
+        assert [row[0] for row in rows] == [
+            "*" if name == chosen.strategy else " " for name in STRATEGIES
+        ]
+        for row, cost in zip(rows, chosen.costs.values(), strict=True):
+            _, flop, _, moved, _, ms, *_ = row[2:].split()
+            assert float(flop) == pytest.approx(cost.flop / 1e9, abs=0.01)
+            assert float(moved) == pytest.approx(cost.bytes / 1e9, abs=0.001)
+            assert float(ms) == pytest.approx(1e3 * cost.seconds, abs=0.001)
+
+
+def test_a_plan_is_a_value() -> None:
+    chosen = planned(device="H200")
+    assert chosen == planned(device="H200")
+    assert isinstance(chosen.cost, Cost)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        chosen.strategy = "cached"  # pyright: ignore
+
+
+def test_a_machine_of_ones_own() -> None:
+    slow = dataclasses.replace(CPUS[0], name="mine", flops=dict.fromkeys(CPUS[0].flops, 1e9))
+    chosen = planned(device=slow)
+    assert chosen.machine == "mine"
+    assert chosen.cost.seconds > planned(device=CPUS[0]).cost.seconds
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("strategy: expected None, 'cached', 'absorbed' or 'reference'", {"strategy": "fast"}),
+        ("backend: expected 'auto', 'triton', 'compile' or 'eager'", {"backend": "cuda"}),
+        ("device: expected one of 'cpu', 'cuda', 'A100'", {"device": "tpu"}),
+        ("device: expected one of", {"device": "nvidia h200"}),
+        ("dtype: expected", {"dtype": torch.int64}),
+    ],
+)
+def test_refusals(message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(**options)
