@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test lint bench gpu soak clean
+.PHONY: demo test lint bench gpu gpu-full soak clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -32,10 +32,16 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,stddev,rounds --benchmark-group-by=group
 
 # Checks and timings on the GPU at hand, one JSON file in $(RESULTS). Uses the environment that is
-# active, since GPU machines bring their own torch.
+# active, since GPU machines bring their own torch. PUBLISHED=DIR, a clone of konst-int-i/healnet,
+# adds the authors' code.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	$(PYTHON) benchmarks/gpu.py --out $(RESULTS)
+	$(PYTHON) benchmarks/gpu.py --out $(RESULTS) $(if $(PUBLISHED),--published $(PUBLISHED))
+
+# The whole grid, a line of a file per cell; the same again goes on where it stopped.
+gpu-full:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) benchmarks/gpu.py --full --out $(RESULTS) $(if $(PUBLISHED),--published $(PUBLISHED))
 
 # The properties with fresh seeds and many more examples.
 soak: $(INSTALLED)

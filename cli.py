@@ -148,6 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     _data(predict)
     predict.set_defaults(run=_predict)
 
+    bench = commands.add_parser(
+        "bench",
+        help="time HEALNet on this machine, beside the literal equation and the machine's limits",
+    )
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is)")
+    bench.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: both)")
+    bench.add_argument("--threads", type=int, metavar="N", help="of torch (default: its own)")
+    bench.add_argument("--quick", action="store_true", help="sizes that only show that it works")
+    bench.add_argument(
+        "--json", metavar="FILE", help="write the figures too; - prints them instead of the table"
+    )
+    bench.set_defaults(run=_bench)
+
     doctor = commands.add_parser("doctor", help="say what is built, what is missing, and the cure")
     _json(doctor)
     return parser
@@ -216,6 +229,18 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo import main as run_demo
 
     return run_demo(options.out)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import main as run_bench
+
+    return run_bench(
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        quick=options.quick,
+        json_to=options.json,
+    )
 
 
 def _train(options: argparse.Namespace) -> int:

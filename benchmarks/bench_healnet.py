@@ -1,14 +1,345 @@
-"""HEALNet on the reference path: forward and a training step, with their errors."""
+"""HEALNet, forward and a training step, with their errors: pytest-benchmark, or a script.
 
-import pytest
+    python benchmarks/bench_healnet.py --published DIR [--rounds N] [--tokens N] [--json FILE]
+    python benchmarks/bench_healnet.py --scaling --figure scaling.png
 
-from .cells import Cell, healnet_cells
+The first times a training step of the authors' code (see published.py) and of ours in one run, in
+turns, on the same data, drawn afresh for each round: an omic row of 2181 and 4 bags of patches,
+whose features both encode positions. The second shows how ours grows with the size of a bag.
+"""
 
-CELLS = healnet_cells("cpu", tokens=500)
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import motet
+import torch
+from motet import bench
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+OMIC, PATCH = 2181, 2048
+BAGS = 4
+MAX_FREQ, TEMPERATURE = 2.0, 0.5
+SIZES = (500, 2000, 8000, 15_000, 30_000, 60_000)
+QUICK = [
+    bench.Cell(f"{name} 4x500 {kind}", config, (500,) * 4, kind == "step", PATCH)
+    for name, config in bench.CONFIGS.items()
+    for kind in ("forward", "step")
+]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def bench_healnet(benchmark, cell: Cell) -> None:
-    benchmark.extra_info["error"] = error = cell.error(cell.run)
-    assert error < 1e-4
-    benchmark.pedantic(cell.run, cell.arguments, rounds=5, warmup_rounds=1)
+def pytest_generate_tests(metafunc) -> None:
+    """Parametrise without importing pytest, which the authors' environment need not have."""
+    metafunc.parametrize("who", ["motet", "reference"])
+    metafunc.parametrize("cell", QUICK, ids=lambda cell: cell.name)
+
+
+def bench_healnet(benchmark, cell: bench.Cell, who: str) -> None:
+    work = bench.Workload(cell, "fp32", "cpu")
+    strategy = None if who == "motet" else "reference"
+    benchmark.group = cell.name
+    benchmark.extra_info["error"] = error = bench.relative_error(work.run(strategy), work.gold())
+    assert error < bench.FLOOR["fp32"]
+    benchmark.pedantic(work.run, (strategy,), rounds=5, warmup_rounds=1)
+
+
+class Table(NamedTuple):
+    """One comparison over all configurations."""
+
+    title: str
+    shared: bool
+    """Whether the layers share weights. Theirs never shares the first layer's, so that outputs can
+    be compared only where nothing is shared."""
+    heads: int
+
+
+TABLES = (
+    Table("weights shared, 8 heads", True, 8),
+    Table("nothing shared, 8 heads", False, 8),
+    Table("nothing shared, 1 head", False, 1),
+)
+
+
+def their_config(config: bench.Config, *, shared: bool) -> dict[str, Any]:
+    """Return the arguments of their constructor."""
+    return {
+        "n_modalities": 2,
+        "channel_dims": [OMIC, PATCH],
+        "num_spatial_axes": [1, 1],
+        "out_dims": 4,
+        "depth": config.depth,
+        "num_freq_bands": 2,
+        "max_freq": MAX_FREQ,
+        "l_c": config.latents,
+        "l_d": config.latent_dim,
+        "x_heads": config.heads,
+        "cross_dim_head": config.head_dim,
+        "self_per_cross_attn": 0,
+        "weight_tie_layers": shared,
+    }
+
+
+def models(checkout: Path, config: bench.Config, *, shared: bool) -> dict[str, nn.Module]:
+    """Return theirs and ours, with equal weights where nothing is shared."""
+    from benchmarks.published import published_healnet
+
+    torch.manual_seed(0)
+    arguments = their_config(config, shared=shared)
+    theirs = published_healnet(checkout)(**arguments)
+    if not shared:
+        ours = motet.from_upstream({"model": "HealNet", **arguments}, theirs.state_dict())
+        return {"theirs": theirs, "ours": ours}
+    ours = motet.HEALNet(
+        {"omic": motet.Grid(OMIC, axes=1), "wsi": motet.Grid(PATCH, axes=1)},
+        out_features=4,
+        depth=config.depth,
+        num_latents=config.latents,
+        latent_dim=config.latent_dim,
+        heads=config.heads,
+        head_dim=config.head_dim,
+        temperature=TEMPERATURE,
+        latent_init="normal",
+        max_freq=MAX_FREQ,
+    )
+    return {"theirs": theirs, "ours": ours}
+
+
+def logits_of(model: nn.Module, tensors: list[Tensor]) -> Tensor:
+    from benchmarks.published import call
+
+    return model(tensors) if isinstance(model, motet.HEALNet) else call(model, tensors)
+
+
+def step(model: nn.Module, tensors: list[Tensor], *, half: bool = False) -> list[Tensor]:
+    """Return the gradients of all parameters."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        logits = logits_of(model, tensors)
+    # Theirs repeats modules and ours leaves none out: what asks a single token has no gradient.
+    return list(
+        torch.autograd.grad(
+            logits.square().sum(), list(model.parameters()), allow_unused=True,
+            materialize_grads=True,
+        )
+    )  # fmt: skip
+
+
+def batch(bags: int, tokens: int) -> list[Tensor]:
+    """Return an omic row and a bag of patches per patient."""
+    return [torch.randn(bags, 1, OMIC), torch.randn(bags, tokens, PATCH)]
+
+
+def redraw(data: list[Tensor]) -> None:
+    for x in data:
+        x.normal_()
+
+
+def compare(checkout: Path, options: argparse.Namespace, table: Table) -> list[dict[str, Any]]:
+    """Measure one table, row by row."""
+    rows = []
+    print(f"\n{table.title}\n{_TITLE}")
+    for name, config in bench.CONFIGS.items():
+        config = config._replace(heads=table.heads)
+        row = {"config": name, **compare_one(checkout, options, config, table.shared)}
+        rows.append(row)
+        print(_row(row), flush=True)
+    ratios = [row["ratio"] for row in rows]
+    memory = [row["memory_ratio"] for row in rows]
+    print(
+        f"ratio: geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}; "
+        f"memory: geometric mean {statistics.geometric_mean(memory):.2f}, least {min(memory):.2f}"
+    )
+    return rows
+
+
+def compare_one(
+    checkout: Path, options: argparse.Namespace, config: bench.Config, shared: bool
+) -> dict[str, Any]:
+    """Return errors, times and peaks of both; no time where something is wrong.
+
+    Raises:
+        ValueError: outputs that differ, or an error of more than twice theirs.
+    """
+    both = models(checkout, config, shared=shared)
+    row: dict[str, Any] = errors_of(both, min(options.tokens, 300), equal=not shared)
+    data = batch(BAGS, options.tokens)
+    contenders: dict[str, Callable[[], object]] = {
+        name: partial(step, model, data) for name, model in both.items()
+    }
+    contenders["ours bf16"] = partial(step, both["ours"], data, half=True)
+    times = bench.in_turns(
+        contenders, "cpu", rounds=options.rounds, seconds=options.seconds,
+        before=partial(redraw, data),
+    )  # fmt: skip
+    row["ms"] = {name: timing._asdict() for name, timing in times.items()}
+    row["ratio"] = times["theirs"].median / times["ours"].median
+    row["ratio_bf16"] = times["theirs"].median / times["ours bf16"].median
+    del data, contenders
+    threads = torch.get_num_threads()
+    row["peak_mib"] = {
+        who: bench.in_child(threads, memory_of, checkout, config, shared, who, BAGS, options.tokens)
+        for who in both
+    }
+    theirs, ours = (max(peak, 1.0) for peak in row["peak_mib"].values())  # 0 with few tokens
+    row["memory_ratio"] = theirs / ours
+    return row
+
+
+def errors_of(both: dict[str, nn.Module], tokens: int, *, equal: bool) -> dict[str, Any]:
+    """Return the errors of gradients against float64, and by how much the logits differ."""
+    data = batch(2, tokens)
+    wide = [x.double() for x in data]
+    errors = {}
+    for name, model in both.items():
+        gold = step(copy.deepcopy(model).double(), wide)
+        errors[name] = bench.relative_error(step(model, data), gold)
+        errors[f"{name} bf16"] = bench.relative_error(step(model, data, half=True), gold)
+    for suffix, floor in (("", bench.FLOOR["fp32"]), (" bf16", bench.FLOOR["bf16"])):
+        error, allowed = errors[f"ours{suffix}"], 2 * errors[f"theirs{suffix}"] + floor
+        if not error <= allowed:
+            raise ValueError(f"error{suffix} {error:.1e}, expected at most {allowed:.1e}")
+    difference = None
+    if equal:
+        with torch.no_grad():
+            theirs, ours = (logits_of(model, data) for model in both.values())
+        difference = (theirs - ours).abs().max().item()
+        if not difference < TOLERANCE:
+            raise ValueError(f"logits differ by {difference:.1e}, expected < {TOLERANCE:.0e}")
+    return {"error": errors, "difference": difference}
+
+
+TOLERANCE = 1e-4  # of fp32 logits
+
+
+def memory_of(
+    checkout: Path, config: bench.Config, shared: bool, who: str, bags: int, tokens: int
+) -> float:
+    """Return the growth in MiB by data and a training step, after one with short bags."""
+    model = models(checkout, config, shared=shared)[who]
+    step(model, batch(bags, 16))
+    return bench.growth(lambda: step(model, batch(bags, tokens)))
+
+
+def scaling_of(tokens: int, rounds: int) -> dict[str, float]:
+    """Return milliseconds and peak MiB of a training step with one bag, in this process."""
+    cell = bench.Cell(str(tokens), bench.CONFIGS["blca"], (tokens,), step=True)
+    bench.Workload(cell.shortened(16), "fp32", "cpu").run()
+    peak = bench.growth(lambda: bench.Workload(cell, "fp32", "cpu").run())
+    work = bench.Workload(cell, "fp32", "cpu")
+    timing = bench.in_turns({"ours": work.run}, "cpu", rounds=rounds)["ours"]
+    return {"tokens": tokens, **timing._asdict(), "peak_mib": peak}
+
+
+def scaling(options: argparse.Namespace) -> list[dict[str, float]]:
+    """Measure each size in a process of its own; print a table and draw the figure."""
+    rows = []
+    print(f"{'patches':>8} {'ms':26} {'peak MiB':>9} {'data MiB':>9}")
+    for tokens in (50, 4000) if options.quick else SIZES:
+        row = bench.in_child(options.threads, scaling_of, tokens, options.rounds)
+        rows.append(row)
+        timing = bench.Timing(row["median"], row["low"], row["high"], row["rounds"])
+        data = 4 * tokens * PATCH / bench.MIB
+        print(f"{tokens:8} {timing!s:26} {row['peak_mib']:9.0f} {data:9.0f}", flush=True)
+    if options.figure is not None:
+        draw(rows, options.figure)
+    return rows
+
+
+def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
+    """Draw time and memory over the size of a bag."""
+    from matplotlib.figure import Figure
+
+    tokens = [row["tokens"] for row in rows]
+    data = [4 * n * PATCH / bench.MIB for n in tokens]
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(tokens, [row["median"] for row in rows], "o-", color="#2b6cb0")
+    left.fill_between(
+        tokens, [row["low"] for row in rows], [row["high"] for row in rows], color="#2b6cb0",
+        alpha=0.2,
+    )  # fmt: skip
+    left.set(title="training step, median and quartiles", ylabel="ms")
+    right.plot(tokens, [row["peak_mib"] for row in rows], "o-", color="#2b6cb0", label="peak")
+    right.plot(tokens, data, "--", color="#a0aec0", label="of these the data")
+    right.set(title="memory", ylabel="MiB")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel=f"patches in a bag, {PATCH} features each")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+_TITLE = (
+    f"{'':5} {'theirs ms':>24} {'ours ms':>24} {'ratio':>6} {'ours bf16 ms':>24} {'ratio':>6} "
+    f"{'MiB':>6} {'MiB':>6} {'ratio':>6} {'error':>7} {'error':>7} {'bf16':>7} "
+    f"{'logits differ':>14}"
+)
+
+
+def _row(row: dict[str, Any]) -> str:
+    ms = {name: str(bench.Timing(**timing)) for name, timing in row["ms"].items()}
+    peak, error = row["peak_mib"], row["error"]
+    difference = "-" if row["difference"] is None else f"{row['difference']:.1e}"
+    return (
+        f"{row['config']:5} {ms['theirs']:>24} {ms['ours']:>24} {row['ratio']:6.2f} "
+        f"{ms['ours bf16']:>24} {row['ratio_bf16']:6.2f} {peak['theirs']:6.0f} {peak['ours']:6.0f} "
+        f"{row['memory_ratio']:6.2f} {error['theirs']:7.0e} {error['ours']:7.0e} "
+        f"{error['ours bf16']:7.0e} {difference:>14}"
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--published", type=Path, metavar="DIR", help="the authors' checkout")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0,
+        help="no further round of a row after so many, from the third on (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=4000, help="per bag (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
+    parser.add_argument("--scaling", action="store_true", help="the size of a bag instead")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="where --scaling draws")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too")
+    options = parser.parse_args()
+    if not options.scaling and options.published is None:
+        parser.error("expected --published DIR or --scaling")
+    if options.quick:
+        options.tokens, options.rounds = 50, 3
+    return options
+
+
+def main() -> int:
+    """Compare, or scale."""
+    options = _options()
+    try:
+        bench.choose_device("cpu", options.threads)
+        bench.check_folder("--json", options.json)
+        bench.check_folder("--figure", options.figure)
+        facts = bench.about("cpu")
+        print(json.dumps(facts))
+        if options.scaling:
+            found: dict[str, Any] = {"scaling": scaling(options)}
+        else:
+            rows = {table.title: compare(options.published, options, table) for table in TABLES}
+            found = {"bags": BAGS, "tokens": options.tokens, "tables": rows}
+    except ValueError as error:
+        print(f"bench_healnet: {error}", file=sys.stderr)
+        return 2
+    if options.json is not None:
+        options.json.write_text(json.dumps({**facts, **found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # for benchmarks.published
+    sys.exit(main())

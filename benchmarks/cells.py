@@ -1,11 +1,13 @@
 """What is timed: named cells, each with its inputs, what runs, and its float64 gold.
 
-bench_*.py time the cells that suit a CPU; gpu.py times all of them on a GPU.
+For both merges and LegoBlock; HEALNet's cells are in motet.bench. bench_*.py time those that suit
+a CPU; gpu.py times all of them on a GPU.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import motet
 import torch
@@ -23,6 +25,13 @@ class Cell:
     arguments: tuple[Tensor, ...]
     gold: Callable[[], Tensor]
     rival: Callable[..., Tensor] | None = None
+
+    def contenders(self) -> dict[str, Callable[[], Tensor]]:
+        """Return what is timed. On a GPU the operators run their torch form: no rival there."""
+        found = {"motet": partial(self.run, *self.arguments)}
+        if self.rival is not None and self.arguments[0].device.type == "cpu":
+            found["torch"] = partial(self.rival, *self.arguments)
+        return found
 
     def error(self, run: Callable[..., Tensor]) -> float:
         """Return the largest error of `run` against the gold, relative to the largest value."""
@@ -53,15 +62,6 @@ def merge_cells(device: str, size: int) -> list[Cell]:
             lambda *vectors: slerp_reference(vectors, half),
         ),
     ]
-
-
-def healnet_cells(device: str, tokens: int) -> list[Cell]:
-    """HEALNet on 4 bags of patches, 2048 wide, and an omic row: forward, and a training step."""
-    torch.manual_seed(0)
-    modalities = {"omic": motet.Tabular(2000), "wsi": motet.Bag(2048)}
-    model = motet.HEALNet(modalities, out_features=4, depth=2).to(device).eval()
-    omic, bags = torch.randn(4, 2000, device=device), torch.randn(4, tokens, 2048, device=device)
-    return _forward_and_step(f"HEALNet 4 x {tokens}", model, omic, bags)
 
 
 def lego_cells(device: str, tokens: int) -> list[Cell]:

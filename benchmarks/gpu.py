@@ -1,184 +1,199 @@
 """`make gpu`: check and time everything on the GPU at hand, and write one JSON file.
 
-Runs in the environment that is active, since GPU machines bring their own torch. Every model on the
-device is compared with itself on the CPU in float64; where that fails, nothing is timed. Every time
-has its error beside it, and what is too wrong has no time. Either makes the exit code 1.
+Runs in the environment that is active, since GPU machines bring their own torch. First models and
+operators are compared with float64; then the device's own limits are measured, and 40 cells of
+benchmarks/ladder.py. Every time has its error beside it, and what is too wrong has no time. The
+file is written again after each step, so that a machine that is taken away leaves what it did. A
+failed check, or a time withheld, makes the exit code 1.
+
+`--full` (`make gpu-full`) measures the whole grid instead, a line of a file per cell; the same
+command again goes on where it stopped.
 """
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-TOLERANCE = 1e-3  # relative, float32, of a result or of all gradients
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
-    parser.add_argument("--device", default="cuda", help="cpu runs the same as a smoke test")
-    parser.add_argument("--small", action="store_true", help="the smallest cells only")
-    options = parser.parse_args()
+    """Check, measure, write."""
+    options = _options()
+    try:
+        from motet import bench
 
-    import torch
+        device = bench.choose_device(options.device, None)
+        if options.published is not None:
+            from benchmarks.published import published_healnet
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("make gpu: torch finds no CUDA device here", file=sys.stderr)
+            published_healnet(options.published)
+    except (ValueError, ImportError) as error:
+        print(f"make gpu: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(about := _about(torch, options.device)), flush=True)
-    checks = _checks(options.device)
-    failed = [check["name"] for check in checks if not check["passed"]]
-    cells = [] if failed else _times(options.device, options.small)
-    failed += [cell["name"] for cell in cells if "median_ms" not in cell]
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"gpu-{about['device'].replace(' ', '-')}-{about['revision'][:12]}.json"
-    path.write_text(json.dumps({**about, "checks": checks, "cells": cells}, indent=1) + "\n")
-    print(f"{len(failed)} failed {failed or ''}; written to {path}")
-    return 1 if failed else 0
-
-
-def _about(torch: Any, device: str) -> dict[str, Any]:
-    def first_line(*command: str) -> str:
-        try:
-            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-        return (run.stdout.splitlines() or ["unknown"])[0]
-
-    from motet.kernels import native
-
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "revision": first_line("git", "rev-parse", "HEAD"),
-        "native": native.status() or "built",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _checks(device: str) -> list[dict[str, Any]]:
-    """Compare every model on the device with itself on the CPU, float64, gradients too."""
-    import motet
     import torch
-
-    torch.manual_seed(0)
-    sizes = {"num_latents": 17, "latent_dim": 30}
-    blocks = {
-        "omic": motet.LegoBlock(motet.Tabular(40), motet.SNN(40), out_features=4, **sizes),
-        "wsi": motet.LegoBlock(motet.Bag(32), motet.ABMIL(32), out_features=4, **sizes),
-    }
-    modalities = {"omic": motet.Tabular(40), "wsi": motet.Bag(32)}
-    models = {
-        "LegoBlock": motet.LegoMerge({"wsi": blocks["wsi"]}),
-        "HEALNet": motet.HEALNet(modalities, out_features=4, self_attention=1),
-        "LegoMerge": motet.LegoMerge(blocks),
-        "LegoFuse stack": motet.LegoFuse(blocks),
-        "LegoFuse weave": motet.LegoFuse(blocks, mode="weave"),
-    }
-    inputs = {"omic": torch.randn(5, 40), "wsi": torch.randn(5, 70, 32)}
-    mask = torch.rand(5, 70) < 0.5
-    mask[2] = False
-
-    def outcome(model: torch.nn.Module, device: str) -> torch.Tensor:
-        model = model.double().to(device).eval()
-        model.zero_grad()
-        given = {name: x.double().to(device) for name, x in inputs.items()}
-        if not isinstance(model, motet.HEALNet):
-            given = {name: x for name, x in given.items() if name in model.blocks}
-        logits = model(given, masks={"wsi": mask.to(device)})
-        logits.square().sum().backward()
-        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        return torch.cat([logits.detach().flatten(), *gradients]).cpu()
-
-    checks = []
-    for name, model in models.items():
-        expected = outcome(model, "cpu")
-        error = ((outcome(model, device) - expected).abs().max() / expected.abs().max()).item()
-        checks.append({"name": f"{name} float64", "error": error, "passed": error < 1e-9})
-        print(f"{name:16} error {error:.1e}", flush=True)
-    return checks
-
-
-def _times(device: str, small: bool) -> list[dict[str, Any]]:
-    import torch
-
-    from benchmarks.cells import healnet_cells, lego_cells, merge_cells
 
     # Full float32 products, so that the error beside a time is that of the operator.
     torch.backends.cuda.matmul.allow_tf32 = False
-    sizes = (1000,) if small else (8 * 17 * 126, 1 << 24)
-    tokens = (20,) if small else (500, 4000, 15000)
-    makers: list[Callable[[], list[Any]]] = [
-        *(lambda n=n: merge_cells(device, n) for n in sizes),
-        *(lambda n=n: healnet_cells(device, n) for n in tokens),
-        *(lambda n=n: lego_cells(device, n) for n in tokens),
-    ]
-    rows = []
-    for make in makers:
-        for cell in make():
-            contenders = {"motet": cell.run}
-            # On a GPU the operators still run their torch form: nothing to compare with.
-            if cell.rival is not None and device == "cpu":
-                contenders["torch"] = cell.rival
-            errors = {who: cell.error(run) for who, run in contenders.items()}
-            row: dict[str, Any] = {"name": cell.name, "errors": errors}
-            if errors["motet"] < TOLERANCE:  # no time beside a wrong result
-                row |= _timed(contenders, cell.arguments, device)
-            rows.append(row)
-            times = row.get("median_ms", {"motet": float("nan")})
-            shown = "  ".join(
-                f"{who} {times.get(who, float('nan')):9.3f} ms (error {error:.1e})"
-                for who, error in errors.items()
-            )
-            print(f"{cell.name:34} {shown}", flush=True)
-    return rows
+    torch._dynamo.config.recompile_limit = 64
+    options.out.mkdir(parents=True, exist_ok=True)
+    return full(options, device) if options.full else named(options, device)
 
 
-def _timed(
-    contenders: dict[str, Callable[..., Any]], arguments: tuple[Any, ...], device: str
-) -> dict[str, Any]:
-    """Return medians and spreads of 20 runs, taken in turns and waited for, and peak memory."""
+def named(options: argparse.Namespace, device: str) -> int:
+    """Check, then time the named cells until the budget is spent."""
+    from motet import bench
+
+    from benchmarks import checks, ladder
+
+    deadline = time.monotonic() + options.budget
+    report = _about(device)
+    path = options.out / f"gpu-{_stem(report)}.json"
+    report["checks"] = checks.run_all(device)
+    report["roof"] = (roof := bench.measure_roof(device, quick=options.small))._asdict()
+    print(roof, flush=True)
+    cells = ladder.named_cells(small=options.small)
+    report |= {"cells": [], "operators": [], "not_reached": [cell.name for cell in cells]}
+    settings = _settings(options, device)
+    for number, cell in enumerate(cells):
+        _write(path, report)
+        if time.monotonic() > deadline:
+            break
+        row = _measured(cell, settings, roof, launches=number < 8)
+        report["cells"].append(row)
+        report["not_reached"].remove(cell.name)
+    if not report["not_reached"] and time.monotonic() < deadline:
+        report["operators"] = list(_operators(device, small=options.small))
+    _write(path, report)
+    failed = [check["name"] for check in report["checks"] if not check["passed"]]
+    failed += [name for row in report["cells"] for name in _faults(row)]
+    failed += [row["name"] for row in report["operators"] if "ms" not in row]
+    print(f"\n{len(failed)} failed {failed or ''}; {len(report['not_reached'])} cells not reached; "
+          f"written to {path}")  # fmt: skip
+    return 1 if failed else 0
+
+
+def full(options: argparse.Namespace, device: str) -> int:
+    """Time what is missing of the grid until the budget is spent."""
+    from motet import bench
+
+    from benchmarks import ladder
+
+    deadline = time.monotonic() + options.budget
+    about = _about(device)
+    path = options.out / f"gpu-full-{_stem(about)}.jsonl"
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {row["cell"] for row in known}
+    roof = bench.measure_roof(device, quick=options.small)
+    left = [cell for cell in ladder.grid(small=options.small) if cell.name not in done]
+    settings, failed = _settings(options, device), 0
+    while left and time.monotonic() < deadline:
+        row = _measured(left.pop(0), settings, roof, launches=False)
+        failed += bool(_faults(row))
+        with path.open("a") as file:
+            file.write(json.dumps({**about, "roof": roof._asdict(), **row}) + "\n")
+    print(f"\n{failed} cells with faults; {len(left)} left; written to {path}")
+    return 1 if failed else 0
+
+
+def _measured(cell: Any, settings: Any, roof: Any, *, launches: bool) -> dict[str, Any]:
+    """Measure a cell; one that raises is a row with its reason."""
     import torch
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    from benchmarks import ladder
 
-    peaks, samples = {}, {who: [] for who in contenders}
-    for who, run in contenders.items():
-        for _ in range(3):
-            run(*arguments)
-        wait()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            run(*arguments)
-            wait()
-            peaks[who] = torch.cuda.max_memory_allocated() / 2**20
-    for _ in range(20):
-        for who, run in contenders.items():
-            started = time.perf_counter()
-            run(*arguments)
-            wait()
-            samples[who].append(1e3 * (time.perf_counter() - started))
-    quartiles = {who: statistics.quantiles(times, n=4) for who, times in samples.items()}
-    return {
-        "median_ms": {who: middle for who, (_, middle, _) in quartiles.items()},
-        "iqr_ms": {who: high - low for who, (low, _, high) in quartiles.items()},
-        "peak_mib": peaks,
-    }
+    try:
+        row = ladder.measure(cell, settings, roof, launches=launches)
+    except Exception as error:  # such as no memory for the rungs together
+        row = {"cell": cell.name, "rungs": {}, "failed": " ".join(str(error).split())[:300]}
+        print(f"\n{cell.name}: {row['failed']}", flush=True)
+    else:
+        print(*ladder.lines(row), sep="\n", flush=True)
+    if settings.device == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def _faults(row: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a cell."""
+    if "failed" in row:
+        return [row["cell"]]
+    return [f"{row['cell']}: {name}" for name, own in row["rungs"].items() if own.get("fault")]
+
+
+def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
+    """Yield rows of what is not on the ladder: both merges, LegoBlock, LegoMerge."""
+    from motet import bench
+
+    from benchmarks.cells import lego_cells, merge_cells
+
+    for make, sizes in (
+        (merge_cells, (1000,) if small else (8 * 17 * 126, 1 << 24)),
+        (lego_cells, (20,) if small else (500, 15_000)),
+    ):
+        for size in sizes:
+            for cell in make(device, size):
+                row = {"name": cell.name, "error": cell.error(cell.run)}
+                if row["error"] < 1e-3:
+                    times = bench.in_turns(cell.contenders(), device, rounds=3 if small else 15)
+                    row["ms"] = {who: timing._asdict() for who, timing in times.items()}
+                    said = ", ".join(f"{who} {timing} ms" for who, timing in times.items())
+                    print(f"{cell.name:28} {said}, error {row['error']:.0e}", flush=True)
+                yield row
+
+
+def _settings(options: argparse.Namespace, device: str) -> Any:
+    from benchmarks.ladder import Settings
+
+    compile_s = options.compile_budget if device == "cuda" and not options.small else 0.0
+    rounds = 3 if options.small else 15
+    return Settings(device, rounds=rounds, published=options.published, compile_s=compile_s)
+
+
+def _about(device: str) -> dict[str, Any]:
+    from motet import bench
+    from motet.kernels import native
+
+    facts = {**bench.about(device), "native": native.status() or "built"}
+    print(json.dumps(facts), flush=True)
+    return facts
+
+
+def _stem(facts: dict[str, Any]) -> str:
+    device = facts["device"].replace(" ", "-") if "cuda" in facts else "cpu"
+    return f"{device}-{facts['revision']}"
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the file")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs it as a smoke test"
+    )
+    parser.add_argument("--small", action="store_true", help="sizes that only show that it works")
+    parser.add_argument("--full", action="store_true", help="the whole grid, resumable")
+    parser.add_argument(
+        "--budget", type=float, default=500.0, metavar="SECONDS",
+        help="no cell begins later (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile-budget", type=float, default=90.0, metavar="SECONDS",
+        help="of it for torch.compile (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--published", type=Path, metavar="DIR", help="the authors' checkout")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # for benchmarks.cells
+    sys.path.insert(0, str(ROOT))  # for benchmarks
     sys.exit(main())

@@ -80,6 +80,7 @@ class CudaGraphs:
         parts = {name: _Part.of(own) for name, own in keys.items()}
         tensors = [tensor for part in parts.values() for tensor in part.tensors]
         device = model.latents.device.type
+        autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         signature = (
             rows,
             tuple(
@@ -87,12 +88,14 @@ class CudaGraphs:
             ),
             model.training,
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            autocast and dtype,
         )
         if signature not in self.graphs:
             latent_part = _LatentPart(model, rows, parts).train(model.training)
             samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
-            self.graphs[signature] = self.capture(latent_part, samples, allow_unused_input=True)
+            # Weights that autocast has converted are kept for later; a graph cannot rely on them.
+            with torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
+                self.graphs[signature] = self.capture(latent_part, samples, allow_unused_input=True)
         return self.graphs[signature](*tensors)
 
 

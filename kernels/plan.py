@@ -72,6 +72,9 @@ def cpu_machine(threads: int, amx: bool) -> Machine:
     )
 
 
+_AMX = torch.cpu._is_amx_tile_supported()
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a strategy is predicted to take."""
@@ -225,11 +228,11 @@ def _machine(device: str | Machine) -> Machine:
     return _at_hand(device)
 
 
-@torch.compiler.assume_constant_result
 def _at_hand(device: str) -> Machine:
     if device == "cpu":
-        return cpu_machine(torch.get_num_threads(), torch.cpu._is_amx_tile_supported())
-    name = torch.cuda.get_device_name()
+        # torch.compile cannot ask for the threads; no choice depends on them.
+        return cpu_machine(1 if torch.compiler.is_compiling() else torch.get_num_threads(), _AMX)
+    name = torch.cuda.get_device_properties().name
     return next((machine for key, machine in MACHINES.items() if key in name), MACHINES["A100"])
 
 

@@ -1,0 +1,426 @@
+"""The operators alone: attention on cached K | V, and the projection that makes them.
+
+    python benchmarks/bench_latent_attention.py [--device cuda] [--dtype bf16] [--json FILE]
+
+Everything that can compute the same runs in turns, on the same tensors, each with its error against
+float64; what cannot says why. K and V lie as the projection leaves them, [T, 2, H, E]: what wants
+ragged bags padded pads them within its time. `make bench` takes the small sizes, by
+pytest-benchmark.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from motet import bench
+from motet.kernels import context_kv
+from motet.kernels.context_kv import context_kv_reference
+from motet.kernels.latent_attention import latent_attention_kv, latent_attention_reference
+from torch import Tensor
+
+Attend = Callable[["Inputs", float], Tensor]
+Project = Callable[["Projection"], Tensor]
+
+
+class Inputs(NamedTuple):
+    """What latents attend to; bags of one length, or ragged."""
+
+    q: Tensor
+    """[B, H, C, E]."""
+    kv: Tensor
+    """[T, 2, H, E]."""
+    offsets: Tensor
+    lengths: tuple[int, ...]
+    scale: float
+
+    @property
+    def dense(self) -> bool:
+        return len(set(self.lengths)) == 1
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """Return the same in another dtype, as leaves that ask for gradients."""
+        q, kv = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.kv))
+        return self._replace(q=q, kv=kv)
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return K and V as [B, H, N, E] and which keys are real, [B, 1, 1, N]; None if all."""
+        if self.dense:
+            kv, real = self.kv.unflatten(0, (len(self.lengths), -1)), None
+        else:
+            kv = torch.nn.utils.rnn.pad_sequence(
+                list(self.kv.split(list(self.lengths))), batch_first=True
+            )
+            real = torch.arange(kv.shape[1], device=kv.device) < self.offsets.diff()[:, None]
+            real = real[:, None, None]
+        k, v = kv.unbind(2)
+        return k.transpose(1, 2), v.transpose(1, 2), real
+
+
+def motet(inputs: Inputs, dropout_p: float) -> Tensor:
+    return latent_attention_kv(
+        inputs.q, inputs.kv, inputs.offsets, scale=inputs.scale, dropout_p=dropout_p
+    )[0]
+
+
+def reference(inputs: Inputs, dropout_p: float) -> Tensor:
+    if inputs.dense:
+        (k, v, _), offsets = inputs.padded(), None
+    else:
+        (k, v), offsets = inputs.kv.unbind(1), inputs.offsets
+    return latent_attention_reference(
+        inputs.q, k, v, offsets, scale=inputs.scale, dropout_p=dropout_p
+    )
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def compiled_reference(inputs: Inputs, dropout_p: float) -> Tensor:
+    return compiled(reference)(inputs, dropout_p)
+
+
+def sdpa(inputs: Inputs, dropout_p: float) -> Tensor:
+    k, v, real = inputs.padded()
+    return F.scaled_dot_product_attention(
+        inputs.q, k, v, attn_mask=real, dropout_p=dropout_p, scale=inputs.scale
+    )
+
+
+def flex(inputs: Inputs, dropout_p: float) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    _without_dropout("FlexAttention", dropout_p)
+    k, v, real = inputs.padded()
+    mask = None
+    if real is not None:
+        lengths = inputs.offsets.diff()
+
+        def is_real(b, h, q_index, k_index):
+            return k_index < lengths[b]
+
+        mask = create_block_mask(
+            is_real, len(lengths), None, inputs.q.shape[2], k.shape[2], device=k.device
+        )
+    return compiled(flex_attention)(inputs.q, k, v, block_mask=mask, scale=inputs.scale)
+
+
+def varlen(inputs: Inputs, dropout_p: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _without_dropout("varlen_attn", dropout_p)
+    return _of_packed(inputs, partial(varlen_attn, scale=inputs.scale))
+
+
+def flash(inputs: Inputs, dropout_p: float) -> Tensor:
+    function = importlib.import_module("flash_attn").flash_attn_varlen_func
+    own = {"dropout_p": dropout_p, "softmax_scale": inputs.scale}
+    return _of_packed(inputs, partial(function, **own))
+
+
+def _of_packed(inputs: Inputs, function: Callable[..., Any]) -> Tensor:
+    """Call what takes packed queries and keys with offsets of both."""
+    bags, _, latents, _ = inputs.q.shape
+    packed = inputs.q.transpose(1, 2).flatten(0, 1)
+    queries = latents * torch.arange(bags + 1, device=packed.device, dtype=torch.int32)
+    k, v = inputs.kv.unbind(1)
+    out = function(packed, k, v, queries, inputs.offsets.int(), latents, max(inputs.lengths))
+    return out.unflatten(0, (bags, latents)).transpose(1, 2)
+
+
+def _without_dropout(name: str, dropout_p: float) -> None:
+    if dropout_p:
+        raise NotImplementedError(f"{name} has no dropout")
+
+
+ATTENTIONS: dict[str, Attend] = {
+    "motet": motet,
+    "reference": reference,
+    "reference, compiled": compiled_reference,
+    "SDPA": sdpa,
+    "FlexAttention": flex,
+}
+ON_CUDA: dict[str, Attend] = {"varlen_attn": varlen, "flash-attn": flash}
+
+
+# What is compiled for each size, in up to a minute; left out by --quick.
+COMPILED = {"reference, compiled", "FlexAttention", "the same, compiled"}
+
+
+def inputs_of(config: bench.Config, lengths: Sequence[int], dtype: str, device: str) -> Inputs:
+    """Draw queries, keys and values; on CUDA heads end in zeros up to a multiple of 16, as
+    HEALNet's do there, which is also what other libraries want."""
+    torch.manual_seed(0)
+    own = {"dtype": bench.DTYPES[dtype], "device": device}
+    q = torch.randn(len(lengths), config.heads, config.latents, config.head_dim, **own)
+    kv = torch.randn(sum(lengths), 2, config.heads, config.head_dim, **own)
+    padding = -config.head_dim % 16 if device == "cuda" else 0
+    q, kv = (F.pad(x, (0, padding)).requires_grad_() for x in (q, kv))
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    return Inputs(q, kv, offsets, tuple(lengths), config.head_dim**-0.5)
+
+
+def attend(
+    function: Attend, inputs: Inputs, grad: Tensor, *, backward: bool, dropout_p: float = 0.0
+) -> list[Tensor]:
+    """Return the output, or the gradients of queries, keys and values."""
+    if not backward:  # detached, since FlexAttention asks no more than whether grad is required
+        return [function(inputs._replace(q=inputs.q.detach(), kv=inputs.kv.detach()), dropout_p)]
+    out = function(inputs, dropout_p)
+    return list(torch.autograd.grad(out, (inputs.q, inputs.kv), grad.to(out.dtype)))
+
+
+class Projection(NamedTuple):
+    """What K and V are made of."""
+
+    x: Tensor
+    """[T, D]."""
+    weight: Tensor
+    """[O, D], of every K and V."""
+    bias: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Projection":
+        own = (x.detach().to(dtype).requires_grad_() for x in (self.weight, self.bias))
+        return Projection(self.x.to(dtype), *own)
+
+
+def project(inputs: Projection) -> Tensor:
+    return context_kv(inputs.x, inputs.weight, inputs.bias)
+
+
+def project_reference(inputs: Projection) -> Tensor:
+    return context_kv_reference(inputs.x, inputs.weight[None], inputs.bias[None])[0]
+
+
+def project_torch(inputs: Projection) -> Tensor:
+    normed = F.layer_norm(inputs.x, inputs.x.shape[1:])
+    return F.linear(normed, inputs.weight, inputs.bias)
+
+
+def project_compiled(inputs: Projection) -> Tensor:
+    return compiled(project_torch)(inputs)
+
+
+PROJECTIONS: dict[str, Project] = {
+    "motet": project,
+    "layer_norm + linear": project_torch,
+    "the same, compiled": project_compiled,
+}
+
+
+def projection_of(
+    config: bench.Config, tokens: int, width: int, dtype: str, device: str
+) -> Projection:
+    """Draw tokens, weights and shifts."""
+    torch.manual_seed(0)
+    own = {"dtype": bench.DTYPES[dtype], "device": device}
+    outputs = 2 * config.heads * config.head_dim
+    x = torch.randn(tokens, width, **own)
+    weight = torch.randn(outputs, width, device=device).div_(width**0.5).to(own["dtype"])
+    return Projection(x, weight.requires_grad_(), torch.randn(outputs, **own, requires_grad=True))
+
+
+def project_with(
+    function: Project, inputs: Projection, grad: Tensor, *, backward: bool
+) -> list[Tensor]:
+    """Return keys and values, or the gradients of weights and shifts."""
+    with torch.set_grad_enabled(backward):
+        out = function(inputs)
+    if not backward:
+        return [out]
+    return list(torch.autograd.grad(out, (inputs.weight, inputs.bias), grad.to(out.dtype)))
+
+
+SMALL = (700, 700)
+SMALL_RAGGED = (1, 300, 900)
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Parametrise the quick benchmarks."""
+    metafunc.parametrize("backward", [False, True], ids=["forward", "both"])
+    if "lengths" in metafunc.fixturenames:
+        metafunc.parametrize("who", ["motet", "reference", "SDPA"])
+        metafunc.parametrize("lengths", [SMALL, SMALL_RAGGED], ids=bench.shape_name)
+    else:
+        metafunc.parametrize("who", ["motet", "layer_norm + linear"])
+
+
+def bench_latent_attention(benchmark, who: str, lengths: Sequence[int], backward: bool) -> None:
+    inputs = inputs_of(bench.CONFIGS["blca"], lengths, "fp32", "cpu")
+    grad = torch.randn_like(inputs.q)
+    gold = attend(reference, inputs.to(torch.float64), grad, backward=backward)
+    run = partial(attend, ATTENTIONS[who], inputs, grad, backward=backward)
+    benchmark.group = f"{bench.shape_name(lengths)} {'both' if backward else 'forward'}"
+    benchmark.extra_info["error"] = error = bench.relative_error(run(), gold)
+    assert error < bench.FLOOR["fp32"]
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+
+
+def bench_context_kv(benchmark, who: str, backward: bool) -> None:
+    inputs = projection_of(bench.CONFIGS["blca"], 1400, 512, "fp32", "cpu")
+    grad = torch.randn(1400, len(inputs.weight))
+    gold = project_with(project_reference, inputs.to(torch.float64), grad, backward=backward)
+    run = partial(project_with, PROJECTIONS[who], inputs, grad, backward=backward)
+    benchmark.group = f"context_kv {'both' if backward else 'forward'}"
+    benchmark.extra_info["error"] = error = bench.relative_error(run(), gold)
+    assert error < bench.FLOOR["fp32"]
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+
+
+def measure(
+    name: str,
+    contenders: dict[str, Callable[[], list[Tensor]]],
+    errors: dict[str, float | str],
+    device: str,
+    dtype: str,
+    rounds: int,
+) -> dict[str, Any]:
+    """Time those whose errors are in bounds; print and return all."""
+    first = errors[next(iter(contenders))]
+    known = [error for error in (errors.get("reference"), first) if isinstance(error, float)]
+    allowed = 2 * known[0] + bench.FLOOR[dtype] if known else 0.0
+    fit, failed = {}, {}
+    for who, run in contenders.items():
+        error = errors[who]
+        if isinstance(error, str):
+            failed[who] = error
+        elif not error <= allowed:
+            failed[who] = f"error {error:.1e} is out of bounds"
+        else:
+            reason, _ = tried(run)  # dropout may be what it cannot do
+            (failed if reason else fit)[who] = reason or run
+    times = bench.in_turns(fit, device, rounds=rounds) if fit else {}
+    print(f"\n{name}")
+    best = times.get("motet")
+    for who in contenders:
+        if who in failed:
+            print(f"  {who:20} {failed[who]}")
+        else:
+            beside = times[who].median / best.median if best else float("nan")
+            print(f"  {who:20} {times[who]!s:28} {beside:6.2f}  error {errors[who]:.0e}")
+    sys.stdout.flush()
+    ms = {who: timing._asdict() for who, timing in times.items()}
+    return {"name": name, "ms": ms, "error": errors, "failed": failed}
+
+
+def tried(run: Callable[[], list[Tensor]]) -> tuple[str, list[Tensor]]:
+    """Return the reason why something does not run, in one line, or what it returns."""
+    try:
+        return "", run()
+    except Exception as error:  # compilers and other libraries raise anything
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        return lines[0][:160], []
+
+
+def error_of(run: Callable[[], list[Tensor]], gold: list[Tensor]) -> float | str:
+    reason, found = tried(run)
+    return reason or bench.relative_error(found, gold)
+
+
+def attention_rows(
+    name: str, inputs: Inputs, dtype: str, functions: dict[str, Attend], rounds: int
+) -> list[dict[str, Any]]:
+    """Measure all attentions on some keys: forward and both ways, without and with dropout."""
+    grad = torch.randn_like(inputs.q)
+    rows, device = [], inputs.q.device.type
+    for backward in (False, True):
+        gold = attend(reference, inputs.to(torch.float64), grad, backward=backward)
+        errors = {
+            who: error_of(partial(attend, function, inputs, grad, backward=backward), gold)
+            for who, function in functions.items()
+        }
+        for dropout_p in (0.0, 0.1):
+            runs: dict[str, Callable[[], list[Tensor]]] = {
+                who: partial(attend, function, inputs, grad, backward=backward, dropout_p=dropout_p)
+                for who, function in functions.items()
+            }
+            passes = "forward + backward" if backward else "forward"
+            # Masks differ between contenders, so the error is that without dropout.
+            title = f"attention {name} {dtype} {passes}, dropout {dropout_p:g}"
+            rows.append(measure(title, runs, errors, device, dtype, rounds))
+    return rows
+
+
+def projection_rows(
+    name: str, inputs: Projection, dtype: str, functions: dict[str, Project], rounds: int
+) -> list[dict[str, Any]]:
+    """Measure all ways of making K and V."""
+    device, own = inputs.x.device.type, inputs.weight.dtype
+    grad = torch.randn(len(inputs.x), len(inputs.weight), device=device, dtype=own)
+    rows = []
+    for backward in (False, True):
+        wide = inputs.to(torch.float64)
+        gold = project_with(project_reference, wide, grad, backward=backward)
+        runs: dict[str, Callable[[], list[Tensor]]] = {
+            who: partial(project_with, function, inputs, grad, backward=backward)
+            for who, function in functions.items()
+        }
+        errors = {who: error_of(run, gold) for who, run in runs.items()}
+        reason, found = tried(partial(project_with, project_reference, inputs, grad,
+                                      backward=backward))  # fmt: skip
+        if not reason:
+            errors["reference"] = bench.relative_error(found, gold)
+        passes = "forward + backward" if backward else "forward"
+        title = f"context_kv {name} {dtype} {passes}"
+        rows.append(measure(title, runs, errors, device, dtype, rounds))
+    return rows
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is)")
+    parser.add_argument("--dtype", choices=tuple(bench.DTYPES), help="(default: both)")
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
+    parser.add_argument("--config", choices=tuple(bench.CONFIGS), help="(default: all)")
+    parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure every operator, configuration and dtype."""
+    options = _options()
+    try:
+        device = bench.choose_device(options.device, options.threads)
+        bench.check_folder("--json", options.json)
+    except ValueError as error:
+        print(f"bench_latent_attention: {error}", file=sys.stderr)
+        return 2
+    facts = bench.about(device)
+    print(json.dumps(facts))
+    print("ms: median (quartiles), in turns; beside it how often motet's; error against float64")
+    rows, width = [], 64 if options.quick else 2048
+    torch._dynamo.config.recompile_limit = 64  # every size is compiled for itself
+    attentions = ATTENTIONS | (ON_CUDA if device == "cuda" else {})
+    projections = dict(PROJECTIONS)
+    for who in COMPILED if options.quick else ():
+        attentions.pop(who, None)
+        projections.pop(who, None)
+    for cell in bench.cells(device, quick=options.quick)[::2]:  # of each batch once
+        if options.config not in (None, cell.name.split()[0]):
+            continue
+        name = cell.name.removesuffix(" forward")
+        for dtype in bench.DTYPES if options.dtype is None else (options.dtype,):
+            inputs = inputs_of(cell.config, cell.lengths, dtype, device)
+            rows += attention_rows(name, inputs, dtype, attentions, options.rounds)
+            tokens = sum(cell.lengths)
+            projection = projection_of(cell.config, tokens, width, dtype, device)
+            rows += projection_rows(name, projection, dtype, projections, options.rounds)
+    if options.json is not None:
+        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""What `make gpu` checks before it times: models and operators against float64.
+
+An operator may err by twice what its literal reference errs in the same dtype, and the floor below.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import motet
+import torch
+from motet import bench
+from motet.kernels import absorbed_attention, attention_weights, context_kv, latent_attention
+from motet.kernels.absorbed_attention import absorbed_attention_reference
+from motet.kernels.context_kv import context_kv_reference
+from motet.kernels.latent_attention import latent_attention_reference
+from torch import Tensor
+
+# Of norms, relative.
+FLOOR = {torch.float32: 5e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+RAGGED = (300, 0, 1, 530)
+SHORT = (64, 0, 1, 40)
+DROPOUT = 0.25
+
+Check = Callable[[], tuple[float, float]]
+"""Returns an error and what it may be."""
+
+
+def run_all(device: str) -> list[dict[str, Any]]:
+    """Run every check; one that raises has failed, and the others still run."""
+    rows = []
+    for name, check in _all(device):
+        torch.manual_seed(0)
+        try:
+            error, allowed = check()
+            row = {"name": name, "error": error, "allowed": allowed, "passed": error <= allowed}
+        except Exception as problem:  # compilers raise anything
+            reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+            row = {"name": name, "passed": False, "reason": reason}
+        rows.append(row)
+        said = row.get("reason") or f"error {row['error']:.1e}, allowed {row['allowed']:.1e}"
+        print(f"{'ok' if row['passed'] else 'FAILED':6} {name:50} {said}", flush=True)
+    return rows
+
+
+def _all(device: str) -> Iterator[tuple[str, Check]]:
+    for name in ("LegoBlock", "HEALNet", "LegoMerge", "LegoFuse stack", "LegoFuse weave"):
+        yield f"{name} float64", partial(_model, name, device)
+    backends = ("eager", "triton") if device == "cuda" else ("eager",)
+    for backend in backends:
+        for dtype in NAMES:
+            on = (device, backend, dtype)
+            title = f"{backend} {NAMES[dtype]}"
+            yield f"context_kv {title}", partial(_projection, *on)
+            yield f"context_kv far from 0 {title}", partial(_projection, *on, shift=10.0)
+            yield f"latent_attention ragged {title}", partial(_attention, *on)
+            yield f"latent_attention dense {title}", partial(_attention, *on, dense=True)
+            yield f"latent_attention dropout {title}", partial(_dropout, *on)
+            yield f"attention_weights {title}", partial(_weights, *on)
+            yield f"absorbed_attention {title}", partial(_absorbed, *on)
+        for shape in ((1, 17, 63), (8, 16, 103)):  # as released, and the widest heads
+            own = partial(_attention, device, backend, torch.bfloat16, shape=shape)
+            yield f"latent_attention {'x'.join(map(str, shape))} {backend} bf16", own
+        own = (device, backend)
+        yield f"absorbed_attention dropout {backend} fp32", partial(_absorbed_dropout, *own)
+        yield f"a bag alone {backend}, bit for bit", partial(_alone, *own)
+    if device == "cuda":
+        yield "latent_attention in a CUDA graph", _graph
+
+
+def _model(name: str, device: str) -> tuple[float, float]:
+    """Compare a model on the device with itself on the CPU, logits and gradients."""
+    sizes: dict[str, Any] = {"num_latents": 17, "latent_dim": 30}
+    blocks = {
+        "omic": motet.LegoBlock(motet.Tabular(40), motet.SNN(40), out_features=4, **sizes),
+        "wsi": motet.LegoBlock(motet.Bag(32), motet.ABMIL(32), out_features=4, **sizes),
+    }
+    modalities = {"omic": motet.Tabular(40), "wsi": motet.Bag(32)}
+    makers: dict[str, Callable[[], Any]] = {
+        "LegoBlock": lambda: motet.LegoMerge({"wsi": blocks["wsi"]}),
+        "HEALNet": lambda: motet.HEALNet(modalities, out_features=4, self_attention=1),
+        "LegoMerge": lambda: motet.LegoMerge(blocks),
+        "LegoFuse stack": lambda: motet.LegoFuse(blocks),
+        "LegoFuse weave": lambda: motet.LegoFuse(blocks, mode="weave"),
+    }
+    model = makers[name]().double().eval()
+    inputs = {"omic": torch.randn(5, 40).double(), "wsi": torch.randn(5, 70, 32).double()}
+    if name == "LegoBlock":
+        del inputs["omic"]
+    mask = torch.rand(5, 70) < 0.5
+    mask[2] = False
+
+    def outcome(device: str) -> list[Tensor]:
+        model.to(device).zero_grad()
+        given = {name: x.to(device) for name, x in inputs.items()}
+        logits = model(given, masks={"wsi": mask.to(device)})
+        logits.square().sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return [x.detach().cpu().clone() for x in (logits, *gradients)]
+
+    gold = outcome("cpu")
+    return bench.relative_error(outcome(device), gold), 1e-9
+
+
+def _compare(
+    function: Callable[..., list[Tensor]],
+    reference: Callable[..., list[Tensor]],
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    """Return the error of results and gradients, and what is allowed."""
+    low = [x.detach().to(dtype) for x in tensors]
+    gold = _with_gradients(reference, [x.double() for x in low])
+    own, literal = (_with_gradients(f, low) for f in (function, reference))
+    if not all(x.isfinite().all() for x in own):
+        return math.inf, 0.0
+    return (
+        bench.relative_error(own, gold),
+        2 * bench.relative_error(literal, gold) + FLOOR[dtype],
+    )
+
+
+def _with_gradients(
+    function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    outs = function(*leaves)
+    generator = torch.Generator(outs[0].device).manual_seed(1)
+    terms = [
+        out * torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+        for out in outs
+    ]
+    loss = torch.stack([term.double().sum() for term in terms]).sum()
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [x.detach() for x in (*outs, *gradients)]
+
+
+def _offsets(lengths: Sequence[int], device: str) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0)
+
+
+def _projection(
+    device: str, backend: Any, dtype: torch.dtype, *, shift: float = 0.0
+) -> tuple[float, float]:
+    x = (torch.randn(1000, 200, device=device) + shift).to(dtype)
+    weight = torch.randn(2, 48, 205, device=device) / 14
+    bias, positions = torch.randn(2, 48, device=device), torch.randn(250, 5, device=device)
+
+    def own(weight: Tensor, bias: Tensor) -> list[Tensor]:
+        return [context_kv(x, weight, bias, positions=positions, backend=backend)]
+
+    def literal(weight: Tensor, bias: Tensor) -> list[Tensor]:
+        wide = x.to(weight.dtype) if weight.dtype == torch.float64 else x
+        return [context_kv_reference(wide, weight, bias, positions=positions)]
+
+    return _compare(own, literal, (weight, bias), dtype)
+
+
+def _qkv(
+    device: str, lengths: Sequence[int], shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads, latents, width = shape
+    q = torch.randn(len(lengths), heads, latents, width, device=device)
+    k, v = torch.randn(2, sum(lengths), heads, width, device=device)
+    return q, k, v, _offsets(lengths, device)
+
+
+def _attention(
+    device: str,
+    backend: Any,
+    dtype: torch.dtype,
+    *,
+    dense: bool = False,
+    shape: tuple[int, int, int] = (8, 25, 16),
+) -> tuple[float, float]:
+    """Compare output and gradients; ragged ones include an empty bag and one with a single key."""
+    lengths = (250, 250) if dense else RAGGED
+    q, k, v, offsets = _qkv(device, lengths, shape)
+    if dense:
+        k, v = (x.unflatten(0, (2, 250)).transpose(1, 2) for x in (k, v))
+        offsets = None
+
+    def own(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [latent_attention(q, k, v, offsets, backend=backend)]
+
+    def literal(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [latent_attention_reference(q, k, v, offsets)]
+
+    return _compare(own, literal, (q, k, v), dtype)
+
+
+def _dropout(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
+    """Compare with the literal equation under the same mask.
+
+    The mask does not depend on the values: values that are rows of the identity return it.
+    """
+    q, k, v, offsets = _qkv(device, SHORT, (8, 25, 64))
+    seed = torch.tensor([2**40 + 3], device=device)
+    bags = list(pairwise(offsets.tolist()))
+    basis = torch.cat([torch.eye(64, device=device)[: stop - start] for start, stop in bags])
+    basis = basis[:, None].expand(-1, 8, -1)
+
+    def own(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [latent_attention(q, k, v, offsets, dropout_p=DROPOUT, seed=seed, backend=backend)]
+
+    with torch.no_grad():
+        kept = own(*(x.to(dtype) for x in (q / 8, k, basis)))[0] > 0  # [B, H, C, key]
+    share = torch.cat([kept[b, ..., : stop - start].flatten() for b, (start, stop) in
+                       enumerate(bags)]).double().mean().item()  # fmt: skip
+    if abs(share - (1 - DROPOUT)) > 0.02:  # 7 standard deviations
+        raise ArithmeticError(f"kept {share:.3f} of the weights, expected {1 - DROPOUT}")
+
+    def literal(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        outs = []
+        for b, (start, stop) in enumerate(bags):
+            keys, values = (x[start:stop].transpose(0, 1) for x in (k, v))
+            weights = torch.softmax(q[b] @ keys.mT / 8, dim=-1)  # 8 is the root of the width
+            mask = kept[b, ..., : stop - start] / (1 - DROPOUT)
+            outs.append((weights * mask.to(weights.dtype)) @ values)
+        return [torch.stack(outs)]
+
+    return _compare(own, literal, (q, k, v), dtype)
+
+
+def _weights(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
+    q, k, _, offsets = _qkv(device, RAGGED, (8, 25, 16))
+    q, k = q.to(dtype), k.to(dtype)
+    gold = attention_weights(q.double(), k.double(), offsets, backend="eager")
+    gold = [gold, gold.mean((1, 2))]
+    sums = [
+        torch.logsumexp(q[b].float() @ k[start:stop].float().permute(1, 2, 0) / 4, -1)
+        for b, (start, stop) in enumerate(pairwise(offsets.tolist()))
+    ]
+    full = attention_weights(q, k, offsets, lse=torch.stack(sums), backend=backend)
+    mean = attention_weights(q, k, offsets, reduce="mean", backend=backend)
+    literal = attention_weights(q, k, offsets, backend="eager")
+    allowed = 2 * bench.relative_error([literal, literal.mean((1, 2))], gold) + 4 * FLOOR[dtype]
+    return bench.relative_error([full, mean], gold), allowed
+
+
+def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
+    # With one key the gradient is 0; in half precision eager torch leaves the rounding of two equal
+    # terms, which is three times the reference's error and no use to look at.
+    lengths = RAGGED if dtype == torch.float32 else (300, 0, 20, 530)
+    queries = torch.randn(len(lengths), 50, 205, device=device) / 14
+    x = torch.randn(sum(lengths), 200, device=device).to(dtype)
+    positions = torch.randn(sum(lengths), 5, device=device)
+    offsets = _offsets(lengths, device)
+
+    def own(queries: Tensor) -> list[Tensor]:
+        return list(absorbed_attention(queries, x, offsets, positions=positions, backend=backend))
+
+    def literal(queries: Tensor) -> list[Tensor]:
+        wide = x.double() if queries.dtype == torch.float64 else x
+        pooled, mass = absorbed_attention_reference(queries, wide, offsets, positions=positions)
+        filled = (offsets.diff() > 0)[:, None].to(mass.dtype)
+        return [pooled, mass * filled]
+
+    return _compare(own, literal, (queries,), dtype)
+
+
+def _absorbed_dropout(device: str, backend: Any) -> tuple[float, float]:
+    """Compare the gradient under dropout with a central difference, the mask being the seed's."""
+    queries = torch.randn(2, 50, 200, device=device) / 14
+    x, offsets = torch.randn(500, 200, device=device), _offsets((200, 300), device)
+    seed = torch.tensor([11], device=device)
+    factors = torch.randn(2, 50, 200, device=device)
+
+    def value(queries: Tensor) -> Tensor:
+        pooled, mass = absorbed_attention(
+            queries, x, offsets, dropout_p=DROPOUT, seed=seed, backend=backend
+        )
+        return (pooled * factors).double().sum() + mass.double().square().sum()
+
+    leaf = queries.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        slope = (value(queries + 0.05 * direction) - value(queries - 0.05 * direction)) / 0.1
+    return abs(slope.item() / gradient.norm().item() - 1), 0.01
+
+
+def _alone(device: str, backend: Any) -> tuple[float, float]:
+    """Return by how much a bag's results depend on the other bags: by nothing."""
+    lengths = (300, 1, 5000, 77)
+    q, k, v, offsets = _qkv(device, lengths, (8, 25, 16))
+    grad = torch.randn_like(q)
+    x = torch.randn(sum(lengths), 200, device=device)
+    weight = torch.randn(1, 96, 200, device=device)
+
+    def found(bags: slice, rows: slice, offsets: Tensor) -> list[Tensor]:
+        query, key, value = (part.clone().requires_grad_() for part in (q[bags], k[rows], v[rows]))
+        out = latent_attention(query, key, value, offsets, backend=backend)
+        gradients = torch.autograd.grad(out, (query, key, value), grad[bags])
+        projected = context_kv(x[rows], weight, offsets=offsets, backend=backend)[0]
+        return [out.detach(), *gradients, projected]
+
+    together = found(slice(None), slice(None), offsets)
+    differences = []
+    for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        bag, rows = slice(b, b + 1), slice(start, stop)
+        alone = found(bag, rows, _offsets(lengths[bag], device))
+        own = [part[place] for part, place in zip(together, (bag, bag, rows, rows, rows),
+                                                  strict=True)]  # fmt: skip
+        differences += [(a - o).abs().max().item() for a, o in zip(alone, own, strict=True)]
+    return max(differences), 0.0
+
+
+def _graph() -> tuple[float, float]:
+    """Capture a call, change its queries in place, replay, and compare with a fresh call."""
+    q, k, v, offsets = _qkv("cuda", RAGGED, (8, 25, 16))
+
+    def run() -> list[Tensor]:
+        return [latent_attention(q, k, v, offsets, backend="triton")]
+
+    replay = captured(run)
+    q.normal_()
+    return bench.relative_error(replay(), run()), 0.0
+
+
+def captured(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """Return a run as the replay of a CUDA graph; its results are overwritten by the next."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is compiled or drawn once is not captured
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay
