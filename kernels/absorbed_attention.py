@@ -239,11 +239,12 @@ def _backward_of(
     delta = (grad_pooled * pooled).sum(-1, dtype=lse.dtype) + grad_mass * mass
     fast = triton_kernels("absorbed_attention", backend, queries)
     if fast is not None and not of_rows:
-        dqueries = fast.attend_backward(
+        dqueries, rest = fast.attend_backward(
             grad_pooled, grad_mass, delta, queries, x, positions, offsets, scores, lse, mean, rstd,
             eps, dropout_p, seed,
         )  # fmt: skip
-        return dqueries, x.new_empty(0), x.new_empty(0)
+        dqueries -= _times_mean_token(rest, pooled, mass)
+        return dqueries.to(queries.dtype), x.new_empty(0), x.new_empty(0)
     count, width = queries.shape[1:]
     rest = torch.zeros_like(lse)
     dqueries = torch.zeros_like(queries, dtype=lse.dtype)

@@ -35,20 +35,20 @@ def attend(
     lse, mass = torch.empty(bags, count, **own), torch.empty(bags, count, **own)
     grid, combined = _grids(slots, bags, count)
     with torch.cuda.device_of(x):
-        _statistics[grid](
+        _softmax_statistics[grid](
             scores, offsets, peak, total, bags, R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
             BLOCK_R=_BLOCK_R, num_warps=4,
         )  # fmt: skip
-        _combine_statistics[combined](
+        _combine_softmax[combined](
             peak, total, offsets, lse, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
         )
         weights = torch.empty_like(scores)
-        _weights[grid](
+        _softmax_weights[grid](
             scores, lse, offsets, seed, weights, total, bags, *_dropout(dropout_p), R=count,
             CHUNK=_CHUNK, BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, DROPOUT=seed is not None,
             num_warps=4,
         )  # fmt: skip
-        _combine_mass[combined](
+        _combine_sums[combined](
             total, offsets, mass, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
         )
     pooled = pool(weights, x, p, mean, rstd, offsets)
@@ -70,18 +70,24 @@ def attend_backward(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> Tensor:
-    """Return the gradient of the queries; delta is fp32 [B, R]."""
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the queries, fp32 [B, R, W], and rowsum(dS) [B, R]; delta is fp32."""
     dweights, _, _ = project(x, p, grad_pooled.contiguous(), None, offsets, mean, rstd, eps)
     (rows, count), bags = scores.shape, len(queries)
-    grid, _ = _grids(count_slots(rows, bags, _CHUNK), bags, count)
+    slots = count_slots(rows, bags, _CHUNK)
+    grid, combined = _grids(slots, bags, count)
+    own = {"dtype": torch.float32, "device": x.device}
+    partial, rest = torch.empty(slots, count, **own), torch.empty(bags, count, **own)
     with torch.cuda.device_of(x):
-        _gradient[grid](
+        _softmax_gradient[grid](
             scores, lse, dweights, grad_mass.float().contiguous(), delta.contiguous(), offsets,
-            seed, bags, *_dropout(dropout_p), R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
+            seed, partial, bags, *_dropout(dropout_p), R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
             BLOCK_R=_BLOCK_R, DROPOUT=seed is not None, num_warps=4,
         )  # fmt: skip
-    return pool(dweights, x, p, mean, rstd, offsets).to(queries.dtype)
+        _combine_sums[combined](
+            partial, offsets, rest, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
+        )
+    return pool(dweights, x, p, mean, rstd, offsets), rest
 
 
 def _grids(slots: int, bags: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -102,7 +108,7 @@ def _tile(slot, offsets_ptr, n_bags, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK
 
 
 @triton.jit(do_not_specialize=["n_bags"])
-def _statistics(
+def _softmax_statistics(
     scores_ptr, offsets_ptr, peak_ptr, total_ptr, n_bags,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +132,7 @@ def _statistics(
 
 
 @triton.jit
-def _combine_statistics(
+def _combine_softmax(
     peak_ptr, total_ptr, offsets_ptr, lse_ptr,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +155,7 @@ def _combine_statistics(
 
 
 @triton.jit(do_not_specialize=["n_bags"])
-def _weights(
+def _softmax_weights(
     scores_ptr, lse_ptr, offsets_ptr, seed_ptr, weights_ptr, mass_ptr, n_bags, dropout_p, undrop,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -174,33 +180,37 @@ def _weights(
 
 
 @triton.jit
-def _combine_mass(
-    mass_ptr, offsets_ptr, out_ptr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr
+def _combine_sums(
+    partial_ptr, offsets_ptr, out_ptr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """Add the chunks of a bag in order, [B, R]."""
     bag = tl.program_id(0)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = r < R
     slot, chunks = chunks_of_bag(bag, offsets_ptr, 0, CHUNK, True)
-    mass = tl.zeros([BLOCK_R], tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
     for j in range(0, chunks):
-        mass += tl.load(mass_ptr + (slot + j) * R + r, mask=valid, other=0.0)
-    tl.store(out_ptr + bag.to(tl.int64) * R + r, mass, mask=valid)
+        total += tl.load(partial_ptr + (slot + j) * R + r, mask=valid, other=0.0)
+    tl.store(out_ptr + bag.to(tl.int64) * R + r, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["n_bags"])
-def _gradient(
-    scores_ptr, lse_ptr, dweights_ptr, dmass_ptr, delta_ptr, offsets_ptr, seed_ptr, n_bags,
-    dropout_p, undrop,
+def _softmax_gradient(
+    scores_ptr, lse_ptr, dweights_ptr, dmass_ptr, delta_ptr, offsets_ptr, seed_ptr, rest_ptr,
+    n_bags, dropout_p, undrop,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Replace dweights [T, R] by the gradient of the scores, A (mask (dA + dmass) - delta)."""
+    """Replace dweights [T, R] by the gradient of the scores, A (mask (dA + dmass) - delta).
+
+    The sums over each chunk, of what is stored, go to rest.
+    """
     slot = tl.program_id(0)
     bag, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
     lse = tl.load(lse_ptr + bag * R + r, mask=valid, other=0.0)
     dmass = tl.load(dmass_ptr + bag * R + r, mask=valid, other=0.0)
     delta = tl.load(delta_ptr + bag * R + r, mask=valid, other=0.0)
+    rest = tl.zeros([BLOCK_R], tl.float32)
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         mask = (n[:, None] < stop) & valid[None, :]
@@ -211,4 +221,7 @@ def _gradient(
             kept = tl.trans(_kept(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N))
             grad = tl.where(kept, grad * undrop, 0.0)
         grad = tl.exp(s - lse[None, :]) * (grad - delta[None, :])
-        tl.store(dweights_ptr + at, grad.to(dweights_ptr.dtype.element_ty), mask=mask)
+        grad = grad.to(dweights_ptr.dtype.element_ty)
+        rest += tl.sum(grad.to(tl.float32), 0)
+        tl.store(dweights_ptr + at, grad, mask=mask)
+    tl.store(rest_ptr + slot.to(tl.int64) * R + r, rest, mask=valid & (start < stop))

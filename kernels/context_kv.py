@@ -268,7 +268,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     fast = triton_kernels("context_kv", backend, weight)
     if fast is not None:
-        return fast.project(x, positions, weight, bias, None, mean, rstd, eps)
+        y, *found = fast.project(x, positions, weight, bias, None, mean, rstd, eps)
+        return y, *(part.clone() if mean is not None else part for part in found)
     statistics = None if mean is None or rstd is None else (mean, rstd)
     sets, outputs, width = weight.shape
     y = weight.new_empty(sets, len(x), outputs)

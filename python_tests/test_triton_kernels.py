@@ -1,0 +1,438 @@
+"""The Triton kernels under Triton's interpreter, against literal torch in float64.
+
+The interpreter multiplies bf16 by its raw bits and takes no notice of tf32, so half precision is
+float16 here; what only a GPU shows is left to `make gpu`.
+"""
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+from motet.kernels import context_kv_triton, latent_attention_triton
+from motet.kernels.context_kv_triton import pool, project
+from motet.kernels.latent_attention_triton import (
+    attend,
+    attend_backward,
+    dropout_mask,
+    weights,
+)
+from triton.runtime.interpreter import InterpretedFunction
+
+FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3}
+SCALE = 0.3
+EPS = 1e-5
+RAGGED = [300, 0, 1, 530]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Make what is not written show."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+
+        def poisoned(*args, real=real, **kwargs):
+            made = real(*args, **kwargs)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def assert_as_good_as(own, reference, gold):
+    """Check that err(own) <= 2 err(reference in the working dtype) + floor, against float64."""
+    assert own.shape == gold.shape
+    floor = FLOOR[reference.dtype] * max(1, gold.abs().max())
+    allowed = 2 * (reference.double() - gold).abs().max() + floor
+    error = (own.double() - gold).abs().max()
+    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+def offsets_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def literal_attention(q, k, v, offsets, keep, dropout_p):
+    """Bag after bag; returns out, the log-sum-exp and the weights before dropout."""
+    if offsets is None:
+        bags = [(k[b], v[b], None if keep is None else keep[b]) for b in range(len(q))]
+    else:
+        own = [slice(*bag) for bag in pairwise(offsets.tolist())]
+        bags = [
+            (k[bag].movedim(0, 1), v[bag].movedim(0, 1), keep[bag].permute(1, 2, 0)) for bag in own
+        ]
+    outs, sums, maps = [], [], []
+    for query, (key, value, kept) in zip(q, bags, strict=True):
+        scores = query @ key.mT * SCALE
+        sums.append(torch.logsumexp(scores.float() if q.dtype == torch.half else scores, -1))
+        maps.append(torch.softmax(scores, -1))
+        outs.append((maps[-1] * kept / (1 - dropout_p)) @ value)
+    return torch.stack(outs), torch.stack(sums), maps
+
+
+def attention_inputs(lengths, heads, latents, width, dtype):
+    """Queries, and keys and values that are views into one buffer."""
+    q = torch.randn(len(lengths), heads, latents, width).to(dtype)
+    kv = torch.randn(sum(lengths), 2, heads, width).to(dtype)
+    return q, kv, offsets_of(lengths)
+
+
+def check_attention(q, kv, split, offsets, dropout_p):
+    """Compare out, lse, dq, dk and dv; `split` makes k and v of the buffer."""
+    k, v = split(kv)
+    seed = 2**40 + 3
+    out, lse = attend(q, k, v, offsets, SCALE, dropout_p, seed)
+    dout = torch.randn(out.shape).to(q.dtype)
+    dkv = torch.zeros_like(kv)
+    for part in split(dkv):
+        part.fill_(torch.nan)
+    dq = attend_backward(dout, q, k, v, offsets, out, lse, SCALE, dropout_p, seed, *split(dkv))
+    keep = dropout_mask(q, k, offsets, dropout_p, seed)
+    found = []
+    for dtype in (q.dtype, torch.float64):
+        query, buffer = (x.detach().to(dtype).requires_grad_() for x in (q, kv))
+        expected, log_sum, _ = literal_attention(
+            query, *split(buffer), offsets, keep.to(dtype), dropout_p
+        )
+        found.append(
+            (expected, log_sum, *torch.autograd.grad(expected, (query, buffer), dout.to(dtype)))
+        )
+    filled = torch.isfinite(lse)
+    for own, reference, gold in zip((out, lse, dq, dkv), *found, strict=True):
+        if own is lse:
+            assert torch.equal(own.isneginf(), gold.isneginf())
+            own, reference, gold = (x[filled] for x in (own, reference, gold))
+        assert_as_good_as(own, reference.detach(), gold.detach())
+
+
+def unbound(kv):
+    return kv.unbind(1)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "latents", "width", "dtype"),
+    [
+        (RAGGED, 2, 7, 5, torch.float32),
+        ([130], 1, 1, 27, torch.float32),
+        ([257, 64], 2, 65, 16, torch.float32),
+        ([70, 5], 1, 130, 16, torch.float32),
+        ([600, 0, 1], 2, 17, 16, torch.float16),
+        ([0, 1], 1, 3, 200, torch.float32),
+    ],
+)
+def test_attention_ragged(lengths, heads, latents, width, dtype, dropout_p):
+    q, kv, offsets = attention_inputs(lengths, heads, latents, width, dtype)
+    check_attention(q, kv, unbound, offsets, dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_attention_dense(dropout_p):
+    q, kv = torch.randn(2, 3, 9, 16), torch.randn(2, 300, 2, 3, 16)
+    check_attention(q, kv, lambda x: x.permute(0, 2, 3, 1, 4).unbind(1), None, dropout_p)
+
+
+def test_attention_of_any_strides():
+    """Queries that all bags share, heads apart, widths cut out of wider rows."""
+    q = torch.randn(1, 4, 2, 9).transpose(1, 2)[..., 2:].expand(3, -1, -1, -1)
+    kv = torch.randn(2, 2, 90, 12)
+    offsets = offsets_of([40, 30, 20])
+    check_attention(q, kv, lambda x: x.permute(0, 2, 1, 3)[..., 3:10].unbind(0), offsets, 0.0)
+
+
+def test_attention_without_keys():
+    q, kv, offsets = attention_inputs([0, 0], 2, 3, 4, torch.float32)
+    out, lse = attend(q, *unbound(kv), offsets, SCALE, 0.0, 0)
+    dq = attend_backward(
+        q, q, *unbound(kv), offsets, out, lse, SCALE, 0.0, 0, *unbound(torch.empty_like(kv))
+    )
+    assert not out.any()
+    assert not dq.any()
+    assert lse.isneginf().all()
+    nobody = attend(q[:0], *unbound(kv), offsets[:1], SCALE, 0.0, 0)
+    assert [x.shape for x in nobody] == [(0, 2, 3, 4), (0, 2, 3)]
+
+
+def test_a_bag_alone_is_the_bag_in_a_batch():
+    q, kv, offsets = attention_inputs(RAGGED, 2, 3, 16, torch.float32)
+
+    def run(q, kv, offsets):
+        k, v = unbound(kv)
+        out, lse = attend(q, k, v, offsets, SCALE, 0.0, 0)
+        dkv = torch.empty_like(kv)
+        dq = attend_backward(
+            torch.ones_like(out), q, k, v, offsets, out, lse, SCALE, 0.0, 0, *unbound(dkv)
+        )
+        return out, lse, dq, dkv, weights(q, k, offsets, lse, SCALE, "mean")
+
+    batch = run(q, kv, offsets)
+    for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        alone = run(q[b : b + 1], kv[start:stop], torch.tensor([0, stop - start]))
+        for own, other in zip(alone[:3], batch[:3], strict=True):
+            assert torch.equal(own[0], other[b])
+        for own, other in zip(alone[3:], batch[3:], strict=True):
+            assert torch.equal(own, other[start:stop])
+
+
+def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
+    q, kv, offsets = attention_inputs([333, 40], 1, 20, 16, torch.float32)
+    other = latent_attention_triton._Blocks(64, 16, 16, 16, 4, 2)
+    monkeypatch.setattr(latent_attention_triton, "_forward_blocks", lambda q: other)
+    check_attention(q, kv, unbound, offsets, 0.4)
+
+
+def test_dropout_mask():
+    q, kv, offsets = attention_inputs([3000, 500], 2, 5, 1, torch.float32)
+    k, _ = unbound(kv)
+    keep = dropout_mask(q, k, offsets, 0.3, 5)
+    assert torch.equal(keep, dropout_mask(q, k, offsets, 0.3, torch.tensor([5])))
+    for axis in range(3):  # 700 or more weights in each mean: 5 SD are 0.09
+        means = keep.double().movedim(axis, 0).flatten(1).mean(1)
+        if axis:
+            assert (means - 0.7).abs().max() < 0.09
+    assert abs(keep.double().mean() - 0.7) < 0.015
+    others = (
+        dropout_mask(q, k, offsets, 0.3, 6),
+        keep.roll(1, 0),
+        keep.roll(1, 1),
+        keep.roll(1, 2),
+    )
+    for other in others:  # independent masks agree on 0.7^2 + 0.3^2
+        assert abs((keep == other).double().mean() - 0.58) < 0.02
+    dense = dropout_mask(q[:1], k[None, :3000].transpose(1, 2), None, 0.3, 5)
+    assert torch.equal(dense[0].permute(2, 0, 1), keep[:3000])
+    assert dropout_mask(q, k, offsets, 0.0, 5).all()
+
+
+def test_philox_gives_the_published_words():
+    """Random123's known answers, kat_vectors, philox4x32-10."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    words = [int(w) for w in latent_attention_triton._philox(0, zero, zero, zero)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("latents", [3, 70])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_weights(latents, ragged):
+    q, kv, offsets = attention_inputs([80, 0, 1] if ragged else [300, 300], 2, latents, 9,
+                                      torch.float32)  # fmt: skip
+    k, v = unbound(kv)
+    if not ragged:
+        k, v, offsets = (*(x.view(2, 300, 2, 9).transpose(1, 2) for x in (k, v)), None)
+    keep = dropout_mask(q, k, offsets, 0.0, 0)
+    _, lse = attend(q, k, v, offsets, SCALE, 0.0, 0)
+    both = []
+    for dtype in (torch.float32, torch.float64):
+        maps = literal_attention(*(x.to(dtype) for x in (q, k, v)), offsets, keep, 0.0)[2]
+        both.append(torch.cat(maps, -1).permute(2, 0, 1) if ragged else torch.stack(maps))
+    assert_as_good_as(weights(q, k, offsets, lse, SCALE, None), *both)
+    axes = (1, 2)
+    mean = weights(q, k, offsets, lse, SCALE, "mean")
+    assert_as_good_as(mean, *(x.mean(axes) for x in both))
+
+
+def rows_of(count, width, ratio, dtype):
+    """Rows of mean/SD `ratio`; inf: constant. The first columns lie apart, as outliers do."""
+    if ratio == float("inf") or not count:
+        return (torch.arange(count)[:, None] * 7.3 - 20).repeat(1, width).to(dtype)
+    x = torch.randn(count, width)
+    x[:, : width // 16] += 6
+    x = (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True).clamp(min=1e-3)
+    return ((x + ratio) * torch.logspace(-1, 2, count)[:, None]).to(dtype)
+
+
+def normalised(x, p, dtype):
+    z = x.to(dtype)
+    if p is not None:
+        z = torch.cat([z, p.to(dtype).repeat(len(x) // len(p), 1)], 1)
+    return z, torch.nn.functional.layer_norm(z, z.shape[1:], eps=EPS)
+
+
+def literal_project(x, p, weight, bias, offsets, dtype):
+    _, zhat = normalised(x, p, dtype)
+    weight = weight.to(dtype)
+    if offsets is None:
+        y = zhat @ weight.mT
+        return y if bias is None else y + bias.to(dtype)[:, None]
+    return torch.cat(
+        [
+            zhat[slice(*bag)] @ weight[s].mT + (0 if bias is None else bias[s].to(dtype))
+            for s, bag in enumerate(pairwise(offsets.tolist()))
+        ]
+    )
+
+
+def context(rows, width, channels, sets, outputs, ratio=0.0, dtype=torch.float32, positions=None):
+    p = torch.randn(positions or rows, channels) if channels else None
+    total = width + channels
+    weight = (torch.randn(sets, outputs, total) / total**0.5).to(dtype)
+    return rows_of(rows, width, ratio, dtype), p, weight, torch.randn(sets, outputs).to(dtype)
+
+
+def check_project(x, p, weight, bias, offsets):
+    expected = [
+        literal_project(x, p, weight, bias, offsets, dtype)
+        for dtype in (weight.dtype, torch.float64)
+    ]
+    y, mean, rstd = project(x, p, weight, bias, offsets, None, None, EPS)
+    assert y.dtype == weight.dtype
+    assert_as_good_as(y, *expected)
+    again, own_mean, own_rstd = project(x, p, weight, bias, offsets, mean, rstd, EPS)
+    assert own_mean is mean
+    assert own_rstd is rstd
+    assert_as_good_as(again, *expected)
+    gold, _ = normalised(x, p, torch.float64)
+    size = gold.square().mean(1).sqrt()
+    assert ((mean - gold.mean(1)).abs() <= 1e-6 * size).all()
+    expected = (gold.var(1, correction=0) + EPS) ** -0.5
+    torch.testing.assert_close(rstd.double(), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 10, 100, float("inf")])
+@pytest.mark.parametrize(("width", "channels"), [(37, 0), (150, 5), (512, 0)])
+def test_project_is_as_good_as_torch_at_any_mean(width, channels, ratio):
+    check_project(*context(40, width, channels, 1, 24, ratio), None)
+
+
+@pytest.mark.parametrize(
+    ("width", "channels", "sets", "outputs", "rows"),
+    [(6, 0, 1, 1, 3), (37, 3, 5, 12, 70), (64, 5, 2, 70, 65), (1, 0, 1, 4, 2), (33, 64, 1, 8, 5)],
+)
+def test_project_of_awkward_sizes(width, channels, sets, outputs, rows):
+    check_project(*context(rows, width, channels, sets, outputs, 1), None)
+
+
+def test_project_without_bias_of_a_strided_context_with_shared_positions():
+    wide, p, weight, _ = context(90, 70, 5, 2, 6, 1, positions=30)
+    x = wide[:, 3:67]
+    check_project(x, p, weight[..., 6:].contiguous(), None, None)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_project_in_half_precision(direct, monkeypatch):
+    """The path of bf16, here in float16."""
+    monkeypatch.setattr(context_kv_triton, "_DIRECT", (torch.float16,) if direct else ())
+    for ratio in (0, 1, 10, float("inf")):
+        check_project(*context(70, 100, 5, 2, 24, ratio, torch.float16), None)
+    x, p, weight, bias = context(70, 100, 0, 2, 24, float("inf"), torch.float16)
+    y, *_ = project(x, p, weight, bias, None, None, None, EPS)
+    assert_as_good_as(y, y, bias.double()[:, None].expand_as(y))
+
+
+def test_project_mixes_dtypes():
+    x, p, weight, bias = context(40, 64, 5, 1, 16, 10)
+    check_project(x, p, weight.half(), bias.half(), None)
+    check_project(x.half(), p, weight, bias, None)
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, [1], [64, 64, 0, 0, 65]])
+def test_project_grouped(lengths):
+    rows = sum(lengths)
+    x, p, weight, bias = context(rows, 37, 5, len(lengths), 20, 1)
+    offsets = offsets_of(lengths)
+    check_project(x, p, weight, bias, offsets)
+    batch, *_ = project(x, p, weight, bias, offsets, None, None, EPS)
+    for g, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        own = slice(start, stop)
+        alone, *_ = project(
+            x[own], p[own], weight[g : g + 1], bias[g : g + 1],
+            torch.tensor([0, stop - start]), None, None, EPS,
+        )  # fmt: skip
+        assert torch.equal(alone, batch[own])
+
+
+def test_a_row_does_not_see_its_neighbours():
+    x, p, weight, bias = context(50, 100, 0, 1, 8, 0)
+    y, *_ = project(x, p, weight, bias, None, None, None, EPS)
+    other = torch.cat([rows_of(13, 100, 100, torch.float32), x])
+    again, *_ = project(other, p, weight, bias, None, None, None, EPS)
+    assert torch.equal(y, again[:, 13:])
+
+
+def literal_pool(a, x, p, offsets, dtype):
+    _, zhat = normalised(x, p, dtype)
+    a = a.to(dtype)
+    if offsets is None:
+        return a.mT @ zhat
+    return torch.stack([a[slice(*b)].mT @ zhat[slice(*b)] for b in pairwise(offsets.tolist())])
+
+
+def check_pool(a, x, p, offsets, groups=1):
+    z, _ = normalised(x, p, torch.float64)
+    mean = z.mean(1).float()
+    rstd = ((z.var(1, correction=0) + EPS) ** -0.5).float()
+    if groups > 1:
+        offsets = torch.arange(groups + 1) * (len(x) // groups)
+    expected = [literal_pool(a, x, p, offsets, dtype) for dtype in (a.dtype, torch.float64)]
+    if expected[0].ndim == 2:
+        expected = [e[None] for e in expected]
+    own = pool(a, x, p, mean, rstd, None if groups > 1 else offsets, groups)
+    assert own.dtype == torch.float32
+    assert_as_good_as(own, *expected)
+    return own
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 10, 100])
+def test_pool_is_as_good_as_torch_at_any_mean(ratio):
+    x = rows_of(200, 70, ratio, torch.float32)
+    check_pool(torch.randn(200, 5), x, None, None)
+
+
+@pytest.mark.parametrize(
+    ("width", "channels", "outputs", "positions"),
+    [(37, 5, 70, 60), (6, 0, 1, None), (130, 3, 16, 600)],
+)
+def test_pool_of_bags(width, channels, outputs, positions):
+    x, p, *_ = context(600, width, channels, 1, 1, 1, positions=positions)
+    a = torch.randn(600, outputs)
+    lengths = [20, 0, 1, 579]
+    offsets = offsets_of(lengths)
+    batch = check_pool(a, x, p, offsets)
+    assert not batch[1].any()
+    own = slice(21, 600)
+    shared = p if p is None else p.repeat(600 // len(p), 1)[own]
+    alone = check_pool(a[own], x[own], shared, torch.tensor([0, 579]))
+    assert torch.equal(alone[0], batch[3])
+    check_pool(a, x, p, None, groups=3)
+
+
+def test_pool_serves_the_gradient_of_the_weights():
+    """Of several sets at once, over several chunks, from strided rows."""
+    x, p, *_ = context(1100, 40, 4, 1, 1, 1, positions=550)
+    a = torch.randn(1100, 3, 24).movedim(1, 0)[..., 2:]
+    check_pool(a, x[:, 5:], p, None)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_pool_in_half_precision(direct, monkeypatch):
+    monkeypatch.setattr(context_kv_triton, "_DIRECT", (torch.float16,) if direct else ())
+    x, p, *_ = context(150, 40, 5, 1, 1, 1, torch.float16, positions=50)
+    check_pool(torch.randn(150, 12).half(), x, p, None)
+
+
+def test_nothing_comes_of_nothing():
+    x, p, weight, bias = context(0, 6, 0, 2, 4)
+    y, mean, rstd = project(x, p, weight, bias, None, None, None, EPS)
+    assert (y.shape, mean.shape, rstd.shape) == ((2, 0, 4), (0,), (0,))
+    assert not pool(y[0], x, p, mean, rstd, torch.zeros(4, dtype=torch.int64)).any()
+    assert not pool(y, x, p, mean, rstd, None).any()
+
+
+def test_slots_suffice_for_any_bags():
+    """No bag's chunks reach into the next bag's slots, and none beyond the bound."""
+    for lengths in torch.randint(0, 40, (200, 7)).tolist():
+        bounds = offsets_of(lengths).tolist()
+        first = [start // 8 + b for b, start in enumerate(bounds[:-1])]
+        first.append(context_kv_triton.count_slots(bounds[-1], 7, 8))
+        for b, length in enumerate(lengths):
+            assert first[b] + -(-length // 8) <= first[b + 1]
+
+
+def test_the_kernels_are_interpreted():
+    assert isinstance(latent_attention_triton._attend, InterpretedFunction)
+    assert isinstance(context_kv_triton._project, InterpretedFunction)
