@@ -381,8 +381,7 @@ def _checks() -> list[Check]:
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
         cure = "reinstall torch: https://pytorch.org/get-started"
         return [*checks, Check("torch import", "missing", str(error), cure, needed=True)]
-    checks.append(_native_check())
-    checks.append(_gpu_check(torch))
+    checks += [_native_check(), _gpu_check(torch), _triton_check(torch)]
     found = _version("POT")
     checks.append(
         Check("POT", "ok", found)
@@ -400,7 +399,7 @@ def _native_check() -> Check:
         return Check("C++ module", "ok", "motet.kernels._C")
     compiler = next((c for c in ("c++", "g++", "clang++", "cl") if shutil.which(c)), None)
     cure = native.CURE if compiler is None else f"run pip with -v to see why {compiler} failed"
-    return Check("C++ module", "missing", f"merging runs in torch, slower ({reason})", cure)
+    return Check("C++ module", "missing", f"torch computes instead, slower ({reason})", cure)
 
 
 def _gpu_check(torch) -> Check:
@@ -410,6 +409,18 @@ def _gpu_check(torch) -> Check:
         built = "this torch is built for CPUs"
         return Check("GPU", "off", built, "with an NVIDIA GPU: https://pytorch.org/get-started")
     return Check("GPU", "off", f"torch is built for CUDA {torch.version.cuda}, no device found")
+
+
+def _triton_check(torch) -> Check:
+    found = _version("triton")
+    if found and _numbers(found) >= (3, 6):
+        return Check("triton", "ok", found)
+    why = f"{found} is older than 3.6" if found else "not installed"
+    if not torch.cuda.is_available():
+        return Check("triton", "off", f"{why}; the kernels are for GPUs")
+    return Check(
+        "triton", "missing", f"{why}; attention runs in torch, slower", "pip install triton"
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ def status() -> str:
 @cache
 def _say_once() -> None:
     warnings.warn(
-        f"motet.kernels._C is not available ({_reason}): merging falls back to torch, which gives "
+        f"motet.kernels._C is not available ({_reason}): torch computes instead, which gives "
         f"the same results more slowly. To build it: {CURE}.",
         RuntimeWarning,
         stacklevel=2,

@@ -23,7 +23,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
     by_name = {check["name"]: check for check in checks}
-    assert {"motet", "torch", "C++ module", "GPU"} <= by_name.keys()
+    assert {"motet", "torch", "C++ module", "GPU", "triton"} <= by_name.keys()
     assert {check["state"] for check in checks} <= {"ok", "missing", "off"}
     assert all(check["cure"] for check in checks if check["state"] == "missing")
 
@@ -48,7 +48,7 @@ def test_doctor_names_the_cure(monkeypatch, capsys: pytest.CaptureFixture[str]) 
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
     cli.main(["doctor"])
     out = capsys.readouterr().out
-    assert "missing merging runs in torch, slower" in out
+    assert "missing torch computes instead, slower" in out
     assert "cure: install a C++20 compiler" in out
     monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
     cli.main(["doctor"])
