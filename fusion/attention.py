@@ -297,13 +297,19 @@ def prepare(
     if chosen == "absorbed":
         folds = zip(weight, bias, strict=True)
         return [Absorbed(context, packed, fold, backend) for fold in folds]
-    weights, biases = _cast(torch.stack(weight)), _cast(torch.stack(bias))
+    if len(attentions) == 1:
+        weights, biases = _cast(weight[0][None]), _cast(bias[0][None])
+    else:
+        weights, biases = _cast(torch.stack(weight)), _cast(torch.stack(bias))
     if x.is_cuda:  # rows of K and V on 32-byte boundaries, without which no load is asynchronous
         padding = -first.head_dim % 16
         weights, biases = F.pad(weights, (0, 0, 0, padding)), F.pad(biases, (0, padding))
+    # Short bags go into one product, at the price of their own bits: 50 patches at a time take
+    # twice the time of one product, most of it to read the weights.
+    long = len(x) >= 256 * (len(offsets) - 1)
     y = context_kv(
-        x, weights.flatten(1, 3), biases.flatten(1), positions=positions, offsets=offsets,
-        eps=_eps(first), backend=backend,
+        x, weights.flatten(1, 3), biases.flatten(1), positions=positions,
+        offsets=offsets if long else None, eps=_eps(first), backend=backend,
     )  # fmt: skip
     y = y.unflatten(2, weights.shape[1:4])
     # One set is a view; of several, unbinding collects the gradients without sums over zeros.

@@ -312,7 +312,8 @@ def _backward_rows(
     else:
         dweight = weight.new_zeros(weight.shape if weights else 0, dtype=full)
     drows = x.new_empty((len(x), weight.shape[2]) if tokens else 0, dtype=full)
-    bounds = bounds_of(offsets, len(x)) if weights or tokens else []
+    # Only the gradients of tokens are a bag's own.
+    bounds = bounds_of(offsets if tokens else None, len(x)) if weights or tokens else []
     standardised = Standardiser(x, positions, eps, weight.dtype)
     for _, start, stop in chunks(bounds, weight.shape[2]):
         rows = slice(start, stop)
