@@ -277,8 +277,10 @@ def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
 
 _TITLE = (
     f"{'':5} {'theirs ms':>24} {'ours ms':>24} {'ratio':>6} {'ours bf16 ms':>24} {'ratio':>6} "
-    f"{'MiB':>6} {'MiB':>6} {'ratio':>6} {'error':>7} {'error':>7} {'bf16':>7} "
-    f"{'logits differ':>14}"
+    f"{'MiB':>6} {'MiB':>6} {'ratio':>6} {'error':>7} {'error':>7} {'bf16':>7} {'bf16':>7} "
+    f"{'logits differ':>14}\n"
+    f"{'':5} {'':>24} {'':>24} {'':>6} {'':>24} {'':>6} {'theirs':>6} {'ours':>6} {'':>6} "
+    f"{'theirs':>7} {'ours':>7} {'theirs':>7} {'ours':>7}"
 )
 
 
@@ -290,7 +292,7 @@ def _row(row: dict[str, Any]) -> str:
         f"{row['config']:5} {ms['theirs']:>24} {ms['ours']:>24} {row['ratio']:6.2f} "
         f"{ms['ours bf16']:>24} {row['ratio_bf16']:6.2f} {peak['theirs']:6.0f} {peak['ours']:6.0f} "
         f"{row['memory_ratio']:6.2f} {error['theirs']:7.0e} {error['ours']:7.0e} "
-        f"{error['ours bf16']:7.0e} {difference:>14}"
+        f"{error['theirs bf16']:7.0e} {error['ours bf16']:7.0e} {difference:>14}"
     )
 
 

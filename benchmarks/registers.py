@@ -12,6 +12,7 @@ import argparse
 import ast
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -140,6 +141,13 @@ def compiled(launch: Launch) -> Compiled:
         len(re.findall(r"cp\.async\.(?:c[ag]|bulk)", ptx)),
         len(_MATRIX.findall(sass)),
     )
+
+
+_recorded: list[Launch] = []  # for the processes that main forks
+
+
+def _compiled_number(index: int) -> Compiled:
+    return compiled(_recorded[index])
 
 
 def faults(result: Compiled, launch: Launch) -> list[str]:
@@ -302,6 +310,7 @@ SHIPPED = dict(_shipped())
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: %(default)s")
     parser.add_argument("--only", help="the one size to compile, by its name in the table")
     parser.add_argument("--keys", action="store_true", help="say what would be compiled, as JSON")
     arguments = parser.parse_args()
@@ -316,11 +325,13 @@ def main() -> None:
     rows, wrong = [], []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        for launch in found:
-            result = compiled(launch)
-            rows.append(asdict(result))
-            wrong += faults(result, launch)
-            print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
+        # Forked, so that processes share what was recorded; launches do not pickle.
+        _recorded.extend(found)
+        with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
+            for index, result in enumerate(pool.imap(_compiled_number, range(len(found)))):
+                rows.append(asdict(result))
+                wrong += faults(result, found[index])
+                print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
     head = f'"triton": "{triton.__version__}", "sources": {json.dumps(sources())}'

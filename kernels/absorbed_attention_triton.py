@@ -82,7 +82,7 @@ def attend_backward(
         _softmax_gradient[grid](
             scores, lse, dweights, grad_mass.float().contiguous(), delta.contiguous(), offsets,
             seed, partial, bags, *_dropout(dropout_p), R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
-            BLOCK_R=_BLOCK_R, DROPOUT=seed is not None, num_warps=4,
+            BLOCK_R=_BLOCK_R, DROPOUT=seed is not None, num_warps=8,
         )  # fmt: skip
         _combine_sums[combined](
             partial, offsets, rest, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
