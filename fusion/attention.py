@@ -1,7 +1,7 @@
 """Latents attend to a context: prepared once per forward pass, for all layers that will ask."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..kernels import absorbed_attention, attention_weights, context_kv, plan
 from ..kernels.absorbed_attention import absorbed_weights
-from ..kernels.backends import Backend
+from ..kernels.backends import Backend, check_backend
+from ..kernels.checks import choice
 from ..kernels.latent_attention import latent_attention_kv, latent_attention_reference
 from ..kernels.plan import Strategy
 from .context import Context
@@ -124,17 +125,15 @@ class OneToken:
         self.context, self.v = context, v  # [B, H, 1, E]
 
     @classmethod
-    def of(cls, context: Context, attention: Attention, backend: Backend) -> "OneToken":
+    def of(cls, context: Context, attention: Attention) -> "OneToken":
         """Project the tokens of a context that has at most one per row."""
-        weight, bias = (part[1].flatten(0, 1) for part in attention.folded())
-        x, positions, _ = context.packed()
-        v = context_kv(
-            x, _cast(weight), _cast(bias), positions=positions, eps=_eps(attention), backend=backend
-        )
+        assert attention.norm_context is not None
+        weight = attention.to_kv.weight[attention.to_out.in_features :]
+        v = F.linear(attention.norm_context(context.joined()), weight)
         nonempty = context.nonempty
         if nonempty is not None:
-            v = v.new_zeros(len(nonempty), v.shape[1]).index_put((nonempty,), v)
-        return cls(context, attention.split(v[:, None]))
+            v = v.new_zeros(len(nonempty), 1, v.shape[1]).index_put((nonempty,), v[:, None])
+        return cls(context, attention.split(v))
 
     def attend(self, attention: Attention, latents: Tensor) -> Tensor:
         p = attention.active_dropout
@@ -269,8 +268,12 @@ def prepare(
         strategy: instead of the planned one, see `kernels.plan`.
         backend: see `kernels.plan`.
     """
+    choice("strategy", strategy, (None, *get_args(Strategy)))
+    check_backend(backend)
     if strategy == "reference":
         return [Literal(context, attention) for attention in attentions]
+    if context.single:
+        return [OneToken.of(context, attention) for attention in attentions]
     first = attentions[0]
     x, positions, offsets = packed = context.packed()
     weight, bias = zip(*(attention.folded() for attention in attentions), strict=True)
@@ -283,17 +286,14 @@ def prepare(
         head_dim=first.head_dim,
         layers=layers,
         weight_sets=len(attentions),
-        longest=1 if context.single else None,
         dtype=_cast(weight[0]).dtype,
-        device=x.device.type,
+        device="cuda" if x.is_cuda else "cpu",
         training=torch.is_grad_enabled(),
         dropout=first.active_dropout,
         tokens_need_grad=x.requires_grad,
         strategy=strategy,
         backend=backend,
     ).strategy
-    if context.single:
-        return [OneToken.of(context, attention, backend) for attention in attentions]
     if chosen == "absorbed":
         folds = zip(weight, bias, strict=True)
         return [Absorbed(context, packed, fold, backend) for fold in folds]
