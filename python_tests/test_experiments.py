@@ -685,6 +685,8 @@ def test_an_interrupted_run_says_so(sign: signal.Signals, tmp_path: Path) -> Non
         [sys.executable, "-m", "motet", *command, str(tmp_path / "run")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # What a shell runs in the background ignores Ctrl-C, and so would what the tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("run/folds/*/last.ckpt")) and time.monotonic() < deadline:
