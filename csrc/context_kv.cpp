@@ -1,5 +1,6 @@
 #include "context_kv.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -46,7 +47,8 @@ struct Simd {
     static MOTET_INLINE Pack widened(Halves halves, bfloat16) {
         return std::bit_cast<Pack>(__builtin_convertvector(halves, Bits) << 16);
     }
-    // Exponents are rebiased by a product, which is exact and brings subnormal numbers along.
+    // Exponents are rebiased by a product, which is exact and brings subnormal numbers along,
+    // unless the thread is told to take them for zero.
     static MOTET_INLINE Pack widened(Halves halves, float16) {
         const Bits bits = __builtin_convertvector(halves, Bits), magnitude = bits & 0x7fffu;
         const auto scaled = std::bit_cast<Bits>(std::bit_cast<Pack>(magnitude << 13) * 0x1p112f);
@@ -176,7 +178,10 @@ struct Body {
         else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
             chosen = &v3;
 #endif
-        parallel_for(r.rows, threads, [&](std::size_t begin, std::size_t end) {
+        // Below torch's own grain, starting a thread takes longer than the work.
+        const auto numbers = r.rows * (r.dim + r.width);
+        const auto useful = static_cast<int>(std::min<std::size_t>(numbers / 32768 + 1, 1024));
+        parallel_for(r.rows, std::min(threads, useful), [&](std::size_t begin, std::size_t end) {
             chosen(r, static_cast<Wide>(eps), static_cast<Out*>(out), static_cast<Wide*>(mean),
                    static_cast<Wide*>(rstd), begin, end);
         });

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -54,7 +55,11 @@ void parallel_for(std::size_t size, int threads,
         return;
     }
     std::vector<std::thread> others;
-    for (std::size_t i = 1; i < parts; ++i) others.emplace_back([&job] { job.run(); });
+    try {
+        for (std::size_t i = 1; i < parts; ++i) others.emplace_back([&job] { job.run(); });
+    } catch (const std::system_error&) {
+        // No thread to be had: those that there are take all parts.
+    }
     job.run();
     for (auto& thread : others) thread.join();
 }

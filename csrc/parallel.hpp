@@ -6,8 +6,8 @@
 
 namespace motet {
 
-// Runs work(begin, end) on `threads` near-equal parts of [0, size). torch's OpenMP threads wait
-// actively after each operator, so that others beside them would get half a core each: where
+// Runs work(begin, end) on up to `threads` near-equal parts of [0, size). torch's OpenMP threads
+// wait actively after each operator, so that others beside them would get half a core each: where
 // libgomp is loaded its own team does the work.
 void parallel_for(std::size_t size, int threads,
                   const std::function<void(std::size_t, std::size_t)>& work);

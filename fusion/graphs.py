@@ -33,15 +33,18 @@ class CudaGraphs:
 
     A graph is captured at the first call with new sizes: the rows, the modalities at hand and the
     bucket of each one's token count (`bucket`); training and evaluation, and every precision of
-    autocast, have their own. Later calls with these sizes replay it. Gradients flow as without.
+    autocast, have their own. Later calls with these sizes replay it. Gradients flow as without, but
+    a batch's backward pass has to come before the next batch of these sizes: a graph has one set of
+    activations, and a replay writes over them.
 
     Args:
         model: on a CUDA device. Its parameters may change in place between calls, as optimisers
-            change them; a module that is moved or converted needs new graphs.
+            change them; after a move or a conversion, graphs are captured anew.
         capture: makes a replaying callable of a module and its sample arguments.
 
     Raises:
         ValueError: a model that is not on a CUDA device.
+        RuntimeError: a backward pass through activations that a later call has replaced.
         TypeError: something that is not a HEALNet.
 
     Note:
@@ -64,7 +67,8 @@ class CudaGraphs:
             raise ValueError(f"model: expected it on a CUDA device, got {device}")
         self.model = model
         self.capture: Any = capture or torch.cuda.make_graphed_callables
-        self.graphs: dict[Any, Callable[..., Tensor]] = {}
+        self.graphs: dict[Any, _Replays] = {}
+        self._hooked: set[int] = set()
 
     def __call__(
         self, inputs: Any, *, masks: Any = None, present: Any = None, coords: Any = None
@@ -86,17 +90,57 @@ class CudaGraphs:
             tuple(
                 (name, part.dense, *map(_signature, part.tensors)) for name, part in parts.items()
             ),
-            model.training,
+            tuple(module.training for module in model.modules()),
+            tuple((p.requires_grad, p.data_ptr()) for p in model.parameters()),
             torch.is_grad_enabled(),
             autocast and dtype,
         )
         if signature not in self.graphs:
-            latent_part = _LatentPart(model, rows, parts).train(model.training)
+            latent_part = _LatentPart(model, rows, parts)
+            latent_part.training = model.training  # not of the modules in it, as train() would
             samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
             # Weights that autocast has converted are kept for later; a graph cannot rely on them.
             with torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
-                self.graphs[signature] = self.capture(latent_part, samples, allow_unused_input=True)
+                graph = self.capture(latent_part, samples, allow_unused_input=True)
+            self.graphs[signature] = _Replays(graph)
+            self._own_gradients()
         return self.graphs[signature](*tensors)
+
+    def _own_gradients(self) -> None:
+        """Have gradients copied out of the graphs' memory, where the next replay writes."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and id(parameter) not in self._hooked:
+                parameter.register_hook(lambda grad: None if grad is None else grad.clone())
+                self._hooked.add(id(parameter))
+
+
+class _Replays:
+    """A graph that counts its replays, so that none is differentiated after the next."""
+
+    def __init__(self, graph: Callable[..., Tensor]) -> None:
+        self.graph, self.count = graph, 0
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        self.count += 1
+        return _Owned.apply(self.graph(*tensors), self)
+
+
+class _Owned(torch.autograd.Function):
+    """Copy a result out of a graph's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, replays: _Replays) -> Tensor:
+        ctx.replays, ctx.at = replays, replays.count
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        if ctx.at != ctx.replays.count:
+            raise RuntimeError(
+                "CudaGraphs: expected the backward pass before the next call with batches of these "
+                f"sizes, got {ctx.replays.count - ctx.at} calls in between"
+            )
+        return grad, None
 
 
 class _Part(NamedTuple):

@@ -1,11 +1,19 @@
 """Latent attention that takes the projections into the queries: K and V never exist."""
 
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .backends import Backend, check_backend, compiled, refuse_second_derivative, triton_kernels
+from .backends import (
+    Backend,
+    check_backend,
+    compiled,
+    refuse_second_derivative,
+    rows_apart,
+    triton_kernels,
+)
 from .checks import refuse_forward_mode
 from .context_kv import (
     Standardiser,
@@ -107,9 +115,10 @@ def absorbed_weights(
     """Return the weights A of absorbed_attention, before dropout, [T, R]; not differentiable."""
     _check(queries, x, offsets, positions)
     check_backend(backend)
-    _, _, scores, lse, _, _ = torch.ops.motet.absorbed_attention(
-        queries, x, positions, offsets, eps, 0.0, None, backend
-    )
+    with torch.no_grad():
+        _, _, scores, lse, _, _ = torch.ops.motet.absorbed_attention(
+            queries, x, positions, offsets, eps, 0.0, None, backend
+        )
     lengths = offsets.diff()
     return (
         (scores.to(lse.dtype) - lse.repeat_interleave(lengths, 0, output_size=len(x)))
@@ -173,9 +182,12 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Read the tokens once: scores, running softmax and pooling per chunk of rows."""
-    fast = triton_kernels("absorbed_attention", backend, queries)
+    fast = _fast(backend, queries)
     if fast is not None:
-        return fast.attend(queries, x, positions, offsets, eps, dropout_p, seed)
+        places = None if positions is None else rows_apart(positions)
+        return fast.attend(
+            queries.contiguous(), rows_apart(x), places, offsets, eps, dropout_p, seed
+        )
     full, (bags, count, width) = wide(x.dtype), queries.shape
     pooled, mass = (
         queries.new_zeros(queries.shape, dtype=full),
@@ -237,11 +249,12 @@ def _backward_of(
     multiply: it is taken out with the mean token, dS (ẑ - pooled / mass).
     """
     delta = (grad_pooled * pooled).sum(-1, dtype=lse.dtype) + grad_mass * mass
-    fast = triton_kernels("absorbed_attention", backend, queries)
+    fast = _fast(backend, queries)
     if fast is not None and not of_rows:
+        places = None if positions is None else rows_apart(positions)
         dqueries, rest = fast.attend_backward(
-            grad_pooled, grad_mass, delta, queries, x, positions, offsets, scores, lse, mean, rstd,
-            eps, dropout_p, seed,
+            grad_pooled, grad_mass, delta, queries, rows_apart(x), places, offsets, scores, lse,
+            mean, rstd, eps, dropout_p, seed,
         )  # fmt: skip
         dqueries -= _times_mean_token(rest, pooled, mass)
         return dqueries.to(queries.dtype), x.new_empty(0), x.new_empty(0)
@@ -250,7 +263,13 @@ def _backward_of(
     dqueries = torch.zeros_like(queries, dtype=lse.dtype)
     drows = mean.new_empty((len(x), width) if of_rows else 0)
     bounds = bounds_of(offsets, len(x))
-    masks = _Masks(seed, bounds, count, dropout_p, lse)
+    kept = None
+    if fast is not None and seed is not None:  # the mask that Triton drew in the forward pass
+        shapes = lse.new_empty(len(queries), 1, count, 1), lse.new_empty(len(x), 1, 1)
+        latent = triton_kernels("latent_attention", backend, queries)
+        assert latent is not None
+        kept = latent.dropout_mask(*shapes, offsets, dropout_p, seed)[:, 0]
+    masks = _Masks(seed, bounds, count, dropout_p, lse, kept)
     standardised = Standardiser(x, positions, eps, queries.dtype)
     for bag, start, stop in chunks(bounds, width):
         rows = slice(start, stop)
@@ -277,12 +296,27 @@ def _times_mean_token(rest: Tensor, pooled: Tensor, mass: Tensor) -> Tensor:
     return (rest / torch.where(mass > 0, mass, 1))[..., None] * pooled
 
 
+def _fast(backend: str, queries: Tensor) -> ModuleType | None:
+    # Nothing to launch without bags or queries; torch says what comes of them.
+    nothing = "needs bags and queries" if 0 in queries.shape[:2] else ""
+    if nothing and backend == "triton":
+        backend = "eager"
+    return triton_kernels("absorbed_attention", backend, queries, why_not=nothing)
+
+
 class _Masks:
-    """The dropout masks of all bags, one drawn at a time."""
+    """The dropout masks of all bags, one drawn at a time unless all are `kept` [T, R] already."""
 
     def __init__(
-        self, seed: Tensor | None, bounds: list[int], columns: int, dropout_p: float, like: Tensor
+        self,
+        seed: Tensor | None,
+        bounds: list[int],
+        columns: int,
+        dropout_p: float,
+        like: Tensor,
+        kept: Tensor | None = None,
     ) -> None:
+        self.kept = kept
         self.seed, self.bounds, self.columns = seed, bounds, columns
         self.dropout_p, self.like = dropout_p, like
         self.bag, self.mask = -1, like
@@ -291,6 +325,8 @@ class _Masks:
         """Return weights [n, R] of some rows of a bag after dropout."""
         if self.seed is None:
             return weights
+        if self.kept is not None:
+            return weights * self.kept[rows] / (1 - self.dropout_p)
         first, last = self.bounds[bag : bag + 2]
         if bag != self.bag:
             shape = (last - first, self.columns)

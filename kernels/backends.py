@@ -21,17 +21,25 @@ def check_backend(backend: str) -> None:
     choice("backend", backend, ("auto", "triton", "compile", "eager"))
 
 
-def triton_kernels(operator: str, backend: str, like: Tensor) -> ModuleType | None:
+def rows_apart(x: Tensor) -> Tensor:
+    """Return x, copied if the numbers of a row are not neighbours, as the Triton kernels want."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def triton_kernels(
+    operator: str, backend: str, like: Tensor, *, why_not: str = ""
+) -> ModuleType | None:
     """Return the module of an operator's Triton kernels, or None where torch computes.
 
     "auto" takes Triton for CUDA tensors of up to 32 bits; Triton has no matrix product in float64.
+    `why_not` is what the operator itself knows against it.
 
     Raises:
         ValueError: "triton" was asked for and cannot be had.
     """
     if backend == "eager":
         return None
-    reason = _why_not(like.device.type, like.dtype)
+    reason = why_not or _why_not(like.device.type, like.dtype)
     if not reason:
         return importlib.import_module(f"{__package__}.{operator}_triton")
     if backend == "triton":
@@ -61,7 +69,8 @@ def refuse_second_derivative(library: torch.library.Library, operator: str) -> N
 
     def refuse(ctx, *grads):
         raise NotImplementedError(
-            f"{operator}: expected one derivative, got a second; use strategy='reference' for it"
+            f"{operator}: expected one derivative, got a second; the reference has it (in HEALNet, "
+            "use strategy='reference' for it)"
         )
 
     torch.library.register_autograd(f"motet::{operator}_backward", refuse, lib=library)

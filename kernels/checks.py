@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise unless `value` is one of `allowed`, type included."""

@@ -8,8 +8,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .backends import Backend, check_backend, compiled, refuse_second_derivative, triton_kernels
-from .checks import check_offsets, refuse_forward_mode
+from .backends import (
+    Backend,
+    check_backend,
+    compiled,
+    refuse_second_derivative,
+    rows_apart,
+    triton_kernels,
+)
+from .checks import DTYPES, check_offsets, refuse_forward_mode
 from .native import native
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
@@ -19,7 +26,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "context_kv_backward(Tensor grad, Tensor x, Tensor? positions, Tensor weight, Tensor? offsets, "
-    "Tensor mean, Tensor rstd, float eps, str backend, bool[3] needed) "
+    "Tensor mean, Tensor rstd, bool given, float eps, str backend, bool[3] needed) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -56,10 +63,10 @@ def context_kv(
         positions: [T, P], joined to the tokens; or [N, P] for every N tokens, T a multiple of N.
         offsets: int64 [B + 1], the bags. They change no number in exact arithmetic; with them a
             bag gives the same bits in any batch.
-        statistics: μ and 1/√(σ² + ε), float32 (float64 for float64 tokens) [T] each, of a former
-            call; None means that they are computed.
+        statistics: μ and 1/√(σ² + ε) of these very rows, [T] each, float32 (float64 for float64
+            tokens), where they are known; None means that they are computed.
         eps: ε.
-        backend: "auto", "triton", "compile" or "eager".
+        backend: "auto", "triton", "compile" (without statistics; with them "eager") or "eager".
 
     Returns:
         [S, T, O], or [T, O] for one set, in the dtype of `weight`. Differentiable once, in reverse
@@ -76,6 +83,8 @@ def context_kv(
     """
     x = x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim == 3 else x
     check_rows(x, positions, offsets)
+    if statistics is not None and len(statistics) != 2:
+        raise ValueError(f"statistics: expected two tensors, got {len(statistics)}")
     mean, rstd = statistics or (None, None)
     given = {"statistics[0]": mean, "statistics[1]": rstd}
     for name, part in {"weight": weight, "bias": bias, **given}.items():
@@ -108,7 +117,7 @@ def context_kv(
             )
     check_backend(backend)
     refuse_forward_mode("context_kv")
-    if backend == "compile":
+    if backend == "compile" and statistics is None:
         y = compiled(context_kv_reference)(x, weight, bias, positions=positions, eps=eps)
     else:
         y, _, _ = torch.ops.motet.context_kv(
@@ -139,9 +148,10 @@ def check_rows(x: Tensor, positions: Tensor | None, offsets: Tensor | None) -> N
     """Raise unless tokens, positions and offsets fit together."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():
+    if x.ndim != 2 or x.shape[1] == 0 or x.dtype not in DTYPES:
         raise ValueError(
-            f"x: expected floating-point [T, D] with D > 0, got {x.dtype} {tuple(x.shape)}"
+            f"x: expected floating-point [T, D] with D > 0, 16 to 64 bits, got {x.dtype} "
+            f"{tuple(x.shape)}"
         )
     if positions is not None:
         if not isinstance(positions, Tensor):
@@ -268,7 +278,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     fast = triton_kernels("context_kv", backend, weight)
     if fast is not None:
-        y, *found = fast.project(x, positions, weight, bias, None, mean, rstd, eps)
+        y, *found = fast.project(
+            rows_apart(x),
+            None if positions is None else rows_apart(positions),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None, mean, rstd, eps,
+        )  # fmt: skip
         return y, *(part.clone() if mean is not None else part for part in found)
     statistics = None if mean is None or rstd is None else (mean, rstd)
     sets, outputs, width = weight.shape
@@ -294,6 +310,7 @@ def _backward_rows(
     offsets: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    given: bool,
     eps: float,
     backend: str,
     needed: Sequence[bool],
@@ -307,7 +324,8 @@ def _backward_rows(
     dbias = grad.sum(1, dtype=full).to(weight.dtype) if biases else x.new_empty(0)
     fast = triton_kernels("context_kv", backend, weight)
     if fast is not None and weights:
-        dweight = fast.pool(grad, x, positions, mean, rstd, None).to(weight.dtype)
+        places = None if positions is None else rows_apart(positions)
+        dweight = fast.pool(grad, rows_apart(x), places, mean, rstd, None).to(weight.dtype)
         weights = False
     else:
         dweight = weight.new_zeros(weight.shape if weights else 0, dtype=full)
@@ -318,7 +336,7 @@ def _backward_rows(
     for _, start, stop in chunks(bounds, weight.shape[2]):
         rows = slice(start, stop)
         # Computed again in the very bits of the forward pass, in one sweep.
-        z, _, own = standardised(rows)
+        z, _, own = standardised(rows, (mean, rstd) if given else None)
         if weights:
             for s in range(len(weight)):
                 if full == weight.dtype:
@@ -336,7 +354,8 @@ def _backward_rows(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, positions, weight, _, offsets, _, _, ctx.eps, ctx.backend = inputs
+    x, positions, weight, _, offsets, given, _, ctx.eps, ctx.backend = inputs
+    ctx.given = given is not None
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, positions, weight, offsets, mean, rstd)
@@ -346,8 +365,8 @@ def _backward(ctx, grad: Tensor, *_: Tensor):
     x, positions, weight, offsets, mean, rstd = ctx.saved_tensors
     of_x, of_positions, of_weight, of_bias = ctx.needs_input_grad[:4]
     dx, dpositions, dweight, dbias = torch.ops.motet.context_kv_backward(
-        grad.contiguous(), x, positions, weight, offsets, mean, rstd, ctx.eps, ctx.backend,
-        [of_x or of_positions, of_weight, of_bias],
+        grad.contiguous(), x, positions, weight, offsets, mean, rstd, ctx.given, ctx.eps,
+        ctx.backend, [of_x or of_positions, of_weight, of_bias],
     )  # fmt: skip
     return (
         dx if of_x else None,
@@ -363,7 +382,7 @@ def _fake(x, positions, weight, bias, offsets, mean, rstd, eps, backend):
     return y, *(x.new_empty(x.shape[0], dtype=wide(x.dtype)) for _ in range(2))
 
 
-def _fake_backward(grad, x, positions, weight, offsets, mean, rstd, eps, backend, needed):
+def _fake_backward(grad, x, positions, weight, offsets, mean, rstd, given, eps, backend, needed):
     tokens, weights, biases = needed
     return (
         x.new_empty(x.shape if tokens else 0),

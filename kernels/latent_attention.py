@@ -1,6 +1,7 @@
 """Attention of a few latent queries to very many context tokens, per bag."""
 
 from itertools import pairwise
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,11 +13,14 @@ from .backends import (
     check_backend,
     compiled,
     refuse_second_derivative,
+    rows_apart,
     triton_kernels,
 )
 from .checks import check_offsets, choice, refuse_forward_mode
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
+# The result is float32 also for half precision, since its rounding would be that of a difference in
+# the backward pass; callers round it.
 _LIBRARY.define(
     "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? offsets, float scale, float dropout_p, "
     "Tensor? seed, str backend) -> (Tensor, Tensor)"
@@ -26,8 +30,6 @@ _LIBRARY.define(
     "Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, str backend) "
     "-> (Tensor, Tensor, Tensor)"
 )
-# The result is float32 also for half precision, since its rounding would be that of a difference in
-# the backward pass; callers round it.
 # The same with K and V in one tensor [T, 2, H, E], as one projection makes them: their gradient is
 # then written in place too, instead of being put together from two.
 _LIBRARY.define(
@@ -211,9 +213,10 @@ def attention_weights(
             arguments = (q, k, k, offsets, _scale(q, scale), 0.0, None, backend)
             lse = torch.ops.motet.latent_attention(*arguments)[1]
             assert lse is not None
-        fast = triton_kernels("latent_attention", backend, q)
+        fast = _fast(backend, q)
         if fast is not None:
-            return fast.weights(q, k, offsets, lse, _scale(q, scale), reduce)
+            q, k = rows_apart(q), rows_apart(k)
+            return fast.weights(q, k, offsets, lse.contiguous(), _scale(q, scale), reduce)
         return _weights(q, k, offsets, lse, _scale(q, scale), reduce)
 
 
@@ -279,6 +282,11 @@ def _through_sdpa(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale
     return torch.stack(bags) if bags else torch.empty_like(q)
 
 
+def _fast(backend: str, q: Tensor) -> ModuleType | None:
+    wide = "takes heads of up to 256 numbers" if q.shape[-1] > 256 else ""
+    return triton_kernels("latent_attention", backend, q, why_not=wide)
+
+
 def _full(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -293,9 +301,9 @@ def _forward(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    fast = triton_kernels("latent_attention", backend, q)
+    fast = _fast(backend, q)
     if fast is not None:
-        return fast.attend(q, k, v, offsets, scale, dropout_p, seed)
+        return fast.attend(*map(rows_apart, (q, k, v)), offsets, scale, dropout_p, seed)
     out = q.new_zeros(q.shape, dtype=_full(q.dtype))
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=_full(q.dtype))
     scaled = q * scale
@@ -410,11 +418,10 @@ def _backward_into(
     rows of A sum to 1, but not after rounding, which would be multiplied by what the keys have in
     common: so it is the mean of dA by A as it is here.
     """
-    fast = triton_kernels("latent_attention", backend, q)
+    fast = _fast(backend, q)
     if fast is not None:
-        return fast.attend_backward(
-            grad, q, k, v, offsets, out, lse, scale, dropout_p, seed, dk, dv
-        )
+        rows = map(rows_apart, (grad, q, k, v))
+        return fast.attend_backward(*rows, offsets, out, lse, scale, dropout_p, seed, dk, dv)
     dq = q.new_zeros(q.shape)
     scaled = q * scale
     for run in _runs(k, offsets):
@@ -454,7 +461,7 @@ def _backward_into(
 
 
 def _backward_of(grad, q, k, v, offsets, out, lse, scale, dropout_p, seed, backend):
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     dq = _backward_into(grad, q, k, v, offsets, out, lse, scale, dropout_p, seed, backend, dk, dv)
     return dq, dk, dv
 
@@ -464,7 +471,7 @@ def _forward_kv(q, kv, offsets, scale, dropout_p, seed, backend):
 
 
 def _backward_of_kv(grad, q, kv, offsets, out, lse, scale, dropout_p, seed, backend):
-    dkv = torch.empty_like(kv)
+    dkv = kv.new_empty(kv.shape)
     dq = _backward_into(
         grad, q, kv[:, 0], kv[:, 1], offsets, out, lse, scale, dropout_p, seed, backend,
         dkv[:, 0], dkv[:, 1],
@@ -513,11 +520,11 @@ def _fake(q, *rest):
 
 
 def _fake_backward(grad, q, k, v, *rest):
-    return q.new_empty(q.shape), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _fake_backward_kv(grad, q, kv, *rest):
-    return q.new_empty(q.shape), torch.empty_like(kv)
+    return q.new_empty(q.shape), kv.new_empty(kv.shape)
 
 
 for _name, _implementation, _fake_of in (

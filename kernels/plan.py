@@ -6,10 +6,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from .backends import Backend, check_backend
-from .checks import choice
+from .checks import DTYPES, choice
 
 Strategy = Literal["cached", "absorbed", "reference"]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def plan(
     weight_sets: int = 1,
     longest: int | None = None,
     dtype: torch.dtype = torch.float32,
-    device: str | Machine = "cpu",
+    device: str | torch.device | Machine = "cpu",
     training: bool = False,
     dropout: float = 0.0,
     weights: bool = False,
@@ -152,8 +151,9 @@ def plan(
 
     A pure function: the same sizes give the same plan. Degenerate cases come first (no token, one
     token per bag); then the strategy with the least predicted time. LayerNorm's gain and shift are
-    always taken into the weights; its mean is always subtracted from the tokens before a product,
-    never after it, so that rows with a mean far above their standard deviation lose no digits.
+    always taken into the weights; its mean is subtracted from the tokens before a product, not
+    after it, so that rows with a mean far above their standard deviation lose no digits. (It is
+    taken out afterwards for bfloat16 tokens on a GPU, whose own rounding is larger than that.)
 
     Args:
         tokens: T, of all bags together.
@@ -171,7 +171,8 @@ def plan(
         dropout: probability of dropping an attention weight.
         weights: whether the attention weights are wanted as well.
         tokens_need_grad: whether the tokens come from something that is trained.
-        strategy: "cached", "absorbed" or "reference" instead of the cheapest.
+        strategy: "cached", "absorbed" or "reference" instead of the cheapest, where there is a
+            choice: degenerate cases come first.
         backend: "auto", "triton", "compile" or "eager".
 
     Returns:
@@ -191,6 +192,12 @@ def plan(
     choice("strategy", strategy, (None, *get_args(Strategy)))
     check_backend(backend)
     machine = _machine(device)
+    least = {"tokens": 0, "width": 1, "bags": 0, "latents": 1, "heads": 1, "head_dim": 1,
+             "layers": 1, "weight_sets": 1}  # fmt: skip
+    given = (tokens, width, bags, latents, heads, head_dim, layers, weight_sets)
+    for (name, lowest), value in zip(least.items(), given, strict=True):
+        if value < lowest:
+            raise ValueError(f"{name}: expected at least {lowest}, got {value}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {' or '.join(map(str, DTYPES))}, got {dtype}")
     if tokens == 0 or (longest is not None and longest <= 1):
@@ -217,9 +224,10 @@ def plan(
     return Plan(best, backend, machine.name, costs, "least predicted time")
 
 
-def _machine(device: str | Machine) -> Machine:
+def _machine(device: str | torch.device | Machine) -> Machine:
     if isinstance(device, Machine):
         return device
+    device = str(device)
     if device in MACHINES:
         return MACHINES[device]
     if device not in ("cpu", "cuda"):
@@ -232,6 +240,8 @@ def _at_hand(device: str) -> Machine:
     if device == "cpu":
         # torch.compile cannot ask for the threads; no choice depends on them.
         return cpu_machine(1 if torch.compiler.is_compiling() else torch.get_num_threads(), _AMX)
+    if not torch.cuda.is_available():
+        raise ValueError("device: expected a CUDA device at hand, or a name such as 'H200'")
     name = torch.cuda.get_device_properties().name
     return next((machine for key, machine in MACHINES.items() if key in name), MACHINES["A100"])
 

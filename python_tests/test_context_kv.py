@@ -283,7 +283,7 @@ def test_registration(name: str) -> None:
     for needed in ([True, True, True], [False, True, False], [True, False, False], [False] * 3):
         opcheck(
             torch.ops.motet.context_kv_backward,
-            (grad, x, positions, weight, offsets, *statistics, 1e-5, "auto", needed),
+            (grad, x, positions, weight, offsets, *statistics, False, 1e-5, "auto", needed),
         )
 
 
@@ -423,3 +423,13 @@ def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
 def test_refusals(error, message: str, args: tuple, options: dict) -> None:
     with pytest.raises(error, match=message):
         context_kv(*args, **options)
+
+
+def test_given_statistics_are_those_of_the_gradient_too() -> None:
+    x = torch.randn(9, 5, dtype=torch.float64)
+    weight = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    statistics = x.new_zeros(9), x.new_ones(9)
+    y = context_kv(x, weight, statistics=statistics)
+    torch.testing.assert_close(y, x @ weight.mT)
+    (grad,) = torch.autograd.grad(y.sum(), weight)
+    torch.testing.assert_close(grad, x.sum(0).expand_as(grad))

@@ -15,7 +15,7 @@ from .conftest import randomised
 
 
 class Recorder:
-    """Stands in for torch.cuda.make_graphed_callables."""
+    """Stands in for torch.cuda.make_graphed_callables: one output and one set of gradients."""
 
     def __init__(self) -> None:
         self.captured = 0
@@ -23,10 +23,33 @@ class Recorder:
     def __call__(self, module: nn.Module, samples: tuple[Tensor, ...], **options: Any) -> Any:
         self.captured += 1
         shapes = [sample.shape for sample in samples]
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        static: dict[str, Any] = {}
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, count: int, *inputs: Tensor) -> Tensor:
+                with torch.enable_grad():
+                    own = [x.detach().requires_grad_(x.requires_grad) for x in inputs[:count]]
+                    out = module(*own)
+                static["leaves"], static["live"] = [*own, *parameters], out
+                static["out"] = static.get("out", torch.empty_like(out)).copy_(out.detach())
+                return static["out"].detach()
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Any:
+                wanted = [x for x in static["leaves"] if x.requires_grad]
+                found = iter(torch.autograd.grad(static["live"], wanted, grad, allow_unused=True))
+                grads = [next(found) if x.requires_grad else None for x in static["leaves"]]
+                kept = static.setdefault("grads", [None if g is None else g.clone() for g in grads])
+                for own, g in zip(kept, grads, strict=True):
+                    if own is not None:
+                        own.copy_(g)
+                return None, *(None if g is None else g.detach() for g in kept)
 
         def replay(*tensors: Tensor) -> Tensor:
             assert [tensor.shape for tensor in tensors] == shapes  # a graph takes no others
-            return module(*(tensor + 0 for tensor in tensors))
+            return Replay.apply(len(tensors), *tensors, *parameters)
 
         return replay
 
@@ -81,6 +104,43 @@ def test_gradients_flow_to_every_parameter() -> None:
 
     for own, theirs in zip(gradients(graphed), gradients(model), strict=True):
         torch.testing.assert_close(own, theirs)
+
+
+def test_results_outlive_the_next_replay() -> None:
+    model = model_of()
+    graphed = motet.CudaGraphs(model, capture=Recorder())
+    batches = [batch_of(9, 0, 30), batch_of(20, 18, 1)]
+    results = [graphed(inputs, **options) for inputs, options in batches]
+    for logits, (inputs, options) in zip(results, batches, strict=True):
+        torch.testing.assert_close(logits, model(inputs, **options))
+    with pytest.raises(RuntimeError, match="expected the backward pass before the next call"):
+        results[0].sum().backward()
+    expected: list[Tensor | None] = []
+    for call in (graphed, model):  # gradients of two batches add up
+        model.zero_grad()
+        for inputs, options in batches:
+            call(inputs, **options).square().sum().backward()
+        own = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        expected = own if call is graphed else expected
+    for mine, theirs in zip(expected, own, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_modes_and_frozen_parameters_have_graphs_of_their_own() -> None:
+    model, recorder = model_of(), Recorder()
+    model.train()
+    model.layers[0].eval()
+    graphed = motet.CudaGraphs(model, capture=recorder)
+    inputs, options = batch_of(9, 0, 30)
+    graphed(inputs, **options)
+    assert model.training
+    assert not model.layers[0].training
+    model.layers[0].train()
+    graphed(inputs, **options)
+    model.head.requires_grad_(False)
+    graphed(inputs, **options)
+    assert recorder.captured == 3
 
 
 def test_dense_bags() -> None:

@@ -132,6 +132,70 @@ def test_absorbed_dropout() -> None:
         )  # fmt: skip
 
 
+def test_any_strides() -> None:
+    """The kernels want the numbers of a row side by side; operators take any layout."""
+    offsets = torch.tensor([0, 4, 10])
+    x, weight, bias = torch.randn(7, 10).t(), torch.randn(2, 7, 4).mT, torch.randn(4, 2).t()
+    for tokens in (x, torch.randn(10, 14)[:, ::2], torch.randn(10, 1).expand(10, 7)):
+        check(
+            lambda x, w, b: context_kv(x, w, b, offsets=offsets, **ON),
+            lambda x, w, b: context_kv_reference(x, w, b),
+            tokens, weight, bias,
+        )  # fmt: skip
+    positions = torch.randn(2, 10).t()
+    fast = context_kv(x[:, :5], weight[:, :, :7], bias, positions=positions, **ON)
+    slow = context_kv_reference(x[:, :5], weight[:, :, :7], bias, positions=positions)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    q, k, v = torch.randn(2, 3, 5, 4).mT, torch.randn(5, 3, 10).permute(2, 1, 0), x.reshape(10, 7)
+    k, v = k[..., :5], v[:, None, :5].expand(10, 3, 5).permute(0, 1, 2)
+    check(
+        lambda *t: latent_attention(*t, offsets, **ON),
+        lambda *t: latent_attention_reference(*t, offsets),
+        q, k, v,
+    )  # fmt: skip
+    queries = torch.randn(2, 7, 6).mT / 3
+    check(
+        lambda q: absorbed_attention(q, x, offsets, **ON)[0],
+        lambda q: absorbed_attention_reference(q, x.to(q.dtype), offsets)[0],
+        queries,
+    )  # fmt: skip
+
+
+def test_nothing_to_attend_to() -> None:
+    none = torch.tensor([0])
+    pooled, mass = absorbed_attention(torch.randn(0, 3, 7), torch.randn(0, 7), none, **ON)
+    assert pooled.shape == (0, 3, 7)
+    assert mass.shape == (0, 3)
+    q, k = torch.randn(0, 2, 3, 4), torch.randn(0, 2, 4)
+    assert latent_attention(q, k, k, none, **ON).shape == q.shape
+
+
+def test_heads_too_wide_for_the_kernels() -> None:
+    q, k = torch.randn(1, 1, 2, 257), torch.randn(5, 1, 257)
+    with pytest.raises(ValueError, match="backend: 'triton' takes heads of up to 256 numbers"):
+        latent_attention(q, k, k, torch.tensor([0, 5]), **ON)
+    assert latent_attention(q, k, k, torch.tensor([0, 5])).isfinite().all()
+
+
+def test_dropout_is_one_mask_whatever_is_differentiated() -> None:
+    queries, x, seed = torch.randn(2, 6, 7), torch.randn(10, 7), torch.tensor([5])
+    offsets, gradients = torch.tensor([0, 4, 10]), []
+    for of_tokens in (False, True):
+        q = queries.clone().requires_grad_()
+        tokens = x.clone().requires_grad_(of_tokens)
+        pooled, _ = absorbed_attention(q, tokens, offsets, dropout_p=0.5, seed=seed, **ON)
+        gradients.append(torch.autograd.grad(pooled.square().sum(), q)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_one_latent() -> None:
+    model = motet.HEALNet({"wsi": motet.Bag(8)}, out_features=2, num_latents=1, heads=2).eval()
+    bags = torch.randn(3, 9, 8)
+    for strategy in ("cached", "absorbed"):
+        own = model({"wsi": bags}, strategy=strategy, backend="triton")
+        torch.testing.assert_close(own, model({"wsi": bags}), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("strategy", ["cached", "absorbed"])
 @pytest.mark.parametrize("share", [True, False])
 def test_healnet(strategy: str, share: bool) -> None:
