@@ -407,7 +407,7 @@ class LegoBlock(nn.Module):
                 encoded = self._tokens(run(batch.x[real]), int(real.sum()))
                 tokens, lengths = encoded.flatten(0, 1), lengths * encoded.shape[1]
         lengths = lengths.reshape(batch.rows, batch.items).sum(1)
-        return Context(tokens, offsets=offsets_of(lengths))
+        return Context(tokens, offsets=offsets_of(lengths), single=bool((lengths <= 1).all()))
 
     def _encoded_bags(self, bags: list[Tensor], run: Any) -> tuple[Tensor, Tensor]:
         """Encode bags [N_i, F]: return all tokens [T, W] and how many each bag has, int64 [I]."""
