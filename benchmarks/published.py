@@ -1,19 +1,24 @@
-"""The authors' HEALNet out of a checkout of theirs; nothing of it is copied here.
+"""The authors' HEALNet and MM-Lego out of checkouts of theirs; nothing of them is copied here.
 
     git clone https://github.com/konst-int-i/healnet DIR
+    git clone https://github.com/konst-int-i/mm-lego DIR
     pip install einops
 
 is all that it takes.
 """
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
 MODULE = Path("healnet") / "models" / "healnet.py"
+LEGO = Path("mm_lego") / "models"
 
 
 def published_healnet(checkout: Path) -> type[torch.nn.Module]:
@@ -22,13 +27,7 @@ def published_healnet(checkout: Path) -> type[torch.nn.Module]:
     Raises:
         ValueError: a folder that is no checkout of theirs, or no einops.
     """
-    path = checkout / MODULE
-    if not path.is_file():
-        raise ValueError(
-            f"--published: expected a clone of konst-int-i/healnet, got {checkout} without {MODULE}"
-        )
-    if importlib.util.find_spec("einops") is None:
-        raise ValueError("--published: their code needs einops: pip install einops")
+    path = _checked(checkout, MODULE, "healnet")
     name = "published_healnet"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -38,6 +37,38 @@ def published_healnet(checkout: Path) -> type[torch.nn.Module]:
         spec.loader.exec_module(module)
         sys.modules[name] = module
     return sys.modules[name].HealNet
+
+
+def published_lego(checkout: Path) -> ModuleType:
+    """Return their module with LegoBlock, LegoMerge and LegoFuse.
+
+    What it imports for training and for optimal transport are stand-ins: the models never ask.
+
+    Raises:
+        ValueError: a folder that is no checkout of theirs, or no einops.
+    """
+    folder = _checked(checkout, LEGO / "lego.py", "mm-lego").parent
+    for name, path in (("mm_lego", folder.parent), ("mm_lego.models", folder)):
+        package = ModuleType(name)
+        package.__path__ = [str(path)]
+        sys.modules.setdefault(name, package)
+    models: Any = sys.modules["mm_lego.models"]
+    models.SNN = models.MILAttentionNet = torch.nn.Identity
+    stand_ins = {name: ModuleType(name) for name in ("lightning", "ot")}
+    with mock.patch.dict(sys.modules, stand_ins):
+        return importlib.import_module("mm_lego.models.lego")
+
+
+def _checked(checkout: Path, module: Path, repository: str) -> Path:
+    path = checkout / module
+    if not path.is_file():
+        raise ValueError(
+            f"--published: expected a clone of konst-int-i/{repository}, got {checkout} without "
+            f"{module}"
+        )
+    if importlib.util.find_spec("einops") is None:
+        raise ValueError("--published: their code needs einops: pip install einops")
+    return path
 
 
 def call(model: Any, tensors: list[torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Latents attend to a context: prepared once per forward pass, for all layers that will ask."""
 
 from collections.abc import Sequence
-from typing import Protocol, get_args
+from typing import Any, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from ..kernels.absorbed_attention import absorbed_weights
 from ..kernels.backends import Backend, check_backend
 from ..kernels.checks import choice
 from ..kernels.latent_attention import latent_attention_kv, latent_attention_reference
+from ..kernels.lego_pass import Asking
 from ..kernels.plan import Strategy
 from .context import Context
 
@@ -73,14 +74,20 @@ class Attention(nn.Module):
                 scale=self.scale,
             )
         else:
-            heads = keys.attend(self, latents)
+            heads = keys.attend(self, self.queries(latents) if keys.asks else None)
         return F.leaky_relu(self.to_out(heads.transpose(1, 2).flatten(2)))
 
     def queries(self, latents: Tensor) -> Tensor:
-        """Return Q [B, H, C, E] of latents [B, C, D], not scaled."""
-        return self.split(self.to_q(self.norm(latents)))
+        """Return Q [B, C, H·E] of latents [B, C, D], not scaled."""
+        return self.to_q(self.norm(latents))
+
+    @property
+    def asking(self) -> Asking:
+        """The weights of `queries`."""
+        return Asking(self.norm.weight, self.norm.bias, self.to_q.weight)
 
     def split(self, x: Tensor) -> Tensor:
+        """Return x [B, C, H·E] as [B, H, C, E]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -102,15 +109,20 @@ class Attention(nn.Module):
 
 
 class Keys(Protocol):
-    """What the latents of a batch attend to in one layer."""
+    """What the latents of a batch attend to in one layer.
+
+    Queries are [B, C, H·E], or [1, C, H·E] for all rows, as `Attention.queries` gives them.
+    """
 
     context: Context
+    asks: bool
+    """Whether the queries matter; if not, None does for them."""
 
-    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
-        """Return what each head gathers for latents [B, C, D]: [B, H, C or 1, E]."""
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        """Return what each head gathers, [B, H, C or 1, E]."""
         ...
 
-    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         """Return the attention weights before dropout, [B, H, C, N]; [T, H, C] if packed."""
         ...
 
@@ -121,36 +133,39 @@ class OneToken:
     Rows without a token get zeros, which `update` drops.
     """
 
-    def __init__(self, context: Context, v: Tensor) -> None:
-        self.context, self.v = context, v  # [B, H, 1, E]
+    asks = False
+
+    def __init__(self, context: Context, v: Tensor, latents: int) -> None:
+        self.context, self.v, self.latents = context, v, latents  # v: [B, H, 1, E]
 
     @classmethod
-    def of(cls, context: Context, attention: Attention) -> "OneToken":
-        """Project the tokens of a context that has at most one per row."""
+    def of(cls, context: Context, attention: Attention, latents: int) -> "OneToken":
+        """Project the tokens of a context that has at most one per row, for C latents."""
         assert attention.norm_context is not None
-        weight = attention.to_kv.weight[attention.to_out.in_features :]
-        v = F.linear(attention.norm_context(context.joined()), weight)
+        v = _values(attention.norm_context(context.joined()), attention.to_kv.weight)
         nonempty = context.nonempty
         if nonempty is not None:
             v = v.new_zeros(len(nonempty), 1, v.shape[1]).index_put((nonempty,), v[:, None])
-        return cls(context, attention.split(v))
+        return cls(context, attention.split(v), latents)
 
-    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
         p = attention.active_dropout
         if not p:
             return self.v
-        kept = self.v.new_ones(len(self.v), attention.heads, latents.shape[1], 1)
+        kept = self.v.new_ones(len(self.v), attention.heads, self.latents, 1)
         return F.dropout(kept, p) * self.v
 
-    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
-        offsets, shape = self.context.offsets, (attention.heads, latents.shape[1])
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        offsets, shape = self.context.offsets, (attention.heads, self.latents)
         if offsets is None:
-            return latents.new_ones(len(latents), *shape, 1)
-        return latents.new_ones(len(self.context.tokens), *shape)
+            return self.v.new_ones(len(self.v), *shape, 1)
+        return self.v.new_ones(len(self.context.tokens), *shape)
 
 
 class Cached:
     """K and V [T, 2, H, E] of a layer, from the one product that makes those of all layers."""
+
+    asks = True
 
     def __init__(
         self, context: Context, offsets: Tensor, kv: Tensor, backend: Backend = "auto"
@@ -158,31 +173,35 @@ class Cached:
         self.context, self.offsets, self.kv = context, offsets, kv
         self.backend: Backend = backend
 
-    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
         out, _ = latent_attention_kv(
-            self._queries(attention, latents),
+            self._split(attention, queries),
             self.kv,
             self.offsets,
+            counts=self.context.packed_counts(),
             scale=attention.scale,
             dropout_p=attention.active_dropout,
             backend=self.backend,
         )
         return out[..., : attention.head_dim]
 
-    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
-        q = self._queries(attention, latents).detach()
-        k = self.kv[:, 0].detach()
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        q, k = self._split(attention, queries).detach(), self.kv[:, 0].detach()
         weights = attention_weights(q, k, self.offsets, scale=attention.scale, backend=self.backend)
         return self.context.unpacked(weights)
 
-    def _queries(self, attention: Attention, latents: Tensor) -> Tensor:
-        q = attention.queries(latents)
+    def _split(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        assert queries is not None
+        q = attention.split(queries)
         padding = self.kv.shape[-1] - attention.head_dim
-        return F.pad(q, (0, padding)) if padding else q
+        q = F.pad(q, (0, padding)) if padding else q
+        return q.expand(len(self.offsets) - 1, -1, -1, -1)
 
 
 class Absorbed:
     """The tokens themselves; the projections are taken into the queries and the pooled tokens."""
+
+    asks = True
 
     def __init__(
         self, context: Context, packed: tuple[Tensor, Tensor | None, Tensor],
@@ -193,41 +212,46 @@ class Absorbed:
         self.x, self.positions, self.offsets = packed
         self.weight, self.bias = folded
 
-    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        asked = self._absorbed(attention, queries)
         pooled, mass = absorbed_attention(
-            self._queries(attention, latents).flatten(1, 2),
+            asked,
             self.x,
             self.offsets,
             positions=self.positions,
+            counts=self.context.packed_counts(),
             eps=_eps(attention),
             dropout_p=attention.active_dropout,
             backend=self.backend,
         )
-        shape = (attention.heads, latents.shape[1])
+        shape = (attention.heads, -1)
         pooled, mass = pooled.unflatten(1, shape), mass.unflatten(1, shape)
         values = torch.einsum("bhcw,hew->bhce", pooled, self.weight[1])
         return values + mass[..., None] * self.bias[1][:, None]
 
-    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
-        queries = self._queries(attention, latents)
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         weights = absorbed_weights(
-            queries.flatten(1, 2).detach(),
+            self._absorbed(attention, queries).detach(),
             self.x.detach(),
             self.offsets,
             positions=self.positions,
             eps=_eps(attention),
             backend=self.backend,
         )
-        return self.context.unpacked(weights.unflatten(1, queries.shape[1:3]))
+        return self.context.unpacked(weights.unflatten(1, (attention.heads, -1)))
 
-    def _queries(self, attention: Attention, latents: Tensor) -> Tensor:
-        """Return scale · Q W_k, [B, H, C, W]."""
-        q = attention.queries(latents) * attention.scale
-        return torch.einsum("bhce,hew->bhcw", q, self.weight[0])
+    def _absorbed(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        """Return scale · Q W_k, [B, H·C, W]."""
+        assert queries is not None
+        q = attention.split(queries) * attention.scale
+        absorbed = torch.einsum("bhce,hew->bhcw", q, self.weight[0]).flatten(1, 2)
+        return absorbed.expand(len(self.offsets) - 1, -1, -1)
 
 
 class Literal:
     """Every layer on its own, as the equation says: what the fast forms are tested against."""
+
+    asks = True
 
     def __init__(self, context: Context, attention: Attention) -> None:
         assert attention.norm_context is not None
@@ -238,14 +262,16 @@ class Literal:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.k, self.v = k, v
 
-    def attend(self, attention: Attention, latents: Tensor) -> Tensor:
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        assert queries is not None
         return latent_attention_reference(
-            attention.queries(latents), self.k, self.v, self.context.offsets,
+            attention.split(queries), self.k, self.v, self.context.offsets,
             scale=attention.scale, dropout_p=attention.active_dropout,
         )  # fmt: skip
 
-    def weights(self, attention: Attention, latents: Tensor) -> Tensor:
-        q = attention.queries(latents)
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        assert queries is not None
+        q = attention.split(queries)
         return attention_weights(q, self.k, self.context.offsets, scale=attention.scale)
 
 
@@ -253,7 +279,7 @@ def prepare(
     context: Context,
     attentions: Sequence[Attention],
     *,
-    latents: Tensor,
+    latents: int,
     layers: int = 1,
     strategy: Strategy | None = None,
     backend: Backend = "auto",
@@ -263,7 +289,7 @@ def prepare(
     Args:
         context: the tokens of a batch.
         attentions: one per weight set, alike but for their weights.
-        latents: [..., C, D], those that will attend.
+        latents: C, how many will attend.
         layers: how many will ask, at least one per weight set.
         strategy: instead of the planned one, see `kernels.plan`.
         backend: see `kernels.plan`.
@@ -273,7 +299,7 @@ def prepare(
     if strategy == "reference":
         return [Literal(context, attention) for attention in attentions]
     if context.single:
-        return [OneToken.of(context, attention) for attention in attentions]
+        return [OneToken.of(context, attention, latents) for attention in attentions]
     first = attentions[0]
     x, positions, offsets = packed = context.packed()
     weight, bias = zip(*(attention.folded() for attention in attentions), strict=True)
@@ -281,7 +307,7 @@ def prepare(
         len(x),
         weight[0].shape[-1],
         bags=len(offsets) - 1,
-        latents=latents.shape[-2],
+        latents=latents,
         heads=first.heads,
         head_dim=first.head_dim,
         layers=layers,
@@ -315,6 +341,38 @@ def prepare(
     # One set is a view; of several, unbinding collects the gradients without sums over zeros.
     kv = [y.squeeze(0)] if len(attentions) == 1 else y.unbind(0)
     return [Cached(context, offsets, own, backend) for own in kv]
+
+
+def _values(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Return tokens [..., W] times the second half of `weight` [2 M, W], the values' one."""
+    half = len(weight) // 2
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(tokens.device.type):
+        return F.linear(tokens, weight[half:])
+    return cast(Tensor, _SecondHalf.apply(tokens, weight))
+
+
+class _SecondHalf(torch.autograd.Function):
+    """What slicing gives, but for a gradient that is written once instead of three times."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return F.linear(tokens, weight[len(weight) // 2 :])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
+        tokens, weight = ctx.saved_tensors
+        half = len(weight) // 2
+        of_tokens = grad @ weight[half:] if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_tokens, None
+        grad, tokens = grad.flatten(0, -2).t(), tokens.flatten(0, -2)
+        if torch.is_grad_enabled():  # to be differentiated again
+            return of_tokens, F.pad(grad @ tokens, (0, 0, half, 0))
+        of_weight = weight.new_empty(weight.shape)
+        of_weight[:half].zero_()
+        torch.mm(grad, tokens, out=of_weight[half:])
+        return of_tokens, of_weight
 
 
 def _eps(attention: Attention) -> float:

@@ -29,6 +29,8 @@ class Context(NamedTuple):
     """int64 [B + 1]: row b owns tokens offsets[b] to offsets[b + 1]. None if dense."""
     single: bool = False
     """Whether it is known that no row has a second token."""
+    counts: Tensor | None = None
+    """[B, N], or [T] with offsets: how many tokens each one stands for. None for one."""
 
     @property
     def nonempty(self) -> Tensor | None:
@@ -57,6 +59,10 @@ class Context(NamedTuple):
         if positions is not None and positions.ndim == 3:
             positions = positions.flatten(0, 1)
         return self.tokens.flatten(0, 1), positions, offsets
+
+    def packed_counts(self) -> Tensor | None:
+        """Return the counts of all tokens, [T]."""
+        return None if self.counts is None else self.counts.flatten()
 
     def unpacked(self, weights: Tensor) -> Tensor:
         """Return weights [T, H, C] as [B, H, C, N] for a dense context, else as they are."""

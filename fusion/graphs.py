@@ -183,7 +183,9 @@ class _LatentPart(nn.Module):
             offsets = own.pop(0) if count > len(self.model.layers) else None
             context = Context(own[0], offsets=None if dense else offsets)
             keys[name] = [
-                OneToken(context, tensor) if single else Cached(context, _given(offsets), tensor)
+                OneToken(context, tensor, len(self.model.latents))
+                if single
+                else Cached(context, _given(offsets), tensor)
                 for tensor in own
             ]
         latents = self.model.fuse(self.rows, keys)

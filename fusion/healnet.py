@@ -317,7 +317,7 @@ class HEALNet(nn.Module):
             name: prepare(
                 batch.context(self.modalities[name], self.positions),
                 [cast(FusionLayer, layer).attention_to(name) for layer in self.layers],
-                latents=self.latents,
+                latents=len(self.latents),
                 layers=len(self.order),
                 strategy=strategy,
                 backend=backend,
@@ -342,7 +342,8 @@ class HEALNet(nn.Module):
                 if name in keys:
                     own = keys[name][index]
                     if watch is not None:
-                        weights = own.weights(layer.attention_to(name), latents)
+                        attention = layer.attention_to(name)
+                        weights = own.weights(attention, attention.queries(latents))
                         watch(name, weights, own.context)
                     latents = layer.update(name, latents, own)
                 latents = layer.attend_to_itself(latents)

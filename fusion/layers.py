@@ -32,7 +32,11 @@ class FeedForward(nn.Module):
         """Return the update of x [..., D], residual not added."""
         value, gate = self.up(self.norm(x)).chunk(2, dim=-1)
         gate = F.selu(gate) if self.snn else F.gelu(gate)
-        return F.dropout(self.down(value * gate), self.dropout, self.training)
+        return F.dropout(self.down(value * gate), self.active_dropout)
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
 
 class Head(nn.Module):

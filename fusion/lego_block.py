@@ -1,7 +1,7 @@
 """LegoBlock: one modality, learned in the frequency domain (MM-Lego).
 
-It computes the literal loop of the paper, transforms included, and so is the yardstick for every
-faster form.
+The loop of transform, update and inverse transform is carried as the spectrum alone (`run_steps`);
+`strategy="reference"` computes it literally (`run_literally`).
 """
 
 import copy
@@ -13,19 +13,16 @@ from typing import Any, Literal, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backends import Backend
 from ..kernels.checks import choice
-from .attention import Attention, prepare
+from ..kernels.lego_pass import AXES, normalised, real_spectrum
+from ..kernels.plan import Strategy
+from .attention import Attention, Keys, prepare
 from .checks import integer, positive, rate, same_kind
 from .context import Batch, Context, Names, check_tensor, offsets_of, read
 from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
-from .layers import (
-    FeedForward,
-    Head,
-    ShareWeights,
-    initial_latents,
-    layer_order,
-    update,
-)
+from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order
+from .lego_passes import How, LegoLayer, Step, Transform, Waves, run_steps
 from .modalities import (
     Bag,
     Grid,
@@ -37,14 +34,6 @@ from .modalities import (
     modality_to_config,
 )
 
-# The axes of latents [B, C, D] that each transform runs over; the same axes of a bag [B, N, D] for
-# a spectrum as context.
-_FFT_AXES: dict[str | None, tuple[int, ...]] = {
-    "2d": (-2, -1),
-    "latents": (-2,),
-    "width": (-1,),
-    None: (),
-}
 # Encoders that a file can name; others are passed to `load`.
 _ENCODERS: dict[str, type[nn.Module]] = {
     "motet.SNN": SNN,
@@ -61,19 +50,6 @@ class LegoOutput(NamedTuple):
     latents: Tensor
     """[B, C, D], in the frequency domain if the blocks have a transform. Complex for a LegoBlock
     and a LegoMerge with one, and for every harmonic merge; real otherwise."""
-
-
-class LegoLayer(nn.Module):
-    """The weights of one pass of a LegoBlock."""
-
-    def __init__(self, attention: Attention, feed_forward: FeedForward) -> None:
-        super().__init__()
-        self.attention = attention
-        self.feed_forward = feed_forward
-
-    def forward(self, latents: Tensor, context: Context) -> Tensor:
-        (keys,) = prepare(context, [self.attention], latents=latents)
-        return update(self.attention, self.feed_forward, latents, keys)
 
 
 class LegoBlock(nn.Module):
@@ -163,7 +139,7 @@ class LegoBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_modality("modality", modality)
-        choice("fft", fft, tuple(_FFT_AXES))
+        choice("fft", fft, tuple(AXES))
         choice("context", context, ("features", "spectrum"))
         for name, flag in (("normalise", normalise), ("track_imaginary", track_imaginary)):
             choice(name, flag, (True, False))
@@ -208,15 +184,12 @@ class LegoBlock(nn.Module):
             "fourier_encode": fourier_encode,
             "encoder_dim": None if encoder is None else self.token_dim,
         }
-        self.fft, self.axes = fft, _FFT_AXES[fft]
+        self.fft = fft
+        self.transform = Transform(fft, num_latents, latent_dim)
         self.spectral_context = context == "spectrum"
         self.normalise, self.track_imaginary = normalise, track_imaginary
         self.order = layer_order(depth, share_weights)
         self.latents = initial_latents(num_latents, latent_dim, latent_init)
-        self.self_conjugate: Tensor
-        self.register_buffer(
-            "self_conjugate", _self_conjugate(num_latents, latent_dim, self.axes), persistent=False
-        )
         self.layers = nn.ModuleList(
             LegoLayer(
                 Attention(
@@ -249,6 +222,8 @@ class LegoBlock(nn.Module):
         coords: Tensor | None = None,
         latents: Tensor | None = None,
         return_latents: bool = False,
+        strategy: Strategy | None = None,
+        backend: Backend = "auto",
     ) -> Tensor | LegoOutput:
         """Predict logits from one modality.
 
@@ -259,6 +234,10 @@ class LegoBlock(nn.Module):
             coords: coordinates, for a `Bag` that has them.
             latents: real [C, D] or [B, C, D] to start from instead of the block's own.
             return_latents: return the last latents too.
+            strategy: how the context is attended to, instead of what `motet.kernels.plan` chooses:
+                "cached", "absorbed", or "reference" for the literal loop, transforms included. The
+                results are the same but for rounding.
+            backend: who computes: "auto", "triton", "compile" or "eager".
 
         Returns:
             Logits [B, out_features] (real latents [B, C, D] for a block without a head); a
@@ -285,99 +264,104 @@ class LegoBlock(nn.Module):
                     f"latents: expected {shape} or {(batch.rows, *shape)}, got "
                     f"{tuple(latents.shape)}"
                 )
-        real, imaginary, _ = self.encode(batch, latents)
-        logits = real if self.head is None else self.head(real)
-        if not return_latents:
-            return logits
-        return LegoOutput(logits, joined_parts(real, imaginary))
+        how = self.how(strategy, backend)
+        waves = self.encode(batch.rows, self.prepare(batch, how), how, latents)
+        logits = waves.real if self.head is None else self.head(waves.real)
+        return LegoOutput(logits, waves.joined()) if return_latents else logits
+
+    def how(self, strategy: Strategy | None = None, backend: Backend = "auto") -> How:
+        """Return how the block's passes are run; arguments as of `forward`."""
+        even = self.transform.axes == (-2,) and strategy != "reference"
+        return How(strategy, backend, even and not any(layer.drops for layer in self.sets))
+
+    def prepare(self, batch: Batch, how: How) -> list[Keys]:
+        """Encode a batch and read the context once; return what each pass attends to."""
+        attentions = [layer.attention for layer in self.sets]
+        given: Any = {
+            "latents": self.transform.rows // 2 + 1 if how.half else self.transform.rows,
+            "strategy": how.strategy,
+            "backend": how.backend,
+        }
+        if getattr(self.encoder, "per_layer", False):
+            return [
+                prepare(self._context(batch, index, how.half), [attentions[own]], **given)[0]
+                for index, own in enumerate(self.order)
+            ]
+        context = self._context(batch, None, how.half)
+        keys = prepare(context, attentions, layers=len(self.order), **given)
+        return [keys[own] for own in self.order]
 
     def encode(
-        self, batch: Batch, latents: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Run all passes.
+        self, rows: int, keys: Sequence[Keys], how: How, latents: Tensor | None = None
+    ) -> Waves:
+        """Run all passes; return the last spectrum, [B, C, D] each.
 
         Args:
-            batch: the block's modality of a batch.
+            rows: B.
+            keys: what `prepare` returned for `how`.
+            how: see there.
             latents: real [C, D] or [B, C, D] to start from; None means the block's own.
-
-        Returns:
-            Re Z and Im Z (None without a transform), [B, C, D] each, after the last update; and
-            which rows were updated, bool [B], None for all.
         """
-        contexts = self.contexts(batch)
+        last = len(keys) - 1
+        steps = [
+            Step(self.sets[own], key, self.normalise, not self.track_imaginary and index < last)
+            for index, (own, key) in enumerate(zip(self.order, keys, strict=True))
+        ]
         start = self.latents if latents is None else latents
-        real, imaginary = self.passes(start.expand(batch.rows, -1, -1), contexts)
-        return real, imaginary, contexts[0].nonempty
+        if how.strategy == "reference":
+            start = start.expand(rows, -1, -1)
+        elif start.ndim == 2:
+            start = start[None]
+        return self._spread(rows, run_steps(start, steps, self.transform, how))
 
-    def untouched(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Return Re Z and Im Z, [rows, C, D] each, of rows without the modality: no update."""
-        return self.passes(self.latents.expand(rows, -1, -1), [None] * len(self.order))
+    def untouched(self, rows: int) -> Waves:
+        """Return the spectrum of rows without the modality, [rows, C, D] each: no update."""
+        real, imaginary = self.transform(self.latents[None])
+        if self.transform.axes and self.normalise:
+            real, imaginary = normalised(real, imaginary, self.transform.axes)
+        if not self.track_imaginary and len(self.order) > 1:
+            imaginary = None
+        return self._spread(rows, Waves(real, imaginary))
 
-    def passes(
-        self, latents: Tensor, contexts: Sequence[Context | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the literal loop on latents [B, C, D], a context per pass; None skips the update."""
-        real, imaginary = latents, None
-        for index, context in enumerate(contexts):
-            real, imaginary = self.transform(latents)
-            if imaginary is not None and index > 0 and not self.track_imaginary:
-                # Exactly zero in theory; its rounding noise would decide the phase of the merge.
-                imaginary = torch.zeros_like(imaginary)
-            real = self.update(index, real, context)
-            if index < len(contexts) - 1:
-                latents = self.inverse(real, imaginary)
-        return real, imaginary
+    def _spread(self, rows: int, waves: Waves) -> Waves:
+        """Return waves of `rows` rows, with an imaginary part if there is a transform."""
+        real, imaginary = waves
+        if self.transform.axes and imaginary is None:
+            imaginary = torch.zeros_like(real)
+        shape = (rows, -1, -1)
+        return Waves(real.expand(shape), None if imaginary is None else imaginary.expand(shape))
 
-    def transform(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the real and the imaginary part of F(latents), normalised first if asked for."""
-        if not self.axes:
-            return latents, None
-        if latents.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"dtype: expected float32 or float64 for the transform of a LegoBlock, got "
-                f"{latents.dtype}; for half precision use torch.autocast"
-            )
-        if self.normalise:
-            norm = torch.linalg.vector_norm(latents, dim=self.axes, keepdim=True)
-            latents = latents / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        spectrum = fourier(latents, self.axes)
-        return spectrum.real, spectrum.imag.masked_fill(self.self_conjugate, 0)
+    @property
+    def sets(self) -> list[LegoLayer]:
+        """The sets of weights, of which `order` says which pass uses which."""
+        return [cast(LegoLayer, layer) for layer in self.layers]
 
-    def layer(self, index: int) -> LegoLayer:
-        """Return one set of weights."""
-        return cast(LegoLayer, self.layers[index])
-
-    def update(self, index: int, real: Tensor, context: Context | None) -> Tensor:
-        """Update the real part with the weights of one pass."""
-        if context is None:
-            return real
-        return self.layer(self.order[index])(real, context)
-
-    def inverse(self, real: Tensor, imaginary: Tensor | None) -> Tensor:
-        """Return F^-1 of the spectrum, complex; without a transform, the real part itself."""
-        if imaginary is None:
-            return real
-        spectrum = torch.complex(real, imaginary) if self.track_imaginary else real
-        return fourier(spectrum, self.axes, inverse=True)
-
-    def contexts(self, batch: Batch) -> list[Context]:
-        """Return what each pass attends to; one context for all, unless the encoder has layers."""
-        if getattr(self.encoder, "per_layer", False):
-            return [self._context(batch, index) for index in range(len(self.order))]
-        return [self._context(batch, None)] * len(self.order)
-
-    def _context(self, batch: Batch, layer: int | None) -> Context:
+    def _context(self, batch: Batch, layer: int | None, half: bool) -> Context:
+        """Return what a pass attends to; `layer` for an encoder with weights per pass."""
         if self.encoder is None:
             context = batch.context(self.modality, self.positions)
         else:
             context = self._encoded(batch, layer)
-        if not (self.spectral_context and self.axes):
+        axes = self.transform.axes
+        if not (self.spectral_context and axes):
             return context
         if context.offsets is None:
-            return Context(fourier(context.joined(), self.axes).real)
-        bags = [bag for bag in context.rows() if len(bag)]
-        spectra = [fourier(bag, self.axes).real for bag in bags]
-        return Context(torch.cat([context.joined()[:0], *spectra]), offsets=context.offsets)
+            tokens, counts = real_spectrum(context.joined(), axes, half=half)
+            if counts is not None:
+                counts = counts.expand(tokens.shape[:2])
+            return Context(tokens, single=context.single, counts=counts)
+        bags = [real_spectrum(bag, axes, half=half) for bag in context.rows() if len(bag)]
+        tokens = torch.cat([context.joined()[:0], *(bag for bag, _ in bags)])
+        if not half:
+            return Context(tokens, offsets=context.offsets, single=context.single)
+        lengths = context.offsets.diff()
+        counts = [own for _, own in bags if own is not None]
+        return Context(
+            tokens,
+            offsets=offsets_of(torch.where(lengths > 0, lengths // 2 + 1, 0)),
+            single=context.single,
+            counts=torch.cat(counts) if counts else None,
+        )
 
     def _encoded(self, batch: Batch, layer: int | None) -> Context:
         """Encode each real item of the batch."""
@@ -444,32 +428,6 @@ class LegoBlock(nn.Module):
         if not torch.is_autocast_enabled(encoded.device.type):
             same_kind("encoder's output", encoded, self.latents, "the block")
         return encoded[:, None] if encoded.ndim == 2 else encoded.flatten(1, -2)
-
-
-def joined_parts(real: Tensor, imaginary: Tensor | None) -> Tensor:
-    """Return real + i imaginary; without a transform, the real part itself."""
-    return real if imaginary is None else torch.complex(real, imaginary)
-
-
-def fourier(x: Tensor, axes: tuple[int, ...], *, inverse: bool = False) -> Tensor:
-    """Return the transform of x along `axes`, complex; also of no rows, which MKL refuses."""
-    if x.numel() == 0:
-        return x if x.is_complex() else torch.complex(x, x)
-    return torch.fft.ifftn(x, dim=axes) if inverse else torch.fft.fftn(x, dim=axes)
-
-
-def _self_conjugate(rows: int, columns: int, axes: tuple[int, ...]) -> Tensor:
-    """Mark the frequencies, [rows, columns], at which the spectrum of a real array is real.
-
-    The transforms leave rounding noise in the imaginary part there, whose sign would decide the
-    phase of a merge: a negative real number has phase π or -π.
-    """
-    marks = torch.ones(rows, columns, dtype=torch.bool)
-    for axis in axes:
-        frequency = torch.arange(marks.shape[axis])
-        own = frequency == -frequency % len(frequency)
-        marks &= own[:, None] if axis == -2 else own
-    return marks
 
 
 def _encoder_config(encoder: nn.Module | None) -> dict[str, Any] | None:

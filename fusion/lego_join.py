@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import harmonic_merge, slerp
+from ..kernels.backends import Backend
 from ..kernels.checks import choice, normalised_weights
+from ..kernels.plan import Strategy
+from .attention import prepare
 from .checks import integer, same_kind
 from .context import Batch, Context, read_all
 from .layers import Head
-from .lego_block import LegoBlock, LegoOutput, fourier, joined_parts
+from .lego_block import LegoBlock, LegoOutput
+from .lego_passes import How, Step, Waves, run_steps
 from .modalities import Modality, check_names
 
 Method = Literal["harmonic", "mean", "sum", "product", "upstream-harmonic"]
@@ -88,8 +92,10 @@ class _Joined(nn.Module):
         present: Any = None,
         coords: Any = None,
         return_latents: bool = False,
+        strategy: Strategy | None = None,
+        backend: Backend = "auto",
     ) -> Tensor | LegoOutput:
-        """Predict logits; arguments as in `HEALNet.forward`.
+        """Predict logits; arguments as in `HEALNet.forward`, the last two as in LegoBlock's.
 
         Returns:
             Logits [B, out_features] (real latents [B, C, D] without a head); a `LegoOutput` if
@@ -99,13 +105,15 @@ class _Joined(nn.Module):
         batches = read_all(
             self.modalities, inputs, masks=masks, present=present, coords=coords, like=like
         )
-        latents = self.join(batches)
+        latents = self.join(batches, strategy, backend)
         # Contiguous, as a block alone has it: the head then rounds alike.
         real = latents.real.contiguous() if latents.is_complex() else latents
         logits = real if self.head is None else self.head(real)
         return LegoOutput(logits, latents) if return_latents else logits
 
-    def join(self, batches: dict[str, Batch]) -> Tensor:
+    def join(
+        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
+    ) -> Tensor:
         """Return the joint latents [B, C, D] of the modalities that there are."""
         raise NotImplementedError
 
@@ -195,14 +203,18 @@ class LegoMerge(_Joined):
         self.phase: Literal["principal", "circular"] = phase
         self.config = self._config(head, method=method, weights=dict(self.weights), phase=phase)
 
-    def join(self, batches: dict[str, Batch]) -> Tensor:
+    def join(
+        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
+    ) -> Tensor:
         blocks = self._blocks()
         rows = next(iter(batches.values())).rows
         latents: dict[str, Tensor] = {}
         updated: dict[str, Tensor | None] = {}
         for name, batch in batches.items():
-            real, imaginary, updated[name] = blocks[name].encode(batch)
-            latents[name] = joined_parts(real, imaginary)
+            how = blocks[name].how(strategy, backend)
+            keys = blocks[name].prepare(batch, how)
+            latents[name] = blocks[name].encode(rows, keys, how).joined()
+            updated[name] = keys[0].context.nonempty
         everyone = all(has is None for has in updated.values())
         if not rows or (len(latents) == len(blocks) and everyone):
             return self._merge(list(latents), list(latents.values()))
@@ -253,7 +265,7 @@ class LegoMerge(_Joined):
             parts = [latents[name][chosen] for name in names]
             if not names:
                 names = list(blocks)
-                parts = [joined_parts(*blocks[name].untouched(len(chosen))) for name in names]
+                parts = [blocks[name].untouched(len(chosen)).joined() for name in names]
             part = self._merge(names, parts)
             if merged is None:
                 merged = part.new_zeros(rows, *part.shape[1:])
@@ -347,9 +359,11 @@ class LegoFuse(_Joined):
             self.latents = nn.Parameter(first.latents.detach().clone())
         self.config = self._config(head, mode=mode, weights=dict(self.weights), depth=depth)
 
-    def join(self, batches: dict[str, Batch]) -> Tensor:
+    def join(
+        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
+    ) -> Tensor:
         run = {"stack": self._stack, "weave": self._weave, "upstream-weave": self._upstream_weave}
-        return run[self.mode](batches)
+        return run[self.mode](batches, strategy, backend)
 
     def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
         """Return a model with one more modality; what was fine-tuned is kept, the head too.
@@ -380,46 +394,61 @@ class LegoFuse(_Joined):
             bigger.latents.data.copy_(self.latents)
         return bigger.train(self.training)
 
-    def _stack(self, batches: dict[str, Batch]) -> Tensor:
+    def _stack(
+        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
+    ) -> Tensor:
         blocks = self._blocks()
         rows = next(iter(batches.values())).rows
-        first = next(iter(blocks.values()))
-        latents = first.untouched(rows)[0]
-        started = torch.zeros(rows, dtype=torch.bool, device=latents.device)
+        latents: Tensor | None = None
+        started: Tensor | None = None  # which rows; None for all, once there are latents
         for name, batch in batches.items():
             block = blocks[name]
-            start = torch.where(started[:, None, None], latents, block.latents)
-            real, _, updated = block.encode(batch, start)
+            how = block.how(strategy, backend)
+            keys = block.prepare(batch, how)
+            start = latents
+            if latents is not None and started is not None:
+                start = torch.where(started[:, None, None], latents, block.latents)
+            real = block.encode(rows, keys, how, start).real
+            updated = keys[0].context.nonempty
             if updated is None:
-                latents, started = real, torch.ones_like(started)
-            else:
-                latents = torch.where(updated[:, None, None], real, latents)
-                started = started | updated
+                latents, started = real, None
+                continue
+            if latents is None:
+                latents = next(iter(blocks.values())).untouched(rows).real
+                started = torch.zeros_like(updated)
+            latents = torch.where(updated[:, None, None], real, latents)
+            started = None if started is None else started | updated
+        assert latents is not None
         return latents
 
-    def _weave(self, batches: dict[str, Batch]) -> Tensor:
+    def _weave(
+        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
+    ) -> Tensor:
         assert self.latents is not None
-        blocks = self._blocks()
+        blocks = {name: self._blocks()[name] for name in batches}
         rows = next(iter(batches.values())).rows
-        contexts = {name: blocks[name].contexts(batch) for name, batch in batches.items()}
-        latents = self.latents.expand(rows, -1, -1)
+        hows = {name: block.how(strategy, backend) for name, block in blocks.items()}
+        how = How(strategy, backend, all(own.half for own in hows.values()))
+        keys = {name: block.prepare(batches[name], how) for name, block in blocks.items()}
+        steps = [
+            Step(
+                block.sets[block.order[index]],
+                keys[name][index],
+                block.normalise,
+                not block.track_imaginary,
+                keys[name][index].context.nonempty,
+            )
+            for index in range(self.rounds)
+            for name, block in blocks.items()
+            if index < len(block.order)
+        ]
         first = next(iter(blocks.values()))
-        for index in range(self.rounds):
-            for name, passes in contexts.items():
-                if index >= len(passes):
-                    continue
-                real, imaginary = blocks[name].transform(latents)
-                real = blocks[name].update(index, real, passes[index])
-                woven = blocks[name].inverse(real, imaginary)
-                nonempty = passes[index].nonempty
-                if nonempty is not None:
-                    # Of one dtype: torch would give real latents a complex gradient.
-                    kept = latents.to(woven.dtype)
-                    woven = torch.where(nonempty[:, None, None], woven, kept)
-                latents = woven
-        return fourier(latents, first.axes).real if first.axes else latents
+        start = self.latents.expand(rows if strategy == "reference" else 1, -1, -1)
+        return run_steps(start, steps, first.transform, how).real.expand(rows, -1, -1)
 
-    def _upstream_weave(self, batches: dict[str, Batch]) -> Tensor:
+    def _upstream_weave(
+        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
+    ) -> Tensor:
         assert self.latents is not None
         blocks = self._blocks()
         rows = next(iter(batches.values())).rows
@@ -434,7 +463,13 @@ class LegoFuse(_Joined):
             for name in batches:
                 encoder: Any = blocks[name].encoder
                 tokens[name] = encoder.weave(tokens[name])
-                latents = blocks[name].layer(0)(latents, Context(tokens[name]))
+                layer = blocks[name].sets[0]
+                context = Context(tokens[name], single=tokens[name].shape[1] == 1)
+                (keys,) = prepare(
+                    context, [layer.attention], latents=latents.shape[1], strategy=strategy,
+                    backend=backend,
+                )  # fmt: skip
+                latents = layer(latents, keys)
         return latents
 
 

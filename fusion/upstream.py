@@ -514,8 +514,8 @@ def _block_names(prefix: str, block: LegoBlock) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in encoder.module.state_dict(keep_vars=True).items():
                 yield f"{start}0.{name}", tensor
             first = 1
-        yield from _attention_names(f"{start}{first}.", block.layer(index).attention)
-        yield from _feed_forward_names(f"{start}{first + 1}.", block.layer(index).feed_forward)
+        yield from _attention_names(f"{start}{first}.", block.sets[index].attention)
+        yield from _feed_forward_names(f"{start}{first + 1}.", block.sets[index].feed_forward)
     if block.head is not None:
         yield from _head_names(f"{prefix}to_logits.", block.head)
 

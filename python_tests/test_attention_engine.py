@@ -164,7 +164,8 @@ def test_what_is_chosen(strategy, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def kinds(context: Context, strategy) -> set[type]:
         return {
-            type(key) for key in prepare(context, attentions, latents=latents, strategy=strategy)
+            type(key)
+            for key in prepare(context, attentions, latents=latents.shape[-2], strategy=strategy)
         }
 
     expected = {"cached": {Cached}, "absorbed": {Absorbed}}
@@ -184,7 +185,7 @@ def test_the_reference_is_literal_everywhere() -> None:
         Context(torch.randn(3, 1, 6, **WIDE), single=True),
         Context(torch.randn(0, 6, **WIDE), offsets=offsets_of([0, 0, 0])),
     ):
-        (keys,) = prepare(context, [attention], latents=latents, strategy="reference")
+        (keys,) = prepare(context, [attention], latents=latents.shape[-2], strategy="reference")
         assert isinstance(keys, Literal)
 
 
@@ -341,10 +342,12 @@ def one_attention(dropout: float, single: bool = False):
 def test_dropout_keeps_the_mean(strategy, single: bool) -> None:
     attention, context, latents = one_attention(0.4, single)
     with torch.no_grad():
-        (keys,) = prepare(context, [attention], latents=latents, strategy=strategy)
-        draws = torch.stack([keys.attend(attention, latents) for _ in range(400)])
+        (keys,) = prepare(context, [attention], latents=latents.shape[-2], strategy=strategy)
+        draws = torch.stack(
+            [keys.attend(attention, attention.queries(latents)) for _ in range(400)]
+        )
         attention.eval()
-        expected = keys.attend(attention, latents)
+        expected = keys.attend(attention, attention.queries(latents))
     error = (draws.mean(0) - expected) / (draws.std(0) / len(draws) ** 0.5)
     assert error.abs().max() < 5
     assert draws.std(0).min() > 0
@@ -379,7 +382,7 @@ class Update(torch.nn.Module):
 
     def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
         context = Context(tokens)
-        keys = prepare(context, [self.attention], latents=latents, strategy=self.strategy)
+        keys = prepare(context, [self.attention], latents=latents.shape[-2], strategy=self.strategy)
         return self.attention(latents, *keys)
 
 

@@ -106,7 +106,7 @@ def literal(block: motet.LegoBlock, tokens: Tensor) -> Tensor:
         real, imaginary = spectrum.real, spectrum.imag
         layer = block.layers[block.order[index]]
         context = motet.fusion.context.Context(tokens[None])
-        (keys,) = prepare(context, [layer.attention], latents=real, strategy="reference")
+        (keys,) = prepare(context, [layer.attention], latents=len(real), strategy="reference")
         real = real + layer.attention(real[None], keys)[0]
         real = real + layer.feed_forward(real)
         latents = torch.fft.ifftn(torch.complex(real, imaginary), dim=axes)
@@ -323,7 +323,7 @@ def test_weave_alternates_the_layers() -> None:
             layer = block.layers[index]
             encoded = block.encoder(x[name])[:, None]
             context = motet.fusion.context.Context(encoded)
-            (keys,) = prepare(context, [layer.attention], latents=spectrum, strategy="reference")
+            (keys,) = prepare(context, [layer.attention], latents=6, strategy="reference")
             real = spectrum.real + layer.attention(spectrum.real, keys)
             real = real + layer.feed_forward(real)
             latents = torch.fft.ifft2(torch.complex(real, spectrum.imag))
