@@ -17,6 +17,7 @@ from .backends import (
     triton_kernels,
 )
 from .checks import check_offsets, choice, refuse_forward_mode
+from .context_kv import wide
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 # The result is float32 also for half precision, since its rounding would be that of a difference in
@@ -195,9 +196,9 @@ def attention_weights(
     if lse is not None:
         if not isinstance(lse, Tensor):
             raise TypeError(f"lse: expected a tensor, got {type(lse).__name__}")
-        if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], _full(q.dtype), q.device):
+        if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], wide(q.dtype), q.device):
             raise ValueError(
-                f"lse: expected {tuple(q.shape[:3])} {_full(q.dtype)} on {q.device}, got "
+                f"lse: expected {tuple(q.shape[:3])} {wide(q.dtype)} on {q.device}, got "
                 f"{tuple(lse.shape)} {lse.dtype} on {lse.device}"
             )
     if lse is None and reduce is None:
@@ -283,12 +284,8 @@ def _through_sdpa(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale
 
 
 def _fast(backend: str, q: Tensor) -> ModuleType | None:
-    wide = "takes heads of up to 256 numbers" if q.shape[-1] > 256 else ""
-    return triton_kernels("latent_attention", backend, q, why_not=wide)
-
-
-def _full(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    too_wide = "takes heads of up to 256 numbers" if q.shape[-1] > 256 else ""
+    return triton_kernels("latent_attention", backend, q, why_not=too_wide)
 
 
 def _forward(
@@ -304,8 +301,8 @@ def _forward(
     fast = _fast(backend, q)
     if fast is not None:
         return fast.attend(*map(rows_apart, (q, k, v)), offsets, scale, dropout_p, seed)
-    out = q.new_zeros(q.shape, dtype=_full(q.dtype))
-    lse = q.new_full(q.shape[:3], float("-inf"), dtype=_full(q.dtype))
+    out = q.new_zeros(q.shape, dtype=wide(q.dtype))
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide(q.dtype))
     scaled = q * scale
     for run in _runs(k, offsets):
         own, keys, values = run.of(scaled), run.tokens(k), run.tokens(v)
@@ -389,7 +386,7 @@ def _mask(seed: Tensor | None, run: _Run, q: Tensor, dropout_p: float) -> Tensor
     if seed is None:
         return None
     heads, latents = q.shape[1], q.shape[2]
-    like = q.new_empty(0, dtype=_full(q.dtype))
+    like = q.new_empty(0, dtype=wide(q.dtype))
     shape = (heads * latents, run.length)
     bags = range(run.first, run.first + run.bags)
     masks = [keep_mask(seed, bag, shape, dropout_p, like) for bag in bags]
@@ -515,7 +512,7 @@ def _backward(ctx, grad: Tensor, _: Tensor):
 
 
 def _fake(q, *rest):
-    full = _full(q.dtype)
+    full = wide(q.dtype)
     return q.new_empty(q.shape, dtype=full), q.new_empty(q.shape[:3], dtype=full)
 
 
