@@ -174,8 +174,9 @@ def _cuobjdump(flag: str, cubin: bytes) -> str:
 
 
 def attention(
-    dtype: str, heads: int, latents: int, width: int, *, dropout: float, ragged: bool
-) -> Callable[[], None]:
+    dtype: str, heads: int, latents: int, width: int, *, dropout: float, ragged: bool,
+    counted: bool = False,
+) -> Callable[[], None]:  # fmt: skip
     """Return what calls every launcher of latent_attention_triton at one size."""
 
     def run() -> None:
@@ -190,7 +191,8 @@ def attention(
             packed = (torch.empty(2, 32, 2, heads, width, **own) for _ in range(2))
             (k, v), (dk, dv) = (x.permute(0, 2, 3, 1, 4).unbind(1) for x in packed)
             offsets = None
-        shared = (q, k, v, offsets)
+        counts = torch.empty(64 if ragged else (2, 32)) if counted else None
+        shared = (q, k, v, offsets, counts)
         seed = torch.zeros(1, dtype=torch.int64)
         out, lse = kernels.attend(*shared, 0.25, dropout, seed)
         kernels.attend_backward(q, *shared, out, lse, 0.25, dropout, seed, dk, dv)
@@ -222,7 +224,9 @@ def context_kv(
     return run
 
 
-def absorbed(dtype: str, rows: int, *, dropout: float, channels: int = 5) -> Callable[[], None]:
+def absorbed(
+    dtype: str, rows: int, *, dropout: float, channels: int = 5, counted: bool = False
+) -> Callable[[], None]:
     """Return what calls every launcher of absorbed_attention_triton at one size."""
 
     def run() -> None:
@@ -230,11 +234,12 @@ def absorbed(dtype: str, rows: int, *, dropout: float, channels: int = 5) -> Cal
         x, p, offsets = torch.empty(256, 2048, **own), torch.empty(128, channels), torch.arange(3)
         queries = torch.empty(2, rows, 2048 + channels, **own)
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-        found = kernels.attend(queries, x, p, offsets, 1e-5, dropout, seed)
+        counts = torch.empty(256) if counted else None
+        found = kernels.attend(queries, x, p, offsets, counts, 1e-5, dropout, seed)
         pooled, mass, *rest = found
         delta = torch.empty(2, rows)
         kernels.attend_backward(
-            pooled, mass, delta, queries, x, p, offsets, *rest, 1e-5, dropout, seed
+            pooled, mass, delta, queries, x, p, offsets, counts, *rest, 1e-5, dropout, seed
         )
 
     return run
@@ -279,6 +284,17 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         "attention bf16 1x256 c64 dropout",
         attention("bf16", 1, 64, 256, dropout=0.1, ragged=True),
     )
+    for heads, latents, width in ((1, 25, 16), (1, 17, 64), (8, 25, 128), (8, 64, 64)):
+        for dtype in ("bf16", "fp32"):
+            yield (
+                f"attention {dtype} {heads}x{width} c{latents} counts",
+                attention(dtype, heads, latents, width, dropout=0, ragged=True, counted=True),
+            )
+    for heads, latents in ((1, 17), (8, 64)):
+        yield (
+            f"attention bf16 {heads}x64 c{latents} dense counts",
+            attention("bf16", heads, latents, 64, dropout=0, ragged=False, counted=True),
+        )
     for dtype in ("bf16", "fp32"):
         for sets, outputs in ((1, 32), (1, 128), (1, 224), (5, 64), (1, 1024), (1, 1648)):
             yield (
@@ -302,6 +318,9 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
             name = f"absorbed bf16 {rows} queries"
             yield f"{name} dropout" if dropout else name, absorbed("bf16", rows, dropout=dropout)
     yield "absorbed fp32 136 queries dropout", absorbed("fp32", 136, dropout=0.1)
+    for dtype, rows in (("bf16", 17), ("bf16", 136), ("fp32", 136)):
+        name = f"absorbed {dtype} {rows} queries counts"
+        yield name, absorbed(dtype, rows, dropout=0, counted=True)
 
 
 SHIPPED = dict(_shipped())

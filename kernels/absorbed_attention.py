@@ -25,19 +25,19 @@ from .context_kv import (
     standardise_backward,
     wide,
 )
-from .latent_attention import check_dropout, keep_mask
+from .latent_attention import check_counts, check_dropout, keep_mask
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 _LIBRARY.define(
-    "absorbed_attention(Tensor queries, Tensor x, Tensor? positions, Tensor offsets, float eps, "
-    "float dropout_p, Tensor? seed, str backend) "
+    "absorbed_attention(Tensor queries, Tensor x, Tensor? positions, Tensor offsets, "
+    "Tensor? counts, float eps, float dropout_p, Tensor? seed, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "absorbed_attention_backward(Tensor grad_pooled, Tensor grad_mass, Tensor queries, Tensor x, "
-    "Tensor? positions, Tensor offsets, Tensor pooled, Tensor mass, Tensor scores, Tensor lse, "
-    "Tensor mean, Tensor rstd, float eps, float dropout_p, Tensor? seed, str backend, bool rows) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? positions, Tensor offsets, Tensor? counts, Tensor pooled, Tensor mass, Tensor scores, "
+    "Tensor lse, Tensor mean, Tensor rstd, float eps, float dropout_p, Tensor? seed, str backend, "
+    "bool rows) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -47,6 +47,7 @@ def absorbed_attention(
     offsets: Tensor,
     *,
     positions: Tensor | None = None,
+    counts: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -69,8 +70,9 @@ def absorbed_attention(
         x: [T, D] tokens.
         offsets: int64 [B + 1]: bag b owns tokens offsets[b] to offsets[b + 1].
         positions: as in context_kv.
+        counts: [T], how many tokens each of `x` stands for, as in latent_attention.
         eps: ε.
-        dropout_p: probability of dropping an attention weight, in [0, 1).
+        dropout_p: probability of dropping an attention weight, in [0, 1); 0 with `counts`.
         seed: as in latent_attention.
         backend: "auto", "triton", "compile" (without dropout; with it "eager") or "eager".
 
@@ -79,7 +81,7 @@ def absorbed_attention(
         for a bag without tokens. Differentiable once, in reverse mode.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets that do not fit.
+        ValueError: shapes, dtypes, devices, offsets or counts that do not fit.
         TypeError: something that is not a tensor.
 
     Example:
@@ -92,13 +94,14 @@ def absorbed_attention(
     _check(queries, x, offsets, positions)
     check_backend(backend)
     seed = check_dropout(dropout_p, seed, x.device)
+    check_counts(counts, x.shape[:1], x, dropout_p)
     refuse_forward_mode("absorbed_attention")
     if backend == "compile" and not dropout_p:
         return compiled(absorbed_attention_reference)(
-            queries, x, offsets, positions=positions, eps=eps
+            queries, x, offsets, positions=positions, counts=counts, eps=eps
         )
     pooled, mass, *_ = torch.ops.motet.absorbed_attention(
-        queries, x, positions, offsets, eps, dropout_p, seed, backend
+        queries, x, positions, offsets, counts, eps, dropout_p, seed, backend
     )
     return pooled, mass
 
@@ -117,7 +120,7 @@ def absorbed_weights(
     check_backend(backend)
     with torch.no_grad():
         _, _, scores, lse, _, _ = torch.ops.motet.absorbed_attention(
-            queries, x, positions, offsets, eps, 0.0, None, backend
+            queries, x, positions, offsets, None, eps, 0.0, None, backend
         )
     lengths = offsets.diff()
     return (
@@ -133,6 +136,7 @@ def absorbed_attention_reference(
     offsets: Tensor,
     *,
     positions: Tensor | None = None,
+    counts: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -142,7 +146,10 @@ def absorbed_attention_reference(
     (z,) = context_kv_reference(x, identity, positions=positions, eps=eps)
     pooled, mass = [queries[:0]], [queries[:0, :, 0]]
     for own, (start, stop) in zip(queries, pairwise(offsets.tolist()), strict=True):
-        weights = torch.softmax(own @ z[start:stop].t(), dim=-1)
+        scores = own @ z[start:stop].t()
+        if counts is not None:
+            scores = scores + counts[start:stop].log().to(scores.dtype)
+        weights = torch.softmax(scores, dim=-1)
         dropped = torch.nn.functional.dropout(weights, dropout_p)
         pooled.append((dropped @ z[start:stop])[None])
         mass.append(dropped.sum(-1)[None])
@@ -176,6 +183,7 @@ def _forward(
     x: Tensor,
     positions: Tensor | None,
     offsets: Tensor,
+    counts: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -186,7 +194,7 @@ def _forward(
     if fast is not None:
         places = None if positions is None else rows_apart(positions)
         return fast.attend(
-            queries.contiguous(), rows_apart(x), places, offsets, eps, dropout_p, seed
+            queries.contiguous(), rows_apart(x), places, offsets, counts, eps, dropout_p, seed
         )
     full, (bags, count, width) = wide(x.dtype), queries.shape
     pooled, mass = (
@@ -205,6 +213,8 @@ def _forward(
         z, mean[rows], rstd[rows] = standardised(rows)
         scores[rows] = own = z @ queries[bag].t()
         own = own.to(full)
+        if counts is not None:
+            own.add_(counts[rows].log()[:, None])
         highest = torch.maximum(top[bag], own.amax(0))
         weights = (own - highest).exp_()
         shrunk = (top[bag] - highest).exp_()  # what came before, relative to the highest score
@@ -230,6 +240,7 @@ def _backward_of(
     x: Tensor,
     positions: Tensor | None,
     offsets: Tensor,
+    counts: Tensor | None,
     pooled: Tensor,
     mass: Tensor,
     scores: Tensor,
@@ -253,8 +264,8 @@ def _backward_of(
     if fast is not None and not of_rows:
         places = None if positions is None else rows_apart(positions)
         dqueries, rest = fast.attend_backward(
-            grad_pooled, grad_mass, delta, queries, rows_apart(x), places, offsets, scores, lse,
-            mean, rstd, eps, dropout_p, seed,
+            grad_pooled, grad_mass, delta, queries, rows_apart(x), places, offsets, counts, scores,
+            lse, mean, rstd, eps, dropout_p, seed,
         )  # fmt: skip
         dqueries -= _times_mean_token(rest, pooled, mass)
         return dqueries.to(queries.dtype), x.new_empty(0), x.new_empty(0)
@@ -275,7 +286,10 @@ def _backward_of(
         rows = slice(start, stop)
         # Computed again in the very bits of the forward pass, in one sweep.
         z, _, own = standardised(rows)
-        weights = (scores[rows].to(lse.dtype) - lse[bag]).exp_()
+        weights = scores[rows].to(lse.dtype) - lse[bag]
+        if counts is not None:
+            weights.add_(counts[rows].log()[:, None])
+        weights.exp_()
         dweights = (z @ grad_pooled[bag].t()).to(lse.dtype).add_(grad_mass[bag])
         dscores = masks.apply(dweights, bag, rows).sub_(delta[bag]).mul_(weights)
         dscores = dscores.to(queries.dtype)
@@ -336,8 +350,8 @@ class _Masks:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, x, positions, offsets, ctx.eps, ctx.dropout_p, seed, ctx.backend = inputs
-    ctx.save_for_backward(queries, x, positions, offsets, *output, seed)
+    *tensors, ctx.eps, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output, seed)
 
 
 def _backward(ctx, grad_pooled: Tensor, grad_mass: Tensor, *_: Tensor):
@@ -357,11 +371,11 @@ def _backward(ctx, grad_pooled: Tensor, grad_mass: Tensor, *_: Tensor):
         dqueries if of_queries else None,
         dx if of_x else None,
         dpositions if of_positions else None,
-        *[None] * 5,
+        *[None] * 6,
     )
 
 
-def _fake(queries, x, positions, offsets, *_):
+def _fake(queries, x, *_):
     full, bags, count = wide(x.dtype), queries.shape[0], queries.shape[1]
     return (
         queries.new_empty(queries.shape),

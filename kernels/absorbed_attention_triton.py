@@ -22,11 +22,15 @@ def attend(
     x: Tensor,
     p: Tensor | None,
     offsets: Tensor,
+    counts: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return pooled [B, R, W], mass [B, R], scores [T, R], lse fp32 [B, R], mean and rstd [T]."""
+    """Return pooled [B, R, W], mass [B, R], scores [T, R], lse fp32 [B, R], mean and rstd [T].
+
+    The scores are without the counts, the lse with them.
+    """
     scores, mean, rstd = project(x, p, queries, None, offsets, None, None, eps)
     (rows, count), bags = scores.shape, len(queries)
     slots = count_slots(rows, bags, _CHUNK)
@@ -34,19 +38,20 @@ def attend(
     peak, total = torch.empty(slots, count, **own), torch.empty(slots, count, **own)
     lse, mass = torch.empty(bags, count, **own), torch.empty(bags, count, **own)
     grid, combined = _grids(slots, bags, count)
+    counts = None if counts is None else counts.contiguous()
     with torch.cuda.device_of(x):
         _softmax_statistics[grid](
-            scores, offsets, peak, total, bags, R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
-            BLOCK_R=_BLOCK_R, num_warps=4,
+            scores, offsets, counts, peak, total, bags, R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
+            BLOCK_R=_BLOCK_R, COUNTS=counts is not None, num_warps=4,
         )  # fmt: skip
         _combine_softmax[combined](
             peak, total, offsets, lse, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
         )
         weights = torch.empty_like(scores)
         _softmax_weights[grid](
-            scores, lse, offsets, seed, weights, total, bags, *_dropout(dropout_p), R=count,
+            scores, lse, offsets, counts, seed, weights, total, bags, *_dropout(dropout_p), R=count,
             CHUNK=_CHUNK, BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, DROPOUT=seed is not None,
-            num_warps=4,
+            COUNTS=counts is not None, num_warps=4,
         )  # fmt: skip
         _combine_sums[combined](
             total, offsets, mass, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
@@ -63,6 +68,7 @@ def attend_backward(
     x: Tensor,
     p: Tensor | None,
     offsets: Tensor,
+    counts: Tensor | None,
     scores: Tensor,
     lse: Tensor,
     mean: Tensor,
@@ -77,12 +83,14 @@ def attend_backward(
     slots = count_slots(rows, bags, _CHUNK)
     grid, combined = _grids(slots, bags, count)
     own = {"dtype": torch.float32, "device": x.device}
+    counts = None if counts is None else counts.contiguous()
     partial, rest = torch.empty(slots, count, **own), torch.empty(bags, count, **own)
     with torch.cuda.device_of(x):
         _softmax_gradient[grid](
             scores, lse, dweights, grad_mass.float().contiguous(), delta.contiguous(), offsets,
-            seed, partial, bags, *_dropout(dropout_p), R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
-            BLOCK_R=_BLOCK_R, DROPOUT=seed is not None, num_warps=8,
+            counts, seed, partial, bags, *_dropout(dropout_p), R=count, CHUNK=_CHUNK,
+            BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, DROPOUT=seed is not None,
+            COUNTS=counts is not None, num_warps=8,
         )  # fmt: skip
         _combine_sums[combined](
             partial, offsets, rest, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
@@ -107,12 +115,22 @@ def _tile(slot, offsets_ptr, n_bags, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK
     return bag, origin, start, stop, r, r < R
 
 
+@triton.jit
+def _log_counts(base, n, stop):
+    """Return the logarithms of the counts of rows n, 0 from `stop` on."""
+    return tl.log(tl.load(base + n, mask=n < stop, other=1.0))
+
+
 @triton.jit(do_not_specialize=["n_bags"])
 def _softmax_statistics(
-    scores_ptr, offsets_ptr, peak_ptr, total_ptr, n_bags,
+    scores_ptr, offsets_ptr, counts_ptr, peak_ptr, total_ptr, n_bags,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Store max_t s and sum_t e^(s - max) of one chunk of a bag, [slots, R] each."""
+    """Store max_t s and sum_t e^(s - max) of one chunk of a bag, [slots, R] each.
+
+    Here and below, s is the score plus the logarithm of the token's count.
+    """
     slot = tl.program_id(0)
     _, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
@@ -122,6 +140,8 @@ def _softmax_statistics(
         mask = (n[:, None] < stop) & valid[None, :]
         at = (origin + n)[:, None] * R + r[None, :]
         s = tl.load(scores_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
+        if COUNTS:
+            s += _log_counts(counts_ptr + origin, n, stop)[:, None]
         highest = tl.maximum(peak, tl.max(s, 0))
         base = tl.where(valid, highest, 0.0)  # a column beyond R has no highest score
         total = total * tl.exp(peak - base) + tl.sum(tl.exp(s - base[None, :]), 0)
@@ -156,9 +176,10 @@ def _combine_softmax(
 
 @triton.jit(do_not_specialize=["n_bags"])
 def _softmax_weights(
-    scores_ptr, lse_ptr, offsets_ptr, seed_ptr, weights_ptr, mass_ptr, n_bags, dropout_p, undrop,
+    scores_ptr, lse_ptr, offsets_ptr, counts_ptr, seed_ptr, weights_ptr, mass_ptr, n_bags,
+    dropout_p, undrop,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Store the weights after dropout, e^(s - lse) [T, R], and their sum over the chunk."""
     slot = tl.program_id(0)
@@ -170,6 +191,8 @@ def _softmax_weights(
         mask = (n[:, None] < stop) & valid[None, :]
         at = (origin + n)[:, None] * R + r[None, :]
         s = tl.load(scores_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
+        if COUNTS:
+            s += _log_counts(counts_ptr + origin, n, stop)[:, None]
         weight = tl.exp(s - lse[None, :])
         if DROPOUT:
             kept = tl.trans(_kept(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N))
@@ -196,10 +219,10 @@ def _combine_sums(
 
 @triton.jit(do_not_specialize=["n_bags"])
 def _softmax_gradient(
-    scores_ptr, lse_ptr, dweights_ptr, dmass_ptr, delta_ptr, offsets_ptr, seed_ptr, rest_ptr,
-    n_bags, dropout_p, undrop,
+    scores_ptr, lse_ptr, dweights_ptr, dmass_ptr, delta_ptr, offsets_ptr, counts_ptr,
+    seed_ptr, rest_ptr, n_bags, dropout_p, undrop,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Replace dweights [T, R] by the gradient of the scores, A (mask (dA + dmass) - delta).
 
@@ -216,6 +239,8 @@ def _softmax_gradient(
         mask = (n[:, None] < stop) & valid[None, :]
         at = (origin + n)[:, None] * R + r[None, :]
         s = tl.load(scores_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
+        if COUNTS:
+            s += _log_counts(counts_ptr + origin, n, stop)[:, None]
         grad = tl.load(dweights_ptr + at, mask=mask, other=0.0).to(tl.float32) + dmass[None, :]
         if DROPOUT:
             kept = tl.trans(_kept(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N))

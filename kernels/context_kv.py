@@ -261,7 +261,7 @@ def split_gradient(grad: Tensor, x: Tensor, positions: Tensor | None) -> tuple[T
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which rows of `dtype` are normalised."""
+    """Return the dtype of what is summed up over tensors of `dtype`: statistics, softmax."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

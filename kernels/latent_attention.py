@@ -1,5 +1,8 @@
 """Attention of a few latent queries to very many context tokens, per bag."""
 
+import math
+import os
+from collections.abc import Sequence
 from itertools import pairwise
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -17,28 +20,30 @@ from .backends import (
     triton_kernels,
 )
 from .checks import check_offsets, choice, refuse_forward_mode
+from .context_kv import wide
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 # The result is float32 also for half precision, since its rounding would be that of a difference in
 # the backward pass; callers round it.
 _LIBRARY.define(
-    "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? offsets, float scale, float dropout_p, "
-    "Tensor? seed, str backend) -> (Tensor, Tensor)"
+    "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? offsets, Tensor? counts, float scale, "
+    "float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "latent_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? offsets, "
-    "Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? counts, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, "
+    "str backend) -> (Tensor, Tensor, Tensor)"
 )
 # The same with K and V in one tensor [T, 2, H, E], as one projection makes them: their gradient is
 # then written in place too, instead of being put together from two.
 _LIBRARY.define(
-    "latent_attention_kv(Tensor q, Tensor kv, Tensor offsets, float scale, float dropout_p, "
-    "Tensor? seed, str backend) -> (Tensor, Tensor)"
+    "latent_attention_kv(Tensor q, Tensor kv, Tensor offsets, Tensor? counts, float scale, "
+    "float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "latent_attention_kv_backward(Tensor grad, Tensor q, Tensor kv, Tensor offsets, Tensor out, "
-    "Tensor lse, float scale, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
+    "latent_attention_kv_backward(Tensor grad, Tensor q, Tensor kv, Tensor offsets, "
+    "Tensor? counts, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, "
+    "str backend) -> (Tensor, Tensor)"
 )
 
 # Keys that torch attends to at once: their scores, 8 heads x 25 latents, are 6 MiB in float32.
@@ -56,6 +61,7 @@ def latent_attention(
     v: Tensor,
     offsets: Tensor | None = None,
     *,
+    counts: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -74,8 +80,13 @@ def latent_attention(
         k: [B, H, N, E] keys, or [T, H, E] for ragged bags, T tokens in all. Any strides.
         v: values, like `k`.
         offsets: int64 [B + 1] for ragged bags: bag b owns tokens offsets[b] to offsets[b + 1].
+        counts: [B, N], or [T] with `offsets`: how many tokens each key stands for, float32 (float64
+            for float64 tensors), positive; None means 1 each. A key that counts m times is m equal
+            keys: its score rises by log m. No gradient flows to them. Their values are checked
+            where those of offsets are, on the CPU or under MOTET_CHECK=1.
         scale: factor on the scores; None means E ** -0.5.
-        dropout_p: probability of dropping an attention weight, in [0, 1).
+        dropout_p: probability of dropping an attention weight, in [0, 1); 0 with `counts`, since
+            the tokens that a key stands for would be dropped together.
         seed: int64 [1], what the mask is drawn from; None draws one from torch's generator. The
             mask of a bag depends on the seed, the bag's place in the batch and its own sizes, not
             on how the work is cut or on other bags.
@@ -85,7 +96,7 @@ def latent_attention(
         [B, H, C, E]. Differentiable once, in reverse mode.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets that do not fit.
+        ValueError: shapes, dtypes, devices, offsets or counts that do not fit.
         TypeError: something that is not a tensor.
 
     Example:
@@ -96,11 +107,12 @@ def latent_attention(
     _check(q, k, offsets, v=v)
     check_backend(backend)
     seed = check_dropout(dropout_p, seed, q.device)
+    check_counts(counts, k.shape[::2] if offsets is None else k.shape[:1], k, dropout_p)
     refuse_forward_mode("latent_attention")
     if backend == "compile" and not dropout_p:
-        return compiled(_through_sdpa)(q, k, v, offsets, _scale(q, scale))
+        return compiled(_through_sdpa)(q, k, v, offsets, counts, _scale(q, scale))
     out, _ = torch.ops.motet.latent_attention(
-        q, k, v, offsets, _scale(q, scale), dropout_p, seed, backend
+        q, k, v, offsets, counts, _scale(q, scale), dropout_p, seed, backend
     )
     return out.to(q.dtype)
 
@@ -110,6 +122,7 @@ def latent_attention_kv(
     kv: Tensor,
     offsets: Tensor,
     *,
+    counts: Tensor | None = None,
     scale: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -120,15 +133,19 @@ def latent_attention_kv(
     Tokens behind the last bag belong to none; their gradient is left undefined.
 
     Returns:
-        [B, H, C, E], and the log-sum-exp of the scores [B, H, C], which attention_weights takes.
+        [B, H, C, E], and the log-sum-exp of the scores [B, H, C], counts included, which
+        attention_weights takes.
     """
     _check(q, kv[:, 0], offsets, v=kv[:, 1], whole=False)
     seed = check_dropout(dropout_p, seed, q.device)
+    check_counts(counts, kv.shape[:1], kv, dropout_p)
     refuse_forward_mode("latent_attention")
     if backend == "compile" and not dropout_p:
-        out = compiled(_through_sdpa)(q, kv[:, 0], kv[:, 1], offsets, scale)
+        out = compiled(_through_sdpa)(q, kv[:, 0], kv[:, 1], offsets, counts, scale)
         return out, q.new_empty(0)
-    out, lse = torch.ops.motet.latent_attention_kv(q, kv, offsets, scale, dropout_p, seed, backend)
+    out, lse = torch.ops.motet.latent_attention_kv(
+        q, kv, offsets, counts, scale, dropout_p, seed, backend
+    )
     return out.to(q.dtype), lse
 
 
@@ -138,16 +155,19 @@ def latent_attention_reference(
     v: Tensor,
     offsets: Tensor | None = None,
     *,
+    counts: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Compute latent_attention in torch, literally, bag after bag."""
     if offsets is None:
-        return F.dropout(_softmax(q, k, scale), dropout_p) @ v
-    bags = [
-        F.dropout(_softmax(q[b], k[bag].transpose(0, 1), scale), dropout_p) @ v[bag].transpose(0, 1)
-        for b, bag in enumerate(_slices(offsets))
-    ]
+        own = None if counts is None else counts[:, None, None]
+        return F.dropout(_softmax(q, k, scale, own), dropout_p) @ v
+    bags = []
+    for b, bag in enumerate(_slices(offsets)):
+        own = None if counts is None else counts[bag]
+        weights = _softmax(q[b], k[bag].transpose(0, 1), scale, own)
+        bags.append(F.dropout(weights, dropout_p) @ v[bag].transpose(0, 1))
     return torch.stack(bags) if bags else torch.empty_like(q)
 
 
@@ -195,9 +215,9 @@ def attention_weights(
     if lse is not None:
         if not isinstance(lse, Tensor):
             raise TypeError(f"lse: expected a tensor, got {type(lse).__name__}")
-        if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], _full(q.dtype), q.device):
+        if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], wide(q.dtype), q.device):
             raise ValueError(
-                f"lse: expected {tuple(q.shape[:3])} {_full(q.dtype)} on {q.device}, got "
+                f"lse: expected {tuple(q.shape[:3])} {wide(q.dtype)} on {q.device}, got "
                 f"{tuple(lse.shape)} {lse.dtype} on {lse.device}"
             )
     if lse is None and reduce is None:
@@ -210,7 +230,7 @@ def attention_weights(
         return torch.cat(bags, dim=-1).permute(2, 0, 1) if bags else k.new_empty(0, *q.shape[1:3])
     with torch.no_grad():
         if lse is None:
-            arguments = (q, k, k, offsets, _scale(q, scale), 0.0, None, backend)
+            arguments = (q, k, k, offsets, None, _scale(q, scale), 0.0, None, backend)
             lse = torch.ops.motet.latent_attention(*arguments)[1]
             assert lse is not None
         fast = _fast(backend, q)
@@ -238,6 +258,36 @@ def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -
     return seed
 
 
+def check_counts(
+    counts: Tensor | None, keys: Sequence[int], like: Tensor, dropout_p: float
+) -> None:
+    """Raise unless there are no counts, or positive ones of the shape `keys` and no dropout."""
+    if counts is None:
+        return
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts: expected a tensor, got {type(counts).__name__}")
+    expected = (tuple(keys), wide(like.dtype), like.device)
+    got = (tuple(counts.shape), counts.dtype, counts.device)
+    if got != expected:
+        raise ValueError("counts: expected {} {} on {}, got {} {} on {}".format(*expected, *got))
+    if counts.requires_grad:
+        raise ValueError("counts: expected no gradient, got requires_grad=True; detach them")
+    if dropout_p:
+        raise ValueError(
+            "dropout_p: expected 0 with counts, since the tokens that a key stands for would be "
+            f"dropped together, got {dropout_p}"
+        )
+    if torch.compiler.is_compiling() or not counts.numel():
+        return
+    # As with the values of offsets.
+    if counts.device.type == "cpu" or os.environ.get("MOTET_CHECK") == "1":
+        lowest, highest = (bound.item() for bound in counts.aminmax())
+        if not (lowest > 0 and highest < math.inf):  # NaN is both bounds
+            raise ValueError(
+                f"counts: expected positive finite numbers, got {lowest:g} to {highest:g}"
+            )
+
+
 def keep_mask(
     seed: Tensor, bag: int, shape: tuple[int, int], dropout_p: float, like: Tensor
 ) -> Tensor:
@@ -246,8 +296,11 @@ def keep_mask(
     return like.new_empty(shape).bernoulli_(1 - dropout_p, generator=generator).div_(1 - dropout_p)
 
 
-def _softmax(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    return torch.softmax(q @ k.transpose(-1, -2) * _scale(q, scale), dim=-1)
+def _softmax(q: Tensor, k: Tensor, scale: float | None, counts: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * _scale(q, scale)
+    if counts is not None:
+        scores = scores + counts.log().to(scores.dtype)
+    return torch.softmax(scores, dim=-1)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -269,26 +322,34 @@ def _bags(tokens: Tensor, offsets: Tensor | None) -> list[Tensor]:
     return [tokens[bag].transpose(0, 1) for bag in _slices(offsets)]
 
 
-def _through_sdpa(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
+def _through_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Compute latent_attention by torch's own attention, bag after bag."""
+    bias = None if counts is None else counts.log().to(q.dtype)
     if offsets is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        bias = None if bias is None else bias[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    biases = len(q) * [None] if bias is None else [bias[None, bag] for bag in _slices(offsets)]
     bags = [
-        F.scaled_dot_product_attention(own, key, value, scale=scale)
+        F.scaled_dot_product_attention(own, key, value, attn_mask=extra, scale=scale)
         if key.shape[1]
         else torch.zeros_like(own)
-        for own, key, value in zip(q, _bags(k, offsets), _bags(v, offsets), strict=True)
+        for own, key, value, extra in zip(
+            q, _bags(k, offsets), _bags(v, offsets), biases, strict=True
+        )
     ]
     return torch.stack(bags) if bags else torch.empty_like(q)
 
 
 def _fast(backend: str, q: Tensor) -> ModuleType | None:
-    wide = "takes heads of up to 256 numbers" if q.shape[-1] > 256 else ""
-    return triton_kernels("latent_attention", backend, q, why_not=wide)
-
-
-def _full(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    too_wide = "takes heads of up to 256 numbers" if q.shape[-1] > 256 else ""
+    return triton_kernels("latent_attention", backend, q, why_not=too_wide)
 
 
 def _forward(
@@ -296,6 +357,7 @@ def _forward(
     k: Tensor,
     v: Tensor,
     offsets: Tensor | None,
+    counts: Tensor | None,
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -303,18 +365,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     fast = _fast(backend, q)
     if fast is not None:
-        return fast.attend(*map(rows_apart, (q, k, v)), offsets, scale, dropout_p, seed)
-    out = q.new_zeros(q.shape, dtype=_full(q.dtype))
-    lse = q.new_full(q.shape[:3], float("-inf"), dtype=_full(q.dtype))
+        return fast.attend(*map(rows_apart, (q, k, v)), offsets, counts, scale, dropout_p, seed)
+    out = q.new_zeros(q.shape, dtype=wide(q.dtype))
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide(q.dtype))
     scaled = q * scale
     for run in _runs(k, offsets):
         own, keys, values = run.of(scaled), run.tokens(k), run.tokens(v)
-        mask = _mask(seed, run, q, dropout_p)
+        mask, bias = _mask(seed, run, q, dropout_p), run.bias(counts, q.shape[1])
         top = lse.new_full((*own.shape[:2], 1), float("-inf"))
         total, summed = torch.zeros_like(top), torch.zeros_like(own, dtype=lse.dtype)
         for start in range(0, run.length, KEYS):
             chunk = slice(start, start + KEYS)
             weights = torch.bmm(own, keys[:, chunk].transpose(1, 2)).to(lse.dtype)
+            if bias is not None:
+                weights.add_(bias[..., chunk])
             highest = torch.maximum(top, weights.amax(-1, keepdim=True))
             shrunk = (top - highest).exp_()  # what came before, relative to the highest score
             weights.sub_(highest).exp_()
@@ -363,6 +427,17 @@ class _Run(NamedTuple):
             return view.contiguous().flatten(0, 1)
         return view[0]
 
+    def bias(self, counts: Tensor | None, heads: int) -> Tensor | None:
+        """Return what the counts of this run's keys add to their scores, [G·H, 1, N]."""
+        if counts is None:
+            return None
+        if self.start is None:
+            own = counts[self.first : self.first + self.bags]
+        else:
+            own = counts[self.start : self.start + self.bags * self.length]
+        own = own.log().reshape(self.bags, 1, 1, self.length)
+        return own.expand(-1, heads, -1, -1).flatten(0, 1)
+
 
 def _runs(k: Tensor, offsets: Tensor | None) -> list[_Run]:
     """Cut the bags that have tokens into runs."""
@@ -389,7 +464,7 @@ def _mask(seed: Tensor | None, run: _Run, q: Tensor, dropout_p: float) -> Tensor
     if seed is None:
         return None
     heads, latents = q.shape[1], q.shape[2]
-    like = q.new_empty(0, dtype=_full(q.dtype))
+    like = q.new_empty(0, dtype=wide(q.dtype))
     shape = (heads * latents, run.length)
     bags = range(run.first, run.first + run.bags)
     masks = [keep_mask(seed, bag, shape, dropout_p, like) for bag in bags]
@@ -402,6 +477,7 @@ def _backward_into(
     k: Tensor,
     v: Tensor,
     offsets: Tensor | None,
+    counts: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -421,20 +497,25 @@ def _backward_into(
     fast = _fast(backend, q)
     if fast is not None:
         rows = map(rows_apart, (grad, q, k, v))
-        return fast.attend_backward(*rows, offsets, out, lse, scale, dropout_p, seed, dk, dv)
+        return fast.attend_backward(
+            *rows, offsets, counts, out, lse, scale, dropout_p, seed, dk, dv
+        )
     dq = q.new_zeros(q.shape)
     scaled = q * scale
     for run in _runs(k, offsets):
         own, of_out, keys, values = run.of(scaled), run.of(grad), run.tokens(k), run.tokens(v)
         dkeys, dvalues = run.view(dk), run.view(dv)
         mask, own_dq = _mask(seed, run, q, dropout_p), torch.zeros_like(own)
-        own_lse = run.of(lse)[..., None]
+        own_lse, own_bias = run.of(lse)[..., None], run.bias(counts, q.shape[1])
 
         def of(
-            chunk: slice, own=own, of_out=of_out, keys=keys, values=values, mask=mask, lse=own_lse
-        ) -> tuple[Tensor, Tensor, Tensor]:
+            chunk: slice, own=own, of_out=of_out, keys=keys, values=values, mask=mask, lse=own_lse,
+            bias=own_bias,
+        ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
             """Return A, A after dropout, and the gradient of A, [G·H, C, n] each."""
             weights = torch.bmm(own, keys[:, chunk].transpose(1, 2)).to(lse.dtype)
+            if bias is not None:
+                weights.add_(bias[..., chunk])
             weights.sub_(lse).exp_()
             dweights = torch.bmm(of_out, values[:, chunk].transpose(1, 2)).to(lse.dtype)
             if mask is None:
@@ -460,20 +541,22 @@ def _backward_into(
     return dq.mul_(scale)
 
 
-def _backward_of(grad, q, k, v, offsets, out, lse, scale, dropout_p, seed, backend):
+def _backward_of(grad, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, backend):
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    dq = _backward_into(grad, q, k, v, offsets, out, lse, scale, dropout_p, seed, backend, dk, dv)
+    dq = _backward_into(
+        grad, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, backend, dk, dv
+    )
     return dq, dk, dv
 
 
-def _forward_kv(q, kv, offsets, scale, dropout_p, seed, backend):
-    return _forward(q, kv[:, 0], kv[:, 1], offsets, scale, dropout_p, seed, backend)
+def _forward_kv(q, kv, *rest):
+    return _forward(q, kv[:, 0], kv[:, 1], *rest)
 
 
-def _backward_of_kv(grad, q, kv, offsets, out, lse, scale, dropout_p, seed, backend):
+def _backward_of_kv(grad, q, kv, offsets, counts, out, lse, scale, dropout_p, seed, backend):
     dkv = kv.new_empty(kv.shape)
     dq = _backward_into(
-        grad, q, kv[:, 0], kv[:, 1], offsets, out, lse, scale, dropout_p, seed, backend,
+        grad, q, kv[:, 0], kv[:, 1], offsets, counts, out, lse, scale, dropout_p, seed, backend,
         dkv[:, 0], dkv[:, 1],
     )  # fmt: skip
     return dq, dkv
@@ -505,17 +588,17 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor, _: Tensor):
     *tensors, seed, out, lse = ctx.saved_tensors
-    packed = len(tensors) == 3  # q, kv and offsets, instead of q, k, v and offsets
+    packed = len(tensors) == 4  # q, kv, offsets and counts, instead of q, k, v and these two
     operators = torch.ops.motet
     run = operators.latent_attention_kv_backward if packed else operators.latent_attention_backward
     grads = run(
         grad.to(tensors[0].dtype), *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend
     )
-    return (*grads, *[None] * 5)
+    return (*grads, *[None] * 6)
 
 
 def _fake(q, *rest):
-    full = _full(q.dtype)
+    full = wide(q.dtype)
     return q.new_empty(q.shape, dtype=full), q.new_empty(q.shape[:3], dtype=full)
 
 

@@ -36,23 +36,25 @@ def attend(
     k: Tensor,
     v: Tensor,
     offsets: Tensor | None,
+    counts: Tensor | None,
     scale: float,
     dropout_p: float,
     seed: Tensor | int,
 ) -> tuple[Tensor, Tensor]:
-    """Return softmax(scale q k^T) v with dropout on the weights, and the log-sum-exp before it.
+    """Return softmax(scale q k^T + log counts) v with dropout on the weights, and the log-sum-exp.
 
     Args:
         q: [B, H, C, E], last stride 1.
         k: [T, H, E] with `offsets`, else [B, H, N, E]; any strides, the last 1.
         v: like `k`.
         offsets: int64 [B + 1] on the device, or None.
+        counts: fp32 [T] with `offsets`, else [B, N], how many tokens each key stands for; or None.
         scale: factor on the scores.
         dropout_p: probability of dropping a weight, in [0, 1).
         seed: int64 [1] on the device, or an int; see dropout_mask.
 
     Returns:
-        [B, H, C, E] of q's dtype, zeros for an empty bag, and fp32 [B, H, C], -inf for one.
+        fp32 [B, H, C, E], zeros for an empty bag, and fp32 [B, H, C] before dropout, -inf for one.
     """
     bags, heads, latents, width = q.shape
     blocks = _forward_blocks(q)
@@ -63,13 +65,14 @@ def attend(
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(bags, heads, latents, **own)
     shared = _constants(q, offsets, blocks)
+    counts = None if counts is None else counts.contiguous()
     with torch.cuda.device_of(q):
         if slots:
             _attend[(slots * heads * triton.cdiv(latents, blocks.block_c),)](
-                q, k, v, offsets, partial, peak, total, _seed(seed, dropout_p, q),
+                q, k, v, offsets, counts, partial, peak, total, _seed(seed, dropout_p, q),
                 *q.stride()[:3], *_strides(k, offsets), *_strides(v, offsets),
                 bags, _keys(k, offsets), heads, scale, _representable(dropout_p), **shared,
-                BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0,
+                BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0, COUNTS=counts is not None,
                 num_warps=blocks.num_warps, num_stages=blocks.num_stages,
             )  # fmt: skip
         if out.numel():
@@ -87,6 +90,7 @@ def attend_backward(
     k: Tensor,
     v: Tensor,
     offsets: Tensor | None,
+    counts: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -99,7 +103,7 @@ def attend_backward(
 
     Args:
         dout: [B, H, C, E], the gradient of out.
-        q, k, v, offsets, scale, dropout_p, seed: as given to attend.
+        q, k, v, offsets, counts, scale, dropout_p, seed: as given to attend.
         out, lse: what attend returned.
         dk, dv: where to write, shaped like `k`; any strides, the last 1.
 
@@ -107,25 +111,26 @@ def attend_backward(
         [B, H, C, E] of q's dtype.
     """
     bags, heads, latents, width = q.shape
-    blocks = _backward_blocks(q)
+    blocks = _backward_blocks(q, counted=counts is not None)
     slots = _slots(k, offsets, bags, blocks.chunk)
     partial = torch.empty(slots, heads, latents, width, dtype=torch.float32, device=q.device)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shared = _constants(q, offsets, blocks)
-    dout = dout.contiguous()
+    dout, counts = dout.contiguous(), None if counts is None else counts.contiguous()
     # From the float32 result: what half precision rounds off it would be multiplied by the keys.
     delta = (dout * out).sum(-1)
     with torch.cuda.device_of(q):
         for c0 in range(0, latents if slots else 0, blocks.block_c):
             _attend_backward[(slots * heads,)](
-                dout, q, k, v, offsets, delta, lse, dk, dv, partial,
+                dout, q, k, v, offsets, counts, delta, lse, dk, dv, partial,
                 _seed(seed, dropout_p, q), *q.stride()[:3],
                 *_strides(k, offsets), *_strides(v, offsets),
                 *_strides(dk, offsets), *_strides(dv, offsets),
                 bags, _keys(k, offsets), heads, scale,
                 _representable(dropout_p), 1 / (1 - dropout_p), c0, **shared,
                 BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0, ADD=c0 > 0,
-                num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+                COUNTS=counts is not None, num_warps=blocks.num_warps,
+                num_stages=blocks.num_stages,
             )  # fmt: skip
         if dq.numel():
             _combine_dq[(bags * heads * latents,)](
@@ -243,11 +248,11 @@ def _forward_blocks(q: Tensor) -> _Blocks:
     return _blocks(q, backward=False)
 
 
-def _backward_blocks(q: Tensor) -> _Blocks:
-    return _blocks(q, backward=True)
+def _backward_blocks(q: Tensor, *, counted: bool) -> _Blocks:
+    return _blocks(q, backward=True, counted=counted)
 
 
-def _blocks(q: Tensor, *, backward: bool) -> _Blocks:
+def _blocks(q: Tensor, *, backward: bool, counted: bool = False) -> _Blocks:
     """Choose blocks that spill no register on sm_80, sm_90 or sm_100 (benchmarks/registers.py)."""
     _, heads, latents, width = q.shape
     block_e = max(16, triton.next_power_of_2(width))
@@ -265,13 +270,16 @@ def _blocks(q: Tensor, *, backward: bool) -> _Blocks:
         hopper = chip == 90
         block_c = min(block_c, 64 if hopper and block_e <= 64 else 32)
         block_n = 64 if block_c < 64 and block_e <= (128 if hopper else 64) else 32
-        warps = 8 if block_c == 64 or block_e >= (128 if chip >= 90 else 64) else 4
+        # With counts 4 warps spill twice for heads of 64 on sm_100.
+        widest = 64 if chip == 90 or (chip > 90 and not counted) else 32
+        warps = 8 if block_c == 64 or block_e > widest else 4
         return _Blocks(chunk, block_c, block_n, block_e, warps, 2)
     # tf32x3 keeps two parts of every operand in registers.
     block_c = min(block_c, 16 if backward or block_e > 32 else 32)
     block_n = 16 if backward or block_e == 256 else 32
     warps = 4 if block_e <= (32 if backward else 64) else 8
-    if backward and block_e == 16:  # 4 and 8 warps spill once with dropout, on sm_80 and sm_100
+    # 4 and 8 warps spill once with dropout, on sm_80 and sm_100; 2 once with counts, on sm_100.
+    if backward and block_e == 16 and not counted:
         warps = 2
     return _Blocks(chunk, block_c, block_n, block_e, warps, 2)
 
@@ -342,20 +350,26 @@ def _store_rows(base, row, stride, valid, value, E: tl.constexpr, BLOCK_E: tl.co
     tl.store(pointer, value.to(base.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _log2_counts(base, n, length):
+    """Return log2 of the counts of keys n, which raise their scores; 0 from `length` on."""
+    return tl.log2(tl.load(base + n, mask=n < length, other=1.0))
+
+
 @triton.jit(do_not_specialize=["n_bags", "n_keys"])
 def _attend(
-    q_ptr, k_ptr, v_ptr, offsets_ptr, partial_ptr, peak_ptr, total_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, partial_ptr, peak_ptr, total_ptr, seed_ptr,
     q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n,
     n_bags, n_keys, H, scale, dropout_p,
     C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Reduce one chunk of keys for one head and up to BLOCK_C latents.
 
-    With s = scale q k^T over the chunk's keys n: peak = max_n s log2(e), total = sum_n 2^(s log2(e)
-    - peak), partial = sum_n dropped 2^(s log2(e) - peak) v_n. partial [slots, H, C, E], peak and
-    total [slots, H, C].
+    With s = scale q k^T + log counts over the chunk's keys n: peak = max_n s log2(e),
+    total = sum_n 2^(s log2(e) - peak), partial = sum_n dropped 2^(s log2(e) - peak) v_n.
+    partial [slots, H, C, E], peak and total [slots, H, C].
     """
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -369,6 +383,8 @@ def _attend(
     first = origin + start
     k_ptr += bag * k_b + head * k_h + first * k_n
     v_ptr += bag * v_b + head * v_h + first * v_n
+    if COUNTS:
+        counts_ptr += bag * n_keys + first
     length = stop - start
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -379,6 +395,8 @@ def _attend(
         n = n0 + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr, n, k_n, n < length, E, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        if COUNTS:
+            s += _log2_counts(counts_ptr, n, length)[None, :]
         s = tl.where(n[None, :] < length, s, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1))
         shrink = tl.exp2(peak - new_peak)
@@ -438,16 +456,17 @@ def _combine_attend(
 
 @triton.jit(do_not_specialize=["n_bags", "n_keys", "c0"])
 def _attend_backward(
-    dout_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, delta_ptr, lse_ptr, dk_ptr, dv_ptr, partial_ptr,
-    seed_ptr, q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    dout_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, delta_ptr, lse_ptr, dk_ptr, dv_ptr,
+    partial_ptr, seed_ptr,
+    q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     n_bags, n_keys, H, scale, dropout_p, undrop, c0,
     C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Own one chunk of keys of one head: write its dk and dv, and its part of dq / scale.
 
-    p = exp(scale q k^T - lse), dropped(p) = kept undrop p, dv = dropped(p)^T dout,
+    p = exp(scale q k^T + log counts - lse), dropped(p) = kept undrop p, dv = dropped(p)^T dout,
     ds = p (kept undrop dout v^T - delta) with delta = rowsum(dout out), which dropout has gone into
     already, dk = scale ds^T q and partial = ds k [slots, H, C, E], for the latents c0 to
     c0 + BLOCK_C. ADD: earlier launches have written dk and dv of the latents before c0.
@@ -469,6 +488,8 @@ def _attend_backward(
     delta_ptr += row
     lse_ptr += row
     partial_ptr += (slot.to(tl.int64) * H + head) * C * E
+    if COUNTS:
+        counts_ptr += bag * n_keys + first
     length = stop - start
     seed = 0
     if DROPOUT:
@@ -485,6 +506,8 @@ def _attend_backward(
         k = _load_rows(k_ptr, n, k_n, n < length, E, BLOCK_E)
         v = _load_rows(v_ptr, n, v_n, n < length, E, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        if COUNTS:
+            s += _log2_counts(counts_ptr, n, length)[None, :]
         p = tl.exp2(s - lse[:, None])
         p = tl.where((c < C)[:, None] & (n < length)[None, :], p, 0.0)
         dropped = p

@@ -68,6 +68,11 @@ def call(lengths: list[int], function=absorbed_attention, **options):
     return called
 
 
+def counts_of(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return counts of 1 to 4 as they go with tokens of `dtype`."""
+    return torch.randint(1, 5, (tokens,)).to(chunks.wide(dtype))
+
+
 def reference(lengths: list[int], **options):
     return call(lengths, absorbed_attention_reference, **options)
 
@@ -147,25 +152,27 @@ def test_huge_scores_do_not_overflow() -> None:
     st.sampled_from([(4, 5), (3, 16), (17, 33)]),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     st.booleans(),
+    st.booleans(),
 )
-@example([], (4, 5), torch.float32, False)
+@example([], (4, 5), torch.float32, False, True)
 def test_a_bag_has_the_same_bits_in_any_batch(
-    lengths: list[int], sizes: tuple[int, int], dtype: torch.dtype, positions: bool
+    lengths: list[int], sizes: tuple[int, int], dtype: torch.dtype, positions: bool, counted: bool
 ) -> None:
     torch.manual_seed(sum(lengths))
     places = (sum(lengths), 2) if positions else None
+    counts = counts_of(sum(lengths), dtype) if counted else None
 
-    def run(lengths: list[int], *args: Tensor) -> list[Tensor]:
+    def run(bag: slice, lengths: list[int], *args: Tensor) -> list[Tensor]:
         args = tuple(t.clone().requires_grad_() for t in args)
-        results = call(lengths)(*args)
+        results = call(lengths, counts=None if counts is None else counts[bag])(*args)
         return [*results, *torch.autograd.grad(results[0].sum() + results[1].sum(), args)]
 
     queries, *tokens = draw(lengths, dtype, rows=sizes[0], width=sizes[1], places=places)
     with mock.patch.object(chunks, "CHUNK_ELEMENTS", 1):
-        batched = run(lengths, queries, *tokens)
+        batched = run(slice(None), lengths, queries, *tokens)
         for b, bound in enumerate(itertools.pairwise(offsets_of(lengths).tolist())):
             row, bag = slice(b, b + 1), slice(*bound)
-            alone = run(lengths[row], queries[row], *(t[bag] for t in tokens))
+            alone = run(bag, lengths[row], queries[row], *(t[bag] for t in tokens))
             assert all(map(torch.equal, alone[:3], (part[row] for part in batched[:3])))
             assert all(map(torch.equal, alone[3:], (part[bag] for part in batched[3:])))
 
@@ -223,6 +230,58 @@ def test_one_result_is_enough_for_a_gradient() -> None:
             for f in (call, reference)
         )
         torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.usefixtures("_poisoned", "_small_chunks")
+@pytest.mark.parametrize("how", ["eager", "compile", "reference"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_a_count_is_so_many_equal_tokens(lengths: list[int], how: str, monkeypatch) -> None:
+    """Results and gradients, those of a token being the sum over its copies."""
+    monkeypatch.setattr(module, "compiled", lambda function: function)
+    args, counts = draw(lengths, places=(sum(lengths), 2)), counts_of(sum(lengths))
+    index = torch.arange(sum(lengths)).repeat_interleave(counts.long())
+    longer = [int(bag.sum()) for bag in counts.split(lengths)] if lengths else []
+
+    def literal(queries: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return reference(longer)(queries, x[index], positions[index])
+
+    own = {"counts": counts}
+    mine = reference(lengths, **own) if how == "reference" else call(lengths, backend=how, **own)
+    results = [with_gradients(f)(*args) for f in (mine, literal)]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_counts_of_1_change_no_bit(dtype: torch.dtype) -> None:
+    lengths = [70, 0, 1, 79]
+    args, ones = draw(lengths, dtype), torch.ones(150, dtype=chunks.wide(dtype))
+    mine, theirs = (with_gradients(call(lengths, counts=c))(*args) for c in (ones, None))
+    assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("size", [1.0, 1e30, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_counts_of_any_size_are_as_good_as_torch(dtype: torch.dtype, size: float) -> None:
+    lengths, counts = [70, 0, 1, 79], size * (1 + 3 * torch.rand(150))
+    queries, x = draw(lengths, dtype, rows=8, width=48)
+
+    def run(own, queries: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return own(lengths, counts=counts.to(chunks.wide(x.dtype)))(queries, x)
+
+    assert_as_good_as(
+        *(with_gradients(lambda *t, own=own: run(own, *t)) for own in (call, reference)),
+        queries / 8, x,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("_small_chunks")
+def test_gradients_with_counts() -> None:
+    lengths = [3, 0, 67]
+    args = [a.requires_grad_() for a in draw(lengths, rows=2, width=2, places=(70, 1))]
+    run = call(lengths, counts=0.3 * counts_of(70))
+    assert torch.autograd.gradcheck(run, args, fast_mode=True)
 
 
 ROWS_OF_QUERIES, TOKENS, P = 12, 400, 0.3
@@ -341,28 +400,33 @@ def test_weights(lengths: list[int], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("lengths", [[4, 0, 3], [0, 0], []], ids=str)
 @pytest.mark.parametrize("channels", [None, 2])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_registration(lengths: list[int], channels: int | None, dropout_p: float) -> None:
+@pytest.mark.parametrize("option", [None, "dropout", "counts"])
+def test_registration(lengths: list[int], channels: int | None, option: str | None) -> None:
     queries, x, *places = draw(lengths, places=channels and (sum(lengths), channels))
     positions = places[0] if places else None
-    offsets, seed = offsets_of(lengths), torch.tensor([5]) if dropout_p else None
+    counts = counts_of(sum(lengths)) if option == "counts" else None
+    bags = (offsets_of(lengths), counts)
+    options = (1e-5, *((0.5, torch.tensor([5])) if option == "dropout" else (0.0, None)), "auto")
     operators = torch.ops.motet
     args = [a if a is None else a.clone().requires_grad_() for a in (queries, x, positions)]
-    opcheck(operators.absorbed_attention, (*args, offsets, 1e-5, dropout_p, seed, "auto"))
-    plain = (queries, x, positions, offsets)
-    made = operators.absorbed_attention(*plain, 1e-5, dropout_p, seed, "auto")
+    opcheck(operators.absorbed_attention, (*args, *bags, *options))
+    plain = (queries, x, positions, *bags)
+    made = operators.absorbed_attention(*plain, *options)
     grads = [torch.randn_like(part) for part in made[:2]]
     for rows in (True, False):
         opcheck(
             operators.absorbed_attention_backward,
-            (*grads, *plain, *made, 1e-5, dropout_p, seed, "auto", rows),
+            (*grads, *plain, *made, *options, rows),
         )
 
 
-def test_compiles_whole_for_any_size() -> None:
+@pytest.mark.parametrize("counted", [False, True])
+def test_compiles_whole_for_any_size(counted: bool) -> None:
     def run(queries: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         offsets = torch.arange(3) * (len(x) // 2)
-        pooled, mass = absorbed_attention(queries, x, offsets, positions=positions)
+        counts = torch.arange(1, len(x) + 1, **WIDE) if counted else None
+        options = {"positions": positions, "counts": counts}
+        pooled, mass = absorbed_attention(queries, x, offsets, **options)
         return 2 * pooled, mass
 
     assert_compiles(run, *(draw([n, n], places=(n, 3)) for n in (6, 9)))
@@ -421,7 +485,7 @@ def test_expanded_arguments() -> None:
 def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
     queries, x = draw([2, 3])
     offsets, seed = offsets_of([2, 3]), torch.tensor([1])
-    ok = (queries, x, offsets)
+    ok, ones = (queries, x, offsets), torch.ones(5, **WIDE)
     wide = torch.randn(2, 4, 7, **WIDE)
     single = (queries.float(), x.float(), offsets)
     return [
@@ -457,6 +521,16 @@ def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
         (ValueError, "dropout_p: expected", ok, {"dropout_p": 1.0}),
         (ValueError, "seed: expected int64 \\[1\\]", ok, {"dropout_p": 0.5, "seed": seed[0]}),
         (TypeError, "seed: expected a tensor", ok, {"dropout_p": 0.5, "seed": 1}),
+        (TypeError, "counts: expected a tensor", ok, {"counts": [1.0] * 5}),
+        (ValueError, "counts: expected \\(5,\\) torch.float64", ok, {"counts": ones[:4]}),
+        (ValueError, "counts: expected .* got \\(5,\\) torch.float32", ok,
+         {"counts": ones.float()}),
+        (ValueError, "counts: expected .* on cpu, got .* on meta", ok,
+         {"counts": ones.to("meta")}),
+        (ValueError, "counts: expected no gradient", ok,
+         {"counts": ones.clone().requires_grad_()}),
+        (ValueError, "counts: expected positive", ok, {"counts": 0 * ones}),
+        (ValueError, "dropout_p: expected 0 with counts", ok, {"counts": ones, "dropout_p": 0.5}),
         (ValueError, "backend: expected 'auto'", ok, {"backend": "cuda"}),
         (ValueError, "backend: 'triton' takes float32", ok, {"backend": "triton"}),
         (ValueError, "backend: 'triton' needs CUDA tensors, got cpu; 'auto' falls back", single,
@@ -468,6 +542,6 @@ def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
 def test_refusals(error, message: str, args: tuple, options: dict) -> None:
     with pytest.raises(error, match=message):
         absorbed_attention(*args, **options)
-    if not options.keys() & {"dropout_p", "seed"}:
+    if not options.keys() & {"dropout_p", "seed", "counts"}:
         with pytest.raises(error, match=message):
             absorbed_weights(*args, **options)

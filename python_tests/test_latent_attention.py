@@ -56,6 +56,11 @@ def ragged(lengths: list[int], dtype: torch.dtype = torch.float64, *, width: int
     return q, kv[:, 0], kv[:, 1]
 
 
+def counts_of(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return counts of 1 to 4 as they go with tensors of `dtype`."""
+    return torch.randint(1, 5, (tokens,)).to(module.wide(dtype))
+
+
 @pytest.fixture
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEYS", 8)
@@ -157,34 +162,39 @@ def test_huge_scores_do_not_overflow() -> None:
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     st.sampled_from(sorted(FORMS)),
     st.sampled_from([0, 8, 512]),
+    st.booleans(),
 )
-@example([], 4, torch.float32, "apart", 512)
-@example([9] * 5, 16, torch.float32, "in one tensor", 512)
-@example([9] * 5, 16, torch.float32, "in one tensor", 8)
-@example([0, 1, 1, 0, 1, 17, 17], 3, torch.bfloat16, "apart", 512)
+@example([], 4, torch.float32, "apart", 512, True)
+@example([9] * 5, 16, torch.float32, "in one tensor", 512, False)
+@example([9] * 5, 16, torch.float32, "in one tensor", 512, True)
+@example([9] * 5, 16, torch.float32, "in one tensor", 8, True)
+@example([0, 1, 1, 0, 1, 17, 17], 3, torch.bfloat16, "apart", 512, False)
 def test_a_bag_has_the_same_bits_in_any_batch(
-    lengths: list[int], width: int, dtype: torch.dtype, form: str, together: int
+    lengths: list[int], width: int, dtype: torch.dtype, form: str, together: int, counted: bool
 ) -> None:
     """Where bags are cut into chunks of keys, and where short ones are multiplied together."""
     torch.manual_seed(sum(lengths))
     q, k, v = ragged(lengths, dtype, width=width)
     offsets = offsets_of(lengths)
+    counts = counts_of(sum(lengths), dtype) if counted else None
 
-    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> list[Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, bag: slice) -> list[Tensor]:
         args = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-        out = FORMS[form](*args, offsets)
+        out = FORMS[form](*args, offsets, counts=None if counts is None else counts[bag])
         mean = attention_weights(*args[:2], offsets, reduce="mean")
         return [out.detach(), *torch.autograd.grad(out.sum(), args), mean]
 
     with mock.patch.multiple(module, KEYS=8, TOGETHER=together):
-        out, dq, dk, dv, mean = run(q, k, v, offsets)
+        out, dq, dk, dv, mean = run(q, k, v, offsets, slice(None))
         for b, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
             bag = slice(start, stop)
-            alone = run(q[b, None], k[bag], v[bag], offsets_of([stop - start]))
+            alone = run(q[b, None], k[bag], v[bag], offsets_of([stop - start]), bag)
             batched = (out[b, None], dq[b, None], dk[bag], dv[bag], mean[bag])
             assert all(map(torch.equal, alone, batched))
             own_k, own_v = (t[bag].transpose(0, 1)[None] for t in (k, v))
-            assert torch.equal(latent_attention(q[b, None], own_k, own_v), out[b, None])
+            own_counts = None if counts is None else counts[None, bag]
+            dense = latent_attention(q[b, None], own_k, own_v, counts=own_counts)
+            assert torch.equal(dense, out[b, None])
 
 
 def test_the_size_of_chunks_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +244,142 @@ def test_log_sum_exp() -> None:
     for b, bag in enumerate((slice(0, 4), slice(4, 4), slice(4, 13))):
         scores = 0.3 * q[b] @ k[bag].movedim(0, 1).mT
         torch.testing.assert_close(lse[b], scores.logsumexp(-1), **EXACT)
+
+
+def repeated(counts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which token each of the tokens that are counted is, and their offsets."""
+    copies = counts.long()
+    index = torch.arange(len(counts)).repeat_interleave(copies)
+    return index, torch.cat([copies.new_zeros(1), copies.cumsum(0)])[offsets]
+
+
+HOW = {
+    **FORMS,
+    "compiled": lambda *t, **options: latent_attention(*t, **options, backend="compile"),
+    "reference": latent_attention_reference,
+}
+SAME = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.mark.usefixtures("_poisoned", "_small_chunks")
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_a_count_is_so_many_equal_keys(lengths: list[int], how: str, monkeypatch) -> None:
+    """Out and gradients, those of a key being the sum over its copies."""
+    monkeypatch.setattr(module, "compiled", lambda function: function)
+    args, offsets, counts = ragged(lengths), offsets_of(lengths), counts_of(sum(lengths))
+    index, longer = repeated(counts, offsets)
+    mine, theirs = (
+        with_gradients(function)(*args)
+        for function in (
+            lambda *t: HOW[how](*t, offsets, counts=counts),
+            lambda q, k, v: latent_attention_reference(q, k[index], v[index], longer),
+        )
+    )
+    torch.testing.assert_close(mine, theirs, **SAME)
+
+
+@pytest.mark.usefixtures("_poisoned", "_small_chunks")
+@pytest.mark.parametrize("how", [how for how in HOW if how != "in one tensor"])
+@pytest.mark.parametrize("keys", [1, 5, 19])
+def test_counts_of_dense_bags(keys: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "compiled", lambda function: function)
+    args = [torch.randn(3, 2, n, 5, **WIDE) for n in (4, keys, keys)]
+    counts = counts_of(3 * keys).view(3, keys)
+    index, longer = repeated(counts.flatten(), offsets_of([keys] * 3))
+
+    def literal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.transpose(1, 2).flatten(0, 1)[index] for t in (k, v))
+        return latent_attention_reference(q, k, v, longer)
+
+    mine = with_gradients(lambda *t: HOW[how](*t, counts=counts))(*args)
+    torch.testing.assert_close(mine, with_gradients(literal)(*args), **SAME)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("form", FORMS)
+def test_counts_of_1_change_no_bit(form: str, dtype: torch.dtype) -> None:
+    lengths = [9, 9, 0, 17, 1]
+    args, offsets = ragged(lengths, dtype), offsets_of(lengths)
+    ones = torch.ones(sum(lengths), dtype=module.wide(dtype))
+    mine, theirs = (
+        with_gradients(lambda *t, c=counts: FORMS[form](*t, offsets, counts=c))(*args)
+        for counts in (ones, None)
+    )
+    assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9, 10])
+def test_half_a_spectrum_is_enough(tokens: int) -> None:
+    """What counts are for: rows k and N - k of the real part of a real bag's spectrum are equal."""
+    spectrum = torch.fft.fft(torch.randn(tokens, 15, **WIDE), dim=0).real
+    rows = tokens // 2 + 1
+    counts = torch.full((rows,), 2.0, **WIDE)
+    counts[0] = 1
+    counts[tokens - tokens // 2 :] = 1  # N / 2 of an even N is its own mirror image
+    whole, half = (spectrum[:n].view(n, 3, 5) for n in (tokens, rows))
+    q = torch.randn(1, 3, 4, 5, **WIDE)
+    mine = latent_attention(q, half, half, offsets_of([rows]), counts=counts)
+    theirs = latent_attention(q, whole, whole, offsets_of([tokens]))
+    torch.testing.assert_close(mine, theirs, **SAME)
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1e30, 1e-30])
+@pytest.mark.parametrize("form", FORMS)
+def test_counts_of_any_size_are_as_good_as_torch(
+    form: str, size: float, dtype: torch.dtype
+) -> None:
+    lengths = [40, 1, 0, 23]
+    offsets, counts = offsets_of(lengths), (size * (1 + 3 * torch.rand(64))).double()
+
+    def run(function, *args: Tensor) -> Tensor:
+        own = counts.float().to(module.wide(args[0].dtype))
+        return function(*args, offsets, counts=own, scale=0.3)
+
+    assert_as_good_as(
+        with_gradients(lambda *t: run(FORMS[form], *t)),
+        with_gradients(lambda *t: run(latent_attention_reference, *t)),
+        *ragged(lengths, dtype, width=16),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_with_counts(form: str) -> None:
+    args = [t.detach().requires_grad_() for t in ragged([2, 0, 3])]
+    offsets, counts = offsets_of([2, 0, 3]), torch.tensor([1.0, 2.5, 3.0, 0.3, 1.0], **WIDE)
+    with mock.patch.object(module, "KEYS", 2):
+        assert torch.autograd.gradcheck(lambda *t: FORMS[form](*t, offsets, counts=counts), args)
+
+
+def test_log_sum_exp_with_counts() -> None:
+    q, k, v = ragged([4, 0, 9])
+    counts, kv = counts_of(13), torch.stack([k, v], 1)
+    _, lse = latent_attention_kv(q, kv, offsets_of([4, 0, 9]), counts=counts, scale=0.3)
+    for b, bag in enumerate((slice(0, 4), slice(4, 4), slice(4, 13))):
+        scores = 0.3 * q[b] @ k[bag].movedim(0, 1).mT
+        expected = (counts[bag] * scores.exp()).sum(-1).log()
+        torch.testing.assert_close(lse[b], expected, **EXACT)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_layouts_of_counts(dense: bool) -> None:
+    lengths = [9, 9]
+    q, k, v = ragged(lengths)
+    offsets, shape = offsets_of(lengths), (18,)
+    if dense:
+        k, v = (t.view(2, 9, 3, 5).transpose(1, 2) for t in (k, v))
+        offsets, shape = None, (2, 9)
+    counts = counts_of(9).repeat(2).view(shape)
+    expected = latent_attention(q, k, v, offsets, counts=counts)
+    views = [torch.stack([counts, counts + 1], -1)[..., 0]]
+    if dense:
+        views += [counts.t().contiguous().t(), counts[:1].expand(2, -1)]
+    for view in views:
+        assert not view.is_contiguous()
+        assert torch.equal(latent_attention(q, k, v, offsets, counts=view), expected)
 
 
 HEADS, LATENTS, TOKENS, P = 3, 4, 400, 0.3
@@ -333,31 +479,34 @@ def test_the_same_seed_is_the_same_mask(form: str, backend: str, monkeypatch) ->
 
 
 @pytest.mark.parametrize("lengths", [[4, 0, 3], [0, 0], []], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_registration(lengths: list[int], dropout_p: float) -> None:
+@pytest.mark.parametrize("option", [None, "dropout", "counts"])
+def test_registration(lengths: list[int], option: str | None) -> None:
     q, k, v = (t.detach() for t in ragged(lengths))
     kv, offsets = torch.stack([k, v], 1), offsets_of(lengths)
-    seed = torch.tensor([5]) if dropout_p else None
-    options = (0.5, dropout_p, seed, "auto")
+    counts = counts_of(sum(lengths)) if option == "counts" else None
+    options = (0.5, *((0.5, torch.tensor([5])) if option == "dropout" else (0.0, None)), "auto")
     operators = torch.ops.motet
     for op, tokens in (("latent_attention", (k, v)), ("latent_attention_kv", (kv,))):
         args = [t.clone().requires_grad_() for t in (q, *tokens)]
-        opcheck(getattr(operators, op), (*args, offsets, *options))
-        made = getattr(operators, op)(q, *tokens, offsets, *options)
-        backward = (torch.randn_like(q), q, *tokens, offsets, *made, *options)
+        opcheck(getattr(operators, op), (*args, offsets, counts, *options))
+        made = getattr(operators, op)(q, *tokens, offsets, counts, *options)
+        backward = (torch.randn_like(q), q, *tokens, offsets, counts, *made, *options)
         opcheck(getattr(operators, f"{op}_backward"), backward)
 
 
 def test_registration_dense() -> None:
     q, k, v = (torch.randn(2, 3, n, 5, requires_grad=True) for n in (4, 7, 7))
-    opcheck(torch.ops.motet.latent_attention, (q, k, v, None, 0.5, 0.0, None, "auto"))
+    for counts in (None, counts_of(14, torch.float32).view(2, 7)):
+        opcheck(torch.ops.motet.latent_attention, (q, k, v, None, counts, 0.5, 0.0, None, "auto"))
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_compiles_whole_for_any_size(form: str) -> None:
+def test_compiles_whole_for_any_size(form: str, counted: bool) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         offsets = torch.arange(3) * (len(k) // 2)
-        return 2 * FORMS[form](q, k, v, offsets)
+        counts = torch.arange(1, len(k) + 1, **WIDE) if counted else None
+        return 2 * FORMS[form](q, k, v, offsets, counts=counts)
 
     assert_compiles(run, *(ragged([n, n]) for n in (6, 9)))
 
@@ -442,7 +591,7 @@ def test_attention_weights(lengths: list[int] | tuple[int, int], dtype: torch.dt
     else:
         offsets = offsets_of(lengths)
         q, k, _ = ragged(lengths, dtype)
-    lse = torch.ops.motet.latent_attention(q, k, k, offsets, 0.7, 0.0, None, "eager")[1]
+    lse = torch.ops.motet.latent_attention(q, k, k, offsets, None, 0.7, 0.0, None, "eager")[1]
     gold = literal_weights(q.double(), k.double(), offsets, 0.7)
     close = {"rtol": 0, "atol": 4 * FLOOR[dtype]}
     for own_lse, backend in itertools.product((None, lse), ("auto", "eager", "compile")):
@@ -477,7 +626,9 @@ def test_attention_weights_have_a_gradient() -> None:
 def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
     q, k = torch.randn(2, 2, 3, 4), torch.randn(5, 2, 4)
     offsets, seed = torch.tensor([0, 2, 5]), torch.tensor([1])
-    rag = (q, k, k, offsets)
+    rag, ones = (q, k, k, offsets), torch.ones(5)
+    dense = (q, *[torch.randn(2, 2, 7, 4)] * 2)
+    half = (*(t.half() for t in rag[:3]), offsets)
     return [
         (ValueError, "q: expected \\[B, H, C, E\\]", (q[0], k, k, offsets), {}),
         (ValueError, "q: expected a floating-point", (q.long(), k, k, offsets), {}),
@@ -512,6 +663,29 @@ def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
         (ValueError, "seed: expected int64 \\[1\\] on cpu", rag,
          {"dropout_p": 0.5, "seed": seed.to("meta")}),
         (TypeError, "seed: expected a tensor", rag, {"dropout_p": 0.5, "seed": 1}),
+        (TypeError, "counts: expected a tensor, got list", rag, {"counts": [1.0] * 5}),
+        (ValueError, "counts: expected \\(5,\\) torch.float32 on cpu, got \\(4,\\)", rag,
+         {"counts": ones[:4]}),
+        (ValueError, "counts: expected \\(5,\\) .* got \\(1, 5\\)", rag, {"counts": ones[None]}),
+        (ValueError, "counts: expected \\(2, 7\\) .* got \\(5,\\)", dense, {"counts": ones}),
+        (ValueError, "counts: expected .* got \\(5,\\) torch.float64", rag,
+         {"counts": ones.double()}),
+        (ValueError, "counts: expected .* got \\(5,\\) torch.int64", rag, {"counts": ones.long()}),
+        (ValueError, "counts: expected .* torch.float32 on cpu, got", half,
+         {"counts": ones.half()}),
+        (ValueError, "counts: expected .* on cpu, got .* on meta", rag,
+         {"counts": ones.to("meta")}),
+        (ValueError, "counts: expected no gradient", rag,
+         {"counts": ones.clone().requires_grad_()}),
+        (ValueError, "counts: expected positive finite numbers, got 0 to 1", rag,
+         {"counts": ones * torch.tensor([1, 1, 0, 1, 1])}),
+        (ValueError, "counts: expected positive .* got -1 to -1", rag, {"counts": -ones}),
+        (ValueError, "counts: expected positive .* got nan", rag,
+         {"counts": ones * torch.tensor([1, 1, 1, 1, math.nan])}),
+        (ValueError, "counts: expected positive .* got inf to inf", rag,
+         {"counts": ones * math.inf}),
+        (ValueError, "dropout_p: expected 0 with counts.* got 0.5", rag,
+         {"counts": ones, "dropout_p": 0.5}),
         (ValueError, "backend: expected 'auto'", rag, {"backend": "cuda"}),
         (ValueError, "backend: 'triton' needs CUDA tensors, got cpu; 'auto' falls back", rag,
          {"backend": "triton"}),
@@ -524,6 +698,9 @@ def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
 def test_refusals(error, message: str, args: tuple, options: dict) -> None:
     with pytest.raises(error, match=message):
         latent_attention(*args, **options)
+    if "counts" in options and len(args) == 4:
+        with pytest.raises(error, match=message):
+            packed(*args, **options)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ pytest.importorskip("triton")
 
 SCRIPT = ROOT / "benchmarks" / "registers.py"
 TABLE = ROOT / "benchmarks" / "results" / "registers.json"
-# Half precision and tf32x3, dropout, positional channels, the blocks that only Hopper gets.
+# Half precision and tf32x3, dropout, counts, positional channels, the blocks that only Hopper gets.
 SAMPLE = (
     "attention bf16 8x64 c64 dropout",
     "attention fp32 1x16 c25 dropout",
+    "attention bf16 1x64 c17 counts",
     "context bf16 2048+5 to 1x224",
     "context fp32 1024 to 1x128",
 )

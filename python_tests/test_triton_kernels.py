@@ -57,18 +57,20 @@ def offsets_of(lengths):
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def literal_attention(q, k, v, offsets, keep, dropout_p):
+def literal_attention(q, k, v, offsets, keep, dropout_p, counts=None):
     """Bag after bag; returns out, the log-sum-exp and the weights before dropout."""
+    bias = torch.zeros(k.shape[::2] if offsets is None else k.shape[:1])
+    bias = (bias if counts is None else counts.log()).to(q.dtype)
     if offsets is None:
-        bags = [(k[b], v[b], None if keep is None else keep[b]) for b in range(len(q))]
+        bags = list(zip(k, v, keep, bias, strict=True))
     else:
-        own = [slice(*bag) for bag in pairwise(offsets.tolist())]
         bags = [
-            (k[bag].movedim(0, 1), v[bag].movedim(0, 1), keep[bag].permute(1, 2, 0)) for bag in own
+            (k[bag].movedim(0, 1), v[bag].movedim(0, 1), keep[bag].permute(1, 2, 0), bias[bag])
+            for bag in (slice(*bag) for bag in pairwise(offsets.tolist()))
         ]
     outs, sums, maps = [], [], []
-    for query, (key, value, kept) in zip(q, bags, strict=True):
-        scores = query @ key.mT * SCALE
+    for query, (key, value, kept, more) in zip(q, bags, strict=True):
+        scores = query @ key.mT * SCALE + more
         sums.append(torch.logsumexp(scores.float() if q.dtype == torch.half else scores, -1))
         maps.append(torch.softmax(scores, -1))
         outs.append((maps[-1] * kept / (1 - dropout_p)) @ value)
@@ -82,23 +84,26 @@ def attention_inputs(lengths, heads, latents, width, dtype):
     return q, kv, offsets_of(lengths)
 
 
-def check_attention(q, kv, split, offsets, dropout_p):
+def check_attention(q, kv, split, offsets, dropout_p, counts=None):
     """Compare out, lse, dq, dk and dv; `split` makes k and v of the buffer."""
     k, v = split(kv)
     seed = 2**40 + 3
-    out, lse = attend(q, k, v, offsets, SCALE, dropout_p, seed)
+    out, lse = attend(q, k, v, offsets, counts, SCALE, dropout_p, seed)
     dout = torch.randn(out.shape).to(q.dtype)
     dkv = torch.zeros_like(kv)
     for part in split(dkv):
         part.fill_(torch.nan)
-    dq = attend_backward(dout, q, k, v, offsets, out, lse, SCALE, dropout_p, seed, *split(dkv))
+    dq = attend_backward(
+        dout, q, k, v, offsets, counts, out, lse, SCALE, dropout_p, seed, *split(dkv)
+    )
     keep = dropout_mask(q, k, offsets, dropout_p, seed)
     found = []
     for dtype in (q.dtype, torch.float64):
         query, buffer = (x.detach().to(dtype).requires_grad_() for x in (q, kv))
         expected, log_sum, _ = literal_attention(
-            query, *split(buffer), offsets, keep.to(dtype), dropout_p
-        )
+            query, *split(buffer), offsets, keep.to(dtype), dropout_p,
+            None if counts is None else counts.to(torch.promote_types(dtype, torch.float32)),
+        )  # fmt: skip
         found.append(
             (expected, log_sum, *torch.autograd.grad(expected, (query, buffer), dout.to(dtype)))
         )
@@ -131,10 +136,24 @@ def test_attention_ragged(lengths, heads, latents, width, dtype, dropout_p):
     check_attention(q, kv, unbound, offsets, dropout_p)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_attention_dense(dropout_p):
+@pytest.mark.parametrize(
+    ("lengths", "latents", "width", "dtype"),
+    [
+        (RAGGED, 7, 5, torch.float32),
+        ([70, 5], 65, 16, torch.float32),
+        ([600, 0, 1], 17, 16, torch.float16),
+    ],
+)
+def test_attention_with_counts(lengths, latents, width, dtype):
+    q, kv, offsets = attention_inputs(lengths, 2, latents, width, dtype)
+    check_attention(q, kv, unbound, offsets, 0.0, 4 * torch.rand(2 * sum(lengths))[::2])
+
+
+@pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
+def test_attention_dense(dropout_p, counted):
     q, kv = torch.randn(2, 3, 9, 16), torch.randn(2, 300, 2, 3, 16)
-    check_attention(q, kv, lambda x: x.permute(0, 2, 3, 1, 4).unbind(1), None, dropout_p)
+    counts = 4 * torch.rand(300, 2).t() if counted else None
+    check_attention(q, kv, lambda x: x.permute(0, 2, 3, 1, 4).unbind(1), None, dropout_p, counts)
 
 
 def test_attention_of_any_strides():
@@ -147,36 +166,49 @@ def test_attention_of_any_strides():
 
 def test_attention_without_keys():
     q, kv, offsets = attention_inputs([0, 0], 2, 3, 4, torch.float32)
-    out, lse = attend(q, *unbound(kv), offsets, SCALE, 0.0, 0)
+    out, lse = attend(q, *unbound(kv), offsets, None, SCALE, 0.0, 0)
     dq = attend_backward(
-        q, q, *unbound(kv), offsets, out, lse, SCALE, 0.0, 0, *unbound(torch.empty_like(kv))
+        q, q, *unbound(kv), offsets, None, out, lse, SCALE, 0.0, 0, *unbound(torch.empty_like(kv))
     )
     assert not out.any()
     assert not dq.any()
     assert lse.isneginf().all()
-    nobody = attend(q[:0], *unbound(kv), offsets[:1], SCALE, 0.0, 0)
+    nobody = attend(q[:0], *unbound(kv), offsets[:1], None, SCALE, 0.0, 0)
     assert [x.shape for x in nobody] == [(0, 2, 3, 4), (0, 2, 3)]
 
 
-def test_a_bag_alone_is_the_bag_in_a_batch():
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_bag_alone_is_the_bag_in_a_batch(counted):
     q, kv, offsets = attention_inputs(RAGGED, 2, 3, 16, torch.float32)
+    counts = 4 * torch.rand(sum(RAGGED)) if counted else None
 
-    def run(q, kv, offsets):
+    def run(q, kv, offsets, counts):
         k, v = unbound(kv)
-        out, lse = attend(q, k, v, offsets, SCALE, 0.0, 0)
+        out, lse = attend(q, k, v, offsets, counts, SCALE, 0.0, 0)
         dkv = torch.empty_like(kv)
         dq = attend_backward(
-            torch.ones_like(out), q, k, v, offsets, out, lse, SCALE, 0.0, 0, *unbound(dkv)
+            torch.ones_like(out), q, k, v, offsets, counts, out, lse, SCALE, 0.0, 0, *unbound(dkv)
         )
         return out, lse, dq, dkv, weights(q, k, offsets, lse, SCALE, "mean")
 
-    batch = run(q, kv, offsets)
+    batch = run(q, kv, offsets, counts)
     for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        alone = run(q[b : b + 1], kv[start:stop], torch.tensor([0, stop - start]))
+        bag = slice(start, stop)
+        own_counts = None if counts is None else counts[bag]
+        alone = run(q[b : b + 1], kv[bag], torch.tensor([0, stop - start]), own_counts)
         for own, other in zip(alone[:3], batch[:3], strict=True):
             assert torch.equal(own[0], other[b])
         for own, other in zip(alone[3:], batch[3:], strict=True):
-            assert torch.equal(own, other[start:stop])
+            assert torch.equal(own, other[bag])
+
+
+def test_counts_of_1_change_no_bit():
+    q, kv, offsets = attention_inputs([300, 0, 1], 2, 3, 16, torch.float32)
+    own, plain = (
+        attend(q, *unbound(kv), offsets, counts, SCALE, 0.0, 0)
+        for counts in (torch.ones(301), None)
+    )
+    assert all(map(torch.equal, own, plain))
 
 
 def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
@@ -225,7 +257,7 @@ def test_weights(latents, ragged):
     if not ragged:
         k, v, offsets = (*(x.view(2, 300, 2, 9).transpose(1, 2) for x in (k, v)), None)
     keep = dropout_mask(q, k, offsets, 0.0, 0)
-    _, lse = attend(q, k, v, offsets, SCALE, 0.0, 0)
+    _, lse = attend(q, k, v, offsets, None, SCALE, 0.0, 0)
     both = []
     for dtype in (torch.float32, torch.float64):
         maps = literal_attention(*(x.to(dtype) for x in (q, k, v)), offsets, keep, 0.0)[2]

@@ -55,18 +55,30 @@ def test_context_kv(width: int, places: int | None) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("ragged", [True, False])
-def test_latent_attention(ragged: bool) -> None:
+def test_latent_attention(ragged: bool, counted: bool) -> None:
     if ragged:
         shape, offsets = (130, 3, 27), OFFSETS
     else:
         shape, offsets = (4, 3, 33, 27), None
     q, k, v = torch.randn(4, 3, 7, 27), torch.randn(shape), torch.randn(shape)
+    counts = torch.randint(1, 5, (130,) if ragged else (33, 4)).float().t() if counted else None
+
+    def wide(like: Tensor) -> Tensor | None:
+        return None if counts is None else counts.to(like.dtype)
+
     check(
-        lambda *t: latent_attention(*t, offsets, **ON),
-        lambda *t: latent_attention_reference(*t, offsets),
+        lambda *t: latent_attention(*t, offsets, counts=counts, **ON),
+        lambda *t: latent_attention_reference(*t, offsets, counts=wide(t[0])),
         q, k, v,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_attention_weights(ragged: bool) -> None:
+    q, k = torch.randn(4, 3, 7, 27), torch.randn(*((130, 3) if ragged else (4, 3, 33)), 27)
+    offsets = OFFSETS if ragged else None
     own = attention_weights(q, k, offsets, reduce="mean", **ON)
     literal = attention_weights(q, k, offsets)
     mean = literal.mean((1, 2))
@@ -77,30 +89,41 @@ def test_latent_attention(ragged: bool) -> None:
         torch.testing.assert_close(full, literal, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("part", [0, 1])
-def test_absorbed_attention(part: int) -> None:
+def test_absorbed_attention(part: int, counted: bool) -> None:
     queries, x, positions = torch.randn(4, 14, 42) / 3, torch.randn(130, 37), torch.randn(65, 5)
+    counts = torch.randint(1, 5, (130,)).float() if counted else None
 
-    def wide(like: Tensor) -> Tensor:
-        return positions.to(like.dtype)
+    def wide(like: Tensor) -> dict[str, Tensor | None]:
+        own = None if counts is None else counts.to(like.dtype)
+        return {"positions": positions.to(like.dtype), "counts": own}
 
     check(
-        lambda q: absorbed_attention(q, x, OFFSETS, positions=positions, **ON)[part],
-        lambda q: absorbed_attention_reference(
-            q, x.to(q.dtype), OFFSETS, positions=wide(q)
-        )[part],
+        lambda q: absorbed_attention(q, x, OFFSETS, **wide(q), **ON)[part],
+        lambda q: absorbed_attention_reference(q, x.to(q.dtype), OFFSETS, **wide(q))[part],
         queries,
     )  # fmt: skip
+
+
+def test_absorbed_weights() -> None:
+    queries, x, positions = torch.randn(4, 14, 42) / 3, torch.randn(130, 37), torch.randn(65, 5)
     fast = absorbed_weights(queries, x, OFFSETS, positions=positions, **ON)
     eager = absorbed_weights(queries, x, OFFSETS, positions=positions, backend="eager")
     torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-6)
 
 
-def test_absorbed_gradient_of_the_tokens() -> None:
+@pytest.mark.parametrize("counted", [False, True])
+def test_absorbed_gradient_of_the_tokens(counted: bool) -> None:
     queries, x = torch.randn(4, 14, 37) / 3, torch.randn(130, 37)
+    counts = torch.randint(1, 5, (130,)) if counted else None
+
+    def wide(like: Tensor) -> Tensor | None:
+        return None if counts is None else counts.to(like.dtype)
+
     check(
-        lambda q, x: absorbed_attention(q, x, OFFSETS, **ON)[0],
-        lambda q, x: absorbed_attention_reference(q, x, OFFSETS)[0],
+        lambda q, x: absorbed_attention(q, x, OFFSETS, counts=wide(q), **ON)[0],
+        lambda q, x: absorbed_attention_reference(q, x, OFFSETS, counts=wide(q))[0],
         queries, x,
     )  # fmt: skip
 
