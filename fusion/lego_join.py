@@ -17,7 +17,7 @@ from .checks import integer, same_kind
 from .context import Batch, Context, read_all
 from .layers import Head
 from .lego_block import LegoBlock, LegoOutput
-from .lego_passes import How, Step, Waves, run_steps
+from .lego_passes import How, Step, run_steps
 from .modalities import Modality, check_names
 
 Method = Literal["harmonic", "mean", "sum", "product", "upstream-harmonic"]

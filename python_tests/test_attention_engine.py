@@ -160,7 +160,6 @@ def test_what_is_chosen(strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     several = Context(torch.randn(3, 9, 6, **WIDE))
     one = Context(torch.randn(3, 1, 6, **WIDE), single=True)
-    latents = torch.randn(5, 12, **WIDE)
 
     def kinds(context: Context, strategy) -> set[type]:
         return {
