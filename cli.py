@@ -296,7 +296,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from . import experiments
-    from .fusion.fitted import write_text
+    from .fusion.files import write_text
     from .io import load_cohort
     from .runs import Run
 

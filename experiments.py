@@ -40,7 +40,8 @@ from .fusion.evaluation import (
     evaluate_classes,
     evaluate_survival,
 )
-from .fusion.fitted import Fitted, Predictions, RiskScale, time_grid, write_text
+from .fusion.files import write_text
+from .fusion.fitted import Fitted, Predictions, RiskScale, time_grid
 from .fusion.healnet import HEALNet
 from .fusion.lego_block import LegoBlock
 from .fusion.lego_join import LegoFuse, LegoMerge

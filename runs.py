@@ -25,7 +25,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from .fusion.evaluation import ClassFold, SurvivalFold
-from .fusion.fitted import Fitted, Predictions, write_text
+from .fusion.files import write_text
+from .fusion.fitted import Fitted, Predictions
 
 FORMAT = 1
 # What may differ between a run and its continuation.

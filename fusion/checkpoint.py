@@ -8,7 +8,6 @@ name order. Tied weights are stored once, under the first of their names.
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import whole
 from .healnet import HEALNet
 from .lego_block import LegoBlock
 from .lego_join import LegoFuse, LegoMerge
@@ -68,20 +68,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[name] = plain.clone() if address in memory else plain
         memory.add(address)
     metadata = {"motet": header, "sha256": _digest(header, tensors)}
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder")
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(partial, "xb") as file:  # with the permissions that a new file gets
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(tensors, partial, metadata)  # which makes it private
-        os.chmod(partial, mode)
-        with open(partial, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(Path(path)) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def load(
