@@ -330,8 +330,9 @@ def _check_csv(path: Path) -> None:
 def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> int:
     """Print the metrics of runs; those on disk unless other bootstrap draws are asked for."""
     from . import experiments, report
+    from .fusion.training import rank
 
-    if experiments.rank():
+    if rank():
         return 0
     results = [
         (

@@ -7,7 +7,6 @@ its test part is predicted once. Every finished fold is on disk before the next 
 import hashlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -50,7 +49,7 @@ from .fusion.objectives import Classification, CoxSurvival, DiscreteSurvival, Ob
 from .fusion.patients import Patients, modalities_of
 from .fusion.preprocessing import Scaling, fit_scaling
 from .fusion.splits import carve, split
-from .fusion.training import History, Training, train
+from .fusion.training import History, Training, rank, train
 from .io import Classes, Cohort, Survival, load_cohort
 from .runs import Run, RunError, locked, table_of
 
@@ -493,11 +492,6 @@ def _run(
             write_text(out / "metrics.json", json.dumps(evaluate_run(run), indent=2))
             run.log("finished")
     return run
-
-
-def rank() -> int:
-    """Return this process's number under torchrun, where the first one alone writes files."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _fold(run: Run, number: int, parts: Mapping[str, Part], work: Worker, bar: tqdm) -> None:
