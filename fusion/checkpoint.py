@@ -2,7 +2,8 @@
 
 Format 1. Metadata key "motet": JSON with format, version (of motet), model (class name), config
 (`model.config`). Metadata key "sha256": digest of that JSON and of every tensor's name and bytes in
-name order. Tied weights are stored once, under the first of their names.
+name order. The same model gives the same bytes. Tied weights are stored once, under the first of
+their names.
 """
 
 import hashlib
@@ -70,6 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     metadata = {"motet": header, "sha256": _digest(header, tensors)}
     with whole(Path(path)) as partial:
         save_file(tensors, partial, metadata)
+        _sort_metadata(partial)
 
 
 def load(
@@ -159,6 +161,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if metadata.get("sha256") != _digest(header, tensors):
         raise ValueError(f"{path}: corrupt, its content does not match its checksum")
     return content, tensors
+
+
+def _sort_metadata(path: Path) -> None:
+    """Write a file's metadata in the order of their names.
+
+    safetensors writes them in an order drawn anew by every process, so that the same model would
+    give other bytes.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _untied(model: nn.Module) -> dict[str, Tensor]:
