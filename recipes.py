@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 from safetensors import safe_open
 
@@ -108,14 +116,14 @@ def read(path: Path) -> Recipe:
             content = file.read(LARGEST + 1)
     except OSError as error:
         raise RecipeError(f"{where}cannot be read: {error}") from error
+    if len(content) > LARGEST:
+        raise RecipeError(f"{where}expected a recipe of at most {LARGEST} bytes, got more")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{where}expected UTF-8, got byte {content[error.start]:#04x} at {error.start}"
         ) from error
-    if len(content) > LARGEST:
-        raise RecipeError(f"{where}expected a recipe of at most {LARGEST} bytes, got more")
     try:
         schema = _Schema.model_validate(_yaml(text))
     except ValidationError as error:
@@ -163,14 +171,14 @@ def merge(recipe: Recipe, out: Path, *, data: Path | None = None) -> Run | Path:
     """
     if recipe.head == "ot" and find_spec("ot") is None:
         raise RecipeError(f"{recipe.where}head: ot needs POT: pip install POT")
-    if _of_runs(recipe):
+    if _are_runs(recipe):
         return _merge_runs(recipe, out, data)
     if data is not None:
         raise RecipeError(f"{recipe.where}expected run folders with --data, got model files")
     return _merge_files(recipe, out)
 
 
-def _of_runs(recipe: Recipe) -> bool:
+def _are_runs(recipe: Recipe) -> bool:
     """Return whether the blocks are run folders, after checking that they are there."""
     for block in recipe.blocks:
         try:
@@ -310,23 +318,26 @@ def _kind(path: Path) -> str:
 
 
 class _Loader(CohortLoader):
-    """The cohorts' YAML without aliases and merge keys, and with 1e-3 for a number.
+    """The cohorts' YAML, in which a repeated key is refused, of text and decimal numbers alone.
 
-    An alias makes a huge thing of a small file, a merge key repeats another unseen.
+    No aliases, which make a huge thing of a small file, and no tags; 1e-3 is a number, and 1:30,
+    which YAML takes for 90, is none.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(None, None, "expected no alias (*)", mark)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(
+                None, None, "expected no alias (*) and no tag (!)", event.start_mark
+            )
         return super().compose_node(parent, index)
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Leave `<<` to be refused as what it is, a value of no known kind."""
 
-
+_Loader.yaml_implicit_resolvers = {}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$", re.ASCII),
+    list("-+.0123456789"),
 )
 
 
@@ -344,10 +355,16 @@ def _yaml(text: str) -> Any:
     return content
 
 
+def _name(value: str) -> str:
+    if not value.isprintable():
+        raise PydanticCustomError("name", "")  # said in _in_one_line
+    return value
+
+
 def _weight(value: object) -> float:
     try:
         return positive("weight", value)
-    except (ValueError, OverflowError):
+    except ValueError:
         raise PydanticCustomError("weight", "expected a positive finite number") from None
 
 
@@ -373,7 +390,7 @@ class _Schema(_Strict):
     method: Literal["harmonic", "sum", "mean", "product"] = "harmonic"
     phase: Literal["principal", "circular"] = "principal"
     head: Literal["slerp", "linear", "ot"] = "slerp"
-    blocks: Annotated[dict[str, _Block], Field(min_length=2)]
+    blocks: Annotated[dict[Annotated[str, AfterValidator(_name)], _Block], Field(min_length=2)]
 
 
 _KEYS = tuple(_Schema.model_fields)
@@ -395,7 +412,7 @@ def _in_one_line(error: ErrorDetails) -> str:
         message = f"key {where.pop()!r} is missing"
     elif where[-1] == "[key]":
         where = where[:-2]
-        message = f"expected a name, got {_short(error['input'])}"
+        message = f"expected a name of printable characters, got {_short(error['input'])}"
     else:
         message = _MESSAGES.get(kind) or error["msg"].replace("Input should be ", "expected ")
         got = len(error["input"]) if kind == "too_short" else _short(error["input"])
