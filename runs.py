@@ -7,6 +7,7 @@
                        written last, done.json (history, seconds)
     predictions.csv    out of fold: all folds' predictions of their test parts
     metrics.json       see docs/evaluation.md
+    README.md          of `motet merge`: the card, which names the parts
     log.txt
 
 Every file is written whole or not at all, so that a run that was killed goes on where it stopped.
