@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
+    from .recipes import Recipe
     from .runs import Run
 
 
@@ -122,13 +123,33 @@ def _parser() -> argparse.ArgumentParser:
     _json(train)
     train.set_defaults(run=_train)
 
-    merge = commands.add_parser("merge", help="join trained LegoBlocks with no training")
-    _joined(merge)
-    merge.add_argument("--method", default="harmonic", help="of LegoMerge (default: harmonic)")
+    merge = commands.add_parser(
+        "merge",
+        help="join trained LegoBlocks with no training",
+        description="Join trained LegoBlocks with no training (MM-Lego, Eq. 4). A recipe is a YAML "
+        "file that names blocks, their weights, method, phase and head (docs/legomerge.md): blocks "
+        "that are model files give a folder with model.safetensors, run folders give a run folder. "
+        "RUN ... is short for all blocks of some runs at equal weights. A card, README.md, says "
+        "what was merged.",
+    )
+    merge.add_argument(
+        "parts", nargs="+", type=Path, metavar="RECIPE|RUN", help="a YAML file, or runs of blocks"
+    )
+    _out(merge, "the new folder")
+    _data(merge)
+    merge.add_argument(
+        "--method", help="with RUN ...: harmonic, mean, sum or product (default: harmonic)"
+    )
+    merge.add_argument("--head", help="with RUN ...: slerp, linear or ot (default: slerp)")
+    _json(merge)
     merge.set_defaults(run=_merge)
 
     fuse = commands.add_parser("fuse", help="join trained LegoBlocks and fine-tune them")
-    _joined(fuse)
+    fuse.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs of LegoBlocks")
+    _out(fuse, "the new run folder")
+    _data(fuse)
+    fuse.add_argument("--head", default="slerp", help="slerp, linear or ot (default: slerp)")
+    _json(fuse)
     fuse.add_argument("--mode", default="weave", help="weave or stack (default: weave)")
     _set(fuse)
     fuse.set_defaults(run=_fuse)
@@ -192,14 +213,6 @@ def _set(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _joined(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs of LegoBlocks")
-    _out(parser, "the new run folder")
-    _data(parser)
-    parser.add_argument("--head", default="slerp", help="slerp, linear or ot (default: slerp)")
-    _json(parser)
-
-
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -261,14 +274,37 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from . import experiments
+    from . import recipes
+    from .fusion.training import rank
 
-    runs = experiments.blocks_of(options.runs)
-    cohort, source = experiments.cohort_of(runs[0], options.data)
-    run = experiments.merge_runs(
-        runs, options.out, cohort=cohort, source=source, method=options.method, head=options.head
-    )
-    return _show([run], as_json=options.json)
+    recipe = _recipe(options)
+    merged = recipes.merge(recipe, options.out, data=options.data)
+    if not isinstance(merged, Path):
+        return _show([merged], as_json=options.json)
+    if rank() == 0:
+        weights = recipe.options()["weights"]
+        said = f"{' and '.join(weights)} merged: {merged}"
+        print(json.dumps({"model": str(merged), "weights": weights}) if options.json else said)
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    from . import recipes
+
+    yaml = (".yaml", ".yml")
+    files = [p for p in options.parts if p.is_file() or (p.suffix in yaml and not p.is_dir())]
+    if not files:
+        method, head = options.method or "harmonic", options.head or "slerp"
+        return recipes.of_command(options.parts, method=method, head=head)
+    if len(options.parts) > 1:
+        raise ValueError(
+            f"expected one recipe or run folders, got {len(options.parts)} paths, "
+            f"{str(files[0])!r} among them"
+        )
+    for name in ("method", "head"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: expected it in the recipe, got {getattr(options, name)!r}")
+    return recipes.read(files[0])
 
 
 def _fuse(options: argparse.Namespace) -> int:
@@ -296,7 +332,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from . import experiments
-    from .fusion.fitted import write_text
+    from .fusion.files import write_text
     from .io import load_cohort
     from .runs import Run
 
@@ -330,8 +366,9 @@ def _check_csv(path: Path) -> None:
 def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> int:
     """Print the metrics of runs; those on disk unless other bootstrap draws are asked for."""
     from . import experiments, report
+    from .fusion.training import rank
 
-    if experiments.rank():
+    if rank():
         return 0
     results = [
         (

@@ -7,7 +7,6 @@ its test part is predicted once. Every finished fold is on disk before the next 
 import hashlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,7 +39,8 @@ from .fusion.evaluation import (
     evaluate_classes,
     evaluate_survival,
 )
-from .fusion.fitted import Fitted, Predictions, RiskScale, time_grid, write_text
+from .fusion.files import write_text
+from .fusion.fitted import Fitted, Predictions, RiskScale, time_grid
 from .fusion.healnet import HEALNet
 from .fusion.lego_block import LegoBlock
 from .fusion.lego_join import LegoFuse, LegoMerge
@@ -49,7 +49,7 @@ from .fusion.objectives import Classification, CoxSurvival, DiscreteSurvival, Ob
 from .fusion.patients import Patients, modalities_of
 from .fusion.preprocessing import Scaling, fit_scaling
 from .fusion.splits import carve, split
-from .fusion.training import History, Training, train
+from .fusion.training import History, Training, rank, train
 from .io import Classes, Cohort, Survival, load_cohort
 from .runs import Run, RunError, locked, table_of
 
@@ -240,14 +240,7 @@ def merge_runs(
     if rank():  # there is nothing to train, and the first process may still be writing the blocks
         return Run(out, {}, [])
     parts, config = _joint(runs, cohort, source, "merge", command, options)
-
-    def work(number: int, parts: Mapping[str, Part], folder: Path, progress: Progress) -> "Work":
-        started = time.perf_counter()
-        blocks, scaling, objective = _blocks(runs, number)
-        model = LegoMerge(blocks, **options).eval()
-        return _worked(cohort, parts, model, scaling, objective, History(), started)
-
-    return _run(cohort, config, parts, out, work)
+    return _run(cohort, config, parts, out, _joiner(runs, cohort, LegoMerge, options, None))
 
 
 def fuse_runs(
@@ -276,15 +269,7 @@ def fuse_runs(
     plan = Plan.of("fuse", changes or {}, seed=seed)
     parts, config = _joint(runs, cohort, source, "fuse", "fuse", options)
     config["training"] = asdict(plan.training)
-
-    def work(number: int, parts: Mapping[str, Part], folder: Path, progress: Progress) -> "Work":
-        started = time.perf_counter()
-        blocks, scaling, objective = _blocks(runs, number)
-        model = LegoFuse(blocks, **options)
-        history = _fit(cohort, parts, model, scaling, objective, plan, number, folder, progress)
-        return _worked(cohort, parts, model, scaling, objective, history, started)
-
-    return _run(cohort, config, parts, out, work)
+    return _run(cohort, config, parts, out, _joiner(runs, cohort, LegoFuse, options, plan))
 
 
 def blocks_of(paths: Sequence[Path]) -> list[Run]:
@@ -494,11 +479,6 @@ def _run(
     return run
 
 
-def rank() -> int:
-    """Return this process's number under torchrun, where the first one alone writes files."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _fold(run: Run, number: int, parts: Mapping[str, Part], work: Worker, bar: tqdm) -> None:
     name = f"fold {number + 1}/{len(run.splits)}"
     sizes = ", ".join(f"{part} {len(p.ids)}" for part, p in parts.items())
@@ -663,6 +643,26 @@ def _baseline(cohort: Cohort, kind: str, splits: Splits) -> Worker:
             scale, count = RiskScale.fit(baseline.risk(flat(train))), baseline.parameters
         seconds = time.perf_counter() - started
         return Work(predictions, None, History(), scale, seconds, count)
+
+    return work
+
+
+def _joiner(
+    runs: Sequence[Run],
+    cohort: Cohort,
+    kind: type[LegoMerge] | type[LegoFuse],
+    options: Mapping[str, Any],
+    plan: Plan | None,
+) -> Worker:
+    """Return what joins the blocks of one fold and, with a plan, fine-tunes them."""
+
+    def work(number: int, parts: Mapping[str, Part], folder: Path, progress: Progress) -> Work:
+        started = time.perf_counter()
+        blocks, scaling, objective = _blocks(runs, number)
+        model, history = kind(blocks, **options), History()
+        if plan is not None:
+            history = _fit(cohort, parts, model, scaling, objective, plan, number, folder, progress)
+        return _worked(cohort, parts, model, scaling, objective, history, started)
 
     return work
 

@@ -7,6 +7,7 @@
                        written last, done.json (history, seconds)
     predictions.csv    out of fold: all folds' predictions of their test parts
     metrics.json       see docs/evaluation.md
+    README.md          of `motet merge`: the card, which names the parts
     log.txt
 
 Every file is written whole or not at all, so that a run that was killed goes on where it stopped.
@@ -25,7 +26,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from .fusion.evaluation import ClassFold, SurvivalFold
-from .fusion.fitted import Fitted, Predictions, write_text
+from .fusion.files import write_text
+from .fusion.fitted import Fitted, Predictions
 
 FORMAT = 1
 # What may differ between a run and its continuation.

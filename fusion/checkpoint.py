@@ -2,13 +2,13 @@
 
 Format 1. Metadata key "motet": JSON with format, version (of motet), model (class name), config
 (`model.config`). Metadata key "sha256": digest of that JSON and of every tensor's name and bytes in
-name order. Tied weights are stored once, under the first of their names.
+name order. The same model gives the same bytes. Tied weights are stored once, under the first of
+their names.
 """
 
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import whole
 from .healnet import HEALNet
 from .lego_block import LegoBlock
 from .lego_join import LegoFuse, LegoMerge
@@ -68,20 +69,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[name] = plain.clone() if address in memory else plain
         memory.add(address)
     metadata = {"motet": header, "sha256": _digest(header, tensors)}
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder")
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(partial, "xb") as file:  # with the permissions that a new file gets
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(tensors, partial, metadata)  # which makes it private
-        os.chmod(partial, mode)
-        with open(partial, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(Path(path)) as partial:
+        save_file(tensors, partial, metadata)
+        _sort_metadata(partial)
 
 
 def load(
@@ -171,6 +161,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if metadata.get("sha256") != _digest(header, tensors):
         raise ValueError(f"{path}: corrupt, its content does not match its checksum")
     return content, tensors
+
+
+def _sort_metadata(path: Path) -> None:
+    """Write a file's metadata in the order of their names.
+
+    safetensors writes them in an order drawn anew by every process, so that the same model would
+    give other bytes.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _untied(model: nn.Module) -> dict[str, Tensor]:

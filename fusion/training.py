@@ -136,8 +136,8 @@ def train(
     for name, part in (("patients", patients), ("validation", validation)):
         if not len(part):
             raise ValueError(f"{name}: expected at least 1, got 0")
-    world, rank = _world()
-    sampler = DistributedSampler(patients, world, rank, shuffle=True, seed=settings.seed)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sampler = DistributedSampler(patients, world, rank(), shuffle=True, seed=settings.seed)
     ahead: dict[str, Any] = {
         "num_workers": settings.workers,
         "persistent_workers": settings.workers > 0,  # they keep the bags that they have read
@@ -183,7 +183,7 @@ def train(
     model.cpu()
     model.load_state_dict(best.weights)
     model.eval()
-    if last is not None and rank == 0:
+    if last is not None and not rank():
         last.unlink(missing_ok=True)
     return fit.history
 
@@ -328,9 +328,9 @@ def _stopped(history: History, settings: Training) -> bool:
     return epochs >= min(settings.epochs, history.best_epoch + settings.patience)
 
 
-def _world() -> tuple[int, int]:
-    """Return the number of processes that torchrun started, and this one's number."""
-    return int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+def rank() -> int:
+    """Return this process's number under torchrun, where the first one alone writes files."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _whole(batch: Any) -> Batch:
