@@ -5,7 +5,6 @@ what the former is tested against.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -132,8 +131,7 @@ def run_steps(start: Tensor, steps: Sequence[Step], transform: Transform, how: H
     if axes and first.normalise:
         real, imaginary = normalised(real, imaginary, axes, rows, first.rows)
     queries = ask(real, first.layer.attention.asking) if first.keys.asks else None
-    for step, following in pairwise([*steps, None]):
-        assert step is not None
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
         feed_forward = step.layer.feed_forward
         gathered = step.keys.attend(step.layer.attention, queries)
         if step.forget and imaginary is not None:

@@ -6,7 +6,6 @@ takes (`spectrum`), and the loop carries Re z and Im z as two real tensors. Divi
 their norm along the transformed axes before a transform is, by Parseval, a factor per column of z.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -70,7 +69,7 @@ def spectrum(
         own: what `self_conjugate` gives, where it is at hand.
     """
     if own is None:
-        own = self_conjugate(*latents.shape[-2:], axes, latents.device)
+        own = self_conjugate(latents.shape[-2], latents.shape[-1], axes, latents.device)
     z = torch.fft.rfft(latents, dim=-2) if half else fourier(latents, axes)
     return z.real, z.imag.masked_fill(own[: z.shape[-2]], 0)
 
@@ -140,12 +139,16 @@ def column_scale(
     Returns:
         Of the shape of `real`, but 1 along `axes`.
     """
-    square = real.square() if imaginary is None else real.square() + imaginary.square()
+    square = real.square()
+    if imaginary is not None:
+        square = torch.addcmul(square, imaginary, imaginary)
     total = square.sum(axes, keepdim=True)
     if square.shape[-2] < rows:  # all but the self-conjugate rows stand for two
         once = square[..., :1, :] if rows % 2 else square[..., :1, :] + square[..., -1:, :]
         total = 2 * total - once
-    n = math.prod(rows if axis == -2 else real.shape[-1] for axis in axes)
+    n = 1
+    for axis in axes:
+        n *= rows if axis == -2 else real.shape[-1]
     # At least the smallest normal number, whose gradient is finite.
     return (total / n).clamp_min(torch.finfo(total.dtype).tiny).rsqrt()
 
