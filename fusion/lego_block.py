@@ -275,21 +275,31 @@ class LegoBlock(nn.Module):
         return How(strategy, backend, even and not any(layer.drops for layer in self.sets))
 
     def prepare(self, batch: Batch, how: How) -> list[Keys]:
-        """Encode a batch and read the context once; return what each pass attends to."""
+        """Encode a batch and read the context once; return what each set of weights attends to.
+
+        An encoder with weights of its own for every pass makes that what each pass attends to.
+        """
         attentions = [layer.attention for layer in self.sets]
         given: Any = {
             "latents": self.transform.rows // 2 + 1 if how.half else self.transform.rows,
             "strategy": how.strategy,
             "backend": how.backend,
         }
-        if getattr(self.encoder, "per_layer", False):
+        if self.encodes_every_pass:
             return [
                 prepare(self._context(batch, index, how.half), [attentions[own]], **given)[0]
                 for index, own in enumerate(self.order)
             ]
         context = self._context(batch, None, how.half)
-        keys = prepare(context, attentions, layers=len(self.order), **given)
-        return [keys[own] for own in self.order]
+        return prepare(context, attentions, layers=len(self.order), **given)
+
+    def steps(self, keys: Sequence[Keys]) -> list[Step]:
+        """Return the block's passes; `keys` are what `prepare` returned."""
+        asked = range(len(self.order)) if self.encodes_every_pass else self.order
+        return [
+            Step(self.sets[own], keys[index], self.normalise, not self.track_imaginary)
+            for own, index in zip(self.order, asked, strict=True)
+        ]
 
     def encode(
         self, rows: int, keys: Sequence[Keys], how: How, latents: Tensor | None = None
@@ -302,11 +312,8 @@ class LegoBlock(nn.Module):
             how: see there.
             latents: real [C, D] or [B, C, D] to start from; None means the block's own.
         """
-        last = len(keys) - 1
-        steps = [
-            Step(self.sets[own], key, self.normalise, not self.track_imaginary and index < last)
-            for index, (own, key) in enumerate(zip(self.order, keys, strict=True))
-        ]
+        *steps, last = self.steps(keys)
+        steps.append(last._replace(forget=False))  # the last pass returns what it found
         start = self.latents if latents is None else latents
         if how.strategy == "reference":
             start = start.expand(rows, -1, -1)
@@ -330,6 +337,10 @@ class LegoBlock(nn.Module):
             imaginary = torch.zeros_like(real)
         shape = (rows, -1, -1)
         return Waves(real.expand(shape), None if imaginary is None else imaginary.expand(shape))
+
+    @property
+    def encodes_every_pass(self) -> bool:
+        return getattr(self.encoder, "per_layer", False)
 
     @property
     def sets(self) -> list[LegoLayer]:

@@ -12,12 +12,12 @@ from ..kernels import harmonic_merge, slerp
 from ..kernels.backends import Backend
 from ..kernels.checks import choice, normalised_weights
 from ..kernels.plan import Strategy
-from .attention import prepare
+from .attention import Keys, prepare
 from .checks import integer, same_kind
 from .context import Batch, Context, read_all
 from .layers import Head
 from .lego_block import LegoBlock, LegoOutput
-from .lego_passes import How, Step, run_steps
+from .lego_passes import How, run_steps
 from .modalities import Modality, check_names
 
 Method = Literal["harmonic", "mean", "sum", "product", "upstream-harmonic"]
@@ -105,16 +105,29 @@ class _Joined(nn.Module):
         batches = read_all(
             self.modalities, inputs, masks=masks, present=present, coords=coords, like=like
         )
-        latents = self.join(batches, strategy, backend)
+        latents = self.join(batches, self.how(strategy, backend))
         # Contiguous, as a block alone has it: the head then rounds alike.
         real = latents.real.contiguous() if latents.is_complex() else latents
         logits = real if self.head is None else self.head(real)
         return LegoOutput(logits, latents) if return_latents else logits
 
-    def join(
-        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
-    ) -> Tensor:
+    def how(self, strategy: Strategy | None = None, backend: Backend = "auto") -> How:
+        """Return how the passes of all blocks are run; arguments as of `forward`."""
+        hows = [block.how(strategy, backend) for block in self._blocks().values()]
+        return How(strategy, backend, all(how.half for how in hows))
+
+    def join(self, batches: Mapping[str, Batch], how: How) -> Tensor:
         """Return the joint latents [B, C, D] of the modalities that there are."""
+        rows = next(iter(batches.values())).rows
+        return self.fuse(rows, self.prepare(batches, how), how)
+
+    def prepare(self, batches: Mapping[str, Batch], how: How) -> dict[str, list[Keys]]:
+        """Encode and read every modality once; return what its block attends to."""
+        blocks = self._blocks()
+        return {name: blocks[name].prepare(batch, how) for name, batch in batches.items()}
+
+    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
+        """Return the joint latents [B, C, D] of B rows; `keys` are what `prepare` returned."""
         raise NotImplementedError
 
     def _config(self, head: str | Head, **fields: Any) -> dict[str, Any]:
@@ -203,20 +216,11 @@ class LegoMerge(_Joined):
         self.phase: Literal["principal", "circular"] = phase
         self.config = self._config(head, method=method, weights=dict(self.weights), phase=phase)
 
-    def join(
-        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
-    ) -> Tensor:
+    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
         blocks = self._blocks()
-        rows = next(iter(batches.values())).rows
-        latents: dict[str, Tensor] = {}
-        updated: dict[str, Tensor | None] = {}
-        for name, batch in batches.items():
-            how = blocks[name].how(strategy, backend)
-            keys = blocks[name].prepare(batch, how)
-            latents[name] = blocks[name].encode(rows, keys, how).joined()
-            updated[name] = keys[0].context.nonempty
-        everyone = all(has is None for has in updated.values())
-        if not rows or (len(latents) == len(blocks) and everyone):
+        latents = {name: blocks[name].encode(rows, own, how).joined() for name, own in keys.items()}
+        updated = {name: own[0].context.nonempty for name, own in keys.items()}
+        if not rows or self.has_all(keys):
             return self._merge(list(latents), list(latents.values()))
         return self._merge_by_pattern(rows, latents, updated)
 
@@ -245,6 +249,11 @@ class LegoMerge(_Joined):
             phase=self.phase,
         )
         return bigger.train(self.training)
+
+    def has_all(self, keys: Mapping[str, Sequence[Keys]]) -> bool:
+        """Return whether it is known that no row misses a modality."""
+        known = all(own[0].context.nonempty is None for own in keys.values())
+        return known and len(keys) == len(self.blocks)
 
     def _merge_by_pattern(
         self, rows: int, latents: dict[str, Tensor], updated: dict[str, Tensor | None]
@@ -359,11 +368,13 @@ class LegoFuse(_Joined):
             self.latents = nn.Parameter(first.latents.detach().clone())
         self.config = self._config(head, mode=mode, weights=dict(self.weights), depth=depth)
 
-    def join(
-        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
-    ) -> Tensor:
-        run = {"stack": self._stack, "weave": self._weave, "upstream-weave": self._upstream_weave}
-        return run[self.mode](batches, strategy, backend)
+    def join(self, batches: Mapping[str, Batch], how: How) -> Tensor:
+        if self.mode == "upstream-weave":
+            return self._upstream_weave(batches, how)
+        return super().join(batches, how)
+
+    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
+        return (self._stack if self.mode == "stack" else self._weave)(rows, keys, how)
 
     def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
         """Return a model with one more modality; what was fine-tuned is kept, the head too.
@@ -394,22 +405,16 @@ class LegoFuse(_Joined):
             bigger.latents.data.copy_(self.latents)
         return bigger.train(self.training)
 
-    def _stack(
-        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
-    ) -> Tensor:
+    def _stack(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
         blocks = self._blocks()
-        rows = next(iter(batches.values())).rows
         latents: Tensor | None = None
-        started: Tensor | None = None  # which rows; None for all, once there are latents
-        for name, batch in batches.items():
-            block = blocks[name]
-            how = block.how(strategy, backend)
-            keys = block.prepare(batch, how)
+        started: Tensor | None = None  # bool [B]; None for every row, once there are latents
+        for name, own in keys.items():
             start = latents
             if latents is not None and started is not None:
-                start = torch.where(started[:, None, None], latents, block.latents)
-            real = block.encode(rows, keys, how, start).real
-            updated = keys[0].context.nonempty
+                start = torch.where(started[:, None, None], latents, blocks[name].latents)
+            real = blocks[name].encode(rows, own, how, start).real
+            updated = own[0].context.nonempty
             if updated is None:
                 latents, started = real, None
                 continue
@@ -421,34 +426,26 @@ class LegoFuse(_Joined):
         assert latents is not None
         return latents
 
-    def _weave(
-        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
-    ) -> Tensor:
+    def _weave(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
         assert self.latents is not None
-        blocks = {name: self._blocks()[name] for name in batches}
-        rows = next(iter(batches.values())).rows
-        hows = {name: block.how(strategy, backend) for name, block in blocks.items()}
-        how = How(strategy, backend, all(own.half for own in hows.values()))
-        keys = {name: block.prepare(batches[name], how) for name, block in blocks.items()}
-        steps = [
-            Step(
-                block.sets[block.order[index]],
-                keys[name][index],
-                block.normalise,
-                not block.track_imaginary,
-                keys[name][index].context.nonempty,
-            )
-            for index in range(self.rounds)
+        blocks = {name: self._blocks()[name] for name in keys}
+        passes = {
+            name: [
+                step._replace(rows=step.keys.context.nonempty) for step in block.steps(keys[name])
+            ]
             for name, block in blocks.items()
-            if index < len(block.order)
+        }
+        steps = [
+            own[index]
+            for index in range(self.rounds)
+            for own in passes.values()
+            if index < len(own)
         ]
-        first = next(iter(blocks.values()))
-        start = self.latents.expand(rows if strategy == "reference" else 1, -1, -1)
-        return run_steps(start, steps, first.transform, how).real.expand(rows, -1, -1)
+        transform = next(iter(blocks.values())).transform
+        start = self.latents.expand(rows if how.strategy == "reference" else 1, -1, -1)
+        return run_steps(start, steps, transform, how).real.expand(rows, -1, -1)
 
-    def _upstream_weave(
-        self, batches: dict[str, Batch], strategy: Strategy | None, backend: Backend
-    ) -> Tensor:
+    def _upstream_weave(self, batches: Mapping[str, Batch], how: How) -> Tensor:
         assert self.latents is not None
         blocks = self._blocks()
         rows = next(iter(batches.values())).rows
@@ -466,8 +463,8 @@ class LegoFuse(_Joined):
                 layer = blocks[name].sets[0]
                 context = Context(tokens[name], single=tokens[name].shape[1] == 1)
                 (keys,) = prepare(
-                    context, [layer.attention], latents=latents.shape[1], strategy=strategy,
-                    backend=backend,
+                    context, [layer.attention], latents=latents.shape[1], strategy=how.strategy,
+                    backend=how.backend,
                 )  # fmt: skip
                 latents = layer(latents, keys)
         return latents

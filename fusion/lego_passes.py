@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..kernels.backends import Backend
 from ..kernels.lego_pass import (
     AXES,
+    Asking,
     Update,
     ask,
     fourier,
@@ -130,7 +131,8 @@ def run_steps(start: Tensor, steps: Sequence[Step], transform: Transform, how: H
     first = steps[0]
     if axes and first.normalise:
         real, imaginary = normalised(real, imaginary, axes, rows, first.rows)
-    queries = ask(real, first.layer.attention.asking) if first.keys.asks else None
+    asking = _asking(first)
+    queries = None if asking is None else ask(real, asking)
     for step, following in zip(steps, [*steps[1:], None], strict=True):
         feed_forward = step.layer.feed_forward
         gathered = step.keys.attend(step.layer.attention, queries)
@@ -141,7 +143,6 @@ def run_steps(start: Tensor, steps: Sequence[Step], transform: Transform, how: H
             ones = real.new_ones(len(gathered), *real.shape[1:])
             keep = F.dropout(ones, feed_forward.active_dropout)
         scales = following is not None and following.normalise
-        asks = following is not None and following.keys.asks
         real, imaginary, queries = lego_pass(
             real,
             gathered,
@@ -152,8 +153,8 @@ def run_steps(start: Tensor, steps: Sequence[Step], transform: Transform, how: H
             keep=keep,
             axes=axes if scales else (),
             rows=rows,
-            scaled=following.rows if scales else None,
-            asking=following.layer.attention.asking if asks else None,
+            scaled=None if following is None else following.rows,
+            asking=None if following is None else _asking(following),
             backend=how.backend,
         )
     return Waves(*whole(real, imaginary, rows)) if how.half else Waves(real, imaginary)
@@ -186,6 +187,10 @@ def run_literally(start: Tensor, steps: Sequence[Step], transform: Transform) ->
             imaginary = _without(imaginary, rows)
         waves = Waves(real, imaginary)
     return waves
+
+
+def _asking(step: Step) -> Asking | None:
+    return step.layer.attention.asking if step.keys.asks else None
 
 
 def _without(imaginary: Tensor, rows: Tensor) -> Tensor:
