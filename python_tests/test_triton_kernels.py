@@ -122,7 +122,7 @@ def test_attention_ragged(lengths, heads, latents, width, dtype, dropout_p):
 )
 def test_attention_with_counts(lengths, latents, width, dtype):
     q, kv, offsets = attention_inputs(lengths, 2, latents, width, dtype)
-    check_attention(q, kv, unbound, offsets, 0.0, 4 * torch.rand(2 * sum(lengths))[::2])
+    check_attention(q, kv, unbound, offsets, 0.0, (4 * torch.rand(2 * sum(lengths)))[::2])
 
 
 @pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
