@@ -133,8 +133,8 @@ def latent_attention_kv(
     Tokens behind the last bag belong to none; their gradient is left undefined.
 
     Returns:
-        [B, H, C, E], and the log-sum-exp of the scores [B, H, C], counts included, which
-        attention_weights takes.
+        [B, H, C, E], and the log-sum-exp of the scores [B, H, C], which attention_weights takes; it
+        includes the counts, so that these weights are those of one token out of a key's.
     """
     _check(q, kv[:, 0], offsets, v=kv[:, 1], whole=False)
     seed = check_dropout(dropout_p, seed, q.device)

@@ -281,8 +281,11 @@ def test_a_count_is_so_many_equal_keys(lengths: list[int], how: str, monkeypatch
 
 @pytest.mark.usefixtures("_poisoned", "_small_chunks")
 @pytest.mark.parametrize("how", [how for how in HOW if how != "in one tensor"])
-@pytest.mark.parametrize("keys", [1, 5, 19])
-def test_counts_of_dense_bags(keys: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("keys", "together"), [(1, 512), (5, 512), (19, 512), (19, 0)])
+def test_counts_of_dense_bags(
+    keys: int, together: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOGETHER", together)
     monkeypatch.setattr(module, "compiled", lambda function: function)
     args = [torch.randn(3, 2, n, 5, **WIDE) for n in (4, keys, keys)]
     counts = counts_of(3 * keys).view(3, keys)

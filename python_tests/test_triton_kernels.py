@@ -25,36 +25,12 @@ from motet.kernels.latent_attention_triton import (
 )
 from triton.runtime.interpreter import InterpretedFunction
 
-FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3}
+from .conftest import assert_as_good_as, offsets_of
+
 SCALE = 0.3
 EPS = 1e-5
 RAGGED = [300, 0, 1, 530]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Make what is not written show."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-
-        def poisoned(*args, real=real, **kwargs):
-            made = real(*args, **kwargs)
-            return made.fill_(torch.nan) if made.is_floating_point() else made
-
-        monkeypatch.setattr(torch, name, poisoned)
-
-
-def assert_as_good_as(own, reference, gold):
-    """Check that err(own) <= 2 err(reference in the working dtype) + floor, against float64."""
-    assert own.shape == gold.shape
-    floor = FLOOR[reference.dtype] * max(1, gold.abs().max())
-    allowed = 2 * (reference.double() - gold).abs().max() + floor
-    error = (own.double() - gold).abs().max()
-    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
-
-
-def offsets_of(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0)
+pytestmark = pytest.mark.usefixtures("_poisoned")
 
 
 def literal_attention(q, k, v, offsets, keep, dropout_p, counts=None):
@@ -86,33 +62,33 @@ def attention_inputs(lengths, heads, latents, width, dtype):
 
 def check_attention(q, kv, split, offsets, dropout_p, counts=None):
     """Compare out, lse, dq, dk and dv; `split` makes k and v of the buffer."""
-    k, v = split(kv)
     seed = 2**40 + 3
-    out, lse = attend(q, k, v, offsets, counts, SCALE, dropout_p, seed)
-    dout = torch.randn(out.shape).to(q.dtype)
-    dkv = torch.zeros_like(kv)
-    for part in split(dkv):
-        part.fill_(torch.nan)
-    dq = attend_backward(
-        dout, q, k, v, offsets, counts, out, lse, SCALE, dropout_p, seed, *split(dkv)
-    )
-    keep = dropout_mask(q, k, offsets, dropout_p, seed)
-    found = []
-    for dtype in (q.dtype, torch.float64):
-        query, buffer = (x.detach().to(dtype).requires_grad_() for x in (q, kv))
-        expected, log_sum, _ = literal_attention(
-            query, *split(buffer), offsets, keep.to(dtype), dropout_p,
-            None if counts is None else counts.to(torch.promote_types(dtype, torch.float32)),
-        )  # fmt: skip
-        found.append(
-            (expected, log_sum, *torch.autograd.grad(expected, (query, buffer), dout.to(dtype)))
+    keep = dropout_mask(q, split(kv)[0], offsets, dropout_p, seed)
+    dout = torch.randn(q.shape).to(q.dtype)
+    empty = offsets.diff() == 0 if offsets is not None else torch.zeros(len(q), dtype=torch.bool)
+
+    def fast(q, kv):
+        k, v = split(kv)
+        out, lse = attend(q, k, v, offsets, counts, SCALE, dropout_p, seed)
+        assert lse[empty].isneginf().all()
+        dkv = torch.zeros_like(kv)
+        for part in split(dkv):
+            part.fill_(torch.nan)
+        dq = attend_backward(
+            dout, q, k, v, offsets, counts, out, lse, SCALE, dropout_p, seed, *split(dkv)
         )
-    filled = torch.isfinite(lse)
-    for own, reference, gold in zip((out, lse, dq, dkv), *found, strict=True):
-        if own is lse:
-            assert torch.equal(own.isneginf(), gold.isneginf())
-            own, reference, gold = (x[filled] for x in (own, reference, gold))
-        assert_as_good_as(own, reference.detach(), gold.detach())
+        return out, lse[~empty], dq, dkv
+
+    def literal(q, kv):
+        query, buffer = (x.detach().requires_grad_() for x in (q, kv))
+        own = None if counts is None else counts.to(torch.promote_types(q.dtype, torch.float32))
+        out, lse, _ = literal_attention(
+            query, *split(buffer), offsets, keep.to(q.dtype), dropout_p, own
+        )
+        grads = torch.autograd.grad(out, (query, buffer), dout.to(q.dtype))
+        return out.detach(), lse[~empty].detach(), *grads
+
+    assert_as_good_as(fast, literal, q, kv)
 
 
 def unbound(kv):
@@ -146,7 +122,7 @@ def test_attention_ragged(lengths, heads, latents, width, dtype, dropout_p):
 )
 def test_attention_with_counts(lengths, latents, width, dtype):
     q, kv, offsets = attention_inputs(lengths, 2, latents, width, dtype)
-    check_attention(q, kv, unbound, offsets, 0.0, 4 * torch.rand(2 * sum(lengths))[::2])
+    check_attention(q, kv, unbound, offsets, 0.0, (4 * torch.rand(2 * sum(lengths)))[::2])
 
 
 @pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
@@ -257,15 +233,17 @@ def test_weights(latents, ragged):
     if not ragged:
         k, v, offsets = (*(x.view(2, 300, 2, 9).transpose(1, 2) for x in (k, v)), None)
     keep = dropout_mask(q, k, offsets, 0.0, 0)
-    _, lse = attend(q, k, v, offsets, None, SCALE, 0.0, 0)
-    both = []
-    for dtype in (torch.float32, torch.float64):
-        maps = literal_attention(*(x.to(dtype) for x in (q, k, v)), offsets, keep, 0.0)[2]
-        both.append(torch.cat(maps, -1).permute(2, 0, 1) if ragged else torch.stack(maps))
-    assert_as_good_as(weights(q, k, offsets, lse, SCALE, None), *both)
-    axes = (1, 2)
-    mean = weights(q, k, offsets, lse, SCALE, "mean")
-    assert_as_good_as(mean, *(x.mean(axes) for x in both))
+
+    def fast(q, k, v):
+        _, lse = attend(q, k, v, offsets, None, SCALE, 0.0, 0)
+        return tuple(weights(q, k, offsets, lse, SCALE, reduce) for reduce in (None, "mean"))
+
+    def literal(q, k, v):
+        maps = literal_attention(q, k, v, offsets, keep, 0.0)[2]
+        full = torch.cat(maps, -1).permute(2, 0, 1) if ragged else torch.stack(maps)
+        return full, full.mean((1, 2))
+
+    assert_as_good_as(fast, literal, q, k, v)
 
 
 def rows_of(count, width, ratio, dtype):
@@ -307,17 +285,16 @@ def context(rows, width, channels, sets, outputs, ratio=0.0, dtype=torch.float32
 
 
 def check_project(x, p, weight, bias, offsets):
-    expected = [
-        literal_project(x, p, weight, bias, offsets, dtype)
-        for dtype in (weight.dtype, torch.float64)
-    ]
+    def literal(weight):
+        return literal_project(x, p, weight, bias, offsets, weight.dtype)
+
     y, mean, rstd = project(x, p, weight, bias, offsets, None, None, EPS)
     assert y.dtype == weight.dtype
-    assert_as_good_as(y, *expected)
+    assert_as_good_as(lambda weight: y, literal, weight)
     again, own_mean, own_rstd = project(x, p, weight, bias, offsets, mean, rstd, EPS)
     assert own_mean is mean
     assert own_rstd is rstd
-    assert_as_good_as(again, *expected)
+    assert_as_good_as(lambda weight: again, literal, weight)
     gold, _ = normalised(x, p, torch.float64)
     size = gold.square().mean(1).sqrt()
     assert ((mean - gold.mean(1)).abs() <= 1e-6 * size).all()
@@ -353,7 +330,7 @@ def test_project_in_half_precision(direct, monkeypatch):
         check_project(*context(70, 100, 5, 2, 24, ratio, torch.float16), None)
     x, p, weight, bias = context(70, 100, 0, 2, 24, float("inf"), torch.float16)
     y, *_ = project(x, p, weight, bias, None, None, None, EPS)
-    assert_as_good_as(y, y, bias.double()[:, None].expand_as(y))
+    assert torch.equal(y, bias[:, None].expand_as(y))
 
 
 def test_project_mixes_dtypes():
@@ -400,12 +377,14 @@ def check_pool(a, x, p, offsets, groups=1):
     rstd = ((z.var(1, correction=0) + EPS) ** -0.5).float()
     if groups > 1:
         offsets = torch.arange(groups + 1) * (len(x) // groups)
-    expected = [literal_pool(a, x, p, offsets, dtype) for dtype in (a.dtype, torch.float64)]
-    if expected[0].ndim == 2:
-        expected = [e[None] for e in expected]
     own = pool(a, x, p, mean, rstd, None if groups > 1 else offsets, groups)
     assert own.dtype == torch.float32
-    assert_as_good_as(own, *expected)
+
+    def literal(a):
+        pooled = literal_pool(a, x, p, offsets, a.dtype)
+        return pooled if pooled.ndim == 3 else pooled[None]
+
+    assert_as_good_as(lambda a: own, literal, a)
     return own
 
 

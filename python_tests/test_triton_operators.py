@@ -1,7 +1,7 @@
 """The public operators and HEALNet on their Triton kernels, run by Triton's interpreter."""
 
 import os
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,26 +16,15 @@ from motet.kernels.absorbed_attention import absorbed_attention_reference, absor
 from motet.kernels.context_kv import context_kv_reference
 from motet.kernels.latent_attention import latent_attention_reference
 
+from .conftest import Function, assert_as_good_as, with_gradients
+
 OFFSETS = torch.tensor([0, 40, 40, 41, 130])
 ON = {"backend": "triton"}
 
 
-def outcome(run: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """Return a result and the gradients of all inputs."""
-    inputs = tuple(x.detach().requires_grad_() for x in inputs)
-    out = run(*inputs)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
-
-
-def check(fast: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """err(fast) <= 2 err(reference in float32) + 1e-6, against float64, gradients too."""
-    gold = outcome(reference, *(x.double() for x in inputs))
-    yardstick = outcome(reference, *inputs)
-    for own, theirs, exact in zip(outcome(fast, *inputs), yardstick, gold, strict=True):
-        floor = 1e-6 * max(1.0, exact.abs().max().item())
-        allowed = 2 * (theirs - exact).abs().max().item() + floor
-        assert (own - exact).abs().max().item() <= allowed
+def check(fast: Function, reference: Function, *inputs: Tensor) -> None:
+    """Compare results and the gradients of all inputs."""
+    assert_as_good_as(with_gradients(fast), with_gradients(reference), *inputs)
 
 
 @pytest.mark.parametrize("width", [37, 64])
@@ -231,30 +220,27 @@ def test_healnet(strategy: str, share: bool) -> None:
     )  # fmt: skip
     wide = motet.HEALNet.from_config(model.config).double()
     wide.load_state_dict(model.state_dict())
-    values, places = torch.randn(30, 21), torch.rand(30, 2)
     offsets = torch.tensor([0, 12, 12, 30])
+    inputs = (torch.randn(3, 9), torch.randn(30, 21), torch.rand(30, 2), torch.randn(3, 4, 5, 1))
 
-    def gradients(model: torch.nn.Module, dtype: torch.dtype, **how: str) -> list[Tensor]:
+    def gradients(*inputs: Tensor, **how: str) -> tuple[Tensor, ...]:
+        omic, values, places, mri = inputs
+        own = wide if omic.dtype == torch.float64 else model
+
         def nested(x: Tensor) -> Tensor:
-            return torch.nested.nested_tensor_from_jagged(x.to(dtype), offsets)
+            return torch.nested.nested_tensor_from_jagged(x, offsets)
 
-        torch.manual_seed(1)
-        inputs = {
-            "omic": torch.randn(3, 9).to(dtype),
-            "wsi": nested(values),
-            "mri": torch.randn(3, 4, 5, 1).to(dtype),
-        }
-        logits = model(inputs, coords={"wsi": nested(places)}, **how)
+        logits = own(
+            {"omic": omic, "wsi": nested(values), "mri": mri}, coords={"wsi": nested(places)}, **how
+        )
         grads = torch.autograd.grad(
-            logits.square().sum(), list(model.parameters()), allow_unused=True,
+            logits.square().sum(), list(own.parameters()), allow_unused=True,
             materialize_grads=True,
         )  # fmt: skip
-        return [logits, *grads]
+        return logits, *grads
 
-    gold = gradients(wide, torch.float64, strategy="reference")
-    yardstick = gradients(model, torch.float32, strategy="reference")
-    fast = gradients(model, torch.float32, strategy=strategy, backend="triton")
-    for own, theirs, exact in zip(fast, yardstick, gold, strict=True):
-        floor = 2e-6 * max(1.0, exact.abs().max().item())
-        allowed = 2 * (theirs - exact).abs().max().item() + floor
-        assert (own - exact).abs().max().item() <= allowed
+    assert_as_good_as(
+        partial(gradients, strategy=strategy, backend="triton"),
+        partial(gradients, strategy="reference"),
+        *inputs,
+    )
