@@ -158,7 +158,56 @@ def test_buckets() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(TypeError, match="model: expected a HEALNet, got Linear"):
+    with pytest.raises(
+        TypeError, match="model: expected a HEALNet, LegoBlock, LegoMerge or LegoFuse, got"
+    ):
         motet.CudaGraphs(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="model: expected it on a CUDA device, got cpu"):
         motet.CudaGraphs(model_of())
+
+
+def lego_of(kind: str, **options: Any) -> nn.Module:
+    sizes = {"num_latents": 6, "latent_dim": 5, "heads": 2, "head_dim": 4, "out_features": 3}
+    wide = {"fft": "latents", "context": "spectrum", "normalise": True, **sizes, **options}
+    blocks = {
+        "omic": motet.LegoBlock(motet.Tabular(7), depth=3, **wide),
+        "wsi": motet.LegoBlock(motet.Bag(6), motet.SNN(6, hidden=(8,)), depth=2, **wide),
+    }
+    if kind == "block":
+        return randomised(blocks["wsi"].double())
+    joined = {"merge": motet.LegoMerge, "stack": motet.LegoFuse, "weave": motet.LegoFuse}[kind]
+    mode = {} if kind == "merge" else {"mode": kind}
+    return randomised(joined(blocks, **mode).double())
+
+
+@pytest.mark.parametrize("kind", ["block", "merge", "stack", "weave"])
+def test_lego_models_replay_too(kind: str) -> None:
+    """Spectra with counts included: ragged bags of one bucket replay one graph."""
+    model, recorder = lego_of(kind), Recorder()
+    graphed = motet.CudaGraphs(model, capture=recorder)
+    captured = []
+    for lengths in ((9, 9, 9), (9, 8, 10), (12, 4, 11)):
+        inputs, _ = batch_of(*lengths)
+        given = {"x": inputs["wsi"]} if kind == "block" else inputs
+        plain = inputs["wsi"] if kind == "block" else inputs
+        expected, out = model(plain), graphed(given)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        wanted = list(model.parameters())
+        grads = [
+            torch.autograd.grad(o.square().sum(), wanted, allow_unused=True, materialize_grads=True)
+            for o in (out, expected)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+        captured.append(recorder.captured)
+    # A merge looks at which rows have tokens, so that ragged bags are not captured.
+    assert captured == ([0, 0, 0] if kind == "merge" else [1, 1, 1])
+
+
+def test_a_merge_of_whole_rows_is_captured() -> None:
+    model, recorder = lego_of("merge"), Recorder()
+    graphed = motet.CudaGraphs(model, capture=recorder)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        inputs = {"omic": torch.randn(3, 7).double(), "wsi": torch.randn(3, 9, 6).double()}
+        torch.testing.assert_close(graphed(inputs), model(inputs), rtol=1e-12, atol=1e-12)
+    assert recorder.captured == 1
