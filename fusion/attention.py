@@ -95,13 +95,8 @@ class Attention(nn.Module):
 
         W = W₀ diag(γ) and b = W₀ β, so that what is left to do to a token is to normalise it.
         """
-        assert self.norm_context is not None
-        shape = (2, self.heads, self.head_dim)
-        weight = self.to_kv.weight
-        return (
-            (weight * self.norm_context.weight).unflatten(0, shape),
-            (weight @ self.norm_context.bias).unflatten(0, shape),
-        )
+        norm, weight, shape = _norm(self), self.to_kv.weight, (2, self.heads, -1)
+        return (weight * norm.weight).unflatten(0, shape), (weight @ norm.bias).unflatten(0, shape)
 
     @property
     def active_dropout(self) -> float:
@@ -141,8 +136,7 @@ class OneToken:
     @classmethod
     def of(cls, context: Context, attention: Attention, latents: int) -> "OneToken":
         """Project the tokens of a context that has at most one per row, for C latents."""
-        assert attention.norm_context is not None
-        v = _values(attention.norm_context(context.joined()), attention.to_kv.weight)
+        v = _values(_norm(attention)(context.joined()), attention.to_kv.weight)
         nonempty = context.nonempty
         if nonempty is not None:
             v = v.new_zeros(len(nonempty), 1, v.shape[1]).index_put((nonempty,), v[:, None])
@@ -172,6 +166,14 @@ class Cached:
     ) -> None:
         self.context, self.offsets, self.kv = context, offsets, kv
         self.backend: Backend = backend
+
+    @classmethod
+    def of(
+        cls, context: Context, offsets: Tensor, attention: Attention, backend: Backend
+    ) -> "Cached":
+        """Project packed tokens for one layer, as the equation says."""
+        kv = attention.to_kv(_norm(attention)(context.joined()))
+        return cls(context, offsets, kv.unflatten(-1, (2, attention.heads, -1)), backend)
 
     def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
         out, _ = latent_attention_kv(
@@ -204,59 +206,76 @@ class Absorbed:
     asks = True
 
     def __init__(
-        self, context: Context, packed: tuple[Tensor, Tensor | None, Tensor],
-        folded: tuple[Tensor, Tensor], backend: Backend,
-    ) -> None:  # fmt: skip
+        self, context: Context, packed: tuple[Tensor, Tensor | None, Tensor], backend: Backend
+    ) -> None:
         self.context = context
         self.backend: Backend = backend
         self.x, self.positions, self.offsets = packed
-        self.weight, self.bias = folded
 
     def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        asked = self._absorbed(attention, queries)
-        pooled, mass = absorbed_attention(
+        norm = _norm(attention)
+        asked = self._asked(attention, queries)
+        pooled, mass = self._pooled(asked, attention)
+        normed = pooled * norm.weight + mass[..., None] * norm.bias
+        normed = normed.to(pooled.dtype).unflatten(1, (attention.heads, -1))
+        return torch.einsum("bhcw,hew->bhce", normed, _by_head(attention)[1])
+
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        weights = absorbed_weights(
+            self._asked(attention, queries).detach(),
+            self.x.detach(),
+            self.offsets,
+            positions=self.positions,
+            eps=_norm(attention).eps,
+            backend=self.backend,
+        )
+        return self.context.unpacked(weights.unflatten(1, (attention.heads, -1)))
+
+    def _asked(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        """Return scale · Q W_k diag(γ), [B, H·C, W]. What β adds to a score, it adds to all."""
+        assert queries is not None
+        q = attention.split(queries) * attention.scale
+        asked = torch.einsum("bhce,hew->bhcw", q, _by_head(attention)[0]).flatten(1, 2)
+        asked = (asked * _norm(attention).weight).to(asked.dtype)
+        return asked.expand(len(self.offsets) - 1, -1, -1)
+
+    def _pooled(self, asked: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Return the normalised tokens that each query gathers, [B, R, W], and their weight."""
+        return absorbed_attention(
             asked,
             self.x,
             self.offsets,
             positions=self.positions,
             counts=self.context.packed_counts(),
-            eps=_eps(attention),
+            eps=_norm(attention).eps,
             dropout_p=attention.active_dropout,
             backend=self.backend,
         )
-        shape = (attention.heads, -1)
-        pooled, mass = pooled.unflatten(1, shape), mass.unflatten(1, shape)
-        values = torch.einsum("bhcw,hew->bhce", pooled, self.weight[1])
-        return values + mass[..., None] * self.bias[1][:, None]
 
-    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        weights = absorbed_weights(
-            self._absorbed(attention, queries).detach(),
-            self.x.detach(),
-            self.offsets,
-            positions=self.positions,
-            eps=_eps(attention),
-            backend=self.backend,
-        )
-        return self.context.unpacked(weights.unflatten(1, (attention.heads, -1)))
 
-    def _absorbed(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        """Return scale · Q W_k, [B, H·C, W]."""
-        assert queries is not None
-        q = attention.split(queries) * attention.scale
-        absorbed = torch.einsum("bhce,hew->bhcw", q, self.weight[0]).flatten(1, 2)
-        return absorbed.expand(len(self.offsets) - 1, -1, -1)
+class AbsorbedTogether(Absorbed):
+    """The same of short bags of one length, normalised once: a product each for all bags."""
+
+    def __init__(self, context: Context, normed: Tensor) -> None:
+        super().__init__(context, context.packed(), "eager")
+        self.normed = normed  # [B, N, W]
+
+    def _pooled(self, asked: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        scores = asked @ self.normed.transpose(1, 2)
+        if self.context.counts is not None:
+            scores = scores + self.context.counts.log()[:, None]
+        weights = F.dropout(scores.softmax(-1), attention.active_dropout)
+        return weights @ self.normed, weights.sum(-1)
 
 
 class Literal:
-    """Every layer on its own, as the equation says: what the fast forms are tested against."""
+    """Every layer on its own, as the equation says: what the other forms are tested against."""
 
     asks = True
 
     def __init__(self, context: Context, attention: Attention) -> None:
-        assert attention.norm_context is not None
         self.context = context
-        kv = attention.to_kv(attention.norm_context(context.joined()))
+        kv = attention.to_kv(_norm(attention)(context.joined()))
         k, v = kv.unflatten(-1, (2, attention.heads, -1)).unbind(-3)
         if context.offsets is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -266,7 +285,7 @@ class Literal:
         assert queries is not None
         return latent_attention_reference(
             attention.split(queries), self.k, self.v, self.context.offsets,
-            scale=attention.scale, dropout_p=attention.active_dropout,
+            counts=self.context.counts, scale=attention.scale, dropout_p=attention.active_dropout,
         )  # fmt: skip
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
@@ -302,17 +321,17 @@ def prepare(
         return [OneToken.of(context, attention, latents) for attention in attentions]
     first = attentions[0]
     x, positions, offsets = packed = context.packed()
-    weight, bias = zip(*(attention.folded() for attention in attentions), strict=True)
+    bags, weight = len(offsets) - 1, first.to_kv.weight
     chosen = plan(
         len(x),
-        weight[0].shape[-1],
-        bags=len(offsets) - 1,
+        first.to_kv.in_features,
+        bags=bags,
         latents=latents,
         heads=first.heads,
         head_dim=first.head_dim,
         layers=layers,
         weight_sets=len(attentions),
-        dtype=_cast(weight[0]).dtype,
+        dtype=_cast(weight).dtype,
         device="cuda" if x.is_cuda else "cpu",
         training=torch.is_grad_enabled(),
         dropout=first.active_dropout,
@@ -320,22 +339,29 @@ def prepare(
         strategy=strategy,
         backend=backend,
     ).strategy
+    # Short bags go into one product, at the price of their own bits: 50 patches at a time take
+    # twice the time of one product, most of it to read the weights.
+    short = len(x) < 256 * bags
     if chosen == "absorbed":
-        folds = zip(weight, bias, strict=True)
-        return [Absorbed(context, packed, fold, backend) for fold in folds]
-    if len(attentions) == 1:
-        weights, biases = _cast(weight[0][None]), _cast(bias[0][None])
-    else:
-        weights, biases = _cast(torch.stack(weight)), _cast(torch.stack(bias))
+        if short and context.offsets is None and not x.is_cuda and backend != "triton":
+            tokens = context.joined()
+            normed = F.layer_norm(tokens, tokens.shape[-1:], eps=_norm(first).eps)
+            return [AbsorbedTogether(context, normed)] * len(attentions)
+        return [Absorbed(context, packed, backend)] * len(attentions)
+    if short and len(x) <= len(weight) and not x.is_cuda and backend != "triton":
+        # Then the tokens are less to normalise than the weights are to fold, and torch's own
+        # operators are sooner done than ours are started.
+        if context.offsets is None:
+            return [Literal(context, attention) for attention in attentions]
+        return [Cached.of(context, offsets, own, backend) for own in attentions]
+    weights, biases = zip(*(attention.folded() for attention in attentions), strict=True)
+    weights, biases = _cast(_stacked(weights)), _cast(_stacked(biases))
     if x.is_cuda:  # rows of K and V on 32-byte boundaries, without which no load is asynchronous
         padding = -first.head_dim % 16
         weights, biases = F.pad(weights, (0, 0, 0, padding)), F.pad(biases, (0, padding))
-    # Short bags go into one product, at the price of their own bits: 50 patches at a time take
-    # twice the time of one product, most of it to read the weights.
-    long = len(x) >= 256 * (len(offsets) - 1)
     y = context_kv(
         x, weights.flatten(1, 3), biases.flatten(1), positions=positions,
-        offsets=offsets if long else None, eps=_eps(first), backend=backend,
+        offsets=None if short else offsets, eps=_norm(first).eps, backend=backend,
     )  # fmt: skip
     y = y.unflatten(2, weights.shape[1:4])
     # One set is a view; of several, unbinding collects the gradients without sums over zeros.
@@ -377,9 +403,18 @@ class _SecondHalf(torch.autograd.Function):
         return of_tokens, of_weight
 
 
-def _eps(attention: Attention) -> float:
+def _norm(attention: Attention) -> nn.LayerNorm:
     assert attention.norm_context is not None
-    return attention.norm_context.eps
+    return attention.norm_context
+
+
+def _by_head(attention: Attention) -> Tensor:
+    """Return the weights of K and V, [2, H, E, W]."""
+    return attention.to_kv.weight.unflatten(0, (2, attention.heads, -1))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _cast(weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ takes (`spectrum`), and the loop carries Re z and Im z as two real tensors. Divi
 their norm along the transformed axes before a transform is, by Parseval, a factor per column of z.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,20 @@ def self_conjugate(
     return marks
 
 
+# Up to so many tokens, their cosine transform is sooner done on a CPU as a product with a matrix
+# than by the FFT, which puts the tokens of each feature side by side first and computes sines too.
+DENSE = 256
+
+
+def _cosines(tokens: Tensor) -> Tensor:
+    """Return cos(2 π k n / N) for k = 0 ... N // 2 and n = 0 ... N - 1, [N // 2 + 1, N]."""
+    count = tokens.shape[-2]
+    n = torch.arange(count, device=tokens.device)
+    # Within one period before the cosine, so that no digits are lost; in float64 for the same.
+    angle = (n[: count // 2 + 1, None] * n % count).double() * (2 * math.pi / count)
+    return angle.cos().to(tokens.dtype)
+
+
 def real_spectrum(
     tokens: Tensor, axes: tuple[int, ...], *, half: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +118,10 @@ def real_spectrum(
     """
     if axes == (-2,) and tokens.numel():
         count = tokens.shape[-2]
-        real = torch.fft.rfft(tokens, dim=-2).real if count > 1 else tokens
+        if count <= DENSE and tokens.device.type == "cpu":
+            real = _cosines(tokens) @ tokens
+        else:
+            real = torch.fft.rfft(tokens, dim=-2).real
         if not half:
             return whole(real, None, count)[0], None
         counts = torch.full((real.shape[-2],), 2, dtype=real.dtype, device=real.device)
