@@ -72,46 +72,46 @@ std::vector<const T*> pointers(const Operands& operands) {
 }
 
 template <typename T>
-void run_harmonic(const Operands& operands, const std::vector<double>& weights,
-                  motet::Phase phase) {
+void run_harmonic(const Operands& operands, const std::vector<double>& weights, motet::Phase phase,
+                  int threads) {
     using Z = std::complex<T>;
     const auto inputs = pointers<Z>(operands);
     py::gil_scoped_release release;
     motet::harmonic_merge<T>(std::span<const Z* const>(inputs), weights, phase, operands.size,
-                             static_cast<Z*>(operands.out.ptr));
+                             static_cast<Z*>(operands.out.ptr), threads);
 }
 
 template <typename T>
-void run_slerp(const Operands& operands, const std::vector<double>& weights) {
+void run_slerp(const Operands& operands, const std::vector<double>& weights, int threads) {
     const auto inputs = pointers<T>(operands);
     py::gil_scoped_release release;
     motet::slerp<T>(std::span<const T* const>(inputs), weights, operands.size,
-                    static_cast<T*>(operands.out.ptr));
+                    static_cast<T*>(operands.out.ptr), threads);
 }
 
 void harmonic_merge(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
-                    const std::string& phase, const py::buffer& out) {
+                    const std::string& phase, const py::buffer& out, int threads) {
     if (phase != "principal" && phase != "circular")
         throw std::invalid_argument("phase: expected 'principal' or 'circular', got '" + phase +
                                     "'");
     const auto kind = phase == "circular" ? motet::Phase::circular : motet::Phase::principal;
     const auto operands = checked(inputs, weights, out);
     if (operands.out.item_type_is_equivalent_to<std::complex<float>>())
-        run_harmonic<float>(operands, weights, kind);
+        run_harmonic<float>(operands, weights, kind, threads);
     else if (operands.out.item_type_is_equivalent_to<std::complex<double>>())
-        run_harmonic<double>(operands, weights, kind);
+        run_harmonic<double>(operands, weights, kind, threads);
     else
         throw std::invalid_argument("out: expected complex64 or complex128, got '" +
                                     operands.out.format + "'");
 }
 
 void slerp(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
-           const py::buffer& out) {
+           const py::buffer& out, int threads) {
     const auto operands = checked(inputs, weights, out);
     if (operands.out.item_type_is_equivalent_to<float>())
-        run_slerp<float>(operands, weights);
+        run_slerp<float>(operands, weights, threads);
     else if (operands.out.item_type_is_equivalent_to<double>())
-        run_slerp<double>(operands, weights);
+        run_slerp<double>(operands, weights, threads);
     else
         throw std::invalid_argument("out: expected float32 or float64, got '" +
                                     operands.out.format + "'");
@@ -191,8 +191,9 @@ void standardise(const py::buffer& x, const std::string& kind, const py::object&
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Operators on raw CPU buffers; motet.kernels is the public door.";
     module.def("harmonic_merge", &harmonic_merge, py::arg("inputs"), py::arg("weights"),
-               py::arg("phase"), py::arg("out"));
-    module.def("slerp", &slerp, py::arg("inputs"), py::arg("weights"), py::arg("out"));
+               py::arg("phase"), py::arg("out"), py::arg("threads") = 1);
+    module.def("slerp", &slerp, py::arg("inputs"), py::arg("weights"), py::arg("out"),
+               py::arg("threads") = 1);
     module.def("standardise", &standardise, py::arg("x"), py::arg("kind"), py::arg("positions"),
                py::arg("first"), py::arg("eps"), py::arg("out"), py::arg("out_kind"),
                py::arg("mean"), py::arg("rstd"), py::arg("threads"));

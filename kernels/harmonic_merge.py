@@ -105,7 +105,9 @@ def _cpu_out(latents: list[Tensor], weights: list[float], phase: str, out: Tenso
     if module is None:
         return _fallback_out(latents, weights, phase, out)
     buffers = [z.detach().resolve_conj().resolve_neg().contiguous().numpy() for z in latents]
-    module.harmonic_merge(buffers, weights, phase, out.detach().numpy())
+    module.harmonic_merge(
+        buffers, weights, phase, out.detach().numpy(), torch.get_num_threads()
+    )
 
 
 def _cpu(latents: list[Tensor], weights: list[float], phase: str) -> Tensor:

@@ -150,7 +150,7 @@ def _cpu(vectors: list[Tensor], weights: list[float]) -> Tensor:
         return _fallback(vectors, weights)
     out = torch.empty(vectors[0].shape, dtype=vectors[0].dtype)
     buffers = [v.detach().resolve_neg().contiguous().numpy() for v in vectors]
-    module.slerp(buffers, weights, out.numpy())
+    module.slerp(buffers, weights, out.numpy(), torch.get_num_threads())
     return out
 
 
