@@ -13,43 +13,56 @@ namespace {
 // Elements that one thread takes at least: below, starting another takes longer than the work.
 constexpr std::size_t kGrain = 16384;
 
+// A number times a power of two that keeps its modulus m from being rounded as subnormal ones are.
+struct Raised {
+    double re, im, up, m;
+
+    template <typename T>
+    explicit Raised(std::complex<T> z) : re(z.real()), im(z.imag()), up(1.0), m(modulus(z)) {
+        if (m < 0x1p-900) {
+            up = 0x1p100, re *= up, im *= up;
+            m = std::hypot(re, im);
+        }
+    }
+
+    // Squares of floats neither overflow nor vanish in double.
+    static double modulus(std::complex<float> z) {
+        const double re = z.real(), im = z.imag();
+        return std::sqrt(re * re + im * im);
+    }
+    static double modulus(std::complex<double> z) { return std::hypot(z.real(), z.imag()); }
+};
+
 // One element by the definition, in double: what is infinite, NaN, or in double so large or small
 // that squares leave its range.
-double modulus(std::complex<float> z) {
-    const double re = z.real(), im = z.imag();
-    return std::sqrt(re * re + im * im);
-}
-double modulus(std::complex<double> z) { return std::hypot(z.real(), z.imag()); }
-
 template <typename T>
 std::complex<T> merge_one(std::span<const std::complex<T>* const> inputs,
                           std::span<const double> weights, Phase phase, std::size_t i) {
-    double low = modulus(inputs[0][i]), total = 0.0;
+    Raised low(inputs[0][i]);
+    double total = 0.0;
     for (const auto* input : inputs) {
-        const double m = modulus(input[i]);
-        low = std::min(low, m);
-        total += m;
+        const Raised z(input[i]);
+        if (z.up > low.up || (z.up == low.up && z.m < low.m)) low = z;
+        total += z.m;
     }
-    if (low == 0.0) {  // zero, unless a magnitude is NaN
-        const T nothing = std::isnan(total) ? static_cast<T>(total) : T(0);
-        return {nothing, nothing};
-    }
+    if (std::isnan(total)) return {static_cast<T>(total), static_cast<T>(total)};
+    if (low.m == 0.0) return {0, 0};
     // The ratios low / m lie in (0, 1], so that nothing over- or underflows on the way.
     double reciprocal = 0.0, angle = 0.0, x = 0.0, y = 0.0;
     for (std::size_t j = 0; j < inputs.size(); ++j) {
-        const auto z = inputs[j][i];
-        const double m = modulus(z);
-        reciprocal += weights[j] * (low / m);
+        const Raised z(inputs[j][i]);
+        reciprocal += weights[j] * (low.m / z.m * (z.up / low.up));
         if (phase == Phase::principal) {
-            angle += weights[j] * std::atan2(double(z.imag()), double(z.real()));
+            angle += weights[j] * std::atan2(z.im, z.re);
         } else {
-            x += weights[j] * (z.real() / m);
-            y += weights[j] * (z.imag() / m);
+            x += weights[j] * (z.re / z.m);
+            y += weights[j] * (z.im / z.m);
         }
     }
     if (phase == Phase::circular) angle = std::atan2(y, x);
-    const double mean = low / reciprocal;
-    return {static_cast<T>(mean * std::cos(angle)), static_cast<T>(mean * std::sin(angle))};
+    const double mean = low.m / reciprocal;
+    return {static_cast<T>(mean * std::cos(angle) / low.up),
+            static_cast<T>(mean * std::sin(angle) / low.up)};
 }
 
 // What the vectors of one kind of number share.
