@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from motet.kernels import native
 from motet.kernels.harmonic_merge import harmonic_merge_reference
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 harmonic_merge = motet.kernels.harmonic_merge
 DTYPES = [torch.complex64, torch.complex128]
@@ -261,6 +263,24 @@ def test_registration(phase: str) -> None:
         lambda a, b: harmonic_merge([a, b]) * 2, fullgraph=True, backend="eager"
     )
     assert torch.equal(compiled(*latents[:2]), harmonic_merge(latents[:2]) * 2)
+
+
+def test_whoever_watches_sees_the_operators() -> None:
+    """Plain calls on the CPU go round the dispatcher; only where nobody would notice."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    z = torch.randn(3, dtype=torch.complex64)
+    with Watch():
+        harmonic_merge([z, z])
+        motet.kernels.slerp([z.real, z.imag])
+    assert {"motet::harmonic_merge", "motet::slerp"} <= set(seen)
+    traced = make_fx(lambda a, b: harmonic_merge([a, b]))(z, 2 * z)
+    assert torch.equal(traced(z, 1j * z), harmonic_merge([z, 1j * z]))
 
 
 def test_layouts() -> None:
