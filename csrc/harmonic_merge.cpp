@@ -10,8 +10,8 @@
 namespace motet {
 namespace {
 
-// Elements that one thread takes at least: below, starting another takes longer than the work.
-constexpr std::size_t kGrain = 16384;
+// Elements that one thread takes at least, as in torch: starting another takes longer than less.
+constexpr std::size_t kGrain = 32768;
 
 // A number times a power of two that keeps its modulus m from being rounded as subnormal ones are.
 struct Raised {
