@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test lint bench gpu gpu-full soak clean
+.PHONY: demo test lint bench gpu gpu-full soak sanitize clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,17 @@ gpu-full:
 # The properties with fresh seeds and many more examples.
 soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 MOTET_HYPOTHESIS=soak $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
+# The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, which stop at the first fault.
+SANITIZED := build/sanitize
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED)
+	MOTET_REQUIRE_NATIVE=1 CMAKE_ARGS="-DMOTET_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo" $(BIN)/pip wheel --quiet --no-deps --wheel-dir $(SANITIZED) .
+	$(BIN)/python -m zipfile -e $(SANITIZED)/motet-*.whl $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -p no:cacheprovider -k "not registration and not gradients" \
+	$(addprefix python_tests/test_,$(addsuffix .py,bindings_fuzz harmonic_merge slerp))
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info kernels/_C.*

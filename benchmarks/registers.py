@@ -32,7 +32,9 @@ import triton
 from motet.kernels import (
     absorbed_attention_triton,
     context_kv_triton,
+    harmonic_merge_triton,
     latent_attention_triton,
+    slerp_triton,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -75,7 +77,9 @@ class Launch:
 
     def multiplies(self) -> bool:
         """Whether matrix units and asynchronous copies are to be expected."""
-        return not self.function.__name__.startswith(("_combine", "_softmax"))
+        return not self.function.__name__.startswith(
+            ("_combine", "_merge", "_products", "_softmax")
+        )
 
 
 @dataclass(frozen=True)
@@ -245,10 +249,27 @@ def absorbed(
     return run
 
 
+def merge(count: int) -> Callable[[], None]:
+    """Return what calls every launcher of both merge operators for `count` inputs."""
+
+    def run() -> None:
+        latents = [torch.empty(256, dtype=torch.complex64) for _ in range(count)]
+        for phase in ("principal", "circular"):
+            harmonic_merge_triton.merge(latents, [1 / count] * count, phase, latents[0])
+        vectors = [torch.empty(256) for _ in range(count)]
+        slerp_triton.products(vectors)
+        slerp_triton.combine(vectors, torch.empty(count, dtype=torch.float64), vectors[0])
+
+    return run
+
+
 def sources() -> dict[str, str]:
     """Return a digest of every file of kernels, for which comments and layout do not count."""
     digests = {}
-    for module in (absorbed_attention_triton, context_kv_triton, latent_attention_triton):
+    for module in (
+        absorbed_attention_triton, context_kv_triton, harmonic_merge_triton,
+        latent_attention_triton, slerp_triton,
+    ):  # fmt: skip
         path = Path(module.__file__)
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -321,6 +342,9 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype, rows in (("bf16", 17), ("bf16", 136), ("fp32", 136)):
         name = f"absorbed {dtype} {rows} queries counts"
         yield name, absorbed(dtype, rows, dropout=0, counted=True)
+
+    for count in (2, 3, 8):
+        yield f"merge of {count}", merge(count)
 
 
 SHIPPED = dict(_shipped())

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -31,6 +32,11 @@ bool contiguous(const py::buffer_info& info) {
     return true;
 }
 
+// Vectors do not mind, but numbers taken one by one must lie where the language wants them.
+bool aligned(const py::buffer_info& info, py::ssize_t number) {
+    return reinterpret_cast<std::uintptr_t>(info.ptr) % static_cast<std::uintptr_t>(number) == 0;
+}
+
 // Each input must lie apart from the output, or be the very same buffer.
 bool overlaps(const py::buffer_info& a, const py::buffer_info& b) {
     const auto begin_a = reinterpret_cast<std::uintptr_t>(a.ptr);
@@ -39,15 +45,18 @@ bool overlaps(const py::buffer_info& a, const py::buffer_info& b) {
     return begin_a != begin_b && begin_a < begin_b + bytes && begin_b < begin_a + bytes;
 }
 
+// Items consist of `parts` numbers.
 Operands checked(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
-                 const py::buffer& out) {
+                 const py::buffer& out, py::ssize_t parts) {
     if (inputs.empty()) throw std::invalid_argument("inputs: expected at least one buffer");
     if (weights.size() != inputs.size())
         throw std::invalid_argument("weights: expected " + std::to_string(inputs.size()) +
                                     " values, got " + std::to_string(weights.size()));
     Operands operands{{}, out.request(/*writable=*/true), 0};
     const auto& target = operands.out;
-    if (!contiguous(target)) throw std::invalid_argument("out: expected a C-contiguous buffer");
+    const auto number = std::max<py::ssize_t>(1, target.itemsize / parts);
+    if (!contiguous(target) || !aligned(target, number))
+        throw std::invalid_argument("out: expected a C-contiguous, aligned buffer");
     for (std::size_t j = 0; j < inputs.size(); ++j) {
         operands.inputs.push_back(inputs[j].request());
         const auto& input = operands.inputs.back();
@@ -56,7 +65,8 @@ Operands checked(const std::vector<py::buffer>& inputs, const std::vector<double
             throw std::invalid_argument(name + "the format of out, '" + target.format + "', got '" +
                                         input.format + "'");
         if (input.shape != target.shape) throw std::invalid_argument(name + "the shape of out");
-        if (!contiguous(input)) throw std::invalid_argument(name + "a C-contiguous buffer");
+        if (!contiguous(input) || !aligned(input, number))
+            throw std::invalid_argument(name + "a C-contiguous, aligned buffer");
         if (overlaps(input, target))
             throw std::invalid_argument(name + "a buffer apart from out, or out itself");
     }
@@ -72,46 +82,46 @@ std::vector<const T*> pointers(const Operands& operands) {
 }
 
 template <typename T>
-void run_harmonic(const Operands& operands, const std::vector<double>& weights,
-                  motet::Phase phase) {
+void run_harmonic(const Operands& operands, const std::vector<double>& weights, motet::Phase phase,
+                  int threads) {
     using Z = std::complex<T>;
     const auto inputs = pointers<Z>(operands);
     py::gil_scoped_release release;
     motet::harmonic_merge<T>(std::span<const Z* const>(inputs), weights, phase, operands.size,
-                             static_cast<Z*>(operands.out.ptr));
+                             static_cast<Z*>(operands.out.ptr), threads);
 }
 
 template <typename T>
-void run_slerp(const Operands& operands, const std::vector<double>& weights) {
+void run_slerp(const Operands& operands, const std::vector<double>& weights, int threads) {
     const auto inputs = pointers<T>(operands);
     py::gil_scoped_release release;
     motet::slerp<T>(std::span<const T* const>(inputs), weights, operands.size,
-                    static_cast<T*>(operands.out.ptr));
+                    static_cast<T*>(operands.out.ptr), threads);
 }
 
 void harmonic_merge(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
-                    const std::string& phase, const py::buffer& out) {
+                    const std::string& phase, const py::buffer& out, int threads) {
     if (phase != "principal" && phase != "circular")
         throw std::invalid_argument("phase: expected 'principal' or 'circular', got '" + phase +
                                     "'");
     const auto kind = phase == "circular" ? motet::Phase::circular : motet::Phase::principal;
-    const auto operands = checked(inputs, weights, out);
+    const auto operands = checked(inputs, weights, out, 2);
     if (operands.out.item_type_is_equivalent_to<std::complex<float>>())
-        run_harmonic<float>(operands, weights, kind);
+        run_harmonic<float>(operands, weights, kind, threads);
     else if (operands.out.item_type_is_equivalent_to<std::complex<double>>())
-        run_harmonic<double>(operands, weights, kind);
+        run_harmonic<double>(operands, weights, kind, threads);
     else
         throw std::invalid_argument("out: expected complex64 or complex128, got '" +
                                     operands.out.format + "'");
 }
 
 void slerp(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
-           const py::buffer& out) {
-    const auto operands = checked(inputs, weights, out);
+           const py::buffer& out, int threads) {
+    const auto operands = checked(inputs, weights, out, 1);
     if (operands.out.item_type_is_equivalent_to<float>())
-        run_slerp<float>(operands, weights);
+        run_slerp<float>(operands, weights, threads);
     else if (operands.out.item_type_is_equivalent_to<double>())
-        run_slerp<double>(operands, weights);
+        run_slerp<double>(operands, weights, threads);
     else
         throw std::invalid_argument("out: expected float32 or float64, got '" +
                                     operands.out.format + "'");
@@ -138,7 +148,7 @@ py::buffer_info rows_buffer(const py::buffer& buffer, const std::string& name, m
     const auto size = bytes_of(kind);
     const bool fits = info.itemsize == size && info.ndim == (columns < 0 ? 1 : 2) &&
                       info.shape[0] == rows && (columns < 0 || info.shape[1] == columns);
-    if (!fits || !contiguous(info))
+    if (!fits || !contiguous(info) || !aligned(info, size))
         throw std::invalid_argument(name + ": expected a C-contiguous buffer of " +
                                     std::to_string(rows) + " rows and " + std::to_string(size) +
                                     "-byte items");
@@ -156,7 +166,7 @@ void standardise(const py::buffer& x, const std::string& kind, const py::object&
     if (to == motet::Kind::float16 || (to == motet::Kind::float64) != wide)
         throw std::invalid_argument("out_kind: expected float32 or bfloat16, float64 for float64");
     if (in.ndim != 2 || in.itemsize != size || (in.shape[1] > 1 && in.strides[1] != size) ||
-        in.strides[0] % size)
+        in.strides[0] % size || !aligned(in, size))
         throw std::invalid_argument("x: expected rows of " + kind + " without gaps");
     motet::Rows rows{in.ptr,
                      from,
@@ -171,7 +181,7 @@ void standardise(const py::buffer& x, const std::string& kind, const py::object&
     if (!positions.is_none()) {
         places = positions.cast<py::buffer>().request();
         if (places.ndim != 2 || places.itemsize != bytes_of(full) || places.shape[0] < 1 ||
-            !contiguous(places))
+            !contiguous(places) || !aligned(places, places.itemsize))
             throw std::invalid_argument("positions: expected a C-contiguous matrix with rows");
         rows.positions = places.ptr;
         rows.width = static_cast<std::size_t>(places.shape[1]);
@@ -191,8 +201,9 @@ void standardise(const py::buffer& x, const std::string& kind, const py::object&
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Operators on raw CPU buffers; motet.kernels is the public door.";
     module.def("harmonic_merge", &harmonic_merge, py::arg("inputs"), py::arg("weights"),
-               py::arg("phase"), py::arg("out"));
-    module.def("slerp", &slerp, py::arg("inputs"), py::arg("weights"), py::arg("out"));
+               py::arg("phase"), py::arg("out"), py::arg("threads") = 1);
+    module.def("slerp", &slerp, py::arg("inputs"), py::arg("weights"), py::arg("out"),
+               py::arg("threads") = 1);
     module.def("standardise", &standardise, py::arg("x"), py::arg("kind"), py::arg("positions"),
                py::arg("first"), py::arg("eps"), py::arg("out"), py::arg("out_kind"),
                py::arg("mean"), py::arg("rstd"), py::arg("threads"));

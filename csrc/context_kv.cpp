@@ -1,24 +1,10 @@
 #include "context_kv.hpp"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
-#include <cstring>
 #include <type_traits>
 
 #include "parallel.hpp"
-
-// The body is compiled for x86-64-v4, v3 and the baseline; the processor is asked which one runs.
-// Elsewhere than on x86 there is the baseline alone.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MOTET_X86 1
-#define MOTET_INLINE inline __attribute__((always_inline))
-#define MOTET_LAMBDA __attribute__((always_inline))
-#else
-#define MOTET_X86 0
-#define MOTET_INLINE inline
-#define MOTET_LAMBDA
-#endif
+#include "simd.hpp"
 
 namespace motet {
 namespace {
@@ -28,13 +14,6 @@ struct bfloat16 {
 };
 struct float16 {
     std::uint16_t bits;
-};
-
-// One vector register of `Bytes`, as the compilers' vector types have it: larger ones would live
-// in memory.
-template <typename T, std::size_t N>
-struct Lanes {
-    typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
 
 template <typename Wide, std::size_t Bytes>
@@ -156,28 +135,15 @@ MOTET_INLINE void standardise_rows(const Rows& r, Wide eps, Out* out, Wide* mean
 
 template <typename In, typename Wide, typename Out>
 struct Body {
-#define MOTET_ROWS(name, bytes)                                                                    \
-    static void name(const Rows& r, Wide eps, Out* out, Wide* mean, Wide* rstd, std::size_t begin, \
-                     std::size_t end) {                                                            \
-        standardise_rows<bytes, In, Wide, Out>(r, eps, out, mean, rstd, begin, end);               \
+    template <std::size_t Bytes>
+    static MOTET_INLINE void run(const Rows& r, Wide eps, Out* out, Wide* mean, Wide* rstd,
+                                 std::size_t begin, std::size_t end) {
+        standardise_rows<Bytes, In, Wide, Out>(r, eps, out, mean, rstd, begin, end);
     }
-#if MOTET_X86
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))) MOTET_ROWS(v4, 64)
-        __attribute__((target("avx2,fma"))) MOTET_ROWS(v3, 32)
-#endif
-            MOTET_ROWS(baseline, 16)
-#undef MOTET_ROWS
 
-                static void run(const Rows& r, double eps, void* out, void* mean, void* rstd,
-                                int threads) {
-        auto chosen = &baseline;
-#if MOTET_X86
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            chosen = &v4;
-        else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-            chosen = &v3;
-#endif
+    static void all(const Rows& r, double eps, void* out, void* mean, void* rstd, int threads) {
+        const auto chosen = Compiled<Body, const Rows&, Wide, Out*, Wide*, Wide*, std::size_t,
+                                     std::size_t>::chosen();
         // Below torch's own grain, starting a thread takes longer than the work.
         const auto numbers = r.rows * (r.dim + r.width);
         const auto useful = static_cast<int>(std::min<std::size_t>(numbers / 32768 + 1, 1024));
@@ -194,13 +160,13 @@ void standardise(const Rows& rows, double eps, void* out, Kind out_kind, void* m
                  int threads) {
     const auto run = [&]<typename In>(In) {
         if (out_kind == Kind::bfloat16)
-            Body<In, float, bfloat16>::run(rows, eps, out, mean, rstd, threads);
+            Body<In, float, bfloat16>::all(rows, eps, out, mean, rstd, threads);
         else
-            Body<In, float, float>::run(rows, eps, out, mean, rstd, threads);
+            Body<In, float, float>::all(rows, eps, out, mean, rstd, threads);
     };
     switch (rows.kind) {
         case Kind::float64:
-            return Body<double, double, double>::run(rows, eps, out, mean, rstd, threads);
+            return Body<double, double, double>::all(rows, eps, out, mean, rstd, threads);
         case Kind::bfloat16:
             return run(bfloat16{});
         case Kind::float16:

@@ -16,7 +16,7 @@ enum class Phase { principal, circular };
 // Zero where any input is zero. `weights` sum to 1, one per input; `out` may be an input.
 template <typename T>
 void harmonic_merge(std::span<const std::complex<T>* const> inputs, std::span<const double> weights,
-                    Phase phase, std::size_t size, std::complex<T>* out);
+                    Phase phase, std::size_t size, std::complex<T>* out, int threads);
 
 // Spherical interpolation of whole vectors: the weighted Karcher mean of the unit vectors,
 // written as sum_j c_j u_j, applied to the vectors themselves as sum_j c_j v_j. For two inputs
@@ -24,6 +24,6 @@ void harmonic_merge(std::span<const std::complex<T>* const> inputs, std::span<co
 // far that no mean stands out are interpolated linearly. `out` may be an input.
 template <typename T>
 void slerp(std::span<const T* const> inputs, std::span<const double> weights, std::size_t size,
-           T* out);
+           T* out, int threads);
 
 }  // namespace motet

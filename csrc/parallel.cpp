@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -17,10 +18,15 @@ struct Job {
     const std::function<void(std::size_t, std::size_t)>& work;
     std::size_t size, parts;
     std::atomic<std::size_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure{};  // the first; none may leave a thread
 
-    void run() {
-        for (std::size_t part; (part = next.fetch_add(1)) < parts;)
-            work(size * part / parts, size * (part + 1) / parts);
+    void run() noexcept {
+        for (std::size_t part; (part = next.fetch_add(1)) < parts;) try {
+                work(size * part / parts, size * (part + 1) / parts);
+            } catch (...) {
+                if (!failed.exchange(true)) failure = std::current_exception();
+            }
     }
 };
 
@@ -52,6 +58,7 @@ void parallel_for(std::size_t size, int threads,
     if (const Team team = openmp_team()) {
         team([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(parts),
              0);
+        if (job.failed) std::rethrow_exception(job.failure);
         return;
     }
     std::vector<std::thread> others;
@@ -62,6 +69,7 @@ void parallel_for(std::size_t size, int threads,
     }
     job.run();
     for (auto& thread : others) thread.join();
+    if (job.failed) std::rethrow_exception(job.failure);
 }
 
 }  // namespace motet

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
@@ -24,6 +24,25 @@ def check_backend(backend: str) -> None:
 def rows_apart(x: Tensor) -> Tensor:
     """Return x, copied if the numbers of a row are not neighbours, as the Triton kernels want."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense_order(x: Tensor) -> list[int] | None:
+    """Return the order of axes in which x is contiguous, None if there is none."""
+    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+    return order if x.permute(order).is_contiguous() else None
+
+
+def original_order(x: Tensor, order: list[int]) -> Tensor:
+    """Return the tensor of which x is permute(order)."""
+    return x.permute(sorted(range(x.ndim), key=order.__getitem__))
+
+
+def refuse_overlap(name: str, tensors: Sequence[Tensor], out: Tensor) -> None:
+    """Raise unless each contiguous tensor lies apart from `out`, or is the very same."""
+    start, size = out.data_ptr(), out.numel() * out.itemsize
+    for i, x in enumerate(tensors):
+        if 0 < abs(x.data_ptr() - start) < size:
+            raise ValueError(f"out: expected memory apart from {name}[{i}], or {name}[{i}] itself")
 
 
 def triton_kernels(

@@ -34,19 +34,28 @@ def same_tensors(
     tensors = list(tensors)
     if not tensors:
         raise ValueError(f"{name}: expected at least one tensor, got none")
-    each = each or tuple(f"{name}[{i}]" for i in range(len(tensors)))
-    for own, tensor in zip(each, tensors, strict=True):
+    first = tensors[0]
+    for i, tensor in enumerate(tensors):
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.dtype in dtypes
+            and tensor.shape == first.shape
+            and tensor.dtype == first.dtype
+            and tensor.device == first.device
+        ):
+            continue
+        own, other = (each[j] if each else f"{name}[{j}]" for j in (i, 0))
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{own}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in dtypes:
             expected = " or ".join(str(dtype) for dtype in dtypes)
             raise ValueError(f"{own}: expected {expected}, got {tensor.dtype}")
         for what in ("shape", "dtype", "device"):
-            got, expected = getattr(tensor, what), getattr(tensors[0], what)
+            got, expected = getattr(tensor, what), getattr(first, what)
             if got != expected:
                 if what == "shape":
                     got, expected = tuple(got), tuple(expected)
-                raise ValueError(f"{own}: expected the {what} of {each[0]}, {expected}, got {got}")
+                raise ValueError(f"{own}: expected the {what} of {other}, {expected}, got {got}")
     return tensors
 
 

@@ -4,6 +4,9 @@ import warnings
 from functools import cache
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 CURE = "install a C++20 compiler, then `pip install --force-reinstall --no-deps .` in the checkout"
 
 try:
@@ -19,6 +22,35 @@ def native() -> ModuleType | None:
     if _module is None:
         _say_once()
     return _module
+
+
+def direct(*tensors: Tensor) -> ModuleType | None:
+    """Return the C++ module where a call of it is all that a torch.library operator would do.
+
+    That is for contiguous CPU tensors of torch's own class, with no gradient to record and nobody
+    watching: no torch.compile, tracing, function transform or dispatch mode. The dispatcher takes
+    15 µs through Python, as long as merging 15,000 numbers.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or torch._C._get_tracing_state() is not None
+    ):
+        return None
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if (
+            type(x) is not Tensor
+            or not x.is_cpu
+            or (grad and x.requires_grad)
+            or not x.is_contiguous()
+            or x.is_conj()
+            or x.is_neg()
+        ):
+            return None
+    return native()
 
 
 def status() -> str:

@@ -2,16 +2,26 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from .backends import (
+    Backend,
+    check_backend,
+    dense_order,
+    original_order,
+    refuse_overlap,
+    triton_kernels,
+)
 from .checks import normalised_weights, refuse_forward_mode, same_tensors
-from .native import native
+from .native import direct, native
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
-_LIBRARY.define("slerp(Tensor[] vectors, float[] weights) -> Tensor")
+_LIBRARY.define("slerp(Tensor[] vectors, float[] weights, str backend) -> Tensor")
+_LIBRARY.define("slerp_out(Tensor[] vectors, float[] weights, Tensor(a!) out, str backend) -> ()")
 _LIBRARY.define("slerp_backward(Tensor grad, Tensor[] vectors, float[] weights) -> Tensor[]")
 
 # Closer than this to opposite, the great circle between two vectors is undefined in practice.
@@ -20,7 +30,13 @@ _OPPOSITE = 1e-7
 _FLAT = 1e-3
 
 
-def slerp(vectors: Sequence[Tensor], weights: Sequence[float] | float | None = None) -> Tensor:
+def slerp(
+    vectors: Sequence[Tensor],
+    weights: Sequence[float] | float | None = None,
+    out: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
     r"""Interpolate real tensors on the sphere, each tensor taken as one flat vector.
 
     .. math:: \frac{\sin((1-t)\Theta)}{\sin\Theta} a + \frac{\sin(t\Theta)}{\sin\Theta} b
@@ -32,17 +48,24 @@ def slerp(vectors: Sequence[Tensor], weights: Sequence[float] | float | None = N
     Differentiable in `vectors`, once, in reverse mode.
 
     Args:
-        vectors: one or more float32 or float64 tensors of one shape, dtype and device.
+        vectors: one or more float32 or float64 tensors of one shape, dtype and device; there is no
+            broadcasting. Any strides: read as they lie where all are contiguous, or dense in one
+            order of axes (all transposed, say); else those that differ are copied.
         weights: one non-negative number per tensor, normalised to sum to 1; None means equal. For
             two tensors also t in [0, 1], the weight of the second: 0 returns the first, 1 the
             second.
+        out: where to write the result, without gaps; may be one of `vectors`. Not differentiable.
+        backend: "auto" is C++ on the CPU, Triton for up to eight float32 vectors on CUDA, else
+            torch; "triton"; or "eager", which is torch, as is "compile".
 
     Returns:
-        A tensor of the same shape and dtype.
+        A tensor of the same shape and dtype, its axes in memory in the order of the first of
+        `vectors` where that has no gaps; `out` if given.
 
     Raises:
-        ValueError: tensors that differ in shape, dtype or device, weights that do not fit, or a t
-            outside [0, 1].
+        ValueError: tensors that differ in shape, dtype or device, weights that do not fit, a t
+            outside [0, 1], a `backend` that cannot be had, or an `out` that does not match, that
+            has gaps, or that shares memory with a part of a vector.
         TypeError: something that is not a tensor.
 
     Example:
@@ -50,11 +73,32 @@ def slerp(vectors: Sequence[Tensor], weights: Sequence[float] | float | None = N
         tensor([0.7071, 0.7071])
     """
     vectors = same_tensors(vectors, "vectors", (torch.float32, torch.float64))
+    check_backend(backend)
     refuse_forward_mode("slerp")
     shares = _shares(weights, len(vectors))
-    if vectors[0].device.type == "mps":  # which has no float64, in which angles are taken
-        return torch.ops.motet.slerp([v.cpu() for v in vectors], shares).to(vectors[0].device)
-    return torch.ops.motet.slerp(vectors, shares)
+    first = vectors[0] if out is None else out
+    if out is not None:
+        same_tensors([vectors[0], out], "out", (vectors[0].dtype,), each=("vectors[0]", "out"))
+        if out.is_neg() or not (out.is_contiguous() or dense_order(out)):
+            raise ValueError("out: expected a tensor without gaps, not lazily negated")
+        if torch.is_grad_enabled() and (out.requires_grad or any(v.requires_grad for v in vectors)):
+            raise ValueError("out: expected no argument that requires grad; leave it out to train")
+    module = direct(*vectors, first) if backend == "auto" else None
+    if module is not None:
+        result = torch.empty_like(first) if out is None else out
+        _run(module, vectors, shares, result)
+        return result
+    if first.device.type == "mps":  # which has no float64, in which angles are taken
+        result = torch.ops.motet.slerp([v.cpu() for v in vectors], shares, backend).to(first.device)
+        return result if out is None else out.copy_(result)
+    order = None if all(v.is_contiguous() for v in [*vectors, first]) else dense_order(first)
+    if order is not None:
+        vectors, first = [v.permute(order) for v in vectors], first.permute(order)
+    if out is None:
+        result = torch.ops.motet.slerp(vectors, shares, backend)
+        return result if order is None else original_order(result, order)
+    torch.ops.motet.slerp_out(vectors, shares, first, backend)
+    return out
 
 
 def slerp_reference(
@@ -132,29 +176,51 @@ def _cosines(vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     scale = flat.abs().amax(1) if flat.shape[1] else flat.new_zeros(len(flat))
     scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
     flat = flat / scale[:, None]
-    gram = flat @ flat.T
+    cosines, norms = _cosines_of(flat @ flat.T)
+    return cosines.cpu(), (norms * scale).cpu()
+
+
+def _cosines_of(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and norms of the products [n, n] between vectors."""
     norms = gram.diagonal().sqrt()
     product = norms[:, None] * norms
     cosines = torch.where(product > 0, gram / product, 0.0)
     cosines.diagonal().copy_(torch.where(norms > 0, norms / norms, 0.0))
-    return cosines.cpu(), (norms * scale).cpu()
+    return cosines, norms
 
 
-def _fallback(vectors: list[Tensor], weights: list[float]) -> Tensor:
-    return slerp_reference(vectors, weights).contiguous()
-
-
-def _cpu(vectors: list[Tensor], weights: list[float]) -> Tensor:
-    module = native()
-    if module is None:
-        return _fallback(vectors, weights)
-    out = torch.empty(vectors[0].shape, dtype=vectors[0].dtype)
-    buffers = [v.detach().resolve_neg().contiguous().numpy() for v in vectors]
-    module.slerp(buffers, weights, out.numpy())
+def _forward(vectors: list[Tensor], weights: list[float], backend: str) -> Tensor:
+    out = torch.empty(vectors[0].shape, dtype=vectors[0].dtype, device=vectors[0].device)
+    _forward_out(vectors, weights, out, backend)
     return out
 
 
-def _fake(vectors: list[Tensor], weights: list[float]) -> Tensor:
+def _forward_out(vectors: list[Tensor], weights: list[float], out: Tensor, backend: str) -> None:
+    vectors = [v.detach().resolve_neg().contiguous() for v in vectors]
+    if backend == "auto" and out.device.type == "cpu":
+        module = native()
+        if module is not None:
+            return _run(module, vectors, weights, out.detach())
+    wrong = "" if out.dtype == torch.float32 else f"takes float32, got {out.dtype}"
+    if len(vectors) > 8:
+        wrong = f"takes up to 8 vectors, got {len(vectors)}"
+    fast = triton_kernels("slerp", backend, out, why_not=wrong)
+    if fast is None:
+        out.copy_(slerp_reference(vectors, weights))
+    else:
+        refuse_overlap("vectors", vectors, out)
+        cosines, _ = _cosines_of(fast.products(vectors).cpu())
+        fast.combine(vectors, slerp_coefficients(cosines, weights), out.detach())
+
+
+def _run(module: ModuleType, vectors: list[Tensor], weights: list[float], out: Tensor) -> None:
+    """Call the C++ on contiguous tensors. It writes past torch, which is told so."""
+    buffers = [(v.detach() if v.requires_grad else v).numpy() for v in vectors]
+    module.slerp(buffers, weights, out.numpy(), torch.get_num_threads())
+    torch.autograd.graph.increment_version(out)
+
+
+def _fake(vectors: list[Tensor], weights: list[float], backend: str) -> Tensor:
     return torch.empty(vectors[0].shape, dtype=vectors[0].dtype, device=vectors[0].device)
 
 
@@ -194,18 +260,21 @@ def _twice(ctx, grads):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    vectors, ctx.weights = inputs
+    vectors, ctx.weights, _ = inputs
     ctx.save_for_backward(*vectors)
 
 
 def _backward(ctx, grad: Tensor):
-    return torch.ops.motet.slerp_backward(grad, list(ctx.saved_tensors), ctx.weights), None
+    return torch.ops.motet.slerp_backward(grad, list(ctx.saved_tensors), ctx.weights), None, None
 
 
-_LIBRARY.impl("slerp", _fallback, "CompositeExplicitAutograd")
-_LIBRARY.impl("slerp", _cpu, "CPU")
+_LIBRARY.impl("slerp", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("slerp_out", _forward_out, "CompositeExplicitAutograd")
 _LIBRARY.impl("slerp_backward", _backward_op, "CompositeExplicitAutograd")
 torch.library.register_fake("motet::slerp", _fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "motet::slerp_out", lambda vectors, weights, out, backend: None, lib=_LIBRARY
+)
 torch.library.register_fake(
     "motet::slerp_backward",
     lambda grad, vectors, weights: [

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from motet.kernels import native
 from motet.kernels.harmonic_merge import harmonic_merge_reference
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 harmonic_merge = motet.kernels.harmonic_merge
 DTYPES = [torch.complex64, torch.complex128]
@@ -80,6 +82,91 @@ def test_native_is_as_good_as_torch(dtype, phase: str, count: int, scale: float)
         lambda *z: harmonic_merge_reference(z, weights, phase) * rescaled,
         *latents,
     )
+
+
+def anywhere(size: int, dtype: torch.dtype) -> Tensor:
+    """Return numbers over the whole range of a dtype, some of them of similar size, some zero."""
+    real = torch.empty((), dtype=dtype).real.dtype
+    lowest, highest = (-149, 128) if real == torch.float32 else (-1074, 1024)
+    shape = (2, size)
+    exponent = lowest + (highest - lowest) * torch.rand(shape, dtype=torch.float64)
+    exponent = torch.where(torch.rand(shape) < 0.5, 6 * torch.rand(shape) - 3, exponent)
+    # In two factors, since powers of two below the smallest normal number come out as zero.
+    half = (exponent / 2).to(torch.float64)
+    values = (half.exp2() * (exponent - half).exp2()).clamp(max=torch.finfo(real).max)
+    values = values * (1 - 2 * torch.randint(2, shape))
+    values = torch.where(torch.rand(shape) < 0.05, 0 * values, values).to(real)
+    return torch.complex(*values)
+
+
+def gold(latents: list[Tensor], weights: list[float], phase: str) -> np.ndarray:
+    """Eq. 4 in the longest floating point that there is, which does not overflow on the way."""
+    z = [x.numpy().astype(np.clongdouble) for x in latents]
+    size = [np.hypot(x.real, x.imag) for x in z]
+    low = np.minimum.reduce(size)
+    with np.errstate(all="ignore"):
+        mean = low / sum(w * (low / m) for w, m in zip(weights, size, strict=True))
+        pairs = list(zip(weights, z, size, strict=True))
+        if phase == "principal":
+            angle = sum(w * np.arctan2(x.imag, x.real) for w, x, _ in pairs)
+        else:
+            angle = np.arctan2(sum(w * x.imag / m for w, x, m in pairs),
+                               sum(w * x.real / m for w, x, m in pairs))  # fmt: skip
+    angle, mean = np.where(low == 0, 0, angle), np.where(low == 0, 0, mean)
+    return mean * np.cos(angle) + 1j * (mean * np.sin(angle))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.3, 0.7], [0.2, 0.3, 0.5]])
+def test_over_the_whole_range(weights: list[float], phase: str) -> None:
+    """No intermediate over- or underflow, and accurate to the last digits."""
+    for dtype, bound, smallest in (
+        (torch.complex64, 3e-7, 1.5e-45), (torch.complex128, 3e-15, 1e-323)
+    ):  # fmt: skip
+        latents = [anywhere(20_001, dtype) for _ in weights]
+        # Opposite, conjugate and mirrored phases: sums at 0 and at the branch cuts.
+        a, b = latents[:2]
+        b[:300], b[300:600], b[600:900] = -a[:300], a[300:600].conj(), -a[600:900].conj()
+        expected = gold(latents, weights, phase)
+        got = harmonic_merge(latents, weights, phase)
+        error = np.abs(got.numpy().astype(np.clongdouble) - expected)
+        if phase == "circular":  # phasors that cancel have a phase that rounding decides
+            units = [z.numpy().astype(np.clongdouble) for z in latents]
+            with np.errstate(all="ignore"):
+                units = [z / np.abs(z) for z in units]
+            resultant = np.abs(sum(w * u for w, u in zip(weights, units, strict=True)))
+            error, expected = (x[~(resultant < 0.1)] for x in (error, expected))
+        assert (error <= bound * np.abs(expected) + smallest).all()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_is_not_finite_stays_where_it_is(phase: str) -> None:
+    """Vectors of numbers with an infinite one or NaN among them, in the last ones too."""
+    for size in (1, 7, 16, 61):
+        latents = [torch.randn(size, dtype=torch.complex64) for _ in range(3)]
+        clean = harmonic_merge(latents, phase=phase)
+        spoilt = [z.clone() for z in latents]
+        spoilt[0][::5] = complex("inf")
+        spoilt[1][1::7] = complex("nan")
+        spoilt[2][2::9] = 0
+        for count in (2, 3):
+            expected = harmonic_merge_reference(spoilt[:count], phase=phase)
+            got = harmonic_merge(spoilt[:count], phase=phase)
+            assert torch.allclose(got, expected, equal_nan=True, rtol=1e-4)
+        untouched = torch.ones(size, dtype=torch.bool)
+        untouched[::5] = untouched[1::7] = untouched[2::9] = False
+        assert torch.equal(got[untouched], clean[untouched])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_threads_change_no_bit(count: int) -> None:
+    latents = [torch.randn(70_001, dtype=torch.complex64) for _ in range(count)]
+    expected = harmonic_merge(latents)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(harmonic_merge(latents), expected)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_double_range() -> None:
@@ -168,14 +255,32 @@ def test_gradients_stay_finite_at_the_edges() -> None:
 def test_registration(phase: str) -> None:
     latents = [torch.randn(4, 3, dtype=torch.complex64, requires_grad=True) for _ in range(3)]
     weights = [0.2, 0.5, 0.3]
-    opcheck(torch.ops.motet.harmonic_merge, (latents, weights, phase))
+    opcheck(torch.ops.motet.harmonic_merge, (latents, weights, phase, "auto"))
     detached = [z.detach() for z in latents]
     out = torch.empty_like(detached[0])
-    opcheck(torch.ops.motet.harmonic_merge_out, (detached, weights, phase, out))
+    opcheck(torch.ops.motet.harmonic_merge_out, (detached, weights, phase, out, "auto"))
     compiled = torch.compile(
         lambda a, b: harmonic_merge([a, b]) * 2, fullgraph=True, backend="eager"
     )
     assert torch.equal(compiled(*latents[:2]), harmonic_merge(latents[:2]) * 2)
+
+
+def test_whoever_watches_sees_the_operators() -> None:
+    """Plain calls on the CPU go round the dispatcher; only where nobody would notice."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    z = torch.randn(3, dtype=torch.complex64)
+    with Watch():
+        harmonic_merge([z, z])
+        motet.kernels.slerp([z.real, z.imag])
+    assert {"motet::harmonic_merge", "motet::slerp"} <= set(seen)
+    traced = make_fx(lambda a, b: harmonic_merge([a, b]))(z, 2 * z)
+    assert torch.equal(traced(z, 1j * z), harmonic_merge([z, 1j * z]))
 
 
 def test_layouts() -> None:
@@ -184,6 +289,22 @@ def test_layouts() -> None:
     for view in views:
         expected = harmonic_merge_reference([view, view * 2j], [0.5, 0.5])
         assert torch.allclose(harmonic_merge([view, view * 2j]), expected, rtol=1e-13)
+
+
+def test_dense_layouts_are_kept() -> None:
+    """Without copies where all agree, as torch's own element-wise operators have it."""
+    a, b = (torch.randn(4, 3, 5, dtype=torch.complex64).permute(2, 0, 1) for _ in range(2))
+    merged = harmonic_merge([a, b])
+    assert merged.stride() == a.stride()
+    assert torch.equal(merged, harmonic_merge([a.contiguous(), b.contiguous()]))
+    mixed = harmonic_merge([a, b.contiguous()])
+    assert mixed.stride() == a.stride()
+    assert torch.equal(mixed, merged)
+    out = torch.empty_like(a)
+    assert harmonic_merge([a, b], out=out) is out
+    assert torch.equal(out, merged)
+    gaps = torch.randn(4, 6, dtype=torch.complex64)[:, ::2]
+    assert harmonic_merge([gaps, gaps]).is_contiguous()
 
 
 def test_every_element_is_written() -> None:
@@ -209,10 +330,26 @@ def test_out() -> None:
     assert torch.equal(first, expected)
     with pytest.raises(ValueError, match="requires grad"):
         harmonic_merge([a.requires_grad_(), b], out=out)
-    with pytest.raises(ValueError, match="contiguous"):
-        harmonic_merge([b, b], out=torch.empty(3, 4, dtype=torch.complex64).t())
+    turned = torch.empty(3, 4, dtype=torch.complex64).t()
+    assert torch.equal(harmonic_merge([b, first], out=turned), harmonic_merge([b, first]))
+    for wrong in (torch.empty(4, 6, dtype=torch.complex64)[:, ::2], b[:1].expand(4, 3), out.conj()):
+        with pytest.raises(ValueError, match="out: expected a tensor without gaps"):
+            harmonic_merge([b, b], out=wrong)
     with pytest.raises(ValueError, match="expected the shape of"):
         harmonic_merge([b, b], out=torch.empty(3, dtype=torch.complex64))
+    row = torch.randn(9, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="apart from out"):
+        harmonic_merge([row[:8], row[:8]], out=row[1:])
+
+
+def test_writing_is_seen_by_autograd() -> None:
+    """What a gradient needs must not be overwritten unnoticed."""
+    a, b = (torch.randn(5, dtype=torch.complex64) for _ in range(2))
+    x = torch.randn(5, dtype=torch.complex64, requires_grad=True)
+    loss = (x * a).real.sum()
+    harmonic_merge([a, b], out=a)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_bad_arguments() -> None:
@@ -234,6 +371,10 @@ def test_bad_arguments() -> None:
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             harmonic_merge(*arguments)
+    with pytest.raises(ValueError, match="backend: expected 'auto', 'triton'"):
+        harmonic_merge([a, a], backend="gpu")
+    with pytest.raises(ValueError, match="backend: 'triton' needs CUDA tensors, got cpu"):
+        harmonic_merge([a, a], backend="triton")
 
 
 def test_bindings_refuse_what_does_not_fit() -> None:

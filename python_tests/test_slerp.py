@@ -141,8 +141,10 @@ def test_derivatives_that_are_not_there_say_so() -> None:
 def test_registration() -> None:
     vectors = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
     weights = [0.2, 0.5, 0.3]
-    opcheck(torch.ops.motet.slerp, (vectors, weights))
+    opcheck(torch.ops.motet.slerp, (vectors, weights, "auto"))
     detached = [v.detach() for v in vectors]
+    out = torch.empty_like(detached[0])
+    opcheck(torch.ops.motet.slerp_out, (detached, weights, out, "auto"))
     opcheck(torch.ops.motet.slerp_backward, (detached[0], detached, weights))
     compiled = torch.compile(lambda a, b: slerp([a, b]) * 2, fullgraph=True, backend="aot_eager")
     out = compiled(*vectors[:2])
@@ -156,6 +158,61 @@ def test_layouts() -> None:
     for view in (whole.t(), whole[::2, ::2], whole[:1].expand(6, 8)):
         other = torch.randn_like(view)
         assert torch.allclose(slerp([view, other]), slerp_reference([view, other], [0.5, 0.5]))
+
+
+def test_dense_layouts_are_kept() -> None:
+    a, b = (torch.randn(4, 3, 5).permute(2, 0, 1) for _ in range(2))
+    got = slerp([a, b])
+    assert got.stride() == a.stride()
+    torch.testing.assert_close(got, slerp([a.contiguous(), b.contiguous()]))
+    assert slerp([a, b.contiguous()]).stride() == a.stride()
+
+
+def test_out() -> None:
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    expected = slerp([a, b], 0.3)
+    out = torch.full_like(a, float("nan"))
+    assert slerp([a, b], 0.3, out=out) is out
+    assert torch.equal(out, expected)
+    turned = torch.empty(3, 4).t()
+    torch.testing.assert_close(slerp([a, b], 0.3, out=turned), expected)
+    first = a.clone()
+    slerp([first, b], 0.3, out=first)
+    assert torch.equal(first, expected)
+    with pytest.raises(ValueError, match="out: expected a tensor without gaps"):
+        slerp([a, b], out=torch.empty(4, 6)[:, ::2])
+    with pytest.raises(ValueError, match="out: expected torch.float32"):
+        slerp([a, b], out=out.double())
+    row = torch.randn(9)
+    with pytest.raises(ValueError, match="apart from out"):
+        slerp([row[:8], row[:8]], out=row[1:])
+    with pytest.raises(ValueError, match="out: expected no argument that requires grad"):
+        slerp([a.requires_grad_(), b], out=out)
+
+
+def test_threads_change_no_bit() -> None:
+    """Sums are taken in chunks of a fixed size, whoever takes them."""
+    vectors = [torch.randn(300_001) for _ in range(3)]
+    expected = slerp(vectors)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(slerp(vectors), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("count", [2, 5, 9])
+@pytest.mark.parametrize("scale", [1.0, 1e-300, 1e300, 5e-324])
+def test_double_range(count: int, scale: float) -> None:
+    """Squares that leave the range of doubles do not change directions."""
+    vectors = [torch.randn(1000, dtype=torch.float64) for _ in range(count)]
+    if scale == 5e-324:
+        vectors = [(v * 100).round() for v in vectors]
+    expected = slerp(vectors)
+    got = slerp([v * scale for v in vectors])
+    # Each product is rounded to a multiple of 5e-324.
+    floor = 0.5 * (count + 1) if scale == 5e-324 else 1e-12
+    torch.testing.assert_close(got / scale, expected, rtol=1e-12, atol=floor)
 
 
 def test_bad_arguments() -> None:
@@ -179,6 +236,8 @@ def test_bindings_refuse_what_does_not_fit() -> None:
     if module is None:
         pytest.skip("motet.kernels._C is not built")
     a = np.ones(8, np.float32)
+    with pytest.raises(ValueError, match="apart"):
+        module.slerp([a[:4]], [1.0], a[2:6])
     with pytest.raises(ValueError, match="shape"):
         module.slerp([a[:7]], [1.0], a)
     with pytest.raises(ValueError, match="float32 or float64"):

@@ -11,15 +11,23 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 pytest.importorskip("triton", reason="triton is not installed; it comes with motet on Linux")
 
 import motet
-from motet.kernels import absorbed_attention, attention_weights, context_kv, latent_attention
+from motet.kernels import (
+    absorbed_attention,
+    attention_weights,
+    context_kv,
+    harmonic_merge,
+    latent_attention,
+    slerp,
+)
 from motet.kernels.absorbed_attention import absorbed_attention_reference, absorbed_weights
 from motet.kernels.context_kv import context_kv_reference
+from motet.kernels.harmonic_merge import harmonic_merge_reference
 from motet.kernels.latent_attention import latent_attention_reference
 
 from .conftest import Function, assert_as_good_as, with_gradients
 
 OFFSETS = torch.tensor([0, 40, 40, 41, 130])
-ON = {"backend": "triton"}
+ON, EAGER = {"backend": "triton"}, {"backend": "eager"}
 
 
 def check(fast: Function, reference: Function, *inputs: Tensor) -> None:
@@ -244,3 +252,84 @@ def test_healnet(strategy: str, share: bool) -> None:
         partial(gradients, strategy="reference"),
         *inputs,
     )
+
+
+@pytest.mark.parametrize("phase", ["principal", "circular"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_harmonic_merge(count: int, phase: str) -> None:
+    weights = [0.2, 0.5, 0.3][:count]
+    latents = [torch.randn(7, 150, dtype=torch.complex64) for _ in range(count)]
+
+    def parts(merge: Callable[..., Tensor], **options: str) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            found = [torch.view_as_complex(x) for x in inputs]
+            return torch.view_as_real(merge(found, weights, phase, **options))
+
+        return run
+
+    check(
+        parts(harmonic_merge, **ON), parts(harmonic_merge_reference),
+        *map(torch.view_as_real, latents),
+    )  # fmt: skip
+    out = latents[1].clone()
+    harmonic_merge([latents[0], out, *latents[2:]], weights, phase, out=out, **ON)
+    assert torch.equal(out, harmonic_merge(latents, weights, phase, **ON))
+    assert harmonic_merge([z[:0] for z in latents], phase=phase, **ON).shape == (0, 150)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's numpy
+def test_harmonic_merge_over_the_whole_range() -> None:
+    """Zeros of both signs, infinities, NaN and what over- or underflows when squared."""
+    edges = torch.tensor(
+        [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-38, 1e-30, 3e38, -3e38, torch.inf, -torch.inf, torch.nan]
+    )
+    values = torch.complex(*torch.cartesian_prod(edges, edges).t())
+    a, b = torch.cartesian_prod(values, values).t().contiguous()
+    finite = a.isfinite() & b.isfinite()
+    for phase in ("principal", "circular"):
+        for weights in ([0.5, 0.5], [0.3, 0.7]):
+            wide = [z.to(torch.complex128) for z in (a, b)]
+            gold = harmonic_merge_reference(wide, weights, phase)
+            own = harmonic_merge([a, b], weights, phase, **ON).to(torch.complex128)
+            unsure = torch.zeros_like(finite)
+            if phase == "circular":  # phasors that cancel have a phase that rounding decides
+                sum_ = sum(w * z / z.abs() for w, z in zip(weights, wide, strict=True))
+                unsure = sum_.abs() < 0.1
+            fits = gold.abs() < torch.finfo(torch.float32).max
+            sure = finite & fits & ~unsure
+            error, size = (own - gold)[sure].abs(), gold[sure].abs()
+            assert (error <= 2e-6 * size + 3e-45).all()
+            # Else what torch's own elementary functions give in the same precision.
+            literal = harmonic_merge_reference([a, b], weights, phase)
+            nan = a.isnan() | b.isnan()
+            edge = ~finite & ~nan & literal.isfinite()
+            close = torch.isclose(own[edge], literal[edge].to(own.dtype), rtol=1e-5, atol=1e-44)
+            assert close.all()
+            assert own[nan].isnan().all()
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("size", [5, 9001])
+def test_slerp(count: int, size: int) -> None:
+    weights = [1 / count] * count
+    vectors = [torch.randn(size) for _ in range(count)]
+    check(lambda *v: slerp(v, weights, **ON), lambda *v: slerp(v, weights, **EAGER), *vectors)
+    out = vectors[1].clone()
+    slerp([vectors[0], out, *vectors[2:]], weights, out=out, **ON)
+    assert torch.equal(out, slerp(vectors, weights, **ON))
+    assert slerp([v[:0] for v in vectors], **ON).shape == (0,)
+
+
+def test_merges_that_triton_does_not_take() -> None:
+    z, v = torch.randn(4, dtype=torch.complex64), torch.randn(4)
+    with pytest.raises(ValueError, match="'triton' takes complex64, got torch.complex128"):
+        harmonic_merge([z.to(torch.complex128)] * 2, **ON)
+    with pytest.raises(ValueError, match="'triton' takes up to 8 tensors, got 9"):
+        harmonic_merge([z] * 9, **ON)
+    with pytest.raises(ValueError, match="'triton' takes float32, got torch.float64"):
+        slerp([v.double()] * 2, **ON)
+    with pytest.raises(ValueError, match="'triton' takes up to 8 vectors, got 9"):
+        slerp([v] * 9, **ON)
+    overlapping = torch.randn(9)
+    with pytest.raises(ValueError, match="out: expected memory apart"):
+        slerp([overlapping[:8]] * 2, out=overlapping[1:], **ON)

@@ -1,0 +1,253 @@
+"""The C++ module given anything: it computes, or refuses, and touches nothing but its results.
+
+A few seconds in `make test`, long in `make soak`; `make sanitize` has the module built so that what
+reads or writes where it should not is seen even if it changes nothing.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from motet.kernels import native
+
+from .conftest import ROOT
+
+_C = native.native()
+if _C is None:
+    pytest.skip("motet.kernels._C is not built", allow_module_level=True)
+
+REFUSALS = (ValueError, TypeError, BufferError, OverflowError)
+# Most combinations are refused at once; a call takes a millisecond.
+fuzzed = settings(max_examples=6 * settings().max_examples)
+GUARD = 64  # bytes on both sides of every array
+KINDS = ["c8", "c16", "f4", "f8", ">c8", ">f4", "f2", "i4", "i2", "?", "S4", "c8,f4"]
+LAYOUTS = ["plain", "plain", "plain", "sliced", "reversed", "turned", "repeated", "unaligned"]
+STRANGE: list[Any] = [None, 3, "text", b"bytes", bytearray(8), memoryview(b"1234"), [1.0], object()]
+
+
+class Carved:
+    """An array in the middle of memory of its own, and what that memory held at first."""
+
+    def __init__(self, seed: int, kind: str, shape: tuple[int, ...], layout: str) -> None:
+        dtype = np.dtype(kind)
+        generator = np.random.default_rng(seed)
+        wide = (2, *shape) if layout in ("sliced", "reversed") else shape
+        count = int(np.prod(wide, dtype=int)) * dtype.itemsize
+        self.memory = generator.integers(0, 256, count + 2 * GUARD + 1, np.uint8)
+        start = GUARD + (layout == "unaligned")
+        # Numbers of ordinary size for most kinds that are taken; any bits for the others.
+        inner = self.memory[start : start + count]
+        if dtype.kind in "fc" and dtype.isnative and seed % 4:
+            numbers = generator.standard_normal(count // dtype.itemsize * (1 + (dtype.kind == "c")))
+            real = np.dtype(f"f{dtype.itemsize // (1 + (dtype.kind == 'c'))}")
+            inner[:] = np.frombuffer(numbers.astype(real).tobytes(), np.uint8)
+        array = inner.view(dtype).reshape(wide)
+        if layout == "sliced":
+            array = np.moveaxis(array.reshape(*shape, 2), -1, 0)[0] if shape else array[0]
+        elif layout == "reversed":
+            array = array[0][::-1] if shape else array[0]
+        elif layout == "turned":
+            array = array.T
+        elif layout == "repeated" and shape:
+            array = np.broadcast_to(array[:1], shape)
+        self.array, self.before = array, self.memory.copy()
+
+    def untouched(self) -> bool:
+        return np.array_equal(self.memory, self.before)
+
+    def changed_within(self) -> bool:
+        """Whether only the array itself changed."""
+        now, inner = self.memory.copy(), np.zeros(len(self.memory), bool)
+        start = self.array.__array_interface__["data"][0] - self.memory.ctypes.data
+        inner[start : start + self.array.nbytes] = True
+        return np.array_equal(now[~inner], self.before[~inner])
+
+
+shapes = st.one_of(
+    st.just(()), st.tuples(st.integers(0, 70)), st.tuples(st.integers(0, 9), st.integers(0, 9))
+)
+weights = st.one_of(
+    st.just(None), st.lists(st.floats(width=32), max_size=4), st.sampled_from(STRANGE)
+)
+threads = st.sampled_from([1, 1, 2, 5, 0, -3, 2**31 - 1, 2**40])
+
+
+@st.composite
+def operands(draw: st.DrawFn) -> tuple[list[Any], Any, list[Carved]]:
+    """Inputs and an output that mostly fit together, else differ in something."""
+    kind, shape = draw(st.sampled_from(KINDS)), draw(shapes)
+    kind = draw(st.sampled_from([kind, "c8", "c16", "f4", "f8"]))
+    made: list[Carved] = []
+
+    def array() -> Any:
+        own_kind = kind if draw(st.integers(0, 7)) else draw(st.sampled_from(KINDS))
+        own_shape = shape if draw(st.integers(0, 7)) else draw(shapes)
+        layout = "plain" if draw(st.integers(0, 4)) else draw(st.sampled_from(LAYOUTS))
+        made.append(Carved(draw(st.integers(0, 9999)), own_kind, own_shape, layout))
+        return made[-1].array
+
+    inputs: list[Any] = [array() for _ in range(draw(st.sampled_from([0, 1, 2, 2, 2, 3, 4, 40])))]
+    out = array()
+    choice = draw(st.integers(0, 9))
+    if choice == 0 and inputs:
+        out = inputs[-1]
+    elif choice == 1 and out.ndim == 1 and len(out) > 2:
+        inputs, out = [*inputs, out[:-1]], out[1:]
+    elif choice == 2:
+        inputs.append(draw(st.sampled_from(STRANGE)))
+    elif choice == 3:
+        out = draw(st.sampled_from(STRANGE))
+    elif choice == 4 and isinstance(out, np.ndarray):
+        out.flags.writeable = False
+    return inputs, out, made
+
+
+def outcome(call: Any, *arguments: Any) -> bool:
+    """Whether a call computed; what it raises must be a refusal."""
+    try:
+        call(*arguments)
+    except REFUSALS:
+        return False
+    return True
+
+
+def check(call: Any, inputs: list[Any], out: Any, made: list[Carved], *, alone: Any) -> None:
+    """Call, and look at all memory; where it computed, a call on copies gives the same bits."""
+    copies = [np.array(x) for x in inputs if isinstance(x, np.ndarray)]
+    computed = outcome(call, inputs, out)
+    for carved in made:
+        if computed and np.shares_memory(carved.array, out):
+            assert carved.changed_within()
+        else:
+            assert carved.untouched()
+    if computed and isinstance(out, np.ndarray):
+        assert len(copies) == len(inputs)
+        expected = np.empty_like(out)
+        alone(copies, expected)
+        assert np.array(out).tobytes() == expected.tobytes()
+
+
+@fuzzed
+@given(operands(), weights, st.sampled_from(["principal", "circular", "other"]), threads)
+def test_harmonic_merge(drawn: Any, weights: Any, phase: str, threads: int) -> None:
+    inputs, out, made = drawn
+    shares = [1 / max(1, len(inputs))] * len(inputs) if weights is None else weights
+    check(
+        lambda i, o: _C.harmonic_merge(i, shares, phase, o, threads), inputs, out, made,
+        alone=lambda i, o: _C.harmonic_merge(i, shares, phase, o, 1),
+    )  # fmt: skip
+
+
+@fuzzed
+@given(operands(), weights, threads)
+def test_slerp(drawn: Any, weights: Any, threads: int) -> None:
+    inputs, out, made = drawn
+    shares = [1 / max(1, len(inputs))] * len(inputs) if weights is None else weights
+    check(
+        lambda i, o: _C.slerp(i, shares, o, threads), inputs, out, made,
+        alone=lambda i, o: _C.slerp(i, shares, o, 1),
+    )  # fmt: skip
+
+
+@fuzzed
+@given(st.data())
+def test_standardise(data: st.DataObject) -> None:
+    kind, out_kind = (
+        data.draw(st.sampled_from(["float32", "float64", "bfloat16", "float16", "int8"]))
+        for _ in range(2)
+    )
+    size = {"float32": "f4", "float64": "f8", "bfloat16": "i2", "float16": "i2", "int8": "i1"}
+    full = "f8" if kind == "float64" else "f4"
+    rows, dim, width, period = (data.draw(st.integers(0, n)) for n in (9, 40, 5, 4))
+    made: list[Carved] = []
+
+    def array(kind: str, *shape: int) -> Any:
+        if not data.draw(st.integers(0, 15)):
+            shape = data.draw(shapes)
+        layout = "plain" if data.draw(st.integers(0, 7)) else data.draw(st.sampled_from(LAYOUTS))
+        made.append(Carved(data.draw(st.integers(0, 9999)), kind, shape, layout))
+        return made[-1].array
+
+    x, out = array(size[kind], rows, dim), array(size[out_kind], rows, dim + width)
+    positions = array(full, period, width) if width else None
+    mean, rstd = array(full, rows), array(full, rows)
+    first = data.draw(st.sampled_from([0, 1, 2**40, -1]))
+    computed = outcome(
+        _C.standardise, x, kind, positions, first, 1e-5, out, out_kind, mean, rstd,
+        data.draw(threads),
+    )  # fmt: skip
+    for carved in made:
+        results = computed and any(carved.array is result for result in (out, mean, rstd))
+        assert carved.changed_within() if results else carved.untouched()
+
+
+def test_huge_counts() -> None:
+    """Many inputs, and shapes whose product no memory holds."""
+    many = [np.full(3, j + 1j, np.complex64) for j in range(5000)]
+    out = np.empty(3, np.complex64)
+    _C.harmonic_merge(many, [1 / 5000] * 5000, "principal", out)
+    assert np.isfinite(out).all()
+    huge = np.broadcast_to(np.complex64(1), (1 << 40, 1 << 18))
+    for target in (out, huge):
+        with pytest.raises(REFUSALS):
+            _C.harmonic_merge([huge], [1.0], "principal", target)
+    with pytest.raises(REFUSALS):
+        _C.harmonic_merge(many, [], "principal", out)
+
+
+# What every width of registers gives for sizes around each of them.
+SCRIPT = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+generator, found = np.random.default_rng(0), {}
+for size in (*range(1, 40), 1023, 5000):
+    for kind, real in (("c8", "f4"), ("c16", "f8")):
+        parts = generator.standard_normal((3, 2, size)) * 2.0 ** generator.integers(-40, 40, size)
+        z, v = (parts[:, 0] + 1j * parts[:, 1]).astype(kind), parts[:, 0].astype(real)
+        for count in (2, 3):
+            for phase in ("principal", "circular"):
+                out = np.empty(size, kind)
+                module.harmonic_merge(list(z[:count]), [1 / count] * count, phase, out)
+                found[f"{phase} {kind} {count} {size}"] = out
+            out = np.empty(size, real)
+            module.slerp(list(v[:count]), [1 / count] * count, out)
+            found[f"slerp {kind} {count} {size}"] = out
+    x, mean, rstd = v.astype("f4"), np.empty(3, "f4"), np.empty(3, "f4")
+    out = np.empty((3, size), "f4")
+    module.standardise(x, "float32", None, 0, 1e-5, out, "float32", mean, rstd, 1)
+    found[f"standardise {size}"] = out
+np.savez(sys.argv[2], **found)
+"""
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_every_width_of_registers(width: int, tmp_path: Any) -> None:
+    """Processors have 16, 32 or 64 bytes; each has code of its own."""
+    spec = importlib.util.find_spec("motet.kernels._C")
+    assert spec is not None
+    assert spec.origin is not None
+    found = []
+    for simd in (width, 64):
+        file = tmp_path / f"{simd}.npz"
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT, spec.origin, str(file)],
+            env=os.environ | {"MOTET_SIMD": str(simd)}, check=True, cwd=ROOT,
+        )  # fmt: skip
+        found.append(np.load(file))
+    for name in found[0]:
+        own, widest = (results[name] for results in found)
+        scale = 1e-5 if own.dtype.name in ("float32", "complex64") else 1e-13
+        if name.startswith("standardise"):
+            bound = scale * 10
+        else:  # one sum for all elements of slerp; harmonic_merge works element by element
+            bound = scale * (np.abs(widest).max() if name.startswith("slerp") else np.abs(widest))
+        assert (np.abs(own - widest) <= bound).all(), name
