@@ -7,13 +7,42 @@ their norm along the transformed axes before a transform is, by Parseval, a fact
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Backend, check_backend
+from .backends import (
+    Backend,
+    check_backend,
+    refuse_second_derivative,
+    rows_apart,
+    triton_kernels,
+)
+from .checks import refuse_forward_mode
+
+_LIBRARY = torch.library.Library("motet", "FRAGMENT")
+# The Triton form alone. The last result is the scale of `column_scale`, for the backward pass.
+_WEIGHTS = (
+    "Tensor out_weight, Tensor out_bias, Tensor norm_weight, Tensor norm_bias, Tensor up_weight, "
+    "Tensor up_bias, Tensor down_weight, Tensor down_bias, Tensor? ask_norm_weight, "
+    "Tensor? ask_norm_bias, Tensor? ask_weight, Tensor? present, Tensor? keep, Tensor? scaled, "
+    "bool snn, int[] axes, SymInt rows, ScalarType products"
+)
+_LIBRARY.define(
+    f"lego_pass(Tensor real, Tensor? imaginary, Tensor gathered, {_WEIGHTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+# The gradients of real, imaginary and gathered, of the four matrices, and of the vectors beside
+# each other: [12 D], of up, out, LayerNorm (two) and down; [2 D], of the queries' LayerNorm.
+_LIBRARY.define(
+    "lego_pass_backward(Tensor? grad_real, Tensor? grad_imaginary, Tensor? grad_queries, "
+    f"Tensor x, Tensor? y, Tensor scale, Tensor real, Tensor gathered, {_WEIGHTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 # The axes of latents [B, C, D] along which each transform, and so its normalisation, runs.
 AXES: dict[str | None, tuple[int, ...]] = {
@@ -54,6 +83,11 @@ class Asking(NamedTuple):
     """[H · E, D]."""
 
 
+def scale_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of `column_scale` for latents [B, C, D]; (0,) without axes."""
+    return tuple(1 if i - 3 in axes else n for i, n in enumerate(shape)) if axes else (0,)
+
+
 def spectrum(
     latents: Tensor, axes: tuple[int, ...], *, half: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -79,9 +113,7 @@ def spectrum(
     return z.real, z.imag.masked_fill(own, 0)
 
 
-def self_conjugate(
-    rows: int, columns: int, axes: tuple[int, ...], device: torch.device
-) -> Tensor:
+def self_conjugate(rows: int, columns: int, axes: tuple[int, ...], device: torch.device) -> Tensor:
     """Mark the frequencies, [rows, columns], at which the spectrum of a real array is real."""
     marks = torch.ones(rows, columns, dtype=torch.bool, device=device)
     for axis in axes:
@@ -164,16 +196,26 @@ def lego_pass(
         rows: C of the whole spectrum where `real` holds its first rows // 2 + 1; None if all.
         scaled: bool [B], False where a row is not normalised; None if all are.
         asking: the weights of the next queries; None for none.
-        backend: "auto", "triton", "compile" or "eager" (these two run the same operators here).
+        backend: "auto", "triton" (latents of up to 256 numbers, up to 32 bits; differentiable
+            once, in reverse mode), "compile" or "eager" (these two run the same operators here).
 
     Returns:
         Re Z and Im Z, [B, C, D] (Im Z as it came where nothing is normalised), and the queries
         [B, C, H · E], not scaled. Each is None where it has no input.
 
     Raises:
-        ValueError: an unknown backend, or Triton where it cannot be had.
+        ValueError: an unknown backend, Triton where it cannot be had, or shapes, dtypes or devices
+            that do not fit.
+        TypeError: something that is not a tensor.
     """
     check_backend(backend)
+    _check(real, gathered, update, imaginary, present, keep, axes, rows, scaled, asking)
+    whole = rows or real.shape[-2]
+    if backend != "compile" and _fast(backend, real) is not None:
+        refuse_forward_mode("lego_pass")
+        return _on_triton(
+            real, gathered, update, imaginary, present, snn, keep, axes, whole, scaled, asking
+        )
     flat = gathered.transpose(1, 2).flatten(2)
     x = real + F.leaky_relu(F.linear(flat, update.out_weight, update.out_bias))
     normed = F.layer_norm(x, x.shape[-1:], update.norm_weight, update.norm_bias)
@@ -184,7 +226,7 @@ def lego_pass(
     if present is not None:
         x = torch.where(present[:, None, None], x, real)
     if axes:
-        x, imaginary = normalised(x, imaginary, axes, rows, scaled)
+        x, imaginary = normalised(x, imaginary, axes, whole, scaled)
     return x, imaginary, None if asking is None else ask(x, asking)
 
 
@@ -206,3 +248,228 @@ def ask(real: Tensor, asking: Asking) -> Tensor:
     """Return the queries [..., C, H · E] of latents [..., C, D]."""
     normed = F.layer_norm(real, real.shape[-1:], asking.norm_weight, asking.norm_bias)
     return F.linear(normed, asking.weight)
+
+
+def _check(
+    real: Tensor,
+    gathered: Tensor,
+    update: Update,
+    imaginary: Tensor | None,
+    present: Tensor | None,
+    keep: Tensor | None,
+    axes: tuple[int, ...],
+    rows: int | None,
+    scaled: Tensor | None,
+    asking: Asking | None,
+) -> None:
+    named: dict[str, Any] = {
+        "real": real, "gathered": gathered, "imaginary": imaginary, "present": present,
+        "keep": keep, "scaled": scaled,
+    }  # fmt: skip
+    for name, part in named.items():
+        if not (isinstance(part, Tensor) or (part is None and name not in ("real", "gathered"))):
+            raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
+    if real.ndim != 3 or not real.is_floating_point():
+        raise ValueError(
+            f"real: expected floating-point [B, C, D], got {real.dtype} {tuple(real.shape)}"
+        )
+    first, latents, dim = real.shape
+    bags = gathered.shape[0] if gathered.ndim == 4 else -1
+    if (
+        bags < 0
+        or first not in (1, bags)
+        or gathered.shape[2] not in (1, latents)
+        or not gathered.is_floating_point()
+    ):
+        raise ValueError(
+            f"gathered: expected floating-point [B, H, C, E] or [B, H, 1, E] for real "
+            f"{tuple(real.shape)}, got {gathered.dtype} {tuple(gathered.shape)}"
+        )
+    inner, full = gathered.shape[1] * gathered.shape[3], (bags, latents, dim)
+    sizes = zip(
+        Update._fields, update,
+        ((dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim), (dim,)),
+        strict=True,
+    )  # fmt: skip
+    expected = [(f"update.{name}", part, shape) for name, part, shape in sizes]
+    if asking is not None:
+        sizes = zip(Asking._fields, asking, ((dim,), (dim,), (-1, dim)), strict=True)
+        expected += [(f"asking.{name}", part, shape) for name, part, shape in sizes]
+    if imaginary is not None:
+        expected.append(("imaginary", imaginary, (first, latents, dim)))
+    if keep is not None:
+        expected.append(("keep", keep, full))
+    for name, part, shape in expected:
+        got = part.shape
+        if len(got) != len(shape) or any(a not in (b, -1) for a, b in zip(shape, got, strict=True)):
+            raise ValueError(f"{name}: expected {shape}, got {tuple(got)}")
+        if part.device != real.device or not part.is_floating_point():
+            raise ValueError(
+                f"{name}: expected floating-point numbers on {real.device} as real, got "
+                f"{part.dtype} on {part.device}"
+            )
+    for name, part in (("present", present), ("scaled", scaled)):
+        if part is not None and (part.shape, part.dtype, part.device) != (
+            (bags,), torch.bool, real.device
+        ):  # fmt: skip
+            raise ValueError(
+                f"{name}: expected bool [{bags}] on {real.device}, got {part.dtype} "
+                f"{tuple(part.shape)} on {part.device}"
+            )
+    if axes not in AXES.values():
+        raise ValueError(f"axes: expected one of {list(AXES.values())}, got {axes!r}")
+    if axes and rows not in (None, latents) and (axes != (-2,) or rows // 2 + 1 != latents):
+        raise ValueError(
+            f"rows: expected {latents}, or C of which {latents} are the first C // 2 + 1 with "
+            f"axes (-2,), got {rows} with axes {axes}"
+        )
+
+
+def _fast(backend: str, real: Tensor) -> Any:
+    wide = "takes latents of up to 256 numbers" if real.shape[-1] > 256 else ""
+    return triton_kernels("lego_pass", backend, real, why_not=wide)
+
+
+def _on_triton(
+    real: Tensor,
+    gathered: Tensor,
+    update: Update,
+    imaginary: Tensor | None,
+    present: Tensor | None,
+    snn: bool,
+    keep: Tensor | None,
+    axes: tuple[int, ...],
+    rows: int,
+    scaled: Tensor | None,
+    asking: Asking | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Run the kernels; normalise and ask in torch where a sample is too large for one program."""
+    products, device = update.out_weight.dtype, real.device.type
+    if torch.is_autocast_enabled(device) and products == torch.float32:
+        products = torch.get_autocast_dtype(device)
+    within = -2 not in axes or _fits(real.shape[1], real.shape[2])
+    x, y, queries, _ = torch.ops.motet.lego_pass(
+        real, imaginary if axes and within else None, gathered, *update,
+        *((asking if within else None) or (None,) * 3), present, keep, scaled, snn,
+        axes if within else (), rows, products,
+    )  # fmt: skip
+    if not within:
+        x, imaginary = normalised(x, imaginary, axes, rows, scaled)
+        return x, imaginary, None if asking is None else ask(x, asking)
+    return (
+        x,
+        y if axes and imaginary is not None else imaginary,
+        None if asking is None else queries,
+    )
+
+
+def _fits(latents: int, dim: int) -> bool:
+    """Return whether one Triton program can hold a sample [C, D]."""
+    return math.prod(max(16, 1 << (size - 1).bit_length()) for size in (latents, dim)) <= 8192
+
+
+def _kernels(real: Tensor) -> ModuleType:
+    module = triton_kernels("lego_pass", "triton", real)
+    assert module is not None
+    return module
+
+
+def _forward(
+    real: Tensor, imaginary: Tensor | None, gathered: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    imaginary = None if imaginary is None else imaginary.contiguous()
+    arguments = _contiguous(rest)
+    return _kernels(real).forward(real.contiguous(), imaginary, rows_apart(gathered), *arguments)
+
+
+def _backward_of(
+    grad_real: Tensor | None,
+    grad_imaginary: Tensor | None,
+    grad_queries: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    real: Tensor,
+    gathered: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    grads = _contiguous((grad_real, grad_imaginary, grad_queries))
+    arguments = _contiguous(rest)
+    return _kernels(real).backward(
+        *grads, x, y, scale, real.contiguous(), rows_apart(gathered), *arguments
+    )
+
+
+def _contiguous(arguments: Sequence[Any]) -> list[Any]:
+    return [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    real, imaginary, gathered, *rest = inputs
+    x, y, _, scale = output
+    ctx.mark_non_differentiable(scale)
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.snn, ctx.axes, ctx.rows, ctx.products = rest
+    y = None if imaginary is None else y
+    ctx.save_for_backward(x, y, scale, real, gathered, *tensors)
+
+
+def _backward(ctx, grad_real, grad_imaginary, grad_queries, _):
+    saved = ctx.saved_tensors
+    dim, weights = saved[0].shape[2], saved[5:16]
+    dreal, dimaginary, dgathered, *matrices, vectors, ask, asks = (
+        torch.ops.motet.lego_pass_backward(
+            grad_real, grad_imaginary, grad_queries, *saved, ctx.snn, ctx.axes, ctx.rows,
+            ctx.products,
+        )
+    )  # fmt: skip
+    out, up, down = matrices
+    of_up, of_out, of_gain, of_shift, of_down = vectors.split([8 * dim, dim, dim, dim, dim])
+    gradients = [out, of_out, of_gain, of_shift, up, of_up, down, of_down]
+    gradients += [None] * 3 if weights[-1] is None else [*asks.chunk(2), ask]
+    return (
+        dreal,
+        None if saved[1] is None else dimaginary,
+        dgathered,
+        *(
+            g if g is None else g.to(w.dtype) for g, w in zip(gradients, weights, strict=True)
+        ),
+        *[None] * 7,
+    )  # fmt: skip
+
+
+def _fake(real, imaginary, gathered, *rest):
+    ask_weight, axes, products = rest[10], rest[15], rest[17]
+    shape = (gathered.shape[0], *real.shape[1:])
+    queries = 0 if ask_weight is None else (*shape[:2], ask_weight.shape[0])
+    return (
+        real.new_empty(shape),
+        real.new_empty(0 if imaginary is None else shape),
+        real.new_empty(queries, dtype=products),
+        real.new_empty(scale_shape(shape, axes), dtype=torch.float32),
+    )
+
+
+def _fake_backward(grad_real, grad_imaginary, grad_queries, x, y, scale, real, gathered, *rest):
+    out, up, down, ask_weight, products = rest[0], rest[4], rest[6], rest[10], rest[17]
+    low, full = {"dtype": products}, {"dtype": torch.float32}
+    dim = real.shape[2]
+    return (
+        real.new_empty(real.shape),
+        real.new_empty(0 if y is None else real.shape),
+        gathered.new_empty(gathered.shape),
+        *(real.new_empty(weight.shape, **low) for weight in (out, up, down)),
+        real.new_empty(12 * dim, **full),
+        real.new_empty(0 if ask_weight is None else ask_weight.shape, **low),
+        real.new_empty(0 if ask_weight is None else 2 * dim, **full),
+    )
+
+
+_LIBRARY.impl("lego_pass", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("lego_pass_backward", _backward_of, "CompositeExplicitAutograd")
+torch.library.register_fake("motet::lego_pass", _fake, lib=_LIBRARY)
+torch.library.register_fake("motet::lego_pass_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "motet::lego_pass", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+refuse_second_derivative(_LIBRARY, "lego_pass")
