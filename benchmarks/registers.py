@@ -33,6 +33,7 @@ from motet.kernels import (
     absorbed_attention_triton,
     context_kv_triton,
     latent_attention_triton,
+    lego_pass_triton,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -112,6 +113,7 @@ def launches(chip: int, cells: dict[str, Callable[[], object]] | None = None) ->
             mock.patch.object(JITFunction, "run", record),
             mock.patch.object(context_kv_triton, "capability", return_value=chip),
             mock.patch.object(latent_attention_triton, "capability", return_value=chip),
+            mock.patch.object(lego_pass_triton, "capability", return_value=chip),
         ):
             run()
         for launch in own:
@@ -240,10 +242,35 @@ def absorbed(dtype: str, rows: int, *, dropout: float, channels: int = 5) -> Cal
     return run
 
 
+def lego_pass(
+    dtype: str, latents: int, dim: int, axes: tuple[int, ...] = (-2, -1), rows: int | None = None
+) -> Callable[[], None]:
+    """Return what calls every launcher of lego_pass_triton at one size, products in `dtype`."""
+
+    def run() -> None:
+        kernels, products, inner = lego_pass_triton, _BITS[dtype], 8 * 64
+        real, imaginary, keep = (torch.empty(2, latents, dim) for _ in range(3))
+        gathered = torch.empty(2, 8, latents, 64, dtype=products)
+        shapes = [
+            (dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim),
+            (dim,), (dim,), (dim,), (inner, dim),
+        ]  # fmt: skip
+        present, scaled = torch.ones(2, 2, dtype=torch.bool).unbind()
+        rest = [
+            *map(torch.empty, shapes), present, keep, scaled, True, axes, rows or latents, products
+        ]  # fmt: skip
+        x, y, queries, scale = kernels.forward(real, imaginary, gathered, *rest)
+        kernels.backward(x, y, queries, x, y, scale, real, gathered, *rest)
+
+    return run
+
+
 def sources() -> dict[str, str]:
     """Return a digest of every file of kernels, for which comments and layout do not count."""
     digests = {}
-    for module in (absorbed_attention_triton, context_kv_triton, latent_attention_triton):
+    for module in (
+        absorbed_attention_triton, context_kv_triton, latent_attention_triton, lego_pass_triton
+    ):  # fmt: skip
         path = Path(module.__file__)
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -302,6 +329,15 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
             name = f"absorbed bf16 {rows} queries"
             yield f"{name} dropout" if dropout else name, absorbed("bf16", rows, dropout=dropout)
     yield "absorbed fp32 136 queries dropout", absorbed("fp32", 136, dropout=0.1)
+
+    for dtype in ("bf16", "fp32"):
+        for latents, dim in ((17, 126), (25, 119), (64, 64), (256, 32)):
+            yield f"pass {dtype} {latents}x{dim}", lego_pass(dtype, latents, dim)
+        for latents, dim, rows in ((9, 126, 17), (33, 64, 64)):
+            yield (
+                f"pass {dtype} {latents}x{dim} of {rows}",
+                lego_pass(dtype, latents, dim, (-2,), rows),
+            )
 
 
 SHIPPED = dict(_shipped())

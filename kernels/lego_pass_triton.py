@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .context_kv_triton import PRECISION, _load_tile
+from .context_kv_triton import PRECISION, _load_tile, capability
 from .lego_pass import scale_shape
 
 EPS = tl.constexpr(1e-5)
@@ -281,9 +281,11 @@ def _gathered(
 @triton.jit
 def _flags(flags_ptr, row, valid, C: tl.constexpr, WHOLE: tl.constexpr):
     """Load what is said of the samples [B] of some rows, [rows, 1]; of a whole sample, [1, 1]."""
+    at, mask = (row // C)[:, None], valid[:, None]
     if WHOLE:
-        return tl.load(flags_ptr + tl.program_id(0) + tl.zeros([1, 1], tl.int32))
-    return tl.load(flags_ptr + row // C, mask=valid, other=0)[:, None]
+        at = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
+        mask = at >= 0
+    return tl.load(flags_ptr + at, mask=mask, other=0)
 
 
 @triton.jit
@@ -378,17 +380,17 @@ def _pass(
         C, D, E, DTYPE, BLOCK_C, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     x = tl.where(x > 0, x, SLOPE * x) + _load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D)
-    normal, _ = _standardised(x, D, BLOCK_D)
+    normal = _standardised(x, D, BLOCK_D)[0]
     gain = _load_vector(gain_ptr, 0, D, BLOCK_D)
     normed = (normal * gain + _load_vector(shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
     acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     d = tl.arange(0, BLOCK_D)
     for f0 in range(0, 4 * D, BLOCK_F):
-        value, _ = _hidden(normed, up_ptr, up_bias_ptr, f0, D, BLOCK_D, BLOCK_F, DTYPE)
-        gate, _ = _hidden(
+        value = _hidden(normed, up_ptr, up_bias_ptr, f0, D, BLOCK_D, BLOCK_F, DTYPE)[0]
+        gate = _hidden(
             normed, up_ptr + 4 * D * D, up_bias_ptr + 4 * D, f0, D, BLOCK_D, BLOCK_F, DTYPE
-        )
-        gate, _ = _gate(gate, SNN)
+        )[0]
+        gate = _gate(gate, SNN)[0]
         weight = _load_tile(down_ptr, d, 4 * D, d < D, f0, 4 * D, BLOCK_F).to(DTYPE)
         acc = _product((value * gate).to(DTYPE), tl.trans(weight), acc)
     acc += _load_vector(down_bias_ptr, 0, D, BLOCK_D)
@@ -416,7 +418,7 @@ def _pass(
             _store_tile(y_ptr, row, valid, 0, y * scale, D, BLOCK_D)
     _store_tile(x_ptr, row, valid, 0, x, D, BLOCK_D)
     if ask_ptr is not None:
-        normal, _ = _standardised(x, D, BLOCK_D)
+        normal = _standardised(x, D, BLOCK_D)[0]
         gain = _load_vector(ask_gain_ptr, 0, D, BLOCK_D)
         normed = (normal * gain + _load_vector(ask_shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
         for q0 in range(0, Q, BLOCK_E):
