@@ -113,7 +113,6 @@ def launches(chip: int, cells: dict[str, Callable[[], object]] | None = None) ->
             mock.patch.object(JITFunction, "run", record),
             mock.patch.object(context_kv_triton, "capability", return_value=chip),
             mock.patch.object(latent_attention_triton, "capability", return_value=chip),
-            mock.patch.object(lego_pass_triton, "capability", return_value=chip),
         ):
             run()
         for launch in own:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .context_kv_triton import PRECISION, _load_tile, capability
+from .context_kv_triton import PRECISION, _load_tile
 from .lego_pass import scale_shape
 
 EPS = tl.constexpr(1e-5)
@@ -30,9 +30,10 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 class _Blocks(NamedTuple):
-    """Rows of a program, channels of heads and of the hidden layer of a step."""
+    """Rows of a program; channels of the latents, of heads and of the hidden layer of a step."""
 
     block_c: int
+    block_k: int
     block_e: int
     block_f: int
     num_warps: int
@@ -62,13 +63,17 @@ def forward(
     queries = real.new_empty((bags, latents, asked) if asked else 0, dtype=products)
     scale = real.new_empty(scale_shape(x.shape, axes), dtype=torch.float32)
     blocks = _forward_blocks(latents if -2 in axes else 0, dim, products)
+    programs = _programs(bags, latents, axes, blocks)
+    normed = real.new_empty(programs * blocks.block_c, _power(dim), dtype=products)
     if x.numel():
         with torch.cuda.device_of(x):
-            _pass[(_programs(bags, latents, axes, blocks),)](
+            _pass[(programs,)](
                 real, imaginary, gathered, *weights, present, keep, scaled, x, y, queries, scale,
+                normed,
                 gathered.stride(0), gathered.stride(1), _row_stride(gathered),
                 bags * latents, heads, E=width, Q=asked, SHARED=len(real) < bags, SNN=snn,
-                BLOCK_F=blocks.block_f, **_normalising(axes, rows, latents, dim),
+                BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f,
+                **_normalising(axes, rows, latents, dim),
                 **_constants(blocks, latents, dim, products),
             )  # fmt: skip
     return x, y, queries, scale
@@ -121,7 +126,8 @@ def backward(
     dreal = torch.empty(x.shape, **own | {"dtype": real.dtype})
     dgathered = torch.empty(0 if one else gathered.shape, **own | {"dtype": gathered.dtype})
     flat = torch.empty(0 if one else (count, heads * width), **low)
-    normed, dout, dpre = (torch.empty(count, dim, **low) for _ in range(3))
+    room = (programs * blocks.block_c, _power(dim))
+    normed, dout, dpre = (torch.empty(room, **low) for _ in range(3))
     gated, dhidden = (torch.empty(count, k * dim, **low) for k in (4, 8))
     partial = torch.empty(programs, 12 * dim, **own)
     if x.numel():
@@ -130,11 +136,12 @@ def backward(
                 dx, real, gathered, *update[:-1], present, keep,
                 dreal, dgathered, flat, normed, gated, dhidden, dout, dpre, partial,
                 gathered.stride(0), gathered.stride(1), _row_stride(gathered), count, heads,
-                E=width, SHARED=len(real) < bags, ONE=one, SNN=snn, BLOCK_F=blocks.block_f,
-                **_constants(blocks, latents, dim, products),
+                E=width, SHARED=len(real) < bags, ONE=one, SNN=snn, BLOCK_K=blocks.block_k,
+                BLOCK_F=blocks.block_f, **_constants(blocks, latents, dim, products),
             )  # fmt: skip
+    normed, dout, dpre = (x[:count, :dim] for x in (normed, dout, dpre))
     if one:
-        dpre = dpre.view(bags, latents, dim).sum(1)
+        dpre = dpre.unflatten(0, (bags, latents)).sum(1)
         flat = gathered.to(products).reshape(bags, heads * width)
         dgathered = (dpre @ update[0].to(products)).view(gathered.shape).to(gathered.dtype)
     if len(real) < bags:
@@ -149,16 +156,18 @@ def backward(
 def _forward_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
     """Choose blocks for whole samples of `latents`, or rows of any (0), that spill no register."""
     rows = _power(latents) if latents else 32
-    return _Blocks(rows, 32, 32, 8, 2)
+    if products == torch.float32:  # two parts of every operand are kept in registers
+        return _Blocks(rows, min(32, _power(dim)), 16, 16, 8, 2)
+    return _Blocks(rows, min(64, _power(dim)), 32, 32, 8, 2)
 
 
 def _asking_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
-    rows = _power(latents) if latents else 32
-    return _Blocks(rows, 32, 32, 8, 2)
+    return _forward_blocks(latents, dim, products)
 
 
 def _update_blocks(dim: int, products: torch.dtype) -> _Blocks:
-    return _Blocks(16, 32, 32, 8, 2)
+    step = 32 if products == torch.float32 else 64
+    return _Blocks(16, min(step, _power(dim)), 32, 32, 8, 2)
 
 
 def _power(size: int) -> int:
@@ -341,29 +350,47 @@ def _gate(gate, SNN: tl.constexpr):
 
 
 @triton.jit
+def _room_rows(room_ptr, first, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Point at columns first to first + BLOCK of a program's own rows [BLOCK_C, BLOCK_D] in memory.
+
+    Products over D take their rows from there in steps: in tf32x3, two parts of a whole row are
+    more than the registers hold (up to 260 spill stores). Between storing and loading, all threads
+    of the program have to meet (tl.debug_barrier).
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return room_ptr + row[:, None] * BLOCK_D + first + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
 def _hidden(
-    normed, up_ptr, up_bias_ptr, first,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, DTYPE: tl.constexpr,
+    normed_ptr, up_ptr, up_bias_ptr, f0, D: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Return values or gates [rows, BLOCK_F] of the hidden layer, and their weights; `up_ptr` and
-    `up_bias_ptr` point at the first of them."""
-    f = first + tl.arange(0, BLOCK_F)
-    weight = _load_tile(up_ptr, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
-    bias = _load_vector(up_bias_ptr, first, 4 * D, BLOCK_F)
-    zero = tl.zeros([normed.shape[0], BLOCK_F], tl.float32)
-    return _product(normed, tl.trans(weight), zero) + bias, weight
+    """Return BLOCK_F values and gates of the hidden layer."""
+    f = f0 + tl.arange(0, BLOCK_F)
+    value = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
+    gate = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        part = tl.load(_room_rows(normed_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
+        weight = _load_tile(up_ptr, f, D, f < 4 * D, k0, D, BLOCK_K).to(DTYPE)
+        value = _product(part, tl.trans(weight), value)
+        weight = _load_tile(up_ptr + 4 * D * D, f, D, f < 4 * D, k0, D, BLOCK_K).to(DTYPE)
+        gate = _product(part, tl.trans(weight), gate)
+    value += _load_vector(up_bias_ptr, f0, 4 * D, BLOCK_F)
+    return value, gate + _load_vector(up_bias_ptr + 4 * D, f0, 4 * D, BLOCK_F)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _pass(
     real_ptr, imaginary_ptr, gathered_ptr, out_ptr, out_bias_ptr, gain_ptr, shift_ptr,
     up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, ask_gain_ptr, ask_shift_ptr, ask_ptr,
-    present_ptr, keep_ptr, scaled_ptr, x_ptr, y_ptr, queries_ptr, scale_ptr,
+    present_ptr, keep_ptr, scaled_ptr, x_ptr, y_ptr, queries_ptr, scale_ptr, normed_ptr,
     b_stride, h_stride, c_stride, n_rows, H, count,
     C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, Q: tl.constexpr, HALF: tl.constexpr,
     SHARED: tl.constexpr, SNN: tl.constexpr, ALONG_C: tl.constexpr, ALONG_D: tl.constexpr,
     DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Update, normalise and ask, for the rows of a sample (ALONG_C) or BLOCK_C of all.
 
@@ -383,13 +410,14 @@ def _pass(
     normal = _standardised(x, D, BLOCK_D)[0]
     gain = _load_vector(gain_ptr, 0, D, BLOCK_D)
     normed = (normal * gain + _load_vector(shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
+    tl.store(_room_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
+    tl.debug_barrier()
     acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     d = tl.arange(0, BLOCK_D)
     for f0 in range(0, 4 * D, BLOCK_F):
-        value = _hidden(normed, up_ptr, up_bias_ptr, f0, D, BLOCK_D, BLOCK_F, DTYPE)[0]
-        gate = _hidden(
-            normed, up_ptr + 4 * D * D, up_bias_ptr + 4 * D, f0, D, BLOCK_D, BLOCK_F, DTYPE
-        )[0]
+        value, gate = _hidden(
+            normed_ptr, up_ptr, up_bias_ptr, f0, D, DTYPE, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_F
+        )
         gate = _gate(gate, SNN)[0]
         weight = _load_tile(down_ptr, d, 4 * D, d < D, f0, 4 * D, BLOCK_F).to(DTYPE)
         acc = _product((value * gate).to(DTYPE), tl.trans(weight), acc)
@@ -421,10 +449,16 @@ def _pass(
         normal = _standardised(x, D, BLOCK_D)[0]
         gain = _load_vector(ask_gain_ptr, 0, D, BLOCK_D)
         normed = (normal * gain + _load_vector(ask_shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
+        tl.debug_barrier()
+        tl.store(_room_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
+        tl.debug_barrier()
         for q0 in range(0, Q, BLOCK_E):
             q = q0 + tl.arange(0, BLOCK_E)
-            weight = _load_tile(ask_ptr, q, D, q < Q, 0, D, BLOCK_D).to(DTYPE)
-            query = _product(normed, tl.trans(weight), tl.zeros([BLOCK_C, BLOCK_E], tl.float32))
+            query = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+            for k0 in range(0, D, BLOCK_K):
+                part = tl.load(_room_rows(normed_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
+                weight = _load_tile(ask_ptr, q, D, q < Q, k0, D, BLOCK_K).to(DTYPE)
+                query = _product(part, tl.trans(weight), query)
             _store_tile(queries_ptr, row, valid, q0, query, Q, BLOCK_E)
 
 
@@ -505,11 +539,12 @@ def _update_backward(
     partial_ptr, b_stride, h_stride, c_stride, n_rows, H,
     C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     SHARED: tl.constexpr, ONE: tl.constexpr, SNN: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Go back through the update of BLOCK_C rows, whatever their samples.
 
-    Written for the gradients of matrices, [B C, ...]: flat (what was gathered), dpre (of its
+    Written for the gradients of matrices: flat [B C, H E] (what was gathered), dpre (of its
     projection), normed, dhidden (values, then gates), gated, dout (of the feed-forward); partial
     [programs, 12 D]: sums over the rows of dhidden, dpre, of the LayerNorm's two vectors, of dout.
     ONE: all rows of a sample share what was gathered, whose gradient is not computed here.
@@ -529,24 +564,26 @@ def _update_backward(
     normal, rstd = _standardised(x, D, BLOCK_D)
     gain = _load_vector(gain_ptr, 0, D, BLOCK_D)
     normed = (normal * gain + _load_vector(shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
-    _store_tile(normed_ptr, row, valid, 0, normed, D, BLOCK_D)
+    tl.store(_room_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
     dout = _updated_gradient(dx_ptr, present_ptr, row, valid, C, D, BLOCK_D)
     if keep_ptr is not None:
         dout *= _load_tile(keep_ptr, row, D, valid, 0, D, BLOCK_D)
     _store_sum(partial_ptr, 11 * D, dout, 12 * D, D, BLOCK_D)
-    dout = dout.to(DTYPE)
-    _store_tile(dout_ptr, row, valid, 0, dout, D, BLOCK_D)
-    d = tl.arange(0, BLOCK_D)
+    tl.store(_room_rows(dout_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), dout.to(DTYPE))
+    tl.debug_barrier()
     dnormed = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     for f0 in range(0, 4 * D, BLOCK_F):
-        value, value_weight = _hidden(normed, up_ptr, up_bias_ptr, f0, D, BLOCK_D, BLOCK_F, DTYPE)
-        gate, gate_weight = _hidden(
-            normed, up_ptr + 4 * D * D, up_bias_ptr + 4 * D, f0, D, BLOCK_D, BLOCK_F, DTYPE
+        value, gate = _hidden(
+            normed_ptr, up_ptr, up_bias_ptr, f0, D, DTYPE, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_F
         )
         gate, slope_of_gate = _gate(gate, SNN)
         _store_tile(gated_ptr, row, valid, f0, value * gate, 4 * D, BLOCK_F)
-        weight = _load_tile(down_ptr, d, 4 * D, d < D, f0, 4 * D, BLOCK_F).to(DTYPE)
-        dgated = _product(dout, weight, tl.zeros([BLOCK_C, BLOCK_F], tl.float32))
+        dgated = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
+        for k0 in range(0, D, BLOCK_K):
+            part = tl.load(_room_rows(dout_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
+            k = k0 + tl.arange(0, BLOCK_K)
+            weight = _load_tile(down_ptr, k, 4 * D, k < D, f0, 4 * D, BLOCK_F).to(DTYPE)
+            dgated = _product(part, weight, dgated)
         dvalue = dgated * gate
         dgate = dgated * value * slope_of_gate
         _store_sum(partial_ptr, f0, dvalue, 12 * D, 4 * D - f0, BLOCK_F)
@@ -558,8 +595,10 @@ def _update_backward(
         mask = valid[:, None] & (f < 4 * D)[None, :]
         tl.store(at, dvalue, mask=mask)
         tl.store(at + 4 * D, dgate, mask=mask)
-        dnormed = _product(dvalue, value_weight, dnormed)
-        dnormed = _product(dgate, gate_weight, dnormed)
+        weight = _load_tile(up_ptr, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
+        dnormed = _product(dvalue, weight, dnormed)
+        weight = _load_tile(up_ptr + 4 * D * D, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
+        dnormed = _product(dgate, weight, dnormed)
     _store_sum(partial_ptr, 9 * D, dnormed * normal, 12 * D, D, BLOCK_D)
     _store_sum(partial_ptr, 10 * D, dnormed, 12 * D, D, BLOCK_D)
     dx = _standardised_backward(dnormed * gain, normal, rstd, D, BLOCK_D)
@@ -571,17 +610,21 @@ def _update_backward(
     _store_tile(dreal_ptr, row, valid, 0, dreal, D, BLOCK_D)
     dpre = dx * slope
     _store_sum(partial_ptr, 8 * D, dpre, 12 * D, D, BLOCK_D)
-    dpre = dpre.to(DTYPE)
-    _store_tile(dpre_ptr, row, valid, 0, dpre, D, BLOCK_D)
+    tl.store(_room_rows(dpre_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), dpre.to(DTYPE))
     if not ONE:
+        tl.debug_barrier()
         tiles: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
         dgathered_ptr += (row // C * C * H * E + row % C * E)[:, None]
         for i in range(0, H * tiles):
             head = i // tiles
             e = i % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
             known = (e < E)[None, :]
-            at = out_ptr + d[:, None] * (H * E) + head * E + e[None, :]
-            weight = tl.load(at, mask=(d < D)[:, None] & known, other=0.0).to(DTYPE)
-            dh = _product(dpre, weight, tl.zeros([BLOCK_C, BLOCK_E], tl.float32))
+            dh = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+            for k0 in range(0, D, BLOCK_K):
+                part = tl.load(_room_rows(dpre_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
+                k = (k0 + tl.arange(0, BLOCK_K))[:, None]
+                at = out_ptr + k * (H * E) + head * E + e[None, :]
+                weight = tl.load(at, mask=(k < D) & known, other=0.0).to(DTYPE)
+                dh = _product(part, weight, dh)
             at = dgathered_ptr + head * (C * E) + e[None, :]
             tl.store(at, dh.to(dgathered_ptr.dtype.element_ty), mask=valid[:, None] & known)
