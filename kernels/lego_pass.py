@@ -18,6 +18,7 @@ from torch import Tensor
 from .backends import (
     Backend,
     check_backend,
+    on_triton,
     refuse_second_derivative,
     rows_apart,
     triton_kernels,
@@ -211,7 +212,8 @@ def lego_pass(
     check_backend(backend)
     _check(real, gathered, update, imaginary, present, keep, axes, rows, scaled, asking)
     whole = rows or real.shape[-2]
-    if backend != "compile" and _fast(backend, real) is not None:
+    wide = "takes latents of up to 256 numbers" if real.shape[-1] > 256 else ""
+    if backend != "compile" and on_triton(backend, real.device.type, real.dtype, wide):
         refuse_forward_mode("lego_pass")
         return _on_triton(
             real, gathered, update, imaginary, present, snn, keep, axes, whole, scaled, asking
@@ -325,11 +327,6 @@ def _check(
         )
 
 
-def _fast(backend: str, real: Tensor) -> Any:
-    wide = "takes latents of up to 256 numbers" if real.shape[-1] > 256 else ""
-    return triton_kernels("lego_pass", backend, real, why_not=wide)
-
-
 def _on_triton(
     real: Tensor,
     gathered: Tensor,
@@ -365,7 +362,11 @@ def _on_triton(
 
 def _fits(latents: int, dim: int) -> bool:
     """Return whether one Triton program can hold a sample [C, D]."""
-    return math.prod(max(16, 1 << (size - 1).bit_length()) for size in (latents, dim)) <= 8192
+    tile = [16, 16]
+    for i, size in enumerate((latents, dim)):
+        while tile[i] < size:
+            tile[i] *= 2
+    return tile[0] * tile[1] <= 8192
 
 
 def _kernels(real: Tensor) -> ModuleType:

@@ -166,8 +166,9 @@ def _asking_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
 
 
 def _update_blocks(dim: int, products: torch.dtype) -> _Blocks:
-    step = 32 if products == torch.float32 else 64
-    return _Blocks(16, min(step, _power(dim)), 32, 32, 8, 2)
+    if products == torch.float32:
+        return _Blocks(16, min(32, _power(dim)), 32, 16, 8, 2)
+    return _Blocks(16, min(64, _power(dim)), 32, 32, 8, 2)
 
 
 def _power(size: int) -> int:

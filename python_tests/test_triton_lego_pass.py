@@ -295,4 +295,4 @@ def test_compiles_whole_for_any_number_of_samples():
         )
         return 2 * real, imaginary, queries
 
-    assert_compiles(run, *(tuple(inputs((bags, 7, 13))[:3]) for bags in (2, 3)))
+    assert_compiles(run, *(tuple(inputs((bags, 7, 13))[:3]) for bags in (4, 3)))
