@@ -242,8 +242,9 @@ def absorbed(dtype: str, rows: int, *, dropout: float, channels: int = 5) -> Cal
 
 
 def lego_pass(
-    dtype: str, latents: int, dim: int, axes: tuple[int, ...] = (-2, -1), rows: int | None = None
-) -> Callable[[], None]:
+    dtype: str, latents: int, dim: int, axes: tuple[int, ...] = (-2, -1), *,
+    rows: int | None = None, snn: bool = True,
+) -> Callable[[], None]:  # fmt: skip
     """Return what calls every launcher of lego_pass_triton at one size, products in `dtype`."""
 
     def run() -> None:
@@ -256,7 +257,7 @@ def lego_pass(
         ]  # fmt: skip
         present, scaled = torch.ones(2, 2, dtype=torch.bool).unbind()
         rest = [
-            *map(torch.empty, shapes), present, keep, scaled, True, axes, rows or latents, products
+            *map(torch.empty, shapes), present, keep, scaled, snn, axes, rows or latents, products
         ]  # fmt: skip
         x, y, queries, scale = kernels.forward(real, imaginary, gathered, *rest)
         kernels.backward(x, y, queries, x, y, scale, real, gathered, *rest)
@@ -332,11 +333,14 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in ("bf16", "fp32"):
         for latents, dim in ((17, 126), (25, 119), (64, 64), (256, 32)):
             yield f"pass {dtype} {latents}x{dim}", lego_pass(dtype, latents, dim)
+            yield f"pass {dtype} {latents}x{dim} gelu", lego_pass(dtype, latents, dim, snn=False)
         for latents, dim, rows in ((9, 126, 17), (33, 64, 64)):
             yield (
                 f"pass {dtype} {latents}x{dim} of {rows}",
-                lego_pass(dtype, latents, dim, (-2,), rows),
+                lego_pass(dtype, latents, dim, (-2,), rows=rows),
             )
+        for dim, axes in ((64, ()), (126, (-1,)), (256, (-1,))):  # rows apart
+            yield f"pass {dtype} rows of {dim}", lego_pass(dtype, 64, dim, axes)
 
 
 SHIPPED = dict(_shipped())

@@ -1,9 +1,9 @@
 """Triton kernels of lego_pass: from what one attention gathered to the queries of the next.
 
-A program owns some rows of the latents, from the output projection to the queries: neither a hidden
-activation nor a LayerNorm's result is ever in memory. Where Z is normalised along the latents, its
-rows are those of one sample; otherwise samples do not matter. Weights are read as they lie, through
-the second-level cache, and rounded to the dtype of the products on the way.
+A program owns some rows of the latents, from the output projection to the queries; a hidden
+activation is never in memory. Where Z is normalised along the latents, its rows are those of one
+sample; otherwise samples do not matter. Weights are read as they lie, through the second-level
+cache, and rounded to the dtype of the products on the way.
 
 Going back takes two kernels: one through queries and normalisation, one through the update. They
 write the operands of the gradients of matrices, which torch multiplies, and sums over their rows
@@ -41,15 +41,13 @@ class _Blocks(NamedTuple):
 
 
 def forward(
-    real: Tensor,
-    imaginary: Tensor | None,
-    gathered: Tensor,
-    *rest: Any,
+    real: Tensor, imaginary: Tensor | None, gathered: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return Re Z, Im Z, the queries and the scale; empty where there is none.
 
     Args:
-        real: contiguous [B or 1, C, D].
+        real: contiguous [B or 1, C, D]; a sample fits in a tile of 8,192 numbers, its sides rounded
+            up to powers of 2, if its rows are normalised together.
         imaginary: like `real`, or None; not without axes.
         gathered: [B, H, C or 1, E], last stride 1.
         rest: contiguous, the rest of motet::lego_pass's arguments.
@@ -62,14 +60,14 @@ def forward(
     y = real.new_empty(0 if imaginary is None else x.shape)
     queries = real.new_empty((bags, latents, asked) if asked else 0, dtype=products)
     scale = real.new_empty(scale_shape(x.shape, axes), dtype=torch.float32)
-    blocks = _forward_blocks(latents if -2 in axes else 0, dim, products)
+    blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
     programs = _programs(bags, latents, axes, blocks)
     normed = real.new_empty(programs * blocks.block_c, _power(dim), dtype=products)
     if x.numel():
         with torch.cuda.device_of(x):
             _pass[(programs,)](
-                real, imaginary, gathered, *weights, present, keep, scaled, x, y, queries, scale,
-                normed,
+                real, imaginary, gathered, *weights, present, keep, scaled,
+                x, y, queries, scale, normed,
                 gathered.stride(0), gathered.stride(1), _row_stride(gathered),
                 bags * latents, heads, E=width, Q=asked, SHARED=len(real) < bags, SNN=snn,
                 BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f,
@@ -101,7 +99,7 @@ def backward(
     dx, dy = grad_real, x.new_empty(0 if y is None else x.shape)
     dask, dasks = torch.empty(0, **low), torch.empty(0, **own)
     if asked or axes:
-        blocks = _asking_blocks(latents if -2 in axes else 0, dim, products)
+        blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
         programs = _programs(bags, latents, axes, blocks)
         dx = torch.empty(x.shape, **own)
         normed = torch.empty((count, dim) if asked else 0, **low)
@@ -153,20 +151,16 @@ def backward(
     )  # fmt: skip
 
 
-def _forward_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
+def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
     """Choose blocks for whole samples of `latents`, or rows of any (0), that spill no register."""
-    rows = _power(latents) if latents else 32
+    rows = _power(latents) if latents else (32 if dim <= 64 else 16)
     if products == torch.float32:  # two parts of every operand are kept in registers
         return _Blocks(rows, min(32, _power(dim)), 16, 16, 8, 2)
     return _Blocks(rows, min(64, _power(dim)), 32, 32, 8, 2)
 
 
-def _asking_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
-    return _forward_blocks(latents, dim, products)
-
-
 def _update_blocks(dim: int, products: torch.dtype) -> _Blocks:
-    if products == torch.float32:
+    if products == torch.float32:  # 32 of the hidden layer spill on sm_100 (3 stores)
         return _Blocks(16, min(32, _power(dim)), 32, 16, 8, 2)
     return _Blocks(16, min(64, _power(dim)), 32, 32, 8, 2)
 
@@ -506,7 +500,7 @@ def _asking_backward(
             product += dy * y
         at, mask = _scale_places(row, valid, D, BLOCK_D, ALONG_C, ALONG_D)
         scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
-        # Every row's product counts once: Z's second half is no result, but part of the norm.
+        # Of half a spectrum, every row counts once here: the other half is no result.
         along = _total(product, row, C, 0, ALONG_C, ALONG_D) / count
         if scaled_ptr is not None:
             along = tl.where(_flags(scaled_ptr, row, valid, C, ALONG_C), along, 0.0)

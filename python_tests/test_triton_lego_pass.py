@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 import triton.language as tl
-from motet.kernels import lego_pass as module
 from motet.kernels import lego_pass_triton
 from motet.kernels.lego_pass import Asking, Update, lego_pass
 from torch.library import opcheck
@@ -29,26 +29,16 @@ from .conftest import (
     with_gradients,
 )
 
+module = import_module("motet.kernels.lego_pass")
+pytestmark = pytest.mark.usefixtures("_poisoned")
+
 TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Make what is not written show."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-
-        def poisoned(*args, real=real, **kwargs):
-            made = real(*args, **kwargs)
-            return made.fill_(torch.nan) if made.is_floating_point() else made
-
-        monkeypatch.setattr(torch, name, poisoned)
 
 
 @pytest.fixture
 def _large_blocks(monkeypatch):
     """Take large steps, which the interpreter is quick with."""
-    for name in ("_forward_blocks", "_asking_blocks", "_update_blocks"):
+    for name in ("_pass_blocks", "_update_blocks"):
         real = getattr(lego_pass_triton, name)
 
         def large(*args, real=real):
@@ -171,18 +161,15 @@ def test_no_samples(axes):
 
 
 def test_any_strides():
-    args = inputs((3, 7, 13))
-    expected = with_gradients(passing("triton", axes=TWO_D))(*args)
-    for i, arg in enumerate(args):
-        for view in views_of(arg).values() if arg.ndim > 1 else ():
-            moved = [*args[:i], view, *args[i + 1 :]]
-            for own, other in zip(
-                with_gradients(passing("triton", axes=TWO_D))(*moved), expected, strict=True
-            ):
-                torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    run, args = with_gradients(passing("triton", axes=TWO_D)), inputs((2, 5, 7), (2, 3))
+    expected = run(*args)
+    for i in (0, 1, 2, 3, 7, 13):  # real, gathered, imaginary, out, up and the queries' weights
+        for name, view in views_of(args[i]).items():
+            found = run(*args[:i], view, *args[i + 1 :])
+            assert all(map(torch.equal, found, expected)), (i, name)
     # As attention gives it: heads beside each other, cut from padded ones, one for all samples.
-    apart = torch.randn(3, 7, 2, 8).transpose(1, 2)[..., :5]
-    for gathered in (apart, apart[:1].expand(3, -1, -1, -1), apart[:, :, :1].expand(-1, -1, 7, -1)):
+    apart = torch.randn(2, 5, 2, 8).transpose(1, 2)[..., :3]
+    for gathered in (apart, apart[:1].expand(2, -1, -1, -1), apart[:, :, :1].expand(-1, -1, 5, -1)):
         check([args[0], gathered, *args[2:]], axes=TWO_D)
 
 
@@ -236,6 +223,7 @@ def test_half_precision(dtype):
     check([a.to(dtype) for a in inputs((3, 7, 13))], axes=WIDTH)
 
 
+@pytest.mark.usefixtures("_large_blocks")
 def test_samples_too_large_for_a_program():
     """Rows are updated by the kernel; torch normalises and asks."""
     check(inputs((1, 65, 65)), axes=LATENTS)
@@ -262,20 +250,24 @@ def test_leaves_no_trace():
 
 
 def test_differentiable_once():
-    assert_differentiable_once(passing("triton", axes=TWO_D), *inputs((1, 2, 3), (1, 2)))
+    *args, bias = inputs((1, 2, 3), (1, 2))[:5]
+    rest = inputs((1, 2, 3), (1, 2))[5:]
+    assert_differentiable_once(
+        lambda *moving: passing("triton", axes=TWO_D)(*moving, *rest), *args, bias
+    )
 
 
 @pytest.mark.parametrize("axes", [LATENTS, NONE])
 @pytest.mark.parametrize("full", [True, False])
 def test_opcheck(axes, full):
     real, gathered, imaginary, *weights = (
-        a.requires_grad_() for a in inputs((2, 7, 13), one=not full, shared=not full)
+        a.requires_grad_() for a in inputs((2, 3, 4), (1, 2), one=not full, shared=not full)
     )
     masks = [torch.tensor([True, False])] if full else [None]
-    keep = torch.rand(2, 7, 13) if full else None
+    keep = torch.rand(2, 3, 4) if full else None
     if not full:
         weights[8:] = [None] * 3
-    rest = (*weights, *masks, keep, *masks, True, axes, 7, torch.float32)
+    rest = (*weights, *masks, keep, *masks, True, axes, 3, torch.float32)
     carried = imaginary if axes else None
     opcheck(torch.ops.motet.lego_pass, (real, carried, gathered, *rest))
     with torch.no_grad():
@@ -296,3 +288,110 @@ def test_compiles_whole_for_any_number_of_samples():
         return 2 * real, imaginary, queries
 
     assert_compiles(run, *(tuple(inputs((bags, 7, 13))[:3]) for bags in (4, 3)))
+
+
+FREE = ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")
+OWN = {"lego_pass": module._forward, "lego_pass_backward": module._backward_of}
+
+
+class _Launches(TorchDispatchMode):
+    """Count what would start a kernel: Triton's, and operators that neither view nor allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.found = False, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "motet":
+            with self:  # what the operator calls
+                return OWN[name](*args)
+        if not (self.inside or func.is_view or name in FREE):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, run):
+        def counted(executor, *args, **kwargs):
+            self.found.append(f"triton {executor.fn.__name__}")
+            self.inside = True  # the interpreter copies the arguments
+            try:
+                return run(executor, *args, **kwargs)
+            finally:
+                self.inside = False
+
+        return counted
+
+
+def launches(backend, monkeypatch):
+    """Return what one pass of a LegoBlock starts, forward and backward."""
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    args = [a.requires_grad_() for a in inputs((3, 7, 13))]
+    present = torch.tensor([True, False, True])
+    mode = _Launches()
+    with monkeypatch.context() as patch, mode:
+        patch.setattr(GridExecutor, "__call__", mode.launch(GridExecutor.__call__))
+        found = passing(backend, axes=TWO_D, present=present)(*args)
+        forward = list(mode.found)
+        grads = [torch.empty_like(part) for part in found]
+        torch.autograd.grad(found, args, grads)
+    return forward, mode.found[len(forward) :]
+
+
+def test_launches(monkeypatch):
+    forward, backward = launches("triton", monkeypatch)
+    assert forward == ["triton _pass"]
+    assert [name for name in backward if name.startswith("triton")] == [
+        "triton _asking_backward", "triton _update_backward"
+    ]  # fmt: skip
+    rest = sorted(name for name in backward if not name.startswith("triton"))
+    assert rest == ["matmul"] * 4 + ["sum"] * 2  # one per matrix of weights; the vectors together
+    forward, backward = launches("eager", monkeypatch)
+    assert (len(forward), len(backward)) == (22, 47)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"real": 3}, TypeError, "real: expected a tensor, got int"),
+        ({"real": torch.ones(7, 13)}, ValueError, r"real: expected .*\[B, C, D\], got"),
+        ({"real": torch.ones(2, 7, 13)}, ValueError, r"gathered: .* for real \(2, 7, 13\), got"),
+        ({"gathered": None}, TypeError, "gathered: expected a tensor, got NoneType"),
+        ({"gathered": torch.ones(3, 2, 5, 5)}, ValueError, r"\[B, H, 1, E\].*got torch.float32"),
+        ({"gathered": torch.ones(3, 2, 7, 6)}, ValueError, r"out_weight: .* \(13, 12\), got"),
+        ({"imaginary": torch.ones(1, 7, 13)}, ValueError, r"imaginary: expected \(3, 7, 13\), got"),
+        ({"keep": torch.ones(3, 7, 1)}, ValueError, r"keep: expected \(3, 7, 13\), got"),
+        ({"present": torch.ones(3)}, ValueError, r"present: expected bool \[3\] on cpu, got"),
+        ({"scaled": torch.ones(2) > 0}, ValueError, r"scaled: expected bool \[3\] on cpu, got"),
+        ({"axes": (0,)}, ValueError, r"axes: expected one of .*, got \(0,\)"),
+        ({"axes": LATENTS, "rows": 20}, ValueError, "rows: expected 7, or C of which 7 .* got 20"),
+        ({"axes": TWO_D, "rows": 12}, ValueError, "rows: expected 7, or .* got 12 with axes"),
+        ({"backend": "cuda"}, ValueError, "backend: expected 'auto'"),
+    ],
+)
+def test_what_does_not_fit(change, error, message):
+    real, gathered, imaginary, *weights = inputs((3, 7, 13))
+    given = {
+        "real": real, "gathered": gathered, "update": Update(*weights[:8]), "imaginary": imaginary,
+        "axes": TWO_D, "backend": "triton",
+    } | change  # fmt: skip
+    for backend in {given.pop("backend"), "eager"} if "backend" not in change else {"cuda"}:
+        with pytest.raises(error, match=message):
+            lego_pass(**given | {"backend": backend})
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_weights_that_do_not_fit(index):
+    args = inputs((3, 7, 13))
+    names = [f"update.{name}" for name in Update._fields]
+    names += [f"asking.{name}" for name in Asking._fields]
+    args[3 + index] = args[3 + index][..., :-1]
+    for backend in ("triton", "eager"):
+        with pytest.raises(ValueError, match=f"{names[index]}: expected "):
+            passing(backend)(*args)
+
+
+def test_dtypes_that_triton_does_not_take():
+    args = [a.double() for a in inputs((3, 7, 13))]
+    with pytest.raises(ValueError, match="backend: 'triton' takes float32, bfloat16 and float16"):
+        passing("triton")(*args)
+    assert passing("auto")(*args)[0].dtype == torch.float64
