@@ -205,16 +205,17 @@ def lego_pass(
         [B, C, H · E], not scaled. Each is None where it has no input.
 
     Raises:
-        ValueError: an unknown backend, Triton where it cannot be had, or shapes, dtypes or devices
-            that do not fit.
-        TypeError: something that is not a tensor.
+        ValueError: an unknown backend, or Triton where it cannot be had; before the kernels, also
+            shapes, dtypes or devices that do not fit.
+        TypeError: before the kernels, something that is not a tensor.
     """
     check_backend(backend)
-    _check(real, gathered, update, imaginary, present, keep, axes, rows, scaled, asking)
-    whole = rows or real.shape[-2]
     wide = "takes latents of up to 256 numbers" if real.shape[-1] > 256 else ""
     if backend != "compile" and on_triton(backend, real.device.type, real.dtype, wide):
+        # Before kernels that would read beyond what is there; torch's operators look themselves.
+        _check(real, gathered, update, imaginary, present, keep, axes, rows, scaled, asking)
         refuse_forward_mode("lego_pass")
+        whole = rows or real.shape[1]
         return _on_triton(
             real, gathered, update, imaginary, present, snn, keep, axes, whole, scaled, asking
         )
@@ -228,7 +229,7 @@ def lego_pass(
     if present is not None:
         x = torch.where(present[:, None, None], x, real)
     if axes:
-        x, imaginary = normalised(x, imaginary, axes, whole, scaled)
+        x, imaginary = normalised(x, imaginary, axes, rows, scaled)
     return x, imaginary, None if asking is None else ask(x, asking)
 
 
@@ -264,58 +265,59 @@ def _check(
     scaled: Tensor | None,
     asking: Asking | None,
 ) -> None:
-    named: dict[str, Any] = {
-        "real": real, "gathered": gathered, "imaginary": imaginary, "present": present,
-        "keep": keep, "scaled": scaled,
-    }  # fmt: skip
-    for name, part in named.items():
-        if not (isinstance(part, Tensor) or (part is None and name not in ("real", "gathered"))):
-            raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
+    if not isinstance(gathered, Tensor):
+        raise TypeError(f"gathered: expected a tensor, got {type(gathered).__name__}")
     if real.ndim != 3 or not real.is_floating_point():
         raise ValueError(
             f"real: expected floating-point [B, C, D], got {real.dtype} {tuple(real.shape)}"
         )
-    first, latents, dim = real.shape
-    bags = gathered.shape[0] if gathered.ndim == 4 else -1
-    if (
-        bags < 0
-        or first not in (1, bags)
-        or gathered.shape[2] not in (1, latents)
-        or not gathered.is_floating_point()
-    ):
+    (first, latents, dim), shape = real.shape, gathered.shape
+    if len(shape) != 4 or first not in (1, shape[0]) or shape[2] not in (1, latents):
         raise ValueError(
-            f"gathered: expected floating-point [B, H, C, E] or [B, H, 1, E] for real "
-            f"{tuple(real.shape)}, got {gathered.dtype} {tuple(gathered.shape)}"
+            f"gathered: expected [B, H, C, E] or [B, H, 1, E] for real {tuple(real.shape)}, got "
+            f"{tuple(shape)}"
         )
-    inner, full = gathered.shape[1] * gathered.shape[3], (bags, latents, dim)
-    sizes = zip(
-        Update._fields, update,
-        ((dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim), (dim,)),
-        strict=True,
-    )  # fmt: skip
-    expected = [(f"update.{name}", part, shape) for name, part, shape in sizes]
+    bags, inner, device = shape[0], shape[1] * shape[3], real.device
+    flat = (dim,)
+    expected: list[tuple[str, Any, Sequence[int]]] = [
+        ("gathered", gathered, shape),
+        ("update.out_weight", update[0], (dim, inner)),
+        ("update.out_bias", update[1], flat),
+        ("update.norm_weight", update[2], flat),
+        ("update.norm_bias", update[3], flat),
+        ("update.up_weight", update[4], (8 * dim, dim)),
+        ("update.up_bias", update[5], (8 * dim,)),
+        ("update.down_weight", update[6], (dim, 4 * dim)),
+        ("update.down_bias", update[7], flat),
+    ]
     if asking is not None:
-        sizes = zip(Asking._fields, asking, ((dim,), (dim,), (-1, dim)), strict=True)
-        expected += [(f"asking.{name}", part, shape) for name, part, shape in sizes]
+        expected += [
+            ("asking.norm_weight", asking[0], flat),
+            ("asking.norm_bias", asking[1], flat),
+            ("asking.weight", asking[2], (asking[2].shape[0], dim)),
+        ]
     if imaginary is not None:
-        expected.append(("imaginary", imaginary, (first, latents, dim)))
+        expected.append(("imaginary", imaginary, real.shape))
     if keep is not None:
-        expected.append(("keep", keep, full))
+        expected.append(("keep", keep, (bags, latents, dim)))
     for name, part, shape in expected:
-        got = part.shape
-        if len(got) != len(shape) or any(a not in (b, -1) for a, b in zip(shape, got, strict=True)):
-            raise ValueError(f"{name}: expected {shape}, got {tuple(got)}")
-        if part.device != real.device or not part.is_floating_point():
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
+        if part.shape != shape:
+            raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(part.shape)}")
+        if part.device != device or not part.is_floating_point():
             raise ValueError(
-                f"{name}: expected floating-point numbers on {real.device} as real, got "
-                f"{part.dtype} on {part.device}"
+                f"{name}: expected floating-point numbers on {device} as real, got {part.dtype} "
+                f"on {part.device}"
             )
     for name, part in (("present", present), ("scaled", scaled)):
-        if part is not None and (part.shape, part.dtype, part.device) != (
-            (bags,), torch.bool, real.device
-        ):  # fmt: skip
+        if part is None:
+            continue
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
+        if (part.shape, part.dtype, part.device) != ((bags,), torch.bool, device):
             raise ValueError(
-                f"{name}: expected bool [{bags}] on {real.device}, got {part.dtype} "
+                f"{name}: expected bool [{bags}] on {device}, got {part.dtype} "
                 f"{tuple(part.shape)} on {part.device}"
             )
     if axes not in AXES.values():

@@ -352,12 +352,14 @@ def test_launches(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"real": 3}, TypeError, "real: expected a tensor, got int"),
         ({"real": torch.ones(7, 13)}, ValueError, r"real: expected .*\[B, C, D\], got"),
         ({"real": torch.ones(2, 7, 13)}, ValueError, r"gathered: .* for real \(2, 7, 13\), got"),
         ({"gathered": None}, TypeError, "gathered: expected a tensor, got NoneType"),
-        ({"gathered": torch.ones(3, 2, 5, 5)}, ValueError, r"\[B, H, 1, E\].*got torch.float32"),
+        ({"gathered": torch.ones(3, 2, 5, 5)}, ValueError, r"gathered: .*\[B, H, 1, E\]"),
         ({"gathered": torch.ones(3, 2, 7, 6)}, ValueError, r"out_weight: .* \(13, 12\), got"),
+        ({"imaginary": 3}, TypeError, "imaginary: expected a tensor, got int"),
+        ({"present": [True]}, TypeError, "present: expected a tensor, got list"),
+        ({"keep": torch.ones(3, 7, 13) > 0}, ValueError, "keep: expected floating-point numbers"),
         ({"imaginary": torch.ones(1, 7, 13)}, ValueError, r"imaginary: expected \(3, 7, 13\), got"),
         ({"keep": torch.ones(3, 7, 1)}, ValueError, r"keep: expected \(3, 7, 13\), got"),
         ({"present": torch.ones(3)}, ValueError, r"present: expected bool \[3\] on cpu, got"),
@@ -374,9 +376,8 @@ def test_what_does_not_fit(change, error, message):
         "real": real, "gathered": gathered, "update": Update(*weights[:8]), "imaginary": imaginary,
         "axes": TWO_D, "backend": "triton",
     } | change  # fmt: skip
-    for backend in {given.pop("backend"), "eager"} if "backend" not in change else {"cuda"}:
-        with pytest.raises(error, match=message):
-            lego_pass(**given | {"backend": backend})
+    with pytest.raises(error, match=message):
+        lego_pass(**given)
 
 
 @pytest.mark.parametrize("index", range(11))
@@ -385,9 +386,8 @@ def test_weights_that_do_not_fit(index):
     names = [f"update.{name}" for name in Update._fields]
     names += [f"asking.{name}" for name in Asking._fields]
     args[3 + index] = args[3 + index][..., :-1]
-    for backend in ("triton", "eager"):
-        with pytest.raises(ValueError, match=f"{names[index]}: expected "):
-            passing(backend)(*args)
+    with pytest.raises(ValueError, match=f"{names[index]}: expected "):
+        passing("triton")(*args)
 
 
 def test_dtypes_that_triton_does_not_take():
