@@ -34,6 +34,7 @@ from motet.kernels import (
     context_kv_triton,
     harmonic_merge_triton,
     latent_attention_triton,
+    lego_pass_triton,
     slerp_triton,
 )
 from triton.backends.compiler import GPUTarget
@@ -263,12 +264,36 @@ def merge(count: int) -> Callable[[], None]:
     return run
 
 
+def lego_pass(
+    dtype: str, latents: int, dim: int, axes: tuple[int, ...] = (-2, -1), *,
+    rows: int | None = None, snn: bool = True,
+) -> Callable[[], None]:  # fmt: skip
+    """Return what calls every launcher of lego_pass_triton at one size, products in `dtype`."""
+
+    def run() -> None:
+        kernels, products, inner = lego_pass_triton, _BITS[dtype], 8 * 64
+        real, imaginary, keep = (torch.empty(2, latents, dim) for _ in range(3))
+        gathered = torch.empty(2, 8, latents, 64, dtype=products)
+        shapes = [
+            (dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim),
+            (dim,), (dim,), (dim,), (inner, dim),
+        ]  # fmt: skip
+        present, scaled = torch.ones(2, 2, dtype=torch.bool).unbind()
+        rest = [
+            *map(torch.empty, shapes), present, keep, scaled, snn, axes, rows or latents, products
+        ]  # fmt: skip
+        x, y, queries, scale = kernels.forward(real, imaginary, gathered, *rest)
+        kernels.backward(x, y, queries, x, y, scale, real, gathered, *rest)
+
+    return run
+
+
 def sources() -> dict[str, str]:
     """Return a digest of every file of kernels, for which comments and layout do not count."""
     digests = {}
     for module in (
         absorbed_attention_triton, context_kv_triton, harmonic_merge_triton,
-        latent_attention_triton, slerp_triton,
+        latent_attention_triton, lego_pass_triton, slerp_triton,
     ):  # fmt: skip
         path = Path(module.__file__)
         tree = ast.parse(path.read_text())
@@ -345,6 +370,18 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
 
     for count in (2, 3, 8):
         yield f"merge of {count}", merge(count)
+
+    for dtype in ("bf16", "fp32"):
+        for latents, dim in ((17, 126), (25, 119), (64, 64), (256, 32)):
+            yield f"pass {dtype} {latents}x{dim}", lego_pass(dtype, latents, dim)
+            yield f"pass {dtype} {latents}x{dim} gelu", lego_pass(dtype, latents, dim, snn=False)
+        for latents, dim, rows in ((9, 126, 17), (33, 64, 64)):
+            yield (
+                f"pass {dtype} {latents}x{dim} of {rows}",
+                lego_pass(dtype, latents, dim, (-2,), rows=rows),
+            )
+        for dim, axes in ((64, ()), (126, (-1,)), (256, (-1,))):  # rows apart
+            yield f"pass {dtype} rows of {dim}", lego_pass(dtype, 64, dim, axes)
 
 
 SHIPPED = dict(_shipped())

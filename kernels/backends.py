@@ -56,14 +56,20 @@ def triton_kernels(
     Raises:
         ValueError: "triton" was asked for and cannot be had.
     """
-    if backend == "eager":
+    if not on_triton(backend, like.device.type, like.dtype, why_not):
         return None
-    reason = why_not or _why_not(like.device.type, like.dtype)
-    if not reason:
-        return importlib.import_module(f"{__package__}.{operator}_triton")
-    if backend == "triton":
+    return importlib.import_module(f"{__package__}.{operator}_triton")
+
+
+@torch.compiler.assume_constant_result  # torch.compile traces neither imports nor caches
+def on_triton(backend: str, device: str, dtype: torch.dtype, why_not: str = "") -> bool:
+    """Return whether Triton computes; arguments and errors as of triton_kernels."""
+    if backend == "eager":
+        return False
+    reason = why_not or _why_not(device, dtype)
+    if reason and backend == "triton":
         raise ValueError(f"backend: 'triton' {reason}; 'auto' falls back to torch")
-    return None
+    return not reason
 
 
 def _why_not(device: str, dtype: torch.dtype) -> str:

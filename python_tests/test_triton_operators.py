@@ -260,7 +260,7 @@ def test_harmonic_merge(count: int, phase: str) -> None:
     weights = [0.2, 0.5, 0.3][:count]
     latents = [torch.randn(7, 150, dtype=torch.complex64) for _ in range(count)]
 
-    def parts(merge: Callable[..., Tensor], **options: str) -> Callable[..., Tensor]:
+    def parts(merge: Function, **options: str) -> Function:
         def run(*inputs: Tensor) -> Tensor:
             found = [torch.view_as_complex(x) for x in inputs]
             return torch.view_as_real(merge(found, weights, phase, **options))

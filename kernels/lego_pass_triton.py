@@ -1,0 +1,626 @@
+"""Triton kernels of lego_pass: from what one attention gathered to the queries of the next.
+
+A program owns some rows of the latents, from the output projection to the queries; a hidden
+activation is never in memory. Where Z is normalised along the latents, its rows are those of one
+sample; otherwise samples do not matter. Weights are read as they lie, through the second-level
+cache, and rounded to the dtype of the products on the way.
+
+Going back takes two kernels: one through queries and normalisation, one through the update. They
+write the operands of the gradients of matrices, which torch multiplies, and sums over their rows
+for the gradients of vectors, which torch adds up in order.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .context_kv_triton import PRECISION, _load_tile
+from .lego_pass import scale_shape
+
+EPS = tl.constexpr(1e-5)
+SLOPE = tl.constexpr(0.01)
+# The smallest normal number, below which no sum of squares is divided by.
+TINY = tl.constexpr(1.1754943508222875e-38)
+LARGEST_SCALE = tl.constexpr(9e18)  # a little less than 1 / sqrt(TINY)
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class _Blocks(NamedTuple):
+    """Rows of a program; channels of the latents, of heads and of the hidden layer of a step."""
+
+    block_c: int
+    block_k: int
+    block_e: int
+    block_f: int
+    num_warps: int
+    num_stages: int
+
+
+def forward(
+    real: Tensor, imaginary: Tensor | None, gathered: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return Re Z, Im Z, the queries and the scale; empty where there is none.
+
+    Args:
+        real: contiguous [B or 1, C, D]; a sample fits in a tile of 8,192 numbers, its sides rounded
+            up to powers of 2, if its rows are normalised together.
+        imaginary: like `real`, or None; not without axes.
+        gathered: [B, H, C or 1, E], last stride 1.
+        rest: contiguous, the rest of motet::lego_pass's arguments.
+    """
+    *weights, present, keep, scaled, snn, axes, rows, products = rest
+    asked = 0 if weights[-1] is None else len(weights[-1])
+    bags, heads, _, width = gathered.shape
+    latents, dim = real.shape[1:]
+    x = real.new_empty(bags, latents, dim)
+    y = real.new_empty(0 if imaginary is None else x.shape)
+    queries = real.new_empty((bags, latents, asked) if asked else 0, dtype=products)
+    scale = real.new_empty(scale_shape(x.shape, axes), dtype=torch.float32)
+    blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
+    programs = _programs(bags, latents, axes, blocks)
+    normed = real.new_empty(programs * blocks.block_c, _power(dim), dtype=products)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _pass[(programs,)](
+                real, imaginary, gathered, *weights, present, keep, scaled,
+                x, y, queries, scale, normed,
+                gathered.stride(0), gathered.stride(1), _row_stride(gathered),
+                bags * latents, heads, E=width, Q=asked, SHARED=len(real) < bags, SNN=snn,
+                BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f,
+                **_normalising(axes, rows, latents, dim),
+                **_constants(blocks, latents, dim, products),
+            )  # fmt: skip
+    return x, y, queries, scale
+
+
+def backward(
+    grad_real: Tensor | None,
+    grad_imaginary: Tensor | None,
+    grad_queries: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    real: Tensor,
+    gathered: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Return what motet::lego_pass_backward returns, of its arguments, contiguous as in forward."""
+    *weights, present, keep, scaled, snn, axes, rows, products = rest
+    *update, gain, shift, ask = weights
+    bags, heads, _, width = gathered.shape
+    latents, dim = x.shape[1:]
+    count, asked = bags * latents, 0 if ask is None else len(ask)
+    own = {"device": x.device, "dtype": torch.float32}
+    low = own | {"dtype": products}
+    dx, dy = grad_real, x.new_empty(0 if y is None else x.shape)
+    dask, dasks = torch.empty(0, **low), torch.empty(0, **own)
+    if asked or axes:
+        blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
+        programs = _programs(bags, latents, axes, blocks)
+        dx = torch.empty(x.shape, **own)
+        normed = torch.empty((count, dim) if asked else 0, **low)
+        partial = torch.empty((programs, 2 * dim) if asked else 0, **own)
+        if x.numel():
+            with torch.cuda.device_of(x):
+                _asking_backward[(programs,)](
+                    grad_real, grad_imaginary, grad_queries, x, y, scale, scaled, gain, shift, ask,
+                    dx, dy, normed, partial, count, Q=asked,
+                    **_normalising(axes, rows, latents, dim),
+                    **_constants(blocks, latents, dim, products),
+                )  # fmt: skip
+        if asked:
+            dasks = partial.sum(0)
+            if grad_queries is None:
+                dask = torch.zeros(ask.shape, **low)
+            else:
+                dask = grad_queries.to(products).view(count, asked).t() @ normed
+    blocks = _update_blocks(dim, products)
+    programs = triton.cdiv(count, blocks.block_c)
+    one = gathered.shape[2] < latents
+    dreal = torch.empty(x.shape, **own | {"dtype": real.dtype})
+    dgathered = torch.empty(0 if one else gathered.shape, **own | {"dtype": gathered.dtype})
+    flat = torch.empty(0 if one else (count, heads * width), **low)
+    room = (programs * blocks.block_c, _power(dim))
+    normed, dout, dpre = (torch.empty(room, **low) for _ in range(3))
+    gated, dhidden = (torch.empty(count, k * dim, **low) for k in (4, 8))
+    partial = torch.empty(programs, 12 * dim, **own)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _update_backward[(programs,)](
+                dx, real, gathered, *update[:-1], present, keep,
+                dreal, dgathered, flat, normed, gated, dhidden, dout, dpre, partial,
+                gathered.stride(0), gathered.stride(1), _row_stride(gathered), count, heads,
+                E=width, SHARED=len(real) < bags, ONE=one, SNN=snn, BLOCK_K=blocks.block_k,
+                BLOCK_F=blocks.block_f, **_constants(blocks, latents, dim, products),
+            )  # fmt: skip
+    normed, dout, dpre = (x[:count, :dim] for x in (normed, dout, dpre))
+    if one:
+        dpre = dpre.unflatten(0, (bags, latents)).sum(1)
+        flat = gathered.to(products).reshape(bags, heads * width)
+        dgathered = (dpre @ update[0].to(products)).view(gathered.shape).to(gathered.dtype)
+    if len(real) < bags:
+        dreal = dreal.sum(0, keepdim=True)
+        dy = dy if y is None else dy.sum(0, keepdim=True)
+    return (
+        dreal, dy, dgathered, dpre.t() @ flat, dhidden.t() @ normed, dout.t() @ gated,
+        partial.sum(0), dask, dasks,
+    )  # fmt: skip
+
+
+def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
+    """Choose blocks for whole samples of `latents`, or rows of any (0), that spill no register."""
+    rows = _power(latents) if latents else (32 if dim <= 64 else 16)
+    if products == torch.float32:  # two parts of every operand are kept in registers
+        return _Blocks(rows, min(32, _power(dim)), 16, 16, 8, 2)
+    # 32 of the hidden layer spill on sm_100 with GELU (8 stores).
+    return _Blocks(rows, min(64, _power(dim)), 32, 32 if dim <= 64 else 16, 8, 2)
+
+
+def _update_blocks(dim: int, products: torch.dtype) -> _Blocks:
+    if products == torch.float32:  # 32 of the hidden layer spill on sm_100 (3 stores)
+        return _Blocks(16, min(32, _power(dim)), 32, 16, 8, 2)
+    return _Blocks(16, min(64, _power(dim)), 32, 32, 8, 2)
+
+
+def _power(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _programs(bags: int, latents: int, axes: Sequence[int], blocks: _Blocks) -> int:
+    return bags if -2 in axes else triton.cdiv(bags * latents, blocks.block_c)
+
+
+def _row_stride(gathered: Tensor) -> int:
+    return gathered.stride(2) if gathered.shape[2] > 1 else 0
+
+
+def _normalising(axes: Sequence[int], rows: int, latents: int, dim: int) -> dict[str, Any]:
+    return {
+        "count": float((rows if -2 in axes else 1) * (dim if -1 in axes else 1)),
+        "HALF": rows if -2 in axes and rows > latents else 0,
+        "ALONG_C": -2 in axes,
+        "ALONG_D": -1 in axes,
+    }
+
+
+def _constants(blocks: _Blocks, latents: int, dim: int, products: torch.dtype) -> dict[str, Any]:
+    return {
+        "C": latents,
+        "D": dim,
+        "DTYPE": _DTYPES[products],
+        "BLOCK_C": blocks.block_c,
+        "BLOCK_D": _power(dim),
+        "BLOCK_E": blocks.block_e,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
+
+
+@triton.jit
+def _own_rows(n_rows, C: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr):
+    """Return the rows of a program among all B C, and which of them there are."""
+    i = tl.arange(0, BLOCK_C)
+    program = tl.program_id(0).to(tl.int64)
+    if WHOLE:
+        return program * C + i, i < C
+    row = program * BLOCK_C + i
+    return row, row < n_rows
+
+
+@triton.jit
+def _standardised(x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return (x - mean) / SD of each row, 0 in the columns beyond D, and 1 / SD."""
+    real = tl.arange(0, BLOCK_D)[None, :] < D
+    deviation = tl.where(real, x - tl.sum(tl.where(real, x, 0.0), 1)[:, None] / D, 0.0)
+    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / D + EPS)[:, None]
+    return deviation * rstd, rstd
+
+
+@triton.jit
+def _standardised_backward(grad, normal, rstd, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the gradient of what _standardised was given."""
+    real = tl.arange(0, BLOCK_D)[None, :] < D
+    grad -= tl.sum(grad, 1)[:, None] / D + normal * (tl.sum(grad * normal, 1)[:, None] / D)
+    return tl.where(real, grad * rstd, 0.0)
+
+
+@triton.jit
+def _load_vector(base, first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Load numbers first to first + BLOCK of a vector as [1, BLOCK], zeros beyond SIZE."""
+    i = first + tl.arange(0, BLOCK)
+    return tl.load(base + i, mask=i < SIZE, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store_tile(base, row, valid, first, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store columns first to first + BLOCK of contiguous rows of WIDTH."""
+    column = first + tl.arange(0, BLOCK)
+    mask = valid[:, None] & (column < WIDTH)[None, :]
+    at = base + row[:, None] * WIDTH + column[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_sum(partial_ptr, first, x, TOTAL: tl.constexpr, size, BLOCK: tl.constexpr):
+    """Store the sum over the rows of x, up to `size` numbers, in a program's own row of partial."""
+    i = tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * TOTAL + first + i
+    tl.store(partial_ptr + at, tl.sum(x, 0), mask=i < size)
+
+
+@triton.jit
+def _product(a, b, acc):
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _gathered(
+    gathered_ptr, out_ptr, out_bias_ptr, flat_ptr, row, valid, b_stride, h_stride, c_stride, H,
+    C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Return out gathered + out_bias; what was gathered goes to `flat_ptr` [B C, H E] if given."""
+    tiles: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    d = tl.arange(0, BLOCK_D)
+    gathered_ptr += (row // C * b_stride + row % C * c_stride)[:, None]
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    for i in range(0, H * tiles):
+        head = i // tiles
+        e = i % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
+        known = (e < E)[None, :]
+        at = gathered_ptr + head * h_stride + e[None, :]
+        h = tl.load(at, mask=valid[:, None] & known, other=0.0).to(DTYPE)
+        at = out_ptr + d[:, None] * (H * E) + head * E + e[None, :]
+        weight = tl.load(at, mask=(d < D)[:, None] & known, other=0.0).to(DTYPE)
+        acc = _product(h, tl.trans(weight), acc)
+        if flat_ptr is not None:
+            at = flat_ptr + row[:, None] * (H * E) + head * E + e[None, :]
+            tl.store(at, h, mask=valid[:, None] & known)
+    return acc + _load_vector(out_bias_ptr, 0, D, BLOCK_D)
+
+
+@triton.jit
+def _flags(flags_ptr, row, valid, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Load what is said of the samples [B] of some rows, [rows, 1]; of a whole sample, [1, 1]."""
+    at, mask = (row // C)[:, None], valid[:, None]
+    if WHOLE:
+        at = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
+        mask = at >= 0
+    return tl.load(flags_ptr + at, mask=mask, other=0)
+
+
+@triton.jit
+def _scale_places(
+    row, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, ALONG_C: tl.constexpr,
+    ALONG_D: tl.constexpr,
+):  # fmt: skip
+    """Return where the column scale of some rows lies in memory, and what of it there is."""
+    at, mask = row[:, None], valid[:, None]
+    if ALONG_C:
+        at = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
+        mask = at >= 0
+    if not ALONG_D:
+        d = tl.arange(0, BLOCK_D)[None, :]
+        at, mask = at * D + d, mask & (d < D)
+    return at, mask
+
+
+@triton.jit
+def _total(
+    numbers, row, C: tl.constexpr, HALF: tl.constexpr, ALONG_C: tl.constexpr, ALONG_D: tl.constexpr
+):  # fmt: skip
+    """Return the sum over the normalised axes, which keep length 1."""
+    if HALF > 0:
+        numbers *= _stands_for(row, C, HALF)
+    if ALONG_D:
+        numbers = tl.sum(numbers, 1, keep_dims=True)
+    if ALONG_C:
+        numbers = tl.sum(numbers, 0, keep_dims=True)
+    return numbers
+
+
+@triton.jit
+def _stands_for(row, C: tl.constexpr, HALF: tl.constexpr):
+    """Return for how many of HALF rows each of the first C stands."""
+    c = (row % C)[:, None]
+    alone = c == 0
+    if HALF % 2 == 0:
+        alone |= c == C - 1
+    return tl.where(alone, 1.0, 2.0)
+
+
+@triton.jit
+def _gate(gate, SNN: tl.constexpr):
+    """Return SELU(gate) or GELU(gate), and its derivative."""
+    if SNN:
+        scale: tl.constexpr = 1.0507009873554805
+        alpha: tl.constexpr = 1.6732632423543772 * scale
+        grown = alpha * tl.exp(tl.minimum(gate, 0.0))
+        return tl.where(gate > 0, scale * gate, grown - alpha), tl.where(gate > 0, scale, grown)
+    share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+    return gate * share, share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+
+
+@triton.jit
+def _room_rows(room_ptr, first, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Point at columns first to first + BLOCK of a program's own rows [BLOCK_C, BLOCK_D] in memory.
+
+    Products over D take their rows from there in steps: in tf32x3, two parts of a whole row are
+    more than the registers hold (up to 260 spill stores). Between storing and loading, all threads
+    of the program have to meet (tl.debug_barrier).
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return room_ptr + row[:, None] * BLOCK_D + first + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def _hidden(
+    normed_ptr, up_ptr, up_bias_ptr, f0, D: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Return BLOCK_F values and gates of the hidden layer."""
+    f = f0 + tl.arange(0, BLOCK_F)
+    value = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
+    gate = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        part = tl.load(_room_rows(normed_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
+        weight = _load_tile(up_ptr, f, D, f < 4 * D, k0, D, BLOCK_K).to(DTYPE)
+        value = _product(part, tl.trans(weight), value)
+        weight = _load_tile(up_ptr + 4 * D * D, f, D, f < 4 * D, k0, D, BLOCK_K).to(DTYPE)
+        gate = _product(part, tl.trans(weight), gate)
+    value += _load_vector(up_bias_ptr, f0, 4 * D, BLOCK_F)
+    return value, gate + _load_vector(up_bias_ptr + 4 * D, f0, 4 * D, BLOCK_F)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _pass(
+    real_ptr, imaginary_ptr, gathered_ptr, out_ptr, out_bias_ptr, gain_ptr, shift_ptr,
+    up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, ask_gain_ptr, ask_shift_ptr, ask_ptr,
+    present_ptr, keep_ptr, scaled_ptr, x_ptr, y_ptr, queries_ptr, scale_ptr, normed_ptr,
+    b_stride, h_stride, c_stride, n_rows, H, count,
+    C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, Q: tl.constexpr, HALF: tl.constexpr,
+    SHARED: tl.constexpr, SNN: tl.constexpr, ALONG_C: tl.constexpr, ALONG_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Update, normalise and ask, for the rows of a sample (ALONG_C) or BLOCK_C of all.
+
+    x = real + LeakyReLU(out gathered + out_bias); x += keep (down (value act(gate)) + down_bias);
+    s = 1 / sqrt(sum |Z|^2 / count); queries = ask LN(s x). HALF: rows of the whole of a spectrum of
+    which C are here; 0 if all are.
+    """
+    row, valid = _own_rows(n_rows, C, BLOCK_C, ALONG_C)
+    place = row
+    if SHARED:
+        place = row % C
+    x = _gathered(
+        gathered_ptr, out_ptr, out_bias_ptr, None, row, valid, b_stride, h_stride, c_stride, H,
+        C, D, E, DTYPE, BLOCK_C, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    x = tl.where(x > 0, x, SLOPE * x) + _load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D)
+    normal = _standardised(x, D, BLOCK_D)[0]
+    gain = _load_vector(gain_ptr, 0, D, BLOCK_D)
+    normed = (normal * gain + _load_vector(shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
+    tl.store(_room_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
+    tl.debug_barrier()
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    for f0 in range(0, 4 * D, BLOCK_F):
+        value, gate = _hidden(
+            normed_ptr, up_ptr, up_bias_ptr, f0, D, DTYPE, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_F
+        )
+        gate = _gate(gate, SNN)[0]
+        weight = _load_tile(down_ptr, d, 4 * D, d < D, f0, 4 * D, BLOCK_F).to(DTYPE)
+        acc = _product((value * gate).to(DTYPE), tl.trans(weight), acc)
+    acc += _load_vector(down_bias_ptr, 0, D, BLOCK_D)
+    if keep_ptr is not None:
+        acc *= _load_tile(keep_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
+    x += acc
+    if present_ptr is not None:
+        present = _flags(present_ptr, row, valid, C, ALONG_C)
+        x = tl.where(present, x, _load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D))
+    if ALONG_C or ALONG_D:
+        x = tl.where(valid[:, None], x, 0.0)
+        square = x * x
+        y = x
+        if imaginary_ptr is not None:
+            y = _load_tile(imaginary_ptr, place, D, valid, 0, D, BLOCK_D).to(tl.float32)
+            square += y * y
+        total = _total(square, row, C, HALF, ALONG_C, ALONG_D)
+        scale = tl.rsqrt(tl.maximum(total / count, TINY))
+        if scaled_ptr is not None:
+            scale = tl.where(_flags(scaled_ptr, row, valid, C, ALONG_C), scale, 1.0)
+        at, mask = _scale_places(row, valid, D, BLOCK_D, ALONG_C, ALONG_D)
+        tl.store(scale_ptr + at, scale, mask=mask)
+        x *= scale
+        if imaginary_ptr is not None:
+            _store_tile(y_ptr, row, valid, 0, y * scale, D, BLOCK_D)
+    _store_tile(x_ptr, row, valid, 0, x, D, BLOCK_D)
+    if ask_ptr is not None:
+        normal = _standardised(x, D, BLOCK_D)[0]
+        gain = _load_vector(ask_gain_ptr, 0, D, BLOCK_D)
+        normed = (normal * gain + _load_vector(ask_shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
+        tl.debug_barrier()
+        tl.store(_room_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
+        tl.debug_barrier()
+        for q0 in range(0, Q, BLOCK_E):
+            q = q0 + tl.arange(0, BLOCK_E)
+            query = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+            for k0 in range(0, D, BLOCK_K):
+                part = tl.load(_room_rows(normed_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
+                weight = _load_tile(ask_ptr, q, D, q < Q, k0, D, BLOCK_K).to(DTYPE)
+                query = _product(part, tl.trans(weight), query)
+            _store_tile(queries_ptr, row, valid, q0, query, Q, BLOCK_E)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _asking_backward(
+    dx_ptr, dy_ptr, dqueries_ptr, x_ptr, y_ptr, scale_ptr, scaled_ptr,
+    gain_ptr, shift_ptr, ask_ptr, dx_before_ptr, dy_before_ptr, normed_ptr, partial_ptr,
+    n_rows, count,
+    C: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, HALF: tl.constexpr,
+    ALONG_C: tl.constexpr, ALONG_D: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Go back from what _pass returned to the real and the imaginary part before the scale s.
+
+    With z = s Z returned and w the rows each stands for, dZ = s (dz - w z sum(dz z) / count), where
+    dz has got ask's part. partial [programs, 2 D]: sums over the rows for its LayerNorm's vectors.
+    """
+    row, valid = _own_rows(n_rows, C, BLOCK_C, ALONG_C)
+    x = _load_tile(x_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
+    dx = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    if ask_ptr is not None:
+        normal, rstd = _standardised(x, D, BLOCK_D)
+        gain = _load_vector(gain_ptr, 0, D, BLOCK_D)
+        normed = normal * gain + _load_vector(shift_ptr, 0, D, BLOCK_D)
+        _store_tile(normed_ptr, row, valid, 0, normed, D, BLOCK_D)
+        if dqueries_ptr is not None:
+            for q0 in range(0, Q, BLOCK_E):
+                q = q0 + tl.arange(0, BLOCK_E)
+                weight = _load_tile(ask_ptr, q, D, q < Q, 0, D, BLOCK_D).to(DTYPE)
+                dquery = _load_tile(dqueries_ptr, row, Q, valid, q0, Q, BLOCK_E).to(DTYPE)
+                dx = _product(dquery, weight, dx)
+        _store_sum(partial_ptr, 0, dx * normal, 2 * D, D, BLOCK_D)
+        _store_sum(partial_ptr, D, dx, 2 * D, D, BLOCK_D)
+        dx = _standardised_backward(dx * gain, normal, rstd, D, BLOCK_D)
+    if dx_ptr is not None:
+        dx += _load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D)
+    if ALONG_C or ALONG_D:
+        product = dx * x
+        if y_ptr is not None:
+            y = _load_tile(y_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
+            dy = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+            if dy_ptr is not None:
+                dy += _load_tile(dy_ptr, row, D, valid, 0, D, BLOCK_D)
+            product += dy * y
+        at, mask = _scale_places(row, valid, D, BLOCK_D, ALONG_C, ALONG_D)
+        scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
+        # Of half a spectrum, every row counts once here: the other half is no result.
+        along = _total(product, row, C, 0, ALONG_C, ALONG_D) / count
+        if scaled_ptr is not None:
+            along = tl.where(_flags(scaled_ptr, row, valid, C, ALONG_C), along, 0.0)
+        # A scale at its bound does not move.
+        along = tl.where(scale < LARGEST_SCALE, along, 0.0)
+        weight = tl.full([1, 1], 1.0, tl.float32)
+        if HALF > 0:
+            weight = _stands_for(row, C, HALF)
+        dx = scale * (dx - weight * x * along)
+        if y_ptr is not None:
+            _store_tile(dy_before_ptr, row, valid, 0, scale * (dy - weight * y * along), D, BLOCK_D)
+    _store_tile(dx_before_ptr, row, valid, 0, dx, D, BLOCK_D)
+
+
+@triton.jit
+def _updated_gradient(
+    dx_ptr, present_ptr, row, valid, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Return the gradient of updated rows, zero for rows without an update."""
+    dx = _load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
+    if present_ptr is None:
+        return dx
+    return tl.where(_flags(present_ptr, row, valid, C, False), dx, 0.0)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _update_backward(
+    dx_ptr, real_ptr, gathered_ptr, out_ptr, out_bias_ptr, gain_ptr, shift_ptr,
+    up_ptr, up_bias_ptr, down_ptr, present_ptr, keep_ptr,
+    dreal_ptr, dgathered_ptr, flat_ptr, normed_ptr, gated_ptr, dhidden_ptr, dout_ptr, dpre_ptr,
+    partial_ptr, b_stride, h_stride, c_stride, n_rows, H,
+    C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    SHARED: tl.constexpr, ONE: tl.constexpr, SNN: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Go back through the update of BLOCK_C rows, whatever their samples.
+
+    Written for the gradients of matrices: flat [B C, H E] (what was gathered), dpre (of its
+    projection), normed, dhidden (values, then gates), gated, dout (of the feed-forward); partial
+    [programs, 12 D]: sums over the rows of dhidden, dpre, of the LayerNorm's two vectors, of dout.
+    ONE: all rows of a sample share what was gathered, whose gradient is not computed here.
+    """
+    row, valid = _own_rows(n_rows, C, BLOCK_C, False)
+    place = row
+    if SHARED:
+        place = row % C
+    if ONE:
+        flat_ptr = None
+    pre = _gathered(
+        gathered_ptr, out_ptr, out_bias_ptr, flat_ptr, row, valid, b_stride, h_stride, c_stride,
+        H, C, D, E, DTYPE, BLOCK_C, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    slope = tl.where(pre > 0, 1.0, SLOPE)
+    x = pre * slope + _load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D)
+    normal, rstd = _standardised(x, D, BLOCK_D)
+    gain = _load_vector(gain_ptr, 0, D, BLOCK_D)
+    normed = (normal * gain + _load_vector(shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
+    tl.store(_room_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
+    dout = _updated_gradient(dx_ptr, present_ptr, row, valid, C, D, BLOCK_D)
+    if keep_ptr is not None:
+        dout *= _load_tile(keep_ptr, row, D, valid, 0, D, BLOCK_D)
+    _store_sum(partial_ptr, 11 * D, dout, 12 * D, D, BLOCK_D)
+    tl.store(_room_rows(dout_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), dout.to(DTYPE))
+    tl.debug_barrier()
+    dnormed = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    for f0 in range(0, 4 * D, BLOCK_F):
+        value, gate = _hidden(
+            normed_ptr, up_ptr, up_bias_ptr, f0, D, DTYPE, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_F
+        )
+        gate, slope_of_gate = _gate(gate, SNN)
+        _store_tile(gated_ptr, row, valid, f0, value * gate, 4 * D, BLOCK_F)
+        dgated = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
+        for k0 in range(0, D, BLOCK_K):
+            part = tl.load(_room_rows(dout_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
+            k = k0 + tl.arange(0, BLOCK_K)
+            weight = _load_tile(down_ptr, k, 4 * D, k < D, f0, 4 * D, BLOCK_F).to(DTYPE)
+            dgated = _product(part, weight, dgated)
+        dvalue = dgated * gate
+        dgate = dgated * value * slope_of_gate
+        _store_sum(partial_ptr, f0, dvalue, 12 * D, 4 * D - f0, BLOCK_F)
+        _store_sum(partial_ptr, 4 * D + f0, dgate, 12 * D, 4 * D - f0, BLOCK_F)
+        dvalue = dvalue.to(DTYPE)
+        dgate = dgate.to(DTYPE)
+        f = f0 + tl.arange(0, BLOCK_F)
+        at = dhidden_ptr + row[:, None] * (8 * D) + f[None, :]
+        mask = valid[:, None] & (f < 4 * D)[None, :]
+        tl.store(at, dvalue, mask=mask)
+        tl.store(at + 4 * D, dgate, mask=mask)
+        weight = _load_tile(up_ptr, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
+        dnormed = _product(dvalue, weight, dnormed)
+        weight = _load_tile(up_ptr + 4 * D * D, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
+        dnormed = _product(dgate, weight, dnormed)
+    _store_sum(partial_ptr, 9 * D, dnormed * normal, 12 * D, D, BLOCK_D)
+    _store_sum(partial_ptr, 10 * D, dnormed, 12 * D, D, BLOCK_D)
+    dx = _standardised_backward(dnormed * gain, normal, rstd, D, BLOCK_D)
+    dx += _updated_gradient(dx_ptr, present_ptr, row, valid, C, D, BLOCK_D)
+    dreal = dx
+    if present_ptr is not None:
+        present = _flags(present_ptr, row, valid, C, False)
+        dreal = tl.where(present, dx, _load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D))
+    _store_tile(dreal_ptr, row, valid, 0, dreal, D, BLOCK_D)
+    dpre = dx * slope
+    _store_sum(partial_ptr, 8 * D, dpre, 12 * D, D, BLOCK_D)
+    tl.store(_room_rows(dpre_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), dpre.to(DTYPE))
+    if not ONE:
+        tl.debug_barrier()
+        tiles: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+        dgathered_ptr += (row // C * C * H * E + row % C * E)[:, None]
+        for i in range(0, H * tiles):
+            head = i // tiles
+            e = i % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
+            known = (e < E)[None, :]
+            dh = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+            for k0 in range(0, D, BLOCK_K):
+                part = tl.load(_room_rows(dpre_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
+                k = (k0 + tl.arange(0, BLOCK_K))[:, None]
+                at = out_ptr + k * (H * E) + head * E + e[None, :]
+                weight = tl.load(at, mask=(k < D) & known, other=0.0).to(DTYPE)
+                dh = _product(part, weight, dh)
+            at = dgathered_ptr + head * (C * E) + e[None, :]
+            tl.store(at, dh.to(dgathered_ptr.dtype.element_ty), mask=valid[:, None] & known)

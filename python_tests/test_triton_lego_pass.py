@@ -1,0 +1,404 @@
+"""lego_pass on its Triton kernels, run by Triton's interpreter, against the torch form."""
+
+import os
+from contextlib import nullcontext
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+import triton.language as tl
+from motet.kernels import lego_pass_triton
+from motet.kernels.lego_pass import Asking, Update, lego_pass
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+from .conftest import (
+    assert_as_good_as,
+    assert_compiles,
+    assert_differentiable_once,
+    assert_leaves_no_trace,
+    views_of,
+    with_gradients,
+)
+
+module = import_module("motet.kernels.lego_pass")
+pytestmark = pytest.mark.usefixtures("_poisoned")
+
+TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
+
+
+@pytest.fixture
+def _large_blocks(monkeypatch):
+    """Take large steps, which the interpreter is quick with."""
+    for name in ("_pass_blocks", "_update_blocks"):
+        real = getattr(lego_pass_triton, name)
+
+        def large(*args, real=real):
+            blocks, dim = real(*args), lego_pass_triton._power(args[-2])
+            rows = max(64, blocks.block_c)
+            return blocks._replace(block_c=rows, block_k=dim, block_e=64, block_f=256)
+
+        monkeypatch.setattr(lego_pass_triton, name, large)
+
+
+def drawn(*shape):
+    """Weights and biases that keep the size of what they are applied to."""
+    return torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) > 1 else 3)
+
+
+def inputs(size, heads=(2, 5), *, one=False, shared=False, imaginary=True, asking=True):
+    """Return real, gathered, imaginary if any, and the weights."""
+    bags, latents, dim = size
+    inner, first = heads[0] * heads[1], 1 if shared else bags
+    real = torch.randn(first, latents, dim)
+    gathered = torch.randn(bags, heads[0], 1 if one else latents, heads[1])
+    parts = [torch.randn(first, latents, dim)] if imaginary else []
+    shapes = [
+        (dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim), (dim,)
+    ]  # fmt: skip
+    shapes += [(dim,), (dim,), (inner, dim)] if asking else []
+    return [real, gathered, *parts, *(drawn(*shape) for shape in shapes)]
+
+
+def passing(backend, *, imaginary=True, keep=None, autocast=None, **options):
+    """Return lego_pass as a function of `inputs`."""
+
+    def run(real, gathered, *rest):
+        parts = {"imaginary": rest[0]} if imaginary else {}
+        weights = rest[1:] if imaginary else rest
+        asking = Asking(*weights[8:]) if len(weights) > 8 else None
+        low = autocast is not None and real.dtype != torch.float64
+        with torch.autocast("cpu", autocast) if low else nullcontext():
+            found = lego_pass(
+                real, gathered, Update(*weights[:8]), asking=asking, backend=backend,
+                keep=None if keep is None else keep.to(real.dtype), **parts, **options,
+            )  # fmt: skip
+        return tuple(part for part in found if part is not None)
+
+    return run
+
+
+def check(args, *, worked_in=None, **options):
+    """Compare results and the gradients of every input."""
+    assert_as_good_as(
+        with_gradients(passing("triton", **options)),
+        with_gradients(passing("eager", **options)),
+        *args,
+        worked_in=worked_in,
+    )
+
+
+@pytest.mark.parametrize(
+    ("latents", "dim", "axes", "rows"),
+    [
+        (17, 126, TWO_D, None),
+        (25, 119, LATENTS, None),
+        (64, 64, TWO_D, None),
+        (9, 126, LATENTS, 17),
+        (33, 64, LATENTS, 64),
+        (40, 200, WIDTH, None),
+        (90, 33, NONE, None),
+    ],
+)
+@pytest.mark.usefixtures("_large_blocks")
+def test_sizes_that_are_shipped(latents, dim, axes, rows):
+    check(inputs((2, latents, dim), (2, 63)), axes=axes, rows=rows)
+
+
+@pytest.mark.parametrize("axes", [TWO_D, LATENTS, WIDTH, NONE])
+@pytest.mark.parametrize(
+    ("snn", "imaginary", "asking"), [(True, True, True), (False, False, True), (False, True, False)]
+)
+def test_every_form(axes, snn, imaginary, asking):
+    args = inputs((3, 7, 13), imaginary=imaginary, asking=asking)
+    check(args, imaginary=imaginary, axes=axes, snn=snn)
+
+
+@pytest.mark.parametrize(
+    ("size", "axes"),
+    [
+        ((1, 1, 1), TWO_D), ((1, 5, 3), WIDTH), ((3, 1, 7), LATENTS), ((2, 19, 17), NONE),
+        ((5, 3, 17), WIDTH),
+    ],
+)  # fmt: skip
+def test_sizes_between_blocks(size, axes):
+    check(inputs(size, (3, 7)), axes=axes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "one", "shared"),
+    [(LATENTS, True, False), (LATENTS, False, True), (NONE, True, True), (NONE, False, True)],
+)
+def test_one_gathered_row_and_shared_latents(axes, one, shared):
+    check(inputs((3, 7, 13), one=one, shared=shared), axes=axes)
+
+
+@pytest.mark.parametrize("axes", [TWO_D, WIDTH])
+@pytest.mark.parametrize("present", [[True, False, True], [False] * 3])
+def test_rows_that_are_not_updated_or_not_scaled(axes, present):
+    masks = {"present": torch.tensor(present), "scaled": torch.tensor([False, True, True])}
+    args = inputs((3, 7, 13))
+    check(args, axes=axes, keep=2.0 * (torch.rand(3, 7, 13) < 0.5), **masks)
+    real, *_ = passing("triton", axes=axes, **masks)(*args)
+    bare, *_ = passing("triton", axes=NONE, **masks)(*args)
+    assert torch.equal(bare[1], args[0][1])
+    assert torch.equal(real[0], bare[0])
+
+
+def test_zero_and_tiny_latents():
+    """The scale of a column without a norm is at its bound, and does not move."""
+    args = inputs((2, 5, 7))
+    args[0][0], args[2][:, :, 3], none = 0, 0, torch.tensor([False, False])
+    args[0][1] *= 1e-30
+    for axes in (TWO_D, LATENTS, WIDTH):
+        check(args, axes=axes, present=none)
+
+
+@pytest.mark.parametrize("axes", [LATENTS, NONE])
+def test_no_samples(axes):
+    check(inputs((0, 7, 13)), axes=axes, present=torch.ones(0, dtype=torch.bool))
+
+
+def test_any_strides():
+    run, args = with_gradients(passing("triton", axes=TWO_D)), inputs((2, 5, 7), (2, 3))
+    expected = run(*args)
+    for i in (0, 1, 7):  # real, gathered, the feed-forward's weights
+        for name, view in views_of(args[i]).items():
+            found = run(*args[:i], view, *args[i + 1 :])
+            assert all(map(torch.equal, found, expected)), (i, name)
+    # As attention gives it: heads beside each other, cut from padded ones, one for all samples.
+    apart = torch.randn(2, 5, 2, 8).transpose(1, 2)[..., :3]
+    for gathered in (apart, apart[:1].expand(2, -1, -1, -1), apart[:, :, :1].expand(-1, -1, 5, -1)):
+        plain = run(args[0], gathered.contiguous(), *args[2:])
+        assert all(map(torch.equal, run(args[0], gathered, *args[2:]), plain))
+
+
+def rounded(value):
+    """Return float32 as the bits of bfloat16, rounded to even."""
+    bits = value.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+@pytest.fixture
+def _bfloat16(monkeypatch):
+    """Round to bf16 and multiply it as a GPU does; the interpreter truncates, and takes the bits
+    for numbers."""
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def casting(self, value, to):
+        if value.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            return TensorHandle(rounded(value.data), tl.bfloat16)
+        return cast(self, value, to)
+
+    def multiplying(self, a, b, *rest):
+        a, b = (
+            TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x
+            for x in (a, b)
+        )
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", casting)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", multiplying)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("axes", "one"), [(TWO_D, False), (NONE, True)])
+@pytest.mark.usefixtures("_bfloat16")
+def test_autocast(dtype, axes, one):
+    """Latents stay float32; the products are in the dtype of autocast."""
+    args = inputs((3, 7, 13), one=one)
+    check(args, axes=axes, autocast=dtype, worked_in=dtype)
+    real, imaginary, queries = passing("triton", axes=axes, autocast=dtype)(*args)
+    assert (real.dtype, imaginary.dtype, queries.dtype) == (torch.float32, torch.float32, dtype)
+    args[1] = args[1].to(dtype)
+    _, _, other = passing("triton", axes=axes, autocast=dtype)(*args)
+    torch.testing.assert_close(other, queries, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("_bfloat16")
+def test_half_precision(dtype):
+    check([a.to(dtype) for a in inputs((3, 7, 13))], axes=WIDTH)
+
+
+@pytest.mark.usefixtures("_large_blocks")
+def test_samples_too_large_for_a_program():
+    """Rows are updated by the kernel; torch normalises and asks."""
+    check(inputs((1, 65, 65)), axes=LATENTS)
+
+
+def test_latents_too_wide_for_a_program():
+    args = inputs((1, 2, 257))
+    with pytest.raises(ValueError, match="backend: 'triton' takes latents of up to 256 numbers"):
+        passing("triton")(*args)
+    assert passing("auto")(*args)[0].isfinite().all()
+
+
+def test_a_sample_alone_gives_the_bits_it_gives_in_a_batch():
+    args = inputs((5, 7, 5))
+    for axes in (TWO_D, NONE):
+        batch = passing("triton", axes=axes)(*args)
+        alone = passing("triton", axes=axes)(*(a[3:4] for a in args[:3]), *args[3:])
+        for one, all_ in zip(alone, batch, strict=True):
+            assert torch.equal(one[0], all_[3])
+
+
+def test_leaves_no_trace():
+    assert_leaves_no_trace(passing("triton", axes=TWO_D), *inputs((2, 7, 13)))
+
+
+def test_differentiable_once():
+    *args, bias = inputs((1, 2, 3), (1, 2))[:5]
+    rest = inputs((1, 2, 3), (1, 2))[5:]
+    assert_differentiable_once(
+        lambda *moving: passing("triton", axes=TWO_D)(*moving, *rest), *args, bias
+    )
+
+
+@pytest.mark.parametrize(("axes", "full"), [(LATENTS, True), (NONE, False)])
+def test_opcheck(axes, full):
+    real, gathered, imaginary, *weights = (
+        a.requires_grad_() for a in inputs((2, 3, 4), (1, 2), one=not full, shared=not full)
+    )
+    masks = [torch.tensor([True, False])] if full else [None]
+    keep = torch.rand(2, 3, 4) if full else None
+    if not full:
+        weights[8:] = [None] * 3
+    rest = (*weights, *masks, keep, *masks, True, axes, 3, torch.float32)
+    carried = imaginary if axes else None
+    opcheck(torch.ops.motet.lego_pass, (real, carried, gathered, *rest))
+    with torch.no_grad():
+        x, y, queries, scale = torch.ops.motet.lego_pass(real, carried, gathered, *rest)
+        saved = (x, y if axes else None, scale, real, gathered, *rest)
+        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in saved)
+    grads = (x.clone(), y.clone() if axes else None, queries.clone() if full else None)
+    opcheck(torch.ops.motet.lego_pass_backward, (*grads, *detached))
+
+
+def test_compiles_whole_for_any_number_of_samples():
+    weights = inputs((1, 7, 13))[3:]
+
+    def run(real, gathered, imaginary):
+        real, imaginary, queries = passing("triton", axes=TWO_D)(
+            real, gathered, imaginary, *weights
+        )
+        return 2 * real, imaginary, queries
+
+    assert_compiles(run, *(tuple(inputs((bags, 7, 13))[:3]) for bags in (4, 3)))
+
+
+FREE = ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")
+OWN = {"lego_pass": module._forward, "lego_pass_backward": module._backward_of}
+
+
+class _Launches(TorchDispatchMode):
+    """Count what would start a kernel: Triton's, and operators that neither view nor allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.found = False, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "motet":
+            with self:  # what the operator calls
+                return OWN[name](*args)
+        if not (self.inside or func.is_view or name in FREE):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, run):
+        def counted(executor, *args, **kwargs):
+            self.found.append(f"triton {executor.fn.__name__}")
+            self.inside = True  # the interpreter copies the arguments
+            try:
+                return run(executor, *args, **kwargs)
+            finally:
+                self.inside = False
+
+        return counted
+
+
+def launches(backend, monkeypatch):
+    """Return what one pass of a LegoBlock starts, forward and backward."""
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    args = [a.requires_grad_() for a in inputs((3, 7, 13))]
+    present = torch.tensor([True, False, True])
+    mode = _Launches()
+    with monkeypatch.context() as patch, mode:
+        patch.setattr(GridExecutor, "__call__", mode.launch(GridExecutor.__call__))
+        found = passing(backend, axes=TWO_D, present=present)(*args)
+        forward = list(mode.found)
+        grads = [torch.empty_like(part) for part in found]
+        torch.autograd.grad(found, args, grads)
+    return forward, mode.found[len(forward) :]
+
+
+def test_launches(monkeypatch):
+    forward, backward = launches("triton", monkeypatch)
+    assert forward == ["triton _pass"]
+    assert [name for name in backward if name.startswith("triton")] == [
+        "triton _asking_backward", "triton _update_backward"
+    ]  # fmt: skip
+    rest = sorted(name for name in backward if not name.startswith("triton"))
+    assert rest == ["matmul"] * 4 + ["sum"] * 2  # one per matrix of weights; the vectors together
+    forward, backward = launches("eager", monkeypatch)
+    assert (len(forward), len(backward)) == (22, 47)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"real": torch.ones(7, 13)}, ValueError, r"real: expected .*\[B, C, D\], got"),
+        ({"real": torch.ones(2, 7, 13)}, ValueError, r"gathered: .* for real \(2, 7, 13\), got"),
+        ({"gathered": None}, TypeError, "gathered: expected a tensor, got NoneType"),
+        ({"gathered": torch.ones(3, 2, 5, 5)}, ValueError, r"gathered: .*\[B, H, 1, E\]"),
+        ({"gathered": torch.ones(3, 2, 7, 6)}, ValueError, r"out_weight: .* \(13, 12\), got"),
+        ({"imaginary": 3}, TypeError, "imaginary: expected a tensor, got int"),
+        ({"present": [True]}, TypeError, "present: expected a tensor, got list"),
+        ({"keep": torch.ones(3, 7, 13) > 0}, ValueError, "keep: expected floating-point numbers"),
+        ({"imaginary": torch.ones(1, 7, 13)}, ValueError, r"imaginary: expected \(3, 7, 13\), got"),
+        ({"keep": torch.ones(3, 7, 1)}, ValueError, r"keep: expected \(3, 7, 13\), got"),
+        ({"present": torch.ones(3)}, ValueError, r"present: expected bool \[3\] on cpu, got"),
+        ({"scaled": torch.ones(2) > 0}, ValueError, r"scaled: expected bool \[3\] on cpu, got"),
+        ({"axes": (0,)}, ValueError, r"axes: expected one of .*, got \(0,\)"),
+        ({"axes": LATENTS, "rows": 20}, ValueError, "rows: expected 7, or C of which 7 .* got 20"),
+        ({"axes": TWO_D, "rows": 12}, ValueError, "rows: expected 7, or .* got 12 with axes"),
+        ({"backend": "cuda"}, ValueError, "backend: expected 'auto'"),
+    ],
+)
+def test_what_does_not_fit(change, error, message):
+    real, gathered, imaginary, *weights = inputs((3, 7, 13))
+    given = {
+        "real": real, "gathered": gathered, "update": Update(*weights[:8]), "imaginary": imaginary,
+        "axes": TWO_D, "backend": "triton",
+    } | change  # fmt: skip
+    with pytest.raises(error, match=message):
+        lego_pass(**given)
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_weights_that_do_not_fit(index):
+    args = inputs((3, 7, 13))
+    names = [f"update.{name}" for name in Update._fields]
+    names += [f"asking.{name}" for name in Asking._fields]
+    args[3 + index] = args[3 + index][..., :-1]
+    with pytest.raises(ValueError, match=f"{names[index]}: expected "):
+        passing("triton")(*args)
+
+
+def test_dtypes_that_triton_does_not_take():
+    args = [a.double() for a in inputs((3, 7, 13))]
+    with pytest.raises(ValueError, match="backend: 'triton' takes float32, bfloat16 and float16"):
+        passing("triton")(*args)
+    assert passing("auto")(*args)[0].dtype == torch.float64
