@@ -342,15 +342,16 @@ def prepare(
     # Short bags go into one product, at the price of their own bits: 50 patches at a time take
     # twice the time of one product, most of it to read the weights.
     short = len(x) < 256 * bags
+    # Where starting our operators takes longer than torch's own do.
+    small = short and strategy is None and not x.is_cuda and backend != "triton"
     if chosen == "absorbed":
-        if short and context.offsets is None and not x.is_cuda and backend != "triton":
+        if small and context.offsets is None:
             tokens = context.joined()
             normed = F.layer_norm(tokens, tokens.shape[-1:], eps=_norm(first).eps)
             return [AbsorbedTogether(context, normed)] * len(attentions)
         return [Absorbed(context, packed, backend)] * len(attentions)
-    if short and len(x) <= len(weight) and not x.is_cuda and backend != "triton":
-        # Then the tokens are less to normalise than the weights are to fold, and torch's own
-        # operators are sooner done than ours are started.
+    if small and len(x) <= len(weight):
+        # Then the tokens are less to normalise for each layer than the weights are to fold.
         if context.offsets is None:
             return [Literal(context, attention) for attention in attentions]
         return [Cached.of(context, offsets, own, backend) for own in attentions]

@@ -270,7 +270,10 @@ def lego_pass(
     x = real + F.leaky_relu(F.linear(flat, update.out_weight, update.out_bias))
     normed = F.layer_norm(x, x.shape[-1:], update.norm_weight, update.norm_bias)
     value, gate = F.linear(normed, update.up_weight, update.up_bias).chunk(2, dim=-1)
-    gated = value * (F.selu(gate) if snn else F.gelu(gate))
+    if torch.is_grad_enabled():
+        gated = value * (F.selu(gate) if snn else F.gelu(gate))
+    else:  # nobody will ask for the factors again
+        gated = value.mul_(F.selu(gate, inplace=True) if snn else F.gelu(gate))
     out = F.linear(gated, update.down_weight, update.down_bias)
     x = x + (out if keep is None else out * keep)
     if present is not None:
