@@ -1,0 +1,150 @@
+"""The papers' claims on real data: `motet claim NAME` measures one, draws it and says what it saw.
+
+Whatever is trained is a run folder under OUT/runs, by `experiments`, so that a claim that was
+killed goes on where it stopped; all else is computed anew from the trained blocks. docs/claims.md
+has the figures. Every difference is paired, over out-of-fold patients, with a 95 % bootstrap
+interval. Over seeds a figure and the ends of its interval are averaged: the standard deviation of a
+mean is at most the mean of the standard deviations, however much the seeds have in common, so the
+interval is never too narrow for it.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..fusion.checks import integer
+from ..fusion.fitted import write_text
+from . import addition, interference, merging, overlap, scaling
+from .figures import draw
+from .rows import Row, means
+from .study import studies
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper.
+
+    Args:
+        paper: where it is made, and what it says.
+        cohorts: on which it is tried unless told otherwise; none, if it needs no patients.
+        measure: of a study, its rows.
+        say: of the rows of all studies, one sentence.
+        seeds: how many by default.
+    """
+
+    paper: str
+    cohorts: tuple[str, ...]
+    measure: Callable[[Any], list[Row]]
+    say: Callable[[Sequence[Row]], str]
+    seeds: int = 2
+
+
+CLAIMS = {
+    "interference": Claim(
+        "Fig. 5, 6: latents merged in the frequency domain interfere less than in the spatial",
+        ("breast_tcga", "tcga_kirp", "hancock_os"), interference.measure, interference.say, 1,
+    ),
+    "merging": Claim(
+        "Fig. 3, 4: LegoMerge, without training, is better than its best block and the ensemble",
+        ("breast_tcga", "tcga_kirp", "tcga_blca", "hancock_os", "mimic3_demo_death"),
+        merging.measure, merging.say,
+    ),
+    "overlap": Claim(
+        "Fig. 7: LegoMerge needs no patients in common between the blocks' training sets",
+        ("hancock_os", "mimic3_demo_death"), overlap.measure, overlap.say,
+    ),
+    "addition": Claim(
+        "section 3.3: modalities are added one after the other, nothing retrained",
+        ("tcga_kirp", "tcga_blca", "hancock_os"), addition.measure, addition.say, 1,
+    ),
+    "scaling": Claim(
+        "section 3.3: cost is linear in the number of modalities", (), scaling.measure, scaling.say,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a claim found: the content of results.json."""
+
+    claim: str
+    paper: str
+    motet: str
+    settings: dict[str, Any]
+    seconds: float
+    sentence: str
+    rows: list[Row]
+
+    def as_json(self) -> str:
+        """Return everything, as in results.json."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    def table(self) -> str:
+        """Return the means over seeds and blocks, as text."""
+        lines = [self.paper]
+        for row in means(self.rows):
+            than = f" less {row.than}" if row.than else ""
+            sign = "+" if row.than else ""
+            ends = "" if row.low == row.high else f" ({row.low:{sign}.3f} to {row.high:{sign}.3f})"
+            lines.append(
+                f"{row.case:26} {row.what + than:66} {row.value:{sign}.3f}{ends}  {row.measure}"
+            )
+        return "\n".join([*lines, "", self.sentence])
+
+
+def run_claim(
+    name: str,
+    out: Path,
+    *,
+    cohorts: Sequence[str] | None = None,
+    data: Path | None = None,
+    modalities: Sequence[str] | None = None,
+    seeds: int | None = None,
+    quick: bool = False,
+) -> Result:
+    """Measure a claim; write results.json, results.csv and figure.png to `out`.
+
+    Args:
+        name: one of CLAIMS.
+        out: the folder; runs that are there go on, or are used as they are.
+        cohorts: names or YAML files; None for the claim's own.
+        data: folder of their files.
+        modalities: those to use.
+        seeds: number of seeds; None for the claim's own.
+        quick: train next to nothing, on a cohort that is always there.
+
+    Raises:
+        ValueError: arguments or cohorts that do not serve, in one line.
+    """
+    if name not in CLAIMS:
+        raise ValueError(f"claim: expected one of {', '.join(CLAIMS)}, got {name!r}")
+    claim, started = CLAIMS[name], time.perf_counter()
+    seeds = integer("--seeds", (1 if quick else claim.seeds) if seeds is None else seeds)
+    if not claim.cohorts and (cohorts or modalities or data):
+        raise ValueError(f"--cohort: {name} needs no patients, and takes no cohort")
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    if claim.cohorts:
+        names = cohorts or (("breast_cancer",) if quick else claim.cohorts)
+        found = studies(
+            names, out, data=data, modalities=modalities, seeds=seeds, quick=quick,
+            given=bool(cohorts),
+        )  # fmt: skip
+        for study in found:
+            rows += claim.measure(study)
+        settings = {"cohorts": [study.name for study in found], "seeds": seeds, "quick": quick}
+    else:
+        rows, settings = claim.measure(quick), {"quick": quick}
+    seconds = time.perf_counter() - started
+    sentence = claim.say(rows)
+    result = Result(name, claim.paper, version("motet"), settings, seconds, sentence, rows)
+    write_text(out / "results.csv", pd.DataFrame([asdict(row) for row in rows]).to_csv(index=False))
+    draw(result, out / "figure.png")
+    write_text(out / "results.json", result.as_json())
+    return result

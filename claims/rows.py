@@ -1,0 +1,101 @@
+"""What a claim finds: figures with intervals, and the sentence that the intervals decide."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from ..fusion.evaluation import Comparison, Estimate
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure with its 95 % interval; a row of results.csv.
+
+    Args:
+        case: the cohort, or what was timed.
+        what: the model or the setting.
+        than: what is subtracted, "" for a figure by itself.
+        block: the block it is about, "" for all.
+        measure: what it is measured by, with its unit.
+        seed: None for the mean over seeds.
+        n: patients, or repetitions.
+        value: the figure.
+        low: lower end of the interval.
+        high: upper end.
+    """
+
+    case: str
+    what: str
+    than: str
+    block: str
+    measure: str
+    seed: int | None
+    n: int
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        sign = "+" if self.than else ""
+        ends = f"{self.value:{sign}.3f}, {self.low:{sign}.3f} to {self.high:{sign}.3f}"
+        return f"{self.case} ({ends})"
+
+
+Found = tuple[Estimate | Comparison, int]
+"""A figure or a difference, and the patients it is of."""
+
+
+def over_seeds(
+    found: Sequence[Found], *, case: str, what: str, measure: str, than: str = "", block: str = ""
+) -> list[Row]:
+    """Return a row per seed, then their mean."""
+    numbers = [(*figure[:3], n) for figure, n in found]
+    row = partial(Row, case, what, than, block, measure)
+    rows = [row(seed, n, *ends) for seed, (*ends, n) in enumerate(numbers)]
+    value, low, high, n = (statistics.fmean(column) for column in zip(*numbers, strict=True))
+    return [*rows, row(None, round(n), value, low, high)]
+
+
+def mean_of(found: Sequence[Found]) -> Found:
+    """Return the mean of several figures of the same patients, its interval never too narrow."""
+    ends = [statistics.fmean(column) for column in zip(*(f[:3] for f, _ in found), strict=True)]
+    return Estimate(*ends), found[0][1]
+
+
+def means(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that are means over seeds and over blocks."""
+    return [row for row in rows if row.seed is None and not row.block]
+
+
+def said(what: str, than: str, rows: Sequence[Row], *, more: str = "better", less: str = "worse"):
+    """Say on which cases a difference is shown, and in which direction."""
+    above = [str(row) for row in rows if row.low > 0]
+    below = [str(row) for row in rows if row.high < 0]
+    neither = [str(row) for row in rows if row.low <= 0 <= row.high]
+    parts = [f"{more} than {than} on {', '.join(above)}"] * bool(above)
+    parts += [f"{less} than {than} on {', '.join(below)}"] * bool(below)
+    shown = f"no difference from {than} shown on {', '.join(neither)}"
+    if not parts:
+        return f"{what}: {shown}"
+    return f"{what} is {' and '.join(parts)}" + f"; {shown}" * bool(neither)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Say whether differences bear out a claim that they are above 0."""
+    above, below = any(row.low > 0 for row in rows), any(row.high < 0 for row in rows)
+    if above and below:
+        return "in part with the paper's claim, in part against it"
+    if above:
+        return "as the paper claims" if all(row.low > 0 for row in rows) else (
+            "with the paper's claim where anything is shown"
+        )  # fmt: skip
+    return "against the paper's claim" if below else "neither for nor against the paper's claim"
+
+
+def no_loss(rows: Sequence[Row]) -> str:
+    """Say whether differences bear out a claim that nothing is lost."""
+    if any(row.high < 0 for row in rows):
+        return "against the paper's claim that nothing is lost"
+    worst = max(-row.low for row in rows)
+    return f"no loss shown, as the paper claims, but none below {worst:.3f} could be excluded"

@@ -1,0 +1,152 @@
+"""What joined models of 1 to 16 equal blocks cost, in time and memory."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..bench import growth, in_child
+from ..fusion.lego_block import LegoBlock
+from ..fusion.lego_join import LegoFuse, LegoMerge
+from ..fusion.modalities import Bag
+from .rows import Row
+from .scores import DRAWS, Floats
+
+COUNTS = (1, 2, 4, 8, 12, 16)
+WIDTH, TOKENS, ROWS = 64, 64, 8
+WITHIN = 0.10
+JOINED: dict[str, Callable[..., nn.Module]] = {
+    "LegoMerge": LegoMerge,
+    "LegoFuse stack": partial(LegoFuse, mode="stack"),
+    "LegoFuse weave": partial(LegoFuse, mode="weave"),
+}
+PASSES = ("forward", "forward and backward")
+
+
+def measure(quick: bool) -> list[Row]:
+    """Time models of 1 to 16 equal blocks in turns, and measure their memory in fresh processes.
+
+    Each block of the default sizes reads a bag of 64 tokens of width 64, of 8 patients; one thread.
+    """
+    counts, rounds = ((1, 2, 3), 3) if quick else (COUNTS, 15)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cells = [(kind, step, m) for kind in JOINED for step in PASSES for m in counts]
+    seconds: dict[tuple[str, str, int], list[float]] = {cell: [] for cell in cells}
+    order = np.random.default_rng(0)
+    try:
+        works = {cell: _work(*cell, quick) for cell in cells}
+        for work in works.values():
+            work()
+        for _ in range(rounds):
+            for number in order.permutation(len(cells)):
+                cell = cells[number]
+                started = time.perf_counter()
+                works[cell]()
+                seconds[cell].append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    rows = []
+    for kind in JOINED:
+        for step in PASSES:
+            rows += _time_rows(kind, step, {m: seconds[kind, step, m] for m in counts})
+            mib = {m: in_child(1, _memory_of, kind, step, m, quick) for m in counts}
+            fit, worst = straight(counts, [mib[m] for m in counts])
+            for m in counts:
+                rows.append(_exact(f"{kind}, {step}", str(m), "MiB", mib[m]))
+            rows.append(_exact(f"{kind}, {step}", "per further block", "MiB", fit[0]))
+            rows.append(_exact(f"{kind}, {step}", "worst from the line", "share of MiB", worst))
+    return rows
+
+
+def _work(kind: str, step: str, count: int, quick: bool) -> Callable[[], object]:
+    """Return what is timed: one pass of a model of `count` equal blocks."""
+    torch.manual_seed(count)
+    sizes: dict[str, Any] = {"num_latents": 8, "latent_dim": 8} if quick else {}
+    names = [f"m{i}" for i in range(count)]
+    blocks = {name: LegoBlock(Bag(WIDTH), out_features=4, **sizes) for name in names}
+    model = JOINED[kind](blocks).eval()
+    x = {name: torch.randn(ROWS, TOKENS, WIDTH) for name in names}
+
+    def forward() -> object:
+        with torch.no_grad():
+            return model(x)
+
+    def both() -> object:
+        model.zero_grad()
+        return model(x).sum().backward()
+
+    return forward if step == PASSES[0] else both
+
+
+def _memory_of(kind: str, step: str, count: int, quick: bool) -> float:
+    """Return the growth of the peak by a model, its data and a pass, after one of one block."""
+    _work(kind, step, 1, True)()
+    return growth(lambda: _work(kind, step, count, quick)())
+
+
+def straight(counts: Sequence[int], values: Sequence[float]) -> tuple[Floats, float]:
+    """Return slope and start of the straight line nearest in share, and the worst share off it."""
+    line = np.polyfit(counts, values, 1, w=1 / np.maximum(values, 1e-12))
+    fitted = np.polyval(line, counts)
+    return line, float(np.abs(np.asarray(values) / fitted - 1).max())
+
+
+def _time_rows(kind: str, step: str, seconds: Mapping[int, Sequence[float]]) -> list[Row]:
+    """Return medians over rounds, the line through them and M blocks over M times one, with rounds
+    resampled."""
+    counts, case = list(seconds), f"{kind}, {step}"
+    times = 1e3 * np.array([seconds[m] for m in counts])  # [M, rounds]
+    rounds = times.shape[1]
+    drawn = np.random.default_rng(0).integers(rounds, size=(DRAWS, rounds))
+    medians = np.median(times[:, drawn], axis=2)  # [M, draws]
+    middle = np.median(times, axis=1)
+
+    def row(what: str, measure: str, value: float, draws: Floats) -> Row:
+        low, high = map(float, np.quantile(draws, [0.025, 0.975]))
+        return Row(case, what, "", "", measure, None, rounds, float(value), low, high)
+
+    rows = [row(str(m), "ms", middle[i], medians[i]) for i, m in enumerate(counts)]
+    for i, m in enumerate(counts[1:], 1):
+        ratios = medians[i] / (m * medians[0])
+        rows.append(row(str(m), "share of M blocks", middle[i] / (m * middle[0]), ratios))
+    fits = [straight(counts, column) for column in medians.T]
+    line, worst = straight(counts, list(middle))
+    rows.append(row("per further block", "ms", line[0], np.array([fit[0] for fit, _ in fits])))
+    rows.append(row("worst from the line", "share of ms", worst, np.array([w for _, w in fits])))
+    return rows
+
+
+def _exact(case: str, what: str, measure: str, value: float) -> Row:
+    """Return what was measured once, and has no interval."""
+    return Row(case, what, "", "", measure, None, 1, value, value, value)
+
+
+def say(rows: Sequence[Row]) -> str:
+    parts = []
+    for case in dict.fromkeys(row.case for row in rows):
+        own = [row for row in rows if row.case == case]
+        off = max(
+            (row for row in own if row.measure == "share of M blocks"),
+            key=lambda row: abs(row.value - 1),
+        )
+        line = next(row for row in own if row.measure == "share of ms")
+        memory = next(row for row in own if row.measure == "share of MiB")
+        parts.append(
+            f"{case}: {off.what} blocks take {off.value:.2f} ({off.low:.2f} to {off.high:.2f}) of "
+            f"{off.what} times one, {_within(off)}; times are {line.value:.0%} and memory "
+            f"{memory.value:.0%} from a straight line at worst"
+        )
+    return "; ".join(parts) + "."
+
+
+def _within(row: Row) -> str:
+    if row.low >= 1 - WITHIN and row.high <= 1 + WITHIN:
+        return f"within {WITHIN:.0%}"
+    if row.high < 1 - WITHIN:
+        return f"less than {1 - WITHIN:.0%}"
+    return f"not within {WITHIN:.0%}" if row.low > 1 + WITHIN else f"not shown within {WITHIN:.0%}"
