@@ -71,9 +71,10 @@ def say(rows: Sequence[Row]) -> str:
     last = {row.case: row for row in means(rows) if row.than == "the first alone"}
     added = [row for row in means(rows) if row.than == "one less"]
     worse = sum(row.high < 0 for row in added)
+    better = sum(row.low > 0 for row in added)
+    whole = said("the whole model", "its first modality alone", list(last.values()))
     return (
-        f"{len(added)} modalities were added without changing a byte of the blocks before: "
-        + said("the last model", "the first modality alone", list(last.values()))
-        + f", {verdict(list(last.values()))}; {sum(row.low > 0 for row in added)} of the "
-        + f"{len(added)} additions improve the model by themselves, {worse} make it worse."
+        f"No byte of the blocks before changed in {len(added)} additions; {whole}: "
+        f"{verdict(list(last.values()))}; {better} of the additions improve the model by "
+        f"themselves, {worse} make it worse, {len(added) - better - worse} show no difference."
     )

@@ -82,7 +82,7 @@ def _interference(rows: Sequence[Row]) -> Any:
         _zero(line[1])
         for axes in line:
             axes.set_xticks(range(len(METHODS)), METHODS)
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper center")
     for axes in panels[-1]:
         axes.set_xlabel("merged by")
     return figure
@@ -91,7 +91,7 @@ def _interference(rows: Sequence[Row]) -> Any:
 def _merging(rows: Sequence[Row]) -> Any:
     per_seed, rows = _only(rows, block=""), means(rows)
     cases = _cases(rows)
-    figure, panels = _panels(1, 2, 5.2, 0.9 + 0.95 * len(cases))
+    figure, panels = _panels(1, 2, 5.2, 1.3 + 0.9 * len(cases))
     left, right = panels[0]
     for group, case in enumerate(cases):
         own = _only(rows, case=case)
@@ -110,6 +110,8 @@ def _merging(rows: Sequence[Row]) -> Any:
     labels = [f"{c}\n{(r := _only(rows, case=c)[0]).measure}\nn = {r.n}" for c in cases]
     left.set_yticks([-group for group in range(len(cases))], labels, fontsize=8)
     right.set_yticks([])
+    for axes in panels[0]:
+        axes.set_ylim(0.5 - len(cases), 0.5)
     left.set_xlabel("figure, out of fold, with 95 % interval")
     right.set_xlabel("LegoMerge less the other, paired (ticks: single seeds)")
     left.axvline(0.5, color="#999999", linewidth=0.8, zorder=0)
@@ -138,6 +140,10 @@ def _overlap(rows: Sequence[Row]) -> Any:
         right.set_ylabel("less the same with 100 %\nin common, paired", fontsize=9)
         left.axhline(0.5, color="#999999", linewidth=0.8, zorder=0)
         _zero(right)
+    shares = sorted({float(row.what.rpartition(", ")[2].split("%")[0]) for row in rows})
+    for axes in panels.flat:
+        axes.set_xticks(shares)
+        axes.set_xlim(-7, 107)
     for axes in panels[-1]:
         axes.set_xlabel("% of training patients in common")
     figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center")
@@ -163,7 +169,8 @@ def _addition(rows: Sequence[Row]) -> Any:
         names = [row.what.split(": ")[1].replace("and ", "+ ") for row in steps]
         top.set_xticks(range(len(steps)), [])
         low.set_xticks(range(len(steps)), names, rotation=35, ha="right", fontsize=8)
-        low.set_xlim(top.get_xlim())
+        for axes in (top, low):
+            axes.set_xlim(-0.3, len(steps) - 0.7)
         _zero(low)
         if not column:
             top.set_ylabel(steps[0].measure)
@@ -193,7 +200,12 @@ def _scaling(rows: Sequence[Row]) -> Any:
         time.set_ylabel(f"{step}, ms\n(median of {n} rounds)", fontsize=9)
         share.set_ylabel("time / (M · time of one block)", fontsize=9)
         memory.set_ylabel("growth of peak memory, MiB", fontsize=9)
-    panels[0, 1].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0, 1].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4,
+        loc="outside upper center",
+    )  # fmt: skip
+    for axes in panels.flat:
+        axes.set_xticks(sorted({int(row.what) for row in rows if row.what.isdigit()}))
     for axes in panels[-1]:
         axes.set_xlabel("modalities M")
     return figure

@@ -31,7 +31,7 @@ def measure(study: Study) -> list[Row]:
         chosen.append(
             [part for i, name in enumerate(best) for part in scores[name] if part.number == i]
         )
-        hindsight.append(max(scores.values(), key=lambda parts: figure(parts)[0].value))
+        hindsight.append(max(scores.values(), key=lambda parts: figure(parts)[0][0]))
         joint.append(
             [
                 tested(
@@ -58,5 +58,5 @@ def say(rows: Sequence[Row]) -> str:
     parts = []
     for rival in (RIVALS[0], RIVALS[2]):
         differences = [row for row in means(rows) if row.than == rival]
-        parts.append(f"{said('LegoMerge', rival, differences)}, {verdict(differences)}")
+        parts.append(f"{said('LegoMerge', rival, differences)}: {verdict(differences)}")
     return "; ".join(parts) + "."

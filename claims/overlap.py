@@ -15,21 +15,19 @@ from .rows import Row, means, no_loss, over_seeds, said
 from .scores import Scores, ensemble, figure, less, scores_of, tested
 from .study import Study, fitted_at
 
-# The two modalities where there are more.
-PAIRS = {"hancock_os": ("pathological", "blood"), "hancock_rfs": ("pathological", "blood")}
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TRAINED = ("LegoMerge", "the ensemble", "HEALNet, those in common", "HEALNet, all")
 
 
 def measure(study: Study) -> list[Row]:
-    """Train two blocks on as many patients each, a share of them in common; merge them.
+    """Train the blocks of the first two modalities on as many patients each, a share of them in common; merge them.
 
     Half of the training patients who have both modalities train the first block. The other block's
     are a share of these, and for the rest others. HEALNet is trained end to end on the patients in
     common, and on all of both blocks with whatever modality each has. Validation and test parts are
     the same throughout.
     """
-    names = PAIRS.get(study.name, tuple(study.cohort.modalities)[:2])
+    names = tuple(study.cohort.modalities)[:2]
     cohort = replace(study.cohort, modalities={n: study.cohort.modalities[n] for n in names})
     shares = (0.0, 0.5, 1.0) if study.quick else OVERLAPS
     found: dict[str, dict[float, list[Scores]]] = {name: {} for name in TRAINED}
@@ -80,7 +78,9 @@ def _overlap_fold(
     scores["the ensemble"].append(tested(run, 0, *joint))
     run = study.train("healnet", seed, f"{folder}/healnet", cohort=masked)
     scores["HEALNet, all"] += scores_of(run)
-    if common:
+    if not own:  # all are in common
+        scores["HEALNet, those in common"] += scores_of(run)
+    elif common:
         paired = only_these(cohort, fold, dict.fromkeys(cohort.modalities, common))
         run = study.train("healnet", seed, f"{folder}/paired", cohort=paired)
         scores["HEALNet, those in common"] += scores_of(run)
@@ -139,8 +139,8 @@ def say(rows: Sequence[Row]) -> str:
     losses = [row for row in merged if row.than == "100% in common"]
     rivals = [row for row in merged if row.than == "HEALNet, all"]
     return (
-        said("LegoMerge of blocks without a patient in common", "with all in common", losses)
-        + f", {no_loss(losses)}; "
+        said("LegoMerge of blocks without a patient in common", "that of blocks with all", losses)
+        + f": {no_loss(losses)}; "
         + said("it", "HEALNet trained end to end on the same patients", rivals)
         + "."
     )

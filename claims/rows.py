@@ -68,28 +68,33 @@ def means(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.seed is None and not row.block]
 
 
-def said(what: str, than: str, rows: Sequence[Row], *, more: str = "better", less: str = "worse"):
-    """Say on which cases a difference is shown, and in which direction."""
-    above = [str(row) for row in rows if row.low > 0]
-    below = [str(row) for row in rows if row.high < 0]
-    neither = [str(row) for row in rows if row.low <= 0 <= row.high]
-    parts = [f"{more} than {than} on {', '.join(above)}"] * bool(above)
-    parts += [f"{less} than {than} on {', '.join(below)}"] * bool(below)
-    shown = f"no difference from {than} shown on {', '.join(neither)}"
-    if not parts:
-        return f"{what}: {shown}"
-    return f"{what} is {' and '.join(parts)}" + f"; {shown}" * bool(neither)
+def said(
+    what: str,
+    than: str,
+    rows: Sequence[Row],
+    *,
+    more: str = "is better than",
+    less: str = "is worse than",
+) -> str:
+    """Say on which cases a difference is shown, in which direction, and on which none is."""
+    above = ", ".join(str(row) for row in rows if row.low > 0)
+    below = ", ".join(str(row) for row in rows if row.high < 0)
+    neither = ", ".join(str(row) for row in rows if row.low <= 0 <= row.high)
+    if not (above or below):
+        return f"{what} shows no difference from {than} on {neither}"
+    parts = [f"{more} {than} on {above}"] * bool(above)
+    parts += [f"{less} {than} on {below}"] * bool(below)
+    return f"{what} {', '.join(parts)}" + f", and shows no difference on {neither}" * bool(neither)
 
 
 def verdict(rows: Sequence[Row]) -> str:
     """Say whether differences bear out a claim that they are above 0."""
     above, below = any(row.low > 0 for row in rows), any(row.high < 0 for row in rows)
     if above and below:
-        return "in part with the paper's claim, in part against it"
+        return "partly as the paper claims, partly against it"
     if above:
-        return "as the paper claims" if all(row.low > 0 for row in rows) else (
-            "with the paper's claim where anything is shown"
-        )  # fmt: skip
+        everywhere = all(row.low > 0 for row in rows)
+        return "as the paper claims" if everywhere else "as the paper claims where any is shown"
     return "against the paper's claim" if below else "neither for nor against the paper's claim"
 
 
@@ -98,4 +103,4 @@ def no_loss(rows: Sequence[Row]) -> str:
     if any(row.high < 0 for row in rows):
         return "against the paper's claim that nothing is lost"
     worst = max(-row.low for row in rows)
-    return f"no loss shown, as the paper claims, but none below {worst:.3f} could be excluded"
+    return f"no loss shown, as the paper claims, but one of {worst:.3f} cannot be excluded"

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +31,14 @@ def measure(quick: bool) -> list[Row]:
 
     Each block of the default sizes reads a bag of 64 tokens of width 64, of 8 patients; one thread.
     """
-    counts, rounds = ((1, 2, 3), 3) if quick else (COUNTS, 15)
+    counts, rounds = ((1, 2, 3), 3) if quick else (COUNTS, 11)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cells = [(kind, step, m) for kind in JOINED for step in PASSES for m in counts]
     seconds: dict[tuple[str, str, int], list[float]] = {cell: [] for cell in cells}
     order = np.random.default_rng(0)
     try:
-        works = {cell: _work(*cell, quick) for cell in cells}
+        works = {cell: _work(*cell) for cell in cells}
         for work in works.values():
             work()
         for _ in range(rounds):
@@ -54,7 +53,7 @@ def measure(quick: bool) -> list[Row]:
     for kind in JOINED:
         for step in PASSES:
             rows += _time_rows(kind, step, {m: seconds[kind, step, m] for m in counts})
-            mib = {m: in_child(1, _memory_of, kind, step, m, quick) for m in counts}
+            mib = dict(zip(counts, in_child(1, _memory_of, kind, step, counts), strict=True))
             fit, worst = straight(counts, [mib[m] for m in counts])
             for m in counts:
                 rows.append(_exact(f"{kind}, {step}", str(m), "MiB", mib[m]))
@@ -63,12 +62,11 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def _work(kind: str, step: str, count: int, quick: bool) -> Callable[[], object]:
+def _work(kind: str, step: str, count: int) -> Callable[[], object]:
     """Return what is timed: one pass of a model of `count` equal blocks."""
     torch.manual_seed(count)
-    sizes: dict[str, Any] = {"num_latents": 8, "latent_dim": 8} if quick else {}
     names = [f"m{i}" for i in range(count)]
-    blocks = {name: LegoBlock(Bag(WIDTH), out_features=4, **sizes) for name in names}
+    blocks = {name: LegoBlock(Bag(WIDTH), out_features=4) for name in names}
     model = JOINED[kind](blocks).eval()
     x = {name: torch.randn(ROWS, TOKENS, WIDTH) for name in names}
 
@@ -83,10 +81,14 @@ def _work(kind: str, step: str, count: int, quick: bool) -> Callable[[], object]
     return forward if step == PASSES[0] else both
 
 
-def _memory_of(kind: str, step: str, count: int, quick: bool) -> float:
-    """Return the growth of the peak by a model, its data and a pass, after one of one block."""
-    _work(kind, step, 1, True)()
-    return growth(lambda: _work(kind, step, count, quick)())
+def _memory_of(kind: str, step: str, counts: Sequence[int]) -> list[float]:
+    """Return by how many MiB the peak grows by a model, its data and a pass, for rising counts.
+
+    A peak is never given back, so that of the largest model so far is what has grown.
+    """
+    _work(kind, step, 1)()
+    grown = 0.0
+    return [grown := grown + growth(lambda m=m: _work(kind, step, m)()) for m in counts]
 
 
 def straight(counts: Sequence[int], values: Sequence[float]) -> tuple[Floats, float]:

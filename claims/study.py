@@ -91,8 +91,12 @@ def studies(
     seeds: int,
     quick: bool,
     given: bool,
+    usual: Mapping[str, tuple[str, ...]],
 ) -> list[Study]:
-    """Load the cohorts; of the default ones, those whose data are there."""
+    """Load the cohorts; of the default ones, those whose data are there.
+
+    `usual` names the modalities of some cohorts, unless they are given.
+    """
     found = []
     for name in names:
         try:
@@ -102,7 +106,7 @@ def studies(
                 raise
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
-        wanted = modalities or MODALITIES.get(name, tuple(cohort.modalities))
+        wanted = modalities or {**MODALITIES, **usual}.get(name, tuple(cohort.modalities))
         unknown = [one for one in wanted if one not in cohort.modalities]
         if unknown or len(set(wanted)) < 2:
             raise ValueError(
