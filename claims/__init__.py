@@ -11,10 +11,9 @@ interval is never too narrow for it.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -45,7 +44,7 @@ class Claim:
     measure: Callable[[Any], list[Row]]
     say: Callable[[Sequence[Row]], str]
     seeds: int = 2
-    modalities: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    modalities: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 # Of HANCOCK's six modalities three are at chance by themselves (docs/results.md), and know nothing

@@ -20,12 +20,12 @@ TRAINED = ("LegoMerge", "the ensemble", "HEALNet, those in common", "HEALNet, al
 
 
 def measure(study: Study) -> list[Row]:
-    """Train the blocks of the first two modalities on as many patients each, a share of them in common; merge them.
+    """Train two blocks on as many patients each, a share of them in common; merge them.
 
-    Half of the training patients who have both modalities train the first block. The other block's
-    are a share of these, and for the rest others. HEALNet is trained end to end on the patients in
-    common, and on all of both blocks with whatever modality each has. Validation and test parts are
-    the same throughout.
+    The blocks are those of the first two modalities. Half of the training patients who have both
+    train the first block. The other block's are a share of these, and for the rest others. HEALNet
+    is trained end to end on the patients in common, and on all of both blocks with whatever
+    modality each has. Validation and test parts are the same throughout.
     """
     names = tuple(study.cohort.modalities)[:2]
     cohort = replace(study.cohort, modalities={n: study.cohort.modalities[n] for n in names})
