@@ -3,9 +3,7 @@
 Whatever is trained is a run folder under OUT/runs, by `experiments`, so that a claim that was
 killed goes on where it stopped; all else is computed anew from the trained blocks. docs/claims.md
 has the figures. Every difference is paired, over out-of-fold patients, with a 95 % bootstrap
-interval. Over seeds a figure and the ends of its interval are averaged: the standard deviation of a
-mean is at most the mean of the standard deviations, however much the seeds have in common, so the
-interval is never too narrow for it.
+interval, which over several seeds is widened by their spread (`rows.over_seeds`).
 """
 
 import json

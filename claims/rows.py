@@ -1,5 +1,6 @@
 """What a claim finds: figures with intervals, and the sentence that the intervals decide."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,11 +50,24 @@ Found = tuple[Estimate | Comparison, int]
 def over_seeds(
     found: Sequence[Found], *, case: str, what: str, measure: str, than: str = "", block: str = ""
 ) -> list[Row]:
-    """Return a row per seed, then their mean."""
+    """Return a row per seed, then their mean.
+
+    The mean's interval: the ends averaged, since the standard deviation of a mean is at most the
+    mean of the standard deviations, however many patients the seeds share; and in quadrature the
+    standard error of the seeds, since the bootstrap of patients holds the trained models fixed. Of
+    one seed nothing is known of the latter.
+    """
     numbers = [(*figure[:3], n) for figure, n in found]
     row = partial(Row, case, what, than, block, measure)
     rows = [row(seed, n, *ends) for seed, (*ends, n) in enumerate(numbers)]
     value, low, high, n = (statistics.fmean(column) for column in zip(*numbers, strict=True))
+    if len(numbers) > 1:
+        spread = 1.96 * statistics.stdev(ends[0] for ends in numbers) / len(numbers) ** 0.5
+        low, high = (
+            value - math.hypot(value - low, spread),
+            value + math.hypot(high - value, spread),
+        )
+        high = high if than else min(high, 1.0)  # a share
     return [*rows, row(None, round(n), value, low, high)]
 
 

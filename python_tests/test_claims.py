@@ -104,7 +104,14 @@ def test_a_mean_over_seeds_keeps_every_seed() -> None:
     first, second, mean = rows.over_seeds(found, case="a", what="x", measure="AUC")
     assert (first.seed, second.seed, mean.seed) == (0, 1, None)
     assert (first.value, second.value) == (0.6, 0.8)
-    assert (mean.value, mean.low, mean.high) == pytest.approx((0.7, 0.55, 0.8), abs=1e-12)
+    # Ends averaged, 0.15 below and 0.1 above; standard error of the seeds 0.1.
+    ends = 0.7 - np.hypot(0.15, 0.196), 0.7 + np.hypot(0.1, 0.196)
+    assert (mean.value, mean.low, mean.high) == pytest.approx((0.7, *ends), abs=1e-12)
+    alone = rows.over_seeds(found[:1], case="a", what="x", measure="AUC")[1]
+    assert (alone.value, alone.low, alone.high) == (0.6, 0.5, 0.7)
+    *_, share = rows.over_seeds([*found, (motet.Estimate(1.0, 0.9, 1.0), 9)], case="a", what="x",
+                                measure="AUC")  # fmt: skip
+    assert share.high == 1.0
     assert rows.means([first, mean, row(1, 1, 1, block="genes")]) == [mean]
 
 
