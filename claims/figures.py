@@ -67,7 +67,8 @@ def _interference(rows: Sequence[Row]) -> Any:
         own = _only(rows, case=case)
         for style, transform in enumerate(TRANSFORMS):
             for x, method in enumerate(METHODS):
-                at, label = x + 0.2 * (style - 1), f"transform: {transform}" if not x else ""
+                at, first = x + 0.2 * (style - 1), not x and case == rows[0].case
+                label = f"transform: {transform}" if first else ""
                 what = f"{transform}, {method}"
                 (change,) = _only(own, what=f"{what}, others shuffled", than="block alone")
                 (probe,) = _only(own, what=what, measure=PROBE, than="")
@@ -79,7 +80,6 @@ def _interference(rows: Sequence[Row]) -> Any:
         line[0].set_ylabel(f"change of {measure},\nothers shuffled less alone", fontsize=9)
         line[1].set_ylabel("R² of a block's logits\nread from merged latents", fontsize=9)
         _zero(line[0])
-        _zero(line[1])
         for axes in line:
             axes.set_xticks(range(len(METHODS)), METHODS)
     figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper center")
