@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "--modalities", type=_names, metavar="A,B", help="those to use (default: the claim's own)"
     )
     claim.add_argument(
-        "--seeds", type=int, metavar="N", help="of splits, weights and dropout (default: 1 or 2)"
+        "--seeds", type=int, metavar="N", help="of splits, weights and dropout (default: 2 or 3)"
     )
     claim.add_argument("--quick", action="store_true", help="sizes that only show that it works")
     _json(claim)

@@ -141,9 +141,12 @@ def run_claim(
     if name not in CLAIMS:
         raise ValueError(f"claim: expected one of {', '.join(CLAIMS)}, got {name!r}")
     claim, started = CLAIMS[name], time.perf_counter()
+    if not claim.cohorts:
+        given = {"cohort": cohorts, "data": data, "modalities": modalities, "seeds": seeds}
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(f"--{option}: {name} needs no patients, and does without")
     seeds = integer("--seeds", (1 if quick else claim.seeds) if seeds is None else seeds)
-    if not claim.cohorts and (cohorts or modalities or data):
-        raise ValueError(f"--cohort: {name} needs no patients, and takes no cohort")
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     if claim.cohorts:
@@ -154,7 +157,8 @@ def run_claim(
         )  # fmt: skip
         for study in found:
             rows += claim.measure(study)
-        settings = {"cohorts": [study.name for study in found], "seeds": seeds, "quick": quick}
+        cohort_settings = {study.name: list(study.cohort.modalities) for study in found}
+        settings = {"cohorts": cohort_settings, "seeds": seeds, "quick": quick}
     else:
         rows, settings = claim.measure(quick), {"quick": quick}
     seconds = time.perf_counter() - started

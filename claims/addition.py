@@ -68,6 +68,7 @@ def digest(model: nn.Module) -> str:
 
 
 def say(rows: Sequence[Row]) -> str:
+    """Say what the additions brought."""
     last = {row.case: row for row in means(rows) if row.than == "the first alone"}
     added = [row for row in means(rows) if row.than == "one less"]
     worse = sum(row.high < 0 for row in added)

@@ -21,8 +21,6 @@ from .study import Study, fitted_at, models_of
 
 PENALTIES = np.logspace(-1, 5, 13)
 CLIP = 5.0  # standard deviations
-
-
 TRANSFORMS = {"2d": "2d", "latents": "latents", "none": None}
 METHODS = ("harmonic", "mean", "sum", "product")
 # The paper's merge, and the plainest one without a transform.
@@ -52,7 +50,11 @@ def measure(study: Study) -> list[Row]:
     * R² on test patients of a ridge probe of the block's logits on the merged latents, fitted on
       training patients.
 
-    Of patients who have all modalities, so that every merge is one of all blocks.
+    Of patients who have all modalities, so that every merge is one of all blocks. Means over blocks
+    are over those whose own interval is above chance: the others have nothing to lose.
+
+    Raises:
+        ValueError: too few patients who have all modalities.
     """
     seeds = [
         {name: _leftover(study, seed, name, fft) for name, fft in TRANSFORMS.items()}
@@ -72,7 +74,6 @@ def measure(study: Study) -> list[Row]:
         transform: [{name: figure(seed[transform].own[name]) for name in names} for seed in seeds]
         for transform in TRANSFORMS
     }
-    # A block at chance has nothing to lose.
     kept = [
         name
         for name in names
@@ -114,8 +115,12 @@ def _leftover(study: Study, seed: int, transform: str, fft: str | None) -> Lefto
             complete = torch.stack([patients.has(name) for name in scaling]).all(0)
             parts[part] = patients.take(complete)
         train, test = parts["train"], parts["test"]
-        if len(test) < 2:
-            continue
+        if len(test) < 2 or not len(train):
+            raise ValueError(
+                f"{study.name}: expected patients who have all of {', '.join(scaling)}, got "
+                f"{len(train)} in the train part and {len(test)} in the test part of fold "
+                f"{number + 1}; choose other --modalities"
+            )
         # Everyone's other modalities are those of the next in a random circle.
         circle = np.random.default_rng((seed, number)).permutation(len(test))
         donors = torch.empty(len(test), dtype=torch.long)
@@ -235,6 +240,7 @@ def _probe_rows(study: Study, seeds: list[dict[str, Leftover]], kept: list[str])
 
 
 def say(rows: Sequence[Row]) -> str:
+    """Say what is left in the frequency domain, as the paper merges, and without a transform."""
     ours, theirs = ", ".join(PAPER), ", ".join(PLAIN)
     probes, figures = (
         [row for row in means(rows) if row.what == what and row.than == theirs]

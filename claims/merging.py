@@ -55,6 +55,7 @@ def _validation_loss(run: Run, number: int) -> float:
 
 
 def say(rows: Sequence[Row]) -> str:
+    """Say how LegoMerge does beside the block a user would choose, and beside the ensemble."""
     parts = []
     for rival in (RIVALS[0], RIVALS[2]):
         differences = [row for row in means(rows) if row.than == rival]

@@ -89,12 +89,20 @@ def _overlap_fold(
 def parts_in_common(
     cohort: Cohort, fold: Split, share: float, seed: int
 ) -> tuple[set[str], set[str], set[str]]:
-    """Return k training patients of one block, the share of them, and k less the share others."""
+    """Return who trains the first block, who of them the second as well, and who the second alone.
+
+    Both blocks have half of the training patients with both modalities, events in proportion.
+    """
     row = {patient: i for i, patient in enumerate(cohort.patients)}
     pool = np.array(
         [row[p] for p in fold.train if all(_has(m, p) for m in cohort.modalities.values())]
     )
     pool = pool[: len(pool) // 2 * 2]
+    if not len(pool):
+        raise ValueError(
+            f"{cohort.name}: expected training patients who have "
+            f"{' and '.join(cohort.modalities)}, got none"
+        )
     everyone, strata = np.arange(len(cohort)), _strata(cohort)
     draw = partial(carve, groups=everyone, strata=strata, seed=seed)
     second, first = draw(pool, share=0.5)
@@ -135,6 +143,7 @@ def _strata(cohort: Cohort) -> NDArray[np.int64]:
 
 
 def say(rows: Sequence[Row]) -> str:
+    """Say what is lost where no patient is in common."""
     merged = [row for row in means(rows) if row.what == "LegoMerge, 0% in common"]
     losses = [row for row in merged if row.than == "100% in common"]
     rivals = [row for row in merged if row.than == "HEALNet, all"]

@@ -31,7 +31,7 @@ def measure(quick: bool) -> list[Row]:
 
     Each block of the default sizes reads a bag of 64 tokens of width 64, of 8 patients; one thread.
     """
-    counts, rounds = ((1, 2, 3), 3) if quick else (COUNTS, 11)
+    counts, rounds, children = ((1, 2, 3), 3, 1) if quick else (COUNTS, 11, 3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cells = [(kind, step, m) for kind in JOINED for step in PASSES for m in counts]
@@ -53,12 +53,8 @@ def measure(quick: bool) -> list[Row]:
     for kind in JOINED:
         for step in PASSES:
             rows += _time_rows(kind, step, {m: seconds[kind, step, m] for m in counts})
-            mib = dict(zip(counts, in_child(1, _memory_of, kind, step, counts), strict=True))
-            fit, worst = straight(counts, [mib[m] for m in counts])
-            for m in counts:
-                rows.append(_exact(f"{kind}, {step}", str(m), "MiB", mib[m]))
-            rows.append(_exact(f"{kind}, {step}", "per further block", "MiB", fit[0]))
-            rows.append(_exact(f"{kind}, {step}", "worst from the line", "share of MiB", worst))
+            mib = [in_child(1, _memory_of, kind, step, counts) for _ in range(children)]
+            rows += _memory_rows(kind, step, counts, np.array(mib))
     return rows
 
 
@@ -99,8 +95,7 @@ def straight(counts: Sequence[int], values: Sequence[float]) -> tuple[Floats, fl
 
 
 def _time_rows(kind: str, step: str, seconds: Mapping[int, Sequence[float]]) -> list[Row]:
-    """Return medians over rounds, the line through them and M blocks over M times one, with rounds
-    resampled."""
+    """Return medians over rounds, M blocks over M times one, and the line; rounds resampled."""
     counts, case = list(seconds), f"{kind}, {step}"
     times = 1e3 * np.array([seconds[m] for m in counts])  # [M, rounds]
     rounds = times.shape[1]
@@ -123,12 +118,23 @@ def _time_rows(kind: str, step: str, seconds: Mapping[int, Sequence[float]]) -> 
     return rows
 
 
-def _exact(case: str, what: str, measure: str, value: float) -> Row:
-    """Return what was measured once, and has no interval."""
-    return Row(case, what, "", "", measure, None, 1, value, value, value)
+def _memory_rows(kind: str, step: str, counts: Sequence[int], mib: Floats) -> list[Row]:
+    """Return medians over processes [processes, M] with the range, and the line through them."""
+    fits = [straight(counts, list(one)) for one in mib]
+    found = {(str(m), "MiB"): mib[:, i] for i, m in enumerate(counts)}
+    found["per further block", "MiB"] = np.array([line[0] for line, _ in fits])
+    found["worst from the line", "share of MiB"] = np.array([worst for _, worst in fits])
+    return [
+        Row(
+            f"{kind}, {step}", what, "", "", measure, None, len(mib), float(np.median(values)),
+            float(values.min()), float(values.max()),
+        )
+        for (what, measure), values in found.items()
+    ]  # fmt: skip
 
 
 def say(rows: Sequence[Row]) -> str:
+    """Say how far the costs are from M times that of one block, and from a straight line."""
     parts = []
     for case in dict.fromkeys(row.case for row in rows):
         own = [row for row in rows if row.case == case]

@@ -83,9 +83,9 @@ def folds_of(scores: Scores, only: set[str]) -> Any:
     return [part.only(only).fold for part in scores if only & set(part.ids)]
 
 
-def figure(scores: Scores, only: set[str] | None = None) -> Found:
+def figure(scores: Scores) -> Found:
     """Return Harrell's c, the AUC or the macro AUC, and the patients it is of."""
-    folds = folds_of(scores, ids_of(scores) if only is None else only)
+    folds = folds_of(scores, ids_of(scores))
     if isinstance(folds[0], ClassFold):
         found = evaluate_classes(folds, draws=DRAWS)
         auc = found["auc"] if "auc" in found else found["macro_auc"]

@@ -165,6 +165,14 @@ def test_overlaps_are_exact(share: float) -> None:
         pd.testing.assert_frame_equal(table.loc[kept], cohort.modalities[name].loc[kept])  # pyright: ignore
 
 
+def test_overlap_needs_patients_with_both() -> None:
+    cohort = load_cohort("breast_cancer")
+    fold = split_of(cohort)
+    bare = overlap.only_these(cohort, fold, {"genes": set(), "clinical": set(fold.train)})
+    with pytest.raises(ValueError, match="training patients who have genes and clinical, got none"):
+        overlap.parts_in_common(bare, fold, 0.5, 0)
+
+
 def test_overlaps_of_bags() -> None:
     one = np.ones((2, 3), np.float32)
     bags = Bags(dict.fromkeys("abcd", (one, None)), features=3)
@@ -219,7 +227,9 @@ def test_merging(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["claim", "merging", "--out", str(shared), *QUICK, "--json"]) == 0
     found = results(shared)
     assert json.loads(capsys.readouterr().out) == found
-    assert found["settings"] == {"cohorts": ["breast_cancer"], "seeds": 1, "quick": True}
+    assert found["settings"] == {
+        "cohorts": {"breast_cancer": ["genes", "clinical"]}, "seeds": 1, "quick": True
+    }  # fmt: skip
     said = of(found, what="LegoMerge", than="the ensemble", seed=None)
     words = "better" if said["low"] > 0 else "worse" if said["high"] < 0 else "no difference"
     assert words in found["sentence"].split("; ")[1]
