@@ -16,7 +16,7 @@ from .rows import Row
 from .scores import DRAWS, Floats
 
 COUNTS = (1, 2, 4, 8, 12, 16)
-WIDTH, TOKENS, ROWS = 64, 64, 8
+WIDTH, TOKENS, ROWS = 64, 64, 4
 WITHIN = 0.10
 JOINED: dict[str, Callable[..., nn.Module]] = {
     "LegoMerge": LegoMerge,
@@ -29,9 +29,9 @@ PASSES = ("forward", "forward and backward")
 def measure(quick: bool) -> list[Row]:
     """Time models of 1 to 16 equal blocks in turns, and measure their memory in fresh processes.
 
-    Each block of the default sizes reads a bag of 64 tokens of width 64, of 8 patients; one thread.
+    Each block of the default sizes reads a bag of 64 tokens of width 64, of 4 patients; one thread.
     """
-    counts, rounds, children = ((1, 2, 3), 3, 1) if quick else (COUNTS, 11, 3)
+    counts, rounds, children = ((1, 2, 3), 3, 1) if quick else (COUNTS, 9, 3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cells = [(kind, step, m) for kind in JOINED for step in PASSES for m in counts]
