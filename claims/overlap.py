@@ -30,7 +30,7 @@ def measure(study: Study) -> list[Row]:
     names = tuple(study.cohort.modalities)[:2]
     cohort = replace(study.cohort, modalities={n: study.cohort.modalities[n] for n in names})
     shares = (0.0, 0.5, 1.0) if study.quick else OVERLAPS
-    found: dict[str, dict[float, list[Scores]]] = {name: {} for name in TRAINED}
+    found: dict[str, dict[float, list[Scores]]] = {name: {} for name in (*TRAINED, *names)}
     for seed in range(study.seeds):
         chosen = experiments.Splits(study.splits, test=1 / study.splits, seed=seed)
         splits = [
@@ -38,7 +38,7 @@ def measure(study: Study) -> list[Row]:
             for fold in experiments.parts_of(cohort, chosen)
         ]
         for share in shares:
-            scores: dict[str, Scores] = {name: [] for name in TRAINED}
+            scores: dict[str, Scores] = {name: [] for name in found}
             for number, fold in enumerate(splits):
                 _overlap_fold(study, cohort, fold, share, seed, number, scores)
             for name, parts in scores.items():
@@ -48,6 +48,10 @@ def measure(study: Study) -> list[Row]:
     for name, by_share in found.items():
         for share, seeds in by_share.items():
             if not seeds[0]:
+                continue
+            if name in names:
+                label = f"block, {share:.0%} in common"
+                rows += row([figure(scores) for scores in seeds], what=label, block=name)
                 continue
             label = f"{name}, {share:.0%} in common"
             rows += row([figure(scores) for scores in seeds], what=label)
@@ -74,7 +78,10 @@ def _overlap_fold(
     )
     run = study.train("lego", seed, f"{folder}/lego", cohort=masked)
     scores["LegoMerge"] += scores_of(run)
-    joint = ensemble(fitted_at(study.blocks(run), 0), masked, fold.test)
+    blocks = study.blocks(run)
+    for name, block in blocks.items():
+        scores[name] += scores_of(block)
+    joint = ensemble(fitted_at(blocks, 0), masked, fold.test)
     scores["the ensemble"].append(tested(run, 0, *joint))
     run = study.train("healnet", seed, f"{folder}/healnet", cohort=masked)
     scores["HEALNet, all"] += scores_of(run)

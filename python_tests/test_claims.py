@@ -218,6 +218,10 @@ def results(out: Path) -> dict[str, Any]:
     return found
 
 
+def of_all(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in found["rows"] if r["seed"] == 0 and not r["block"]]
+
+
 def of(found: dict[str, Any], **fields: Any) -> dict[str, Any]:
     (one,) = [r for r in found["rows"] if all(r[k] == v for k, v in fields.items())]
     return one
@@ -312,13 +316,21 @@ def test_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert cli.main(["claim", "overlap", "--out", str(tmp_path), *QUICK]) == 0
     found = results(tmp_path)
-    assert [r["what"] for r in found["rows"] if r["seed"] == 0 and not r["than"]] == [
+    assert [r["what"] for r in of_all(found) if not r["than"]] == [
         *(f"LegoMerge, {share}% in common" for share in (0, 50, 100)),
         *(f"the ensemble, {share}% in common" for share in (0, 50, 100)),
         *(f"HEALNet, those in common, {share}% in common" for share in (50, 100)),
         *(f"HEALNet, all, {share}% in common" for share in (0, 50, 100)),
     ]
     assert len({r["n"] for r in found["rows"]}) == 1
+    # The patients of the first block are the same at every overlap, and of the other are not.
+    first, other = (
+        [of(found, what=f"block, {share}% in common", block=name, seed=0)["value"]
+         for share in (0, 50, 100)]
+        for name in ("genes", "clinical")
+    )  # fmt: skip
+    assert len(set(first)) == 1
+    assert len(set(other)) > 1
 
 
 def test_a_killed_claim_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
