@@ -116,5 +116,5 @@ def no_loss(rows: Sequence[Row]) -> str:
     """Say whether differences bear out a claim that nothing is lost."""
     if any(row.high < 0 for row in rows):
         return "against the paper's claim that nothing is lost"
-    worst = max(-row.low for row in rows)
-    return f"no loss shown, as the paper claims, but one of {worst:.3f} cannot be excluded"
+    most = " and ".join(f"{max(-row.low, 0):.3f} on {row.case}" for row in rows)
+    return f"no loss shown, as the paper claims, and none above {most} left possible"
