@@ -197,7 +197,7 @@ def _scaling(rows: Sequence[Row]) -> Any:
                     ends = np.array([counts[0], counts[-1]])
                     axes.plot(ends, np.polyval(fit, ends), color=COLOURS[style], linewidth=0.8)
         n = _only(rows, measure="ms")[0].n
-        time.set_ylabel(f"{step}, ms\n(median of {n} rounds)", fontsize=9)
+        time.set_ylabel(f"{step}, ms of CPU\n(median of {n} rounds)", fontsize=9)
         share.set_ylabel("time / (M · time of one block)", fontsize=9)
         memory.set_ylabel("growth of peak memory, MiB", fontsize=9)
     figure.legend(
