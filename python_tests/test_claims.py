@@ -416,6 +416,15 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys) -> None:
     assert len(error.splitlines()) == 1
 
 
+def test_the_command_knows_every_claim(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["claim", "--help"])
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in claims.CLAIMS)
+    for name in claims.CLAIMS:
+        assert cli._parser().parse_args(["claim", name, "--out", "x"]).name == name
+
+
 def test_cohorts_without_data_are_left_out(tmp_path: Path, capsys) -> None:
     options = {
         "data": tmp_path,
