@@ -1,0 +1,165 @@
+"""What joined models of 1 to 16 equal blocks cost, in time and memory."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..bench import growth, in_child
+from ..fusion.lego_block import LegoBlock
+from ..fusion.lego_join import LegoFuse, LegoMerge
+from ..fusion.modalities import Bag
+from .rows import Row
+from .scores import DRAWS, Floats
+
+COUNTS = (1, 2, 4, 8, 12, 16)
+WIDTH, TOKENS, ROWS = 64, 64, 4
+REPEATS = 4  # of one block per turn, of two half as many: small models are timed as long as others
+WITHIN = 0.10
+JOINED: dict[str, Callable[..., nn.Module]] = {
+    "LegoMerge": LegoMerge,
+    "LegoFuse stack": partial(LegoFuse, mode="stack"),
+    "LegoFuse weave": partial(LegoFuse, mode="weave"),
+}
+PASSES = ("forward", "forward and backward")
+
+
+def measure(quick: bool) -> list[Row]:
+    """Time models of 1 to 16 equal blocks in turns, and measure their memory in fresh processes.
+
+    Each block of the default sizes reads a bag of 64 tokens of width 64, of 4 patients; one
+    thread, whose CPU time other processes hardly change.
+    """
+    counts, rounds, children = ((1, 2, 3), 3, 1) if quick else (COUNTS, 9, 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cells = [(kind, step, m) for kind in JOINED for step in PASSES for m in counts]
+    seconds: dict[tuple[str, str, int], list[float]] = {cell: [] for cell in cells}
+    order = np.random.default_rng(0)
+    try:
+        works = {cell: _work(*cell) for cell in cells}
+        for work in works.values():
+            work()
+        for _ in range(rounds):
+            for number in order.permutation(len(cells)):
+                cell = cells[number]
+                repeats = max(1, REPEATS // cell[2])
+                started = time.process_time()
+                for _ in range(repeats):
+                    works[cell]()
+                seconds[cell].append((time.process_time() - started) / repeats)
+    finally:
+        torch.set_num_threads(threads)
+    rows = []
+    for kind in JOINED:
+        for step in PASSES:
+            rows += _time_rows(kind, step, {m: seconds[kind, step, m] for m in counts})
+            mib = [in_child(1, _memory_of, kind, step, counts) for _ in range(children)]
+            rows += _memory_rows(kind, step, counts, np.array(mib))
+    return rows
+
+
+def _work(kind: str, step: str, count: int, **sizes: int) -> Callable[[], object]:
+    """Return what is timed: one pass of a model of `count` equal blocks."""
+    torch.manual_seed(count)
+    names = [f"m{i}" for i in range(count)]
+    blocks = {name: LegoBlock(Bag(WIDTH), out_features=4, **cast(Any, sizes)) for name in names}
+    model = JOINED[kind](blocks).eval()
+    x = {name: torch.randn(ROWS, TOKENS, WIDTH) for name in names}
+
+    def forward() -> object:
+        with torch.no_grad():
+            return model(x)
+
+    def both() -> object:
+        model.zero_grad()
+        return model(x).sum().backward()
+
+    return forward if step == PASSES[0] else both
+
+
+def _memory_of(kind: str, step: str, counts: Sequence[int]) -> list[float]:
+    """Return by how many MiB the peak grows by a model, its data and a pass, for rising counts.
+
+    A peak is never given back, so that the largest model so far is what it has grown by.
+    """
+    _work(kind, step, 1, num_latents=2, latent_dim=2, heads=1, head_dim=1)()  # loads libraries
+    grown = 0.0
+    return [grown := grown + growth(lambda m=m: _work(kind, step, m)()) for m in counts]
+
+
+def straight(counts: Sequence[int], values: Sequence[float]) -> tuple[Floats, float]:
+    """Return slope and start of the straight line nearest in share, and the worst share off it."""
+    line = np.polyfit(counts, values, 1, w=1 / np.maximum(values, 1e-12))
+    fitted = np.polyval(line, counts)
+    return line, float((np.abs(values - fitted) / np.maximum(fitted, 1e-12)).max())
+
+
+def _time_rows(kind: str, step: str, seconds: Mapping[int, Sequence[float]]) -> list[Row]:
+    """Return medians over rounds, M blocks over M times one, and the line; rounds resampled."""
+    counts, case = list(seconds), f"{kind}, {step}"
+    times = 1e3 * np.array([seconds[m] for m in counts])  # [M, rounds]
+    rounds = times.shape[1]
+    drawn = np.random.default_rng(0).integers(rounds, size=(DRAWS, rounds))
+    medians = np.median(times[:, drawn], axis=2)  # [M, draws]
+    middle = np.median(times, axis=1)
+
+    def row(what: str, measure: str, value: float, draws: Floats) -> Row:
+        low, high = map(float, np.quantile(draws, [0.025, 0.975]))
+        return Row(case, what, "", "", measure, None, rounds, float(value), low, high)
+
+    rows = [row(str(m), "ms", middle[i], medians[i]) for i, m in enumerate(counts)]
+    for i, m in enumerate(counts[1:], 1):
+        ratios = medians[i] / (m * medians[0])
+        rows.append(row(str(m), "share of M blocks", middle[i] / (m * middle[0]), ratios))
+    fits = [straight(counts, column) for column in medians.T]
+    line, worst = straight(counts, list(middle))
+    rows.append(row("per further block", "ms", line[0], np.array([fit[0] for fit, _ in fits])))
+    rows.append(row("worst from the line", "share of ms", worst, np.array([w for _, w in fits])))
+    return rows
+
+
+def _memory_rows(kind: str, step: str, counts: Sequence[int], mib: Floats) -> list[Row]:
+    """Return medians over processes [processes, M] with the range, and the line through them."""
+    fits = [straight(counts, list(one)) for one in mib]
+    found = {(str(m), "MiB"): mib[:, i] for i, m in enumerate(counts)}
+    found["per further block", "MiB"] = np.array([line[0] for line, _ in fits])
+    found["worst from the line", "share of MiB"] = np.array([worst for _, worst in fits])
+    return [
+        Row(
+            f"{kind}, {step}", what, "", "", measure, None, len(mib), float(np.median(values)),
+            float(values.min()), float(values.max()),
+        )
+        for (what, measure), values in found.items()
+    ]  # fmt: skip
+
+
+def say(rows: Sequence[Row]) -> str:
+    """Say how far the costs are from M times that of one block, and from a straight line."""
+    parts = []
+    for case in dict.fromkeys(row.case for row in rows):
+        own = [row for row in rows if row.case == case]
+        off = max(
+            (row for row in own if row.measure == "share of M blocks"),
+            key=lambda row: abs(row.value - 1),
+        )
+        line = next(row for row in own if row.measure == "share of ms")
+        memory = next(row for row in own if row.measure == "share of MiB")
+        parts.append(
+            f"{case}: {off.what} blocks take {off.value:.2f} ({off.low:.2f} to {off.high:.2f}) of "
+            f"{off.what} times one, {_within(off)}; times are {line.value:.0%} and memory "
+            f"{memory.value:.0%} from a straight line at worst"
+        )
+    return "; ".join(parts) + "."
+
+
+def _within(row: Row) -> str:
+    if row.low >= 1 - WITHIN and row.high <= 1 + WITHIN:
+        return f"within {WITHIN:.0%}"
+    if row.high < 1 - WITHIN:
+        return f"less than {1 - WITHIN:.0%}"
+    return f"not within {WITHIN:.0%}" if row.low > 1 + WITHIN else f"not shown within {WITHIN:.0%}"
