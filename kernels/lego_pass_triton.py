@@ -156,8 +156,9 @@ def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
     rows = _power(latents) if latents else (32 if dim <= 64 else 16)
     if products == torch.float32:  # two parts of every operand are kept in registers
         return _Blocks(rows, min(32, _power(dim)), 16, 16, 8, 2)
-    # 32 of the hidden layer spill on sm_100 with GELU (8 stores).
-    return _Blocks(rows, min(64, _power(dim)), 32, 32 if dim <= 64 else 16, 8, 2)
+    # Other steps spill on sm_100 (3 to 8 stores), and so do 8 warps for 16 rows of 128.
+    few = rows == 16 and 64 < dim <= 128
+    return _Blocks(rows, min(64 if dim <= 64 else 32, _power(dim)), 32, 32, 4 if few else 8, 2)
 
 
 def _update_blocks(dim: int, products: torch.dtype) -> _Blocks:
