@@ -268,6 +268,37 @@ class AbsorbedTogether(Absorbed):
         return weights @ self.normed, weights.sum(-1)
 
 
+class Together:
+    """K and V of one layer, of short bags of one length: a product each for all bags."""
+
+    asks = True
+
+    def __init__(self, context: Context, attention: Attention) -> None:
+        self.context = context
+        kv = attention.to_kv(_norm(attention)(context.joined()))
+        kv = kv.unflatten(-1, (2, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+        self.k, self.v = kv.contiguous().flatten(1, 2)  # [B·H, N, E]
+        counts = context.counts
+        bias = kv.new_zeros(1) if counts is None else counts.log().to(kv.dtype)[:, None, None]
+        self.bias = bias.expand(*kv.shape[1:3], 1, kv.shape[3]).flatten(0, 1)
+
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        weights = F.dropout(self._weights(attention, queries), attention.active_dropout)
+        return torch.bmm(weights, self.v).unflatten(0, (-1, attention.heads))
+
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        weights = self._weights(attention, queries).detach()
+        return weights.unflatten(0, (-1, attention.heads))
+
+    def _weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        """Return the weights before dropout, [B·H, C, N]."""
+        assert queries is not None
+        bags = len(self.k) // attention.heads
+        q = attention.split(queries).expand(bags, -1, -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(self.bias, q, self.k.transpose(1, 2), alpha=attention.scale)
+        return scores.softmax(-1)
+
+
 class Literal:
     """Every layer on its own, as the equation says: what the other forms are tested against."""
 
@@ -353,7 +384,7 @@ def prepare(
     if small and len(x) <= len(weight):
         # Then the tokens are less to normalise for each layer than the weights are to fold.
         if context.offsets is None:
-            return [Literal(context, attention) for attention in attentions]
+            return [Together(context, attention) for attention in attentions]
         return [Cached.of(context, offsets, own, backend) for own in attentions]
     weights, biases = zip(*(attention.folded() for attention in attentions), strict=True)
     weights, biases = _cast(_stacked(weights)), _cast(_stacked(biases))

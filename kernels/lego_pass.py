@@ -137,10 +137,10 @@ DENSE = 256
 def _cosines(tokens: Tensor) -> Tensor:
     """Return cos(2 π k n / N) for k = 0 ... N // 2 and n = 0 ... N - 1, [N // 2 + 1, N]."""
     count = tokens.shape[-2]
-    n = torch.arange(count, device=tokens.device)
-    # Within one period before the cosine, so that no digits are lost; in float64 for the same.
-    angle = (n[: count // 2 + 1, None] * n % count).double() * (2 * math.pi / count)
-    return angle.cos().to(tokens.dtype)
+    n = torch.arange(count)
+    # Taken from one period of the cosine in float64, so that no digits are lost in the angle.
+    period = (n.double() * (2 * math.pi / count)).cos().to(tokens.dtype)
+    return period[n[: count // 2 + 1, None] * n % count]
 
 
 def real_spectrum(

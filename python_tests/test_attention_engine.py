@@ -9,7 +9,16 @@ from typing import Any
 import motet
 import pytest
 import torch
-from motet.fusion.attention import Absorbed, Attention, Cached, Literal, OneToken, prepare
+from motet.fusion.attention import (
+    Absorbed,
+    AbsorbedTogether,
+    Attention,
+    Cached,
+    Literal,
+    OneToken,
+    Together,
+    prepare,
+)
 from motet.fusion.context import Context
 from torch import Tensor
 from torch.func import functional_call
@@ -168,8 +177,48 @@ def test_what_is_chosen(strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     if strategy:
         assert kinds(several, strategy) == expected[strategy]
     else:
-        assert kinds(several, None) <= {Cached, Absorbed}
+        assert kinds(several, None) <= {Together, AbsorbedTogether}
+        offsets = offsets_of([20, 0, 7])
+        assert kinds(Context(torch.randn(27, 6, **WIDE), offsets=offsets), None) <= {
+            Cached,
+            Absorbed,
+        }
+        assert kinds(Context(torch.randn(3, 300, 6, **WIDE)), None) <= {Cached, Absorbed}
     assert kinds(one, strategy) == {OneToken}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("form", [Together, AbsorbedTogether])
+def test_short_bags_together(form: Any, counted: bool, shared: bool) -> None:
+    """Against the equation: what heads gather, the weights and all gradients."""
+    attention = randomised(Attention(12, 6, heads=2, head_dim=4).double())
+    queries = torch.randn(1 if shared else 3, 5, 8, **WIDE)
+    counts = torch.randint(1, 4, (3, 9)).double() if counted else None
+    parameters = [
+        p for name, p in attention.named_parameters() if "context" in name or "kv" in name
+    ]
+
+    def run(literal: bool, tokens: Tensor, queries: Tensor) -> list[Tensor]:
+        context, asked = Context(tokens, counts=counts), queries
+        if literal:
+            keys: Any = Literal(context, attention)
+            asked = queries.expand(3, -1, -1)
+        elif form is Together:
+            keys = Together(context, attention)
+        else:
+            keys = AbsorbedTogether(context, torch.nn.functional.layer_norm(tokens, (6,)))
+        out = keys.attend(attention, asked)
+        grads = torch.autograd.grad(
+            (out * out.detach().cos()).sum(), [tokens, queries, *parameters], retain_graph=True
+        )
+        if counted:
+            return [out, *grads]
+        return [out, *grads, keys.weights(attention, asked.detach())]
+
+    tokens = torch.randn(3, 9, 6, **WIDE).requires_grad_()
+    expected = run(True, tokens, queries.requires_grad_())
+    torch.testing.assert_close(run(False, tokens, queries), expected, rtol=0, atol=1e-12)
 
 
 def test_the_reference_is_literal_everywhere() -> None:
@@ -431,10 +480,11 @@ def test_the_reference_has_a_second_derivative_and_the_others_say_so(name: str) 
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), x)[0]
 
-    for strategy in STRATEGIES:
+    for strategy in ("cached", "absorbed"):
         with pytest.raises(NotImplementedError, match="use strategy='reference' for it"):
             slope(strategy)
     assert slope("reference").any()
+    torch.testing.assert_close(slope(None), slope("reference"), **EXACT)  # short bags: torch's own
 
 
 @pytest.mark.parametrize("strategy", ["cached", "absorbed"])
