@@ -186,7 +186,7 @@ def plan(
         ...                          layers=2, dtype=torch.bfloat16, device="H200"))
         cached on H200, backend auto: least predicted time
         * cached        128.90 GFLOP    0.676 GB     0.230 ms predicted
-          absorbed      393.64 GFLOP    2.158 GB     0.613 ms predicted
+          absorbed      393.64 GFLOP    2.237 GB     0.613 ms predicted
           reference     254.73 GFLOP    4.424 GB     1.068 ms predicted
     """
     choice("strategy", strategy, (None, *get_args(Strategy)))
@@ -299,10 +299,12 @@ def _absorbed(s: _Sizes, e: _Extras) -> _Work:
     products = 4.0 * s.tokens * s.width * s.rows * s.layers
     small = 4.0 * s.bags * s.rows * s.head_dim * s.width * s.layers  # into and out of the queries
     scores = float(s.tokens * s.rows * s.layers)
-    flop, passes, moved = products + small, float(s.layers), 4.0 * scores
+    # Queries and pooled tokens are as wide as tokens: what is gained for long bags, short ones lose.
+    wide = 6.0 * s.bags * s.rows * s.width * s.itemsize * s.layers
+    flop, passes, moved = products + small, float(s.layers), 4.0 * scores + wide
     if e.training:
         flop += products * (2 if e.tokens_need_grad else 1) + 2 * small
-        passes, moved = 2 * passes, 2 * moved
+        passes, moved = 2 * passes, 2 * moved + wide
     return _with_extras(_Work(flop, passes, 2 * passes, moved, scores, 8.0 * s.layers), s, e)
 
 
