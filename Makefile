@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test lint bench gpu gpu-full soak sanitize clean
+.PHONY: demo test lint bench claims gpu gpu-full soak sanitize clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,13 @@ lint: $(INSTALLED)
 # The quick benchmarks, each with its error beside it.
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,stddev,rounds --benchmark-group-by=group
+
+# What the paper claims, put to the test (docs/claims.md), on the cohorts whose data are there:
+# about an hour. The same again goes on where it stopped.
+claims: $(INSTALLED)
+	for name in interference merging overlap addition scaling; do \
+	$(BIN)/python -m benchmarks.claims $$name --out runs/claims/$$name || exit; \
+	done
 
 # Checks and timings on the GPU at hand, one JSON file in $(RESULTS). Uses the environment that is
 # active, since GPU machines bring their own torch. PUBLISHED=DIR, a clone of konst-int-i/healnet,

@@ -169,33 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     _data(predict)
     predict.set_defaults(run=_predict)
 
-    claim = commands.add_parser(
-        "claim",
-        help="put a claim of the MM-Lego paper to the test on real data: one figure, one sentence",
-        description="Put a claim of the MM-Lego paper to the test on real data (docs/claims.md). "
-        "The same command again continues one that was stopped.",
-    )
-    claim.add_argument(
-        "name", metavar="NAME",
-        choices=("interference", "merging", "overlap", "addition", "scaling"),
-        help="interference, merging, overlap, addition or scaling",
-    )  # fmt: skip
-    claim.add_argument(
-        "--cohort", action="append", metavar="COHORT", dest="cohorts",
-        help="a YAML file or a shipped cohort; may be repeated (default: the claim's own)",
-    )  # fmt: skip
-    _out(claim, "for figure.png, results.json, results.csv and the runs")
-    _data(claim)
-    claim.add_argument(
-        "--modalities", type=_names, metavar="A,B", help="those to use (default: the claim's own)"
-    )
-    claim.add_argument(
-        "--seeds", type=int, metavar="N", help="of splits, weights and dropout (default: 2 or 3)"
-    )
-    claim.add_argument("--quick", action="store_true", help="sizes that only show that it works")
-    _json(claim)
-    claim.set_defaults(run=_claim)
-
     bench = commands.add_parser(
         "bench",
         help="time HEALNet on this machine, beside the literal equation and the machine's limits",
@@ -281,17 +254,6 @@ def _bench(options: argparse.Namespace) -> int:
         quick=options.quick,
         json_to=options.json,
     )
-
-
-def _claim(options: argparse.Namespace) -> int:
-    from .claims import run_claim
-
-    result = run_claim(
-        options.name, options.out, cohorts=options.cohorts, data=options.data,
-        modalities=options.modalities, seeds=options.seeds, quick=options.quick,
-    )  # fmt: skip
-    print(result.as_json() if options.json else f"{result.table()}\n\nWritten to {options.out}.")
-    return 0
 
 
 def _train(options: argparse.Namespace) -> int:

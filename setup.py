@@ -60,7 +60,7 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=["motet", "motet.claims", "motet.fusion", "motet.io", "motet.kernels"],
+    packages=["motet", "motet.fusion", "motet.io", "motet.kernels"],
     package_dir={"motet": "."},
     ext_modules=[Extension("motet.kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},

@@ -1,6 +1,7 @@
 """What the tests share: where data lies, how close is close enough, deterministic properties."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # for benchmarks/, which is in the checkout alone
 IN_CI = os.environ.get("CI") == "true"
 MODELS = Path(__file__).parent / "golden"
 

@@ -52,6 +52,9 @@ def test_arrows_run_one_way() -> None:
     for path in SOURCES:
         here = path.parent.name if path.parent != ROOT else ""
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                named = [*(alias.name for alias in node.names), getattr(node, "module", None) or ""]
+                assert not any("benchmarks" in name.split(".") for name in named), path
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("motet") for alias in node.names), path
             if not isinstance(node, ast.ImportFrom):

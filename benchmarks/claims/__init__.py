@@ -1,4 +1,4 @@
-"""The papers' claims on real data: `motet claim NAME` measures one, draws it and says what it saw.
+"""The paper's claims on real data: `python -m benchmarks.claims NAME` measures and draws one.
 
 Whatever is trained is a run folder under OUT/runs, by `experiments`, so that a claim that was
 killed goes on where it stopped; all else is computed anew from the trained blocks. docs/claims.md
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from motet.fusion.checks import integer
+from motet.fusion.files import write_text
 
-from ..fusion.checks import integer
-from ..fusion.files import write_text
 from . import addition, interference, merging, overlap, scaling
 from .figures import draw
 from .rows import Row, means
@@ -139,7 +139,7 @@ def run_claim(
         ValueError: arguments or cohorts that do not serve, in one line.
     """
     if name not in CLAIMS:
-        raise ValueError(f"claim: expected one of {', '.join(CLAIMS)}, got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(CLAIMS)}, got {name!r}")
     claim, started = CLAIMS[name], time.perf_counter()
     if not claim.cohorts:
         given = {"cohort": cohorts, "data": data, "modalities": modalities, "seeds": seeds}

@@ -6,10 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from ..fusion.evaluation import (
+from motet.fusion.evaluation import (
     ClassFold,
     Estimate,
     SurvivalFold,
@@ -18,12 +15,15 @@ from ..fusion.evaluation import (
     evaluate_classes,
     evaluate_survival,
 )
-from ..fusion.fitted import Fitted
-from ..fusion.objectives import Classification, Objective
-from ..fusion.survival import hazards
-from ..fusion.training import predict_logits
-from ..io import Cohort
-from ..runs import Run
+from motet.fusion.fitted import Fitted
+from motet.fusion.objectives import Classification, Objective
+from motet.fusion.survival import hazards
+from motet.fusion.training import predict_logits
+from motet.io import Cohort
+from motet.runs import Run
+from numpy.typing import NDArray
+from torch import Tensor
+
 from .rows import Found
 
 Floats = NDArray[np.float64]

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from motet.fusion.evaluation import Estimate
+from motet.fusion.lego_join import LegoMerge
+from motet.fusion.objectives import Objective
+from motet.fusion.patients import Batch, Patients
+from motet.fusion.training import predict_logits
+from motet.runs import Run
 from torch import Tensor, nn
 
-from ..fusion.evaluation import Estimate
-from ..fusion.lego_join import LegoMerge
-from ..fusion.objectives import Objective
-from ..fusion.patients import Batch, Patients
-from ..fusion.training import predict_logits
-from ..runs import Run
 from .rows import Found, Row, mean_of, means, over_seeds, said, verdict
 from .scores import DRAWS, Floats, Scores, Tested, figure, less, tested, values_of
 from .study import Study, fitted_at, models_of

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from .. import experiments
-from ..fusion.fitted import Fitted
-from ..fusion.lego_block import LegoBlock
-from ..io import Classes, Cohort, CohortError, load_cohort
-from ..runs import Run
+from motet import experiments
+from motet.fusion.fitted import Fitted
+from motet.fusion.lego_block import LegoBlock
+from motet.io import Classes, Cohort, CohortError, load_cohort
+from motet.runs import Run
 
 # Diagnoses of MIMIC are coded at discharge, when the outcome is known; the test set of breast TCGA
 # has no protein.

@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 
+from motet.fusion.lego_join import LegoMerge
+from motet.fusion.patients import Patients
+from motet.fusion.training import predict_logits
 from torch import nn
 
-from ..fusion.lego_join import LegoMerge
-from ..fusion.patients import Patients
-from ..fusion.training import predict_logits
 from .rows import Row, means, over_seeds, said, verdict
 from .scores import Scores, figure, less, tested, values_of
 from .study import Study, fitted_at, models_of

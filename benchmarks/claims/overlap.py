@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from motet import experiments
+from motet.fusion.splits import carve
+from motet.io import Bags, Classes, Cohort, Split, Survival
 from numpy.typing import NDArray
 
-from .. import experiments
-from ..fusion.splits import carve
-from ..io import Bags, Classes, Cohort, Split, Survival
 from .rows import Row, means, no_loss, over_seeds, said
 from .scores import Scores, ensemble, figure, less, scores_of, tested
 from .study import Study, fitted_at

@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from motet.bench import growth, in_child
+from motet.fusion.lego_block import LegoBlock
+from motet.fusion.lego_join import LegoFuse, LegoMerge
+from motet.fusion.modalities import Bag
 from torch import nn
 
-from ..bench import growth, in_child
-from ..fusion.lego_block import LegoBlock
-from ..fusion.lego_join import LegoFuse, LegoMerge
-from ..fusion.modalities import Bag
 from .rows import Row
 from .scores import DRAWS, Floats
 

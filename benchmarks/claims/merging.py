@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from functools import partial
 
-from ..runs import Run
+from motet.runs import Run
+
 from .rows import Row, means, over_seeds, said, verdict
 from .scores import ensemble, figure, less, scores_of, tested
 from .study import Study, fitted_at
