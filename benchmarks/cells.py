@@ -30,7 +30,7 @@ class Cell:
         """Return what is timed."""
         found = {"motet": partial(self.run, *self.arguments)}
         if self.rival is not None:
-            found["torch"] = partial(self.rival, *self.arguments)
+            found["reference"] = partial(self.rival, *self.arguments)
         return found
 
     def error(self, run: Callable[..., Tensor]) -> float:
@@ -65,7 +65,10 @@ def merge_cells(device: str, size: int) -> list[Cell]:
 
 
 def lego_cells(device: str, tokens: int) -> list[Cell]:
-    """LegoBlock and LegoMerge on 8 bags of 1024 features and an omic row."""
+    """LegoBlock and LegoMerge on 8 bags of 1024 features and an omic row, against the literal loop.
+
+    On a GPU LegoBlock as CUDA graphs too.
+    """
     torch.manual_seed(0)
     blocks = {
         "omic": motet.LegoBlock(motet.Tabular(2181), out_features=4, depth=4),
@@ -74,42 +77,50 @@ def lego_cells(device: str, tokens: int) -> list[Cell]:
     merged = motet.LegoMerge(blocks).to(device).eval()
     block = copy.deepcopy(blocks["wsi"]).to(device).eval()
     omic, bags = torch.randn(8, 2181, device=device), torch.randn(8, tokens, 1024, device=device)
-    return [
-        *_forward_and_step(f"LegoBlock 8 x {tokens}", block, bags),
-        _forward(f"LegoMerge 8 x {tokens}", merged, omic, bags),
-    ]
+    cells = [
+        _lego(f"LegoBlock 8 x {tokens} forward", block, block, (bags,), step=False),
+        _lego(f"LegoBlock 8 x {tokens} step", block, block, (bags,), step=True),
+        _lego(
+            f"LegoMerge 8 x {tokens} forward", merged, lambda *x, **how: merged(x, **how),
+            (omic, bags), step=False,
+        ),
+    ]  # fmt: skip
+    if device == "cuda":
+        graphs = motet.CudaGraphs(block)
+        for step in (False, True):
+            name = f"LegoBlock 8 x {tokens} {'step' if step else 'forward'}, CUDA graph"
+            cells.append(_lego(name, block, lambda x: graphs([x]), (bags,), step=step, rival=False))
+    return cells
 
 
-def _forward(name: str, model: torch.nn.Module, *inputs: Tensor) -> Cell:
-    def run(*tensors: Tensor) -> Tensor:
-        with torch.no_grad():
-            return _call(model, tensors)
+def _lego(
+    name: str,
+    model: torch.nn.Module,
+    call: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    *,
+    step: bool,
+    rival: bool = True,
+) -> Cell:
+    """Return the cell of a model's logits, or of the gradients of all its parameters."""
 
-    def gold() -> Tensor:
-        wide = copy.deepcopy(model).double()
-        with torch.no_grad():
-            return _call(wide, tuple(x.double() for x in inputs))
-
-    return Cell(f"{name} forward", run, inputs, gold)
-
-
-def _forward_and_step(name: str, model: torch.nn.Module, *inputs: Tensor) -> list[Cell]:
-    """A step gives the gradients of all parameters, so its error is that of the gradients."""
-
-    def gradients(model: torch.nn.Module, tensors: tuple[Tensor, ...]) -> Tensor:
-        with torch.enable_grad():
-            loss = _call(model, tensors).square().sum()
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            # What asks a single token has no influence, and so no gradient.
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    def result(call: Callable[..., Tensor], of: torch.nn.Module, *tensors: Tensor) -> Tensor:
+        with torch.set_grad_enabled(step):
+            logits = call(*tensors)
+            if not step:
+                return logits
+            loss = logits.square().sum()
+        # What asks a single token has no influence, and so no gradient.
+        found = torch.autograd.grad(
+            loss, list(of.parameters()), allow_unused=True, materialize_grads=True
+        )
         return torch.cat([g.flatten() for g in found])
 
     def gold() -> Tensor:
-        return gradients(copy.deepcopy(model).double(), tuple(x.double() for x in inputs))
+        wide = copy.deepcopy(model).double()
+        tensors = [x.double() for x in inputs]
+        joined = isinstance(wide, motet.LegoMerge)
+        return result(lambda *x: wide(x if joined else x[0]), wide, *tensors)
 
-    step = Cell(f"{name} step", lambda *tensors: gradients(model, tensors), inputs, gold)
-    return [_forward(name, model, *inputs), step]
-
-
-def _call(model: torch.nn.Module, tensors: tuple[Tensor, ...]) -> Tensor:
-    return model(tensors[0]) if isinstance(model, motet.LegoBlock) else model(tensors)
+    literal = partial(result, partial(call, strategy="reference"), model) if rival else None
+    return Cell(name, partial(result, call, model), inputs, gold, literal)

@@ -12,10 +12,19 @@ from typing import Any
 import motet
 import torch
 from motet import bench
-from motet.kernels import absorbed_attention, attention_weights, context_kv, latent_attention
+from motet.kernels import (
+    absorbed_attention,
+    attention_weights,
+    context_kv,
+    harmonic_merge,
+    latent_attention,
+    slerp,
+)
 from motet.kernels.absorbed_attention import absorbed_attention_reference
 from motet.kernels.context_kv import context_kv_reference
+from motet.kernels.harmonic_merge import harmonic_merge_reference
 from motet.kernels.latent_attention import latent_attention_reference
+from motet.kernels.lego_pass import Asking, Update, lego_pass
 from torch import Tensor
 
 # Of norms, relative.
@@ -67,8 +76,16 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
         own = (device, backend)
         yield f"absorbed_attention dropout {backend} fp32", partial(_absorbed_dropout, *own)
         yield f"a bag alone {backend}, bit for bit", partial(_alone, *own)
+        for count in (2, 3):
+            yield f"harmonic_merge of {count} {backend}", partial(_harmonic, *own, count)
+            yield f"slerp of {count} {backend}", partial(_slerp, *own, count)
     if device == "cuda":
+        for latents, dim, axes in ((17, 126, (-2, -1)), (64, 64, (-2,)), (200, 128, (-2,))):
+            for dtype in NAMES:
+                name = f"lego_pass {latents}x{dim} {NAMES[dtype]}"
+                yield name, partial(_lego_pass, latents, dim, axes, dtype)
         yield "latent_attention in a CUDA graph", _graph
+        yield "LegoBlock in CUDA graphs", _lego_graph
 
 
 def _model(name: str, device: str) -> tuple[float, float]:
@@ -307,6 +324,74 @@ def _alone(device: str, backend: Any) -> tuple[float, float]:
                                                   strict=True)]  # fmt: skip
         differences += [(a - o).abs().max().item() for a, o in zip(alone, own, strict=True)]
     return max(differences), 0.0
+
+
+def _harmonic(device: str, backend: Any, count: int) -> tuple[float, float]:
+    parts = [torch.randn(9, 1000, 2, device=device) for _ in range(count)]
+    weights = [1.0 + i for i in range(count)]
+
+    def merged(merge: Callable[..., Tensor], **how: Any) -> Callable[..., list[Tensor]]:
+        return lambda *x: [
+            torch.view_as_real(merge([torch.view_as_complex(p) for p in x], weights, **how))
+        ]
+
+    pair = merged(harmonic_merge, backend=backend), merged(harmonic_merge_reference)
+    return _compare(*pair, parts, torch.float32)
+
+
+def _slerp(device: str, backend: Any, count: int) -> tuple[float, float]:
+    vectors = [torch.randn(100_000, device=device) for _ in range(count)]
+    weights = [1.0 + i for i in range(count)]
+    return _compare(
+        lambda *x: [slerp(x, weights, backend=backend)],
+        lambda *x: [slerp(x, weights, backend="eager")],
+        vectors,
+        torch.float32,
+    )
+
+
+def _lego_pass(
+    latents: int, dim: int, axes: tuple[int, ...], dtype: torch.dtype
+) -> tuple[float, float]:
+    """Compare the kernels with torch; in half precision under autocast, as it is used."""
+    inner = 8 * 64
+    shapes = [
+        (5, latents, dim), (5, latents, dim), (5, 8, latents, 64), (dim, inner), (dim,), (dim,),
+        (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim), (dim,), (dim,), (dim,), (inner, dim),
+    ]  # fmt: skip
+    tensors = [torch.randn(s, device="cuda") / s[-1] ** 0.5 for s in shapes]
+    present = torch.tensor([True, False, True, True, True], device="cuda")
+
+    def run(backend: Any) -> Callable[..., list[Tensor]]:
+        def call(*t: Tensor) -> list[Tensor]:
+            half = t[0].dtype != torch.float64 and dtype != torch.float32
+            with torch.autocast("cuda", dtype if half else torch.bfloat16, enabled=half):
+                found = lego_pass(
+                    t[0], t[2], Update(*t[3:11]), imaginary=t[1], present=present, axes=axes,
+                    asking=Asking(*t[11:]), backend=backend,
+                )  # fmt: skip
+            return [x for x in found if x is not None]
+
+        return call
+
+    error, allowed = _compare(run("triton"), run("eager"), tensors, torch.float32)
+    return error, allowed + FLOOR[dtype]
+
+
+def _lego_graph() -> tuple[float, float]:
+    """Replay a block on other bags, forward and backward, and compare with the block itself."""
+    block = motet.LegoBlock(motet.Bag(32), out_features=4, fft="latents", normalise=True).cuda()
+    graphs, parameters = motet.CudaGraphs(block), list(block.parameters())
+
+    def found(call: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
+        logits = call(x)
+        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), parameters)]
+
+    errors = []
+    for _ in range(3):
+        x = torch.randn(4, 90, 32, device="cuda")
+        errors.append(bench.relative_error(found(lambda t: graphs([t]), x), found(block, x)))
+    return max(errors), FLOOR[torch.float32]
 
 
 def _graph() -> tuple[float, float]:

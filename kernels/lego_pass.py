@@ -347,8 +347,8 @@ def _check(
             ("asking.weight", asking[2], (asking[2].shape[0], dim)),
         ]
     if imaginary is not None:
-        alike = (bags if len(imaginary) == bags else 1, latents, dim)
-        expected.append(("imaginary", imaginary, alike))
+        for_all = isinstance(imaginary, Tensor) and imaginary.shape[:1] == (1,)
+        expected.append(("imaginary", imaginary, (1 if for_all else bags, latents, dim)))
     if keep is not None:
         expected.append(("keep", keep, (bags, latents, dim)))
     for name, part, shape in expected:

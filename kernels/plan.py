@@ -299,7 +299,7 @@ def _absorbed(s: _Sizes, e: _Extras) -> _Work:
     products = 4.0 * s.tokens * s.width * s.rows * s.layers
     small = 4.0 * s.bags * s.rows * s.head_dim * s.width * s.layers  # into and out of the queries
     scores = float(s.tokens * s.rows * s.layers)
-    # Queries and pooled tokens are as wide as tokens: what is gained for long bags, short ones lose.
+    # Queries and pooled tokens are as wide as tokens: short bags lose what long ones gain.
     wide = 6.0 * s.bags * s.rows * s.width * s.itemsize * s.layers
     flop, passes, moved = products + small, float(s.layers), 4.0 * scores + wide
     if e.training:
