@@ -42,7 +42,7 @@ from .fusion.lego_block import LegoBlock
 from .fusion.lego_join import LegoMerge
 from .fusion.training import rank
 from .io.errors import suggest
-from .io.schema import _Loader as CohortLoader
+from .io.schema import Loader
 from .kernels.checks import normalised_weights
 from .runs import Run
 
@@ -317,7 +317,7 @@ def _kind(path: Path) -> str:
     return "something else" if path.exists() else "no such file"
 
 
-class _Loader(CohortLoader):
+class _Loader(Loader):
     """The cohorts' YAML, in which a repeated key is refused, of text and decimal numbers alone.
 
     No aliases, which make a huge thing of a small file, and no tags; 1e-3 is a number, and 1:30,

@@ -222,7 +222,7 @@ class Spec(Model):
     splits: Splits | None = None
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML in which a repeated key is refused, and `on`, `no` and dates stay text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -237,17 +237,17 @@ class _Loader(yaml.SafeLoader):
 
 
 _BOOL, _TIME = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
-_Loader.yaml_implicit_resolvers = {
+Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if tag not in (_BOOL, _TIME)]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
 
 
 def read_spec(path: Path) -> Spec:
     """Read and check a YAML file; its tables are not opened."""
     try:
-        content = yaml.load(path.read_text("utf-8-sig"), _Loader)
+        content = yaml.load(path.read_text("utf-8-sig"), Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise CohortError(f"cannot be read: {error}") from None
     except yaml.YAMLError as error:
