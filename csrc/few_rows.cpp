@@ -1,12 +1,15 @@
 #include "few_rows.hpp"
 
 #include <algorithm>
+#include <memory>
 
 #include "parallel.hpp"
 #include "simd.hpp"
 
 namespace motet {
 namespace {
+
+constexpr std::size_t unit = 16;  // columns that one thread takes, whole packs of any width
 
 // Calls use(0), ..., use(N - 1), each with a constant, so that arrays they index are registers.
 template <std::size_t N, typename Use>
@@ -24,28 +27,34 @@ struct Product {
     T* out;
 };
 
+// Loads what a row of `inputs` numbers is made of: packs, and what these leave.
 template <typename T, std::size_t Bytes>
-struct Simd {
+struct Row {
     static constexpr std::size_t lanes = Bytes / sizeof(T);
+    static constexpr std::size_t block = 2048 / sizeof(T);  // numbers of a row taken at a time
     using Pack = typename Lanes<T, lanes>::type;
+    using Mask = typename Lanes<Integer<T>, lanes>::type;
+
+    std::size_t inputs, rest;
+    Mask kept{};
+
+    explicit MOTET_INLINE Row(std::size_t inputs) : inputs(inputs), rest(inputs % lanes) {
+        for (std::size_t i = lanes - rest; i < lanes; ++i) kept[i] = -1;
+    }
 
     static MOTET_INLINE Pack load(const T* x) {
         Pack pack;
         std::memcpy(&pack, x, sizeof(Pack));
         return pack;
     }
-    static MOTET_INLINE void store(T* x, Pack pack) { std::memcpy(x, &pack, sizeof(Pack)); }
 
-    // The `count` numbers before `end`, fewer than a pack, with zeros for the others. Where the
-    // row is as long as a pack, that one is loaded, which is quicker than to copy by count.
-    static MOTET_INLINE Pack last(const T* end, std::size_t count, bool whole) {
+    // The last `rest` numbers of a row, at the end of a pack whose others are zero.
+    MOTET_INLINE Pack last(const T* row) const {
+        if (inputs >= lanes)
+            return std::bit_cast<Pack>(std::bit_cast<Mask>(load(row + inputs - lanes)) & kept);
         Pack pack = {};
-        if (whole) {
-            pack = load(end - lanes);
-            for (std::size_t i = 0; i < lanes; ++i) pack[i] = i < lanes - count ? 0 : pack[i];
-        } else {
-            for (std::size_t i = 0; i < count; ++i) pack[lanes - count + i] = end[i - count];
-        }
+        std::memcpy(reinterpret_cast<char*>(&pack) + (lanes - rest) * sizeof(T), row,
+                    rest * sizeof(T));
         return pack;
     }
 
@@ -61,120 +70,169 @@ struct Simd {
     }
 };
 
-// R rows by weight rows [begin, end), up to R * W sums in registers.
+// All rows by the weight rows [begin, end). A block of the rows, packed and aligned, stays in the
+// nearest cache while some weight rows pass; their sums are put by from one block to the next.
 template <typename T, std::size_t Bytes>
-struct Forward : Simd<T, Bytes> {
-    using S = Simd<T, Bytes>;
-    using Pack = typename S::Pack;
-    static constexpr std::size_t sums = Bytes == 64 ? 16 : 8;  // of 32 or 16 registers
-    static constexpr std::size_t group = sums / 2;
-    static constexpr std::size_t stretch = 16;  // weight rows for all groups of rows in turn
+struct Forward : Row<T, Bytes> {
+    using Base = Row<T, Bytes>;
+    using Pack = typename Base::Pack;
+    static constexpr std::size_t lanes = Base::lanes;
+    static constexpr std::size_t registers = Bytes == 64 ? 16 : 8;  // half of them hold sums
+    static constexpr std::size_t group = registers / 2;             // rows at a time
+    static constexpr std::size_t stretch = 16;                      // weight rows that pass
 
+    const Product<T>& p;
+    Pack sums[stretch * group];
+
+    explicit MOTET_INLINE Forward(const Product<T>& p) : Base(p.inputs), p(p) {}
+
+    // Adds to the sums of R rows and W weight rows what the numbers from `at` on give.
     template <std::size_t R, std::size_t W>
-    static MOTET_INLINE void block(const Product<T>& p, std::size_t row, std::size_t m) {
+    MOTET_INLINE void add(const Pack* x, std::size_t at, std::size_t stop, const T* w,
+                          Pack* sums) const {
+        Pack total[R][W];
         const std::size_t k = p.inputs;
-        const T* x = p.left + row * k;
-        const T* w = p.weight + m * k;
-        Pack total[R][W] = {};
-        const auto add = [&](auto load) MOTET_LAMBDA {
-            Pack weights[W];
-            unrolled<W>([&](auto j) MOTET_LAMBDA { weights[j] = load(w + j * k); });
+        const auto each = [&](auto use) MOTET_LAMBDA {
             unrolled<R>([&](auto r) MOTET_LAMBDA {
-                const Pack own = load(x + r * k);
-                unrolled<W>([&](auto j) MOTET_LAMBDA { total[r][j] += own * weights[j]; });
+                unrolled<W>([&](auto j) MOTET_LAMBDA { use(total[r][j], sums[j * R + r], r, j); });
             });
         };
-        std::size_t i = 0;
-        for (; i + S::lanes <= k; i += S::lanes) {
+        const auto multiply = [&](auto load) MOTET_LAMBDA {
+            Pack weights[W];
+            unrolled<W>([&](auto j) MOTET_LAMBDA { weights[j] = load(w + j * k); });
+            each([&](Pack& own, Pack&, auto r, auto j) MOTET_LAMBDA { own += x[r] * weights[j]; });
+            x += R;
+        };
+        each([&](Pack& own, Pack& kept, auto, auto) MOTET_LAMBDA { own = at ? kept : Pack{}; });
+        std::size_t i = at;
+        for (; i + lanes <= stop; i += lanes) {
             unrolled<W>([&](auto j) MOTET_LAMBDA { __builtin_prefetch(w + (W + j) * k + i); });
-            add([&](const T* from) MOTET_LAMBDA { return S::load(from + i); });
+            multiply([&](const T* row) MOTET_LAMBDA { return this->load(row + i); });
         }
-        if (i < k)
-            add([&](const T* from)
-                    MOTET_LAMBDA { return S::last(from + k, k - i, k >= S::lanes); });
-        unrolled<R>([&](auto r) MOTET_LAMBDA {
-            unrolled<W>([&](auto j) MOTET_LAMBDA {
-                p.out[(row + r) * p.outputs + m + j] = S::sum(total[r][j]);
-            });
-        });
+        if (i < stop) multiply([&](const T* row) MOTET_LAMBDA { return this->last(row); });
+        each([&](Pack& own, Pack& kept, auto, auto) MOTET_LAMBDA { kept = own; });
     }
 
     template <std::size_t R>
-    static MOTET_INLINE void blocks(const Product<T>& p, std::size_t row, std::size_t begin,
-                                    std::size_t end) {
-        constexpr std::size_t W = sums / R;
-        std::size_t m = begin;
-        for (; m + W <= end; m += W) block<R, W>(p, row, m);
-        for (; m < end; ++m) block<R, 1>(p, row, m);
+    MOTET_INLINE void rows(const Pack* x, std::size_t row, std::size_t m, std::size_t count) {
+        constexpr std::size_t W = registers / R;
+        const std::size_t k = p.inputs;
+        for (std::size_t at = 0; at < k; at += this->block) {
+            const std::size_t stop = std::min(at + this->block, k);
+            const Pack* own = x + at / lanes * R;
+            std::size_t j = 0;
+            for (; j + W <= count; j += W)
+                add<R, W>(own, at, stop, p.weight + (m + j) * k, sums + j * R);
+            for (; j < count; ++j) add<R, 1>(own, at, stop, p.weight + (m + j) * k, sums + j * R);
+        }
+        for (std::size_t j = 0; j < count; ++j)
+            for (std::size_t r = 0; r < R; ++r)
+                p.out[(row + r) * p.outputs + m + j] = k ? this->sum(sums[j * R + r]) : T{0};
     }
 
     static MOTET_INLINE void run(const Product<T>& p, std::size_t begin, std::size_t end) {
+        Forward own(p);
         const std::size_t groups = (p.rows + group - 1) / group;
+        const std::size_t packs = (p.inputs + lanes - 1) / lanes;
+        const auto first = [&](std::size_t g) { return p.rows * g / groups; };
+        const std::unique_ptr<Cell[]> room(new Cell[p.rows * packs]);
+        Pack* const packed = &room[0].pack;
+        for (std::size_t g = 0; g < groups; ++g)
+            for (std::size_t r = first(g), R = first(g + 1) - r, i = 0; i < R; ++i)
+                for (std::size_t j = 0; j < packs; ++j) {
+                    const T* row = p.left + (r + i) * p.inputs;
+                    packed[r * packs + j * R + i] =
+                        (j + 1) * lanes <= p.inputs ? own.load(row + j * lanes) : own.last(row);
+                }
         for (std::size_t m = begin; m < end; m += stretch)
-            for (std::size_t g = 0; g < groups; ++g) {
-                const std::size_t row = p.rows * g / groups;
-                const std::size_t count = p.rows * (g + 1) / groups - row;
+            for (std::size_t g = 0; g < groups; ++g)
                 unrolled<group>([&](auto r) MOTET_LAMBDA {
-                    if (count == r + 1) blocks<r + 1>(p, row, m, std::min(m + stretch, end));
+                    if (first(g + 1) - first(g) == r + 1)
+                        own.template rows<r + 1>(packed + first(g) * packs, first(g), m,
+                                                 std::min(stretch, end - m));
                 });
-            }
     }
+
+  private:
+    struct Cell {
+        Pack pack;
+    };
 };
 
-// Columns [begin, end) of all rows. A block of them stays in the cache while the weights pass.
+// All rows by the columns [begin, end), counted in `unit`s. Sums of a block of columns stay in the
+// nearest cache while the weights pass.
 template <typename T, std::size_t Bytes>
-struct Backward : Simd<T, Bytes> {
-    using S = Simd<T, Bytes>;
-    using Pack = typename S::Pack;
+struct Backward : Row<T, Bytes> {
+    using Base = Row<T, Bytes>;
+    using Pack = typename Base::Pack;
+    static constexpr std::size_t lanes = Base::lanes;
     static constexpr std::size_t together = Bytes == 64 ? 8 : 4;  // weight rows in registers
-    static constexpr std::size_t columns = 2048 / sizeof(T);
+    static constexpr std::size_t group = 8;                       // rows at a time
+    static constexpr std::size_t width = Base::block / lanes;
 
-    // Adds W weight rows from m on, each times its number of `left`.
+    const Product<T>& p;
+    Pack sums[group][width];
+
+    explicit MOTET_INLINE Backward(const Product<T>& p) : Base(p.inputs), p(p) {}
+
+    // Adds W weight rows from m on, each times its number of each row.
     template <std::size_t W>
-    static MOTET_INLINE void add(const Product<T>& p, std::size_t m, std::size_t begin,
-                                 std::size_t end) {
+    MOTET_INLINE void add(std::size_t row, std::size_t rows, std::size_t m, std::size_t at,
+                          std::size_t stop) {
         const std::size_t k = p.inputs;
         const T* w = p.weight + m * k;
-        const auto some = [&]<std::size_t N>(std::size_t i,
-                                             std::integral_constant<std::size_t, N>) MOTET_LAMBDA {
+        const auto some = [&](std::size_t place, auto count, auto load) MOTET_LAMBDA {
+            constexpr std::size_t N = count;
             Pack weights[W][N];
             unrolled<W>([&](auto j) MOTET_LAMBDA {
-                unrolled<N>([&](auto n) MOTET_LAMBDA {
-                    __builtin_prefetch(w + (W + j) * k + i + n * S::lanes);
-                    weights[j][n] = S::load(w + j * k + i + n * S::lanes);
-                });
+                unrolled<N>([&](auto n) MOTET_LAMBDA { weights[j][n] = load(w + j * k, n); });
             });
-            for (std::size_t r = 0; r < p.rows; ++r) {
-                T* out = p.out + r * k + i;
-                const T* left = p.left + r * p.outputs + m;
+            for (std::size_t r = 0; r < rows; ++r) {
+                const T* left = p.left + (row + r) * p.outputs + m;
+                Pack* own = sums[r] + place;
                 Pack total[N];
-                unrolled<N>([&](auto n) MOTET_LAMBDA { total[n] = S::load(out + n * S::lanes); });
+                unrolled<N>([&](auto n) MOTET_LAMBDA { total[n] = own[n]; });
                 unrolled<W>([&](auto j) MOTET_LAMBDA {
                     unrolled<N>([&](auto n) MOTET_LAMBDA { total[n] += left[j] * weights[j][n]; });
                 });
-                unrolled<N>([&](auto n) MOTET_LAMBDA { S::store(out + n * S::lanes, total[n]); });
+                unrolled<N>([&](auto n) MOTET_LAMBDA { own[n] = total[n]; });
             }
         };
-        std::size_t i = begin;
-        for (; i + 2 * S::lanes <= end; i += 2 * S::lanes)
-            some(i, std::integral_constant<std::size_t, 2>());
-        for (; i + S::lanes <= end; i += S::lanes)
-            some(i, std::integral_constant<std::size_t, 1>());
-        for (; i < end; ++i)
-            for (std::size_t r = 0; r < p.rows; ++r)
-                for (std::size_t j = 0; j < W; ++j)
-                    p.out[r * k + i] += p.left[r * p.outputs + m + j] * w[j * k + i];
+        std::size_t i = at;
+        const auto next = [&](const T* from, std::size_t n) MOTET_LAMBDA {
+            __builtin_prefetch(from + W * k + i + n * lanes);
+            return this->load(from + i + n * lanes);
+        };
+        for (; i + 2 * lanes <= stop; i += 2 * lanes)
+            some((i - at) / lanes, std::integral_constant<std::size_t, 2>(), next);
+        for (; i + lanes <= stop; i += lanes)
+            some((i - at) / lanes, std::integral_constant<std::size_t, 1>(), next);
+        if (i < stop)
+            some((i - at) / lanes, std::integral_constant<std::size_t, 1>(),
+                 [&](const T* from, std::size_t) MOTET_LAMBDA { return this->last(from); });
+    }
+
+    MOTET_INLINE void columns(std::size_t row, std::size_t rows, std::size_t at, std::size_t stop) {
+        for (std::size_t r = 0; r < rows; ++r)
+            for (auto& own : sums[r]) own = Pack{};
+        std::size_t m = 0;
+        for (; m + together <= p.outputs; m += together) add<together>(row, rows, m, at, stop);
+        for (; m < p.outputs; ++m) add<1>(row, rows, m, at, stop);
+        const std::size_t whole = (stop - at) / lanes * lanes, rest = stop - at - whole;
+        for (std::size_t r = 0; r < rows; ++r) {
+            T* out = p.out + (row + r) * p.inputs + at;
+            std::memcpy(out, sums[r], whole * sizeof(T));
+            for (std::size_t i = 0; i < rest; ++i)
+                out[whole + i] = sums[r][whole / lanes][lanes - rest + i];
+        }
     }
 
     static MOTET_INLINE void run(const Product<T>& p, std::size_t begin, std::size_t end) {
-        for (std::size_t i = begin; i < end; i += columns) {
-            const std::size_t stop = std::min(i + columns, end);
-            for (std::size_t r = 0; r < p.rows; ++r)
-                std::fill(p.out + r * p.inputs + i, p.out + r * p.inputs + stop, T{0});
-            std::size_t m = 0;
-            for (; m + together <= p.outputs; m += together) add<together>(p, m, i, stop);
-            for (; m < p.outputs; ++m) add<1>(p, m, i, stop);
-        }
+        Backward own(p);
+        const std::size_t last = std::min(end * unit, p.inputs);
+        for (std::size_t at = begin * unit; at < last; at += own.block)
+            for (std::size_t row = 0; row < p.rows; row += group)
+                own.columns(row, std::min(group, p.rows - row), at, std::min(at + own.block, last));
     }
 };
 
@@ -206,7 +264,8 @@ void few_rows(const T* x, const T* weight, std::size_t rows, std::size_t outputs
 template <typename T>
 void few_rows_backward(const T* grad, const T* weight, std::size_t rows, std::size_t outputs,
                        std::size_t inputs, T* out, int threads) {
-    Body<Backward, T>::all({grad, weight, rows, outputs, inputs, out}, inputs, threads);
+    Body<Backward, T>::all({grad, weight, rows, outputs, inputs, out}, (inputs + unit - 1) / unit,
+                           threads);
 }
 
 template void few_rows(const float*, const float*, std::size_t, std::size_t, std::size_t, float*,
