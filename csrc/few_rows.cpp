@@ -136,7 +136,7 @@ struct Forward : Row<T, Bytes> {
         const std::size_t packs = (p.inputs + lanes - 1) / lanes;
         const auto first = [&](std::size_t g) { return p.rows * g / groups; };
         const std::unique_ptr<Cell[]> room(new Cell[p.rows * packs]);
-        Pack* const packed = &room[0].pack;
+        Pack* const packed = reinterpret_cast<Pack*>(room.get());
         for (std::size_t g = 0; g < groups; ++g)
             for (std::size_t r = first(g), R = first(g + 1) - r, i = 0; i < R; ++i)
                 for (std::size_t j = 0; j < packs; ++j) {
@@ -248,7 +248,7 @@ struct Body {
         const auto chosen = Compiled<Body, const Product<T>&, std::size_t, std::size_t>::chosen();
         const auto numbers = p.outputs * p.inputs;
         const auto useful = static_cast<int>(std::min<std::size_t>(numbers / 32768 + 1, 1024));
-        parallel_for(size, std::min(threads, useful),
+        parallel_for(p.rows ? size : 0, std::min(threads, useful),
                      [&](std::size_t begin, std::size_t end) { chosen(p, begin, end); });
     }
 };
