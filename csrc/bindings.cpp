@@ -210,6 +210,14 @@ void run_few_rows(Product<T> product, const py::buffer_info& rows, const py::buf
             static_cast<std::size_t>(weight.shape[1]), static_cast<T*>(out.ptr), threads);
 }
 
+bool apart(const py::buffer_info& a, const py::buffer_info& b) {
+    const auto begin_a = reinterpret_cast<std::uintptr_t>(a.ptr);
+    const auto begin_b = reinterpret_cast<std::uintptr_t>(b.ptr);
+    const auto bytes_a = static_cast<std::uintptr_t>(a.size * a.itemsize);
+    const auto bytes_b = static_cast<std::uintptr_t>(b.size * b.itemsize);
+    return begin_a + bytes_a <= begin_b || begin_b + bytes_b <= begin_a;
+}
+
 // Rows times the transposed weight [M, K], or, backward, times the weight itself.
 void few_rows_either(const char* name, const py::buffer& rows, const py::buffer& weight,
                      const py::buffer& out, int threads, bool backward) {
@@ -227,7 +235,7 @@ void few_rows_either(const char* name, const py::buffer& rows, const py::buffer&
     if (to.format != matrix.format)
         throw std::invalid_argument("out: expected the format of weight");
     for (const auto* other : {&in, &matrix})
-        if (to.size && other->size && (to.ptr == other->ptr || overlaps(*other, to)))
+        if (!apart(*other, to))
             throw std::invalid_argument("out: expected a buffer apart from the others");
     if (wide)
         run_few_rows<double>(backward ? motet::few_rows_backward<double> : motet::few_rows<double>,

@@ -187,6 +187,47 @@ def test_standardise(data: st.DataObject) -> None:
         assert carved.changed_within() if results else carved.untouched()
 
 
+@fuzzed
+@given(st.data())
+def test_few_rows(data: st.DataObject) -> None:
+    kind, backward = data.draw(st.sampled_from(["f4", "f8", "f8", "i4"])), data.draw(st.booleans())
+    rows, outputs, inputs = (data.draw(st.integers(0, n)) for n in (20, 40, 70))
+    made: list[Carved] = []
+
+    def array(*shape: int) -> Any:
+        own = kind if data.draw(st.integers(0, 15)) else data.draw(st.sampled_from(KINDS))
+        if not data.draw(st.integers(0, 15)):
+            shape = data.draw(shapes)
+        layout = "plain" if data.draw(st.integers(0, 7)) else data.draw(st.sampled_from(LAYOUTS))
+        made.append(Carved(data.draw(st.integers(0, 9999)), own, shape, layout))
+        return made[-1].array
+
+    ends = (outputs, inputs) if backward else (inputs, outputs)
+    left, weight, out = array(rows, ends[0]), array(outputs, inputs), array(rows, ends[1])
+    choice = data.draw(st.integers(0, 15))
+    if choice == 0:
+        out = left
+    elif choice == 1:
+        left = out[:]
+    elif choice == 2:
+        out.flags.writeable = False
+    elif choice == 3:
+        weight = data.draw(st.sampled_from(STRANGE))
+    call = _C.few_rows_backward if backward else _C.few_rows
+    computed = outcome(call, left, weight, out, data.draw(threads))
+    for carved in made:
+        if computed and carved.array is out:
+            assert carved.changed_within()
+        else:
+            assert carved.untouched()
+    if computed:
+        assert out.flags.writeable
+        assert not np.shares_memory(left, out)
+        alone = np.empty_like(out)
+        call(left, weight, alone, 1)
+        assert out.tobytes() == alone.tobytes()
+
+
 def test_huge_counts() -> None:
     """Many inputs, and shapes whose product no memory holds."""
     many = [np.full(3, j + 1j, np.complex64) for j in range(5000)]
