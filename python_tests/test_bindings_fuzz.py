@@ -266,6 +266,16 @@ for size in (*range(1, 40), 1023, 5000):
     out = np.empty((3, size), "f4")
     module.standardise(x, "float32", None, 0, 1e-5, out, "float32", mean, rstd, 1)
     found[f"standardise {size}"] = out
+for size in (*range(1, 40), 1023):
+    for real in ("f4", "f8"):
+        for rows in (1, 2, 3, 4, 5, 7, 8, 11, 16):
+            x, g, w = (generator.standard_normal(s).astype(real)
+                       for s in ((rows, size), (rows, 21), (21, size)))
+            y, dx = np.empty((rows, 21), real), np.empty((rows, size), real)
+            module.few_rows(x, w, y)
+            module.few_rows_backward(g, w, dx)
+            found[f"few_rows {real} {rows} {size}"] = y
+            found[f"few_rows_backward {real} {rows} {size}"] = dx
 np.savez(sys.argv[2], **found)
 """
 
@@ -287,8 +297,10 @@ def test_every_width_of_registers(width: int, tmp_path: Any) -> None:
     for name in found[0]:
         own, widest = (results[name] for results in found)
         scale = 1e-5 if own.dtype.name in ("float32", "complex64") else 1e-13
+        assert np.isfinite(own).all() or not name.startswith("few_rows"), name
         if name.startswith("standardise"):
             bound = scale * 10
-        else:  # one sum for all elements of slerp; harmonic_merge works element by element
-            bound = scale * (np.abs(widest).max() if name.startswith("slerp") else np.abs(widest))
+        else:  # sums of many elements, but for harmonic_merge, which goes element by element
+            whole = name.startswith(("slerp", "few_rows"))
+            bound = scale * (np.abs(widest).max() if whole else np.abs(widest))
         assert (np.abs(own - widest) <= bound).all(), name

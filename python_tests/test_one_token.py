@@ -5,7 +5,6 @@ import gc
 import importlib
 import io
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,39 +67,6 @@ def test_a_row_has_the_same_bits_beside_any_others() -> None:
             assert torch.equal(own_y, y[:count])
             assert torch.equal(own_dx, dx[:count])
     torch.set_num_threads(1)
-
-
-# What one width of registers gives, for the sizes of this file.
-SCRIPT = """
-import sys
-import torch
-from motet.kernels.native import native
-torch.manual_seed(0)
-worst = 0.0
-for dtype, scale in ((torch.float64, 1.0), (torch.float32, 2.0**-29)):
-    for outputs, inputs in eval(sys.argv[1]):
-        for rows in (1, 2, 3, 4, 5, 7, 8, 11, 16):
-            x, w, g = (torch.randn(s, dtype=dtype) for s in
-                       ((rows, inputs), (outputs, inputs), (rows, outputs)))
-            y, dx = torch.empty(rows, outputs, dtype=dtype), torch.empty(rows, inputs, dtype=dtype)
-            native().few_rows(x.numpy(), w.numpy(), y.numpy())
-            native().few_rows_backward(g.numpy(), w.numpy(), dx.numpy())
-            x, w, g = x.double(), w.double(), g.double()
-            worst = max(worst, scale * (y - x @ w.T).abs().max().item(),
-                        scale * (dx - g @ w).abs().max().item())
-print(worst)
-"""
-
-
-@pytest.mark.parametrize("width", [16, 32, 64])
-def test_every_width_of_registers(width: int) -> None:
-    if native.native() is None:
-        pytest.skip("motet.kernels._C is not built")
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, repr(SIZES)],
-        env=os.environ | {"MOTET_SIMD": str(width)}, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert float(found.stdout) < 3e-13
 
 
 def test_gradients() -> None:
