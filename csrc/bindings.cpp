@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "context_kv.hpp"
+#include "few_rows.hpp"
 #include "merge.hpp"
 
 namespace py = pybind11;
@@ -196,6 +197,63 @@ void standardise(const py::buffer& x, const std::string& kind, const py::object&
     motet::standardise(rows, eps, z.ptr, to, means.ptr, rstds.ptr, threads);
 }
 
+template <typename T>
+using Product = void (*)(const T*, const T*, std::size_t, std::size_t, std::size_t, T*, int);
+
+// Rows of `inner` numbers and a weight in, rows of `outer` numbers out.
+template <typename T>
+void run_few_rows(Product<T> product, const py::buffer_info& rows, const py::buffer_info& weight,
+                  const py::buffer_info& out, int threads) {
+    py::gil_scoped_release release;
+    product(static_cast<const T*>(rows.ptr), static_cast<const T*>(weight.ptr),
+            static_cast<std::size_t>(rows.shape[0]), static_cast<std::size_t>(weight.shape[0]),
+            static_cast<std::size_t>(weight.shape[1]), static_cast<T*>(out.ptr), threads);
+}
+
+bool apart(const py::buffer_info& a, const py::buffer_info& b) {
+    const auto begin_a = reinterpret_cast<std::uintptr_t>(a.ptr);
+    const auto begin_b = reinterpret_cast<std::uintptr_t>(b.ptr);
+    const auto bytes_a = static_cast<std::uintptr_t>(a.size * a.itemsize);
+    const auto bytes_b = static_cast<std::uintptr_t>(b.size * b.itemsize);
+    return begin_a + bytes_a <= begin_b || begin_b + bytes_b <= begin_a;
+}
+
+// Rows times the transposed weight [M, K], or, backward, times the weight itself.
+void few_rows_either(const char* name, const py::buffer& rows, const py::buffer& weight,
+                     const py::buffer& out, int threads, bool backward) {
+    const auto matrix = weight.request();
+    const bool wide = matrix.item_type_is_equivalent_to<double>();
+    if (!(wide || matrix.item_type_is_equivalent_to<float>()) || matrix.ndim != 2 ||
+        !contiguous(matrix) || !aligned(matrix, matrix.itemsize))
+        throw std::invalid_argument("weight: expected a C-contiguous matrix of float32 or float64");
+    const auto kind = wide ? motet::Kind::float64 : motet::Kind::float32;
+    const auto count = rows.request().ndim ? rows.request().shape[0] : 0;
+    const auto in = rows_buffer(rows, name, kind, count, matrix.shape[backward ? 0 : 1], false);
+    const auto to = rows_buffer(out, "out", kind, count, matrix.shape[backward ? 1 : 0], true);
+    if (in.format != matrix.format)
+        throw std::invalid_argument(std::string(name) + ": expected the format of weight");
+    if (to.format != matrix.format)
+        throw std::invalid_argument("out: expected the format of weight");
+    for (const auto* other : {&in, &matrix})
+        if (!apart(*other, to))
+            throw std::invalid_argument("out: expected a buffer apart from the others");
+    if (wide)
+        run_few_rows<double>(backward ? motet::few_rows_backward<double> : motet::few_rows<double>,
+                             in, matrix, to, threads);
+    else
+        run_few_rows<float>(backward ? motet::few_rows_backward<float> : motet::few_rows<float>, in,
+                            matrix, to, threads);
+}
+
+void few_rows(const py::buffer& x, const py::buffer& weight, const py::buffer& out, int threads) {
+    few_rows_either("x", x, weight, out, threads, false);
+}
+
+void few_rows_backward(const py::buffer& grad, const py::buffer& weight, const py::buffer& out,
+                       int threads) {
+    few_rows_either("grad", grad, weight, out, threads, true);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -207,4 +265,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("standardise", &standardise, py::arg("x"), py::arg("kind"), py::arg("positions"),
                py::arg("first"), py::arg("eps"), py::arg("out"), py::arg("out_kind"),
                py::arg("mean"), py::arg("rstd"), py::arg("threads"));
+    module.def("few_rows", &few_rows, py::arg("x"), py::arg("weight"), py::arg("out"),
+               py::arg("threads") = 1);
+    module.def("few_rows_backward", &few_rows_backward, py::arg("grad"), py::arg("weight"),
+               py::arg("out"), py::arg("threads") = 1);
 }

@@ -1,7 +1,7 @@
 """Latents attend to a context: prepared once per forward pass, for all layers that will ask."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast, get_args
+from typing import Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from ..kernels.backends import Backend, check_backend
 from ..kernels.checks import choice
 from ..kernels.latent_attention import latent_attention_kv, latent_attention_reference
 from ..kernels.lego_pass import Asking
+from ..kernels.one_token import one_token_values
 from ..kernels.plan import Strategy
 from .context import Context
 
@@ -136,7 +137,7 @@ class OneToken:
     @classmethod
     def of(cls, context: Context, attention: Attention, latents: int) -> "OneToken":
         """Project the tokens of a context that has at most one per row, for C latents."""
-        v = _values(_norm(attention)(context.joined()), attention.to_kv.weight)
+        v = one_token_values(_norm(attention)(context.joined()), attention.to_kv.weight)
         nonempty = context.nonempty
         if nonempty is not None:
             v = v.new_zeros(len(nonempty), 1, v.shape[1]).index_put((nonempty,), v[:, None])
@@ -399,40 +400,6 @@ def prepare(
     # One set is a view; of several, unbinding collects the gradients without sums over zeros.
     kv = [y.squeeze(0)] if len(attentions) == 1 else y.unbind(0)
     return [Cached(context, offsets, own, backend) for own in kv]
-
-
-def _values(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Return tokens [..., W] times the second half of `weight` [2 M, W], the values' one."""
-    half = len(weight) // 2
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(tokens.device.type):
-        return F.linear(tokens, weight[half:])
-    return cast(Tensor, _SecondHalf.apply(tokens, weight))
-
-
-class _SecondHalf(torch.autograd.Function):
-    """What slicing gives, but for a gradient that is written once instead of three times."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
-        values = weight[len(weight) // 2 :]
-        # A few rows times a large matrix: three quarters of the time this way round on a CPU.
-        return (values @ tokens.flatten(0, -2).t()).t().unflatten(0, tokens.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
-        tokens, weight = ctx.saved_tensors
-        half = len(weight) // 2
-        of_tokens = grad @ weight[half:] if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return of_tokens, None
-        grad, tokens = grad.flatten(0, -2).t(), tokens.flatten(0, -2)
-        if torch.is_grad_enabled():  # to be differentiated again
-            return of_tokens, F.pad(grad @ tokens, (0, 0, half, 0))
-        of_weight = weight.new_empty(weight.shape)
-        of_weight[:half].zero_()
-        torch.mm(grad, tokens, out=of_weight[half:])
-        return of_tokens, of_weight
 
 
 def _norm(attention: Attention) -> nn.LayerNorm:

@@ -187,6 +187,47 @@ def test_standardise(data: st.DataObject) -> None:
         assert carved.changed_within() if results else carved.untouched()
 
 
+@fuzzed
+@given(st.data())
+def test_few_rows(data: st.DataObject) -> None:
+    kind, backward = data.draw(st.sampled_from(["f4", "f8", "f8", "i4"])), data.draw(st.booleans())
+    rows, outputs, inputs = (data.draw(st.integers(0, n)) for n in (20, 40, 70))
+    made: list[Carved] = []
+
+    def array(*shape: int) -> Any:
+        own = kind if data.draw(st.integers(0, 15)) else data.draw(st.sampled_from(KINDS))
+        if not data.draw(st.integers(0, 15)):
+            shape = data.draw(shapes)
+        layout = "plain" if data.draw(st.integers(0, 7)) else data.draw(st.sampled_from(LAYOUTS))
+        made.append(Carved(data.draw(st.integers(0, 9999)), own, shape, layout))
+        return made[-1].array
+
+    ends = (outputs, inputs) if backward else (inputs, outputs)
+    left, weight, out = array(rows, ends[0]), array(outputs, inputs), array(rows, ends[1])
+    choice = data.draw(st.integers(0, 15))
+    if choice == 0:
+        out = left
+    elif choice == 1:
+        left = out[:]
+    elif choice == 2:
+        out.flags.writeable = False
+    elif choice == 3:
+        weight = data.draw(st.sampled_from(STRANGE))
+    call = _C.few_rows_backward if backward else _C.few_rows
+    computed = outcome(call, left, weight, out, data.draw(threads))
+    for carved in made:
+        if computed and carved.array is out:
+            assert carved.changed_within()
+        else:
+            assert carved.untouched()
+    if computed:
+        assert out.flags.writeable
+        assert not np.shares_memory(left, out)
+        alone = np.empty_like(out)
+        call(left, weight, alone, 1)
+        assert out.tobytes() == alone.tobytes()
+
+
 def test_huge_counts() -> None:
     """Many inputs, and shapes whose product no memory holds."""
     many = [np.full(3, j + 1j, np.complex64) for j in range(5000)]
@@ -225,6 +266,16 @@ for size in (*range(1, 40), 1023, 5000):
     out = np.empty((3, size), "f4")
     module.standardise(x, "float32", None, 0, 1e-5, out, "float32", mean, rstd, 1)
     found[f"standardise {size}"] = out
+for size in (*range(1, 40), 1023):
+    for real in ("f4", "f8"):
+        for rows in (1, 2, 3, 4, 5, 7, 8, 11, 16):
+            x, g, w = (generator.standard_normal(s).astype(real)
+                       for s in ((rows, size), (rows, 21), (21, size)))
+            y, dx = np.empty((rows, 21), real), np.empty((rows, size), real)
+            module.few_rows(x, w, y)
+            module.few_rows_backward(g, w, dx)
+            found[f"few_rows {real} {rows} {size}"] = y
+            found[f"few_rows_backward {real} {rows} {size}"] = dx
 np.savez(sys.argv[2], **found)
 """
 
@@ -246,8 +297,10 @@ def test_every_width_of_registers(width: int, tmp_path: Any) -> None:
     for name in found[0]:
         own, widest = (results[name] for results in found)
         scale = 1e-5 if own.dtype.name in ("float32", "complex64") else 1e-13
+        assert np.isfinite(own).all() or not name.startswith("few_rows"), name
         if name.startswith("standardise"):
             bound = scale * 10
-        else:  # one sum for all elements of slerp; harmonic_merge works element by element
-            bound = scale * (np.abs(widest).max() if name.startswith("slerp") else np.abs(widest))
+        else:  # sums of many elements, but for harmonic_merge, which goes element by element
+            whole = name.startswith(("slerp", "few_rows"))
+            bound = scale * (np.abs(widest).max() if whole else np.abs(widest))
         assert (np.abs(own - widest) <= bound).all(), name

@@ -1,0 +1,280 @@
+#include "few_rows.hpp"
+
+#include <algorithm>
+#include <memory>
+
+#include "parallel.hpp"
+#include "simd.hpp"
+
+namespace motet {
+namespace {
+
+constexpr std::size_t unit = 16;  // columns that one thread takes, whole packs of any width
+
+// Calls use(0), ..., use(N - 1), each with a constant, so that arrays they index are registers.
+template <std::size_t N, typename Use>
+MOTET_INLINE void unrolled(Use use) {
+    [&]<std::size_t... I>(std::index_sequence<I...>) MOTET_LAMBDA {
+        (use(std::integral_constant<std::size_t, I>()), ...);
+    }(std::make_index_sequence<N>());
+}
+
+template <typename T>
+struct Product {
+    const T* left;  // x, or the gradient
+    const T* weight;
+    std::size_t rows, outputs, inputs;
+    T* out;
+};
+
+// Loads what a row of `inputs` numbers is made of: packs, and what these leave.
+template <typename T, std::size_t Bytes>
+struct Row {
+    static constexpr std::size_t lanes = Bytes / sizeof(T);
+    static constexpr std::size_t block = 2048 / sizeof(T);  // numbers of a row taken at a time
+    using Pack = typename Lanes<T, lanes>::type;
+    using Mask = typename Lanes<Integer<T>, lanes>::type;
+
+    std::size_t inputs, rest;
+    Mask kept{};
+
+    explicit MOTET_INLINE Row(std::size_t inputs) : inputs(inputs), rest(inputs % lanes) {
+        for (std::size_t i = lanes - rest; i < lanes; ++i) kept[i] = -1;
+    }
+
+    static MOTET_INLINE Pack load(const T* x) {
+        Pack pack;
+        std::memcpy(&pack, x, sizeof(Pack));
+        return pack;
+    }
+
+    // The last `rest` numbers of a row, at the end of a pack whose others are zero.
+    MOTET_INLINE Pack last(const T* row) const {
+        if (inputs >= lanes)
+            return std::bit_cast<Pack>(std::bit_cast<Mask>(load(row + inputs - lanes)) & kept);
+        Pack pack = {};
+        std::memcpy(reinterpret_cast<char*>(&pack) + (lanes - rest) * sizeof(T), row,
+                    rest * sizeof(T));
+        return pack;
+    }
+
+    template <typename Part>
+    static MOTET_INLINE T sum(Part pack) {
+        if constexpr (sizeof(Part) == 2 * sizeof(T)) {
+            return pack[0] + pack[1];
+        } else {
+            using Half = typename Lanes<T, sizeof(Part) / sizeof(T) / 2>::type;
+            const auto halves = std::bit_cast<std::array<Half, 2>>(pack);
+            return sum(halves[0] + halves[1]);
+        }
+    }
+};
+
+// All rows by the weight rows [begin, end). A block of the rows, packed and aligned, stays in the
+// nearest cache while some weight rows pass; their sums are put by from one block to the next.
+template <typename T, std::size_t Bytes>
+struct Forward : Row<T, Bytes> {
+    using Base = Row<T, Bytes>;
+    using Pack = typename Base::Pack;
+    static constexpr std::size_t lanes = Base::lanes;
+    static constexpr std::size_t registers = Bytes == 64 ? 16 : 8;  // half of them hold sums
+    static constexpr std::size_t group = registers / 2;             // rows at a time
+    static constexpr std::size_t stretch = 16;                      // weight rows that pass
+
+    const Product<T>& p;
+    Pack sums[stretch * group];
+
+    explicit MOTET_INLINE Forward(const Product<T>& p) : Base(p.inputs), p(p) {}
+
+    // Adds to the sums of R rows and W weight rows what the numbers from `at` on give.
+    template <std::size_t R, std::size_t W>
+    MOTET_INLINE void add(const Pack* x, std::size_t at, std::size_t stop, const T* w,
+                          Pack* sums) const {
+        Pack total[R][W];
+        const std::size_t k = p.inputs;
+        const auto each = [&](auto use) MOTET_LAMBDA {
+            unrolled<R>([&](auto r) MOTET_LAMBDA {
+                unrolled<W>([&](auto j) MOTET_LAMBDA { use(total[r][j], sums[j * R + r], r, j); });
+            });
+        };
+        const auto multiply = [&](auto load) MOTET_LAMBDA {
+            Pack weights[W];
+            unrolled<W>([&](auto j) MOTET_LAMBDA { weights[j] = load(w + j * k); });
+            each([&](Pack& own, Pack&, auto r, auto j) MOTET_LAMBDA { own += x[r] * weights[j]; });
+            x += R;
+        };
+        each([&](Pack& own, Pack& kept, auto, auto) MOTET_LAMBDA { own = at ? kept : Pack{}; });
+        std::size_t i = at;
+        for (; i + lanes <= stop; i += lanes) {
+            unrolled<W>([&](auto j) MOTET_LAMBDA { __builtin_prefetch(w + (W + j) * k + i); });
+            multiply([&](const T* row) MOTET_LAMBDA { return this->load(row + i); });
+        }
+        if (i < stop) multiply([&](const T* row) MOTET_LAMBDA { return this->last(row); });
+        each([&](Pack& own, Pack& kept, auto, auto) MOTET_LAMBDA { kept = own; });
+    }
+
+    template <std::size_t R>
+    MOTET_INLINE void rows(const Pack* x, std::size_t row, std::size_t m, std::size_t count) {
+        constexpr std::size_t W = registers / R;
+        const std::size_t k = p.inputs;
+        for (std::size_t at = 0; at < k; at += this->block) {
+            const std::size_t stop = std::min(at + this->block, k);
+            const Pack* own = x + at / lanes * R;
+            std::size_t j = 0;
+            for (; j + W <= count; j += W)
+                add<R, W>(own, at, stop, p.weight + (m + j) * k, sums + j * R);
+            for (; j < count; ++j) add<R, 1>(own, at, stop, p.weight + (m + j) * k, sums + j * R);
+        }
+        for (std::size_t j = 0; j < count; ++j)
+            for (std::size_t r = 0; r < R; ++r)
+                p.out[(row + r) * p.outputs + m + j] = k ? this->sum(sums[j * R + r]) : T{0};
+    }
+
+    static MOTET_INLINE void run(const Product<T>& p, std::size_t begin, std::size_t end) {
+        Forward own(p);
+        const std::size_t groups = (p.rows + group - 1) / group;
+        const std::size_t packs = (p.inputs + lanes - 1) / lanes;
+        const auto first = [&](std::size_t g) { return p.rows * g / groups; };
+        const std::unique_ptr<Cell[]> room(new Cell[p.rows * packs]);
+        Pack* const packed = reinterpret_cast<Pack*>(room.get());
+        for (std::size_t g = 0; g < groups; ++g)
+            for (std::size_t r = first(g), R = first(g + 1) - r, i = 0; i < R; ++i)
+                for (std::size_t j = 0; j < packs; ++j) {
+                    const T* row = p.left + (r + i) * p.inputs;
+                    packed[r * packs + j * R + i] =
+                        (j + 1) * lanes <= p.inputs ? own.load(row + j * lanes) : own.last(row);
+                }
+        for (std::size_t m = begin; m < end; m += stretch)
+            for (std::size_t g = 0; g < groups; ++g)
+                unrolled<group>([&](auto r) MOTET_LAMBDA {
+                    if (first(g + 1) - first(g) == r + 1)
+                        own.template rows<r + 1>(packed + first(g) * packs, first(g), m,
+                                                 std::min(stretch, end - m));
+                });
+    }
+
+  private:
+    struct Cell {
+        Pack pack;
+    };
+};
+
+// All rows by the columns [begin, end), counted in `unit`s. Sums of a block of columns stay in the
+// nearest cache while the weights pass.
+template <typename T, std::size_t Bytes>
+struct Backward : Row<T, Bytes> {
+    using Base = Row<T, Bytes>;
+    using Pack = typename Base::Pack;
+    static constexpr std::size_t lanes = Base::lanes;
+    static constexpr std::size_t together = Bytes == 64 ? 8 : 4;  // weight rows in registers
+    static constexpr std::size_t group = 8;                       // rows at a time
+    static constexpr std::size_t width = Base::block / lanes;
+
+    const Product<T>& p;
+    Pack sums[group][width];
+
+    explicit MOTET_INLINE Backward(const Product<T>& p) : Base(p.inputs), p(p) {}
+
+    // Adds W weight rows from m on, each times its number of each row.
+    template <std::size_t W>
+    MOTET_INLINE void add(std::size_t row, std::size_t rows, std::size_t m, std::size_t at,
+                          std::size_t stop) {
+        const std::size_t k = p.inputs;
+        const T* w = p.weight + m * k;
+        const auto some = [&](std::size_t place, auto count, auto load) MOTET_LAMBDA {
+            constexpr std::size_t N = count;
+            Pack weights[W][N];
+            unrolled<W>([&](auto j) MOTET_LAMBDA {
+                unrolled<N>([&](auto n) MOTET_LAMBDA { weights[j][n] = load(w + j * k, n); });
+            });
+            for (std::size_t r = 0; r < rows; ++r) {
+                const T* left = p.left + (row + r) * p.outputs + m;
+                Pack* own = sums[r] + place;
+                Pack total[N];
+                unrolled<N>([&](auto n) MOTET_LAMBDA { total[n] = own[n]; });
+                unrolled<W>([&](auto j) MOTET_LAMBDA {
+                    unrolled<N>([&](auto n) MOTET_LAMBDA { total[n] += left[j] * weights[j][n]; });
+                });
+                unrolled<N>([&](auto n) MOTET_LAMBDA { own[n] = total[n]; });
+            }
+        };
+        std::size_t i = at;
+        const auto next = [&](const T* from, std::size_t n) MOTET_LAMBDA {
+            __builtin_prefetch(from + W * k + i + n * lanes);
+            return this->load(from + i + n * lanes);
+        };
+        for (; i + 2 * lanes <= stop; i += 2 * lanes)
+            some((i - at) / lanes, std::integral_constant<std::size_t, 2>(), next);
+        for (; i + lanes <= stop; i += lanes)
+            some((i - at) / lanes, std::integral_constant<std::size_t, 1>(), next);
+        if (i < stop)
+            some((i - at) / lanes, std::integral_constant<std::size_t, 1>(),
+                 [&](const T* from, std::size_t) MOTET_LAMBDA { return this->last(from); });
+    }
+
+    MOTET_INLINE void columns(std::size_t row, std::size_t rows, std::size_t at, std::size_t stop) {
+        for (std::size_t r = 0; r < rows; ++r)
+            for (auto& own : sums[r]) own = Pack{};
+        std::size_t m = 0;
+        for (; m + together <= p.outputs; m += together) add<together>(row, rows, m, at, stop);
+        for (; m < p.outputs; ++m) add<1>(row, rows, m, at, stop);
+        const std::size_t whole = (stop - at) / lanes * lanes, rest = stop - at - whole;
+        for (std::size_t r = 0; r < rows; ++r) {
+            T* out = p.out + (row + r) * p.inputs + at;
+            std::memcpy(out, sums[r], whole * sizeof(T));
+            for (std::size_t i = 0; i < rest; ++i)
+                out[whole + i] = sums[r][whole / lanes][lanes - rest + i];
+        }
+    }
+
+    static MOTET_INLINE void run(const Product<T>& p, std::size_t begin, std::size_t end) {
+        Backward own(p);
+        const std::size_t last = std::min(end * unit, p.inputs);
+        for (std::size_t at = begin * unit; at < last; at += own.block)
+            for (std::size_t row = 0; row < p.rows; row += group)
+                own.columns(row, std::min(group, p.rows - row), at, std::min(at + own.block, last));
+    }
+};
+
+template <template <typename, std::size_t> typename Way, typename T>
+struct Body {
+    template <std::size_t Bytes>
+    static MOTET_INLINE void run(const Product<T>& p, std::size_t begin, std::size_t end) {
+        Way<T, Bytes>::run(p, begin, end);
+    }
+
+    // Below torch's own grain, starting a thread takes longer than the work.
+    static void all(const Product<T>& p, std::size_t size, int threads) {
+        const auto chosen = Compiled<Body, const Product<T>&, std::size_t, std::size_t>::chosen();
+        const auto numbers = p.outputs * p.inputs;
+        const auto useful = static_cast<int>(std::min<std::size_t>(numbers / 32768 + 1, 1024));
+        parallel_for(p.rows ? size : 0, std::min(threads, useful),
+                     [&](std::size_t begin, std::size_t end) { chosen(p, begin, end); });
+    }
+};
+
+}  // namespace
+
+template <typename T>
+void few_rows(const T* x, const T* weight, std::size_t rows, std::size_t outputs,
+              std::size_t inputs, T* out, int threads) {
+    Body<Forward, T>::all({x, weight, rows, outputs, inputs, out}, outputs, threads);
+}
+
+template <typename T>
+void few_rows_backward(const T* grad, const T* weight, std::size_t rows, std::size_t outputs,
+                       std::size_t inputs, T* out, int threads) {
+    Body<Backward, T>::all({grad, weight, rows, outputs, inputs, out}, (inputs + unit - 1) / unit,
+                           threads);
+}
+
+template void few_rows(const float*, const float*, std::size_t, std::size_t, std::size_t, float*,
+                       int);
+template void few_rows(const double*, const double*, std::size_t, std::size_t, std::size_t, double*,
+                       int);
+template void few_rows_backward(const float*, const float*, std::size_t, std::size_t, std::size_t,
+                                float*, int);
+template void few_rows_backward(const double*, const double*, std::size_t, std::size_t, std::size_t,
+                                double*, int);
+
+}  // namespace motet

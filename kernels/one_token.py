@@ -1,0 +1,132 @@
+"""Values of the one token that a row has: what attention takes of it, whatever Q and K are."""
+
+import contextlib
+import mmap
+import sys
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .native import direct
+
+# Up to so many rows the weights take longer to read than to multiply; beyond, torch is as good.
+FEW_ROWS = 16
+# From so many bytes on, memory of the system's own costs less than torch's memory and its zeros.
+LARGE_BYTES = 1 << 22
+
+
+def one_token_values(tokens: Tensor, weight: Tensor) -> Tensor:
+    r"""Project the only token of each row to its values.
+
+    .. math:: y_r = W_v x_r, \quad W = [W_k \,|\, W_v]
+
+    HEALNet's Eq. 2 for one token: the softmax of a single score is 1, so that V is all there is. A
+    few rows read the weights once from memory, and a row has the same bits beside any others; the
+    gradient of `weight` is written once, its first half being pages that nobody touches.
+
+    Args:
+        tokens: [..., K].
+        weight: [2 M, K], of which the first half belongs to the keys; its dtype and device are
+            those of the tokens, but for autocast.
+
+    Returns:
+        [..., M]. Differentiable in both, any number of times.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+        TypeError: something that is not a tensor.
+
+    Example:
+        >>> from motet.kernels.one_token import one_token_values
+        >>> one_token_values(torch.randn(8, 1, 2181), torch.randn(1024, 2181)).shape
+        torch.Size([8, 1, 512])
+    """
+    for name, x in (("tokens", tokens), ("weight", weight)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: expected floating-point numbers, got {x.dtype}")
+    if weight.ndim != 2 or len(weight) % 2:
+        raise ValueError(f"weight: expected [2 M, K], got {tuple(weight.shape)}")
+    if tokens.ndim < 1 or tokens.shape[-1] != weight.shape[1]:
+        raise ValueError(f"tokens: expected [..., {weight.shape[1]}], got {tuple(tokens.shape)}")
+    if tokens.device != weight.device:
+        raise ValueError(f"weight: expected {tokens.device} as tokens, got {weight.device}")
+    autocast = torch.is_autocast_enabled(tokens.device.type)
+    if tokens.dtype != weight.dtype and not autocast:
+        raise ValueError(f"weight: expected {tokens.dtype} as tokens, got {weight.dtype}")
+    if (
+        autocast
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or torch._C._get_tracing_state() is not None
+    ):
+        return F.linear(tokens, weight[len(weight) // 2 :])
+    return cast(Tensor, _Values.apply(tokens, weight))
+
+
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        values = weight.detach()[len(weight) // 2 :]
+        y = _few_rows("few_rows", tokens, values, len(values))
+        return F.linear(tokens, values) if y is None else y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
+        tokens, weight = ctx.saved_tensors
+        values = weight[len(weight) // 2 :]
+        again = torch.is_grad_enabled()  # to be differentiated again
+        of_tokens = of_weight = None
+        if ctx.needs_input_grad[0]:
+            if not again:
+                of_tokens = _few_rows("few_rows_backward", grad, values.detach(), tokens.shape[-1])
+            of_tokens = grad @ values if of_tokens is None else of_tokens
+        if ctx.needs_input_grad[1]:
+            grad, tokens = _matrix(grad).t(), _matrix(tokens)
+            if again:
+                return of_tokens, F.pad(grad @ tokens, (0, 0, len(values), 0))
+            of_weight = zeros_like(weight)
+            written = of_weight[len(values) :]
+            # One thread meets the fresh pages, since two that meet a huge one wait for each other,
+            # at times six times as long as all of the product takes.
+            written.flatten()[:: 4096 // weight.itemsize].zero_()
+            torch.mm(grad, tokens, out=written)
+        return of_tokens, of_weight
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    """Return zeros of the shape of x, C order; large ones where no page is there before its use.
+
+    The system's fresh memory is zero. Its huge pages take a third of the time that torch's zeros
+    take, half of which are written again.
+    """
+    size = x.numel() * x.itemsize
+    if sys.platform == "linux" and size >= LARGE_BYTES and direct(x.detach()) is not None:
+        with contextlib.suppress(OSError):
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError, AttributeError):  # without, pages are small
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _few_rows(operator: str, rows: Tensor, values: Tensor, width: int) -> Tensor | None:
+    """Call the C++ for rows that end in `width` numbers; None where it is not for these."""
+    if rows.shape[:-1].numel() > FEW_ROWS or values.dtype not in (torch.float32, torch.float64):
+        return None
+    own = _matrix(rows.detach()).contiguous()
+    module = direct(own, values)
+    if module is None:
+        return None
+    out = torch.empty(len(own), width, dtype=values.dtype)
+    getattr(module, operator)(own.numpy(), values.numpy(), out.numpy(), torch.get_num_threads())
+    return out.view(*rows.shape[:-1], width)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """Return x [..., N] as [R, N]."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
