@@ -142,9 +142,12 @@ def test_compile_autocast_and_transforms() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(one_token_values(x, weight), reference(x, weight))
     args = (x.double(), weight.double())
-    for transform in (torch.func.vmap, torch.func.jacrev, torch.func.jacfwd):
-        at = (0, None) if transform is torch.func.vmap else 0
-        own, expected = (transform(f, at)(*args) for f in (one_token_values, reference))
+    for transform in (
+        lambda f: torch.func.vmap(f, (0, None)),
+        torch.func.jacrev,
+        torch.func.jacfwd,
+    ):
+        own, expected = (transform(f)(*args) for f in (one_token_values, reference))
         torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = one_token_values(mode.from_tensor(x), mode.from_tensor(weight))
@@ -223,12 +226,12 @@ def test_gradient_is_taken_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made == [weight.grad.data_ptr()]
 
 
-@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {}], ids=str)
-def test_optimisers(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(("foreach", "fused"), [(True, None), (None, True), (False, None)])
+def test_optimisers(foreach: bool | None, fused: bool | None) -> None:
     def trained(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         torch.manual_seed(0)
         x, weight = large()
-        optimiser = torch.optim.Adam([weight], lr=1e-3, **options)
+        optimiser = torch.optim.Adam([weight], lr=1e-3, foreach=foreach, fused=fused)
         for step in range(3):
             optimiser.zero_grad(set_to_none=step != 1)
             function(x, weight).square().sum().backward()
