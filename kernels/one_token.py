@@ -15,6 +15,7 @@ from .native import direct
 FEW_ROWS = 16
 # From so many bytes on, memory of the system's own costs less than torch's memory and its zeros.
 LARGE_BYTES = 1 << 22
+_HUGE_PAGE = 1 << 21
 
 
 def one_token_values(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -107,10 +108,11 @@ def zeros_like(x: Tensor) -> Tensor:
     size = x.numel() * x.itemsize
     if sys.platform == "linux" and size >= LARGE_BYTES and direct(x.detach()) is not None:
         with contextlib.suppress(OSError):
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE  # else the end consists of small pages
+            memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError, AttributeError):  # without, pages are small
                 memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
+            return torch.frombuffer(memory, dtype=x.dtype, count=x.numel()).view(x.shape)
     return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 

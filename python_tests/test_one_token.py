@@ -192,6 +192,7 @@ def test_large_gradient() -> None:
     expected = torch.autograd.grad(reference(x, weight).sum(), weight)[0]
     assert weight.grad is not None
     assert weight.grad.is_contiguous()
+    assert weight.grad.untyped_storage().nbytes() == weight.nbytes
     torch.testing.assert_close(weight.grad, 2 * expected, rtol=1e-5, atol=1e-4)
     assert not weight.grad[:512].any()
     for twin in (copy.deepcopy(weight.grad), reloaded(weight.grad), weight.grad.clone()):
