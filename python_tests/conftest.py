@@ -200,11 +200,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave Triton's interpreter to its own tests."""
-    if "test_triton" not in request.path.name:
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+@pytest.fixture(autouse=True, scope="module")
+def _no_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave Triton's interpreter to its own tests; fixtures of whole modules too."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "test_triton" not in request.path.name:
+            patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
 
 
 @pytest.fixture

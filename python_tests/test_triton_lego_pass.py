@@ -367,7 +367,7 @@ def test_launches(monkeypatch):
         ({"imaginary": 3}, TypeError, "imaginary: expected a tensor, got int"),
         ({"present": [True]}, TypeError, "present: expected a tensor, got list"),
         ({"keep": torch.ones(3, 7, 13) > 0}, ValueError, "keep: expected floating-point numbers"),
-        ({"imaginary": torch.ones(1, 7, 13)}, ValueError, r"imaginary: expected \(3, 7, 13\), got"),
+        ({"imaginary": torch.ones(2, 7, 13)}, ValueError, r"imaginary: expected \(3, 7, 13\), got"),
         ({"keep": torch.ones(3, 7, 1)}, ValueError, r"keep: expected \(3, 7, 13\), got"),
         ({"present": torch.ones(3)}, ValueError, r"present: expected bool \[3\] on cpu, got"),
         ({"scaled": torch.ones(2) > 0}, ValueError, r"scaled: expected bool \[3\] on cpu, got"),
