@@ -1,8 +1,5 @@
 """Values of the one token that a row has: what attention takes of it, whatever Q and K are."""
 
-import contextlib
-import mmap
-import sys
 from typing import Any, cast
 
 import torch
@@ -13,9 +10,6 @@ from .native import direct
 
 # Up to so many rows the weights take longer to read than to multiply; beyond, torch is as good.
 FEW_ROWS = 16
-# From so many bytes on, memory of the system's own costs less than torch's memory and its zeros.
-LARGE_BYTES = 1 << 22
-_HUGE_PAGE = 1 << 21
 
 
 def one_token_values(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -25,7 +19,7 @@ def one_token_values(tokens: Tensor, weight: Tensor) -> Tensor:
 
     HEALNet's Eq. 2 for one token: the softmax of a single score is 1, so that V is all there is. A
     few rows read the weights once from memory, and a row has the same bits beside any others; the
-    gradient of `weight` is written once, its first half being pages that nobody touches.
+    gradient of `weight` is written once.
 
     Args:
         tokens: [..., K].
@@ -90,30 +84,10 @@ class _Values(torch.autograd.Function):
             grad, tokens = _matrix(grad).t(), _matrix(tokens)
             if again:
                 return of_tokens, F.pad(grad @ tokens, (0, 0, len(values), 0))
-            of_weight = zeros_like(weight)
-            written = of_weight[len(values) :]
-            # One thread meets the fresh pages, since two that meet a huge one wait for each other,
-            # at times six times as long as all of the product takes.
-            written.flatten()[:: 4096 // weight.itemsize].zero_()
-            torch.mm(grad, tokens, out=written)
+            of_weight = weight.new_empty(weight.shape)
+            of_weight[: len(values)].zero_()
+            torch.mm(grad, tokens, out=of_weight[len(values) :])
         return of_tokens, of_weight
-
-
-def zeros_like(x: Tensor) -> Tensor:
-    """Return zeros of the shape of x, C order; large ones where no page is there before its use.
-
-    The system's fresh memory is zero. Its huge pages take a third of the time that torch's zeros
-    take, half of which are written again.
-    """
-    size = x.numel() * x.itemsize
-    if sys.platform == "linux" and size >= LARGE_BYTES and direct(x.detach()) is not None:
-        with contextlib.suppress(OSError):
-            whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE  # else the end consists of small pages
-            memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError, AttributeError):  # without, pages are small
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=x.dtype, count=x.numel()).view(x.shape)
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _few_rows(operator: str, rows: Tensor, values: Tensor, width: int) -> Tensor | None:

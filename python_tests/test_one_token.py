@@ -1,20 +1,14 @@
 """one_token_values against torch: sizes, threads, registers, strides, gradients, their memory."""
 
-import copy
-import gc
 import importlib
-import io
-import os
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from motet.kernels import native, one_token
-from motet.kernels.one_token import one_token_values, zeros_like
+from motet.kernels import native
+from motet.kernels.one_token import one_token_values
 from torch import Tensor
 
 from .conftest import assert_as_good_as, assert_compiles, views_of, with_gradients
@@ -170,92 +164,6 @@ def test_refusals() -> None:
     for tokens, matrix, error, match in bad:
         with pytest.raises(error, match=match):
             one_token_values(tokens, matrix)
-
-
-# ------------------------------------------------- the gradient's memory, from LARGE_BYTES on
-
-
-def large() -> tuple[Tensor, torch.nn.Parameter]:
-    return torch.randn(8, 1100), torch.nn.Parameter(torch.randn(1024, 1100))
-
-
-def resident() -> int:
-    """Bytes that this process has in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_large_gradient() -> None:
-    x, weight = large()
-    assert weight.nbytes >= one_token.LARGE_BYTES
-    for _ in range(2):
-        one_token_values(x, weight).sum().backward()
-    expected = torch.autograd.grad(reference(x, weight).sum(), weight)[0]
-    assert weight.grad is not None
-    assert weight.grad.is_contiguous()
-    assert weight.grad.untyped_storage().nbytes() == weight.nbytes
-    torch.testing.assert_close(weight.grad, 2 * expected, rtol=1e-5, atol=1e-4)
-    assert not weight.grad[:512].any()
-    for twin in (copy.deepcopy(weight.grad), reloaded(weight.grad), weight.grad.clone()):
-        assert torch.equal(twin, weight.grad)
-    if hasattr(os, "fork"):  # a child reads and writes what is its own
-        child = os.fork()
-        if not child:
-            weight.grad.fill_(3)
-            os._exit(0 if weight.grad[0, 0] == 3 else 1)
-        assert os.waitpid(child, 0)[1] == 0
-        assert not weight.grad[:512].any()
-
-
-def reloaded(x: Tensor) -> Tensor:
-    file = io.BytesIO()
-    torch.save(x, file)
-    return torch.load(io.BytesIO(file.getvalue()))
-
-
-def test_gradient_is_taken_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-
-    def watched(x: Tensor) -> Tensor:
-        zeros = zeros_like(x)
-        made.append(zeros.data_ptr())
-        return zeros
-
-    monkeypatch.setattr(one_token, "zeros_like", watched)
-    x, weight = large()
-    one_token_values(x, weight).sum().backward()
-    assert weight.grad is not None
-    assert made == [weight.grad.data_ptr()]
-
-
-@pytest.mark.parametrize(("foreach", "fused"), [(True, None), (None, True), (False, None)])
-def test_optimisers(foreach: bool | None, fused: bool | None) -> None:
-    def trained(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        torch.manual_seed(0)
-        x, weight = large()
-        optimiser = torch.optim.Adam([weight], lr=1e-3, foreach=foreach, fused=fused)
-        for step in range(3):
-            optimiser.zero_grad(set_to_none=step != 1)
-            function(x, weight).square().sum().backward()
-            torch.nn.utils.clip_grad_norm_([weight], 1.0)
-            optimiser.step()
-        return weight.detach()
-
-    torch.testing.assert_close(trained(one_token_values), trained(reference), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted by Linux's /proc")
-def test_memory_is_given_back() -> None:
-    x, weight = large()
-
-    def steps(count: int) -> int:
-        for _ in range(count):
-            weight.grad = None
-            one_token_values(x, weight).sum().backward()
-        gc.collect()
-        return resident()
-
-    before = steps(20)
-    assert steps(200) - before < 2 * weight.nbytes  # one leaked in a hundred steps would show
 
 
 def test_operator_is_internal() -> None:
