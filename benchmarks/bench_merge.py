@@ -12,13 +12,9 @@ without. Errors are against float64 on the first 2^20 elements.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,11 +27,11 @@ from motet.kernels.slerp import slerp_reference
 from torch import Tensor
 
 from .cells import Cell, merge_cells
+from .published import published_lego
 
 CELLS = [cell for size in (8 * 17 * 126, 1 << 20) for cell in merge_cells("cpu", size)]
 SIZES = (8 * 17 * 126, 1 << 20, 1 << 24)
 COUNTS = (2, 4, 8)
-LEGO = Path("mm_lego") / "models" / "lego.py"
 
 Merge = Callable[[Sequence[Tensor]], Tensor]
 
@@ -71,20 +67,12 @@ def slerp_expression(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def published_merges(checkout: Path) -> dict[str, Merge]:
-    """Return the authors' two merges at equal weights, out of their file alone.
-
-    The package around it wants wandb, optimal transport and Lightning, of which neither takes part.
+    """Return the authors' two merges at equal weights.
 
     Raises:
         ValueError: a folder that is no checkout of theirs, or no einops.
     """
-    path = checkout / LEGO
-    if not path.is_file():
-        raise ValueError(f"--published: expected a clone of konst-int-i/mm-lego with {LEGO}")
-    if find_spec("einops") is None:
-        raise ValueError("--published: their code needs einops: pip install einops")
-    with _stubs(checkout):
-        lego = _module("published_lego", path)
+    lego = published_lego(checkout)
     merge = lego.LegoMerge.__new__(lego.LegoMerge)
     torch.nn.Module.__init__(merge)
     merge.method, merge.alpha = "harmonic", 0.5
@@ -98,36 +86,6 @@ def published_merges(checkout: Path) -> dict[str, Merge]:
         "harmonic_merge": harmonic,
         "slerp": lambda vectors: lego.PlugHeads._slerp(None, *vectors, 0.5),
     }
-
-
-@contextmanager
-def _stubs(checkout: Path) -> Iterator[None]:
-    """Let their file import what it does not use here."""
-    names = ("lightning", "ot", "mm_lego", "mm_lego.models", "mm_lego.models.model_utils")
-    before = {name: sys.modules.get(name) for name in names}
-    for name in names[:4]:
-        sys.modules[name] = ModuleType(name)
-    sys.modules["lightning"].LightningModule = torch.nn.Module  # pyright: ignore
-    for name in ("SNN", "MILAttentionNet"):
-        setattr(sys.modules["mm_lego.models"], name, torch.nn.Module)
-    utils = checkout / LEGO.parent / "model_utils.py"
-    try:
-        sys.modules[names[4]] = _module(names[4], utils)
-        yield
-    finally:
-        for name, module in before.items():
-            del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
-
-
-def _module(name: str, path: Path) -> ModuleType:
-    spec = spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def rows(published: dict[str, Merge], threads: Sequence[int], seconds: float) -> Iterator[dict]:
