@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .native import direct
 
-# Up to so many rows the weights take longer to read than to multiply; beyond, torch is as good.
+# So many rows fit the registers at once. More are taken in parts, which is as fast as torch's
+# product, so that a row has the same bits in a batch of any size.
 FEW_ROWS = 16
 
 
@@ -92,14 +93,16 @@ class _Values(torch.autograd.Function):
 
 def _few_rows(operator: str, rows: Tensor, values: Tensor, width: int) -> Tensor | None:
     """Call the C++ for rows that end in `width` numbers; None where it is not for these."""
-    if rows.shape[:-1].numel() > FEW_ROWS or values.dtype not in (torch.float32, torch.float64):
+    if values.dtype not in (torch.float32, torch.float64):
         return None
     own = _matrix(rows.detach()).contiguous()
     module = direct(own, values)
     if module is None:
         return None
     out = torch.empty(len(own), width, dtype=values.dtype)
-    getattr(module, operator)(own.numpy(), values.numpy(), out.numpy(), torch.get_num_threads())
+    call, threads = getattr(module, operator), torch.get_num_threads()
+    for part, into in zip(own.split(FEW_ROWS), out.split(FEW_ROWS), strict=True):
+        call(part.numpy(), values.numpy(), into.numpy(), threads)
     return out.view(*rows.shape[:-1], width)
 
 
