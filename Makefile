@@ -11,6 +11,10 @@ RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+ifeq ($(shell uname -s),Linux)
+# By itself: what cuCIM asks for beside it are gigabytes of CUDA.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps cucim-cu13
+endif
 	touch $@
 
 demo: $(INSTALLED)

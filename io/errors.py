@@ -1,9 +1,10 @@
-"""The one error of this folder, and how it lists what would have been right."""
+"""The errors of this folder, and how they list what would have been right."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from os import PathLike
 
 
 class CohortError(ValueError):
@@ -18,6 +19,61 @@ class CohortError(ValueError):
         ... except motet.io.CohortError as error:
         ...     print(str(error).split("?")[0])
         no cohort 'brest_cancer': did you mean 'breast_cancer'
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split("\n")))
+
+
+class SlideError(ValueError):
+    """Say in one line why a slide cannot be used.
+
+    Args:
+        path: the slide.
+        reason: one of `SlideError.REASONS`, for tables and programs.
+        message: expected, got, cure; line breaks become spaces.
+
+    Example:
+        >>> try:
+        ...     motet.io.open_slide("none.svs")
+        ... except motet.io.SlideError as error:
+        ...     print(error.reason, "|", error)
+        missing | none.svs: no such file
+    """
+
+    REASONS = {  # noqa: RUF012
+        "missing": "there is no such file",
+        "unreadable": "not an image, or damaged so that no reader opens it",
+        "unsupported": "an image in a form that no reader decodes",
+        "no-reader": "the reader for this format is not installed",
+        "too-large": "declares a size beyond what is sane",
+        "no-mpp": "its resolution is not known",
+        "resolution": "it is coarser than was asked for",
+        "damaged": "too many of its tiles are damaged",
+        "encoder": "its features are not finite",
+    }
+
+    def __init__(self, path: str | PathLike[str], reason: str, message: str) -> None:
+        assert reason in self.REASONS
+        super().__init__(f"{path}: {' '.join(message.split())}")
+        self.path, self.reason, self.message = str(path), reason, message
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.path, self.reason, self.message)
+
+
+class StoreError(ValueError):
+    """Say in one line what is wrong with a feature store: path, expected, got, cure.
+
+    Args:
+        message: what to say; line breaks become spaces.
+
+    Example:
+        >>> try:
+        ...     motet.io.FeatureStore("nowhere")
+        ... except motet.io.StoreError as error:
+        ...     print(error)
+        nowhere: expected a feature store, got no such folder
     """
 
     def __init__(self, message: str) -> None:
