@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +49,27 @@ REQUIRED = (
     ("lightning", "2.6"),
     ("torch", "2.10"),
 )
+# Distribution, what is not there without it, and the cure.
+WSI = "pip install 'motet[wsi]'"
+OPTIONAL = (
+    ("POT", "for heads merged by optimal transport", "pip install POT"),
+    ("tifffile", "for slides in TIFF, and the checks before other readers", WSI),
+    ("imagecodecs", "for compressed TIFF", WSI),
+    ("openslide-python", "for slides of scanners' own formats", WSI),
+    ("scikit-image", "for tissue masks", WSI),
+    ("h5py", "for features of TRIDENT and CLAM", WSI),
+    (
+        "cucim-cu13",
+        "for tiles 8 times as fast as OpenSlide's; on Linux",
+        "with a GPU: pip install 'motet[cucim]'; without: pip install --no-deps cucim-cu13 and "
+        "pip install click lazy-loader",
+    ),
+    ("ray", "for tiling on a Ray cluster", "pip install 'motet[ray]'"),
+    ("transformers", "for encoders hf:...", "pip install 'motet[encoders]'"),
+    ("timm", "for encoders timm:...", "pip install 'motet[encoders]'"),
+    ("torchvision", "for encoders torchvision:...", "the build that fits your torch: "
+     "https://pytorch.org/get-started"),
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +107,68 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train both systems on real patients, with a report")
     _out(demo, "where to write tables and pictures", default=Path("runs/demo"))
     demo.set_defaults(run=_demo)
+
+    tile = commands.add_parser(
+        "tile",
+        help="cut slides into patches, embed them, and store the features",
+        description="Cut slides into patches, embed those of tissue, and store the features "
+        "(docs/tiling.md). The same command again goes on where it stopped; commands at the same "
+        "time share the work. Exit code 3: some slides failed.",
+    )
+    tile.add_argument(
+        "slides", nargs="+", metavar="SLIDES",
+        help="files, folders, or lists (.txt; .csv with a column path)",
+    )  # fmt: skip
+    _out(tile, "folder of the store")
+    tile.add_argument(
+        "--encoder", required=True,
+        help="stain-stats (built in), torchvision:resnet50, timm:NAME, hf:REPO or folder, "
+        "export:FILE.pt2, or MODULE:CALLABLE (docs/encoders.md)",
+    )  # fmt: skip
+    resolution = tile.add_mutually_exclusive_group(required=True)
+    resolution.add_argument("--mpp", type=float, metavar="UM", help="micrometres per patch pixel")
+    resolution.add_argument("--mag", type=float, metavar="X", help="the same as --mpp 10/X")
+    resolution.add_argument(
+        "--downsample", type=float, metavar="F", help="level-0 pixels per patch pixel"
+    )
+    tile.add_argument("--tile-px", type=int, default=256, metavar="N", help="(default: 256)")
+    tile.add_argument(
+        "--border", default="drop", choices=("drop", "shift", "pad"),
+        help="the slide's right and lower rim (default: drop)",
+    )  # fmt: skip
+    tile.add_argument(
+        "--min-tissue", type=float, default=0.1, metavar="SHARE",
+        help="of a patch, for it to be kept (default: 0.1)",
+    )  # fmt: skip
+    tile.add_argument("--masks", type=Path, metavar="DIR", help="STEM.geojson or .png to use")
+    tile.add_argument(
+        "--slide-mpp", metavar="UM|CSV",
+        help="resolution of slides whose files do not say it: a number, or columns slide, mpp",
+    )  # fmt: skip
+    tile.add_argument(
+        "--missing-mpp", default="fail", choices=("fail", "skip"),
+        help="what becomes of a slide whose resolution is not known (default: fail)",
+    )  # fmt: skip
+    tile.add_argument(
+        "--reader", default="auto", choices=("auto", "cucim", "openslide", "tifffile", "pillow")
+    )
+    tile.add_argument(
+        "--max-damaged", type=float, default=0.5, metavar="SHARE",
+        help="of the patches, above which a slide fails (default: 0.5)",
+    )  # fmt: skip
+    tile.add_argument("--device", default="auto", help="of the encoder (default: auto)")
+    tile.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    tile.add_argument("--weights", type=Path, metavar="FILE", help="of the encoder")
+    tile.add_argument("--compile", action="store_true", help="compile the encoder")
+    tile.add_argument("--batch", type=int, default=64, metavar="N", help="(default: 64)")
+    tile.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes, a GPU each (default: 1)"
+    )
+    tile.add_argument("--shard", metavar="I/N", help="only the I-th of N parts, I from 0")
+    tile.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster: auto, local or an address")
+    tile.add_argument("--no-report", action="store_true", help="no pictures and tables of slides")
+    _json(tile)
+    tile.set_defaults(run=_tile)
 
     train = commands.add_parser(
         "train",
@@ -242,6 +325,38 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo import main as run_demo
 
     return run_demo(options.out)
+
+
+def _tile(options: argparse.Namespace) -> int:
+    import time
+
+    from . import tile
+    from .io import FeatureStore, tile_slides
+
+    started = time.perf_counter()
+    passed = ("encoder", "mpp", "mag", "downsample", "tile_px", "border", "min_tissue", "masks",
+              "missing_mpp", "reader", "max_damaged", "device", "precision", "weights", "compile",
+              "batch", "workers", "ray")  # fmt: skip
+    progress = tile.Progress()
+    with closing(progress):
+        tiled = tile_slides(
+            options.slides,
+            options.out,
+            slide_mpp=tile.read_slide_mpp(options.slide_mpp) if options.slide_mpp else None,
+            shard=tile.read_shard(options.shard) if options.shard else None,
+            progress=progress,
+            **{name: getattr(options, name) for name in passed},
+        )
+    seconds = time.perf_counter() - started
+    if not options.no_report:
+        from .io.quality import write_report
+
+        write_report(FeatureStore(options.out), options.out / "report")
+    if options.json:
+        print(json.dumps({**tiled._asdict(), "seconds": seconds, "out": str(options.out)}))
+    else:
+        print(tile.last_line(tiled, options.out, seconds))
+    return 3 if tiled.failed else 0
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -419,13 +534,12 @@ def _checks() -> list[Check]:
         cure = "reinstall torch: https://pytorch.org/get-started"
         return [*checks, Check("torch import", "missing", str(error), cure, needed=True)]
     checks += [_native_check(), _gpu_check(torch), _triton_check(torch)]
-    found = _version("POT")
-    checks.append(
-        Check("POT", "ok", found)
-        if found
-        else Check("POT", "off", "for heads merged by optimal transport", "pip install POT")
-    )
-    return checks
+    return [*checks, *(_optional_check(*optional) for optional in OPTIONAL)]
+
+
+def _optional_check(package: str, purpose: str, cure: str) -> Check:
+    found = _version(package)
+    return Check(package, "ok", found) if found else Check(package, "off", purpose, cure)
 
 
 def _native_check() -> Check:

@@ -1,0 +1,518 @@
+"""Slides to a store: right, whole, again and again, whatever is killed, full or damaged."""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import motet
+import numpy as np
+import pytest
+from motet.io import FeatureStore, StoreError, tile_slides
+from motet.io.pipeline import Settings
+from motet.io.store import FLAGS
+from motet.io.workers import run_here
+from numpy.typing import NDArray
+from PIL import Image
+
+from .conftest import data_path
+from .slides import draw_tissue, make_pyramid
+
+SOAK = os.environ.get("MOTET_HYPOTHESIS") == "soak"
+HOW: dict[str, Any] = {"encoder": "stain-stats", "downsample": 2, "tile_px": 64}
+
+
+def command(slides: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "motet", "tile", str(slides), "--out", str(out)),
+        *("--encoder", "stain-stats", "--downsample", "2", "--tile-px", "64", "--no-report"),
+        *more,
+    ]
+
+
+def tile(slides: Path, out: Path, *more: str, code: int = 0) -> str:
+    done = subprocess.run(command(slides, out, *more), capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def content(store: Path) -> dict[str, str]:
+    """Hash every file that is a function of the inputs: all but logs."""
+    return {
+        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(store.rglob("*"))
+        if path.is_file() and path.relative_to(store).parts[0] in ("slides", "run.json", "failed")
+    }
+
+
+def leftovers(store: Path) -> list[Path]:
+    return [p for name in ("leases", ".tmp") for p in (store / name).rglob("*") if p.is_file()]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five slides of some hundred patches."""
+    folder = tmp_path_factory.mktemp("cohort")
+    for i in range(5):
+        make_pyramid(folder / f"slide-{i}.tif", size=(1300 + 64 * i, 1100), seed=i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "store"
+    tiled = tile_slides(cohort, out, workers=0, **HOW)
+    assert (tiled.done, tiled.failed) == (5, {})
+    return out
+
+
+def test_features_are_those_of_the_patches(cohort: Path, undisturbed: Path) -> None:
+    """Each row is the encoder's answer to the mean of the pixels under its coordinates."""
+    store = FeatureStore(undisturbed)
+    encoder = motet.io.load_encoder("stain-stats")
+    assert len(store) == 5
+    for key, slide in store.items():
+        with motet.io.open_slide(slide.attrs["source"]["path"]) as source:
+            side = 128
+            for row in np.random.default_rng(0).integers(len(slide.coords), size=6):
+                x, y = slide.coords[row]
+                pixels = source.read(0, int(x), int(y), side, side).astype(np.float64)
+                patch = pixels.reshape(64, 2, 64, 2, 3).mean((1, 3))
+                gold = encoder.encode(np.floor(patch + 0.5).astype(np.uint8)[None])[0]
+                np.testing.assert_allclose(slide.features[row], gold, rtol=2e-3, atol=2e-3)
+        assert slide.attrs["counts"]["kept"] == len(slide.coords) > 50, key
+        order = np.lexsort((slide.coords[:, 0], slide.coords[:, 1]))
+        assert (order == np.arange(len(order))).all()
+
+
+def test_the_same_again_does_nothing(cohort: Path, undisturbed: Path) -> None:
+    before = content(undisturbed)
+    times = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.json")}
+    again = tile_slides(cohort, undisturbed, workers=0, **HOW)
+    assert (again.done, again.patches) == (5, 0)
+    assert content(undisturbed) == before
+    assert all(p.stat().st_mtime_ns == t for p, t in times.items() if p.parent.name != "leases")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_write_the_same_bytes(
+    cohort: Path, undisturbed: Path, tmp_path: Path, workers: int
+) -> None:
+    out = tile(cohort, tmp_path / "store", "--workers", str(workers))
+    assert "5 slides: 5 done; " in out
+    assert out.count("\n") == 1
+    assert content(tmp_path / "store") == content(undisturbed)
+    assert not leftovers(tmp_path / "store")
+
+
+def test_shards_make_the_whole(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
+    parts = [tile_slides(cohort, tmp_path, workers=0, shard=(i, 3), **HOW) for i in range(3)]
+    assert sorted(part.slides for part in parts) == [1, 2, 2]
+    assert content(tmp_path) == content(undisturbed)
+
+
+def test_two_commands_share_the_work(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    commands = [
+        subprocess.Popen(command(cohort, store, "--json"), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ends = [json.loads(process.communicate(timeout=120)[0]) for process in commands]
+    assert [end["done"] for end in ends] == [5, 5]
+    total = sum(len(slide.coords) for slide in FeatureStore(undisturbed).values())
+    assert sum(end["patches"] for end in ends) == total, "no slide was embedded twice"
+    assert content(store) == content(undisturbed)
+    assert not leftovers(store)
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        return [int(child) for child in path.read_text().split()]
+    except OSError:
+        return []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+@pytest.mark.parametrize("seed", range(200 if SOAK else 10))
+def test_kill_and_resume(cohort: Path, undisturbed: Path, tmp_path: Path, seed: int) -> None:
+    """kill -9 of the command or a worker at a random moment, until a run comes through."""
+    random = np.random.default_rng(seed)
+    store = tmp_path / "store"
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(cohort, store, "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        try:
+            process.wait(random.uniform(0.6, 2.2))
+        except subprocess.TimeoutExpired:
+            workers = children(process.pid)
+            if random.random() < 0.5 and workers:
+                os.kill(int(random.choice(workers)), signal.SIGKILL)
+                process.communicate(timeout=60)
+                assert process.returncode == 0
+            else:
+                process.kill()
+        process.communicate(timeout=60)
+        if (store / "slides").exists():  # it opens at every moment
+            for slide in FeatureStore(store).values():
+                assert np.isfinite(slide.features).all()
+    started = time.monotonic()
+    tile(cohort, store, "--workers", "2")
+    assert time.monotonic() - started < 30, "a dead worker's lease is free at once"
+    assert content(store) == content(undisturbed)
+    assert not leftovers(store)
+    assert FeatureStore(store).verify() == []
+
+
+def test_a_full_disk(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """One clear line, nothing half-written; with space again, it goes on."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(small)])
+    if mounted.returncode:
+        pytest.skip("cannot mount a small tmpfs")
+    try:
+        out = tile(cohort, small / "store", code=2)
+        assert out.count("\n") == 1
+        assert "No space left" in out
+        for slide in FeatureStore(small / "store").values():
+            assert np.isfinite(slide.features).all()
+        assert not leftovers(small / "store")
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+        tile(cohort, small / "store")
+        assert content(small / "store") == content(undisturbed)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def damage(path: Path, random: np.random.Generator, share: float) -> set[int]:
+    """Zero out random tiles of level 0, whole or from somewhere inside; return which."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        offsets, counts = page.dataoffsets, page.databytecounts
+    hit = set(random.choice(len(offsets), int(share * len(offsets)), replace=False).tolist())
+    with open(path, "r+b") as file:
+        for i in hit:
+            start = int(random.integers(0, counts[i] // 2)) if random.random() < 0.5 else 0
+            file.seek(offsets[i] + start)
+            file.write(bytes(counts[i] - start))
+    return hit
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("compression", ["jpeg", "deflate", "aperio_jp2000_rgb"])
+def test_damaged_tiles_are_flagged_and_never_embedded(
+    tmp_path: Path, seed: int, compression: str
+) -> None:
+    """Every patch that touches a damaged tile is flagged; no other changes by a bit."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "damaged").mkdir()
+    image = draw_tissue(1024, 1024, seed=seed)
+    for folder in ("whole", "damaged"):
+        make_pyramid(
+            tmp_path / folder / "slide.tif", image=image, tile=(128, 128), factors=(1, 4),
+            compression=compression,
+        )  # fmt: skip
+    hit = damage(tmp_path / "damaged" / "slide.tif", np.random.default_rng(seed), 0.2)
+    how = {"encoder": "stain-stats", "downsample": 1, "tile_px": 96, "workers": 0}
+    for folder in ("whole", "damaged"):
+        tile_slides(tmp_path / folder, tmp_path / f"{folder}-store", **how)
+    whole = FeatureStore(tmp_path / "whole-store")["slide"]
+    damaged = FeatureStore(tmp_path / "damaged-store")["slide"]
+
+    def touches(x: int, y: int) -> bool:
+        return any(
+            row * 8 + column in hit
+            for row in range(y // 128, (y + 95) // 128 + 1)
+            for column in range(x // 128, (x + 95) // 128 + 1)
+        )
+
+    rows = {tuple(corner): row for row, corner in enumerate(whole.coords.tolist())}
+    seen = 0
+    for row, (x, y) in enumerate(damaged.coords.tolist()):
+        corrupt = bool(damaged.flags[row] & FLAGS.CORRUPT)
+        assert corrupt == touches(x, y), (x, y)
+        assert np.isnan(damaged.features[row]).all() == corrupt
+        if not corrupt and (x, y) in rows:
+            seen += 1
+            assert (damaged.features[row] == whole.features[rows[x, y]]).all()
+    assert seen > 10
+
+
+def test_too_much_damage_fails_the_slide(tmp_path: Path) -> None:
+    make_pyramid(tmp_path / "slide.tif", size=(1024, 1024), factors=(1, 4))
+    damage(tmp_path / "slide.tif", np.random.default_rng(0), 0.8)
+    tiled = tile_slides(tmp_path / "slide.tif", tmp_path / "store", workers=0, **HOW)
+    (message,) = tiled.failed.values()
+    assert "patches lie on damaged tiles, more than max_damaged=0.5 of them" in message
+    (failure,) = FeatureStore(tmp_path / "store").failed.values()
+    assert (failure["reason"], failure["attempts"]) == ("damaged", 1)
+    forgiven = {**HOW, "max_damaged": 1.0}
+    assert tile_slides(tmp_path / "slide.tif", tmp_path / "store", workers=0, **forgiven).done == 1
+    assert FeatureStore(tmp_path / "store").failed == {}
+
+
+def test_shared_slides(tmp_path: Path) -> None:
+    """A cohort of every kind: what can be read is, the rest fails with its reason."""
+    tiled = tile_slides(
+        data_path("slides"), tmp_path, encoder="stain-stats", downsample=2, workers=0
+    )
+    store = FeatureStore(tmp_path)
+    failed = {name["name"]: name["reason"] for name in store.failed.values()}
+    assert failed.pop("broken.svs") == "unreadable"
+    assert failed.pop("unopenable.tiff") == "unsupported"
+    assert not failed
+    assert tiled.slides == tiled.done + tiled.empty + 2
+    assert tiled.done >= 7
+    assert store.verify() == []
+
+
+def test_no_mpp(tmp_path: Path) -> None:
+    """Fail, skip, or what the user says; the source of the resolution is kept."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    make_pyramid(slides / "none.tif", mpp=None)
+    make_pyramid(slides / "known.tif", mpp=0.5)
+    how: dict[str, Any] = {"encoder": "stain-stats", "mpp": 1.0, "tile_px": 64, "workers": 0}
+    tiled = tile_slides(slides, tmp_path / "a", **how)
+    assert (tiled.done, tiled.skipped, len(tiled.failed)) == (1, 0, 1)
+    tiled = tile_slides(slides, tmp_path / "a", missing_mpp="skip", **how)
+    assert (tiled.done, tiled.skipped, tiled.failed) == (1, 1, {})
+    tiled = tile_slides(slides, tmp_path / "a", slide_mpp={"none": 0.5}, **how)
+    assert (tiled.done, tiled.skipped, tiled.failed) == (2, 0, {})
+    sources = {
+        slide.attrs["source"]["name"]: slide.attrs["mpp_source"]
+        for slide in FeatureStore(tmp_path / "a").values()
+    }
+    assert sources == {"known.tif": "file", "none.tif": "table"}
+
+
+class Overflowing:
+    """An encoder whose numbers float16 cannot hold."""
+
+    id, width, weights, transform, precision, input_px = "loud", 2, "none", "none", "fp32", None
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.full((len(pixels), 2), 1e6, np.float32)
+
+    def spec(self) -> dict[str, Any]:
+        return {"id": self.id, "width": 2, "weights": "none", "transform": "none",
+                "precision": "fp32"}  # fmt: skip
+
+
+def test_features_that_float16_cannot_hold_fail_loudly(cohort: Path, tmp_path: Path) -> None:
+    how = {**HOW, "encoder": Overflowing()}
+    tiled = tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **how)
+    (message,) = tiled.failed.values()
+    assert "float16" in message
+    (failure,) = FeatureStore(tmp_path).failed.values()
+    assert failure["reason"] == "encoder"
+
+
+def test_a_second_encoder_joins(cohort: Path, tmp_path: Path) -> None:
+    tile_slides(cohort, tmp_path, workers=0, **HOW)
+    before = content(tmp_path)
+    tiled = tile_slides(cohort, tmp_path, workers=0, **{**HOW, "encoder": Quiet()})
+    assert tiled.done == 5
+    store = FeatureStore(tmp_path, encoder="quiet")
+    assert all(slide.features.shape == (len(slide.coords), 2) for slide in store.values())
+    after = content(tmp_path)
+    assert {name: after[name] for name in before if name != "run.json"} == {
+        name: digest for name, digest in before.items() if name != "run.json"
+    }
+    assert FeatureStore(tmp_path, encoder="stain-stats").verify() == []
+
+
+class Quiet(Overflowing):
+    id = "quiet"
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.full((len(pixels), 2), 0.5, np.float32)
+
+
+def test_another_specification_is_refused(cohort: Path, undisturbed: Path) -> None:
+    before = content(undisturbed)
+    with pytest.raises(StoreError, match=r"tile_px: expected 64, .*got 128"):
+        tile_slides(cohort, undisturbed, workers=0, **{**HOW, "tile_px": 128})
+    assert content(undisturbed) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"downsample": None}, "expected one of mpp, mag and downsample, got mpp=None"),
+        ({"mpp": 1.0}, "expected one of mpp, mag and downsample, got mpp=1.0"),
+        ({"downsample": None, "mag": 0}, "mag: expected a number above 0, got 0"),
+        ({"downsample": -1}, "downsample: expected"),
+        ({"tile_px": 0}, "tile_px: expected"),
+        ({"border": "wrap"}, "border: expected"),
+        ({"min_tissue": 2}, "min_tissue: expected"),
+        ({"max_damaged": -1}, "max_damaged: expected 0 to 1, got -1"),
+        ({"workers": -1}, "workers: expected a whole number of at least 0, got -1"),
+        ({"batch": 0}, "batch: expected a whole number of at least 1, got 0"),
+        ({"shard": (3, 3)}, r"shard: expected \(i, n\) with 0 <= i < n, got \(3, 3\)"),
+        ({"reader": "vips"}, "reader: expected auto, cucim, openslide, tifffile, pillow"),
+        ({"missing_mpp": "guess"}, "missing_mpp: expected fail, skip, got 'guess'"),
+        ({"slide_mpp": 0}, "slide_mpp: expected a number above 0, got 0"),
+        ({"slide_mpp": {"a": "b"}}, "slide_mpp of a: expected a number above 0, got 'b'"),
+        ({"masks": "nowhere"}, "masks: expected a folder, got 'nowhere'"),
+        ({"encoder": "stane-stats"}, "stain-stats"),
+        ({"encoder": Quiet(), "workers": 1}, "encoder: an object cannot be given"),
+        ({"slides": []}, "slides: no slide in"),
+    ],
+)
+def test_refusals(cohort: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    how = {"slides": cohort, "out": tmp_path / "store", "workers": 0, **HOW, **change}
+    with pytest.raises(ValueError, match=message):
+        tile_slides(how.pop("slides"), how.pop("out"), **how)
+    assert not (tmp_path / "store" / "slides").exists()
+
+
+FAULTS = """
+import os, signal, time
+
+def crash(pixels):  # as a C library does
+    if pixels.max() == 0:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return pixels.reshape(len(pixels), -1).mean(1, dtype="f4")[:, None]
+
+def hang(pixels):
+    if pixels.max() == 0:
+        time.sleep(1000)
+    return crash(pixels)
+"""
+
+
+@pytest.mark.parametrize("fault", ["crash", "hang"])
+def test_a_slide_that_takes_the_process_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """It is named and left; the others are done."""
+    slides = []
+    for i in range(4):
+        path = tmp_path / f"slide-{i}.tif"
+        image = draw_tissue(512, 512, seed=i)
+        make_pyramid(path, image=image if i != 1 else np.zeros_like(image), factors=(1, 4))
+        slides.append((str(path), path.name))
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(masks / f"slide-{i}.png")
+    (tmp_path / "faults.py").write_text(FAULTS)
+    settings = Settings(
+        out=str(tmp_path / "store"), slides=slides, tiling={"downsample": 1, "tile_px": 64},
+        encoder=f"faults:{fault}", masks=str(masks),
+    )  # fmt: skip
+    events: list[dict[str, Any]] = []
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    run_here(settings, 2, events.append, stall_s=8.0)
+    (failed,) = [event for event in events if event["event"] == "failed"]
+    assert failed["name"] == "slide-1.tif"
+    assert ("died of SIGSEGV" if fault == "crash" else "hung") in failed["message"]
+    assert len(FeatureStore(tmp_path / "store")) == 3
+
+
+def test_ray_survives_a_killed_worker(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Two tasks on a local cluster; the process of one is killed while it holds a lease."""
+    pytest.importorskip("ray")
+    store, killed = tmp_path / "store", []
+
+    def kill_the_first(event: dict[str, Any]) -> None:
+        if event["event"] == "start" and not killed:
+            for lease in (store / "leases").iterdir():
+                if lease.name.startswith("slide-"):
+                    killed.append(json.loads(lease.read_text())["pid"])
+                    os.kill(killed[0], signal.SIGKILL)
+                    return
+
+    tiled = tile_slides(cohort, store, ray="local", workers=2, progress=kill_the_first, **HOW)
+    assert killed
+    assert (tiled.done, tiled.failed) == (5, {})
+    assert content(store) == content(undisturbed)
+    assert not leftovers(store)
+
+
+def test_a_cohort_of_many_slides(tmp_path: Path) -> None:
+    """10,000 slides under `make soak`, 500 here: each once; the finished cohort resumes at once."""
+    count = 10_000 if SOAK else 500
+    slides, store = tmp_path / "slides", tmp_path / "store"
+    slides.mkdir()
+    make_pyramid(slides / "slide-00000.tif", size=(700, 700), factors=(1, 4))
+    for i in range(1, count):
+        (slides / f"slide-{i:05}.tif").hardlink_to(slides / "slide-00000.tif")
+    peaks: list[int] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event["event"] == "done":
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    tiled = tile_slides(slides, store, workers=0, progress=note, **HOW)
+    assert (tiled.done, tiled.failed) == (count, {})
+    assert peaks[-1] - peaks[count // 5] < 64 * 1024, "a cohort is never held in memory (KiB)"
+    started = time.monotonic()
+    again = tile_slides(slides, store, workers=0, **HOW)
+    seconds = time.monotonic() - started
+    print(f"{count} slides: resumed in {seconds:.1f} s; peak {peaks[-1] / 1024:.0f} MiB")
+    assert (again.done, again.patches) == (count, 0)
+    assert seconds < max(3, 30 * count / 10_000)
+    assert len(FeatureStore(store).manifest()) == count
+    assert (store / "slides.parquet").exists()
+
+
+def test_hostile_names_stay_inside_the_store(tmp_path: Path) -> None:
+    folder = tmp_path / "slides"
+    (folder / "loop").mkdir(parents=True)
+    (folder / "loop" / "again").symlink_to(folder)
+    names = [
+        "..%2f..%2fevil.tif",
+        "-rf.tif",
+        "new\nline.tif",
+        "ü ö.tif",
+        "a" * 200 + ".tif",
+        "...tif",
+    ]
+    make_pyramid(folder / "plain.tif", size=(300, 300), factors=(1,))
+    for name in names:
+        (folder / name).hardlink_to(folder / "plain.tif")
+    listed = tmp_path / "list.txt"
+    listed.write_text("slides/../slides/plain.tif\n")
+    before = sorted(tmp_path.rglob("*"))
+    tiled = tile_slides([folder, listed], tmp_path / "store", workers=0, **HOW)
+    assert not tiled.failed
+    made = [path for path in tmp_path.rglob("*") if path not in before]
+    assert all((tmp_path / "store") in (path, *path.parents) for path in made)
+    names_stored = [slide.attrs["name"] for slide in FeatureStore(tmp_path / "store").values()]
+    assert set(names) - {"...tif"} <= set(names_stored)
+
+
+def test_mutated_files_do_not_stop_a_cohort(tmp_path: Path) -> None:
+    """Random bytes in headers and tiles, cut ends: every slide ends as done, empty or failed."""
+    random = np.random.default_rng(0)
+    sources = [path for path in data_path("slides").glob("*.*") if path.suffix != ".md"]
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    count = 300 if SOAK else 40
+    for i in range(count):
+        source = sources[i % len(sources)]
+        bytes_ = bytearray(source.read_bytes())
+        where = len(bytes_) if i % 2 else min(len(bytes_), 4096)
+        for at in random.integers(0, where, 20):
+            bytes_[at] = random.integers(256)
+        if i % 3 == 0:
+            del bytes_[int(random.integers(len(bytes_))) :]
+        (slides / f"{i:03}{source.suffix}").write_bytes(bytes_)
+    how = {"encoder": "stain-stats", "downsample": 8, "tile_px": 64}
+    tiled = tile_slides(slides, tmp_path / "store", workers=1, **how)
+    assert tiled.slides == count == tiled.done + tiled.empty + len(tiled.failed)
+    assert tiled.failed
+    assert FeatureStore(tmp_path / "store").verify() == []
