@@ -70,4 +70,4 @@ sanitize: $(INSTALLED)
 	$(addprefix python_tests/test_,$(addsuffix .py,bindings_fuzz harmonic_merge slerp context_kv one_token))
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info kernels/_C.*
+	rm -rf $(VENV) build dist runs *.egg-info kernels/_C.* io/_C.*

@@ -1,8 +1,8 @@
-"""Maps the repository root to the package `motet` and builds motet.kernels._C with CMake.
+"""Maps the repository root to the package `motet` and builds motet.kernels._C and motet.io._C with CMake.
 
 Everything else about the project is declared in pyproject.toml. The C++ never needs torch. Where it
-cannot be built (no compiler), the package installs without it and computes with torch instead;
-MOTET_REQUIRE_NATIVE=1 makes that an error.
+cannot be built (no compiler), the package installs without it and computes with torch and numpy
+instead; MOTET_REQUIRE_NATIVE=1 makes that an error.
 """
 
 import os
@@ -27,15 +27,17 @@ class CMakeBuild(build_ext):
             if os.environ.get("MOTET_REQUIRE_NATIVE"):
                 raise
             print(
-                f"motet: motet.kernels._C was not built ({error}). The package works without it, "
+                f"motet: its C++ was not built ({error}). The package works without it, "
                 "more slowly; with a C++20 compiler installed, run pip again.",
                 file=sys.stderr,
             )
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
+        """Build all of them in one run of CMake, which installs each into its own package."""
         import pybind11  # pyright: ignore[reportMissingImports], a requirement of the build alone
 
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        paths = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+        (target,) = {path.resolve().parent.parent for path in paths}
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as build:
             configure = [
@@ -62,6 +64,6 @@ class BuildPy(build_py):
 setup(
     packages=["motet", "motet.fusion", "motet.io", "motet.kernels"],
     package_dir={"motet": "."},
-    ext_modules=[Extension("motet.kernels._C", sources=[])],
+    ext_modules=[Extension(f"motet.{part}._C", sources=[]) for part in ("kernels", "io")],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
 )

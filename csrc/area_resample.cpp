@@ -1,0 +1,197 @@
+#include "area_resample.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "simd.hpp"
+
+// Doubles throughout: the mean is exact to 1e-11 grey levels before it is rounded, and, since this
+// file is compiled without fused products, has the same bits in registers of every width.
+namespace motet {
+namespace {
+
+constexpr std::size_t kChannels = 3;
+constexpr double kHalf = 0.5 + 1e-9;  // a half that came out a little less is still rounded up
+constexpr std::size_t kBlock = 1024;  // numbers of a row summed at a time, in the nearest cache
+
+// The pixels that a window covers along one axis: the first and the last in part, those between
+// whole. Within one pixel, only a ratio of 1 fits: the last then weighs nothing.
+struct Window {
+    std::size_t first, last;
+    double head, tail;
+
+    Window(double begin, double ratio, std::size_t side) {
+        const double end = std::min(begin + ratio, static_cast<double>(side));
+        const double low = std::floor(begin);
+        first = static_cast<std::size_t>(low);
+        last = std::max(first, static_cast<std::size_t>(std::ceil(end)) - 1);
+        head = std::min(low + 1.0, end) - begin;
+        tail = last > first ? end - static_cast<double>(last) : 0.0;
+    }
+};
+
+std::vector<Window> windows(std::span<const double> begins, double ratio, std::size_t side) {
+    std::vector<Window> result;
+    result.reserve(begins.size());
+    for (const double begin : begins) result.emplace_back(begin, ratio, side);
+    return result;
+}
+
+// The part of each row that the columns cover, from byte `begin` on, and sums over rows of it.
+struct Strip {
+    const Image& image;
+    std::size_t begin, size;
+
+    const std::uint8_t* row(std::size_t y) const {
+        return image.pixels + static_cast<std::ptrdiff_t>(y) * image.stride + begin;
+    }
+};
+
+template <typename Sum>
+MOTET_INLINE void add_rows(const Strip& strip, std::size_t from, std::size_t to, std::size_t x,
+                           std::size_t count, Sum* sums) {
+    std::fill_n(sums, count, Sum{0});
+    for (std::size_t y = from; y < to; ++y) {
+        const std::uint8_t* row = strip.row(y) + x;
+        for (std::size_t i = 0; i < count; ++i) sums[i] = static_cast<Sum>(sums[i] + row[i]);
+    }
+}
+
+// Three bytes of four: a pixel is followed by the next one, which is written after it, or by
+// `last`, which keeps what lies behind it.
+template <typename Bytes>
+MOTET_INLINE void put(Bytes pixel, std::uint8_t* out, bool last) {
+    static_assert(sizeof(pixel) == 4);
+    std::memcpy(out, &pixel, last ? 3 : 4);
+}
+
+struct Means {
+    template <std::size_t>
+    static MOTET_INLINE void run(const Strip& strip, const std::vector<Window>& rows,
+                                 const std::vector<Window>& columns, double ratio,
+                                 std::uint8_t* out, std::ptrdiff_t out_stride) {
+        using Pixel = typename Lanes<double, 4>::type;  // red, green, blue, and the next one's red
+        const double inverse = 1.0 / (ratio * ratio);
+        const std::size_t left = strip.begin / kChannels;
+        std::vector<double> line(strip.size + 1);
+        std::uint32_t sums[kBlock];
+        const auto at = [&](std::size_t x) MOTET_LAMBDA {
+            Pixel pixel;
+            std::memcpy(&pixel, line.data() + kChannels * (x - left), sizeof(pixel));
+            return pixel;
+        };
+        for (const Window& row : rows) {
+            for (std::size_t x = 0; x < strip.size; x += kBlock) {
+                const std::size_t count = std::min(kBlock, strip.size - x);
+                const std::uint8_t *head = strip.row(row.first) + x,
+                                   *tail = strip.row(row.last) + x;
+                double* to = line.data() + x;
+                if (row.last == row.first + 2) {  // by far the most frequent number of rows
+                    const std::uint8_t* between = strip.row(row.first + 1) + x;
+                    for (std::size_t i = 0; i < count; ++i)
+                        to[i] = row.head * head[i] + between[i] + row.tail * tail[i];
+                } else {
+                    add_rows(strip, row.first + 1, row.last, x, count, sums);
+                    for (std::size_t i = 0; i < count; ++i)
+                        to[i] = row.head * head[i] + static_cast<std::int32_t>(sums[i]) +
+                                row.tail * tail[i];
+                }
+            }
+            for (std::size_t j = 0; j < columns.size(); ++j) {
+                const Window& column = columns[j];
+                Pixel sum = column.head * at(column.first);
+                for (std::size_t x = column.first + 1; x < column.last; ++x) sum += at(x);
+                sum += column.tail * at(column.last);
+                const auto mean = __builtin_convertvector(sum * inverse + kHalf,
+                                                          typename Lanes<std::int32_t, 4>::type);
+                put(__builtin_convertvector(mean, typename Lanes<std::uint8_t, 4>::type),
+                    out + kChannels * j, j + 1 == columns.size());
+            }
+            out += out_stride;
+        }
+    }
+};
+
+// Windows of N x N whole pixels, N a power of two: integers are enough.
+template <std::size_t N>
+struct Whole {
+    template <std::size_t>
+    static MOTET_INLINE void run(const Strip& strip, const std::vector<Window>& rows,
+                                 const std::vector<Window>& columns, double, std::uint8_t* out,
+                                 std::ptrdiff_t out_stride) {
+        using Pixel = typename Lanes<std::uint16_t, 4>::type;
+        const std::size_t left = strip.begin / kChannels;
+        std::vector<std::uint16_t> line(strip.size + 1);
+        for (const Window& row : rows) {
+            add_rows(strip, row.first, row.first + N, 0, strip.size, line.data());
+            for (std::size_t j = 0; j < columns.size(); ++j) {
+                Pixel sum = Pixel{} + std::uint16_t{N * N / 2};
+                for (std::size_t x = 0; x < N; ++x) {
+                    Pixel pixel;
+                    std::memcpy(&pixel, line.data() + kChannels * (columns[j].first - left + x),
+                                sizeof(pixel));
+                    sum += pixel;
+                }
+                sum /= std::uint16_t{N * N};
+                put(__builtin_convertvector(sum, typename Lanes<std::uint8_t, 4>::type),
+                    out + kChannels * j, j + 1 == columns.size());
+            }
+            out += out_stride;
+        }
+    }
+};
+
+void copy(const Strip& strip, const std::vector<Window>& rows, const std::vector<Window>& columns,
+          std::uint8_t* out, std::ptrdiff_t out_stride) {
+    const std::size_t left = strip.begin / kChannels;
+    for (const Window& row : rows) {
+        for (std::size_t j = 0, next; j < columns.size(); j = next) {
+            for (next = j + 1;
+                 next < columns.size() && columns[next].first == columns[next - 1].first + 1;)
+                ++next;
+            std::memcpy(out + kChannels * j,
+                        strip.row(row.first) + kChannels * (columns[j].first - left),
+                        kChannels * (next - j));
+        }
+        out += out_stride;
+    }
+}
+
+bool whole(std::span<const double> numbers) {
+    return std::all_of(numbers.begin(), numbers.end(), [](double x) { return x == std::floor(x); });
+}
+
+template <typename Body>
+auto compiled() {
+    return Compiled<Body, const Strip&, const std::vector<Window>&, const std::vector<Window>&,
+                    double, std::uint8_t*, std::ptrdiff_t>::chosen();
+}
+
+}  // namespace
+
+void area_resample(const Image& image, std::span<const double> rows,
+                   std::span<const double> columns, double ratio, std::uint8_t* out,
+                   std::ptrdiff_t out_stride) {
+    if (rows.empty() || columns.empty()) return;
+    const auto down = windows(rows, ratio, image.height);
+    const auto across = windows(columns, ratio, image.width);
+    std::size_t left = image.width, right = 0;
+    for (const Window& column : across) {
+        left = std::min(left, column.first);
+        right = std::max(right, column.last + 1);
+    }
+    const Strip strip{image, kChannels * left, kChannels * (right - left)};
+    const bool pixels = whole(rows) && whole(columns);
+    if (pixels && ratio == 1.0)
+        copy(strip, down, across, out, out_stride);
+    else if (pixels && ratio == 2.0)
+        compiled<Whole<2>>()(strip, down, across, ratio, out, out_stride);
+    else if (pixels && ratio == 4.0)
+        compiled<Whole<4>>()(strip, down, across, ratio, out, out_stride);
+    else
+        compiled<Means>()(strip, down, across, ratio, out, out_stride);
+}
+
+}  // namespace motet
