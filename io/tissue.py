@@ -129,13 +129,15 @@ def pen_mask(thumb: Image) -> Mask:
         return (least > depth) & (least > ratio * most)
 
     for kind, sure, perhaps in (
-        (cold, (0.2, 1.5), (0.1, 1.25)),
+        (cold, (0.2, 1.5), (0.1, 1.1)),
         (warm, (0.75, 0.35), (0.25, 0.35)),
         (black, (0.75, 0.85), (0.4, 0.8)),
     ):
         core = _without_small(kind(*sure) & real, max(9.0, 2e-4 * mark.size))
         if core.any():
             mark |= ndimage.binary_propagation(core, mask=core | (kind(*perhaps) & real))
+    if mark.any():  # where a third of the neighbourhood is marked, what tissue hides is marked as well
+        mark |= _smooth(mark.astype(np.float32), max(1.0, max(mark.shape) / 100)) > 0.35
     return mark
 
 
