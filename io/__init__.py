@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from .cohorts import Classes, Cohort, Split, Survival
     from .errors import CohortError
     from .loading import load_cohort
+    from .masks import coverage, outlines, read_mask
+    from .quality import write_report
+    from .tissue import blur_mask, pen_mask, tissue_mask
 
 _HOME = {
     "Bags": "bags",
@@ -17,9 +20,31 @@ _HOME = {
     "Split": "cohorts",
     "Survival": "cohorts",
     "load_cohort": "loading",
+    "blur_mask": "tissue",
+    "coverage": "masks",
+    "outlines": "masks",
+    "pen_mask": "tissue",
+    "read_mask": "masks",
+    "tissue_mask": "tissue",
+    "write_report": "quality",
 }
 
-__all__ = ["Bags", "Classes", "Cohort", "CohortError", "Split", "Survival", "load_cohort"]
+__all__ = [
+    "Bags",
+    "Classes",
+    "Cohort",
+    "CohortError",
+    "Split",
+    "Survival",
+    "blur_mask",
+    "coverage",
+    "load_cohort",
+    "outlines",
+    "pen_mask",
+    "read_mask",
+    "tissue_mask",
+    "write_report",
+]
 
 
 if not TYPE_CHECKING:  # so that type checkers know the names above and no others
