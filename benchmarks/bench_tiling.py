@@ -27,9 +27,10 @@ import pytest
 from motet import bench
 from motet.io import FeatureStore, open_slide, tile_slides
 from motet.io.grid import Grid, Tiling, make_grid
+from motet.io.masks import coverage
 from motet.io.patches import damaged_patches, read_patches
 from motet.io.slides import Slide
-from motet.io.tissue import coverage, pen_mask, tissue_mask
+from motet.io.tissue import pen_mask, tissue_mask
 from numpy.typing import NDArray
 
 SIDE, MPP, TILE = 24_576, 0.499, 256

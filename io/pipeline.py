@@ -27,10 +27,11 @@ from .errors import SlideError
 from .finding import Source
 from .grid import Grid, Tiling, make_grid
 from .leases import Lease, Leases
+from .masks import coverage, read_mask
 from .patches import PatchBatch, damaged_patches, read_patches
 from .slides import Slide, open_slide
 from .store import FLAGS, SlideFeatures
-from .tissue import blur_mask, coverage, pen_mask, tissue_mask
+from .tissue import blur_mask, pen_mask, tissue_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -350,8 +351,6 @@ class _Worker:
     def _own_mask(
         self, source: Source, size: tuple[int, int], shape: tuple[int, ...]
     ) -> NDArray[np.bool_] | None:
-        from .masks import read_mask
-
         if self.settings.masks is None:
             return None
         for ending in (".geojson", ".png"):
