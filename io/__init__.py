@@ -6,20 +6,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bags import Bags
     from .cohorts import Classes, Cohort, Split, Survival
-    from .errors import CohortError
+    from .errors import CohortError, StoreError
+    from .foreign import import_features
     from .loading import load_cohort
+    from .store import FeatureStore
 
 _HOME = {
     "Bags": "bags",
     "Classes": "cohorts",
     "Cohort": "cohorts",
     "CohortError": "errors",
+    "FeatureStore": "store",
     "Split": "cohorts",
+    "StoreError": "errors",
     "Survival": "cohorts",
+    "import_features": "foreign",
     "load_cohort": "loading",
 }
 
-__all__ = ["Bags", "Classes", "Cohort", "CohortError", "Split", "Survival", "load_cohort"]
+__all__ = [
+    "Bags",
+    "Classes",
+    "Cohort",
+    "CohortError",
+    "FeatureStore",
+    "Split",
+    "StoreError",
+    "Survival",
+    "import_features",
+    "load_cohort",
+]
 
 
 if not TYPE_CHECKING:  # so that type checkers know the names above and no others
