@@ -5,16 +5,18 @@ from __future__ import annotations
 import zipfile
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .errors import CohortError, counted, listed
+from .errors import CohortError, StoreError, counted, listed
+from .store import FeatureStore, SlideFeatures
 
+T = TypeVar("T")
 Float = NDArray[np.float32]
 Bag = tuple[Float, Float | None]
 
@@ -127,9 +129,11 @@ class Measured(Lazy):
 class Store(Protocol):
     """A file of bags by key."""
 
-    keys: tuple[str, ...]
-
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+    def holds(self, key: str) -> bool: ...
     def shape(self, key: str) -> tuple[int, ...]: ...
+    def coords(self, key: str) -> Any: ...
     def read(self, key: str) -> Bag: ...
 
 
@@ -150,8 +154,14 @@ class Npz:
             self._arrays[key.strip()] = _checked(array, features, place)
         self.keys = tuple(self._arrays)
 
+    def holds(self, key: str) -> bool:
+        return key in self._arrays
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self._arrays[key].shape
+
+    def coords(self, key: str) -> None:
+        return None
 
     def read(self, key: str) -> Bag:
         return self._arrays[key], None
@@ -170,6 +180,10 @@ class Zarr:
         self._features, self._where = features, f"{where}: {path.name}"
         # Names of folders: asking zarr would open the metadata of every slide.
         self.keys = tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."))
+        self._held = frozenset(self.keys)
+
+    def holds(self, key: str) -> bool:
+        return key in self._held
 
     def arrays(self, key: str) -> tuple[Any, Any]:
         """Open the features and coordinates of a key, unread."""
@@ -189,6 +203,9 @@ class Zarr:
     def shape(self, key: str) -> tuple[int, ...]:
         return self.arrays(key)[0].shape
 
+    def coords(self, key: str) -> Any:
+        return self.arrays(key)[1]
+
     def read(self, key: str) -> Bag:
         features, coords = self.arrays(key)
         place = f"{self._where}: {key}"
@@ -203,6 +220,66 @@ class Zarr:
         if len(where) != len(bag):
             raise CohortError(f"{place}: expected coords of {len(bag)} tokens, got {len(where)}")
         return bag, where
+
+
+class Slides:
+    """Bags in a feature store: slides by key, name, file name or stem, less corrupt patches."""
+
+    def __init__(self, path: Path, features: int | None, where: str, encoder: str | None) -> None:
+        self._features, self._where = features, f"{where}: {path.name}"
+        try:
+            self._store = FeatureStore(path, encoder)
+            self._slug = self._store.slug
+        except StoreError as error:
+            raise CohortError(f"{where}: {error}") from None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return what slides are called: the stem of the file, or the key where two share one."""
+        called: dict[str, str] = {}
+        for key in self._store:
+            stem = PurePosixPath(str(self._slide(key).attrs.get("name"))).stem
+            called[key] = stem if self._store.find(stem) == key else key
+        return tuple(called.values())
+
+    def holds(self, key: str) -> bool:
+        """Return True if the slide is there and has a patch; one not embedded yet is an error."""
+        found = self._store.matches(key)
+        if len(found) > 1:
+            raise CohortError(f"{self._where}: {key!r} is the name of slides {listed(found)}")
+        if not found:
+            return False
+        slide = self._slide(found[0])
+        if self._slug not in slide.encoders:
+            raise CohortError(
+                f"{self._where}: {key}: no features of {self._slug!r} yet: tile the cohort again"
+            )
+        return self.shape(key)[0] > 0
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        slide = self._slide(key)
+        return self._checked(lambda: (int((~slide.corrupt).sum()), slide.width))
+
+    def coords(self, key: str) -> Any:
+        slide = self._slide(key)
+        if slide.attrs.get("coords") == "absent":
+            return None
+        return self._checked(lambda: slide.coords[~slide.corrupt])
+
+    def read(self, key: str) -> Bag:
+        slide = self._slide(key)
+        features, coords = self._checked(slide.bag)
+        bag = _checked(features, self._features, f"{self._where}: {key}")
+        return bag, None if slide.attrs.get("coords") == "absent" else coords
+
+    def _slide(self, key: str) -> SlideFeatures:
+        return self._checked(lambda: self._store[key])
+
+    def _checked(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except StoreError as error:
+            raise CohortError(f"{self._where}: {error}") from None
 
 
 class Stored(Lazy):
@@ -251,17 +328,15 @@ def open_stores(
     *,
     features: int | None,
     source: bool,
+    encoder: str | None,
     where: str,
 ) -> Bags:
     """Open stores; `wanted` maps patients to keys, by default keys are patients."""
-    stores: list[Store] = [
-        (Npz if path.suffix == ".npz" else Zarr)(path, features, where) for path in paths
-    ]
+    stores = [_open(path, features, where, encoder) for path in paths]
     if wanted is None:
         wanted = {key: [key] for store in stores for key in store.keys}
-    held = [set(store.keys) for store in stores]
     keys = {
-        patient: [(i, key) for i, there in enumerate(held) for key in names if key in there]
+        patient: [(i, key) for i, store in enumerate(stores) for key in names if store.holds(key)]
         for patient, names in wanted.items()
         if keep is None or patient in keep
     }
@@ -283,14 +358,21 @@ def open_stores(
     return Bags(bags, features=width + extra, coords=axes, extent=extent)
 
 
+def _open(path: Path, features: int | None, where: str, encoder: str | None) -> Store:
+    if (path / "run.json").is_file():
+        return Slides(path, features, where, encoder)
+    if encoder is not None:
+        raise CohortError(f"{where}.encoder: expected a feature store, got {path}")
+    return (Npz if path.suffix == ".npz" else Zarr)(path, features, where)
+
+
 def _measure(stores: list[Store], parts: list[tuple[int, str]]) -> tuple[int, int, float]:
     """Return width, coordinate axes and about the largest coordinate, from at most 16 bags."""
     place, key = parts[0]
     shape = stores[place].shape(key)
     axes, extent = 0, 0.0
     for place, key in parts[:: -(-len(parts) // 16)]:
-        store = stores[place]
-        coords = store.arrays(key)[1] if isinstance(store, Zarr) else None
+        coords = stores[place].coords(key)
         if coords is not None:
             known = np.abs(np.asarray(coords[...], np.float64))
             axes = known.shape[-1]

@@ -140,6 +140,7 @@ def _stores(section: Stores, tables: Tables, keep: set[str] | None, where: str) 
         keep,
         features=section.features,
         source=section.source,
+        encoder=section.encoder,
         where=where,
     )
 

@@ -168,6 +168,7 @@ class Stores(Model):
     features: Annotated[int, Field(ge=1)] | None = None
     source: bool = False
     keys: Keys | None = None
+    encoder: str | None = None
 
 
 class SplitFiles(Model):
