@@ -19,7 +19,8 @@ class Progress:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.patches = self.slides = self.finished = self.failed = 0
+        self.patches = self.slides = self.failed = 0
+        self.over: set[str] = set()
         self.decode_s = self.encode_s = 0.0
         self.bar: Any = None
 
@@ -27,7 +28,7 @@ class Progress:
         """Take an event of `tile_slides`."""
         what = event["event"]
         if what == "begin":
-            self.slides, self.finished = event["slides"], event["finished"]
+            self.slides = event["slides"]
             self.bar = tqdm(
                 total=event["bytes"], unit="B", unit_scale=True, disable=None, file=sys.stderr,
                 bar_format="{percentage:3.0f}% |{bar}| {desc}, {elapsed} so far, {remaining} left",
@@ -36,8 +37,8 @@ class Progress:
             self.patches += event["patches"]
             self.decode_s += event["decode_s"]
             self.encode_s += event["encode_s"]
-        elif what in ("done", "failed"):
-            self.finished += 1
+        elif what in ("known", "done", "failed") and event["key"] not in self.over:
+            self.over.add(event["key"])  # workers may know of one another's
             self.bar.update(event["bytes"])
         if what == "failed":
             self.failed += 1
@@ -47,7 +48,7 @@ class Progress:
 
     def describe(self) -> str:
         """Return slides, patches per second and what holds the rest up."""
-        text = f"{self.finished}/{self.slides} slides"
+        text = f"{len(self.over)}/{self.slides} slides"
         if self.failed:
             text += f" ({self.failed} failed)"
         if self.patches:

@@ -229,6 +229,7 @@ class _Worker:
                 if self.stopped.is_set():
                     return
                 if not self._is_to_do(source):
+                    self.emit(_over("known", source))
                     continue
                 lease = self.leases.take(source.key)
                 if lease is None:
@@ -251,6 +252,7 @@ class _Worker:
     def _is_to_do(self, source: Source) -> bool:
         state = self.store.state(source)
         if state == "failed":
+            # Tried again once per call, whoever of its workers comes first.
             return self.store.attempts(source.key) == self.settings.retry.get(source.key)
         return state not in ("done", "empty")
 

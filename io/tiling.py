@@ -102,7 +102,8 @@ def tile_slides(
         shard: (i, n), to do only the i-th of n parts, i from 0.
         ray: address of a Ray cluster to work on, "auto" for that of this machine, "local" to start
             one; paths must be known on all its machines.
-        progress: is called with each event, a dict: begin, start, patches, waiting, done, failed.
+        progress: is called with each event, a dict: begin, known (done before), start, patches,
+            waiting, done, failed.
 
     Returns:
         How many slides are done, empty, skipped and failed.
@@ -122,7 +123,7 @@ def tile_slides(
         >>> motet.io.FeatureStore("cohort")["tissue"].features.shape[0] > 5
         True
     """
-    from .commit import StoreWriter
+    from .commit import attempts_at_failed
     from .finding import find_slides
     from .grid import Tiling
     from .pipeline import Settings, work
@@ -153,7 +154,6 @@ def tile_slides(
     chosen = _shard(sources, shard)
     options = {"device": device, "precision": precision, "compile": compile,
                "weights": None if weights is None else str(weights)}  # fmt: skip
-    store = StoreWriter.prepare(out)
     settings = Settings(
         out=str(Path(out).absolute()),
         slides=[(str(source.path.absolute()), source.name) for source in chosen],
@@ -166,7 +166,7 @@ def tile_slides(
         max_damaged=max_damaged,
         decoders=max(1, len(os.sched_getaffinity(0)) // max(1, workers)),
         batch=batch,
-        retry={key: failure["attempts"] for key, failure in store.failed().items()},
+        retry=attempts_at_failed(Path(out)),
     )
     patches = 0
 
@@ -176,10 +176,7 @@ def tile_slides(
         if progress is not None:
             progress(event)
 
-    finished = store.finished()
-    left = [source for source in chosen if source.key not in finished]
-    emit({"event": "begin", "slides": len(chosen), "finished": len(chosen) - len(left),
-          "bytes": sum(source.bytes for source in left)})  # fmt: skip
+    emit({"event": "begin", "slides": len(chosen), "bytes": sum(one.bytes for one in chosen)})
     if ray is not None:
         from .workers import run_on_ray
 
@@ -201,17 +198,14 @@ def _summary(
 
     store = FeatureStore(out)
     store.write_manifest()
-    failures, done, empty, skipped, failed = store.failed, 0, 0, 0, {}
-    statuses = store.statuses()
-    for source in sources:
-        if source.key in statuses:
-            done += statuses[source.key] == "ok"
-            empty += statuses[source.key] == "empty"
-        elif missing_mpp == "skip" and failures[source.key]["reason"] == "no-mpp":
-            skipped += 1
-        else:
-            failed[source.key] = failures[source.key]["message"]
-    return Tiled(len(sources), done, empty, skipped, failed, patches)
+    table = store.manifest().set_index("key").loc[[source.key for source in sources]]
+    ends = table["status"].value_counts()
+    failures = table[table["status"] == "failed"]
+    skip = (failures["reason"] == "no-mpp") & (missing_mpp == "skip")
+    return Tiled(
+        len(sources), int(ends.get("ok", 0)), int(ends.get("empty", 0)), int(skip.sum()),
+        {key: store.failed[key]["message"] for key in failures.index[~skip]}, patches,
+    )  # fmt: skip
 
 
 def _shard(sources: list[Source], shard: tuple[int, int] | None) -> list[Source]:

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .commit import StoreWriter
+from .commit import note_failure
 from .errors import SlideError, StoreError
 from .finding import Source
 from .leases import Leases
@@ -124,7 +124,7 @@ def _blame(settings: Settings, key: str, name: str, how: str, emit: Emit) -> Non
         if lease is None:
             return
         attempts = settings.retry.get(key, 0) + 1
-        StoreWriter.existing(settings.out).fail(key, Source(Path(path), name), error, attempts)
+        note_failure(Path(settings.out), key, Source(Path(path), name), error, attempts)
         lease.release()
     emit({"event": "failed", "key": key, "name": name, "message": str(error)})
 

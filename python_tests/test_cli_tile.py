@@ -89,7 +89,9 @@ def test_slide_mpp_tables(tmp_path: Path) -> None:
 
 def test_progress_says_what_is_slowest() -> None:
     progress = tile.Progress()
-    progress({"event": "begin", "slides": 3, "finished": 1, "bytes": 100})
+    progress({"event": "begin", "slides": 3, "bytes": 100})
+    progress({"event": "known", "key": "b", "name": "b", "bytes": 50})
+    progress({"event": "known", "key": "b", "name": "b", "bytes": 50})
     progress({"event": "patches", "patches": 10, "decode_s": 0.2, "encode_s": 0.1})
     progress({"event": "done", "key": "a", "name": "a", "bytes": 50})
     assert progress.describe().startswith("2/3 slides, ")
