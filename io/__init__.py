@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bags import Bags
     from .cohorts import Classes, Cohort, Split, Survival
+    from .encoders import Encoder, load_encoder
     from .errors import CohortError
     from .loading import load_cohort
 
@@ -14,12 +15,24 @@ _HOME = {
     "Classes": "cohorts",
     "Cohort": "cohorts",
     "CohortError": "errors",
+    "Encoder": "encoders",
     "Split": "cohorts",
     "Survival": "cohorts",
     "load_cohort": "loading",
+    "load_encoder": "encoders",
 }
 
-__all__ = ["Bags", "Classes", "Cohort", "CohortError", "Split", "Survival", "load_cohort"]
+__all__ = [
+    "Bags",
+    "Classes",
+    "Cohort",
+    "CohortError",
+    "Encoder",
+    "Split",
+    "Survival",
+    "load_cohort",
+    "load_encoder",
+]
 
 
 if not TYPE_CHECKING:  # so that type checkers know the names above and no others
