@@ -192,7 +192,7 @@ def tile(out: Path) -> None:
     store = FeatureStore(out / "store")
     write_report(store, out / "store" / "report")
     tissue = store["tissue"]
-    width, height = tissue.attrs["size"]
+    width, height = tissue.attrs["width"], tissue.attrs["height"]
     patches, features = tissue.features.shape
     print(
         f"\nmotet tile: {slide.name}, {width} x {height} px, colonic glands, FHL2 in brown: "

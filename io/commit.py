@@ -21,7 +21,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -217,32 +217,13 @@ class StoreWriter:
         slide = SlideFeatures(store, key)  # pyright: ignore[reportArgumentType]
         return SlideWriter(self, key, width, {"flags": slide.flags}, slide.attrs, further=True)
 
-    def fail(self, key: str, source: Source, error: BaseException, attempts: int) -> None:
-        """Note that a slide failed, and why; a later success removes the note."""
-        _check_key(key)
-        reason = error.reason if isinstance(error, SlideError) else type(error).__name__
-        message = error.message if isinstance(error, SlideError) else str(error)
-        note = {
-            "attempts": attempts, "message": message, "name": source.name, "path": str(source.path),
-            "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }  # fmt: skip
-        with suppress(OSError):  # gone: that may be why it failed
-            status = source.path.stat()
-            note |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-        self._write_json("failed", key, note)
-
-    def attempts(self, key: str) -> int:
-        """Return how often a slide has failed so far, by its note."""
-        try:
-            attempts = read_json(self.path / "failed" / f"{key}.json").get("attempts")
-        except StoreError:
-            return 0
-        return attempts if isinstance(attempts, int) else 0
+    def attempts(self, key: str) -> int | None:
+        """Return how often a slide has failed, None if it is not noted as failed."""
+        return attempts_at_failed(self.path, [key]).get(key)
 
     def log(self, key: str, entries: Mapping[str, Any]) -> None:
         """Note what differs between two runs: seconds, host. Never read by motet."""
-        _check_key(key)
-        self._write_json("logs", key, entries)
+        _write_json(self.path, "logs", key, entries)
 
     def clean(self, leases: Leases) -> None:
         """Remove what dead workers left, of all keys whose lease can be had now."""
@@ -253,9 +234,39 @@ class StoreWriter:
                 with lease:
                     _recover(self.path, key)
 
-    def _write_json(self, folder: str, key: str, content: Mapping[str, Any]) -> None:
-        with replacing(self.path, key, self.path / folder / f"{key}.json") as partial:
-            partial.write_bytes(_json(content))
+
+def note_failure(
+    cohort: Path, key: str, source: Source, error: BaseException, attempts: int
+) -> None:
+    """Note that a slide failed, and why; a later success removes the note."""
+    reason = error.reason if isinstance(error, SlideError) else type(error).__name__
+    message = error.message if isinstance(error, SlideError) else str(error)
+    note = {
+        "attempts": attempts, "message": message, "name": source.name, "path": str(source.path),
+        "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    with suppress(OSError):  # gone: that may be why it failed
+        status = source.path.stat()
+        note |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    _write_json(cohort, "failed", key, note)
+
+
+def attempts_at_failed(cohort: Path, keys: Iterable[str] | None = None) -> dict[str, int]:
+    """Return how often each of the slides that are noted as failed has failed."""
+    folder = cohort / "failed"
+    if keys is None:
+        keys = [name.removesuffix(".json") for name in _listed(folder) if name.endswith(".json")]
+    found = {}
+    for key in keys:
+        with suppress(FileNotFoundError):
+            found[key] = int(read_json(folder / f"{key}.json").get("attempts", 0))
+    return found
+
+
+def _write_json(cohort: Path, folder: str, key: str, content: Mapping[str, Any]) -> None:
+    _check_key(key)
+    with replacing(cohort, key, cohort / folder / f"{key}.json") as partial:
+        partial.write_bytes(_json(content))
 
 
 class SlideWriter:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from .commit import SlideWriter, StoreWriter, described
+from .commit import SlideWriter, StoreWriter, described, note_failure
 from .errors import SlideError
 from .finding import Source
 from .grid import Grid, Tiling, make_grid
@@ -310,7 +310,8 @@ class _Worker:
             **described(source),
             "vendor": slide.vendor,
             "reader": slide.reader,
-            "size": size,
+            "width": size[0],
+            "height": size[1],
             "mpp": mpp,
             "mpp_source": mpp_source,
             "level": grid.level,
@@ -427,7 +428,7 @@ class _Worker:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise error
             attempts = self.settings.retry.get(source.key, 0) + 1
-            self.store.fail(source.key, source, error, attempts)
+            note_failure(self.store.path, source.key, source, error, attempts)
         finally:
             lease.release()
         self.emit({**_over("failed", source), "message": str(error)})

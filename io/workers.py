@@ -32,7 +32,7 @@ CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.
 """What a process dies of by its own doing; of SIGKILL, a slide is not to blame at once."""
 RESTARTS = 3
 """Deaths of a worker in a row, no slide finished between them, that are put down to others."""
-ERRORS = {kind.__name__: kind for kind in (StoreError, ValueError, OSError, RuntimeError)}
+STOPS = (StoreError, ValueError, OSError, RuntimeError, MemoryError)
 """What stops a worker, and then all of them: not the fault of one slide."""
 
 Events = queue.Queue[tuple["_Child", dict[str, Any] | None]]
@@ -64,7 +64,7 @@ def run_here(settings: Settings, workers: int, emit: Emit, *, stall_s: float = S
                 children.remove(child)
                 children += _after(child, settings, events, emit)
             elif event["event"] == "error":
-                raise _error(event["type"], event["arguments"])
+                raise _unpacked(event)
             else:
                 child.hear(event)
                 emit(event)
@@ -75,11 +75,21 @@ def run_here(settings: Settings, workers: int, emit: Emit, *, stall_s: float = S
             child.process.wait()
 
 
-def _error(kind: str, arguments: list[Any]) -> Exception:
-    """Return the error of another process; RuntimeError, such as of CUDA, becomes an OSError."""
-    if kind == "RuntimeError":
-        return ChildProcessError(f"a worker stopped: {arguments[0]}")
-    return ERRORS[kind](*arguments)
+def _packed(error: BaseException) -> dict[str, Any]:
+    """Return an error as an event."""
+    kind = next(kind for kind in STOPS if isinstance(error, kind))
+    arguments = error.args if isinstance(error, OSError) else (str(error),)
+    if isinstance(error, OSError) and error.filename is not None:
+        arguments = (*arguments[:2], str(error.filename))
+    return {"event": "error", "type": kind.__name__, "arguments": arguments}
+
+
+def _unpacked(event: dict[str, Any]) -> Exception:
+    """Return it again; RuntimeError and MemoryError, such as of CUDA, become an OSError."""
+    kind = next(kind for kind in STOPS if kind.__name__ == event["type"])
+    if kind in (RuntimeError, MemoryError):
+        return ChildProcessError(f"a worker stopped: {event['arguments'][0]}")
+    return kind(*event["arguments"])
 
 
 def _after(child: _Child, settings: Settings, events: Events, emit: Emit) -> list[_Child]:
@@ -222,9 +232,9 @@ def run_on_ray(settings: Settings, address: str, workers: int | None, emit: Emit
             for event in events.get_nowait_batch(events.qsize()):
                 emit(event)
     except RayTaskError as error:
-        cause = error.cause
-        kind = next((name for name, kind in ERRORS.items() if isinstance(cause, kind)), None)
-        raise _error(kind, list(cause.args)) if kind else error from None
+        if isinstance(error.cause, STOPS):
+            raise _unpacked(_packed(error.cause)) from None
+        raise
     except RayError as error:
         raise ChildProcessError(f"ray: {str(error).strip().splitlines()[0]}") from None
     finally:
@@ -251,12 +261,8 @@ def main() -> int:
 
         try:
             work(Settings(**settings), emit, turn=tuple(turn))
-        except tuple(ERRORS.values()) as error:
-            kind = next(kind for kind in ERRORS.values() if isinstance(error, kind))
-            arguments = error.args if isinstance(error, OSError) else (str(error),)
-            if isinstance(error, OSError) and error.filename is not None:
-                arguments = (*arguments[:2], str(error.filename))
-            emit({"event": "error", "type": kind.__name__, "arguments": arguments})
+        except STOPS as error:
+            emit(_packed(error))
             return 1
     return 0
 
