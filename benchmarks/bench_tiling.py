@@ -26,9 +26,9 @@ import numpy as np
 import pytest
 from motet import bench
 from motet.io import FeatureStore, open_slide, tile_slides
-from motet.io.grid import Grid, Tiling, make_grid
+from motet.io.grid import Grid, Tiling, damaged_patches, make_grid
 from motet.io.masks import coverage
-from motet.io.patches import damaged_patches, read_patches
+from motet.io.patches import read_patches
 from motet.io.slides import Slide
 from motet.io.tissue import pen_mask, tissue_mask
 from numpy.typing import NDArray

@@ -8,7 +8,6 @@ disk, an encoder that raises) stops the worker.
 
 from __future__ import annotations
 
-import errno
 import os
 import queue
 import threading
@@ -22,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from .commit import SlideWriter, StoreWriter, described, note_failure
+from .commit import FULL, SlideWriter, StoreWriter, described, note_failure
 from .errors import SlideError
 from .finding import Source
-from .grid import Grid, Tiling, make_grid
+from .grid import Grid, Tiling, damaged_patches, make_grid
 from .leases import Lease, Leases
 from .masks import coverage, read_mask
-from .patches import PatchBatch, damaged_patches, read_patches
+from .patches import PatchBatch, read_patches
 from .slides import Slide, open_slide
 from .store import FLAGS, SlideFeatures
 from .tissue import blur_mask, pen_mask, tissue_mask
@@ -190,6 +189,7 @@ class _Worker:
         ]
         self.batch = max(1, min(settings.batch, BATCH_BYTES // (3 * self.tiling.tile_px**2)))
         self.stopped = threading.Event()
+        self.under_way: set[Job] = set()
 
     def run(self) -> None:
         finished: list[Future[None]] = []
@@ -214,7 +214,8 @@ class _Worker:
             finally:
                 self.stopped.set()
                 committer.shutdown()
-                self.leases.close()
+                for job in list(self.under_way):  # something stopped all of them
+                    self._leave(job)
         for future in finished:
             future.result()
 
@@ -267,9 +268,16 @@ class _Worker:
         except FAILURES as error:
             if slide is not None:
                 slide.close()
-            self._record(source, lease, error)
+            try:
+                self._record(source, error)
+            finally:
+                lease.release()
             return None
+        except BaseException:
+            lease.release()
+            raise
         job.seconds["open"] = time.perf_counter() - started
+        self.under_way.add(job)
         return job
 
     def _begin(self, source: Source, lease: Lease, slide: Slide) -> Job:
@@ -298,7 +306,7 @@ class _Worker:
             (FLAGS.BLUR, share_of(blur, coords) >= BLUR_SHARE),
             (FLAGS.CORRUPT, corrupt),
         ):
-            flags[where] |= flag
+            flags[where] |= np.uint8(flag)
         if len(kept) and corrupt.mean() > self.settings.max_damaged:
             raise SlideError(
                 source.path,
@@ -408,29 +416,32 @@ class _Worker:
         except FAILURES as error:
             self._fail(job, error)
             return
-        job.slide.close()
         job.seconds["commit"] = time.perf_counter() - started
         self.store.log(job.source.key, {"seconds": job.seconds, "host": os.uname().nodename})
-        job.lease.release()
-        job.over.set()
+        self._leave(job)
         self.emit(_over("done", job.source))
 
     def _fail(self, job: Job, error: BaseException) -> None:
         job.failed = True
+        try:
+            self._record(job.source, error)
+        finally:
+            self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        """Close what a slide holds, and remove what is not committed."""
         job.writer.abort()
         job.slide.close()
+        job.lease.release()
         job.over.set()
-        self._record(job.source, job.lease, error)
+        self.under_way.discard(job)
 
-    def _record(self, source: Source, lease: Lease, error: BaseException) -> None:
+    def _record(self, source: Source, error: BaseException) -> None:
         """Write down why a slide failed; raise what would fail the others too."""
-        try:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise error
-            attempts = self.settings.retry.get(source.key, 0) + 1
-            note_failure(self.store.path, source.key, source, error, attempts)
-        finally:
-            lease.release()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise error
+        attempts = self.settings.retry.get(source.key, 0) + 1
+        note_failure(self.store.path, source.key, source, error, attempts)
         self.emit({**_over("failed", source), "message": str(error)})
 
 
