@@ -1,4 +1,4 @@
-"""Data in: cohorts. Imports neither torch nor the models, and numpy and pandas at first use."""
+"""Data in: cohorts and slides. Imports neither torch nor the models, and numpy and pandas at first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,20 +6,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bags import Bags
     from .cohorts import Classes, Cohort, Split, Survival
-    from .errors import CohortError
+    from .errors import CohortError, SlideError
     from .loading import load_cohort
+    from .slides import Slide, open_slide
 
 _HOME = {
     "Bags": "bags",
     "Classes": "cohorts",
     "Cohort": "cohorts",
     "CohortError": "errors",
+    "Slide": "slides",
+    "SlideError": "errors",
     "Split": "cohorts",
     "Survival": "cohorts",
     "load_cohort": "loading",
+    "open_slide": "slides",
 }
 
-__all__ = ["Bags", "Classes", "Cohort", "CohortError", "Split", "Survival", "load_cohort"]
+__all__ = [
+    "Bags",
+    "Classes",
+    "Cohort",
+    "CohortError",
+    "Slide",
+    "SlideError",
+    "Split",
+    "Survival",
+    "load_cohort",
+    "open_slide",
+]
 
 
 if not TYPE_CHECKING:  # so that type checkers know the names above and no others
