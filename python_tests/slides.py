@@ -96,7 +96,7 @@ def make_pyramid(
             writer.write(
                 image if factor == 1 else reduce_by(image, factor),
                 tile=tile[::-1],
-                photometric="ycbcr" if compression == "jpeg" else "rgb",
+                photometric="rgb",  # "ycbcr" would take the pixels for YCbCr already
                 compression=None if compression == "none" else compression,
                 compressionargs={"level": quality} if lossy else None,
                 subfiletype=1 if number else 0,
