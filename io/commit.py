@@ -482,7 +482,7 @@ class SlideWriter:
 
 def described(source: Source) -> dict[str, Any]:
     """Return what a slide's attributes say of its source: how it is known again."""
-    from .finding import quick_hash
+    from .slides import quick_hash
 
     status = source.path.stat()
     return {
@@ -573,7 +573,7 @@ def _same(source: Source, known: object) -> bool:
             return True
         if status.st_size != known.get("bytes") or "quick_hash" not in known:
             return False
-        from .finding import quick_hash
+        from .slides import quick_hash
 
         return quick_hash(source.path) == known["quick_hash"]
     except OSError:  # gone: what is stored of it is all there is

@@ -31,6 +31,14 @@ class Source:
     name: str
 
     @property
+    def bytes(self) -> int:
+        """Return the size of its file, 0 where that cannot be told: opening it will say why."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
+    @property
     def key(self) -> str:
         """Name its folder in a store: letters, digits, '.', '_' and '-' only, and never a path."""
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(self.name).stem).lstrip(".")[:80]
