@@ -109,9 +109,9 @@ class Grid:
 def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
     """Choose a level of a slide and lay patches over it.
 
-    The level is the coarsest that is no coarser than asked for, give or take 2 %. Within 2 % of what
-    is asked for its pixels are taken as they are, and the patches keep to them. Otherwise a patch is
-    the area mean of tile_px * target level-0 px, and begins at a whole one of these.
+    The level is the coarsest that is no coarser than asked for, give or take 2 %. Within 2 % of
+    what is asked for, its pixels are taken as they are, and patches begin at whole ones. Otherwise
+    a patch is the area mean of tile_px * target level-0 px, and begins at a whole one of these.
 
     Args:
         slide: what to lay them over.
@@ -129,7 +129,7 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
     if tiling.downsample is not None:
         target = float(tiling.downsample)
     elif mpp is not None and 1e-4 < mpp < 1e6:
-        # To 12 digits: 3.0000000000000004 from 0.75 / 0.25 and the like must not cost a last column.
+        # To 12 digits: a quotient of 3.0000000000000004 must not cost the last column.
         target = round(tiling.mpp / mpp, 12)  # pyright: ignore[reportOptionalOperand]
     else:
         raise SlideError(
@@ -212,5 +212,5 @@ def damaged_patches(slide: Slide, grid: Grid) -> np.ndarray:
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: expected a number, got {value!r}")  # noqa: TRY004
+        raise ValueError(f"{name}: expected a number, got {value!r}")
     return float(value)

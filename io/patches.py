@@ -64,16 +64,18 @@ def read_patches(
         device: "cpu" gives numpy; another is handed to slide.read_many, which then gives tensors.
     """
     wanted = np.asarray(wanted, np.int64)
-    order, *blocks = _blocks(slide, grid, wanted)
+    order, firsts, blocks, side = _blocks(slide, grid, wanted)
     corners = grid.corners[wanted[order]]
     if grid.read_px > READ_PX:
-        ratio, images = 1.0, ((_pieced(slide, grid, at, workers), 0, 0) for at in corners)
+        ratio, images = 1.0, ((_pieced(slide, grid, at, workers), 0.0, 0.0) for at in corners)
     else:
-        ratio, images = grid.ratio, _images(slide, grid, corners, *blocks, workers, device)
+        ratio = grid.ratio
+        images = _images(slide, grid, corners, firsts, blocks, side, workers, device)
     memory = _Memory(batch, grid.tile_px, grid.tile_px, 3)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         kept, pixels = np.ones(len(chosen), bool), None
+        # Slots come first, so that no image of the next batch is asked for.
         for slot, (image, x, y) in zip(np.argsort(np.argsort(chosen)), images, strict=False):
             if isinstance(image, SlideError):
                 kept[slot] = False
@@ -106,23 +108,22 @@ def probe_decoder(slide: Slide, grid: Grid) -> str:
     first = max(0, len(grid.coords) // 2 - PROBED // 2)
     wanted = np.arange(first, min(first + PROBED, len(grid.coords)))
 
-    def timed(device: str) -> tuple[float, PatchBatch, np.ndarray]:
-        for _ in range(2):
-            start = time.perf_counter()
-            (patches,) = read_patches(slide, grid, wanted, batch=PROBED, device=device)
-            pixels = torch.as_tensor(patches.pixels).cpu().numpy()  # waits for the GPU
-            seconds = time.perf_counter() - start
-        return seconds, patches, pixels
+    def decoded(device: str) -> tuple[float, np.ndarray, np.ndarray]:
+        start = time.perf_counter()
+        (patches,) = read_patches(slide, grid, wanted, batch=PROBED, device=device)
+        pixels = torch.as_tensor(patches.pixels).cpu().numpy()  # waits for the GPU
+        return time.perf_counter() - start, patches.rows, pixels
 
     try:
-        on_gpu, theirs, decoded = timed("cuda")
+        decoded("cuda")
+        there, rows, pixels = decoded("cuda")
     except (SlideError, RuntimeError):  # what torch and cuCIM raise where decoding does not work
         return "cpu"
-    on_cpu, own, expected = timed("cpu")
-    same = np.array_equal(own.rows, theirs.rows) and len(own.rows) > 0
-    if not same or np.abs(expected.astype(np.float32) - decoded).mean() > 2:
+    decoded("cpu")
+    here, own_rows, own_pixels = decoded("cpu")
+    if there >= here or not len(rows) or not np.array_equal(rows, own_rows):
         return "cpu"
-    return "cuda" if on_gpu < on_cpu else "cpu"
+    return "cuda" if np.abs(pixels - own_pixels.astype(np.float32)).mean() <= 2 else "cpu"
 
 
 def _blocks(
@@ -152,9 +153,7 @@ def _blocks(
         counts = np.bincount(ids, minlength=len(begins[0]) * len(begins[1]))
         spans = [
             np.minimum(begin + side - 1, length - 1) // tile - begin // tile + 1
-            for begin, length, tile in zip(
-                begins, (level.width, level.height), tiles, strict=True
-            )
+            for begin, length, tile in zip(begins, (level.width, level.height), tiles, strict=True)
         ]
         cost = ((np.outer(spans[1], spans[0]).ravel() + READ_COST) * (counts > 0)).sum()
         if best is None or cost < best[0]:
@@ -188,8 +187,8 @@ def _images(
                 x, y = corners[nth] - low
                 own = math.ceil(max(x, y) + grid.read_px - 1e-6)
                 low = low.astype(np.int64)[None]
-                (alone,) = slide.read_many(grid.level, low, own, own, **options)
-                yield alone, x, y
+                for alone in slide.read_many(grid.level, low, own, own, **options):
+                    yield alone, x, y
             else:
                 yield image, *at[nth]
 
@@ -206,7 +205,7 @@ def _pieced(slide: Slide, grid: Grid, corner: np.ndarray, workers: int) -> Any:
     for (y, x), begin, image in zip(parts, places - lows, images, strict=True):
         if isinstance(image, SlideError):
             return image
-        _cut(image, *begin, grid.ratio, whole[y : y + size, x : x + size])
+        _cut(image, begin[0], begin[1], grid.ratio, whole[y : y + size, x : x + size])
     return whole
 
 
@@ -237,11 +236,9 @@ class _Memory:
         """Return uninitialised pixels of the kind and on the device of an image."""
         if not isinstance(image, np.ndarray):
             return image.new_empty(self.shape)  # torch keeps memory itself
-        for i, (block, user) in enumerate(self.blocks):
-            if user() is None:
-                break
-        else:
-            i, block = len(self.blocks), memoryview(np.empty(self.shape, np.uint8))
+        free = [i for i, (_, user) in enumerate(self.blocks) if user() is None]
+        i = free[0] if free else len(self.blocks)
+        block = self.blocks[i][0] if free else np.empty(self.shape, np.uint8).data
         # Views of views refer to the first array over a memoryview, so that it outlives them all.
         pixels = np.asarray(block)
         self.blocks[i : i + 1] = [(block, weakref.ref(pixels))]

@@ -32,10 +32,10 @@ def area_resample(
     """Take the mean of an image over windows of ratio x ratio px that begin at rows and columns.
 
     out[i, j] is the mean over [rows[i], rows[i] + ratio) x [columns[j], columns[j] + ratio), in
-    which a pixel that a window covers in part counts in part, rounded to nearest (halves up). The
+    which a pixel that a window covers in part counts in part, rounded to nearest, halves up. The
     mean is exact to 1e-11 grey levels before it is rounded, so that the result is the correctly
-    rounded one, unless the mean lies less than 1e-9 below a half. With C++, a ratio of 1 at whole pixels
-    is a copy, 2 and 4 take integers alone.
+    rounded one unless the mean lies less than 1e-9 below a half. In C++, a ratio of 1 at whole
+    pixels is a copy, and ratios of 2 and 4 there take integers alone.
 
     Args:
         image: uint8 [H, W, 3], pixels without gaps; rows may lie apart, as in a crop.
@@ -68,7 +68,9 @@ def area_resample_reference(
     image: np.ndarray, rows: np.ndarray, columns: np.ndarray, ratio: float
 ) -> np.ndarray:
     """Compute area_resample literally: a matrix of the shares of pixels from each side."""
-    down, across = (shares(*of, ratio) for of in ((rows, image.shape[0]), (columns, image.shape[1])))
+    down, across = (
+        shares(*of, ratio) for of in ((rows, image.shape[0]), (columns, image.shape[1]))
+    )
     mean = np.einsum("iy,yxc,jx->ijc", down, image.astype(np.float64), across, optimize=True)
     return np.floor(mean + HALF).astype(np.uint8)
 

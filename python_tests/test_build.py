@@ -52,8 +52,11 @@ def build(target: Path, source: Path, **environment: str) -> Path:
 
 
 def has_native(wheel: Path) -> bool:
+    """Whether both modules are there; one alone never is."""
     with zipfile.ZipFile(wheel) as archive:
-        return any(name.startswith("motet/kernels/_C.") for name in archive.namelist())
+        built = {Path(name).parent for name in archive.namelist() if "/_C." in name}
+    assert built in ({Path("motet/kernels"), Path("motet/io")}, set())
+    return bool(built)
 
 
 # What CMake finds on a machine without a compiler: nothing that runs.
@@ -104,15 +107,18 @@ def test_wheel(compiler: bool, tmp_path: Path) -> None:
     assert has_native(wheel) == compiler
 
     code = """
-import warnings, motet, torch
+import warnings, motet, torch, numpy
+from motet.io.resample import area_resample, status
 a, b = torch.tensor([1 + 0j]), torch.tensor([0 + 3j])
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for _ in range(3):
         merged = motet.kernels.harmonic_merge([a, b])
         mean = motet.kernels.slerp([a.real, b.imag])
+grey = area_resample(numpy.full((4, 4, 3), 7, "u1"), numpy.zeros(1), numpy.zeros(1), 2.5)
+assert grey.tolist() == [[[7, 7, 7]]]
 assert torch.allclose(merged, torch.tensor([1.0607 + 1.0607j]), atol=1e-4)
-print(sum("torch computes instead" in str(w.message) for w in seen), motet.__file__)
+print(sum("torch computes instead" in str(w.message) for w in seen), bool(status()), motet.__file__)
 """
     # -I and a path of our own: neither the checkout nor the editable install can help.
     script = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r})\n{code}"
@@ -120,6 +126,7 @@ print(sum("torch computes instead" in str(w.message) for w in seen), motet.__fil
         [sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    warned, where = run.stdout.split()
+    warned, without, where = run.stdout.split()
+    assert without == str(not compiler)
     assert where.startswith(str(tmp_path))
     assert int(warned) == (0 if compiler else 1)

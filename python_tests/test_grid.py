@@ -1,0 +1,314 @@
+"""Where patches lie: resolution, level, borders, coordinates, on pyramids of all shapes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from motet.io.errors import SlideError
+from motet.io.grid import MOST, Grid, Tiling, damaged_patches, make_grid
+
+from .test_resample import noise
+
+
+class Level(NamedTuple):
+    width: int
+    height: int
+    downsample: float
+
+
+class ArraySlide:
+    """A slide in memory. What read_many yields is overwritten by the next item."""
+
+    path, reader, vendor = Path("made.svs"), "pillow", "made"
+
+    def __init__(
+        self,
+        levels: list[Level],
+        *,
+        tile_px: tuple[int, int] | None = (256, 256),
+        faults: tuple[tuple[int, int, int, int], ...] = (),
+    ) -> None:
+        self.levels, self.tile_px, self.faults = tuple(levels), tile_px, faults
+        self.pixels: dict[int, np.ndarray] = {}
+        self.reads: list[tuple[int, int, int, int]] = []
+
+    def image(self, level: int) -> np.ndarray:
+        if level not in self.pixels:
+            self.pixels[level] = noise(self.levels[level].height, self.levels[level].width, 3)
+        return self.pixels[level]
+
+    def damaged(self, level: int) -> np.ndarray:
+        return np.array(self.faults, np.int64).reshape(-1, 4)
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        self.reads.append((x, y, width, height))
+        for left, top, w, h in self.faults:
+            if x < left + w and left < x + width and y < top + h and top < y + height:
+                raise SlideError(self.path, "damaged", "made so")
+        result, image = np.full((height, width, 3), 255, np.uint8), self.image(level)
+        (y0, y1), (x0, x1) = (
+            (min(max(0, begin), side), min(max(0, begin + length), side))
+            for begin, length, side in ((y, height, len(image)), (x, width, image.shape[1]))
+        )
+        result[y0 - y : y1 - y, x0 - x : x1 - x] = image[y0:y1, x0:x1]
+        return result
+
+    def read_many(
+        self, level: int, corners: np.ndarray, width: int, height: int, *, workers: int = 1
+    ) -> Iterator[Any]:
+        assert corners.dtype == np.int64
+        buffer = np.empty((height, width, 3), np.uint8)
+        for x, y in corners.tolist():
+            try:
+                buffer[:] = self.read(level, x, y, width, height)
+            except SlideError as error:
+                yield error
+            else:
+                yield buffer
+            buffer[:] = 77
+
+
+def pyramid(width: int, height: int, *factors: float) -> ArraySlide:
+    """A slide with levels of these downsamples, sides rounded down."""
+    return ArraySlide([Level(int(width / f), int(height / f), float(f)) for f in factors])
+
+
+def grid_of(slide: Any, own_mpp: float | None = None, **tiling: Any) -> Grid:
+    return make_grid(slide, Tiling(**tiling), own_mpp)
+
+
+def test_the_papers_patches_on_an_odd_slide() -> None:
+    """4097 px at a quarter are 1024: int(4097 / 1024) as the footprint would still be 4 here, but
+    ceil(4097 / 4) = 1025 px give int(4097 / 1025) = 3."""
+    for own in (1024, 1025):
+        slide = ArraySlide([Level(4097, 4097, 1.0), Level(own, own, 4.0), Level(256, 256, 16.0)])
+        grid = grid_of(slide, downsample=4)
+        assert (grid.level, grid.ratio, grid.read_px, grid.footprint_px) == (1, 1.0, 256, 1024)
+        assert grid.shape == (4, 4)
+        assert grid.mpp is None
+        assert grid.coords.dtype == np.int32
+        assert grid.coords[:6].tolist() == [[0, 0], [1024, 0], [2048, 0], [3072, 0], [0, 1024],
+                                            [1024, 1024]]  # fmt: skip
+        assert np.array_equal(grid.corners, grid.coords / 4)
+        assert not grid.edge.any()
+
+
+@pytest.mark.parametrize(
+    ("mpp", "level", "ratio", "true"),
+    [
+        (0.25, 0, 1.0, 0.25),
+        (0.246, 0, 1.0, 0.25),  # within 2 %
+        (0.254, 0, 1.0, 0.25),
+        (0.26, 0, 1.04, 0.26),
+        (0.5, 0, 2.0, 0.5),
+        (0.97, 0, 3.88, 0.97),
+        (0.985, 1, 1.0, 1.0),
+        (1.02, 1, 1.0, 1.0),
+        (1.5, 1, 1.5, 1.5),
+        (2.0, 1, 2.0, 2.0),  # a pyramid of 1, 4, 16 has no level of 8
+        (3.95, 2, 1.0, 4.0),
+        (8.0, 2, 2.0, 8.0),
+    ],
+)
+def test_level_and_ratio(mpp: float, level: int, ratio: float, true: float) -> None:
+    grid = grid_of(pyramid(40_000, 30_000, 1, 4, 16), 0.25, mpp=mpp)
+    assert grid.level == level
+    assert grid.ratio == pytest.approx(ratio, rel=1e-12)
+    assert (grid.ratio == 1.0) == (ratio == 1.0)
+    assert grid.mpp == pytest.approx(true, rel=1e-12)
+    assert grid.footprint_px == pytest.approx(256 * true / 0.25, rel=1e-12)
+    assert grid.read_px == pytest.approx(256 * ratio, rel=1e-12)
+
+
+def test_noise_of_a_quotient_costs_no_patch() -> None:
+    for mpp, own in ((0.3, 0.1), (0.6, 0.2), (0.75, 0.25), (1.1, 1.0), (0.69, 0.23), (0.07, 0.01)):
+        factor = round(mpp / own, 6)
+        side = round(2560 * factor)
+        grid = grid_of(pyramid(side, side, 1), own, mpp=mpp)
+        assert grid.shape == (10, 10)
+        assert grid.ratio == factor
+
+
+def test_a_level_of_2_0005() -> None:
+    """Patches keep to the pixels of the level; coordinates say where these lie."""
+    slide = ArraySlide([Level(4443, 3567, 1.0), Level(2221, 1783, 2.0005)])
+    grid = grid_of(slide, downsample=2, tile_px=100)
+    assert (grid.level, grid.ratio, grid.footprint_px) == (1, 1.0, 200.05)
+    assert grid.shape == (17, 22)
+    assert np.array_equal(grid.corners % 100, np.zeros_like(grid.corners))
+    assert np.abs(grid.coords - grid.corners * 2.0005).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("border", "coords", "edge"),
+    [
+        ("drop", [0, 100], [False, False]),
+        ("shift", [0, 100, 150], [False, False, True]),
+        ("pad", [0, 100, 200], [False, False, True]),
+    ],
+)
+def test_borders(border: str, coords: list[int], edge: list[bool]) -> None:
+    grid = grid_of(pyramid(250, 100, 1), downsample=1, tile_px=100, border=border)
+    assert grid.shape == (1, len(coords))
+    assert grid.coords[:, 0].tolist() == coords
+    assert grid.edge.tolist() == edge
+
+
+@pytest.mark.parametrize(("border", "count"), [("drop", 0), ("shift", 1), ("pad", 1)])
+def test_a_patch_larger_than_the_slide(border: str, count: int) -> None:
+    grid = grid_of(pyramid(16, 16, 1), downsample=1, border=border)
+    assert grid.coords.tolist() == [[0, 0]] * count
+    assert grid.corners.shape == (count, 2)
+    assert grid.edge.tolist() == [True] * count
+
+
+def test_refusals() -> None:
+    slide = pyramid(1000, 1000, 1)
+    for mpp in (None, 0.0, float("nan"), 1e9):
+        with pytest.raises(SlideError, match="expected its micrometres per pixel, got") as error:
+            grid_of(slide, mpp, mpp=0.5)
+        assert error.value.reason == "no-mpp"
+    with pytest.raises(SlideError, match="expected 0.48 .* or finer, got 0.5") as error:
+        grid_of(slide, 0.5, mpp=0.48)
+    assert error.value.reason == "resolution"
+    assert grid_of(slide, 0.5, mpp=0.495).ratio == 1.0
+    with pytest.raises(SlideError, match=f"at most {MOST} patches, got 10000000 x 10") as error:
+        grid_of(pyramid(1000, 10**9, 1), downsample=1, tile_px=100)
+    assert error.value.reason == "too-large"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "expected mpp or downsample, one of them, got mpp=None, downsample=None"),
+        ({"mpp": 1.0, "downsample": 2}, "one of them, got mpp=1.0, downsample=2"),
+        ({"mpp": 0}, "mpp: expected micrometres per pixel above 0, got 0"),
+        ({"mpp": float("nan")}, "mpp: expected .*, got nan"),
+        ({"mpp": float("inf")}, "mpp: expected .*, got inf"),
+        ({"mpp": "1"}, "mpp: expected a number, got '1'"),
+        ({"mpp": True}, "mpp: expected a number, got True"),
+        ({"downsample": 0.5}, "downsample: expected 1 or more .*, got 0.5"),
+        ({"downsample": 1e7}, "downsample: expected .*, got 1"),
+        ({"mpp": 1, "tile_px": 0}, "tile_px: expected an int from 1 to 16384, got 0"),
+        ({"mpp": 1, "tile_px": 256.0}, "tile_px: expected an int .*, got 256.0"),
+        ({"mpp": 1, "border": "cut"}, "border: expected one of drop, shift, pad, got 'cut'"),
+        ({"mpp": 1, "min_tissue": 1.5}, "min_tissue: expected 0 to 1, got 1.5"),
+    ],
+)
+def test_tilings_are_checked(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Tiling(**arguments)
+
+
+def test_the_hash_of_a_tiling_is_of_its_values() -> None:
+    first = Tiling(downsample=4)
+    assert first.hash == Tiling(downsample=4.0).hash == "aa8e6bab8f0e57ea"
+    assert Tiling(**json.loads(json.dumps(first.to_json()))) == first
+    others = [Tiling(mpp=4), Tiling(downsample=4, tile_px=224), Tiling(downsample=4, border="pad")]
+    assert len({tiling.hash for tiling in [first, *others]}) == 4
+
+
+@st.composite
+def slides(draw: st.DrawFn) -> ArraySlide:
+    """Pyramids of 1/4/16, of halves, of other factors, rounded up or down, or of one level."""
+    width, height = (draw(st.sampled_from([16, 255, 256, 4097, 4443, 1000, 771])) for _ in range(2))
+    levels = [Level(width, height, 1.0)]
+    for factor in draw(st.sampled_from([[], [4, 16], [2, 4, 8], [2.0005], [4], [3.7, 11.2], [32]])):
+        up = draw(st.booleans()) * (factor - 1)
+        own = [max(1, int((side + up) / factor)) for side in (width, height)]
+        true = factor if factor == int(factor) else (width / own[0] + height / own[1]) / 2
+        levels.append(Level(own[0], own[1], float(true)))
+    return ArraySlide(
+        levels, tile_px=draw(st.sampled_from([None, (256, 256), (240, 512), (64, 8)]))
+    )
+
+
+tilings = st.builds(
+    Tiling,
+    downsample=st.one_of(st.sampled_from([1.0, 2.0, 4.0, 16.0, 1.5, 2.004]), st.floats(1, 40)),
+    tile_px=st.sampled_from([1, 16, 30, 64, 100]),
+    border=st.sampled_from(["drop", "shift", "pad"]),
+)
+
+
+@given(slides(), tilings)
+def test_patches_tile_the_slide(slide: ArraySlide, tiling: Tiling) -> None:
+    grid = make_grid(slide, tiling, None)  # pyright: ignore[reportArgumentType]
+    level, target = slide.levels[grid.level], tiling.downsample
+    assert target is not None
+    # The level: no coarser than asked for, and no coarser one would do.
+    assert level.downsample <= target * 1.02
+    assert not any(level.downsample < other.downsample <= target * 1.02 for other in slide.levels)
+    taken = grid.ratio == 1.0
+    assert taken == (target / 1.02 <= level.downsample)
+    if not taken:
+        assert grid.footprint_px == pytest.approx(tiling.tile_px * target, rel=1e-12)
+    assert grid.read_px == tiling.tile_px * grid.ratio or not taken
+    assert grid.footprint_px == pytest.approx(grid.read_px * level.downsample, rel=1e-12)
+
+    rows, columns = grid.shape
+    assert len(grid.coords) == len(grid.corners) == len(grid.edge) == rows * columns
+    # Coordinates and corners say the same, to half a pixel of whichever is not whole.
+    assert (
+        np.abs(grid.coords - grid.corners * level.downsample).max(initial=0) <= 0.5 * taken + 1e-6
+    )
+    assert not taken or np.array_equal(grid.corners, np.rint(grid.corners))
+    sides = (slide.levels[0].width, slide.levels[0].height)
+    for axis, (side, count) in enumerate(zip(sides, (columns, rows), strict=True)):
+        if not rows * columns:
+            break
+        own = level[axis]
+        places = grid.coords.reshape(rows, columns, 2)[..., axis]
+        places = places if axis == 0 else places.T
+        line = places[0]
+        assert (places == line).all()  # row by row
+        unit = level.downsample if taken else 1.0
+        steps = np.diff(line)
+        regular = steps[:-1] if tiling.border == "shift" else steps
+        assert np.abs(regular - grid.footprint_px).max(initial=0) <= max(1.0, unit)
+        # Nothing piles up: the n-th is n footprints away.
+        if tiling.border != "shift":
+            ideal = np.arange(count) * grid.footprint_px
+            assert np.abs(line - ideal).max() <= max(1.0, unit)
+        ends = line + grid.footprint_px
+        corners = grid.corners.reshape(rows, columns, 2)[..., axis]
+        usable = min(side, own * level.downsample)
+        if tiling.border != "pad" and grid.footprint_px <= usable:
+            assert ends.max() <= side + (0.5 if taken else 1e-6)
+            assert (corners + grid.read_px).max() <= own + 1e-6
+        if tiling.border == "drop":  # nothing more would fit
+            assert ends[-1] + grid.footprint_px > usable - unit - 1
+        else:
+            assert ends[-1] > usable - unit - 1
+    if tiling.border == "drop":
+        assert not grid.edge.any()
+    assert (grid.coords >= 0).all()
+
+
+@given(slides(), tilings, st.data())
+def test_damaged_patches_are_those_that_need_the_pixels(
+    slide: ArraySlide, tiling: Tiling, data: st.DataObject
+) -> None:
+    if tiling.tile_px < 16:
+        return
+    grid = make_grid(slide, tiling, None)  # pyright: ignore[reportArgumentType]
+    level = slide.levels[grid.level]
+    slide.faults = tuple(
+        (
+            data.draw(st.integers(0, level.width)), data.draw(st.integers(0, level.height)),
+            data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300)),
+        )
+        for _ in range(data.draw(st.integers(0, 3)))
+    )  # fmt: skip
+    x, y = grid.corners.T
+    expected = np.zeros(len(x), bool)
+    for left, top, width, height in slide.faults:
+        across = (x + grid.read_px > left + 1e-6) & (x < left + width - 1e-6)
+        expected |= across & (y + grid.read_px > top + 1e-6) & (y < top + height - 1e-6)
+    found = damaged_patches(slide, grid)  # pyright: ignore[reportArgumentType]
+    assert np.array_equal(found, expected)

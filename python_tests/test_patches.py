@@ -1,0 +1,255 @@
+"""Patches have the pixels that their coordinates say, each comes once, and nothing is kept long."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from motet.io import patches
+from motet.io.errors import SlideError
+from motet.io.grid import Grid, Tiling, damaged_patches, make_grid
+from motet.io.patches import PatchBatch, probe_decoder, read_patches
+from motet.io.resample import area_resample_reference
+
+from .test_grid import ArraySlide, Level, grid_of, pyramid, slides, tilings
+
+
+def read(slide: Any, grid: Grid, wanted: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return all pixels in the order of wanted, zero where lost, and which were lost."""
+    wanted = np.asarray(wanted, np.int64)
+    size = grid.tile_px
+    pixels, seen = np.zeros((len(wanted), size, size, 3), np.uint8), np.zeros(len(wanted), int)
+    lost = np.zeros(len(wanted), bool)
+    for batch in read_patches(slide, grid, wanted, **options):
+        assert (np.diff(batch.rows) > 0).all()
+        assert (np.diff(batch.lost) > 0).all()
+        assert 0 < len(batch.rows) + len(batch.lost) <= options.get("batch", 64)
+        assert batch.pixels.shape == (len(batch.rows), size, size, 3)
+        pixels[batch.rows] = batch.pixels
+        lost[batch.lost] = True
+        seen[batch.rows] += 1
+        seen[batch.lost] += 1
+    assert (seen == 1).all()
+    return pixels, lost
+
+
+def expected(slide: ArraySlide, grid: Grid, patch: int) -> np.ndarray:
+    """The area mean of the level over the footprint that coords say; white beyond the slide."""
+    level, image = slide.levels[grid.level], slide.image(grid.level)
+    begin = grid.coords[patch] / level.downsample
+    if grid.ratio == 1.0:
+        begin = np.rint(begin)
+    side = int(np.ceil(begin.max() + grid.read_px)) + 1
+    padded = np.full((max(side, image.shape[0]), max(side, image.shape[1]), 3), 255, np.uint8)
+    padded[: image.shape[0], : image.shape[1]] = image
+    steps = grid.ratio * np.arange(grid.tile_px)
+    low = np.floor(begin).astype(int)
+    crop = padded[low[1] : low[1] + side, low[0] : low[0] + side]
+    y, x = begin[1] - low[1], begin[0] - low[0]
+    return area_resample_reference(crop, y + steps, x + steps, grid.ratio)
+
+
+@given(slides(), tilings, st.data())
+def test_pixels_are_those_of_the_coordinates(
+    slide: ArraySlide, tiling: Tiling, data: st.DataObject
+) -> None:
+    grid = make_grid(slide, tiling, None)  # pyright: ignore[reportArgumentType]
+    count = len(grid.coords)
+    wanted = data.draw(st.lists(st.integers(0, max(0, count - 1)), max_size=12 * bool(count)))
+    got, lost = read(slide, grid, wanted, batch=data.draw(st.sampled_from([1, 3, 64])))
+    assert not lost.any()
+    for pixels, patch in zip(got, wanted, strict=True):
+        difference = pixels.astype(int) - expected(slide, grid, patch)
+        assert np.abs(difference).max() <= 1
+        assert np.abs(difference).mean() < 0.01  # a corner rounded to 1e-13 px, near a tie
+    for x, y, width, height in slide.reads:
+        assert max(width, height) <= patches.READ_PX + 1
+        assert x >= 0
+        assert y >= 0
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0, 1.3, 2.004])
+@pytest.mark.parametrize("border", ["drop", "shift", "pad"])
+def test_a_whole_slide(factor: float, border: str) -> None:
+    slide = pyramid(701, 530, 1)
+    slide.tile_px = (64, 64)
+    grid = grid_of(slide, downsample=factor, tile_px=32, border=border)
+    got, _ = read(slide, grid, np.arange(len(grid.coords)), batch=7)
+    for patch in range(len(grid.coords)):
+        assert np.array_equal(got[patch], expected(slide, grid, patch))
+
+
+def test_patches_are_read_in_blocks_that_suit_the_file() -> None:
+    """Aligned ones in whole tiles; others in blocks so large that few tiles are decoded twice."""
+    slide = pyramid(4480, 2304, 1)
+
+    def tiles() -> int:
+        return sum(
+            (min(x + w - 1, 4479) // 256 - x // 256 + 1)
+            * (min(y + h - 1, 2303) // 256 - y // 256 + 1)
+            for x, y, w, h in slide.reads
+        )
+
+    everything = grid_of(slide, downsample=1, tile_px=224)
+    read(slide, everything, np.arange(len(everything.coords)))
+    assert {(w, h) for *_, w, h in slide.reads} == {(1792, 1792)}  # eight patches, seven tiles
+    assert tiles() == 18 * 9  # each once
+
+    slide.reads.clear()
+    grid = grid_of(slide, downsample=1)
+    alone = [3, 40, 100, 150]
+    read(slide, grid, alone)
+    assert sorted(slide.reads) == sorted((*grid.coords[i].tolist(), 256, 256) for i in alone)
+
+    slide.reads.clear()
+    grid = grid_of(slide, downsample=2.004)
+    read(slide, grid, np.arange(len(grid.coords)))
+    assert tiles() <= 1.3 * 17 * 9
+
+
+def test_batches_depend_on_the_arguments_alone() -> None:
+    slide = pyramid(1500, 1500, 1)
+    grid = grid_of(slide, downsample=1.5, tile_px=64)
+    wanted = np.random.default_rng(0).permutation(len(grid.coords))[:150]
+    first, second = (
+        [batch.rows.tolist() for batch in read_patches(slide, grid, wanted, workers=workers)]  # pyright: ignore[reportArgumentType]
+        for workers in (1, 4)
+    )
+    assert first == second
+    assert [len(rows) for rows in first] == [64, 64, 22]
+    backwards, _ = read(slide, grid, wanted[::-1])
+    assert np.array_equal(backwards[::-1], read(slide, grid, wanted)[0])
+
+
+def test_what_cannot_be_decoded_is_lost_alone() -> None:
+    slide = pyramid(2000, 1500, 1)
+    for factor, tile_px in ((1, 64), (1.7, 40), (2, 30)):
+        slide.faults = ()
+        grid = grid_of(slide, downsample=factor, tile_px=tile_px)
+        everything = np.arange(len(grid.coords))
+        whole, lost = read(slide, grid, everything)
+        assert not lost.any()
+        slide.faults = ((256, 512, 256, 256), (1280, 0, 256, 256))
+        got, lost = read(slide, grid, everything)
+        damaged = damaged_patches(slide, grid)  # pyright: ignore[reportArgumentType]
+        # A read ends at whole pixels, so that it may touch a tile of which a patch needs nothing.
+        assert (lost >= damaged).all()
+        assert lost.sum() - damaged.sum() <= (0 if factor != 1.7 else 8)
+        assert np.array_equal(got[~lost], whole[~lost])
+    (batch,) = read_patches(slide, grid, np.flatnonzero(damaged)[:3])  # pyright: ignore[reportArgumentType]
+    assert batch.pixels.shape == (0, 30, 30, 3)
+    assert batch.lost.tolist() == [0, 1, 2]
+
+
+def test_memory_serves_again_when_nothing_refers_to_it() -> None:
+    slide = pyramid(3000, 3000, 1)
+    grid = grid_of(slide, downsample=1, tile_px=64)
+    everything = np.arange(len(grid.coords))
+    places: set[int] = set()
+    held: list[tuple[PatchBatch, Any, np.ndarray]] = []
+    for i, batch in enumerate(read_patches(slide, grid, everything, batch=16)):  # pyright: ignore[reportArgumentType]
+        places.add(batch.pixels.ctypes.data)
+        if i % 20 == 0:  # part of one; as torch has it; a view of a view
+            kept = [batch.pixels[3:5], torch.from_numpy(batch.pixels)[3:5], batch.pixels[1:][2:4]]
+            held.append((batch, kept[i // 20 % 3], batch.pixels[3:5].copy()))
+            held[-1] = (PatchBatch(batch.rows, None, batch.lost), *held[-1][1:])
+    assert len(everything) / 16 > 100
+    assert len(held) + 1 <= len(places) <= len(held) + 2
+    for batch, kept, copy in held:
+        assert np.array_equal(np.asarray(kept), copy)
+        fresh, _ = read(slide, grid, everything[batch.rows[3:5]])
+        assert np.array_equal(copy, fresh)
+
+
+def test_a_patch_too_large_for_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "READ_PX", 100)
+    slide = pyramid(1100, 900, 1)
+    for factor, border in ((20.0, "drop"), (7.3, "pad"), (240.5, "pad")):
+        slide.faults = ()
+        grid = grid_of(slide, downsample=factor, tile_px=15, border=border)
+        wanted = np.arange(len(grid.coords))[::-1]
+        slide.reads.clear()
+        got, lost = read(slide, grid, wanted)
+        assert not lost.any()
+        assert max(max(read[2:]) for read in slide.reads) <= max(100, factor) + 2
+        for pixels, patch in zip(got, wanted, strict=True):
+            assert np.abs(pixels.astype(int) - expected(slide, grid, patch)).max() <= 1
+        slide.faults = ((0, 0, 5, 5),)
+        assert read(slide, grid, wanted)[1].tolist() == [i == 0 for i in wanted]
+
+
+def test_nothing_is_wanted() -> None:
+    for slide in (pyramid(1000, 1000, 1), pyramid(16, 16, 1)):
+        grid = grid_of(slide, downsample=1)
+        assert list(read_patches(slide, grid, np.empty(0, np.int64))) == []  # pyright: ignore[reportArgumentType]
+
+
+class TensorSlide(ArraySlide):
+    """Gives torch tensors where it is asked for another device than the CPU."""
+
+    reader, delay, shift = "cucim", 0.0, 0
+
+    def read_many(self, *args: Any, device: str | None = None, **options: Any) -> Iterator[Any]:
+        for image in super().read_many(*args, **options):
+            if device is None or isinstance(image, SlideError):
+                yield image
+            elif device != "cuda":
+                raise RuntimeError(f"no such device {device}")
+            else:
+                yield (torch.from_numpy(image.copy()).int() + self.shift).clamp(0, 255).byte()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.37, 4.0])
+def test_tensors_have_the_same_pixels(factor: float) -> None:
+    slide = TensorSlide([Level(900, 700, 1.0)], faults=((256, 0, 256, 256),))
+    grid = grid_of(slide, downsample=factor, tile_px=32)
+    everything = np.arange(len(grid.coords))
+    own, lost = read(slide, grid, everything)
+    theirs, also = read(slide, grid, everything, device="cuda")
+    assert lost.any()
+    assert np.array_equal(lost, also)
+    assert np.array_equal(own, theirs)
+    batch = next(read_patches(slide, grid, everything, device="cuda"))  # pyright: ignore[reportArgumentType]
+    assert isinstance(batch.pixels, torch.Tensor)
+
+
+def test_the_decoder_is_chosen_by_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    slide = TensorSlide([Level(900, 700, 1.0)])
+    grid = grid_of(slide, downsample=1.37, tile_px=32)
+    clock = {"now": 0.0, "cuda": 1.0, "cpu": 2.0}
+    real = read_patches
+
+    def timed(*args: Any, device: str = "cpu", **options: Any) -> Any:
+        for batch in real(*args, device=device, **options):
+            clock["now"] += clock[device]
+            yield batch
+
+    monkeypatch.setattr(patches, "read_patches", timed)
+    monkeypatch.setattr(patches.time, "perf_counter", lambda: clock["now"])
+    probe: Any = probe_decoder
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert probe(slide, grid) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert probe(slide, grid) == "cuda"
+    clock["cuda"] = 3.0
+    assert probe(slide, grid) == "cpu"
+    clock["cuda"] = 1.0
+    slide.shift = 1
+    assert probe(slide, grid) == "cuda"  # within 2 grey levels
+    slide.shift = 5
+    assert probe(slide, grid) == "cpu"
+    slide.shift = 0
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("nvjpeg")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorSlide, "read_many", lambda *args, device=None, **options: (
+            broken() if device else ArraySlide.read_many(*args, **options)))  # fmt: skip
+        assert probe(slide, grid) == "cpu"
+    assert probe(slide, grid_of(pyramid(16, 16, 1), downsample=1)) == "cpu"
+    slide.reader = "openslide"
+    assert probe(slide, grid) == "cpu"
