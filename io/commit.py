@@ -146,7 +146,7 @@ class StoreWriter:
             features = folder / "features" / self.slug
             if not features.exists():
                 return "features"
-            array, n = StoredArray(features), _count(attrs)
+            array, n = StoredArray(str(features)), _count(attrs)
             whole = array.shape == (n, self.encoder["width"]) and array.dtype == np.float16
             if not whole or array.attrs != self.encoder or array.missing():
                 return "changed"
