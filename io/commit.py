@@ -689,7 +689,7 @@ def _write_array(folder: Path, array: NDArray[Any], *, packed: bool) -> None:
 
             content = bytes(Zstd(level=3).encode(content))
         path = folder.joinpath("c", str(i), *zeros)
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content + _crc_bytes(_crc(content)))
 
 

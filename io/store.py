@@ -251,7 +251,7 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
             return ""
         try:
             written = pd.read_parquet(path)
-        except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
+        except UNREADABLE as error:
             return f"cannot be read: {error}"
         return "" if written.equals(self.manifest()) else "not in step with the slides"
 
@@ -312,7 +312,8 @@ class SlideFeatures:
         Raises:
             IndexError: no such row.
         """
-        return self._features.rows(np.asarray(indices))
+        wanted = np.asarray(indices)
+        return self._features.rows(wanted if wanted.size else wanted.astype(np.intp))  # [] is float
 
     @cached_property
     def coords(self) -> NDArray[np.int32]:
@@ -411,6 +412,8 @@ class SlideFeatures:
             except StoreError as error:
                 yield Problem(self.key, str(error))
         _ = self.tissue, self.thumb, self.mask
+        if read_json(f"{self.path}/features/zarr.json").get("node_type") != "group":
+            yield Problem(self.key, "features/zarr.json: not of a zarr group")
         if not self.encoders:
             yield Problem(self.key, "no features of any encoder")
         corrupt = self.corrupt
@@ -582,10 +585,15 @@ class StoredArray:
             raise StoreError(f"{self.path}: expected less than 1 TiB, got {self.nbytes} bytes")
         try:
             return np.asarray(zarr.open_array(self.path, mode="r", zarr_format=3)[...])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+        except UNREADABLE as error:
             raise StoreError(f"{self.path}: cannot be read: {error}") from None
 
 
+# What reading a damaged or hostile file raises, by zarr, pyarrow, numpy, h5py and torch.
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, IndexError,
+    MemoryError,
+)  # fmt: skip
 _DTYPES = {
     "float16": "<f2", "float32": "<f4", "float64": "<f8", "int32": "<i4", "int64": "<i8",
     "uint8": "u1", "bool": "?",
