@@ -146,7 +146,7 @@ class StoreWriter:
             features = folder / "features" / self.slug
             if not features.exists():
                 return "features"
-            array, n = StoredArray(features), _count(attrs)
+            array, n = StoredArray(str(features)), _count(attrs)
             whole = array.shape == (n, self.encoder["width"]) and array.dtype == np.float16
             if not whole or array.attrs != self.encoder or array.missing():
                 return "changed"
@@ -700,7 +700,7 @@ def _write_array(folder: Path, array: NDArray[Any], *, packed: bool) -> None:
 
             content = bytes(Zstd(level=3).encode(content))
         path = folder.joinpath("c", str(i), *zeros)
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content + _crc_bytes(_crc(content)))
 
 

@@ -16,16 +16,12 @@ from numpy.typing import NDArray
 from .commit import FULL, StoreWriter, described
 from .errors import SlideError, StoreError, listed
 from .leases import Leases
-from .store import FeatureStore, read_run, run_hash
+from .store import UNREADABLE, FeatureStore, read_run, run_hash
 
 SUFFIXES = (".h5", ".pt", ".npz")
 # What an array may be larger than the file it is in: beyond it the file means harm.
 RATIO = 1000
-# What reading a damaged or hostile file raises, by h5py, numpy and torch.
-_UNREADABLE = (
-    OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, EOFError, IndexError,
-    MemoryError, zipfile.BadZipFile, pickle.UnpicklingError,
-)  # fmt: skip
+_UNREADABLE = (*UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class Foreign(NamedTuple):

@@ -14,9 +14,9 @@ _SHOWN = ("key", "status", "patches", "corrupt", "mpp", "encoders")
 
 def rows(store: FeatureStore) -> list[dict[str, Any]]:
     """Return a row per slide, failed ones too: JSON."""
-    return (
-        store.manifest().astype(object).where(lambda cells: cells.notna(), None).to_dict("records")
-    )
+    found = store.manifest().astype(object)
+    cells = found.where(found.notna(), None).to_numpy()
+    return [dict(zip(found.columns, row, strict=True)) for row in cells]
 
 
 def table(store: FeatureStore) -> str:
