@@ -8,6 +8,7 @@ disk, an encoder that raises) stops the worker.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -30,6 +31,7 @@ from .masks import coverage, read_mask
 from .patches import PatchBatch, read_patches
 from .slides import Slide, open_slide
 from .store import FLAGS, SlideFeatures
+from .thumbnails import thumbnail_level
 from .tissue import blur_mask, pen_mask, tissue_mask
 
 if TYPE_CHECKING:
@@ -291,6 +293,8 @@ class _Worker:
         if mask is None:
             mask = tissue_mask(thumb, um_per_px) & ~pen
         blur = blur_mask(thumb, mask, um_per_px)
+        # Where the thumbnail itself is damaged nobody knows: such patches are flagged, not dropped.
+        mask |= _damaged_mask(slide, mask.shape)
 
         def share_of(mask: NDArray[np.bool_], patches: NDArray[np.int32]) -> NDArray[np.float64]:
             return coverage(mask, patches, grid.footprint_px, size)
@@ -447,6 +451,17 @@ class _Worker:
 
 def _over(event: str, source: Source) -> dict[str, Any]:
     return {"event": event, "key": source.key, "name": source.name, "bytes": source.bytes}
+
+
+def _damaged_mask(slide: Slide, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return where the thumbnail, of this shape, is white because its level's tiles are damaged."""
+    number = thumbnail_level(slide, THUMB_PX)
+    level, found = slide.levels[number], np.zeros(shape, bool)
+    down, across = shape[0] / level.height, shape[1] / level.width
+    for x, y, width, height in slide.damaged(number).tolist():
+        rows = slice(int(y * down), math.ceil((y + height) * down))
+        found[rows, int(x * across) : math.ceil((x + width) * across)] = True
+    return found
 
 
 def _why_empty(grid: Grid, mask: NDArray[np.bool_]) -> str:

@@ -16,16 +16,26 @@ def thumbnail(slide: Slide, longest_px: int) -> Pixels:
     """Return the whole slide; see Slide.thumbnail."""
     if longest_px < 1:
         raise ValueError(f"longest_px: expected at least 1, got {longest_px}")
-    base = slide.levels[0]
-    scale = min(1.0, longest_px / max(base.width, base.height))
-    width, height = (max(1, round(side * scale)) for side in (base.width, base.height))
-    level = max(
-        i for i, one in enumerate(slide.levels)
-        if i == 0 or (one.width >= width and one.height >= height)
-    )  # fmt: skip
+    width, height = _size(slide, longest_px)
+    level = thumbnail_level(slide, longest_px)
     sides = slide.levels[level]
     whole = max(1, min(sides.width // width, sides.height // height))
     return _mean_to(_mean_to(_reduced(slide, level, whole), height, 0), width, 1)
+
+
+def thumbnail_level(slide: Slide, longest_px: int) -> int:
+    """Return the level that a thumbnail is made of: the coarsest that is no smaller."""
+    width, height = _size(slide, longest_px)
+    return max(
+        i for i, one in enumerate(slide.levels)
+        if i == 0 or (one.width >= width and one.height >= height)
+    )  # fmt: skip
+
+
+def _size(slide: Slide, longest_px: int) -> tuple[int, int]:
+    base = slide.levels[0]
+    scale = min(1.0, longest_px / max(base.width, base.height))
+    return max(1, round(base.width * scale)), max(1, round(base.height * scale))
 
 
 def _reduced(slide: Slide, level: int, factor: int) -> Pixels:

@@ -72,7 +72,7 @@ def run_here(settings: Settings, workers: int, emit: Emit, *, stall_s: float = S
         for child in children:
             child.process.kill()
         for child in children:
-            child.process.wait()
+            child.end()
 
 
 def _packed(error: BaseException) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _after(child: _Child, settings: Settings, events: Events, emit: Emit) -> lis
 
     With one slide at a time, the next death tells which it was.
     """
-    code = child.process.wait()
+    code = child.end()
     if code == 0 and not child.alone:
         return []
     if code == 0:
@@ -122,7 +122,9 @@ def _after(child: _Child, settings: Settings, events: Events, emit: Emit) -> lis
 
 
 def _death(code: int) -> str:
-    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}"
+    return f"ended with exit code {code} (see logs/worker-*.stderr)"
 
 
 def _blame(settings: Settings, key: str, name: str, how: str, emit: Emit) -> None:
@@ -154,12 +156,18 @@ class _Child:
         self.turn, self.alone, self.deaths = turn, alone, deaths
         self.heard, self.hung = time.monotonic(), False
         self.under_way: dict[str, str] = {}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "motet.io.workers"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-            start_new_session=True,  # a Ctrl-C at the terminal is for the parent, who ends it
-        )  # fmt: skip
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+        logs = Path(settings.out) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with open(logs / f"worker-{turn[0]}.stderr", "ab") as stderr:
+            # What C libraries say of damaged files is kept there, and would break a progress bar.
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "motet.io.workers"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+                text=True, encoding="utf-8",
+                start_new_session=True,  # a Ctrl-C at the terminal is for the parent, who ends it
+            )  # fmt: skip
+        self.listener = threading.Thread(target=self._listen, args=(events,), daemon=True)
+        self.listener.start()
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # died already, which _listen finds out
             self.process.stdin.write(json.dumps([asdict(settings), turn]) + "\n")
@@ -178,6 +186,17 @@ class _Child:
         elif event["event"] in ("done", "failed"):
             self.under_way.pop(event["key"], None)
             self.deaths = 0
+
+    def end(self) -> int:
+        """Wait for the process, which is dead or dying; return its exit code."""
+        code = self.process.wait()
+        self.listener.join()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        return code
 
     def check(self, stall_s: float) -> None:
         if time.monotonic() - self.heard > stall_s:
