@@ -75,6 +75,7 @@ def tissue_mask(thumb: Image, um_per_px: float | None = None) -> Mask:
     mask = (value > min(max(threshold, lowest), highest)) & real
     px_um2 = um_per_px**2 if um_per_px else None
     hole, piece = (um2 / px_um2 if px_um2 else share * mask.size for um2, share in (_HOLE, _PIECE))
+    hole = min(hole, mask.size / 20)  # not all the glass of a small thumbnail
     mask = ~_without_small(~_without_small(mask, piece), hole)
     return mask if dark else mask & (brightest > 0)
 
@@ -130,7 +131,7 @@ def pen_mask(thumb: Image) -> Mask:
         return (least > depth) & (least > ratio * most)
 
     for kind, sure, perhaps in (
-        (cold, (0.2, 1.5), (0.1, 1.1)),
+        (cold, (0.2, 1.5), (0.1, 1.15)),
         (warm, (0.75, 0.35), (0.25, 0.35)),
         (black, (0.75, 0.85), (0.4, 0.8)),
     ):
@@ -254,7 +255,7 @@ def _balanced(thumb: Image, real: Mask, sigma: float) -> list[Floats]:
     few = np.stack([plane[::3, ::3][real[::3, ::3]] for plane in planes])
     brightest, darkest = few.max(0), few.min(0)
     glass = few[:, (darkest > 0.7) & (brightest - darkest < 0.08)]
-    if glass.shape[1] < 1e-3 * few.shape[1] + 1:
+    if glass.shape[1] <= 1e-3 * few.shape[1]:
         return planes
     light = glass.sum(0)
     white = np.median(glass[:, light >= np.quantile(light, 0.9)], 1)
