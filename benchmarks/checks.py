@@ -12,6 +12,7 @@ from typing import Any
 import motet
 import torch
 from motet import bench
+from motet.io.encoder_torch import Setup, TorchEncoder, Transform
 from motet.kernels import (
     absorbed_attention,
     attention_weights,
@@ -86,6 +87,9 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
                 yield name, partial(_lego_pass, latents, dim, axes, dtype)
         yield "latent_attention in a CUDA graph", _graph
         yield "LegoBlock in CUDA graphs", _lego_graph
+        for precision in ("fp32", "bf16", "fp16"):
+            yield f"encoder of patches {precision}", partial(_encoder, device, precision)
+        yield "patches on the device, bit for bit", partial(_patches_there, device)
 
 
 def _model(name: str, device: str) -> tuple[float, float]:
@@ -404,6 +408,48 @@ def _graph() -> tuple[float, float]:
     replay = captured(run)
     q.normal_()
     return bench.relative_error(replay(), run()), 0.0
+
+
+class _Patches(torch.nn.Module):
+    """A small vision transformer with a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 64, 16, stride=16)
+        self.first = torch.nn.Parameter(torch.randn(1, 1, 64))
+        self.layers = torch.nn.TransformerEncoder(
+            torch.nn.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True), 2
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).mT
+        tokens = torch.cat([self.first.expand(len(x), -1, -1), tokens], dim=1)
+        return self.layers(tokens)[:, 0]
+
+
+def _encoder(device: str, precision: str) -> tuple[float, float]:
+    """Compare features with float64, and allow what plain autocast would do."""
+    model, (dtype,) = _Patches().eval(), [t for t, name in NAMES.items() if name == precision]
+    pixels = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8)
+    x = pixels.permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        gold = model.double()(x.double())
+        model = model.float().to(device)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            literal = model(x.to(device))
+    encoder = TorchEncoder("check", model, Transform(), Setup(device, precision))
+    own = torch.from_numpy(encoder.encode(pixels.numpy()))
+    allowed = 2 * bench.relative_error([literal.double().cpu()], [gold]) + FLOOR[dtype]
+    return bench.relative_error([own.double()], [gold]), allowed
+
+
+def _patches_there(device: str) -> tuple[float, float]:
+    """Return by how much it matters where the pixels lie, and when they are given: by nothing."""
+    transform = Transform(resize=64, crop=(48, 48), mean=(0.5, 0.5, 0.5))
+    encoder = TorchEncoder("check", _Patches(), transform, Setup(device))
+    pixels = torch.randint(0, 256, (9, 80, 80, 3), dtype=torch.uint8)
+    found = [encoder.encode(given) for given in (pixels.numpy(), pixels, pixels.to(device))]
+    return float(max(abs(rows - found[0]).max() for rows in found[1:])), 0.0
 
 
 def captured(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def load_hf(place: str, options: dict[str, str], setup: Setup) -> Encoder:
     """Load a vision model of transformers from a repository of the hub or a folder."""
     folder = Path(place).expanduser()
     name = _named("hf", folder.resolve().name if folder.is_dir() else place, options)
-    transformers = _imported("transformers", name)
+    transformers = imported_transformers(name)
     source = str(folder) if folder.is_dir() else place
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(source)
@@ -228,6 +230,25 @@ def _imported(module: str, name: str) -> Any:
             f"({one_line(error)}); install the torchvision that was built for this torch "
             "(https://pytorch.org/get-started)"
         ) from error
+
+
+def imported_transformers(name: str) -> Any:
+    """Import transformers, and keep it from taking motet's folder `kernels` for a package.
+
+    It looks once for a package of that name, and imports what it finds: with a checkout on sys.path
+    that is this one's, a second time, whose operators can be registered only once.
+    """
+    own = find_spec("kernels")
+    if own is None or own.origin != str(Path(__file__).parents[1] / "kernels" / "__init__.py"):
+        return _imported("transformers", name)
+    hidden: Any = sys.modules
+    hidden["kernels"] = None  # what says that there is none
+    try:
+        transformers = _imported("transformers", name)
+        import_module("transformers.utils").is_kernels_available()  # which is remembered
+    finally:
+        del hidden["kernels"]
+    return transformers
 
 
 def _failed(name: str, error: BaseException) -> ValueError:

@@ -108,7 +108,7 @@ def load_encoder(
 
     Example:
         >>> encoder = motet.io.load_encoder("stain-stats")
-        >>> patches = np.full((2, 256, 256, 3), 255, np.uint8)
+        >>> patches = torch.full((2, 256, 256, 3), 255, dtype=torch.uint8)
         >>> encoder.encode(patches).shape == (2, encoder.width)
         True
     """
