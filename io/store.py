@@ -29,7 +29,15 @@ KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,120}")
 
 
 class FLAGS(IntFlag):
-    """What is known of a patch; bits of `flags`."""
+    """What is known of a patch: bits of `flags`.
+
+    Args:
+        values: the bits of several, added.
+
+    Example:
+        >>> motet.io.FLAGS(9)
+        <FLAGS.EDGE|CORRUPT: 9>
+    """
 
     EDGE = 1
     """Reaches beyond the slide, or was moved inwards at its border."""
