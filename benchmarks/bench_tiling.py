@@ -98,7 +98,7 @@ def by_openslide(path: Path, tiles: NDArray[np.int32]) -> int:
 
     with OpenSlide(path) as slide:
         for x, y in tiles.tolist():
-            np.asarray(slide.read_region((x, y), 0, (TILE, TILE)))
+            np.asarray(slide.read_region((x, y), 0, (TILE, TILE)).convert("RGB"))
     return len(tiles)
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -130,14 +130,12 @@ def _death(code: int) -> str:
 def _blame(settings: Settings, key: str, name: str, how: str, emit: Emit) -> None:
     path = next(path for path, known in settings.slides if known == name)
     error = SlideError(path, "unreadable", f"the process that read it {how}")
-    leases = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s)
-    with closing(leases):
-        lease = leases.take(key)  # the dead worker's, so that it is free
-        if lease is None:
-            return
+    lease = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s).take(key)
+    if lease is None:  # another took over the dead worker's already
+        return
+    with lease:
         attempts = settings.retry.get(key, 0) + 1
         note_failure(Path(settings.out), key, Source(Path(path), name), error, attempts)
-        lease.release()
     emit({"event": "failed", "key": key, "name": name, "message": str(error)})
 
 
