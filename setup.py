@@ -1,4 +1,4 @@
-"""Maps the repository root to the package `motet` and builds motet.kernels._C and motet.io._C with CMake.
+"""Maps the repository root to the package `motet` and builds its C++ modules, `_C`, with CMake.
 
 Everything else about the project is declared in pyproject.toml. The C++ never needs torch. Where it
 cannot be built (no compiler), the package installs without it and computes with torch and numpy
