@@ -29,8 +29,8 @@ from motet.io import FeatureStore, open_slide, tile_slides
 from motet.io.grid import Grid, Tiling, damaged_patches, make_grid
 from motet.io.masks import coverage
 from motet.io.patches import read_patches
+from motet.io.pipeline import find_tissue, thumb_px
 from motet.io.slides import Slide
-from motet.io.tissue import pen_mask, tissue_mask
 from numpy.typing import NDArray
 
 SIDE, MPP, TILE = 24_576, 0.499, 256
@@ -67,9 +67,10 @@ def _tissue(slide: Slide) -> tuple[Grid, NDArray[np.int64]]:
     """As the pipeline does before it decodes."""
     grid = make_grid(slide, Tiling(mpp=0.5, tile_px=TILE), slide.mpp or MPP)
     size = (slide.levels[0].width, slide.levels[0].height)
-    thumb = slide.thumbnail(2048)
-    mask = tissue_mask(thumb, MPP * size[0] / thumb.shape[1]) & ~pen_mask(thumb)
-    tissue = coverage(mask, grid.coords, grid.footprint_px, size)
+    thumb = slide.thumbnail(thumb_px(slide))
+    scale = thumb.shape[1] / size[0]
+    mask, pen = find_tissue(thumb, MPP / scale, grid.footprint_px * scale)
+    tissue = coverage(mask & ~pen, grid.coords, grid.footprint_px, size)
     return grid, np.flatnonzero((tissue >= 0.1) & ~damaged_patches(slide, grid))
 
 

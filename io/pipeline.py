@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from .commit import FULL, SlideWriter, StoreWriter, described, note_failure
 from .errors import SlideError
@@ -286,12 +287,11 @@ class _Worker:
         mpp, mpp_source = self._mpp_of(slide, source)
         grid = make_grid(slide, self.tiling, mpp)
         size = (slide.levels[0].width, slide.levels[0].height)
-        thumb = slide.thumbnail(THUMB_PX)
+        thumb = slide.thumbnail(thumb_px(slide))
         um_per_px = mpp * size[0] / thumb.shape[1] if mpp else None
-        pen = pen_mask(thumb)
-        mask = self._own_mask(source, size, thumb.shape[:2])
-        if mask is None:
-            mask = tissue_mask(thumb, um_per_px) & ~pen
+        mask, pen = find_tissue(thumb, um_per_px, grid.footprint_px / size[0] * thumb.shape[1])
+        own = self._own_mask(source, size, mask.shape)
+        mask = mask if own is None else own
         blur = blur_mask(thumb, mask, um_per_px)
         # Where the thumbnail itself is damaged nobody knows: such patches are flagged, not dropped.
         mask |= _damaged_mask(slide, mask.shape)
@@ -453,9 +453,43 @@ def _over(event: str, source: Source) -> dict[str, Any]:
     return {"event": event, "key": source.key, "name": source.name, "bytes": source.bytes}
 
 
+def thumb_px(slide: Slide) -> int:
+    """Return the longest side of a slide's thumbnail: 1024 to 2048 px where it is that large.
+
+    It is a whole part of the coarsest level that is large enough, so that hardly anything is read.
+    """
+    longest = [max(level.width, level.height) for level in slide.levels]
+    side = min((side for side in longest if side >= THUMB_PX // 2), default=longest[0])
+    return side // math.ceil(side / THUMB_PX)
+
+
+def find_tissue(
+    thumb: NDArray[np.uint8], um_per_px: float | None, patch_px: float
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return masks of tissue and of pen, from a thumbnail reduced until a patch is 5 px wide.
+
+    So that a slide of few tiles is not held up by its thumbnail.
+
+    Args:
+        thumb: uint8 [h, w, 3].
+        um_per_px: of the thumbnail.
+        patch_px: side of a patch in px of the thumbnail.
+
+    Returns:
+        Two of bool [h, w].
+    """
+    factor = max(1, min(int(patch_px / 5), max(thumb.shape) // 512))
+    small = np.asarray(Image.fromarray(thumb).reduce(factor))
+    pen = pen_mask(small)
+    tissue = tissue_mask(small, um_per_px * factor if um_per_px else None) & ~pen
+    height, width = thumb.shape[:2]
+    found = [mask.repeat(factor, 0)[:height].repeat(factor, 1)[:, :width] for mask in (tissue, pen)]
+    return found[0], found[1]
+
+
 def _damaged_mask(slide: Slide, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Return where the thumbnail, of this shape, is white because its level's tiles are damaged."""
-    number = thumbnail_level(slide, THUMB_PX)
+    number = thumbnail_level(slide, thumb_px(slide))
     level, found = slide.levels[number], np.zeros(shape, bool)
     down, across = shape[0] / level.height, shape[1] / level.width
     for x, y, width, height in slide.damaged(number).tolist():
