@@ -1,4 +1,4 @@
-"""Masks in and out: GeoJSON and PNG to the thumbnail's cells and back, and how much of a patch they cover."""
+"""Masks in and out: GeoJSON and PNG to the thumbnail's cells and back, coverage of patches."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ _CROSSINGS, _MOST_CROSSINGS = 1 << 22, 1 << 28  # of edges and rows: at once, in
 def coverage(mask: Mask, coords: NDArray[Any], footprint_px: float, size: Size) -> Floats:
     """Return the exact share of every patch that a mask covers.
 
-    What of a patch lies beyond the slide counts as not covered. Cells of the mask that a patch's edge
-    crosses count in part. The sums of whole cells are integers, so the error is that of the parts.
+    What of a patch lies beyond the slide counts as not covered. Cells of the mask that a patch's
+    edge crosses count in part. The sums of whole cells are integers, so the error is that of the
+    parts.
 
     Args:
         mask: bool [h, w], of the whole slide; its cells need not be square.
-        coords: [G, 2] top left corners of the patches, (x, y) in level-0 px; may be negative or beyond.
+        coords: [G, 2] top left corners of the patches, (x, y) in level-0 px; may be negative or
+            beyond.
         footprint_px: side of the patches in level-0 px.
         size: (width, height) of the slide in level-0 px.
 
@@ -94,11 +96,11 @@ def coverage_reference(mask: Mask, coords: NDArray[Any], footprint_px: float, si
 def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> Mask:
     """Read a mask of one's own: polygons in GeoJSON (as of QuPath), or a picture.
 
-    GeoJSON holds level-0 px in a FeatureCollection, Feature, Polygon, MultiPolygon, GeometryCollection
-    or a list of these; later rings of a polygon are holes, polygons are joined, points and lines, which
-    have no area, are passed over. A cell belongs to the mask if its centre lies inside. A picture (PNG)
-    of the whole slide may have any size of the slide's aspect ratio; a cell belongs to the mask if at
-    least half of it is neither black nor transparent.
+    GeoJSON holds level-0 px in a FeatureCollection, Feature, Polygon, MultiPolygon,
+    GeometryCollection or a list of these; later rings of a polygon are holes, polygons are joined,
+    points and lines, which have no area, are passed over. A cell belongs to the mask if its centre
+    lies inside. A picture (PNG) of the whole slide may have any size of the slide's aspect ratio; a
+    cell belongs to the mask if at least half of it is neither black nor transparent.
 
     Args:
         path: a file; what begins with the signature of a PNG is a picture, all else GeoJSON.
@@ -109,8 +111,8 @@ def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> 
         Bool [height, width].
 
     Raises:
-        StoreError: neither of both, empty, too large, with coordinates that are no finite numbers, wholly
-            outside of the slide, or of another aspect ratio.
+        StoreError: neither of both, empty, too large, with coordinates that are no finite numbers,
+            wholly outside of the slide, or of another aspect ratio.
         OSError: the file cannot be read.
 
     Example:
@@ -138,7 +140,8 @@ def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> 
     width, height = (int.from_bytes(head[at : at + 4]) for at in (16, 20))
     if width * height > _MOST_PX:
         raise StoreError(
-            f"{path}: expected a mask of at most {_MOST_PX:,} px, got {width} x {height}; scale it down"
+            f"{path}: expected a mask of at most {_MOST_PX:,} px, got {width} x {height}; "
+            "scale it down"
         )
     if abs(width - height * size[0] / size[1]) > 0.01 * width + 1 + size[0] / size[1]:
         raise StoreError(
@@ -151,8 +154,8 @@ def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> 
 def outlines(mask: Mask, size: Size) -> dict[str, Any]:
     """Return a mask as GeoJSON: one polygon per piece, with its holes, in level-0 px.
 
-    Outlines follow the edges of cells, so that `read_mask` gives the same mask again. Cells that touch
-    by a corner alone belong to different pieces.
+    Outlines follow the edges of cells, so that `read_mask` gives the same mask again. Cells that
+    touch by a corner alone belong to different pieces.
 
     Args:
         mask: bool [h, w], of the whole slide.
@@ -170,12 +173,14 @@ def outlines(mask: Mask, size: Size) -> dict[str, Any]:
         >>> collection["features"][0]["geometry"]["coordinates"]
         [[[100.0, 0.0], [300.0, 0.0], [300.0, 100.0], [100.0, 100.0], [100.0, 0.0]]]
     """
+    import numpy as np
     from scipy import ndimage
 
     _check_mask(mask, size)
     across, along = size[0] / mask.shape[1], size[1] / mask.shape[0]
-    labels, pieces = ndimage.label(mask)
-    polygons: list[list[list[list[float]]]] = [[] for _ in range(pieces)]
+    labels = np.empty(mask.shape, np.int32)
+    ndimage.label(mask, output=labels)
+    polygons: list[list[list[list[float]]]] = [[] for _ in range(labels.max())]
     for ring, (row, column), is_outer in _rings(mask):
         line = [[x * across, y * along] for x, y in ring]
         polygon = polygons[labels[row, column] - 1]
@@ -252,8 +257,8 @@ def _read_geojson(path: Path, size: Size, shape: tuple[int, int]) -> Mask:
         raise StoreError(f"{path}: expected at least one Polygon or MultiPolygon, got none")
     if (high <= 0).any() or (low >= size).any():
         raise StoreError(
-            f"{path}: expected polygons in level-0 px of a slide of {size[0]} x {size[1]}, got x from "
-            f"{low[0]:g} to {high[0]:g} and y from {low[1]:g} to {high[1]:g}"
+            f"{path}: expected polygons in level-0 px of a slide of {size[0]} x {size[1]}, got x "
+            f"from {low[0]:g} to {high[0]:g} and y from {low[1]:g} to {high[1]:g}"
         )
     return mask
 
@@ -268,13 +273,15 @@ def _polygons(thing: Any, path: Path) -> Iterator[list[Any]]:
             continue
         kind = thing.get("type") if isinstance(thing, dict) else None
         parts = {
-            "FeatureCollection": "features", "Feature": "geometry", "GeometryCollection": "geometries",
-            "Polygon": "coordinates", "MultiPolygon": "coordinates",
+            "FeatureCollection": "features", "Feature": "geometry", "Polygon": "coordinates",
+            "GeometryCollection": "geometries", "MultiPolygon": "coordinates",
         }  # fmt: skip
         if isinstance(kind, str) and kind in parts:
             content = thing.get(parts[kind])
             if kind == "Feature":
-                left += [content] if content is not None else []  # without a place, says the standard
+                left += (
+                    [content] if content is not None else []
+                )  # without a place, says the standard
                 continue
             if not isinstance(content, list):
                 raise StoreError(
@@ -331,7 +338,10 @@ def _fill(mask: Mask, rings: list[Floats], path: Path) -> None:
     slope = (lower[:, 0] - upper[:, 0]) / (lower[:, 1] - upper[:, 1])
     total = np.cumsum(last - first)
     if total[-1] > _MOST_CROSSINGS:
-        raise StoreError(f"{path}: expected outlines that cross the thumbnail's rows at most {_MOST_CROSSINGS:,} times, got {total[-1]:,}; simplify them")
+        raise StoreError(
+            f"{path}: expected outlines that cross the thumbnail's rows at most "
+            f"{_MOST_CROSSINGS:,} times, got {total[-1]:,}; simplify them"
+        )
     begin = 0
     while begin < len(first):
         done = total[begin - 1] if begin else 0
@@ -380,7 +390,9 @@ def _means(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
 
 
 def _named(thing: Any) -> str:
-    text = repr(thing) if not isinstance(thing, list) else f"[{', '.join(map(repr, thing[:2]))}, ...]"
+    text = (
+        repr(thing) if not isinstance(thing, list) else f"[{', '.join(map(repr, thing[:2]))}, ...]"
+    )
     return text if len(text) < 80 else f"{text[:80]}..."
 
 

@@ -1,6 +1,6 @@
-"""The quality report of a cohort: a picture per slide, contact sheets, a table, one page that holds them.
+"""The quality report of a cohort: pictures of slides, contact sheets, a table, a page of them all.
 
-Drawn from the store alone, slide after slide, so that a cohort of any size needs the memory of one page.
+Drawn from the store alone, slide after slide, so any cohort needs the memory of one sheet.
 """
 
 from __future__ import annotations
@@ -63,10 +63,17 @@ INKS = {
     "corrupt": Ink((0, 0, 0), 8, "x"),
 }
 COUNTS = ("grid", "tissue", "kept", "corrupt", "pen", "blur", "edge")
-COLUMNS = ("key", "name", "status", "reason", "reader", "vendor", "mpp", "mpp_source", "level",
-           *COUNTS, "path")  # fmt: skip
+COLUMNS: tuple[str, ...] = (
+    "key", "name", "status", "reason", "reader", "vendor", "mpp", "mpp_source", "level",
+    *COUNTS, "path",
+)  # fmt: skip
 _LONGEST, _SHORTEST, _CAPTION = 1024, 512, 66  # px of a slide's picture
-_CELL, _ACROSS, _PAGE, _LABEL = 240, 8, 48, 34  # px of a cell; cells in a row, on a page; px of its text
+_CELL, _ACROSS, _PAGE, _LABEL = (
+    240,
+    8,
+    48,
+    34,
+)  # px of a cell; cells in a row, on a page; px of its text
 
 
 def write_report(
@@ -77,11 +84,11 @@ def write_report(
 ) -> Path:
     """Write the quality report of a cohort: what was seen, kept, flagged, empty and lost.
 
-    `slides/<key>.png` is a slide's thumbnail with the outline of its tissue and its patches; patches
-    with a flag are filled: orange pen, yellow blur, black corrupt, light blue edge. `sheets/` holds
-    contact sheets of 48 slides, `slides.csv` a line per slide, failed ones too, and `index.html` all of
-    it, failures and empty slides first, with relative links and nothing from elsewhere. Called again, it
-    draws only the slides that are newer than their pictures.
+    `slides/<key>.png` is a slide's thumbnail with the outline of its tissue and its patches;
+    patches with a flag are filled: orange pen, yellow blur, black corrupt, light blue edge.
+    `sheets/` holds contact sheets of 48 slides, `slides.csv` a line per slide, failed ones too, and
+    `index.html` all of it, failures and empty slides first, with relative links and nothing from
+    elsewhere. Called again, it draws only the slides that are newer than their pictures.
 
     Args:
         cohort: folder of the store.
@@ -161,11 +168,15 @@ def _row(key: str, attrs: Mapping[str, Any]) -> dict[str, Any]:
     path = attrs.get("path") or source.get("path")
     row = {**attrs, **counts, "kept": kept, "key": key, "status": status, "path": path}
     row["name"] = attrs.get("name") or path or key
+    mpp = row.get("mpp")
+    row["mpp"] = mpp if isinstance(mpp, int | float) and 0 < mpp < math.inf else None
     if status == "empty":
         row["reason"] = row.get("reason") or ("no patch has enough tissue" if counts.get("grid")
                                               else "no patch fits into it")  # fmt: skip
     clean = {name: row.get(name) for name in COLUMNS}
-    return {name: _line(value) if isinstance(value, str) else value for name, value in clean.items()}
+    return {
+        name: _line(value) if isinstance(value, str) else value for name, value in clean.items()
+    }
 
 
 def _line(text: object) -> str:
@@ -204,20 +215,21 @@ def _drawn(slide: Stored, row: Mapping[str, Any], path: Path) -> Image:
     left = (canvas.width - across) // 2
     canvas.paste(Image.fromarray(pixels), (left, 0))
     draw = ImageDraw.Draw(canvas)
-    _mark(draw, boxes + (left, 0, left, 0), flags)
-    mpp = row["mpp"]
-    if isinstance(mpp, int | float) and mpp > 0 and level0:
-        _scale_bar(draw, across / level0[0] / mpp, left, along, across)
+    _mark(draw, boxes + np.array((left, 0, left, 0)), flags)
+    if row["mpp"] and level0:
+        _scale_bar(draw, across / level0[0] / row["mpp"], left, along, across)
     _caption(draw, row, along)
     with _replacing(path, "wb") as file:  # 256 colours: a third of the bytes and of the time
         few = canvas.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         few.save(file, "PNG", compress_level=1)
-    return _cell(canvas)
+    return _cell(few.convert("RGB"))  # as it is when the file is read again
 
 
-def _size(attrs: Mapping[str, Any]) -> tuple[float, float] | None:
-    size = attrs.get("width"), attrs.get("height")
-    return (size[0], size[1]) if all(isinstance(side, int) and side > 0 for side in size) else None
+def _size(attrs: Mapping[str, Any]) -> tuple[int, int] | None:
+    width, height = attrs.get("width"), attrs.get("height")
+    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+        return width, height
+    return None
 
 
 def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -295,7 +307,9 @@ def _caption(draw: ImageDraw, row: Mapping[str, Any], top: int) -> None:
     ]
     width = draw.im.size[0]
     draw.text((8, top + 5), _fit(row["name"], _font(15), width - 16), "black", _font(15))
-    draw.text((8, top + 26), _fit(" · ".join(facts), _font(12), width - 16), (70, 70, 70), _font(12))
+    draw.text(
+        (8, top + 26), _fit(" · ".join(facts), _font(12), width - 16), (70, 70, 70), _font(12)
+    )
     x = 8.0
     kept = f"{row['kept'] or 0:,} kept" + (f" of {row['grid']:,}" if row["grid"] else "")
     for colour, text in [
@@ -415,7 +429,8 @@ def _page(
         for n, key in enumerate(keys):
             x, y = n % _ACROSS * _CELL, n // _ACROSS * (_CELL + _LABEL)
             area = f"{x},{y},{x + _CELL},{y + _CELL + _LABEL}"
-            yield f'<area coords="{area}" href="slides/{quote(key)}.png" alt="{html.escape(key)}">\n'
+            link = f"slides/{quote(key)}.png"
+            yield f'<area coords="{area}" href="{link}" alt="{html.escape(key)}">\n'
         yield "</map>\n"
 
 
@@ -435,8 +450,10 @@ def _replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Give a file to write that takes its place once it is whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-        with partial.open(mode, **text) as file:
+        text = "b" not in mode
+        with open(
+            partial, mode, encoding="utf-8" if text else None, newline="" if text else None
+        ) as file:
             yield file
         partial.replace(path)
     finally:

@@ -1,13 +1,14 @@
 """What of a thumbnail is tissue, what a pen has marked, what is out of focus.
 
-All is decided by colour and contrast of the slide's thumbnail alone, with numpy and scipy, so the same
-thumbnail gives the same masks. docs/tissue.md shows them on real tissue, with their errors.
+All is decided by colour and contrast of the slide's thumbnail alone, with numpy and scipy, so the
+same thumbnail gives the same masks. docs/tissue.md shows them on real tissue, with their errors.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
     Image = NDArray[np.uint8]
     Mask = NDArray[np.bool_]
-    Floats = NDArray[np.float32]
+    Floats = NDArray[np.floating[Any]]
 
-# Stain (see `_stain`), the glass being 0. Noise, glue, JPEG and uneven light stay below 0.03; the palest
-# stroma and fat of the test slides lie above 0.05. What is above 0.10 is stained, whatever Otsu's
-# threshold: where eosin is strong that parts pale tissue from deep (0.27), not tissue from glass.
+# Stain (see `_stain`), the glass being 0. Noise, glue, JPEG and uneven light stay below 0.03; the
+# palest stroma and fat of the test slides lie above 0.05. What is above 0.07 is stained, whatever
+# Otsu's threshold: where eosin is strong that parts pale tissue from deep (0.27), not tissue from
+# glass.
 _STAIN = (0.045, 0.07)
 # The same for fluorescence: square roots of the light above the background, of 1.
 _LIGHT = (0.18, 0.25)
@@ -32,13 +34,13 @@ _BLACK = 12  # of 255: what JPEG makes of black
 def tissue_mask(thumb: Image, um_per_px: float | None = None) -> Mask:
     """Find the tissue of a slide: Otsu's threshold on the saturation of its thumbnail.
 
-    Colours are taken relative to the glass and smoothed over 8 um; half of their darkness is added to
-    the saturation, for tissue that is only grey (stroma in IHC). Otsu's threshold is kept between
-    0.045 and 0.10: a slide without tissue has none, and a slide full of it is all tissue. Black and
-    pixels of exactly 255 in all channels are padding, not tissue. Where the background is dark
-    (fluorescence) brightness takes the place of saturation. Holes up to 20,000 um² are filled and
-    pieces below 5,000 um² dropped; without `um_per_px`, 0.05 % and 0.01 % of the thumbnail. Ink of a
-    pen is coloured and so counts as tissue here: see `pen_mask`.
+    Colours are taken relative to the glass and smoothed over 8 um; half of their darkness is added
+    to the saturation, for tissue that is only grey (stroma in IHC). Otsu's threshold is kept
+    between 0.045 and 0.07: a slide without tissue has none, and a slide full of it is all tissue.
+    Black and pixels of exactly 255 in all channels are padding, not tissue. Where the background is
+    dark (fluorescence) brightness takes the place of saturation. Holes up to 20,000 um² are filled
+    and pieces below 5,000 um² dropped; without `um_per_px`, 0.05 % and 0.01 % of the thumbnail. Ink
+    of a pen is coloured and so counts as tissue here: see `pen_mask`.
 
     Args:
         thumb: the whole slide, uint8 [height, width, 3] RGB.
@@ -84,10 +86,10 @@ def pen_mask(thumb: Image) -> Mask:
     """Find marks of a pen: green, blue, red and black ink, by their optical densities.
 
     Haematoxylin, eosin and DAB absorb at most 1.2 times as much red as green; ink that is green or
-    blue 1.5 times as much and more. Red ink absorbs green and blue alike, deeply, and hardly any red;
-    black ink absorbs all three alike, deeply. From such pixels a mark spreads to its paler rim and to
-    where it covers tissue. On a dark background (fluorescence) nothing is a mark. Red chromogens (AEC,
-    Fast Red) that stain whole areas deeply cannot be told from red ink.
+    blue 1.5 times as much and more. Red ink absorbs green and blue alike, deeply, and hardly any
+    red; black ink absorbs all three alike, deeply. From such pixels a mark spreads to its paler rim
+    and to where it covers tissue. On a dark background (fluorescence) nothing is a mark. Red
+    chromogens (AEC, Fast Red) that stain whole areas deeply cannot be told from red ink.
 
     Args:
         thumb: the whole slide, uint8 [height, width, 3] RGB.
@@ -138,7 +140,7 @@ def pen_mask(thumb: Image) -> Mask:
         core = _without_small(kind(*sure) & real, max(9.0, 2e-4 * mark.size))
         if core.any():
             mark |= ndimage.binary_propagation(core, mask=core | (kind(*perhaps) & real))
-    if mark.any():  # where a third of the neighbourhood is marked, what tissue hides is marked as well
+    if mark.any():  # what tissue hides is marked as well, where a third of what is around it is
         mark |= _smooth(mark.astype(np.float32), max(1.0, max(mark.shape) / 100)) > 0.35
     return mark
 
@@ -146,12 +148,12 @@ def pen_mask(thumb: Image) -> Mask:
 def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
     """Find tissue that is out of focus: what has hardly any detail beside its coarser structure.
 
-    Detail is the contrast at 1 px and finer, structure that between 1 and 3 px, each over a window of 8
-    px, at 1.5 um per px or as coarse as the thumbnail is, then twice and four times coarser. Sharp
-    tissue of any stain has detail / structure above 0.6 nearly everywhere; where it is below 0.4 the
-    tissue is blurred. A Gaussian blur of s um is found with a thumbnail of s / 1.3 um per px or finer:
-    of 2 um up at 1.5 um per px. Thumbnails coarser than 8 um per px, or of unknown resolution, do not
-    show it, and nothing is flagged.
+    Detail is the contrast at 1 px and finer, structure that between 1 and 3 px, each over a window
+    of 8 px, at 1.5 um per px or as coarse as the thumbnail is, then twice and four times coarser.
+    Sharp tissue of any stain has detail / structure above 0.6 nearly everywhere; where it is below
+    0.4 the tissue is blurred. A Gaussian blur of s um is found on a thumbnail of s / 1.5 um per px
+    or finer: of 3 um at 2 um per px; below 2 um it is never found. Thumbnails coarser than 8 um per
+    px, or of unknown resolution, do not show it, and nothing is flagged.
 
     Args:
         thumb: the whole slide, uint8 [height, width, 3] RGB.
@@ -180,7 +182,9 @@ def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
     _check(thumb, um_per_px)
     if tissue.dtype != bool or tissue.shape != thumb.shape[:2]:
         expected = list(thumb.shape[:2])
-        raise ValueError(f"tissue: expected bool {expected}, got {tissue.dtype} {list(tissue.shape)}")
+        raise ValueError(
+            f"tissue: expected bool {expected}, got {tissue.dtype} {list(tissue.shape)}"
+        )
     blurred = np.zeros(tissue.shape, bool)
     if um_per_px is None or um_per_px > _COARSEST_UM or not tissue.any():
         return blurred
@@ -206,8 +210,8 @@ def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
 def has_dark_background(thumb: Image) -> bool:
     """Say whether a thumbnail is of fluorescence: a quarter of it nearly black, and no glass.
 
-    Exact black, which bright-field scanners put around what they did not scan, counts as dark only if
-    all else is dark too; glass is what is light in all channels.
+    Exact black, which bright-field scanners put around what they did not scan, counts as dark only
+    if all else is dark too; glass is what is light in all channels.
     """
     import numpy as np
 
@@ -218,7 +222,7 @@ def has_dark_background(thumb: Image) -> bool:
 
 
 def otsu(values: Floats) -> float:
-    """Return Otsu's threshold: that which parts the values into two with the least variance within."""
+    """Return Otsu's threshold, which parts the values into two with the least variance within."""
     import numpy as np
 
     low, high = float(values.min()), float(values.max())
@@ -233,24 +237,25 @@ def otsu(values: Floats) -> float:
 
 
 def _stain(thumb: Image, real: Mask, sigma: float) -> Floats:
-    """Return saturation, and half of the darkness of what is not very dark (a frame, its shadow)."""
+    """Return saturation, and half the darkness of what is not very dark (a frame, its shadow)."""
     import numpy as np
 
     red, green, blue = _balanced(thumb, real, sigma)
     brightest = np.maximum(np.maximum(red, green), blue)
     darkest = np.minimum(np.minimum(red, green), blue)
-    # The floor keeps the noise of nearly black pixels, whose saturation means nothing, below tissue's.
+    # The floor keeps the noise of nearly black pixels below tissue's saturation.
     saturation = (brightest - darkest) / np.maximum(brightest, 0.25)
     return saturation + np.where(brightest > 0.5, (1 - brightest) / 2, 0)
 
 
-def _balanced(thumb: Image, real: Mask, sigma: float) -> list[Floats]:
-    """Return the smoothed colours as shares of the glass's: the brightest tenth of what is nearly grey."""
+def _balanced(thumb: Image, real: Mask, sigma: float) -> Sequence[Floats]:
+    """Return smoothed colours as shares of the glass's, the brightest of what is nearly grey."""
     import numpy as np
 
     weight = np.maximum(_smooth(real.astype(np.float32), sigma), 1e-6)
     planes = [
-        _smooth(np.where(real, thumb[..., i], np.float32(0)), sigma) / (255 * weight) for i in range(3)
+        _smooth(np.where(real, thumb[..., i], np.float32(0)), sigma) / (255 * weight)
+        for i in range(3)
     ]
     few = np.stack([plane[::3, ::3][real[::3, ::3]] for plane in planes])
     brightest, darkest = few.max(0), few.min(0)
@@ -284,10 +289,10 @@ def _pooled(image: Floats, factor: int) -> Floats:
 
 
 def _px(um: float, um_per_px: float | None, thumb: Image) -> float:
-    """Return a length in px, between 1 px and 1/100 of the thumbnail: where unknown, 8 um are 1/500."""
+    """Return a length in px, from 1 to 1/32 of the thumbnail; where unknown, 8 um are 1/500."""
     longest = max(thumb.shape[:2])
     wanted = um / um_per_px if um_per_px else um / _SMOOTH_UM * longest / 500
-    return max(1.0, min(wanted, longest / 100))
+    return max(1.0, min(wanted, longest / 32))
 
 
 def _without_small(mask: Mask, least_px: float) -> Mask:
@@ -295,7 +300,8 @@ def _without_small(mask: Mask, least_px: float) -> Mask:
     import numpy as np
     from scipy import ndimage
 
-    labels, _ = ndimage.label(mask)
+    labels = np.empty(mask.shape, np.int32)
+    ndimage.label(mask, output=labels)
     kept = np.bincount(labels.ravel()) >= least_px
     kept[0] = False
     return kept[labels]

@@ -37,8 +37,8 @@ def plain(colour: tuple[float, ...], noise: float, seed: int = 0) -> np.ndarray:
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-# What is tissue by eye: the least and the largest share of the slide, and places (x, y in shares of the
-# slide) within and outside.
+# What is tissue by eye: mpp, the least and the largest share of the slide, and places within and
+# outside (x, y in shares of the slide).
 SEEN = {
     "CMU-1-Small-Region.svs": (0.499, 0.38, 0.44, [(0.45, 0.6), (0.5, 0.9), (0.2, 0.36)],
                                [(0.1, 0.1), (0.9, 0.5)]),
@@ -47,7 +47,8 @@ SEEN = {
     "1065626.svs": (0.5026, 0.005, 0.011, [(0.417, 0.622), (0.687, 0.712), (0.245, 0.18)],
                     [(0.5, 0.5), (0.1, 0.9)]),
     "kidney-48-5.tif": (None, 0.002, 0.006, [(0.23, 0.595)], [(0.78, 0.19), (0.5, 0.5)]),
-    "test3-DAPI-2-387.ndpi": (0.228, 0.45, 0.7, [(0.5, 0.72), (0.2, 0.2)], [(0.05, 0.1), (0.5, 0.97)]),
+    "test3-DAPI-2-387.ndpi": (0.228, 0.45, 0.7, [(0.5, 0.72), (0.2, 0.2)],
+                              [(0.05, 0.1), (0.5, 0.97)]),
     "patch.tif": (None, 0.82, 0.9, [(0.3, 0.5)], [(0.9, 0.95)]),
 }  # fmt: skip
 
@@ -217,11 +218,15 @@ def blurred_right(thumb: np.ndarray, sigma: float) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("um_per_px", "um", "least"),
-    [(0.997, 3, 0.8), (0.997, 6, 0.85), (2.01, 4, 0.85), (2.01, 12, 0.85), (5.01, 10, 0.6)],
+    [(0.997, 3, 0.8), (2.01, 4, 0.85), (2.01, 12, 0.85), (5.01, 10, 0.6)],
 )
-def test_the_blurred_half_of_real_tissue_is_found(um_per_px: float, um: float, least: float) -> None:
+def test_the_blurred_half_of_real_tissue_is_found(
+    um_per_px: float, um: float, least: float
+) -> None:
     """From 1.5 px of the thumbnail upwards; what is missed lies at the sharp half and in pieces."""
-    thumb, downsample = slide_thumb("CMU-1-Small-Region.svs", longest=round(2967 * 0.499 / um_per_px))
+    thumb, downsample = slide_thumb(
+        "CMU-1-Small-Region.svs", longest=round(2967 * 0.499 / um_per_px)
+    )
     assert downsample * 0.499 == pytest.approx(um_per_px, rel=0.01)
     tissue, half = tissue_mask(thumb, um_per_px), thumb.shape[1] // 2
     assert not blur_mask(thumb, tissue, um_per_px).any()
@@ -233,7 +238,7 @@ def test_the_blurred_half_of_real_tissue_is_found(um_per_px: float, um: float, l
 def test_sharp_slides_are_not_called_blurred() -> None:
     for name, mpp in (("tcga-cr-7395-01a-01-ts1.svs", 0.5), ("1065626.svs", 0.5026),
                       ("test3-DAPI-2-387.ndpi", 0.228)):  # fmt: skip
-        thumb, downsample = slide_thumb(name)
+        thumb, downsample = slide_thumb(name, longest=700)
         tissue = tissue_mask(thumb, mpp * downsample)
         assert blur_mask(thumb, tissue, mpp * downsample).sum() < 0.005 * tissue.sum(), name
     assert not blur_mask(plain((200, 120, 170), 0), np.ones((400, 600), bool), 2.0).any()
