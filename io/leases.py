@@ -71,7 +71,7 @@ class Leases:
         self.folder, self.heartbeat_s = Path(folder), heartbeat_s
         self._held: dict[str, Lease] = {}
         self._seen: dict[str, tuple[_Found, float]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def take(self, key: str) -> Lease | None:
@@ -161,12 +161,11 @@ class Leases:
 
     def _beat(self) -> None:
         while True:
-            time.sleep(self.heartbeat_s)
             with self._lock:
-                held = [lease for lease in self._held.values() if lease._pid == os.getpid()]
-                if not held:
+                if self._lock.wait_for(lambda: not self._own(), self.heartbeat_s):
                     self._thread = None
                     return
+                held = self._own()
             for lease in held:
                 path = self.folder / lease.key
                 try:
@@ -180,12 +179,17 @@ class Leases:
                 except OSError:  # a shared folder that is away for a moment: a beat may be missed
                     continue
 
+    def _own(self) -> list[Lease]:
+        """Return the leases of this process: after a fork there are copies of the parent's."""
+        return [lease for lease in self._held.values() if lease._pid == os.getpid()]
+
     def _release(self, lease: Lease) -> None:
         if lease._pid != os.getpid():  # a copy of the parent's, which goes on
             return
         with self._lock:
             if self._held.pop(lease.token, None) is None:
                 return
+            self._lock.notify_all()
         path = self.folder / lease.key
         found = _look(path)
         if found is not None and found.token == lease.token:

@@ -1,4 +1,4 @@
-"""Kill workers of the commit protocol at random moments, and see what is left: run by test_commit.py.
+"""Kill workers of the commit protocol at random moments: run by test_commit.py.
 
 A script, so that a fork of a process with few modules and one thread is the worker: hundreds of
 kills take seconds. Prints what is wrong, nothing if all is well.
@@ -59,8 +59,8 @@ def done(writer: StoreWriter, leases: Leases, source: Source, width: int) -> boo
             slide = writer.begin_features(source.key, width)
         else:
             slide = writer.begin(
-                source.key, described(source), draw.integers(9999, size=(n, 2)), draw.random(n), flags,
-                np.full((4, 4, 3), n, np.uint8), np.ones((4, 4), bool), width,
+                source.key, described(source), draw.integers(9999, size=(n, 2)), draw.random(n),
+                flags, np.full((4, 4, 3), n, np.uint8), np.ones((4, 4), bool), width,
             )  # fmt: skip
         with slide:
             rows = np.flatnonzero(flags == 0)
