@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import secrets
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -304,7 +305,9 @@ def _read_h5(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
 def _read_pt(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     import torch
 
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():  # of how it was pickled: it loads, or is refused
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, torch.Tensor):
         content = {"features": content}
     if not isinstance(content, dict):

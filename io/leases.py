@@ -13,11 +13,13 @@ differ. Hence a lease of a machine that is gone blocks for two heartbeats from t
 A dead lease is taken over by whoever creates the claim, a file named by the dead lease's token, and
 then renames it onto the lease: one rename that only one worker can make. A claim is a lease itself,
 so that a claimer that dies blocks no one. All of it needs atomic rename and exclusive creation
-alone, which shared filesystems have more often than locks.
+alone, which shared filesystems have more often than locks. A killed worker may leave a small file
+whose name begins with a dot; it blocks nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -69,7 +71,7 @@ class Leases:
         self.folder, self.heartbeat_s = Path(folder), heartbeat_s
         self._held: dict[str, Lease] = {}
         self._seen: dict[str, tuple[_Found, float]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def take(self, key: str) -> Lease | None:
@@ -128,24 +130,22 @@ class Leases:
             "start": _started(os.getpid()),
             "token": token,
         }
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        text = json.dumps(owner, sort_keys=True).encode()
+        whole = self.folder / f".{token}.new"
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            file = os.open(path, flags, 0o666)
+            # A link makes the lease and what it says appear at once: a worker that dies in between
+            # leaves no lease without an owner, which would block for two heartbeats.
+            whole.write_bytes(text)
+            os.link(whole, path)
         except FileExistsError:
             return False
-        except FileNotFoundError:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                file = os.open(path, flags, 0o666)
-            except FileExistsError:
-                return False
-        try:
-            os.write(file, json.dumps(owner, sort_keys=True).encode())
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            return _write_new(path, text)  # a filesystem without links
         finally:
-            os.close(file)
+            whole.unlink(missing_ok=True)
         return True
 
     def _is_dead(self, name: str, found: _Found) -> bool:
@@ -161,12 +161,11 @@ class Leases:
 
     def _beat(self) -> None:
         while True:
-            time.sleep(self.heartbeat_s)
             with self._lock:
-                held = [lease for lease in self._held.values() if lease._pid == os.getpid()]
-                if not held:
+                if self._lock.wait_for(lambda: not self._own(), self.heartbeat_s):
                     self._thread = None
                     return
+                held = self._own()
             for lease in held:
                 path = self.folder / lease.key
                 try:
@@ -180,16 +179,36 @@ class Leases:
                 except OSError:  # a shared folder that is away for a moment: a beat may be missed
                     continue
 
+    def _own(self) -> list[Lease]:
+        """Return the leases of this process: after a fork there are copies of the parent's."""
+        return [lease for lease in self._held.values() if lease._pid == os.getpid()]
+
     def _release(self, lease: Lease) -> None:
         if lease._pid != os.getpid():  # a copy of the parent's, which goes on
             return
         with self._lock:
             if self._held.pop(lease.token, None) is None:
                 return
+            self._lock.notify_all()
         path = self.folder / lease.key
         found = _look(path)
         if found is not None and found.token == lease.token:
             path.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, text: bytes) -> bool:
+    try:
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        os.write(file, text)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(file)
+    return True
 
 
 def _look(path: Path) -> _Found | None:
@@ -209,7 +228,7 @@ def _look(path: Path) -> _Found | None:
             int(owner["pid"]), str(owner["start"]), heartbeat_s,
         )  # fmt: skip
     except (ValueError, KeyError, TypeError):
-        # Created and not yet written; for ever so, if its owner died in between.
+        # Created and not yet written, on a filesystem without links; or after a power cut.
         token = f"{status.st_ino:x}-{status.st_ctime_ns:x}"
         return _Found(token, status.st_mtime_ns, "", "", 0, "", HEARTBEAT_S)
 

@@ -284,7 +284,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damage_is_named(made: Made, seed: int) -> None:
-    """Any file cut, lengthened, removed or with a bit turned: StoreError at most, and verify says so."""
+    """Any file cut, lengthened, removed or with a bit turned: StoreError at most; verify tells."""
     store = made({"a.svs": (numbers(20, 3), [8, *[0] * 19])})
     store.write_manifest()
     assert store.verify() == []
@@ -329,8 +329,8 @@ def test_what_lies_about_is_named(made: Made) -> None:
     store = made({"a.svs": (numbers(3, 2), None)}, width=2)
     folder = Path(store["a"].path)
     for stray in (
-        store.path / "slides/b.txt", folder / "x", folder / "coords/c/1", folder / "features/made/y",
-        store.path / f".tmp/a.{'0' * 16}",
+        store.path / "slides/b.txt", folder / "x", folder / "coords/c/1",
+        folder / "features/made/y", store.path / f".tmp/a.{'0' * 16}",
     ):  # fmt: skip
         stray.parent.mkdir(exist_ok=True)
         stray.touch()
@@ -375,8 +375,8 @@ def test_a_huge_declaration_allocates_nothing(made: Made) -> None:
     meta = Path(store["a"].path, "features/made/zarr.json")
     content = json.loads(meta.read_bytes())
     for shape, chunk in (
-        ([10**12, 3], [10**12, 3]), ([10**12, 3], [4, 3]), ([10**30, 3], [10**30, 3]), ([-4, 3], [4, 3]),
-        ([4, 3], [0, 3]), ([4], [4]), ("ab", [4, 3]), ([4, 3], [4, 10**9]),
+        ([10**12, 3], [10**12, 3]), ([10**12, 3], [4, 3]), ([10**30, 3], [10**30, 3]),
+        ([-4, 3], [4, 3]), ([4, 3], [0, 3]), ([4], [4]), ("ab", [4, 3]), ([4, 3], [4, 10**9]),
     ):  # fmt: skip
         content["shape"], content["chunk_grid"]["configuration"]["chunk_shape"] = shape, chunk
         meta.write_text(json.dumps(content))

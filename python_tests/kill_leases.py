@@ -1,0 +1,85 @@
+"""Have eight processes take leases and kill them at random moments: run by test_leases.py.
+
+A script for the reason of kill_store.py. Prints what is wrong, nothing if all is well.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from motet.io.leases import Leases
+
+KEYS = 4
+
+
+def alive(worker: str) -> bool:
+    try:
+        state = Path(f"/proc/{worker}/stat").read_bytes()
+    except OSError:
+        return False
+    return state.rpartition(b")")[2].split()[0] != b"Z"
+
+
+def labour(folder: Path, seed: int) -> None:
+    """Take random keys; a file says who works on a key, which is to be no other that lives."""
+    draw, leases, me = random.Random(seed), Leases(folder / "leases"), str(os.getpid())
+    while True:
+        key = f"k{draw.randrange(KEYS)}"
+        lease = leases.take(key)
+        if lease is None:
+            continue
+        note = folder / key
+        before = note.read_text() if note.exists() else ""
+        if before and before != me and alive(before):
+            (folder / f"clash-{key}-{before}-{me}").touch()
+        note.write_text(me)
+        time.sleep(draw.uniform(0, 0.002))
+        if note.read_text() != me:
+            (folder / f"clash-{key}-{me}").touch()
+        note.write_text("")
+        with (folder / f"count-{me}").open("a") as file:
+            file.write("x")
+        lease.release()
+
+
+def start(folder: Path, seed: int) -> int:
+    worker = os.fork()
+    if worker == 0:
+        try:
+            labour(folder, seed)
+        finally:
+            (folder / f"clash-ended-{os.getpid()}").touch()
+            os._exit(1)
+    return worker
+
+
+def main(folder: Path, seconds: float) -> None:
+    draw, kills, end = random.Random(0), 0, time.monotonic() + seconds
+    workers = [start(folder, seed) for seed in range(8)]
+    while time.monotonic() < end:
+        time.sleep(draw.uniform(0, 0.02))
+        which = draw.randrange(8)
+        os.kill(workers[which], signal.SIGKILL)
+        os.waitpid(workers[which], 0)
+        kills += 1
+        workers[which] = start(folder, 100 + kills)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+    for clash in folder.glob("clash-*"):
+        print(clash.name)
+    leases = Leases(folder / "leases")
+    for i in range(KEYS):
+        if leases.take(f"k{i}") is None:
+            print(f"k{i} is blocked by the dead")
+    done = sum(len(path.read_text()) for path in folder.glob("count-*"))
+    if done < 20 or kills < 5:
+        print(f"{done} leases taken, {kills} kills: too few")
+    print(f"{done} leases taken, {kills} kills", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))
