@@ -9,8 +9,6 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-CURE = "install a C++20 compiler, then `pip install --force-reinstall --no-deps .` in the checkout"
-
 HALF = 0.5 + 1e-9  # a half that came out a little less is still rounded up
 
 try:
