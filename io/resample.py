@@ -51,7 +51,7 @@ def area_resample(
     Example:
         >>> image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
         >>> area_resample(image, np.array([0.0, 1.5]), np.array([0.25]), 2.5)[..., 0].tolist()
-        [[13], [31]]
+        [[13], [29]]
     """
     if out is None:
         out = np.empty((len(rows), len(columns), 3), np.uint8)
