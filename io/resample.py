@@ -9,8 +9,6 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-CURE = "install a C++20 compiler, then `pip install --force-reinstall --no-deps .` in the checkout"
-
 HALF = 0.5 + 1e-9  # a half that came out a little less is still rounded up
 
 try:
@@ -53,7 +51,7 @@ def area_resample(
     Example:
         >>> image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
         >>> area_resample(image, np.array([0.0, 1.5]), np.array([0.25]), 2.5)[..., 0].tolist()
-        [[13], [31]]
+        [[13], [29]]
     """
     if out is None:
         out = np.empty((len(rows), len(columns), 3), np.uint8)

@@ -156,8 +156,8 @@ def test_memory_serves_again_when_nothing_refers_to_it() -> None:
             kept = [batch.pixels[3:5], torch.from_numpy(batch.pixels)[3:5], batch.pixels[1:][2:4]]
             held.append((batch, kept[i // 20 % 3], batch.pixels[3:5].copy()))
             held[-1] = (PatchBatch(batch.rows, None, batch.lost), *held[-1][1:])
-    assert len(everything) / 16 > 100
-    assert len(held) + 1 <= len(places) <= len(held) + 2
+    assert len(everything) / 16 > 130
+    assert len(places) < 60  # three blocks of 16 x 16 patches, and what is held
     for batch, kept, copy in held:
         assert np.array_equal(np.asarray(kept), copy)
         fresh, _ = read(slide, grid, everything[batch.rows[3:5]])
