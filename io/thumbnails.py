@@ -18,6 +18,7 @@ def thumbnail(slide: Slide, longest_px: int) -> Pixels:
     """Return the whole slide; see Slide.thumbnail."""
     if longest_px < 1:
         raise ValueError(f"longest_px: expected at least 1, got {longest_px}")
+    base = slide.levels[0]
     width, height = _size(slide, longest_px)
     level = thumbnail_level(slide, longest_px)
     sides = slide.levels[level]
@@ -35,7 +36,6 @@ def thumbnail(slide: Slide, longest_px: int) -> Pixels:
     return total.astype(np.uint8)
 
 
-<<<<<<< HEAD
 def thumbnail_level(slide: Slide, longest_px: int) -> int:
     """Return the level that a thumbnail is made of: the coarsest that is no smaller."""
     width, height = _size(slide, longest_px)
@@ -51,14 +51,8 @@ def _size(slide: Slide, longest_px: int) -> tuple[int, int]:
     return max(1, round(base.width * scale)), max(1, round(base.height * scale))
 
 
-def _reduced(slide: Slide, level: int, factor: int) -> Pixels:
-    """Read a level, reduced by a whole number to the means of blocks."""
-    from PIL import Image
-
-=======
 def _bands(slide: Slide, level: int) -> Iterator[tuple[int, Pixels]]:
     """Read a level from top to bottom: (first row, pixels), white where damaged."""
->>>>>>> 6a560646701b0e55cf42622554b37821f5784326
     sides = slide.levels[level]
     seen, lost = False, None
     across, down = (
