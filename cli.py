@@ -7,10 +7,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import closing, suppress
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
