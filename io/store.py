@@ -199,9 +199,11 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
     def write_manifest(self) -> Path:
         """Write `manifest()` to slides.parquet, whole or not at all; return its path."""
         from .commit import replacing
+        from .leases import Leases
 
-        path = self.path / "slides.parquet"
-        with replacing(self.path, "slides.parquet", path) as partial:
+        path, name = self.path / "slides.parquet", "slides.parquet"
+        lease = Leases(self.path / "leases").wait(name)
+        with lease, replacing(self.path, name, path) as partial:
             self.manifest().to_parquet(partial, index=False)
         return path
 
@@ -698,12 +700,15 @@ def _column(values: list[Any], kind: str) -> pd.Series:
     """Return a column; what is of another kind than it says is missing."""
     import pandas as pd
 
-    types = {"str": str, "int": int, "float": int | float}[kind]
-    bound = 2**63 if kind == "int" else math.inf
-    fit = [
-        one if isinstance(one, types) and not isinstance(one, bool)
-        and (isinstance(one, str) or abs(one) < bound) else None
-        for one in values
-    ]  # fmt: skip
+    def fitting(value: Any) -> Any:
+        if isinstance(value, str) and kind == "str":
+            # A path that is not UTF-8 has characters that no table can hold.
+            return value.encode(errors="replace").decode()
+        if isinstance(value, float) and kind == "float":
+            return value
+        if isinstance(value, int) and kind != "str" and not isinstance(value, bool):
+            return value if abs(value) < 2**63 else None
+        return None
+
     dtype = {"str": pd.StringDtype(), "int": pd.Int64Dtype(), "float": pd.Float64Dtype()}[kind]
-    return pd.Series(fit, dtype=dtype)
+    return pd.Series([fitting(value) for value in values], dtype=dtype)
