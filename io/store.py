@@ -83,6 +83,8 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         self.run = read_run(self.path)
         """Format, tiling and encoders, as in run.json."""
         self._slug = None if encoder is None else self._slug_of(encoder)
+        self._named: dict[str, list[str]] = {}
+        self._named_at = -1
 
     def _slug_of(self, encoder: str) -> str:
         encoders = self.run["encoders"]
@@ -140,7 +142,9 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
             raise KeyError(f"{name!r} is the name of {len(keys)} slides: {listed(keys)}")
         if name in (failed := self.failed):
             raise KeyError(f"{name!r} failed: {failed[name].get('message')}")
-        raise KeyError(f"no slide {name!r} in {self.path}: {suggest(name, [*self._named, *self])}")
+        raise KeyError(
+            f"no slide {name!r} in {self.path}: {suggest(name, [*self._names(), *self])}"
+        )
 
     def find(self, name: str) -> str | None:
         """Return the key of the slide of this key, name, file name or stem; None if not one."""
@@ -151,18 +155,23 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         """Return the keys of all slides of this key, name, file name or stem."""
         if KEY.fullmatch(name) and os.path.isdir(f"{self.path}/slides/{name}.zarr"):
             return [name]
-        return self._named.get(name, [])
+        return self._names().get(name, [])
 
-    @cached_property
-    def _named(self) -> dict[str, list[str]]:
-        """Keys by all that they may be called; read once, when first asked for."""
-        named: dict[str, list[str]] = {}
-        for key in self:
-            name = str(SlideFeatures(self, key).attrs.get("name", ""))
-            file = name.rpartition("/")[2]
-            for one in {name, file, file.rpartition(".")[0]} - {""}:
-                named.setdefault(one, []).append(key)
-        return named
+    def _names(self) -> dict[str, list[str]]:
+        """Return keys by all that they may be called, read again where slides came or went."""
+        try:
+            changed_ns = os.stat(f"{self.path}/slides").st_mtime_ns
+        except OSError:
+            return {}
+        if changed_ns != self._named_at:
+            self._named = {}
+            for key in self:
+                name = str(SlideFeatures(self, key).attrs.get("name", ""))
+                file = name.rpartition("/")[2]
+                for one in {name, file, file.rpartition(".")[0]} - {""}:
+                    self._named.setdefault(one, []).append(key)
+            self._named_at = changed_ns
+        return self._named
 
     @property
     def failed(self) -> dict[str, dict[str, Any]]:
