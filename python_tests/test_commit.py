@@ -275,6 +275,17 @@ def test_replacing_loses_neither(
     assert FeatureStore(out).verify() == []
 
 
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.svs")
+    path.write_bytes(b"pixels")
+    writer = opened(tmp_path / "cohort")
+    put(writer, Slide(path, "a.svs"), numbers(2, 3))
+    store = FeatureStore(tmp_path / "cohort")
+    store.write_manifest()
+    assert store.verify() == []
+    assert store["a"].attrs["source"]["path"] == str(path)
+
+
 def test_two_open_a_cohort_at_once(tmp_path: Path) -> None:
     """Of two specifications one wins, with all of its four encoders."""
     code = """

@@ -251,6 +251,8 @@ def test_slides_are_found_by_names(made: Made) -> None:
         _ = store["a"]
     with pytest.raises(KeyError, match=r"did you mean .*x/b\.1\.svs"):
         _ = store["x/b.2.svs"]
+    made({"z.svs": (numbers(2, 3), None)})
+    assert store["z"].attrs["name"] == "z.svs"  # came after the names were read
     for name in ("../cohort", "", "/", ".", "..", "x\0", "a" * 5000):
         assert name not in store
 
