@@ -1,4 +1,7 @@
-"""Data in: cohorts and slides. Imports neither torch nor the models, and numpy and pandas at first use."""
+"""Data in: cohorts and slides.
+
+Imports neither torch nor the models, and numpy, pandas and the readers of slides at first use.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

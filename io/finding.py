@@ -13,9 +13,10 @@ from pathlib import Path
 
 from .errors import SlideError
 
-SUFFIXES = frozenset(
-    ".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .dcm .png .jpg .jpeg".split()
-)
+SUFFIXES = {
+    ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi",
+    ".dcm", ".png", ".jpg", ".jpeg",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

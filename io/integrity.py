@@ -7,10 +7,10 @@ cuCIM returns the pixels of another tile where one cannot be decoded at all. Wha
 * JPEG and JPEG 2000 tiles begin and end with their markers, and say the size that the file says;
 * what follows 0xFF in coded data is what a coder may write there, so that other bytes in place of
   a few hundred are found out;
-* no run of zero bytes is longer than the coding can give: 32 of them are more than a JPEG block of
-  coefficients that are all -1 (191 bits), unless the Huffman tables are such that zeros mean "end
-  of block" in every component (`hole` is 0 then, and holes of zeros remain unseen); a JPEG 2000
-  tile has at most one zero byte per empty packet; LZW would code the third zero otherwise;
+* no run of zero bytes is longer than the coding can give: in JPEG 32, which is more than a block of
+  coefficients that are all -1, or, where the Huffman tables were made for the image, what its
+  blocks could take together; a JPEG 2000 tile has at most one zero byte per empty packet; LZW would
+  code the third zero otherwise;
 * uncompressed RGB tiles are not black throughout.
 
 Deflate carries a checksum that its decoder verifies: nothing is to be scanned but the ranges.
@@ -53,7 +53,7 @@ class Header:
     """What stands before a tile's coded data."""
 
     bytes: bytes
-    hole: int  # zero bytes in a row that are damage; 0 where zeros prove nothing
+    hole: int  # so many zero bytes in a row are damage; 0 where zeros prove nothing
     plain: bool  # one run of coded data follows, up to the end marker
     size: tuple[int, int]  # (width, height)
 
@@ -99,27 +99,56 @@ def parse_jpeg(data: bytes, tiles: Tiles) -> Header | None:
         data: the tile from its first byte.
         tiles: its sizes and JPEGTables.
     """
-    first_symbols: dict[int, int] = {}  # of AC tables: what the code of only zeros means
+    zeros: dict[int, tuple[int, int]] = {}  # per table what zero bits are: (length, symbol)
     if tiles.tables:
-        _segments(tiles.tables, first_symbols)
-    found = _segments(data, first_symbols)
+        _segments(tiles.tables, zeros)
+    found = _segments(data, zeros)
     if found is None:
         return None
     end, frame, scan = found
     if frame is None or frame[0] not in (0xC0, 0xC1, 0xC2) or len(frame) < 7:
         return None
     size = int.from_bytes(frame[4:6], "big"), int.from_bytes(frame[2:4], "big")
-    if frame[1] != 8 or size not in tiles.sizes or frame[6] != tiles.samples:
+    count = frame[6]
+    if frame[1] != 8 or size not in tiles.sizes or count != tiles.samples:
         return None
-    if not scan or len(scan) < 1 + 2 * scan[0]:
+    if not scan or len(scan) < 1 + 2 * scan[0] or len(frame) < 7 + 3 * count:
         return None
-    plain = frame[0] != 0xC2 and scan[0] == frame[6]
-    used = [scan[2 + 2 * i] & 15 for i in range(scan[0])]
-    provable = any(first_symbols.get(table, 1) != 0 for table in used)
-    return Header(data[:end], HOLE_BYTES if plain and provable else 0, plain, size)
+    plain = frame[0] != 0xC2 and scan[0] == count
+    hole = _jpeg_hole(size, frame, scan, zeros) if plain else 0
+    return Header(data[:end], hole, plain, size)
 
 
-def _segments(data: bytes, first_symbols: dict[int, int]) -> tuple[int, bytes | None, bytes] | None:
+def _jpeg_hole(
+    size: tuple[int, int], frame: bytes, scan: bytes, zeros: dict[int, tuple[int, int]]
+) -> int:
+    """Say how many zero bytes in a row are more than a JPEG can hold.
+
+    By the tables of the standard zeros are coefficients of -1, 191 bits per block. Tables made for
+    one image may have zeros for "no change" and "end of block", 2 bits or a few per block: then a
+    run may be as long as all blocks of the tile together.
+    """
+    factors = [divmod(frame[8 + 3 * i], 16) for i in range(frame[6])]
+    across, down = max(h for h, _ in factors), max(v for _, v in factors)
+    if not all(h and v for h, v in factors):
+        return HOLE_BYTES
+    units = -(-size[0] // (8 * across)) * -(-size[1] // (8 * down))
+    bits = 0
+    for i, (h, v) in enumerate(factors):
+        dc, ac = divmod(scan[2 + 2 * i], 16)
+        (dc_length, category), (ac_length, symbol) = (
+            zeros.get(dc, (2, 0)),
+            zeros.get(16 + ac, (2, 1)),
+        )
+        if symbol != 0:
+            return HOLE_BYTES
+        bits += units * h * v * (dc_length + category + ac_length)
+    return max(HOLE_BYTES, bits // 8 + 2)
+
+
+def _segments(
+    data: bytes, zeros: dict[int, tuple[int, int]]
+) -> tuple[int, bytes | None, bytes] | None:
     """Walk to the coded data: where it begins, the frame (with its marker) and the scan header."""
     at, frame = 2, None
     while at + 4 <= len(data):
@@ -134,12 +163,13 @@ def _segments(data: bytes, first_symbols: dict[int, int]) -> tuple[int, bytes | 
         if marker == 0xD9 or length < 2 or len(body) < length - 2:
             return None
         if marker == 0xC4:
-            while len(body) >= 17:
-                symbols = sum(body[1:17])
-                if body[0] >> 4 == 1 and len(body) > 17 and symbols:
-                    first_symbols[body[0] & 15] = body[17]
-                body = body[17 + symbols :]
-        elif 0xC0 <= marker <= 0xCF and marker != 0xCC and marker != 0xC8:
+            while len(body) > 17:
+                lengths = body[1:17]
+                if any(lengths):
+                    first = next(i for i, codes in enumerate(lengths, 1) if codes)
+                    zeros[body[0]] = first, body[17]
+                body = body[17 + sum(lengths) :]
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC):
             frame = bytes([marker]) + body
         elif marker == 0xDA:
             return at + 2 + length, frame, body
@@ -237,8 +267,9 @@ def _bodies(
     if common:
         head = np.frombuffer(common.bytes, np.uint8)
         long = np.flatnonzero(end - begin >= len(head) + 2)
-        same = (data[begin[long, None] + np.arange(len(head))] == head).all(1)
-        known[long[same]] = True
+        if len(long):
+            windows = np.lib.stride_tricks.sliding_window_view(data, len(head))
+            known[long] = (windows[begin[long]] == head).all(1)
         body[known], hole[known], plain[known] = begin[known] + len(head), common.hole, common.plain
     for i in np.flatnonzero(~known & ~lost):
         a, b = int(begin[i]), int(end[i])

@@ -34,7 +34,7 @@ def why_not(tiff: TiffFile) -> str:
         return tiff.refusal.message
     for level in tiff.levels:
         tiles = level.tiles
-        if not level.page.is_tiled or tiles.coding != "jpeg" or tiles.samples != 3:
+        if not level.tiled or tiles.coding != "jpeg" or tiles.samples != 3:
             return "it is given tiled JPEG in colour alone, for which damage can be proved"
         if not (tiles.offsets.all() and tiles.counts.all()):
             return "some tiles are left out, which it makes black"
@@ -133,13 +133,13 @@ class CuCimSlide(Slide):
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Tell which regions touch a damaged tile, of those that lie inside."""
         assert self._tiff is not None
-        page = self._tiff.levels[level]
-        damage = page.damage()
+        tiff = self._tiff.levels[level]
+        damage = tiff.damage()
         found = np.zeros(len(places), bool)
         if damage is not None:
             sums = np.pad(damage.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-            low = places[inside] // page.tile
-            high = (places[inside] + (width - 1, height - 1)) // page.tile + 1
+            low = places[inside] // tiff.tile
+            high = (places[inside] + (width - 1, height - 1)) // tiff.tile + 1
             found[inside] = (
                 sums[high[:, 1], high[:, 0]] - sums[low[:, 1], high[:, 0]]
                 - sums[high[:, 1], low[:, 0]] + sums[low[:, 1], low[:, 0]]

@@ -46,15 +46,38 @@ SCANNERS = ("aperio", "philips")  # all their tiled pages are levels, flagged or
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else it writes to stderr
 
 
+@dataclass(frozen=True, eq=False)
+class Colours:
+    """What samples mean, and how they become RGB over white."""
+
+    form: int  # the tag PhotometricInterpretation
+    premultiplied: bool
+    palette: NDArray[np.uint8] | None  # [256, 3]
+
+    def rgb(self, samples: NDArray[Any]) -> Pixels:
+        """Turn samples [h, w, S] to RGB."""
+        if samples.dtype != np.uint8:
+            raise ValueError(f"expected 8-bit samples, got {samples.dtype}")
+        if self.palette is not None:
+            return self.palette[samples[..., 0]]
+        if self.form == 0:
+            samples = 255 - samples
+        if samples.shape[2] in (2, 4):
+            return over_white(samples, premultiplied=self.premultiplied)
+        return np.repeat(samples, 3, 2) if samples.shape[2] == 1 else np.ascontiguousarray(samples)
+
+
 @dataclass(eq=False)
 class TiffLevel:
     """One page of the pyramid: how its tiles lie and are decoded, and which are damaged."""
 
-    page: Any
     width: int
     height: int
     tile: tuple[int, int]  # (width, height); of strips the image's width and the rows of one
+    tiled: bool
+    in_place: bool  # one block of plain pixels, which a read need not take whole
     tiles: Tiles
+    colours: Colours
     decode: Callable[..., Any]
     file: int
     _damage: NDArray[np.bool_] | None = None
@@ -101,8 +124,8 @@ class TiffLevel:
         if count == 0:
             return np.full((self.tile[1], self.tile[0], 3), 255, np.uint8)
         data = os.pread(self.file, count, int(self.tiles.offsets[number]))
-        segment = self.decode(data, number, jpegtables=self.page.jpegtables)[0]
-        return _to_rgb(segment[0], self.page)
+        segment = self.decode(data, number, jpegtables=self.tiles.tables or None)[0]
+        return self.colours.rgb(segment[0])
 
 
 class TiffFile:
@@ -190,7 +213,9 @@ class TiffFile:
             raise SlideError(self.path, "unreadable", f"tiles of {tile[0]} x {tile[1]} px")
         columns, rows = ceil(width / tile[0]), ceil(height / tile[1])
         raw = tile[0] * tile[1] * page.samplesperpixel
-        if columns * rows > MOST_TILES or (raw > MOST_TILE_BYTES and not _rows_in_place(page)):
+        plain = page.compression == 1 and page.predictor == 1
+        in_place = bool(plain and not page.is_tiled and page.is_contiguous)
+        if columns * rows > MOST_TILES or (raw > MOST_TILE_BYTES and not in_place):
             raise SlideError(
                 self.path, "too-large", f"{columns * rows} tiles of {tile[0]} x {tile[1]} px"
             )
@@ -207,7 +232,16 @@ class TiffFile:
             np.array(offsets, np.int64), np.array(counts, np.int64), coding, frozenset(sizes), raw,
             page.samplesperpixel, page.jpegtables or b"", sparse=self.vendor != "aperio",
         )  # fmt: skip
-        return TiffLevel(page, width, height, tile, tiles, page.decode, self.file)
+        form = int(page.photometric)
+        palette = None
+        if form == 3:
+            palette = (np.asarray(page.colormap) >> 8).astype(np.uint8).T.copy()
+            if palette.shape != (256, 3):
+                raise SlideError(self.path, "unreadable", f"palette of {list(palette.shape)}")
+        colours = Colours(form, 1 in (page.extrasamples or ()), palette)
+        return TiffLevel(
+            width, height, tile, page.is_tiled, in_place, tiles, colours, page.decode, self.file
+        )
 
     def header(self, level: TiffLevel, number: int) -> Header | None:
         """Read the JPEG header of one tile."""
@@ -272,7 +306,7 @@ def read_tiles(
     level: TiffLevel, cache: TileCache, which: int, x: int, y: int, width: int, height: int
 ) -> Pixels:
     """Put a region within a level together from its tiles."""
-    if _rows_in_place(level.page):
+    if level.in_place:
         return _read_rows(level, x, y, width, height)
     out = np.empty((height, width, 3), np.uint8)
     across, down = level.tile
@@ -286,14 +320,8 @@ def read_tiles(
     return out
 
 
-def _rows_in_place(page: Any) -> bool:
-    """Tell whether a page is one block of plain pixels, which a read need not take whole."""
-    plain = page.compression == 1 and page.predictor == 1
-    return plain and not page.is_tiled and page.is_contiguous
-
-
 def _read_rows(level: TiffLevel, x: int, y: int, width: int, height: int) -> Pixels:
-    samples = level.page.samplesperpixel
+    samples = level.tiles.samples
     start = int(level.tiles.offsets[0])
     out = np.empty((height, width, samples), np.uint8)
     for row in range(height):
@@ -301,30 +329,13 @@ def _read_rows(level: TiffLevel, x: int, y: int, width: int, height: int) -> Pix
         out[row] = np.frombuffer(os.pread(level.file, width * samples, at), np.uint8).reshape(
             width, samples
         )
-    return _to_rgb(out, level.page)
+    return level.colours.rgb(out)
 
 
 _CONVERT = "convert it, for example with vips tiffsave --tile --pyramid --compression jpeg"
 
 # (photometric, samples): white or black is zero, RGB, palette, YCbCr; with alpha or without.
 _FORMS = {(0, 1), (1, 1), (1, 2), (2, 3), (2, 4), (3, 1), (6, 3)}
-
-
-def _to_rgb(segment: NDArray[Any], page: Any) -> Pixels:
-    """Turn samples [h, w, S] to RGB, composed over white."""
-    form = int(page.photometric)
-    if segment.dtype != np.uint8:
-        raise ValueError(f"expected 8-bit samples, got {segment.dtype}")
-    if form == 3:
-        colours = (np.asarray(page.colormap) >> 8).astype(np.uint8).T
-        return colours[segment[..., 0]]
-    if form == 0:
-        segment = 255 - segment
-    if segment.shape[2] in (2, 4):
-        return over_white(segment, premultiplied=1 in (page.extrasamples or ()))
-    if segment.shape[2] == 1:
-        return np.repeat(segment, 3, 2)
-    return np.ascontiguousarray(segment)
 
 
 def over_white(pixels: NDArray[np.uint8], *, premultiplied: bool = False) -> Pixels:
@@ -388,19 +399,18 @@ def _smaller(tiff: Any, base: Any, vendor: str) -> list[Any]:
             break
     levels, last = [], base
     for page, inner in found:
+        width, height = page.imagewidth, page.imagelength
         same = (page.is_tiled == base.is_tiled and page.compression == base.compression
                 and page.samplesperpixel == base.samplesperpixel
                 and page.bitspersample == base.bitspersample)  # fmt: skip
         flagged = inner or page.subfiletype & 1 or (base.is_tiled and vendor in SCANNERS)
-        if not (same and flagged and page.subfiletype in (0, 1)):
+        if not (same and flagged and page.subfiletype in (0, 1)) or min(width, height) < 1:
             continue
-        if min(page.imagewidth, page.imagelength) < 1:
-            continue
-        across, down = base.imagewidth / page.imagewidth, base.imagelength / page.imagelength
-        # Sides are rounded, by Philips up to whole tiles.
+        # Sides are rounded to whole px, by Philips up to whole tiles.
         slack = max(page.tilewidth, page.tilelength) if vendor == "philips" else 1
-        near = abs(page.imagewidth * down - base.imagewidth) <= 2 * slack * max(across, down)
-        if near and page.imagewidth < last.imagewidth and page.imagelength <= last.imagelength:
+        ratio = (base.imagewidth / width) / (base.imagelength / height)
+        alike = abs(ratio - 1) <= slack * (1 / width + 1 / height)
+        if alike and width < last.imagewidth and height <= last.imagelength:
             levels.append(page)
             last = page
     return levels[: MOST_LEVELS - 1]
