@@ -59,7 +59,7 @@ class CuCimSlide(Slide):
                 f"cuCIM cannot be imported ({error}): pip install --no-deps cucim-cu13, with click "
                 "and lazy-loader",
             ) from None  # fmt: skip
-        with opening(path):
+        with opening(path, MemoryError):  # std::bad_alloc, of damaged directories
             self._image: Any = CuImage(str(path.absolute()))
             found = self._image.resolutions
         if list(map(tuple, found["level_dimensions"])) != tiff.sides:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import SlideError
 from .reader_tiff import over_white
-from .slides import MOST_PHOTO_PX, Pixels, Slide, make_levels, opening
+from .slides import DAMAGE, MOST_PHOTO_PX, Pixels, Slide, make_levels, opening
 
 BAND_PX = 1 << 22  # converted at once
 
@@ -44,12 +44,19 @@ class PhotoSlide(Slide):
         self._image_module: Any = Image
         self._kind = kind
         self._whole: Pixels | None = None
+        self._lost: Exception | None = None
         self._lock = threading.Lock()
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         with self._lock:
+            if self._lost:
+                raise self._lost
             if self._whole is None:
-                self._whole = self._decode()
+                try:
+                    self._whole = self._decode()
+                except DAMAGE as error:
+                    self._lost = error  # not to be decoded for every patch again
+                    raise
             whole = self._whole
         return whole[y : y + height, x : x + width].copy()
 

@@ -219,6 +219,9 @@ class Slide(ABC):
 
         Returns:
             uint8 [h, w, 3], RGB; white where the file is damaged.
+
+        Raises:
+            SlideError: "damaged", if nothing of it can be read.
         """
         from .thumbnails import thumbnail
 
@@ -448,7 +451,7 @@ def opening(path: Path, *others: type[Exception]) -> Iterator[None]:
     """Turn what a library raises on opening, DAMAGE or others, into SlideError "unreadable"."""
     try:
         yield
-    except (SlideError, MemoryError):
+    except SlideError:
         raise
     except (*DAMAGE, *others) as error:
         raise SlideError(path, "unreadable", _said(error)) from error

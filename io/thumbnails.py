@@ -38,22 +38,30 @@ def _reduced(slide: Slide, level: int, factor: int) -> Pixels:
     corners = np.array(
         [(x, y) for y in range(0, sides.height, step) for x in range(0, sides.width, step)]
     )
+    seen, lost = False, None
     for (x, y), image in zip(
         corners.tolist(), slide.read_many(level, corners, step, step), strict=True
     ):
         width, height = min(step, sides.width - x), min(step, sides.height - y)
         if isinstance(image, SlideError):
-            image = _piecewise(slide, level, x, y, width, height)
+            lost, pieces = image, _piecewise(slide, level, x, y, width, height)
+            if pieces is None:
+                continue  # stays white
+            image = pieces
+        seen = True
         small = Image.fromarray(image[:height, :width]).reduce(factor)
         top, left = y // factor, x // factor
         out[top : top + small.height, left : left + small.width] = np.asarray(small)
+    if lost and not seen:  # white would pass for glass
+        raise SlideError(slide.path, "damaged", f"nothing can be read: {lost.message}")
     return out
 
 
-def _piecewise(slide: Slide, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-    """Read a region of which parts are damaged: tile by tile, those white."""
+def _piecewise(slide: Slide, level: int, x: int, y: int, width: int, height: int) -> Pixels | None:
+    """Read a region of which parts are damaged: tile by tile, those white; None if all are."""
     across, down = slide.tile_px or (256, 256)
     out = np.full((height, width, 3), 255, np.uint8)
+    seen = False
     for top in range(y // down * down, y + height, down):
         for left in range(x // across * across, x + width, across):
             a, b = max(left, x), max(top, y)
@@ -62,7 +70,8 @@ def _piecewise(slide: Slide, level: int, x: int, y: int, width: int, height: int
                 out[b - y : d - y, a - x : c - x] = slide.read(level, a, b, c - a, d - b)
             except SlideError:
                 continue  # stays white
-    return out
+            seen = True
+    return out if seen else None
 
 
 def _mean_to(image: Pixels, size: int, axis: int) -> Pixels:
