@@ -93,34 +93,44 @@ def find_damaged(file: int, tiles: Tiles) -> NDArray[np.bool_]:
 
 
 def parse_jpeg(data: bytes, tiles: Tiles) -> Header | None:
-    """Read the segments before a JPEG's coded data; None where they are not right.
+    """Read the segments before a JPEG's coded data; None where a decoder would refuse them.
 
     Args:
         data: the tile from its first byte.
         tiles: its sizes and JPEGTables.
     """
-    zeros: dict[int, tuple[int, int]] = {}  # per table what zero bits are: (length, symbol)
+    zeros: dict[int, tuple[int, int]] = {}
+    scales: set[int] = set()
     if tiles.tables:
-        _segments(tiles.tables, zeros)
-    found = _segments(data, zeros)
+        _segments(tiles.tables, zeros, scales)
+    found = _segments(data, zeros, scales)
     if found is None:
         return None
     end, frame, scan = found
-    if frame is None or frame[0] not in (0xC0, 0xC1, 0xC2) or len(frame) < 7:
+    count = tiles.samples
+    if len(frame) != 7 + 3 * count or len(scan) < 6 or len(scan) != 4 + 2 * scan[0]:
         return None
     size = int.from_bytes(frame[4:6], "big"), int.from_bytes(frame[2:4], "big")
-    count = frame[6]
-    if frame[1] != 8 or size not in tiles.sizes or count != tiles.samples:
+    if frame[1] != 8 or size not in tiles.sizes or frame[6] != count:
         return None
-    if not scan or len(scan) < 1 + 2 * scan[0] or len(frame) < 7 + 3 * count:
+    factors = [divmod(factor, 16) for factor in frame[8::3]]
+    if not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in factors) or not {*frame[9::3]} <= scales:
         return None
     plain = frame[0] != 0xC2 and scan[0] == count
-    hole = _jpeg_hole(size, frame, scan, zeros) if plain else 0
-    return Header(data[:end], hole, plain, size)
+    if not plain:
+        return Header(data[:end], 0, False, size)
+    tables = [divmod(pair, 16) for pair in scan[2:-3:2]]
+    known = all(dc in zeros and 16 + ac in zeros for dc, ac in tables)
+    if not known or scan[1:-3:2] != frame[7::3] or scan[-3:] != b"\0?\0":
+        return None
+    return Header(data[:end], _jpeg_hole(size, factors, tables, zeros), True, size)
 
 
 def _jpeg_hole(
-    size: tuple[int, int], frame: bytes, scan: bytes, zeros: dict[int, tuple[int, int]]
+    size: tuple[int, int],
+    factors: list[tuple[int, int]],
+    tables: list[tuple[int, int]],
+    zeros: dict[int, tuple[int, int]],
 ) -> int:
     """Say how many zero bytes in a row are more than a JPEG can hold.
 
@@ -128,18 +138,11 @@ def _jpeg_hole(
     one image may have zeros for "no change" and "end of block", 2 bits or a few per block: then a
     run may be as long as all blocks of the tile together.
     """
-    factors = [divmod(frame[8 + 3 * i], 16) for i in range(frame[6])]
     across, down = max(h for h, _ in factors), max(v for _, v in factors)
-    if not all(h and v for h, v in factors):
-        return HOLE_BYTES
     units = -(-size[0] // (8 * across)) * -(-size[1] // (8 * down))
     bits = 0
-    for i, (h, v) in enumerate(factors):
-        dc, ac = divmod(scan[2 + 2 * i], 16)
-        (dc_length, category), (ac_length, symbol) = (
-            zeros.get(dc, (2, 0)),
-            zeros.get(16 + ac, (2, 1)),
-        )
+    for (h, v), (dc, ac) in zip(factors, tables, strict=True):
+        (dc_length, category), (ac_length, symbol) = zeros[dc], zeros[16 + ac]
         if symbol != 0:
             return HOLE_BYTES
         bits += units * h * v * (dc_length + category + ac_length)
@@ -147,34 +150,68 @@ def _jpeg_hole(
 
 
 def _segments(
-    data: bytes, zeros: dict[int, tuple[int, int]]
-) -> tuple[int, bytes | None, bytes] | None:
-    """Walk to the coded data: where it begins, the frame (with its marker) and the scan header."""
-    at, frame = 2, None
-    while at + 4 <= len(data):
+    data: bytes, zeros: dict[int, tuple[int, int]], scales: set[int]
+) -> tuple[int, bytes, bytes] | None:
+    """Walk from the first marker to the coded data.
+
+    Args:
+        data: of a tile, or JPEGTables.
+        zeros: gets per Huffman table (AC: 16 more) what zero bits are: (length, symbol).
+        scales: gets the numbers of the quantisation tables.
+
+    Returns:
+        Where coded data begins, the frame header after its marker's code, and the scan header; None
+        without them.
+    """
+    at, frame = 2, b""
+    while data[:2] == b"\xff\xd8" and at + 4 <= len(data):
+        marker = data[at + 1]
         if data[at] != 0xFF:
             return None
-        marker = data[at + 1]
         if marker == 0xFF:  # fill
             at += 1
             continue
         length = int.from_bytes(data[at + 2 : at + 4], "big")
         body = data[at + 4 : at + 2 + length]
-        if marker == 0xD9 or length < 2 or len(body) < length - 2:
+        if length < 2 or len(body) < length - 2:
             return None
         if marker == 0xC4:
-            while len(body) > 17:
-                lengths = body[1:17]
-                if any(lengths):
-                    first = next(i for i, codes in enumerate(lengths, 1) if codes)
-                    zeros[body[0]] = first, body[17]
-                body = body[17 + sum(lengths) :]
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC):
+            if not _huffman(body, zeros):
+                return None
+        elif marker == 0xDB:
+            while body:
+                entry = 1 + 64 * (1 + (body[0] >> 4))
+                if body[0] >> 4 > 1 or body[0] & 15 > 3 or len(body) < entry:
+                    return None
+                scales.add(body[0] & 15)
+                body = body[entry:]
+        elif marker in (0xC0, 0xC1, 0xC2) and not frame:
             frame = bytes([marker]) + body
         elif marker == 0xDA:
-            return at + 2 + length, frame, body
+            return (at + 2 + length, frame, body) if frame else None
+        elif not (0xE0 <= marker <= 0xEF or marker == 0xFE or (marker == 0xDD and length == 4)):
+            return None
         at += 2 + length
     return None
+
+
+def _huffman(body: bytes, zeros: dict[int, tuple[int, int]]) -> bool:
+    """Read the tables of a DHT segment; False where they are none."""
+    while body:
+        lengths, symbols = body[1:17], body[17 : 17 + sum(body[1:17])]
+        if body[0] & 0xEF > 3 or len(symbols) != sum(lengths) or not symbols:
+            return False
+        if body[0] < 4 and max(symbols) > 15:
+            return False
+        code = 0
+        for bits, codes in enumerate(lengths, 1):
+            code = 2 * code + codes
+            if codes and code >= 1 << bits:  # the code of ones alone is nobody's
+                return False
+        first = next(bits for bits, codes in enumerate(lengths, 1) if codes)
+        zeros[body[0]] = first, symbols[0]
+        body = body[17 + len(symbols) :]
+    return True
 
 
 def parse_jpeg2000(data: bytes, tiles: Tiles) -> Header | None:
@@ -184,7 +221,7 @@ def parse_jpeg2000(data: bytes, tiles: Tiles) -> Header | None:
         data: the tile from its first byte.
         tiles: its sizes.
     """
-    at, packets, plain, size = 2, 0, False, (0, 0)
+    at, packets, plain, size = 2 if data[:2] == b"\xff\x4f" else len(data), 0, False, (0, 0)
     while at + 4 <= len(data):
         marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == b"\xff\x93":  # SOD
@@ -222,7 +259,6 @@ def _runs(starts: Index, ends: Index) -> Iterator[slice]:
 # What may follow 0xFF within coded data: a stuffed zero or a restart; in JPEG 2000 bit stuffing
 # keeps it below 0x90, but for the markers of packets.
 _FOLLOWS = {"jpeg": [0, *range(0xD0, 0xD8)], "jpeg2000": [*range(0x90), 0x91, 0x92]}
-_FIRST = {"jpeg": b"\xff\xd8", "jpeg2000": b"\xff\x4f"}
 _PARSE: dict[str, Callable[[bytes, Tiles], Header | None]] = {
     "jpeg": parse_jpeg, "jpeg2000": parse_jpeg2000,
 }  # fmt: skip
@@ -273,9 +309,6 @@ def _bodies(
         body[known], hole[known], plain[known] = begin[known] + len(head), common.hole, common.plain
     for i in np.flatnonzero(~known & ~lost):
         a, b = int(begin[i]), int(end[i])
-        if content[a : a + 2] != _FIRST[tiles.coding]:
-            lost[i] = True
-            continue
         header = _PARSE[tiles.coding](content[a:b], tiles)
         if header is None:
             lost[i] = True
