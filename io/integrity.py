@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -236,13 +237,24 @@ def parse_jpeg2000(data: bytes, tiles: Tiles) -> Header | None:
             samples = int.from_bytes(body[34:36], "big")
             if samples != tiles.samples or body[36] != 7:
                 return None
-        elif marker == b"\xff\x52" and len(body) >= 10 and not body[0] & 1:  # COD, whole precincts
-            packets = int.from_bytes(body[2:4], "big") * (body[5] + 1) * tiles.samples
+        elif marker == b"\xff\x52" and len(body) >= 10 + (body[0] & 1) * (body[5] + 1):  # COD
+            layers = int.from_bytes(body[2:4], "big")
+            packets = layers * tiles.samples * _precincts(size, body)
         elif marker == b"\xff\x90" and len(body) >= 8:  # SOT
             part = int.from_bytes(body[2:6], "big")
             plain = part == 0 or at + part >= len(data) - 2
         at += 2 + length
     return None
+
+
+def _precincts(size: tuple[int, int], cod: bytes) -> int:
+    """Count the precincts of one component, over all its resolutions."""
+    count, last = 0, min(cod[5], 32)
+    for resolution in range(last + 1):
+        sides = [ceil(side / 2 ** (last - resolution)) for side in size]
+        shift = cod[10 + resolution] if cod[0] & 1 else 0xFF
+        count += ceil(sides[0] / 2 ** (shift & 15)) * ceil(sides[1] / 2 ** (shift >> 4))
+    return count
 
 
 def _runs(starts: Index, ends: Index) -> Iterator[slice]:
