@@ -58,7 +58,7 @@ class OpenSlideSlide(Slide):
         super().__init__(
             path, "openslide", found.get("openslide.vendor", "unknown"), levels,
             (int(tile[0]), int(tile[1])) if all(side.isdigit() for side in tile) else None,
-            tiff.mpp if tiff and tiff.needs_openslide != "always" else sane_mpp(*mpp),
+            tiff.mpp if tiff and not tiff.needs_openslide else sane_mpp(*mpp),
             {key: value for key, value in found.items() if "Patient" not in key},
             tiff if same else None,
         )  # fmt: skip

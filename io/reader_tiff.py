@@ -53,6 +53,7 @@ class Colours:
     form: int  # the tag PhotometricInterpretation
     premultiplied: bool
     palette: NDArray[np.uint8] | None  # [256, 3]
+    ycbcr: bool  # the decoder leaves YCbCr as it is
 
     def rgb(self, samples: NDArray[Any]) -> Pixels:
         """Turn samples [h, w, S] to RGB."""
@@ -60,6 +61,8 @@ class Colours:
             raise ValueError(f"expected 8-bit samples, got {samples.dtype}")
         if self.palette is not None:
             return self.palette[samples[..., 0]]
+        if self.ycbcr:
+            return _from_ycbcr(samples)
         if self.form == 0:
             samples = 255 - samples
         if samples.shape[2] in (2, 4):
@@ -135,13 +138,15 @@ class TiffFile:
         path: a file that begins as TIFF does.
 
     Raises:
-        SlideError: "unreadable", "too-large" or "no-reader". What only its pixels forbid is kept as
-            `refusal`, for OpenSlide may read it.
+        SlideError: "unreadable", "unsupported", "too-large" or "no-reader". What OpenSlide may read
+            all the same is kept as `refusal`; it has no `levels` then.
     """
 
     def __init__(self, path: Path) -> None:
         tifffile = _tifffile(path)
-        self.path, self.refusal = path, None
+        self.path = path
+        self.refusal: SlideError | None = None
+        self.better_openslide = False
         self.file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
             with opening(path), tifffile.TiffFile(path) as tiff:
@@ -167,37 +172,35 @@ class TiffFile:
         self.properties = _properties(base, description)
         self.tile_px = (base.tilewidth, base.tilelength) if base.is_tiled else None
         self.levels: list[TiffLevel] = []
-        try:
-            if self.needs_openslide == "always":
-                raise SlideError(
-                    self.path, "unsupported", f"OpenSlide alone reads the form of {self.vendor}"
-                )
-            self._refuse(base, description)
+        if self.needs_openslide:
+            self._refuse(f"OpenSlide alone reads the form of {self.vendor}")
+        elif base.compression not in CODINGS:
+            self._refuse(f"compression {_name(base.compression)}; {_CONVERT}")
+        else:
+            self._check(base, description)
             self.levels = [self._level(page) for page in pages]
-            if not any(level.tiles.counts.any() for level in self.levels[:1]):
+            if not self.levels[0].tiles.counts.any():
                 raise SlideError(self.path, "unreadable", "its tiles are empty")
-        except SlideError as refusal:
-            if refusal.reason == "too-large":
-                raise
-            self.refusal, self.levels = refusal, []
-        if base.compression == JPEG2000_YCBCR and not self.needs_openslide:
-            self.needs_openslide = "for identity"
+            # imagecodecs rounds the colours of subsampled YCbCr down, OpenSlide to the nearest.
+            jpeg2000 = base.compression == JPEG2000_YCBCR
+            self.better_openslide = jpeg2000 and not self.levels[0].colours.ycbcr
 
-    def _refuse(self, base: Any, description: str) -> None:
-        """Refuse what would be read wrongly."""
-        bits, samples, coding = base.bitspersample, base.samplesperpixel, base.compression
+    def _refuse(self, why: str) -> None:
+        self.refusal = SlideError(self.path, "unsupported", why)
+
+    def _check(self, base: Any, description: str) -> None:
+        """Refuse what would be read wrongly, by OpenSlide too."""
+        bits, samples = base.bitspersample, base.samplesperpixel
         form = int(base.photometric) if base.photometric is not None else -1
         why = None
-        if coding not in CODINGS:
-            why = f"compression {_name(coding)}; {_CONVERT}"
-        elif bits != 8 or base.sampleformat not in (1, None):
+        if bits != 8 or base.sampleformat not in (1, None):
             why = f"{bits} bits per sample; expected 8: scale them by what your scanner's range is"
         elif samples > 1 and base.planarconfig != 1:
             why = f"colours in separate planes; {_CONVERT}"
         elif (form, samples) not in _FORMS:
             why = f"{samples} samples of {_name(base.photometric)}; expected RGB, grey or palette"
-        elif form == 6 and CODINGS[coding] not in ("jpeg", "jpeg2000"):
-            why = f"YCbCr with compression {_name(coding)}; {_CONVERT}"
+        elif form == 6 and CODINGS[base.compression] not in ("jpeg", "jpeg2000"):
+            why = f"YCbCr with compression {_name(base.compression)}; {_CONVERT}"
         elif (planes := _planes(description, samples)) > 1:
             why = f"{planes} channels or focal planes in separate images; expected one RGB image"
         if why:
@@ -238,10 +241,21 @@ class TiffFile:
             palette = (np.asarray(page.colormap) >> 8).astype(np.uint8).T.copy()
             if palette.shape != (256, 3):
                 raise SlideError(self.path, "unreadable", f"palette of {list(palette.shape)}")
-        colours = Colours(form, 1 in (page.extrasamples or ()), palette)
+        raw_ycbcr = page.compression == JPEG2000_YCBCR and self._same_sampling(tiles)
+        colours = Colours(form, 1 in (page.extrasamples or ()), palette, raw_ycbcr)
         return TiffLevel(
             width, height, tile, page.is_tiled, in_place, tiles, colours, page.decode, self.file
         )
+
+    def _same_sampling(self, tiles: Tiles) -> bool:
+        """Tell whether the components of a JPEG 2000 tile have the same number of px.
+
+        imagecodecs turns YCbCr to RGB only if they have not.
+        """
+        for at in tiles.offsets[tiles.counts > 0][:1]:
+            head = os.pread(self.file, 42 + 3 * tiles.samples, int(at))
+            return head[:4] == b"\xff\x4f\xff\x51" and {*head[43::3], *head[44::3]} == {1}
+        return False
 
     def header(self, level: TiffLevel, number: int) -> Header | None:
         """Read the JPEG header of one tile."""
@@ -338,6 +352,16 @@ _CONVERT = "convert it, for example with vips tiffsave --tile --pyramid --compre
 _FORMS = {(0, 1), (1, 1), (1, 2), (2, 3), (2, 4), (3, 1), (6, 3)}
 
 
+def _from_ycbcr(samples: NDArray[np.uint8]) -> Pixels:
+    """Turn YCbCr to RGB in libjpeg's (and OpenSlide's) whole numbers."""
+    y, cb, cr = (samples[..., i].astype(np.int32) for i in range(3))
+    cb, cr = cb - 128, cr - 128
+    red = y + ((91881 * cr + 32768) >> 16)
+    green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16)
+    blue = y + ((116130 * cb + 32768) >> 16)
+    return np.clip(np.stack([red, green, blue], -1), 0, 255).astype(np.uint8)
+
+
 def over_white(pixels: NDArray[np.uint8], *, premultiplied: bool = False) -> Pixels:
     """Compose colours with alpha [h, w, 2 or 4] over white, RGB [h, w, 3].
 
@@ -371,22 +395,22 @@ def _name(value: Any) -> str:
     return str(getattr(value, "name", value))
 
 
-def _vendor(tiff: Any, base: Any, description: str) -> tuple[str, str]:
+def _vendor(tiff: Any, base: Any, description: str) -> tuple[str, bool]:
     """Say who wrote it, in OpenSlide's words, and whether only OpenSlide reads that form."""
     if tiff.is_ndpi:
-        return "hamamatsu", "always"
+        return "hamamatsu", True
     if tiff.is_scn:
-        return "leica", "always"
+        return "leica", True
     if tiff.is_bif:
-        return "ventana", "always"
+        return "ventana", True
     software = str(base.tags.valueof(305, ""))
     if software.startswith("MedScan") and "OverlapsXY" in description:
-        return "trestle", "always"
+        return "trestle", True
     if tiff.is_svs or description.startswith("Aperio"):
-        return "aperio", ""
+        return "aperio", False
     if tiff.is_philips:
-        return "philips", ""
-    return ("ome", "") if tiff.is_ome else ("generic-tiff", "")
+        return "philips", False
+    return ("ome", False) if tiff.is_ome else ("generic-tiff", False)
 
 
 def _smaller(tiff: Any, base: Any, vendor: str) -> list[Any]:

@@ -327,15 +327,14 @@ def _open_tiff(path: Path, reader: str) -> Slide:
                 return CuCimSlide(path, tiff)
             except SlideError:
                 pass  # tifffile reads the same tiles
-        if reader == "openslide" or (reader == "auto" and tiff.needs_openslide == "always"):
+        if reader == "openslide" or (reader == "auto" and tiff.needs_openslide):
             return OpenSlideSlide(path, tiff)
-        if reader == "auto" and tiff.needs_openslide and has_openslide():
-            return OpenSlideSlide(path, tiff)
-        if reader == "auto" and tiff.refusal and has_openslide():
+        if reader == "auto" and has_openslide() and (tiff.better_openslide or tiff.refusal):
             try:
                 return OpenSlideSlide(path, tiff)
             except SlideError:
-                raise tiff.refusal from None
+                if tiff.refusal:
+                    raise tiff.refusal from None
         return TiffSlide(path, tiff)
     except BaseException:
         tiff.close()
