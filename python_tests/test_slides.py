@@ -617,7 +617,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photo.save(folder / "alpha.png")
     real = data_path("slides")
     for path in sorted(real.rglob("*")):
-        if path.is_file() and path.suffix != ".md" and path.parent.name != "pen":
+        if path.suffix == ".md" or path.parent.name == "pen" or not path.is_file():
+            continue
+        if SOAK or path.stat().st_size < 2_000_000 or path.suffix == ".ndpi":  # to be quick
             (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
