@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ def why_not(tiff: TiffFile) -> str:
     """
     if tiff.refusal:
         return tiff.refusal.message
+    if tiff.vendor == "philips":
+        return "its levels are filled up to whole tiles, of which cuCIM's places are not known"
     for level in tiff.levels:
         tiles = level.tiles
         if not level.tiled or tiles.coding != "jpeg" or tiles.samples != 3:
@@ -47,6 +50,16 @@ def why_not(tiff: TiffFile) -> str:
     return ""
 
 
+def _opened(image: Any, path: Path) -> Any:
+    """Open a file by whatever name: cuCIM goes by its ending, in lower case."""
+    if path.suffix in (".tif", ".tiff", ".svs"):
+        return image(str(path.absolute()))
+    with TemporaryDirectory() as folder:
+        link = Path(folder, "slide.tif")
+        link.symlink_to(path.absolute())
+        return image(str(link))
+
+
 class CuCimSlide(Slide):
     """Read by cuCIM, after a scan of the level's tiles."""
 
@@ -60,7 +73,7 @@ class CuCimSlide(Slide):
                 "and lazy-loader",
             ) from None  # fmt: skip
         with opening(path, MemoryError):  # std::bad_alloc, of damaged directories
-            self._image: Any = CuImage(str(path.absolute()))
+            self._image: Any = _opened(CuImage, path)
             found = self._image.resolutions
         if list(map(tuple, found["level_dimensions"])) != tiff.sides:
             raise SlideError(path, "unsupported", "cuCIM sees other levels than the file's header")
