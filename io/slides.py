@@ -124,8 +124,7 @@ class Slide(ABC):
         """
         level = self._level(level)
         x, y, width, height = index(x), index(y), index(width), index(height)
-        if width < 1 or height < 1:
-            raise ValueError(f"width and height: expected at least 1, got {width} and {height}")
+        check_sides(width, height)
         sides = self.levels[level]
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + width, sides.width), min(y + height, sides.height)
@@ -429,6 +428,12 @@ def sane_mpp(*values: float) -> float | None:
     if not values or not all(isfinite(value) and 1e-3 < value < 1e3 for value in values):
         return None
     return sum(values) / len(values)
+
+
+def check_sides(width: int, height: int) -> None:
+    """Check the sides of a region."""
+    if width < 1 or height < 1:
+        raise ValueError(f"width and height: expected at least 1, got {width} and {height}")
 
 
 def whole_corners(corners: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -289,6 +289,8 @@ def test_what_cannot_be_asked(made: dict[str, tuple[Slide, list[Pixels]]]) -> No
         slide.read(3, 0, 0, 9, 9)
     with pytest.raises(ValueError, match="width and height: expected at least 1, got 0 and 5"):
         slide.read(0, 0, 0, 0, 5)
+    with pytest.raises(ValueError, match="width and height: expected at least 1, got 9 and -1"):
+        next(slide.read_many(0, np.zeros((1, 2), int), 9, -1))
     with pytest.raises(TypeError, match="float"):
         slide.read(0, 0.5, 0, 9, 9)  # pyright: ignore[reportArgumentType]
     for corners in (np.zeros((2, 3), int), np.zeros((2, 2)), np.zeros(4, int)):
