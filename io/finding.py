@@ -61,7 +61,9 @@ def find_slides(paths: Iterable[str | os.PathLike[str]]) -> list[Source]:
     for path in map(Path, paths):
         for source in _below(path):
             known = found.setdefault(source.key, source)
-            if known.path.resolve() != source.path.resolve():
+            if known is not source and os.path.realpath(known.path) != os.path.realpath(
+                source.path
+            ):
                 raise ValueError(
                     f"paths: {str(known.path)!r} and {str(source.path)!r} are both called "
                     f"{source.name!r}; give the folder that holds both"
