@@ -39,6 +39,7 @@ from .store import (
     FORMAT,
     KEY,
     VERSION,
+    FeatureStore,
     SlideFeatures,
     StoredArray,
     crc_of,
@@ -213,8 +214,7 @@ class StoreWriter:
         """
         _check_key(key)
         _recover(self.path, key)
-        store = _Opened(self.path, self.slug, self.tiling_hash)
-        slide = SlideFeatures(store, key)  # pyright: ignore[reportArgumentType]
+        slide = SlideFeatures(FeatureStore(self.path, self.slug), key)
         return SlideWriter(self, key, width, {"flags": slide.flags}, slide.attrs, further=True)
 
     def attempts(self, key: str) -> int | None:
@@ -611,13 +611,6 @@ def _recover(cohort: Path, key: str) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
         else:
             (folder / name).unlink(missing_ok=True)
-
-
-class _Opened:
-    """What SlideFeatures asks of a store, without reading run.json again."""
-
-    def __init__(self, path: Path, slug: str, tiling_hash: str) -> None:
-        self.path, self.slug, self.run = path, slug, {"tiling_hash": tiling_hash}
 
 
 def _listed(folder: Path) -> list[str]:

@@ -204,7 +204,7 @@ def _summary(
     skip = (failures["reason"] == "no-mpp") & (missing_mpp == "skip")
     return Tiled(
         len(sources), int(ends.get("ok", 0)), int(ends.get("empty", 0)), int(skip.sum()),
-        failures.loc[~skip, "message"].to_dict(), patches,
+        {str(key): str(why) for key, why in failures.loc[~skip, "message"].items()}, patches,
     )  # fmt: skip
 
 
