@@ -258,7 +258,7 @@ def attempts_at_failed(cohort: Path, keys: Iterable[str] | None = None) -> dict[
         keys = [name.removesuffix(".json") for name in _listed(folder) if name.endswith(".json")]
     found = {}
     for key in keys:
-        with suppress(FileNotFoundError):
+        if (folder / f"{key}.json").exists():
             found[key] = int(read_json(folder / f"{key}.json").get("attempts", 0))
     return found
 
