@@ -229,7 +229,7 @@ class _Images:
         read = self.read(corners, blocks.side)
         for image, corner, (first, last) in zip(read, corners, spans, strict=True):
             places = at[first:last] - corner
-            if not isinstance(image, SlideError) or len(places) == 1:
+            if not isinstance(image, SlideError) or blocks.side <= math.ceil(self.grid.read_px):
                 yield from ((image, x, y) for x, y in places.tolist())
                 continue
             for place in at[first:last]:  # a neighbour may be at fault

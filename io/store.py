@@ -32,7 +32,7 @@ class FLAGS(IntFlag):
     """What is known of a patch: bits of `flags`.
 
     Args:
-        values: the bits of several, added.
+        value: the bits of several, added.
 
     Example:
         >>> motet.io.FLAGS(9)

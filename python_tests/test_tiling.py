@@ -86,7 +86,7 @@ def test_features_are_those_of_the_patches(cohort: Path, undisturbed: Path) -> N
                 patch = pixels.reshape(64, 2, 64, 2, 3).mean((1, 3))
                 gold = encoder.encode(np.floor(patch + 0.5).astype(np.uint8)[None])[0]
                 np.testing.assert_allclose(slide.features[row], gold, rtol=2e-3, atol=2e-3)
-        assert slide.attrs["counts"]["patches"] == len(slide.coords) > 50, key
+        assert slide.attrs["counts"]["patches"] == len(slide.coords) > 30, key
         order = np.lexsort((slide.coords[:, 0], slide.coords[:, 1]))
         assert (order == np.arange(len(order))).all()
 
@@ -273,8 +273,8 @@ def test_shared_slides(tmp_path: Path) -> None:
         "broken.svs": "unreadable", "unopenable.tiff": "unsupported", "unreadable.svs": "damaged",
     }  # fmt: skip
     empty = {name for name, (status, _) in found.items() if status == "empty"}
-    assert empty == {"os_small.svs", "patch.tif"}
-    assert (tiled.slides, tiled.done) == (14, 9)
+    assert empty == {"os_small.svs", "patch.tif", "kidney-48-5.tif", "pen/wsi-blue-pen.png"}
+    assert (tiled.slides, tiled.done) == (14, 7)
     assert store.verify() == []
 
 
@@ -416,7 +416,7 @@ def test_a_slide_that_takes_the_process_with_it(
     )  # fmt: skip
     events: list[dict[str, Any]] = []
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    run_here(settings, 2, events.append, stall_s=8.0)
+    run_here(settings, 2, events.append, stall_s=4.0)
     (failed,) = [event for event in events if event["event"] == "failed"]
     assert failed["name"] == "slide-1.tif"
     assert ("died of SIGSEGV" if fault == "crash" else "hung") in failed["message"]
