@@ -32,7 +32,7 @@ class FLAGS(IntFlag):
     """What is known of a patch: bits of `flags`.
 
     Args:
-        value: the bits of several, added.
+        values: the bits of several, added.
 
     Example:
         >>> motet.io.FLAGS(9)
