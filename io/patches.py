@@ -257,10 +257,10 @@ class _Images:
         read = self.read(corners, blocks.side)
         for image, corner, (first, last) in zip(read, corners, spans, strict=True):
             places = at[first:last] - corner
-            if not isinstance(image, SlideError) or len(places) == 1:
+            if not isinstance(image, SlideError):
                 yield from ((image, x, y) for x, y in places.tolist())
                 continue
-            for place in at[first:last]:  # a neighbour may be at fault
+            for place in at[first:last]:  # a neighbour may be at fault, wanted or not
                 low = np.floor(place)
                 x, y = place - low
                 side = math.ceil(max(x, y) + self.grid.read_px - 1e-6)
