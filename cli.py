@@ -7,10 +7,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import closing, suppress
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -366,7 +364,7 @@ def _tile(options: argparse.Namespace) -> int:
     import time
 
     from . import tile
-    from .io import FeatureStore, tile_slides
+    from .io import tile_slides
 
     started = time.perf_counter()
     passed = ("encoder", "mpp", "mag", "downsample", "tile_px", "border", "min_tissue", "masks",
@@ -386,7 +384,7 @@ def _tile(options: argparse.Namespace) -> int:
     if not options.no_report:
         from .io.quality import write_report
 
-        write_report(FeatureStore(options.out), options.out / "report")
+        write_report(options.out)
     if options.json:
         print(json.dumps({**tiled._asdict(), "seconds": seconds, "out": str(options.out)}))
     else:

@@ -190,7 +190,7 @@ def tile(out: Path) -> None:
     seconds = time.perf_counter() - started
     assert not tiled.failed
     store = FeatureStore(out / "store")
-    write_report(store, out / "store" / "report")
+    report = write_report(out / "store")
     tissue = store["tissue"]
     width, height = tissue.attrs["width"], tissue.attrs["height"]
     patches, features = tissue.features.shape
@@ -198,7 +198,7 @@ def tile(out: Path) -> None:
         f"\nmotet tile: {slide.name}, {width} x {height} px, colonic glands, FHL2 in brown: "
         f"{patches} patches of {tissue.attrs['counts']['grid']} hold tissue, {features} features "
         f"each (stain-stats), in {seconds:.1f} s\nWritten to {out}: the store, and its report: "
-        f"{out / 'store' / 'report' / 'index.html'}"
+        f"{report}"
     )
 
 

@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "area_resample.hpp"
+#include "stain_planes.hpp"
 
 namespace py = pybind11;
 
@@ -79,10 +81,79 @@ void area_resample(const py::buffer& image, const py::buffer& rows, const py::bu
         down, across, ratio, static_cast<std::uint8_t*>(to.ptr), to.strides[0]);
 }
 
+// An array in one piece, of a shape.
+template <typename T>
+py::buffer_info whole_buffer(const py::buffer& buffer, const std::string& name, const char* type,
+                             const std::vector<py::ssize_t>& shape, bool writable = false) {
+    auto info = buffer.request(writable);
+    const bool right = info.item_type_is_equivalent_to<T>() && info.shape == shape &&
+                       reinterpret_cast<std::uintptr_t>(info.ptr) % alignof(T) == 0;
+    py::ssize_t step = info.itemsize;
+    bool whole = right;
+    for (auto axis = shape.size(); whole && axis-- > 0; step *= shape[axis])
+        whole = shape[axis] <= 1 || info.strides[axis] == step;
+    if (!whole) {
+        std::string sides;
+        for (const auto side : shape) sides += (sides.empty() ? "" : ", ") + std::to_string(side);
+        throw std::invalid_argument(name + ": expected a contiguous array of " + type + " [" +
+                                    sides + "]");
+    }
+    return info;
+}
+
+std::span<const std::int64_t> cuts(const py::buffer& buffer, const std::string& name,
+                                   py::buffer_info& info, py::ssize_t side) {
+    info = buffer.request();
+    const auto count = info.ndim == 1 ? info.shape[0] : 0;
+    info = whole_buffer<std::int64_t>(buffer, name, "int64", {count});
+    const std::span<const std::int64_t> places{static_cast<const std::int64_t*>(info.ptr),
+                                               static_cast<std::size_t>(count)};
+    bool right = count > 1 && places.front() == 0 && places.back() == side;
+    for (std::size_t i = 1; right && i < places.size(); ++i)
+        right = places[i] > places[i - 1] &&
+                places[i] - places[i - 1] <= static_cast<std::int64_t>(motet::kMostInPiece);
+    if (!right)
+        throw std::invalid_argument(name + ": expected 0 to " + std::to_string(side) +
+                                    " in steps of 1 to " + std::to_string(motet::kMostInPiece));
+    return places;
+}
+
+void stain_planes(const py::buffer& pixels, const py::buffer& down, const py::buffer& across,
+                  const py::buffer& table, const py::buffer& planes, const py::buffer& within) {
+    auto in = pixels.request();
+    if (in.ndim != 4) throw std::invalid_argument("pixels: expected uint8 [b, height, width, 3]");
+    const auto patches = in.shape[0];
+    in = whole_buffer<std::uint8_t>(pixels, "pixels", "uint8",
+                                    {patches, in.shape[1], in.shape[2], 3});
+    py::buffer_info rows, columns;
+    const auto vertical = cuts(down, "down", rows, in.shape[1]);
+    const auto horizontal = cuts(across, "across", columns, in.shape[2]);
+    const auto levels = whole_buffer<float>(table, "table", "float32",
+                                            {3, motet::kStainLevels, motet::kStainPlanes});
+    const auto to = whole_buffer<float>(
+        planes, "planes", "float32",
+        {motet::kStainPlanes, patches, rows.shape[0] - 1, columns.shape[0] - 1}, true);
+    const auto squares = whole_buffer<std::int64_t>(within, "within", "int64", {patches, 3}, true);
+    for (const auto* written : {&to, &squares})
+        for (const py::buffer_info* other : std::initializer_list<const py::buffer_info*>{
+                 &in, &rows, &columns, &levels, &to, &squares}) {
+            const auto one = bytes_of(*written), two = bytes_of(*other);
+            if (written != other && one.begin < two.end && two.begin < one.end)
+                throw std::invalid_argument(
+                    "planes, within: expected buffers apart from the others");
+        }
+    py::gil_scoped_release release;
+    motet::stain_planes(static_cast<const std::uint8_t*>(in.ptr), static_cast<std::size_t>(patches),
+                        vertical, horizontal, static_cast<const float*>(levels.ptr),
+                        static_cast<float*>(to.ptr), static_cast<std::int64_t*>(squares.ptr));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Pixels on raw CPU buffers; motet.io is the public door.";
     module.def("area_resample", &area_resample, py::arg("image"), py::arg("rows"),
                py::arg("columns"), py::arg("ratio"), py::arg("out"));
+    module.def("stain_planes", &stain_planes, py::arg("pixels"), py::arg("down"), py::arg("across"),
+               py::arg("table"), py::arg("planes"), py::arg("within"));
 }

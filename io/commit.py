@@ -39,6 +39,7 @@ from .store import (
     FORMAT,
     KEY,
     VERSION,
+    FeatureStore,
     SlideFeatures,
     StoredArray,
     crc_of,
@@ -213,8 +214,7 @@ class StoreWriter:
         """
         _check_key(key)
         _recover(self.path, key)
-        store = _Opened(self.path, self.slug, self.tiling_hash)
-        slide = SlideFeatures(store, key)  # pyright: ignore[reportArgumentType]
+        slide = SlideFeatures(FeatureStore(self.path, self.slug), key)
         return SlideWriter(self, key, width, {"flags": slide.flags}, slide.attrs, further=True)
 
     def attempts(self, key: str) -> int | None:
@@ -258,7 +258,7 @@ def attempts_at_failed(cohort: Path, keys: Iterable[str] | None = None) -> dict[
         keys = [name.removesuffix(".json") for name in _listed(folder) if name.endswith(".json")]
     found = {}
     for key in keys:
-        with suppress(FileNotFoundError):
+        if (folder / f"{key}.json").exists():
             found[key] = int(read_json(folder / f"{key}.json").get("attempts", 0))
     return found
 
@@ -611,13 +611,6 @@ def _recover(cohort: Path, key: str) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
         else:
             (folder / name).unlink(missing_ok=True)
-
-
-class _Opened:
-    """What SlideFeatures asks of a store, without reading run.json again."""
-
-    def __init__(self, path: Path, slug: str, tiling_hash: str) -> None:
-        self.path, self.slug, self.run = path, slug, {"tiling_hash": tiling_hash}
 
 
 def _listed(folder: Path) -> list[str]:

@@ -69,7 +69,9 @@ def find_slides(paths: Iterable[str | os.PathLike[str]]) -> list[Source]:
     for path in map(Path, paths):
         for source in _below(path):
             known = found.setdefault(source.key, source)
-            if known.path.resolve() != source.path.resolve():
+            if known is not source and os.path.realpath(known.path) != os.path.realpath(
+                source.path
+            ):
                 raise ValueError(
                     f"paths: {str(known.path)!r} and {str(source.path)!r} are both called "
                     f"{source.name!r}; give the folder that holds both"
@@ -161,12 +163,11 @@ def dicom_series(path: Path) -> tuple[str, int] | None:
             group, element = struct.unpack_from("<HH", data, at)
             if group == 0xFFFE:  # items of a sequence and their ends
                 (length,) = struct.unpack_from("<I", data, at + 4)
-                depth += {0xE000: 1, 0xE00D: -1, 0xE0DD: -1}[element] if (
-                    length == 0xFFFFFFFF or element != 0xE000
-                ) else 0  # fmt: skip
                 at += 8
                 if element == 0xE000 and length != 0xFFFFFFFF:
                     at += length
+                else:
+                    depth += 1 if element == 0xE000 else -1
                 continue
             kind = data[at + 4 : at + 6]
             if kind in _LONG:
@@ -180,6 +181,6 @@ def dicom_series(path: Path) -> tuple[str, int] | None:
                 found[group, element] = data[start : start + length]
             at = start + length
         sides = [struct.unpack("<I", found[tag])[0] for tag in (_COLUMNS, _ROWS)]
-    except (struct.error, KeyError):
+    except struct.error:  # the data end
         return None
     return found[_SERIES].decode("ascii", "replace").strip("\0 "), sides[0] * sides[1]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .commit import FULL, StoreWriter, described
+from .commit import FULL, StoreWriter, described, note_failure
 from .errors import SlideError, StoreError, listed
 from .leases import Leases
 from .store import UNREADABLE, FeatureStore, read_run, run_hash
@@ -147,7 +147,8 @@ def import_features(
             except (SlideError, StoreError, OSError, MemoryError) as error:
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise
-                writer.fail(source.key, source, error, writer.attempts(source.key) + 1)
+                attempts = (writer.attempts(source.key) or 0) + 1
+                note_failure(writer.path, source.key, source, error, attempts)
     store = FeatureStore(out, encoder)
     store.write_manifest()
     return store

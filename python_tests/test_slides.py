@@ -137,6 +137,7 @@ def test_lower_levels_of_real_slides(name: str, reader: str) -> None:
 
 KINDS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "cucim": ("cucim", lambda path: make_pyramid(path, (1001, 703))),
+    "cucim without an ending": ("cucim", lambda path: make_pyramid(path, (1001, 703))),
     "cucim aperio": ("cucim", lambda path: make_pyramid(path, (1001, 703), description=APERIO)),
     "cucim 240": ("cucim", lambda path: make_pyramid(path, (1001, 703), (240, 240), (1, 2, 3))),
     "deflate": ("tifffile", lambda p: make_pyramid(p, (1001, 703), compression="deflate")),
@@ -173,7 +174,8 @@ KINDS: dict[str, tuple[str, Callable[[Path], object]]] = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Slide, list[Pixels]]]:
     found = {}
     for kind, (reader, make) in KINDS.items():
-        path = tmp_path_factory.mktemp("made") / "slide.tif"
+        name = "SLIDE.X" if kind == "cucim without an ending" else "slide.tif"
+        path = tmp_path_factory.mktemp("made") / name
         make(path)
         slide = open_slide(path)
         if reader != "cucim" or module_has("cucim"):
@@ -287,6 +289,8 @@ def test_what_cannot_be_asked(made: dict[str, tuple[Slide, list[Pixels]]]) -> No
         slide.read(3, 0, 0, 9, 9)
     with pytest.raises(ValueError, match="width and height: expected at least 1, got 0 and 5"):
         slide.read(0, 0, 0, 0, 5)
+    with pytest.raises(ValueError, match="width and height: expected at least 1, got 9 and -1"):
+        next(slide.read_many(0, np.zeros((1, 2), int), 9, -1))
     with pytest.raises(TypeError, match="float"):
         slide.read(0, 0.5, 0, 9, 9)  # pyright: ignore[reportArgumentType]
     for corners in (np.zeros((2, 3), int), np.zeros((2, 2)), np.zeros(4, int)):
@@ -462,6 +466,27 @@ def test_mpp(options: dict[str, object], mpp: float | None, tmp_path: Path) -> N
         assert slide.mpp == (None if mpp is None else pytest.approx(mpp, rel=1e-6))
 
 
+def test_philips(tmp_path: Path) -> None:
+    """Levels are halves, filled up to whole tiles with tiles of no bytes; spacing is in mm."""
+    path = tmp_path / "slide.tiff"
+    image = draw_tissue(1024, 640)
+    spacing = '<Attribute Name="DICOM_PIXEL_SPACING">"0.00025" "0.00025"</Attribute>'
+    with tifffile.TiffWriter(path) as writer:
+        for level in range(4):
+            small = reduce_by(image, 2**level)
+            filled = np.zeros((-(-small.shape[0] // 256) * 256, -(-small.shape[1] // 256) * 256, 3))
+            filled[: small.shape[0], : small.shape[1]] = small
+            writer.write(
+                filled.astype(np.uint8), tile=(256, 256), photometric="rgb", compression="jpeg",
+                subfiletype=1 if level else 0, software="Philips DP v1.0", metadata=None,
+                description=f"<DataObject>{spacing}</DataObject>" if level == 0 else None,
+            )  # fmt: skip
+    with open_slide(path) as slide:
+        assert (slide.vendor, slide.reader, slide.mpp) == ("philips", "tifffile", 0.25)
+        sides = [(level.width, level.height, level.downsample) for level in slide.levels]
+        assert sides == [(1024, 768, 1), (512, 512, 2), (256, 256, 4)]
+
+
 # Files that mean harm
 
 
@@ -475,7 +500,8 @@ def refused(path: Path) -> str:
 def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(tmp_path / "none.svs") == "missing"
     assert refused(tmp_path / ("n" * 300 + ".svs")) == "missing"
-    assert refused(tmp_path) == "unreadable"
+    with pytest.raises(SlideError, match="[^:]*: expected a file, got a folder"):
+        open_slide(tmp_path)
     assert refused(tmp_path / "a\0b.svs") == "unreadable"
     os.mkfifo(tmp_path / "pipe.svs")
     assert refused(tmp_path / "pipe.svs") == "unreadable"  # and does not wait for a writer

@@ -16,7 +16,7 @@ import zarr
 from motet.io import CohortError, FeatureStore, StoreError, load_cohort
 from motet.io import commit as commit_module
 from motet.io.bags import Bags
-from motet.io.commit import StoreWriter, described
+from motet.io.commit import StoreWriter, described, note_failure
 from motet.io.store import FLAGS, StoredArray
 
 from .conftest import MODELS
@@ -113,7 +113,7 @@ def write_golden(folder: Path) -> None:
                 made.write(rows, numbers(n, width)[rows])
                 made.commit()
     broken = Slide(Path("broken.svs"), "broken.svs")
-    writer.fail(broken.key, broken, StoreError("not an image"), 2)
+    note_failure(writer.path, broken.key, broken, StoreError("not an image"), 2)
     FeatureStore(folder).write_manifest()
 
 
@@ -251,6 +251,8 @@ def test_slides_are_found_by_names(made: Made) -> None:
         _ = store["a"]
     with pytest.raises(KeyError, match=r"did you mean .*x/b\.1\.svs"):
         _ = store["x/b.2.svs"]
+    made({"z.svs": (numbers(2, 3), None)})
+    assert store["z"].attrs["name"] == "z.svs"  # came after the names were read
     for name in ("../cohort", "", "/", ".", "..", "x\0", "a" * 5000):
         assert name not in store
 

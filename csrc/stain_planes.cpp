@@ -1,0 +1,115 @@
+#include "stain_planes.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "simd.hpp"
+
+// Integers up to the table, and from there one order of adding: the same bits in registers of every
+// width, and from numpy.
+namespace motet {
+namespace {
+
+constexpr std::size_t kChannels = 3;
+constexpr std::size_t kFlush = 8192;  // pieces after which squares of their rows fit 32 bits still
+
+using Cell = Lanes<float, kStainPlanes>::type;
+using Sums = Lanes<std::uint16_t, 4>::type;  // red, green, blue, and the next one's red
+
+struct Patch {
+    const std::uint8_t* pixels;
+    std::span<const std::int64_t> down, across;
+    const float* table;
+    float* planes;       // the first plane of this patch,
+    std::size_t stride;  // and how far the next lies from it
+    std::int64_t* within;
+};
+
+// Sums of the rows of a piece, and their squares on top of those of the rows above.
+MOTET_INLINE void add_rows(const std::uint8_t* rows, std::size_t count, std::size_t size,
+                           std::uint16_t* sums, std::uint32_t* squares) {
+    if (count == 4) {  // by far the most frequent
+        const std::uint8_t *second = rows + size, *third = second + size, *last = third + size;
+        for (std::size_t i = 0; i < size; ++i) {
+            const std::uint32_t a = rows[i], b = second[i], c = third[i], d = last[i];
+            sums[i] = static_cast<std::uint16_t>(a + b + c + d);
+            squares[i] += a * a + b * b + c * c + d * d;
+        }
+        return;
+    }
+    std::fill_n(sums, size, std::uint16_t{0});
+    for (std::size_t y = 0; y < count; ++y, rows += size)
+        for (std::size_t i = 0; i < size; ++i) {
+            const std::uint32_t level = rows[i];
+            sums[i] = static_cast<std::uint16_t>(sums[i] + level);
+            squares[i] += level * level;
+        }
+}
+
+struct Planes {
+    template <std::size_t>
+    static MOTET_INLINE void run(const Patch& patch) {
+        const std::size_t height = patch.down.size() - 1, width = patch.across.size() - 1;
+        const std::size_t size = kChannels * static_cast<std::size_t>(patch.across.back());
+        std::vector<std::uint32_t> squares(size);
+        std::vector<std::uint16_t> sums(size + 1);
+        std::vector<float> cells(kStainPlanes * width);
+        std::array<std::uint64_t, kChannels> total{}, between{};
+        for (std::size_t i = 0; i < height; ++i) {
+            const auto rows = static_cast<std::size_t>(patch.down[i + 1] - patch.down[i]);
+            add_rows(patch.pixels + size * static_cast<std::size_t>(patch.down[i]), rows, size,
+                     sums.data(), squares.data());
+            if ((i + 1) % kFlush == 0 || i + 1 == height) {
+                for (std::size_t x = 0; x < size; x += kChannels)
+                    for (std::size_t c = 0; c < kChannels; ++c) total[c] += squares[x + c];
+                std::fill(squares.begin(), squares.end(), 0);
+            }
+            for (std::size_t j = 0; j < width; ++j) {
+                const auto begin = static_cast<std::size_t>(patch.across[j]);
+                const auto columns = static_cast<std::size_t>(patch.across[j + 1]) - begin;
+                const auto at = [&](std::size_t x) MOTET_LAMBDA {
+                    Sums pixel;
+                    std::memcpy(&pixel, sums.data() + kChannels * (begin + x), sizeof(pixel));
+                    return pixel;
+                };
+                Sums sum = at(0);
+                for (std::size_t x = 1; x < columns; ++x) sum += at(x);
+                const auto area = static_cast<std::uint32_t>(rows * columns);
+                Cell cell{};
+                for (std::size_t c = 0; c < kChannels; ++c) {
+                    const std::uint32_t mean =
+                        area == 16 ? sum[c] : (sum[c] * 16u + area / 2) / area;
+                    between[c] += area * mean * mean;
+                    Cell entry;
+                    std::memcpy(&entry, patch.table + kStainPlanes * (kStainLevels * c + mean),
+                                sizeof(entry));
+                    cell = c ? cell + entry : entry;
+                }
+                std::memcpy(cells.data() + kStainPlanes * j, &cell, sizeof(cell));
+            }
+            for (std::size_t p = 0; p < kStainPlanes; ++p) {
+                float* plane = patch.planes + patch.stride * p + width * i;
+                for (std::size_t j = 0; j < width; ++j) plane[j] = cells[kStainPlanes * j + p];
+            }
+        }
+        for (std::size_t c = 0; c < kChannels; ++c)
+            patch.within[c] = static_cast<std::int64_t>(256 * total[c] - between[c]);
+    }
+};
+
+}  // namespace
+
+void stain_planes(const std::uint8_t* pixels, std::size_t patches,
+                  std::span<const std::int64_t> down, std::span<const std::int64_t> across,
+                  const float* table, float* planes, std::int64_t* within) {
+    const std::size_t cells = (down.size() - 1) * (across.size() - 1);
+    const auto bytes = kChannels * static_cast<std::size_t>(down.back() * across.back());
+    for (std::size_t i = 0; i < patches; ++i)
+        Compiled<Planes, const Patch&>::chosen()({pixels + bytes * i, down, across, table,
+                                                  planes + cells * i, cells * patches,
+                                                  within + kChannels * i});
+}
+
+}  // namespace motet
