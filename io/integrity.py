@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CHUNK_BYTES = 8 << 20  # read at once
+THREADS = 2  # that scan; more would hold more chunks than they gain
 GAP_BYTES = 1 << 16  # read along, rather than in two
 HOLE_BYTES = 32  # in JPEG and LZW; a multiple of 8 that is at least 24, see `_holes`
 
@@ -279,7 +281,9 @@ _PARSE: dict[str, Callable[[bytes, Tiles], Header | None]] = {
 def _check_coded(file: int, tiles: Tiles, starts: Index, ends: Index) -> NDArray[np.bool_]:
     bad = np.zeros(len(starts), bool)
     common: Header | None = None  # most tiles of a file have the same
-    for part in _runs(starts, ends):
+
+    def check(part: slice) -> None:
+        nonlocal common
         base = int(starts[part.start])
         content = os.pread(file, int(ends[part].max()) - base, base)
         data = np.frombuffer(content, np.uint8)
@@ -294,6 +298,9 @@ def _check_coded(file: int, tiles: Tiles, starts: Index, ends: Index) -> NDArray
             wrong |= _follows_wrongly(data, begin, end, _FOLLOWS[tiles.coding]) & plain
         wrong |= _holes(data, begin, end, hole)
         bad[part] = wrong
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(check, _runs(starts, ends)))  # raises what a part raised
     return bad
 
 

@@ -1,6 +1,8 @@
 """Patches have the pixels that their coordinates say, each comes once, and nothing is kept long."""
 
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from motet.io.errors import SlideError
 from motet.io.grid import Grid, Tiling, damaged_patches, make_grid
 from motet.io.patches import PatchBatch, probe_decoder, read_patches
 from motet.io.resample import area_resample_reference
+from motet.io.slides import open_slide
 
+from .slides import draw_tissue
 from .test_grid import ArraySlide, Level, grid_of, pyramid, slides, tilings
 
 
@@ -142,6 +146,55 @@ def test_what_cannot_be_decoded_is_lost_alone() -> None:
     (batch,) = read_patches(slide, grid, np.flatnonzero(damaged)[:3])  # pyright: ignore[reportArgumentType]
     assert batch.pixels.shape == (0, 30, 30, 3)
     assert batch.lost.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("colours", ["ycbcr", "rgb"])
+@pytest.mark.parametrize("border", ["drop", "pad"])
+def test_tiles_of_the_file_are_read_in_one_go(
+    border: str, colours: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels, batches and what is lost are those of reads one by one, at the edges too."""
+    pytest.importorskip("cucim")
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "slide.tif"
+    image = draw_tissue(700, 600)
+    how = {} if colours == "ycbcr" else {"compressionargs": {"outcolorspace": "rgb"}}
+    tifffile.imwrite(path, image, tile=(64, 64), photometric="rgb", compression="jpeg",
+                     metadata=None, **how)  # fmt: skip
+    with tifffile.TiffFile(path) as tiff:
+        ranges = list(zip(tiff.pages[0].dataoffsets, tiff.pages[0].databytecounts, strict=True))
+    content = bytearray(path.read_bytes())
+    for tile, part in ((0, slice(None)), (25, slice(300, 500)), (53, slice(0, 2))):
+        at, count = ranges[tile]
+        start, stop, _ = part.indices(count)
+        content[at + start : at + stop] = bytes(stop - start)
+    path.write_bytes(content)
+
+    def batches(workers: int) -> list[PatchBatch]:
+        return list(read_patches(slide, grid, wanted, batch=16, workers=workers))
+
+    with open_slide(path, reader="cucim") as slide:
+        grid = make_grid(slide, Tiling(downsample=1, tile_px=64, border=border), None)
+        wanted = np.random.default_rng(0).permutation(len(grid.coords))
+        asked = []
+        read_many = slide.read_many
+        monkeypatch.setattr(
+            slide, "read_many",
+            lambda *args, **options: asked.append(len(args[1])) or read_many(*args, **options),
+        )  # fmt: skip
+        found = [batches(workers) for workers in (1, 3)]
+        assert asked == [len(wanted)] * 2
+        monkeypatch.setattr(patches, "_are_tiles", lambda *_: False)
+        found.append(batches(2))
+        damaged = damaged_patches(slide, grid)
+    for one, other in pairwise(found):
+        for a, b in zip(one, other, strict=True):
+            assert a.rows.tolist() == b.rows.tolist()
+            assert a.lost.tolist() == b.lost.tolist()
+            assert np.array_equal(a.pixels, b.pixels)
+    lost = np.concatenate([wanted[batch.lost] for batch in found[0]])
+    assert sorted(lost) == np.flatnonzero(damaged).tolist()
+    assert len(lost) == 3
 
 
 def test_memory_serves_again_when_nothing_refers_to_it() -> None:
