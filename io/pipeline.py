@@ -29,7 +29,7 @@ from .finding import Source
 from .grid import Grid, Tiling, damaged_patches, make_grid
 from .leases import Lease, Leases
 from .masks import coverage, read_mask
-from .patches import PatchBatch, read_patches
+from .patches import PatchBatch, probe_decoder, read_patches
 from .slides import Slide, open_slide
 from .store import FLAGS, FeatureStore
 from .thumbnails import thumbnail_level
@@ -91,6 +91,7 @@ class Job:
     replace: bool
     """Whether the slide was tiled before, from another file or by another specification."""
     seconds: dict[str, float]
+    decoder: str = "cpu"
     failed: bool = False
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -380,10 +381,11 @@ class _Worker:
     def _decoded(self, prepared: Ahead[Job]) -> Iterator[Step]:
         for job in prepared:
             started = time.perf_counter()
-            patches: Any = read_patches(
-                job.slide, job.grid, job.wanted, batch=self.batch, workers=self.settings.decoders
-            )
             try:
+                patches: Any = read_patches(
+                    job.slide, job.grid, job.wanted, batch=self.batch,
+                    workers=self.settings.decoders, device=self._decoder(job),
+                )  # fmt: skip
                 with closing(patches):
                     for batch in patches:
                         job.seconds["decode"] = time.perf_counter() - started
@@ -396,19 +398,27 @@ class _Worker:
             else:
                 yield Step(job, "end")
 
+    def _decoder(self, job: Job) -> str:
+        """Return "cuda" if the encoder is there, and decoding is quicker there for this slide."""
+        device = getattr(self.encoder, "device", None)
+        if device is None or device.type != "cuda":
+            return "cpu"
+        job.decoder = probe_decoder(job.slide, job.grid)
+        return job.decoder
+
     def _embed(self, job: Job, batch: PatchBatch, waited: float) -> None:
         if job.failed:
             return
         started = time.perf_counter()
-        if len(batch.lost):
+        # What the encoder raises is no slide's fault, and stops the worker.
+        features = self.encoder.encode(batch.pixels) if len(batch.rows) else None
+        try:
             job.writer.corrupt(job.rows[batch.lost])
-        if len(batch.rows):
-            features = self.encoder.encode(batch.pixels)
-            try:
+            if features is not None:
                 job.writer.write(job.rows[batch.rows], features)
-            except FAILURES as error:
-                self._fail(job, error)
-                return
+        except FAILURES as error:
+            self._fail(job, error)
+            return
         took = time.perf_counter() - started
         job.seconds["encode"] = job.seconds.get("encode", 0.0) + took
         counts = {"patches": len(batch.rows), "decode_s": waited, "encode_s": took}
@@ -422,7 +432,8 @@ class _Worker:
             self._fail(job, error)
             return
         job.seconds["commit"] = time.perf_counter() - started
-        self.store.log(job.source.key, {"seconds": job.seconds, "host": os.uname().nodename})
+        log = {"seconds": job.seconds, "decoder": job.decoder, "host": os.uname().nodename}
+        self.store.log(job.source.key, log)
         self._leave(job)
         self.emit(_over("done", job.source))
 

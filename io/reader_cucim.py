@@ -98,9 +98,19 @@ class CuCimSlide(Slide):
         return at if ratio == 1 else np.rint((at + 0.5) * ratio).astype(np.int64)
 
     def read_many(
-        self, level: int, corners: NDArray[np.int64], width: int, height: int, *, workers: int = 1
-    ) -> Iterator[Pixels | SlideError]:
-        """Read regions of one size in batches, whose parts are yielded; see Slide.read_many."""
+        self,
+        level: int,
+        corners: NDArray[np.int64],
+        width: int,
+        height: int,
+        *,
+        workers: int = 1,
+        device: str = "cpu",
+    ) -> Iterator[Any]:
+        """Read regions of one size in batches, whose parts are yielded; see Slide.read_many.
+
+        With device="cuda" they are decoded there, and are torch tensors that share cuCIM's memory.
+        """
         level = self._level(level)
         check_sides(width, height)
         places = whole_corners(corners)
@@ -109,35 +119,42 @@ class CuCimSlide(Slide):
         inside = (x >= 0) & (y >= 0) & (x <= sides.width - width) & (y <= sides.height - height)
         batched = inside & ~self._damage_at(level, places, inside, width, height)
         chosen = places[batched]
-        ready = self._batches(level, chosen, width, height, max(workers, 1))
+        ready = self._batches(level, chosen, width, height, max(workers, 1), device)
         if len(chosen) == len(places):
             yield from ready
             return
         for quick, place in zip(batched.tolist(), places.tolist(), strict=True):
-            yield next(ready) if quick else self._one(level, place, width, height)
+            yield next(ready) if quick else self._one(level, place, width, height, device)
 
     def _batches(
-        self, level: int, places: NDArray[np.int64], width: int, height: int, workers: int
-    ) -> Iterator[Pixels | SlideError]:
-        done = 0
+        self,
+        level: int,
+        places: NDArray[np.int64],
+        width: int,
+        height: int,
+        workers: int,
+        device: str,
+    ) -> Iterator[Any]:
+        done, options = 0, {} if device == "cpu" else {"device": device}
         batch = max(workers, min(BATCH, BATCH_BYTES // (3 * width * height)))
         if len(places):
             try:
                 for images in self._image.read_region(
                     self._places(level, places).tolist(),  # it refuses arrays of int64
-                    (width, height), level, batch_size=batch, num_workers=workers,
+                    (width, height), level, batch_size=batch, num_workers=workers, **options,
                 ):  # fmt: skip
-                    batched = np.asarray(images)
+                    batched = np.asarray(images) if device == "cpu" else _tensor(images, device)
                     yield from batched
                     done += len(batched)
             except DAMAGE:  # it does not say in which region: one by one they tell
                 pass
         for place in places[done:].tolist():
-            yield self._one(level, place, width, height)
+            yield self._one(level, place, width, height, device)
 
-    def _one(self, level: int, place: list[int], width: int, height: int) -> Pixels | SlideError:
+    def _one(self, level: int, place: list[int], width: int, height: int, device: str) -> Any:
         try:
-            return self.read(level, place[0], place[1], width, height)
+            image = self.read(level, place[0], place[1], width, height)
+            return image if device == "cpu" else _tensor(image, device)
         except SlideError as error:
             return error
 
@@ -164,3 +181,12 @@ class CuCimSlide(Slide):
         """Let go of the file."""
         self._image.close()
         super().close()
+
+
+def _tensor(image: Any, device: str) -> Any:
+    """Return a tensor on a device: over DLPack or CUDA's array interface, where it is there."""
+    import torch
+
+    if hasattr(image, "__dlpack__") and not isinstance(image, np.ndarray):
+        return torch.from_dlpack(image)
+    return torch.as_tensor(image, device=device)

@@ -163,6 +163,7 @@ class _Child:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
                 text=True, encoding="utf-8",
                 start_new_session=True,  # a Ctrl-C at the terminal is for the parent, who ends it
+                env={**os.environ, **_own_gpu(turn[0])},
             )  # fmt: skip
         self.listener = threading.Thread(target=self._listen, args=(events,), daemon=True)
         self.listener.start()
@@ -200,6 +201,15 @@ class _Child:
         if time.monotonic() - self.heard > stall_s:
             self.hung = True
             self.process.kill()
+
+
+def _own_gpu(worker: int) -> dict[str, str]:
+    """Return the environment in which a worker sees one GPU, of several that are here."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    driver = Path("/proc/driver/nvidia/gpus")
+    gpus = range(len(list(driver.iterdir()))) if driver.is_dir() else []
+    names = [str(gpu) for gpu in gpus] if given is None else given.split(",")
+    return {"CUDA_VISIBLE_DEVICES": names[worker % len(names)]} if len(names) > 1 else {}
 
 
 def run_on_ray(settings: Settings, address: str, workers: int | None, emit: Emit) -> None:

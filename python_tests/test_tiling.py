@@ -14,10 +14,11 @@ from typing import Any
 import motet
 import numpy as np
 import pytest
+import torch
 from motet.io import FeatureStore, StoreError, tile_slides
 from motet.io.pipeline import Settings
 from motet.io.store import FLAGS
-from motet.io.workers import run_here
+from motet.io.workers import _own_gpu, run_here
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -517,3 +518,44 @@ def test_mutated_files_do_not_stop_a_cohort(tmp_path: Path) -> None:
     assert tiled.slides == count == tiled.done + tiled.empty + len(tiled.failed)
     assert tiled.failed
     assert FeatureStore(tmp_path / "store").verify() == []
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    seen = [_own_gpu(worker).get("CUDA_VISIBLE_DEVICES") for worker in range(4)]
+    assert seen == ["2", "5", "7", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert _own_gpu(1) == {}
+
+
+def test_decoding_follows_the_encoder_to_its_gpu(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an encoder on CUDA the probe decides; its tensors reach the encoder as they are."""
+    from motet.io import pipeline
+    from motet.io.reader_cucim import CuCimSlide
+
+    seen = []
+
+    class OnGpu(Quiet):
+        device = torch.device("cuda")
+
+        def encode(self, pixels: Any) -> NDArray[np.float32]:
+            seen.append(type(pixels))
+            return super().encode(pixels)
+
+    monkeypatch.setattr(pipeline, "probe_decoder", lambda slide, grid: "meta")
+    batches = CuCimSlide._batches
+
+    def decoded(self: Any, *arguments: Any) -> Any:
+        *others, device = arguments
+        assert device == "meta"
+        for image in batches(self, *others, "cpu"):
+            yield torch.from_numpy(np.array(image))
+
+    monkeypatch.setattr(CuCimSlide, "_batches", decoded)
+    how = {**HOW, "encoder": OnGpu()}
+    assert tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **how).done == 1
+    assert set(seen) == {torch.Tensor}
+    (log,) = (json.loads(path.read_text()) for path in (tmp_path / "logs").glob("*.json"))
+    assert log["decoder"] == "meta"
