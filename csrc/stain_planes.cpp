@@ -27,24 +27,28 @@ struct Patch {
     std::int64_t* within;
 };
 
+// Through 16 bits, which takes half the registers.
+MOTET_INLINE std::uint32_t square(std::uint8_t level) {
+    return static_cast<std::uint16_t>(level * level);
+}
+
 // Sums of the rows of a piece, and their squares on top of those of the rows above.
 MOTET_INLINE void add_rows(const std::uint8_t* rows, std::size_t count, std::size_t size,
                            std::uint16_t* sums, std::uint32_t* squares) {
     if (count == 4) {  // by far the most frequent
         const std::uint8_t *second = rows + size, *third = second + size, *last = third + size;
         for (std::size_t i = 0; i < size; ++i) {
-            const std::uint32_t a = rows[i], b = second[i], c = third[i], d = last[i];
+            const std::uint8_t a = rows[i], b = second[i], c = third[i], d = last[i];
             sums[i] = static_cast<std::uint16_t>(a + b + c + d);
-            squares[i] += a * a + b * b + c * c + d * d;
+            squares[i] += square(a) + square(b) + square(c) + square(d);
         }
         return;
     }
     std::fill_n(sums, size, std::uint16_t{0});
     for (std::size_t y = 0; y < count; ++y, rows += size)
         for (std::size_t i = 0; i < size; ++i) {
-            const std::uint32_t level = rows[i];
-            sums[i] = static_cast<std::uint16_t>(sums[i] + level);
-            squares[i] += level * level;
+            sums[i] = static_cast<std::uint16_t>(sums[i] + rows[i]);
+            squares[i] += square(rows[i]);
         }
 }
 

@@ -177,48 +177,46 @@ def _texture(pair: np.ndarray, h: int, w: int) -> Iterator[tuple[str, np.ndarray
     another row or plane, which is at the right and lower ends, there is nothing to compare:
     columns are set to 0, rows left out. The planes are overwritten.
     """
-    sums, steps, down, across = (
-        _scratch(name, pair.shape) for name in ("sums", "steps", "down", "across")
-    )
-    corner = _scratch("corner", pair[0].shape)
-    pair_, sums, steps, *outs = (x.reshape(-1) for x in (pair, sums, steps, down, across, corner))
-    size, tall, wide, n = pair.size, h, w, h * w
+    sums, steps = (_scratch(name, (pair.size,)) for name in ("sums", "steps"))
+    edges = _scratch("edges", (2, *pair.shape))  # across, down
+    corner = _scratch("corner", pair[0].shape)  # of haematoxylin alone
+    plane, across, down, crosswise = (x.reshape(-1) for x in (pair, *edges, corner))
+    size, tall, wide = pair.size, h, w
     # Sums of neighbours are left unscaled, four times as large at each step.
     unit = np.float32(2)
     for scale in SCALES:
         size = max(0, size - scale * w)
-        upper, lower = pair_[:size], pair_[scale * w :][:size]
+        upper, lower = plane[:size], plane[scale * w :][:size]
         np.add(upper, lower, out=sums[:size])
         np.subtract(lower, upper, out=steps[:size])
         size = max(0, size - scale)
-        for function, one, other, out in (
-            (np.add, sums, sums, pair_),
-            (np.add, steps, steps, outs[0]),
-            (np.subtract, sums, sums, outs[1]),
-            (np.subtract, steps, steps, outs[2]),  # of haematoxylin alone
-        ):
-            n = min(size, out.size)
-            function(one[scale:][:n], other[:n], out=out[:n])
+        half = min(size, corner.size)
+        np.add(sums[scale:][:size], sums[:size], out=plane[:size])
+        np.subtract(sums[scale:][:size], sums[:size], out=across[:size])
+        np.add(steps[scale:][:size], steps[:size], out=down[:size])
+        np.subtract(steps[scale:][:half], steps[:half], out=crosswise[:half])
         tall, wide = max(0, tall - scale), max(0, wide - scale)
         n = max(1, tall * wide)
-        ys, xs, corners = (_kept(x, h, w, tall, wide) for x in (down, across, corner))
-        xx, yy = _mean_product(xs, xs, n), _mean_product(ys, ys, n)
+        both, corners = (_kept(x, h, w, tall, wide) for x in (edges, corner))
+        xx, yy = _mean_product(both, both, n)
         energies = xx + yy
-        edges = np.sqrt(energies) / unit
         # Of the structure tensor: 1 where all edges run one way, 0 where they run all ways.
-        aligned = np.sqrt((xx - yy) ** 2 + 4 * _mean_product(xs, ys, n) ** 2)
+        aligned = np.sqrt((xx - yy) ** 2 + 4 * _mean_product(*both, n) ** 2)
         aligned /= energies + STILL**2
-        both = _mean_product(xs[0], xs[1], n) + _mean_product(ys[0], ys[1], n)
+        strengths = np.sqrt(energies)
+        shared = _mean_product(both[:, 0], both[:, 1], n).sum(0)
+        steepness = _size(both[:, 0], n).sum(0)
         name = f"{scale * SHRINK} px"
-        yield f"haematoxylin edges {name}", edges[0]
+        yield f"haematoxylin edges {name}", strengths[0] / unit
         yield f"haematoxylin alignment {name}", aligned[0]
-        yield f"haematoxylin steps {name}", (_size(xs[0], n) + _size(ys[0], n)) / unit
+        yield f"haematoxylin steps {name}", steepness / unit
         yield f"haematoxylin corners {name}", np.sqrt(_mean_product(corners, corners, n)) / unit
-        yield f"eosin edges {name}", edges[1]
+        yield f"eosin edges {name}", strengths[1] / unit
         yield f"eosin alignment {name}", aligned[1]
-        yield f"shared edges {name}", both / (np.sqrt(energies[0] * energies[1]) + STILL**2)
+        yield f"shared edges {name}", shared / (strengths[0] * strengths[1] + STILL**2)
         unit *= 4
     means = _kept(pair, h, w, tall, wide)
+    n = max(1, tall * wide)
     deviations = np.sqrt(_mean_product(means, means, n)) / (unit / 2)
     for stain, deviation in zip(STAINS, deviations, strict=False):
         yield f"{stain} std of {2 * SCALES[-1] * SHRINK} px means", deviation
