@@ -632,14 +632,16 @@ def _optional_check(package: str, purpose: str, cure: str) -> Check:
 
 
 def _native_check() -> Check:
+    from .io import resample
     from .kernels import native
 
-    reason = native.status()
+    reason = native.status() or resample.status()
     if not reason:
-        return Check("C++ module", "ok", "motet.kernels._C")
+        return Check("C++ modules", "ok", "motet.kernels._C, motet.io._C")
     compiler = next((c for c in ("c++", "g++", "clang++", "cl") if shutil.which(c)), None)
     cure = native.CURE if compiler is None else f"run pip with -v to see why {compiler} failed"
-    return Check("C++ module", "missing", f"torch computes instead, slower ({reason})", cure)
+    slower = f"torch and numpy compute instead, slower ({reason})"
+    return Check("C++ modules", "missing", slower, cure)
 
 
 def _gpu_check(torch) -> Check:

@@ -23,7 +23,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
     by_name = {check["name"]: check for check in checks}
-    assert {"motet", "torch", "C++ module", "GPU", "triton"} <= by_name.keys()
+    assert {"motet", "torch", "C++ modules", "GPU", "triton"} <= by_name.keys()
     assert {check["state"] for check in checks} <= {"ok", "missing", "off"}
     assert all(check["cure"] for check in checks if check["state"] == "missing")
 
