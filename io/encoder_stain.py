@@ -201,7 +201,7 @@ def _texture(pair: np.ndarray, h: int, w: int) -> Iterator[tuple[str, np.ndarray
         xx, yy = _mean_product(both, both, n)
         energies = xx + yy
         # Of the structure tensor: 1 where all edges run one way, 0 where they run all ways.
-        aligned = np.sqrt((xx - yy) ** 2 + 4 * _mean_product(*both, n) ** 2)
+        aligned = np.sqrt((xx - yy) ** 2 + 4 * _mean_product(both[0], both[1], n) ** 2)
         aligned /= energies + STILL**2
         strengths = np.sqrt(energies)
         shared = _mean_product(both[:, 0], both[:, 1], n).sum(0)
