@@ -226,9 +226,10 @@ class StoreWriter:
         _write_json(self.path, "logs", key, entries)
 
     def clean(self, leases: Leases) -> None:
-        """Remove what dead workers left, of all keys whose lease can be had now."""
+        """Remove what dead workers left, leases too, of all keys whose lease can be had now."""
         left = map(_LEFT.fullmatch, _listed(self.path / ".tmp"))
-        for key in sorted({found[1] for found in left if found}):
+        held = filter(KEY.fullmatch, _listed(leases.folder))
+        for key in sorted({found[1] for found in left if found} | {*held}):
             lease = leases.take(key)
             if lease is not None:
                 with lease:

@@ -48,7 +48,7 @@ def test_doctor_names_the_cure(monkeypatch, capsys: pytest.CaptureFixture[str]) 
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
     cli.main(["doctor"])
     out = capsys.readouterr().out
-    assert "missing torch computes instead, slower" in out
+    assert "missing torch and numpy compute instead, slower" in out
     assert "cure: install a C++20 compiler" in out
     monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
     cli.main(["doctor"])
