@@ -490,7 +490,7 @@ def find_tissue(
     Returns:
         Two of bool [h, w].
     """
-    factor = max(1, min(int(patch_px / 5), max(thumb.shape) // 512))
+    factor = max(1, min(int(patch_px / 5), max(thumb.shape) // 256))
     small = np.asarray(Image.fromarray(thumb).reduce(factor))
     pen = pen_mask(small)
     tissue = tissue_mask(small, um_per_px * factor if um_per_px else None) & ~pen
