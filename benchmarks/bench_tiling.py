@@ -12,7 +12,7 @@ a store.
 
 import argparse
 import json
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -203,26 +203,27 @@ def first_tile_s(path: Path, rounds: int) -> float:
     return statistics.median(found)
 
 
+MEMORY = """
+import sys, motet
+peaks = []
+def note(event):
+    if event["event"] == "done":
+        status = open("/proc/self/status").read()
+        peaks.append(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+folder, out = sys.argv[1:]
+motet.io.tile_slides(folder, out, encoder="stain-stats", mpp=0.5, workers=0, progress=note)
+print(peaks[len(peaks) // 10], peaks[-1])
+"""
+
+
 def memory(source: Path, folder: Path, slides: int) -> dict[str, float]:
-    """Return this process's peak in MiB over a cohort, after a tenth of it and at its end."""
+    """Return a process's peak in MiB over a cohort, after a tenth of it and at its end."""
     for i in range(slides):
-        (folder / f"slide-{i:04d}.tif").hardlink_to(source)
-    peaks: list[float] = []
-
-    def note(event: dict[str, Any]) -> None:
-        if event["event"] == "done":
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-    tile_slides(
-        folder,
-        folder.with_suffix(".store"),
-        encoder="stain-stats",
-        mpp=0.5,
-        workers=0,
-        progress=note,
-    )
-    assert len(peaks) == slides
-    return {"slides": slides, "after_a_tenth_mib": peaks[slides // 10], "at_the_end_mib": peaks[-1]}
+        shutil.copyfile(source, folder / f"slide-{i:04d}{source.suffix}")
+    command = [sys.executable, "-c", MEMORY, str(folder), str(folder.with_suffix(".store"))]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    early, late = map(float, out.split())
+    return {"slides": slides, "after_a_tenth_mib": early, "at_the_end_mib": late}
 
 
 def reading(folder: Path, tokens: int, width: int, rounds: int) -> dict[str, Any]:
