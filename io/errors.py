@@ -55,7 +55,7 @@ class SlideError(ValueError):
 
     def __init__(self, path: str | PathLike[str], reason: str, message: str) -> None:
         assert reason in self.REASONS
-        super().__init__(f"{path}: {' '.join(message.split())}")
+        super().__init__(f"{' '.join(str(path).splitlines())}: {' '.join(message.split())}")
         self.path, self.reason, self.message = str(path), reason, message
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:

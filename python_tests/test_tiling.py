@@ -549,9 +549,8 @@ def test_decoding_follows_the_encoder_to_its_gpu(
 
     def decoded(self: Any, *arguments: Any) -> Any:
         *others, device = arguments
-        assert device == "meta"
         for image in batches(self, *others, "cpu"):
-            yield torch.from_numpy(np.array(image))
+            yield image if device == "cpu" else torch.from_numpy(np.array(image))
 
     monkeypatch.setattr(CuCimSlide, "_batches", decoded)
     how = {**HOW, "encoder": OnGpu()}
