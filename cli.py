@@ -480,7 +480,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from . import experiments
-    from .fusion.files import write_text
+    from ._atomic import write_text
     from .io import load_cohort
     from .runs import Run
 

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from ._atomic import write_text
+from ._checks import integer
 from .fusion.baselines import (
     ClassBaseline,
     SurvivalBaseline,
@@ -30,7 +32,6 @@ from .fusion.baselines import (
     ridge_cox,
     survival_forest,
 )
-from .fusion.checks import integer
 from .fusion.encoders import ABMIL, SNN
 from .fusion.evaluation import (
     Comparison,
@@ -39,7 +40,6 @@ from .fusion.evaluation import (
     evaluate_classes,
     evaluate_survival,
 )
-from .fusion.files import write_text
 from .fusion.fitted import Fitted, Predictions, RiskScale, time_grid
 from .fusion.healnet import HEALNet
 from .fusion.lego_block import LegoBlock

@@ -35,9 +35,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from safetensors import safe_open
 
 from . import card, experiments
+from ._atomic import replacing, write_text
+from ._checks import positive
 from .fusion.checkpoint import load, save
-from .fusion.checks import positive
-from .fusion.files import whole, write_text
 from .fusion.lego_block import LegoBlock
 from .fusion.lego_join import LegoMerge
 from .fusion.training import rank
@@ -222,7 +222,7 @@ def _merge_files(recipe: Recipe, out: Path) -> Path:
         raise RecipeError(f"{recipe.where}{error}") from error
     out.mkdir(parents=True, exist_ok=True)
     # The card first: what is cut short between the two is known for a merge, to be written again.
-    with whole(out / MODEL) as model_file:
+    with replacing(out / MODEL) as model_file:
         save(merged, model_file)
         typed = card.fenced("yaml", recipe.text)
         digest = _digest([model_file])

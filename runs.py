@@ -25,8 +25,8 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from ._atomic import write_text
 from .fusion.evaluation import ClassFold, SurvivalFold
-from .fusion.files import write_text
 from .fusion.fitted import Fitted, Predictions
 
 FORMAT = 1

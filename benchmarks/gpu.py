@@ -46,9 +46,8 @@ def main() -> int:
 
 def named(options: argparse.Namespace, device: str) -> int:
     """Check, then time the named cells until the budget is spent."""
-    from motet import bench
-
     from benchmarks import checks, ladder
+    from motet import bench
 
     deadline = time.monotonic() + options.budget
     report = _about(device)
@@ -79,9 +78,8 @@ def named(options: argparse.Namespace, device: str) -> int:
 
 def full(options: argparse.Namespace, device: str) -> int:
     """Time what is missing of the grid until the budget is spent."""
-    from motet import bench
-
     from benchmarks import ladder
+    from motet import bench
 
     deadline = time.monotonic() + options.budget
     about = _about(device)
@@ -103,7 +101,6 @@ def full(options: argparse.Namespace, device: str) -> int:
 def _measured(cell: Any, settings: Any, roof: Any, *, launches: bool) -> dict[str, Any]:
     """Measure a cell; one that raises is a row with its reason."""
     import torch
-
     from benchmarks import ladder
 
     try:
@@ -127,9 +124,8 @@ def _faults(row: dict[str, Any]) -> list[str]:
 
 def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
     """Yield rows of what is not on the ladder: both merges, LegoBlock, LegoMerge."""
-    from motet import bench
-
     from benchmarks.cells import lego_cells, merge_cells
+    from motet import bench
 
     for make, sizes in (
         (merge_cells, (1000,) if small else (8 * 17 * 126, 1 << 24)),

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import motet
 import torch
+from benchmarks.checks import captured
 from motet import bench
 from motet.kernels.backends import Backend
 from motet.kernels.plan import Strategy
 from torch import Tensor, nn
-
-from benchmarks.checks import captured
 
 BASE = "reference fp32"
 AS_RELEASED = {f"{name}, 1 head": c._replace(heads=1) for name, c in bench.CONFIGS.items()}

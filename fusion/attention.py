@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import choice
 from ..kernels import absorbed_attention, attention_weights, context_kv, plan
 from ..kernels.absorbed_attention import absorbed_weights
 from ..kernels.backends import Backend, check_backend
-from ..kernels.checks import choice
 from ..kernels.latent_attention import latent_attention_kv, latent_attention_reference
 from ..kernels.lego_pass import Asking
 from ..kernels.one_token import one_token_values

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import whole
+from .._atomic import replacing
 from .healnet import HEALNet
 from .lego_block import LegoBlock
 from .lego_join import LegoFuse, LegoMerge
@@ -69,7 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[name] = plain.clone() if address in memory else plain
         memory.add(address)
     metadata = {"motet": header, "sha256": _digest(header, tensors)}
-    with whole(Path(path)) as partial:
+    with replacing(Path(path)) as partial:
         save_file(tensors, partial, metadata)
         _sort_metadata(partial)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import integer, rate
 from .attention import Attention
-from .checks import integer, rate
 from .layers import FeedForward, layer_order
 
 

@@ -19,7 +19,7 @@ from scipy.stats import chi2, norm
 from sksurv.nonparametric import CensoringDistributionEstimator, SurvivalFunctionEstimator
 from sksurv.util import Surv
 
-from .checks import integer
+from .._checks import integer
 from .survival import outcome_arrays
 
 Floats = NDArray[np.float64]

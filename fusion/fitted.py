@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .._atomic import write_text
 from .checkpoint import load, save
-from .files import write_text
 from .objectives import (
     Classification,
     Objective,

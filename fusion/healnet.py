@@ -5,11 +5,10 @@ from typing import Any, Literal, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
+from .._checks import choice, integer, positive, rate
 from ..kernels.backends import Backend
-from ..kernels.checks import choice
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys, prepare
-from .checks import integer, positive, rate
 from .context import Batch, Context, read_all
 from .layers import (
     FeedForward,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.checks import choice
+from .._checks import choice
 from .attention import Attention, Keys
 
 ShareWeights = bool | Literal["all-but-first"]

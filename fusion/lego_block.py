@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
+from .._checks import choice, integer, positive, rate
 from ..kernels.backends import Backend
-from ..kernels.checks import choice
+from ..kernels.checks import same_kind
 from ..kernels.lego_pass import AXES, normalised, real_spectrum
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys, prepare
-from .checks import integer, positive, rate, same_kind
 from .context import Batch, Context, Names, check_tensor, offsets_of, read
 from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
 from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._checks import choice, integer
 from ..kernels import harmonic_merge, slerp
 from ..kernels.backends import Backend
-from ..kernels.checks import choice, normalised_weights
+from ..kernels.checks import normalised_weights, same_kind
 from ..kernels.plan import Strategy
 from .attention import Keys, prepare
-from .checks import integer, same_kind
 from .context import Batch, Context, read_all
 from .layers import Head
 from .lego_block import LegoBlock, LegoOutput

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..kernels.checks import choice
+from .._checks import choice
 
 __all__ = ["cox_loss", "cross_entropy", "l1_penalty", "nll_loss"]
 

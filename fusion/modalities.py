@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels.checks import choice
-from .checks import integer, positive
+from .._checks import choice, integer, positive
 
 
 @dataclass(frozen=True)

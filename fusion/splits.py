@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .checks import integer
+from .._checks import integer
 
 
 class Parts(NamedTuple):

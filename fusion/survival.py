@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from sksurv.metrics import concordance_index_censored
 from torch import Tensor
 
-from .checks import integer
+from .._checks import integer
 
 
 @dataclass(frozen=True)

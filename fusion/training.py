@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ..kernels.checks import choice
-from .checks import integer, positive
+from .._atomic import replacing
+from .._checks import choice, integer, positive
 from .lego_block import LegoBlock
 from .objectives import Objective
 from .patients import Batch, Patients
@@ -302,10 +302,10 @@ class _Keep(Callback):
         self.path = path
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        partial = self.path.with_name(f".{self.path.name}")
-        trainer.save_checkpoint(partial)  # by the first process
-        if trainer.is_global_zero:
-            os.replace(partial, self.path)
+        first = trainer.is_global_zero  # it alone writes; the others take part
+        partial = self.path.with_name(f".{self.path.name}")  # one name: a kill leaves one file
+        with replacing(self.path, partial) if first else nullcontext():
+            trainer.save_checkpoint(partial)
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

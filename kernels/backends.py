@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .checks import choice
+from .._checks import choice
 
 Backend = Literal["auto", "triton", "compile", "eager"]
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

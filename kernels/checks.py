@@ -1,21 +1,13 @@
-"""Argument checks that every operator shares; each error names the argument."""
+"""Checks of tensors and weights that operators share; each error names the argument."""
 
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise unless `value` is one of `allowed`, type included."""
-    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-        expected = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def same_tensors(
@@ -57,6 +49,15 @@ def same_tensors(
                     got, expected = tuple(got), tuple(expected)
                 raise ValueError(f"{own}: expected the {what} of {other}, {expected}, got {got}")
     return tensors
+
+
+def same_kind(name: str, tensor: Tensor, like: Tensor, whose: str) -> None:
+    """Raise unless `tensor` has the dtype and the device of `like`."""
+    if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+        raise ValueError(
+            f"{name}: expected {like.dtype} on {like.device} as {whose}, got {tensor.dtype} on "
+            f"{tensor.device}"
+        )
 
 
 def refuse_forward_mode(operator: str) -> None:

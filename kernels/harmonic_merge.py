@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .._checks import choice
 from .backends import (
     Backend,
     check_backend,
@@ -14,7 +15,7 @@ from .backends import (
     refuse_overlap,
     triton_kernels,
 )
-from .checks import choice, normalised_weights, refuse_forward_mode, same_tensors
+from .checks import normalised_weights, refuse_forward_mode, same_tensors
 from .native import direct, native
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import choice
 from .backends import (
     Backend,
     check_backend,
@@ -19,7 +20,7 @@ from .backends import (
     rows_apart,
     triton_kernels,
 )
-from .checks import check_offsets, choice, refuse_forward_mode
+from .checks import check_offsets, refuse_forward_mode
 from .context_kv import wide
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")

@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from .._checks import choice
 from .backends import Backend, check_backend
-from .checks import DTYPES, choice
+from .checks import DTYPES
 
 Strategy = Literal["cached", "absorbed", "reference"]
 

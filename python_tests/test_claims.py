@@ -10,10 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from motet import experiments
-from motet.fusion.training import predict_logits
-from motet.io import Bags, Cohort, load_cohort
-
 from benchmarks import claims
 from benchmarks.claims import (
     addition,
@@ -27,6 +23,9 @@ from benchmarks.claims import (
 )
 from benchmarks.claims.__main__ import main
 from benchmarks.claims.rows import Row
+from motet import experiments
+from motet.fusion.training import predict_logits
+from motet.io import Bags, Cohort, load_cohort
 
 from .conftest import ROOT
 

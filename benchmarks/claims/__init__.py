@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from motet.fusion.checks import integer
-from motet.fusion.files import write_text
+from motet._atomic import write_text
+from motet._checks import integer
 
 from . import addition, interference, merging, overlap, scaling
 from .figures import draw

@@ -1,10 +1,17 @@
-"""Checks of constructor arguments; each returns the value as a plain Python number."""
+"""Checks of arguments that need no tensor; every error names the argument, what was expected and
+what came. Each returns the value, numbers as plain Python ones."""
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise unless `value` is one of `allowed`, type included."""
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        expected = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def integer(name: str, value: Any, low: int = 1) -> int:
@@ -34,15 +41,6 @@ def rate(name: str, value: Any) -> float:
     if not 0 <= number < 1:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
     return number
-
-
-def same_kind(name: str, tensor: torch.Tensor, like: torch.Tensor, whose: str) -> None:
-    """Raise unless `tensor` has the dtype and the device of `like`."""
-    if (tensor.dtype, tensor.device) != (like.dtype, like.device):
-        raise ValueError(
-            f"{name}: expected {like.dtype} on {like.device} as {whose}, got {tensor.dtype} on "
-            f"{tensor.device}"
-        )
 
 
 def _number(value: Any) -> float:
