@@ -62,7 +62,14 @@ class BuildPy(build_py):
 
 
 setup(
-    packages=["motet", "motet.fusion", "motet.io", "motet.kernels"],
+    packages=[
+        "motet",
+        "motet.cli",
+        "motet.experiments",
+        "motet.fusion",
+        "motet.io",
+        "motet.kernels",
+    ],
     package_dir={"motet": "."},
     ext_modules=[Extension(f"motet.{part}._C", sources=[]) for part in ("kernels", "io")],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},

@@ -65,10 +65,11 @@ import numpy as np
 import pandas as pd
 import torch
 from motet import experiments
-from motet.fusion.fitted import Predictions, time_grid
+from motet.experiments import Run, Settings
+from motet.experiments.train import FitModel
 from motet.fusion.objectives import DiscreteSurvival
+from motet.fusion.predictions import SurvivalPredictions, time_grid
 from motet.io import Cohort
-from motet.runs import Run, table_of
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
@@ -110,7 +111,7 @@ def main() -> int:
 
     torch.set_num_threads(options.threads)
     ours = Run.finished(options.run)
-    cohort, _ = experiments.cohort_of(ours)
+    cohort = experiments.cohort_of(ours)
     upstream = import_upstream(options.checkout.resolve())
     if options.in_process:
         upstream.DataLoader = _in_process
@@ -149,9 +150,10 @@ def main() -> int:
                 f"fold {number}: expected the c of their code, {run['c_reported_by_their_code']}, "
                 f"got {c}"
             )
-        predictions = Predictions(tuple(fold["test"]), risks, objective.curves(logits, grid), grid)
+        curves = objective.curves(logits, grid)
+        predictions = SurvivalPredictions(tuple(fold["test"]), risks, curves, grid)
         facts = {**run, "cut": None, "grid": grid.tolist()}
-        theirs.finish_fold(number, table_of(predictions, None), facts, None)
+        theirs.finish_fold(number, theirs.task.predictions_table(predictions), facts, None)
         seconds["theirs"] += run["seconds_per_epoch"]
         seconds["ours"] += epochs_of(ours, cohort, number, {})
         seconds["ours, their recipe"] += epochs_of(
@@ -182,11 +184,13 @@ def epochs_of(run: Run, cohort: Cohort, number: int, changes: dict[str, Any]) ->
     settings = {} if changes else {**run.config["options"], **run.config["goal"]}
     if not changes:
         settings |= {k: v for k, v in run.config["training"].items() if k != "seed"}
-    plan = experiments.Plan.of("healnet", {**settings, **changes}, seed=0)
-    parts = experiments.parts_of(cohort, experiments.Splits())[number]
+    fit = FitModel(
+        cohort, list(cohort.modalities), "healnet",
+        Settings.of("healnet", {**settings, **changes}, seed=0),
+    )  # fmt: skip
+    split = experiments.split_cohort(cohort, experiments.Splits())[number]
     with tempfile.TemporaryDirectory() as folder:
-        work = experiments.trainer(cohort, None, plan)
-        return work(number, parts, Path(folder), lambda history: None).history.seconds
+        return fit(number, split, Path(folder), lambda history: None).history.seconds
 
 
 def one_token(cohort: Cohort) -> Cohort:

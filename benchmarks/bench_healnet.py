@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import motet
 import torch
-from motet import bench
+from motet.cli import measure
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
@@ -29,8 +29,8 @@ BAGS = 4
 MAX_FREQ, TEMPERATURE = 2.0, 0.5
 SIZES = (500, 2000, 8000, 15_000, 30_000, 60_000)
 QUICK = [
-    bench.Cell(f"{name} 4x500 {kind}", config, (500,) * 4, kind == "step", PATCH)
-    for name, config in bench.CONFIGS.items()
+    measure.Cell(f"{name} 4x500 {kind}", config, (500,) * 4, kind == "step", PATCH)
+    for name, config in measure.CONFIGS.items()
     for kind in ("forward", "step")
 ]
 
@@ -41,12 +41,12 @@ def pytest_generate_tests(metafunc) -> None:
     metafunc.parametrize("cell", QUICK, ids=lambda cell: cell.name)
 
 
-def bench_healnet(benchmark, cell: bench.Cell, who: str) -> None:
-    work = bench.Workload(cell, "fp32", "cpu")
+def bench_healnet(benchmark, cell: measure.Cell, who: str) -> None:
+    work = measure.Workload(cell, "fp32", "cpu")
     strategy = None if who == "motet" else "reference"
     benchmark.group = cell.name
-    benchmark.extra_info["error"] = error = bench.relative_error(work.run(strategy), work.gold())
-    assert error < bench.FLOOR["fp32"]
+    benchmark.extra_info["error"] = error = measure.relative_error(work.run(strategy), work.gold())
+    assert error < measure.FLOOR["fp32"]
     benchmark.pedantic(work.run, (strategy,), rounds=5, warmup_rounds=1)
 
 
@@ -67,7 +67,7 @@ TABLES = (
 )
 
 
-def their_config(config: bench.Config, *, shared: bool) -> dict[str, Any]:
+def their_config(config: measure.Config, *, shared: bool) -> dict[str, Any]:
     """Return the arguments of their constructor."""
     return {
         "n_modalities": 2,
@@ -86,7 +86,7 @@ def their_config(config: bench.Config, *, shared: bool) -> dict[str, Any]:
     }
 
 
-def models(checkout: Path, config: bench.Config, *, shared: bool) -> dict[str, nn.Module]:
+def models(checkout: Path, config: measure.Config, *, shared: bool) -> dict[str, nn.Module]:
     """Return theirs and ours, with equal weights where nothing is shared."""
     from benchmarks.published import published_healnet
 
@@ -144,7 +144,7 @@ def compare(checkout: Path, options: argparse.Namespace, table: Table) -> list[d
     """Measure one table, row by row."""
     rows = []
     print(f"\n{table.title}\n{_TITLE}")
-    for name, config in bench.CONFIGS.items():
+    for name, config in measure.CONFIGS.items():
         config = config._replace(heads=table.heads)
         row = {"config": name, **compare_one(checkout, options, config, table.shared)}
         rows.append(row)
@@ -159,7 +159,7 @@ def compare(checkout: Path, options: argparse.Namespace, table: Table) -> list[d
 
 
 def compare_one(
-    checkout: Path, options: argparse.Namespace, config: bench.Config, shared: bool
+    checkout: Path, options: argparse.Namespace, config: measure.Config, shared: bool
 ) -> dict[str, Any]:
     """Return errors, times and peaks of both; no time where something is wrong.
 
@@ -173,7 +173,7 @@ def compare_one(
         name: partial(step, model, data) for name, model in both.items()
     }
     contenders["ours bf16"] = partial(step, both["ours"], data, half=True)
-    times = bench.in_turns(
+    times = measure.in_turns(
         contenders, "cpu", rounds=options.rounds, seconds=options.seconds,
         before=partial(redraw, data),
     )  # fmt: skip
@@ -183,7 +183,9 @@ def compare_one(
     del data, contenders
     threads = torch.get_num_threads()
     row["peak_mib"] = {
-        who: bench.in_child(threads, memory_of, checkout, config, shared, who, BAGS, options.tokens)
+        who: measure.in_child(
+            threads, memory_of, checkout, config, shared, who, BAGS, options.tokens
+        )
         for who in both
     }
     theirs, ours = (max(peak, 1.0) for peak in row["peak_mib"].values())  # 0 with few tokens
@@ -198,9 +200,9 @@ def errors_of(both: dict[str, nn.Module], tokens: int, *, equal: bool) -> dict[s
     errors = {}
     for name, model in both.items():
         gold = step(copy.deepcopy(model).double(), wide)
-        errors[name] = bench.relative_error(step(model, data), gold)
-        errors[f"{name} bf16"] = bench.relative_error(step(model, data, half=True), gold)
-    for suffix, floor in (("", bench.FLOOR["fp32"]), (" bf16", bench.FLOOR["bf16"])):
+        errors[name] = measure.relative_error(step(model, data), gold)
+        errors[f"{name} bf16"] = measure.relative_error(step(model, data, half=True), gold)
+    for suffix, floor in (("", measure.FLOOR["fp32"]), (" bf16", measure.FLOOR["bf16"])):
         error, allowed = errors[f"ours{suffix}"], 2 * errors[f"theirs{suffix}"] + floor
         if not error <= allowed:
             raise ValueError(f"error{suffix} {error:.1e}, expected at most {allowed:.1e}")
@@ -218,21 +220,21 @@ TOLERANCE = 1e-4  # of fp32 logits
 
 
 def memory_of(
-    checkout: Path, config: bench.Config, shared: bool, who: str, bags: int, tokens: int
+    checkout: Path, config: measure.Config, shared: bool, who: str, bags: int, tokens: int
 ) -> float:
     """Return the growth in MiB by data and a training step, after one with short bags."""
     model = models(checkout, config, shared=shared)[who]
     step(model, batch(bags, 16))
-    return bench.growth(lambda: step(model, batch(bags, tokens)))
+    return measure.growth(lambda: step(model, batch(bags, tokens)))
 
 
 def scaling_of(tokens: int, rounds: int) -> dict[str, float]:
     """Return milliseconds and peak MiB of a training step with one bag, in this process."""
-    cell = bench.Cell(str(tokens), bench.CONFIGS["blca"], (tokens,), step=True)
-    bench.Workload(cell.shortened(16), "fp32", "cpu").run()
-    peak = bench.growth(lambda: bench.Workload(cell, "fp32", "cpu").run())
-    work = bench.Workload(cell, "fp32", "cpu")
-    timing = bench.in_turns({"ours": work.run}, "cpu", rounds=rounds)["ours"]
+    cell = measure.Cell(str(tokens), measure.CONFIGS["blca"], (tokens,), step=True)
+    measure.Workload(cell.shortened(16), "fp32", "cpu").run()
+    peak = measure.growth(lambda: measure.Workload(cell, "fp32", "cpu").run())
+    work = measure.Workload(cell, "fp32", "cpu")
+    timing = measure.in_turns({"ours": work.run}, "cpu", rounds=rounds)["ours"]
     return {"tokens": tokens, **timing._asdict(), "peak_mib": peak}
 
 
@@ -241,10 +243,10 @@ def scaling(options: argparse.Namespace) -> list[dict[str, float]]:
     rows = []
     print(f"{'patches':>8} {'ms':26} {'peak MiB':>9} {'data MiB':>9}")
     for tokens in (50, 4000) if options.quick else SIZES:
-        row = bench.in_child(options.threads, scaling_of, tokens, options.rounds)
+        row = measure.in_child(options.threads, scaling_of, tokens, options.rounds)
         rows.append(row)
-        timing = bench.Timing(row["median"], row["low"], row["high"], row["rounds"])
-        data = 4 * tokens * PATCH / bench.MIB
+        timing = measure.Timing(row["median"], row["low"], row["high"], row["rounds"])
+        data = 4 * tokens * PATCH / measure.MIB
         print(f"{tokens:8} {timing!s:26} {row['peak_mib']:9.0f} {data:9.0f}", flush=True)
     if options.figure is not None:
         draw(rows, options.figure)
@@ -256,7 +258,7 @@ def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tokens = [row["tokens"] for row in rows]
-    data = [4 * n * PATCH / bench.MIB for n in tokens]
+    data = [4 * n * PATCH / measure.MIB for n in tokens]
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(tokens, [row["median"] for row in rows], "o-", color="#2b6cb0")
@@ -285,7 +287,7 @@ _TITLE = (
 
 
 def _row(row: dict[str, Any]) -> str:
-    ms = {name: str(bench.Timing(**timing)) for name, timing in row["ms"].items()}
+    ms = {name: str(measure.Timing(**timing)) for name, timing in row["ms"].items()}
     peak, error = row["peak_mib"], row["error"]
     difference = "-" if row["difference"] is None else f"{row['difference']:.1e}"
     return (
@@ -324,10 +326,10 @@ def main() -> int:
     """Compare, or scale."""
     options = _options()
     try:
-        bench.choose_device("cpu", options.threads)
-        bench.check_folder("--json", options.json)
-        bench.check_folder("--figure", options.figure)
-        facts = bench.about("cpu")
+        measure.choose_device("cpu", options.threads)
+        measure.check_folder("--json", options.json)
+        measure.check_folder("--figure", options.figure)
+        facts = measure.about("cpu")
         print(json.dumps(facts))
         if options.scaling:
             found: dict[str, Any] = {"scaling": scaling(options)}

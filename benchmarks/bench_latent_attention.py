@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from motet import bench
+from motet.cli import bench, measure
 from motet.kernels import context_kv
 from motet.kernels.context_kv import context_kv_reference
 from motet.kernels.latent_attention import latent_attention_kv, latent_attention_reference
@@ -155,11 +155,11 @@ ON_CUDA: dict[str, Attend] = {"varlen_attn": varlen, "flash-attn": flash}
 COMPILED = {"reference, compiled", "FlexAttention", "the same, compiled"}
 
 
-def inputs_of(config: bench.Config, lengths: Sequence[int], dtype: str, device: str) -> Inputs:
+def inputs_of(config: measure.Config, lengths: Sequence[int], dtype: str, device: str) -> Inputs:
     """Draw queries, keys and values; on CUDA heads end in zeros up to a multiple of 16, as
     HEALNet's do there, which is also what other libraries want."""
     torch.manual_seed(0)
-    own = {"dtype": bench.DTYPES[dtype], "device": device}
+    own = {"dtype": measure.DTYPES[dtype], "device": device}
     q = torch.randn(len(lengths), config.heads, config.latents, config.head_dim, **own)
     kv = torch.randn(sum(lengths), 2, config.heads, config.head_dim, **own)
     padding = -config.head_dim % 16 if device == "cuda" else 0
@@ -217,11 +217,11 @@ PROJECTIONS: dict[str, Project] = {
 
 
 def projection_of(
-    config: bench.Config, tokens: int, width: int, dtype: str, device: str
+    config: measure.Config, tokens: int, width: int, dtype: str, device: str
 ) -> Projection:
     """Draw tokens, weights and shifts."""
     torch.manual_seed(0)
-    own = {"dtype": bench.DTYPES[dtype], "device": device}
+    own = {"dtype": measure.DTYPES[dtype], "device": device}
     outputs = 2 * config.heads * config.head_dim
     x = torch.randn(tokens, width, **own)
     weight = torch.randn(outputs, width, device=device).div_(width**0.5).to(own["dtype"])
@@ -254,28 +254,28 @@ def pytest_generate_tests(metafunc) -> None:
 
 
 def bench_latent_attention(benchmark, who: str, lengths: Sequence[int], backward: bool) -> None:
-    inputs = inputs_of(bench.CONFIGS["blca"], lengths, "fp32", "cpu")
+    inputs = inputs_of(measure.CONFIGS["blca"], lengths, "fp32", "cpu")
     grad = torch.randn_like(inputs.q)
     gold = attend(reference, inputs.to(torch.float64), grad, backward=backward)
     run = partial(attend, ATTENTIONS[who], inputs, grad, backward=backward)
     benchmark.group = f"{bench.shape_name(lengths)} {'both' if backward else 'forward'}"
-    benchmark.extra_info["error"] = error = bench.relative_error(run(), gold)
-    assert error < bench.FLOOR["fp32"]
+    benchmark.extra_info["error"] = error = measure.relative_error(run(), gold)
+    assert error < measure.FLOOR["fp32"]
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
 
 def bench_context_kv(benchmark, who: str, backward: bool) -> None:
-    inputs = projection_of(bench.CONFIGS["blca"], 1400, 512, "fp32", "cpu")
+    inputs = projection_of(measure.CONFIGS["blca"], 1400, 512, "fp32", "cpu")
     grad = torch.randn(1400, len(inputs.weight))
     gold = project_with(project_reference, inputs.to(torch.float64), grad, backward=backward)
     run = partial(project_with, PROJECTIONS[who], inputs, grad, backward=backward)
     benchmark.group = f"context_kv {'both' if backward else 'forward'}"
-    benchmark.extra_info["error"] = error = bench.relative_error(run(), gold)
-    assert error < bench.FLOOR["fp32"]
+    benchmark.extra_info["error"] = error = measure.relative_error(run(), gold)
+    assert error < measure.FLOOR["fp32"]
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
 
-def measure(
+def measure_cell(
     name: str,
     contenders: dict[str, Callable[[], list[Tensor]]],
     errors: dict[str, float | str],
@@ -286,7 +286,7 @@ def measure(
     """Time those whose errors are in bounds; print and return all."""
     first = errors[next(iter(contenders))]
     known = [error for error in (errors.get("reference"), first) if isinstance(error, float)]
-    allowed = 2 * known[0] + bench.FLOOR[dtype] if known else 0.0
+    allowed = 2 * known[0] + measure.FLOOR[dtype] if known else 0.0
     fit, failed = {}, {}
     for who, run in contenders.items():
         error = errors[who]
@@ -297,7 +297,7 @@ def measure(
         else:
             reason, _ = tried(run)  # dropout may be what it cannot do
             (failed if reason else fit)[who] = reason or run
-    times = bench.in_turns(fit, device, rounds=rounds) if fit else {}
+    times = measure.in_turns(fit, device, rounds=rounds) if fit else {}
     print(f"\n{name}")
     best = times.get("motet")
     for who in contenders:
@@ -322,7 +322,7 @@ def tried(run: Callable[[], list[Tensor]]) -> tuple[str, list[Tensor]]:
 
 def error_of(run: Callable[[], list[Tensor]], gold: list[Tensor]) -> float | str:
     reason, found = tried(run)
-    return reason or bench.relative_error(found, gold)
+    return reason or measure.relative_error(found, gold)
 
 
 def attention_rows(
@@ -345,7 +345,7 @@ def attention_rows(
             passes = "forward + backward" if backward else "forward"
             # Masks differ between contenders, so the error is that without dropout.
             title = f"attention {name} {dtype} {passes}, dropout {dropout_p:g}"
-            rows.append(measure(title, runs, errors, device, dtype, rounds))
+            rows.append(measure_cell(title, runs, errors, device, dtype, rounds))
     return rows
 
 
@@ -367,10 +367,10 @@ def projection_rows(
         reason, found = tried(partial(project_with, project_reference, inputs, grad,
                                       backward=backward))  # fmt: skip
         if not reason:
-            errors["reference"] = bench.relative_error(found, gold)
+            errors["reference"] = measure.relative_error(found, gold)
         passes = "forward + backward" if backward else "forward"
         title = f"context_kv {name} {dtype} {passes}"
-        rows.append(measure(title, runs, errors, device, dtype, rounds))
+        rows.append(measure_cell(title, runs, errors, device, dtype, rounds))
     return rows
 
 
@@ -379,10 +379,10 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is)")
-    parser.add_argument("--dtype", choices=tuple(bench.DTYPES), help="(default: both)")
+    parser.add_argument("--dtype", choices=tuple(measure.DTYPES), help="(default: both)")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
-    parser.add_argument("--config", choices=tuple(bench.CONFIGS), help="(default: all)")
+    parser.add_argument("--config", choices=tuple(measure.CONFIGS), help="(default: all)")
     parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too")
     return parser.parse_args()
@@ -392,12 +392,12 @@ def main() -> int:
     """Measure every operator, configuration and dtype."""
     options = _options()
     try:
-        device = bench.choose_device(options.device, options.threads)
-        bench.check_folder("--json", options.json)
+        device = measure.choose_device(options.device, options.threads)
+        measure.check_folder("--json", options.json)
     except ValueError as error:
         print(f"bench_latent_attention: {error}", file=sys.stderr)
         return 2
-    facts = bench.about(device)
+    facts = measure.about(device)
     print(json.dumps(facts))
     print("ms: median (quartiles), in turns; beside it how often motet's; error against float64")
     rows, width = [], 64 if options.quick else 2048
@@ -411,7 +411,7 @@ def main() -> int:
         if options.config not in (None, cell.name.split()[0]):
             continue
         name = cell.name.removesuffix(" forward")
-        for dtype in bench.DTYPES if options.dtype is None else (options.dtype,):
+        for dtype in measure.DTYPES if options.dtype is None else (options.dtype,):
             inputs = inputs_of(cell.config, cell.lengths, dtype, device)
             rows += attention_rows(name, inputs, dtype, attentions, options.rounds)
             tokens = sum(cell.lengths)

@@ -22,7 +22,7 @@ from unittest import mock
 
 import motet
 import torch
-from motet import bench
+from motet.cli import measure
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
@@ -139,19 +139,19 @@ def errors_of(both: dict[str, nn.Module], inputs: list[Tensor], *, step: bool) -
     wide = {name: copy.deepcopy(model).double() for name, model in both.items()}
     doubles = [x.double() for x in inputs]
     errors = {
-        name: bench.relative_error(
+        name: measure.relative_error(
             run(model, inputs, step=step), run(wide[name], doubles, step=step)
         )
         for name, model in both.items()
     }
     theirs, ours = (run(model, doubles, step=False)[0] for model in wide.values())
-    errors["difference"] = difference = bench.relative_error([ours], [theirs])
+    errors["difference"] = difference = measure.relative_error([ours], [theirs])
     # Where the imaginary part is zero in theory, the phase in their harmonic merge is that of
     # rounding noise: see docs/upstream.md.
     noisy = isinstance(both["ours"], motet.LegoMerge) and both["ours"].method != "sum"
     if not (difference < 1e-9 or noisy):
         raise ValueError(f"float64 logits differ by {difference:.1e}, expected < 1e-9")
-    allowed = 2 * errors["theirs"] + bench.FLOOR["fp32"]
+    allowed = 2 * errors["theirs"] + measure.FLOOR["fp32"]
     if not errors["ours"] <= allowed:
         raise ValueError(f"error {errors['ours']:.1e}, expected at most {allowed:.1e}")
     return errors
@@ -198,7 +198,7 @@ def rows_of(
         }
         if name == "LegoBlock":
             contenders["theirs, context once"] = partial(hoisted, both["theirs"], inputs, step=step)
-        times = bench.in_turns(contenders, "cpu", rounds=options.rounds, seconds=options.seconds)
+        times = measure.in_turns(contenders, "cpu", rounds=options.rounds, seconds=options.seconds)
         row["ms"] = {who: timing._asdict() for who, timing in times.items()}
         row["ratio"] = {
             who: timing.median / times["ours"].median
@@ -223,7 +223,7 @@ def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "one": partial(run, block, [x], step=step),
                 "merged": partial(run, merged, inputs, step=step),
             }
-            times = bench.in_turns(
+            times = measure.in_turns(
                 contenders, "cpu", rounds=options.rounds, seconds=options.seconds
             )
             yield {
@@ -236,7 +236,7 @@ def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    ms = {who: str(bench.Timing(**timing)) for who, timing in row["ms"].items()}
+    ms = {who: str(measure.Timing(**timing)) for who, timing in row["ms"].items()}
     if "blocks" in row:
         return (
             f"{row['blocks']:6} {row['what']:8} {ms['one']:>24} {ms['merged']:>26} "
@@ -291,9 +291,9 @@ def main() -> int:
     options = _options()
     rows = []
     try:
-        bench.choose_device("cpu", options.threads)
-        bench.check_folder("--json", options.json)
-        facts = bench.about("cpu")
+        measure.choose_device("cpu", options.threads)
+        measure.check_folder("--json", options.json)
+        facts = measure.about("cpu")
         print(json.dumps(facts))
         print(_BLOCKS_TITLE if options.blocks else _TITLE)
         for row in scaling(options) if options.blocks else compare(options):

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from motet import bench
-from motet.bench import Timing
+from motet.cli import measure
+from motet.cli.measure import Timing
 from motet.kernels import harmonic_merge, slerp
 from motet.kernels.harmonic_merge import harmonic_merge_reference
 from motet.kernels.slerp import slerp_reference
@@ -133,7 +133,7 @@ def _row(
     turns = {who: partial(_repeated, run, calls) for who, run in contenders.items()}
     times = {
         who: Timing(timing.median / calls, timing.low / calls, timing.high / calls, timing.rounds)
-        for who, timing in bench.in_turns(turns, "cpu", rounds=25, seconds=seconds).items()
+        for who, timing in measure.in_turns(turns, "cpu", rounds=25, seconds=seconds).items()
     }
     # What must pass through memory, of what torch.add reads and writes.
     sweeps = 1 if operator == "harmonic_merge" else 2
@@ -190,7 +190,7 @@ def main() -> None:
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if options.json is not None:
         lines = ",\n".join(json.dumps(row) for row in found)
-        about = json.dumps(bench.about("cpu"))
+        about = json.dumps(measure.about("cpu"))
         options.json.write_text(f'{{"about": {about}, "rows": [\n{lines}\n]}}\n')
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from motet import bench
+from motet.cli import measure
 from motet.io import FeatureStore, open_slide, tile_slides
 from motet.io.grid import Grid, Tiling, damaged_patches, make_grid
 from motet.io.masks import coverage
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--slides", type=int, default=200, help="for memory; default: %(default)s")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found: dict[str, Any] = {"about": bench.about("cpu")}
+    found: dict[str, Any] = {"about": measure.about("cpu")}
     for name, figures in parts(options):
         found[name] = figures
         print(name, json.dumps(figures, indent=2), flush=True)

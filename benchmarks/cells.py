@@ -1,7 +1,7 @@
 """What is timed: named cells, each with its inputs, what runs, and its float64 gold.
 
-For both merges and LegoBlock; HEALNet's cells are in motet.bench. bench_*.py time those that suit
-a CPU; gpu.py times all of them on a GPU.
+For both merges and LegoBlock; HEALNet's cells are in motet.cli.measure. bench_*.py time those that
+suit a CPU; gpu.py times all of them on a GPU.
 """
 
 import copy

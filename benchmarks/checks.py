@@ -11,7 +11,7 @@ from typing import Any
 
 import motet
 import torch
-from motet import bench
+from motet.cli import measure
 from motet.io.encoder_torch import Setup, TorchEncoder, Transform
 from motet.kernels import (
     absorbed_attention,
@@ -123,7 +123,7 @@ def _model(name: str, device: str) -> tuple[float, float]:
         return [x.detach().cpu().clone() for x in (logits, *gradients)]
 
     gold = outcome("cpu")
-    return bench.relative_error(outcome(device), gold), 1e-9
+    return measure.relative_error(outcome(device), gold), 1e-9
 
 
 def _compare(
@@ -139,8 +139,8 @@ def _compare(
     if not all(x.isfinite().all() for x in own):
         return math.inf, 0.0
     return (
-        bench.relative_error(own, gold),
-        2 * bench.relative_error(literal, gold) + FLOOR[dtype],
+        measure.relative_error(own, gold),
+        2 * measure.relative_error(literal, gold) + FLOOR[dtype],
     )
 
 
@@ -258,8 +258,8 @@ def _weights(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, floa
     full = attention_weights(q, k, offsets, lse=torch.stack(sums), backend=backend)
     mean = attention_weights(q, k, offsets, reduce="mean", backend=backend)
     literal = attention_weights(q, k, offsets, backend="eager")
-    allowed = 2 * bench.relative_error([literal, literal.mean((1, 2))], gold) + 4 * FLOOR[dtype]
-    return bench.relative_error([full, mean], gold), allowed
+    allowed = 2 * measure.relative_error([literal, literal.mean((1, 2))], gold) + 4 * FLOOR[dtype]
+    return measure.relative_error([full, mean], gold), allowed
 
 
 def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
@@ -394,7 +394,7 @@ def _lego_graph() -> tuple[float, float]:
     errors = []
     for _ in range(3):
         x = torch.randn(4, 90, 32, device="cuda")
-        errors.append(bench.relative_error(found(lambda t: graphs([t]), x), found(block, x)))
+        errors.append(measure.relative_error(found(lambda t: graphs([t]), x), found(block, x)))
     return max(errors), FLOOR[torch.float32]
 
 
@@ -407,7 +407,7 @@ def _graph() -> tuple[float, float]:
 
     replay = captured(run)
     q.normal_()
-    return bench.relative_error(replay(), run()), 0.0
+    return measure.relative_error(replay(), run()), 0.0
 
 
 class _Patches(torch.nn.Module):
@@ -439,8 +439,8 @@ def _encoder(device: str, precision: str) -> tuple[float, float]:
             literal = model(x.to(device))
     encoder = TorchEncoder("check", model, Transform(), Setup(device, precision))
     own = torch.from_numpy(encoder.encode(pixels.numpy()))
-    allowed = 2 * bench.relative_error([literal.double().cpu()], [gold]) + FLOOR[dtype]
-    return bench.relative_error([own.double()], [gold]), allowed
+    allowed = 2 * measure.relative_error([literal.double().cpu()], [gold]) + FLOOR[dtype]
+    return measure.relative_error([own.double()], [gold]), allowed
 
 
 def _patches_there(device: str) -> tuple[float, float]:

@@ -25,9 +25,9 @@ def main() -> int:
     """Check, measure, write."""
     options = _options()
     try:
-        from motet import bench
+        from motet.cli import measure
 
-        device = bench.choose_device(options.device, None)
+        device = measure.choose_device(options.device, None)
         if options.published is not None:
             from benchmarks.published import published_healnet
 
@@ -47,13 +47,13 @@ def main() -> int:
 def named(options: argparse.Namespace, device: str) -> int:
     """Check, then time the named cells until the budget is spent."""
     from benchmarks import checks, ladder
-    from motet import bench
+    from motet.cli import measure
 
     deadline = time.monotonic() + options.budget
     report = _about(device)
     path = options.out / f"gpu-{_stem(report)}.json"
     report["checks"] = checks.run_all(device)
-    report["roof"] = (roof := bench.measure_roof(device, quick=options.small))._asdict()
+    report["roof"] = (roof := measure.measure_roof(device, quick=options.small))._asdict()
     print(roof, flush=True)
     cells = ladder.named_cells(small=options.small)
     report |= {"cells": [], "operators": [], "not_reached": [cell.name for cell in cells]}
@@ -79,14 +79,14 @@ def named(options: argparse.Namespace, device: str) -> int:
 def full(options: argparse.Namespace, device: str) -> int:
     """Time what is missing of the grid until the budget is spent."""
     from benchmarks import ladder
-    from motet import bench
+    from motet.cli import measure
 
     deadline = time.monotonic() + options.budget
     about = _about(device)
     path = options.out / f"gpu-full-{_stem(about)}.jsonl"
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {row["cell"] for row in known}
-    roof = bench.measure_roof(device, quick=options.small)
+    roof = measure.measure_roof(device, quick=options.small)
     left = [cell for cell in ladder.grid(small=options.small) if cell.name not in done]
     settings, failed = _settings(options, device), 0
     while left and time.monotonic() < deadline:
@@ -104,7 +104,7 @@ def _measured(cell: Any, settings: Any, roof: Any, *, launches: bool) -> dict[st
     from benchmarks import ladder
 
     try:
-        row = ladder.measure(cell, settings, roof, launches=launches)
+        row = ladder.measure_cell(cell, settings, roof, launches=launches)
     except Exception as error:  # such as no memory for the rungs together
         row = {"cell": cell.name, "rungs": {}, "failed": " ".join(str(error).split())[:300]}
         print(f"\n{cell.name}: {row['failed']}", flush=True)
@@ -125,7 +125,7 @@ def _faults(row: dict[str, Any]) -> list[str]:
 def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
     """Yield rows of what is not on the ladder: both merges, LegoBlock, LegoMerge."""
     from benchmarks.cells import lego_cells, merge_cells
-    from motet import bench
+    from motet.cli import measure
 
     for make, sizes in (
         (merge_cells, (1000,) if small else (8 * 17 * 126, 1 << 24)),
@@ -135,7 +135,7 @@ def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
             for cell in make(device, size):
                 row = {"name": cell.name, "error": cell.error(cell.run)}
                 if row["error"] < 1e-3:
-                    times = bench.in_turns(cell.contenders(), device, rounds=3 if small else 15)
+                    times = measure.in_turns(cell.contenders(), device, rounds=3 if small else 15)
                     row["ms"] = {who: timing._asdict() for who, timing in times.items()}
                     said = ", ".join(f"{who} {timing} ms" for who, timing in times.items())
                     print(f"{cell.name:28} {said}, error {row['error']:.0e}", flush=True)
@@ -151,10 +151,10 @@ def _settings(options: argparse.Namespace, device: str) -> Any:
 
 
 def _about(device: str) -> dict[str, Any]:
-    from motet import bench
+    from motet.cli import measure
     from motet.kernels import native
 
-    facts = {**bench.about(device), "native": native.status() or "built"}
+    facts = {**measure.about(device), "native": native.status() or "built"}
     print(json.dumps(facts), flush=True)
     return facts
 

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import motet
 import torch
 from benchmarks.checks import captured
-from motet import bench
+from motet.cli import bench, measure
 from motet.kernels.backends import Backend
 from motet.kernels.plan import Strategy
 from torch import Tensor, nn
 
 BASE = "reference fp32"
-AS_RELEASED = {f"{name}, 1 head": c._replace(heads=1) for name, c in bench.CONFIGS.items()}
-CONFIGS = {**bench.CONFIGS, **AS_RELEASED, "8x64": bench.Config(64, 128, 64, 2)}
+AS_RELEASED = {f"{name}, 1 head": c._replace(heads=1) for name, c in measure.CONFIGS.items()}
+CONFIGS = {**measure.CONFIGS, **AS_RELEASED, "8x64": measure.Config(64, 128, 64, 2)}
 
 
 class Rung(NamedTuple):
@@ -64,18 +64,18 @@ class Settings:
         """Seconds that are left for torch.compile."""
 
 
-def named_cells(*, small: bool = False) -> list[bench.Cell]:
+def named_cells(*, small: bool = False) -> list[measure.Cell]:
     """Return the cells of `make gpu`, those that matter most first."""
     if small:
         batches = ((20,) * 2, (1, 20, 9))
-        own = {name: bench.CONFIGS[name] for name in ("blca", "kirp")}
+        own = {name: measure.CONFIGS[name] for name in ("blca", "kirp")}
         return [
             *(_cell(name, c, b, s, width=32) for name, c in own.items() for b in batches
               for s in (False, True)),
             _cell("blca", own["blca"], batches[0], True, width=32, dropout=0.1),
         ]  # fmt: skip
     slides = (15_000,) * 8
-    eight = bench.CONFIGS.items()
+    eight = measure.CONFIGS.items()
     return [
         *(_cell(name, c, slides, s) for name, c in eight for s in (False, True)),
         *(_cell(name, c, slides, True, dropout=0.1) for name, c in eight),
@@ -89,7 +89,7 @@ def named_cells(*, small: bool = False) -> list[bench.Cell]:
     ]  # fmt: skip
 
 
-def grid(*, small: bool = False) -> list[bench.Cell]:
+def grid(*, small: bool = False) -> list[measure.Cell]:
     """Return all cells of `make gpu-full`."""
     if small:
         return named_cells(small=True)
@@ -106,17 +106,17 @@ def grid(*, small: bool = False) -> list[bench.Cell]:
 
 
 def _cell(
-    name: str, config: bench.Config, lengths: tuple[int, ...], step: bool, *,
+    name: str, config: measure.Config, lengths: tuple[int, ...], step: bool, *,
     width: int = 2048, dropout: float = 0.0,
-) -> bench.Cell:  # fmt: skip
+) -> measure.Cell:  # fmt: skip
     kind = "step" if step else "forward"
     more = f" x {width}" * (width != 2048) + f" dropout {dropout:g}" * (dropout > 0)
     title = f"{name} {bench.shape_name(lengths)}{more} {kind}"
-    return bench.Cell(title, config, lengths, step, width, dropout)
+    return measure.Cell(title, config, lengths, step, width, dropout)
 
 
-def measure(
-    cell: bench.Cell, settings: Settings, roof: bench.Roof, *, launches: bool = False
+def measure_cell(
+    cell: measure.Cell, settings: Settings, roof: measure.Roof, *, launches: bool = False
 ) -> dict[str, Any]:
     """Return errors, times, peak memory, share of the roof and launches of every rung."""
     device = settings.device
@@ -132,17 +132,17 @@ def measure(
                 own["error"] = error = small.error(rung, settings)
                 if rung.strategy == "reference" and rung.how == "eager":
                     literal[rung.dtype] = error
-                own["allowed"] = 2 * literal[rung.dtype] + bench.FLOOR[rung.dtype]
+                own["allowed"] = 2 * literal[rung.dtype] + measure.FLOOR[rung.dtype]
                 if not error <= own["allowed"]:
                     raise ArithmeticError(f"error {error:.1e} is out of bounds")
                 runs[name] = full.runner(rung, settings)
                 runs[name]()
             if device == "cuda" and "graph" not in rung.how:  # whose memory was taken beforehand
-                own["peak_mib"] = bench.cuda_peak(runs[name], full.of(rung.dtype).tokens)
+                own["peak_mib"] = measure.cuda_peak(runs[name], full.of(rung.dtype).tokens)
             if launches and device == "cuda":
                 own["launches"] = launches_of(runs[name])
             fit[name] = runs[name]
-    times = bench.in_turns(fit, device, rounds=settings.rounds, seconds=4.0) if fit else {}
+    times = measure.in_turns(fit, device, rounds=settings.rounds, seconds=4.0) if fit else {}
     for name, timing in times.items():
         own, dtype = row["rungs"][name], RUNGS[name].dtype
         planned = cell.plan(dtype, device)
@@ -158,14 +158,14 @@ def measure(
 class Works:
     """A cell in both dtypes, made when first needed."""
 
-    def __init__(self, cell: bench.Cell, device: str) -> None:
+    def __init__(self, cell: measure.Cell, device: str) -> None:
         self.cell, self.device = cell, device
-        self._works: dict[str, bench.Workload] = {}
+        self._works: dict[str, measure.Workload] = {}
         self._golds: dict[str, list[Tensor]] = {}
 
-    def of(self, dtype: str) -> bench.Workload:
+    def of(self, dtype: str) -> measure.Workload:
         if dtype not in self._works:
-            self._works[dtype] = bench.Workload(self.cell, dtype, self.device)
+            self._works[dtype] = measure.Workload(self.cell, dtype, self.device)
         return self._works[dtype]
 
     def error(self, rung: Rung, settings: Settings) -> float:
@@ -174,7 +174,7 @@ class Works:
             return self._published_error(rung, settings)
         if rung.dtype not in self._golds:
             self._golds[rung.dtype] = self.of(rung.dtype).gold()
-        return bench.relative_error(self.runner(rung, settings)(), self._golds[rung.dtype])
+        return measure.relative_error(self.runner(rung, settings)(), self._golds[rung.dtype])
 
     def runner(self, rung: Rung, settings: Settings) -> Callable[[], list[Tensor]]:
         """Return what runs a rung."""
@@ -205,7 +205,7 @@ class Works:
         return lambda: work.of(call, work.model)
 
     def _published(
-        self, work: bench.Workload, settings: Settings, *, wide: bool = False
+        self, work: measure.Workload, settings: Settings, *, wide: bool = False
     ) -> Callable[[], list[Tensor]]:
         """Return what runs the authors' code; without positions, as bags have none."""
         from benchmarks.published import call
@@ -228,7 +228,7 @@ class Works:
         """Compare their code with itself in float64, since its weights are its own."""
         work = self.of(rung.dtype)
         gold = self._published(work.widened(), settings, wide=True)()
-        return bench.relative_error(self._published(work, settings)(), gold)
+        return measure.relative_error(self._published(work, settings)(), gold)
 
     def _their_model(self, settings: Settings) -> nn.Module:
         from benchmarks.published import published_healnet
@@ -307,7 +307,8 @@ def lines(row: Mapping[str, Any]) -> Iterator[str]:
             continue
         peak = f"{own['peak_mib']:8.0f} MiB" if "peak_mib" in own else ""
         count = f"{own['launches']:5} launches" if own.get("launches") else ""
+        timing, ratio = measure.Timing(**own["ms"]), own.get("ratio", float("nan"))
         yield (
-            f"  {name:26} {bench.Timing(**own['ms'])!s:28} x {own.get('ratio', float('nan')):6.2f}"
+            f"  {name:26} {timing!s:28} x {ratio:6.2f}"
             f" {own['roof_share']:5.0%} of the roof, error {own['error']:.0e} {peak} {count}"
         ).rstrip()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from motet import experiments
-from motet.runs import Run
+from motet.experiments import Run
 
 OUT = Path("runs/results")
 # Diagnoses are coded at discharge, when the outcome is known.

@@ -19,6 +19,7 @@ from sksurv.linear_model import CoxPHSurvivalAnalysis
 from sksurv.util import Surv
 
 from .patients import Patients
+from .predictions import ClassPredictions, RiskScale, SurvivalPredictions
 from .survival import concordance_index
 
 Outcome = tuple[NDArray[np.float64], NDArray[np.bool_]]
@@ -40,13 +41,33 @@ class SurvivalBaseline:
     """Features [n, P] and times [G] to S(t) [n, G]."""
     parameters: int
 
+    def predictions(self, patients: Patients, grid: NDArray[np.float64]) -> SurvivalPredictions:
+        """Predict some patients, with curves at the times `grid` [G]; there may be none."""
+        if not len(patients):
+            return SurvivalPredictions((), np.zeros(0), np.zeros((0, len(grid))), grid)
+        x = flat(patients)
+        return SurvivalPredictions(patients.ids, self.risk(x), self.curves(x, grid), grid)
+
+    def scale(self, train: Patients) -> RiskScale:
+        """Return the scale of the training patients' risks."""
+        return RiskScale.fit(self.risk(flat(train)))
+
 
 @dataclass(frozen=True)
 class ClassBaseline:
     """A fitted classifier on flat features."""
 
     probabilities: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    """Features [n, P] to probabilities [n, K]."""
+    classes: int
+    """K."""
     parameters: int
+
+    def predictions(self, patients: Patients) -> ClassPredictions:
+        """Predict some patients; there may be none."""
+        if not len(patients):
+            return ClassPredictions((), np.zeros((0, self.classes)))
+        return ClassPredictions(patients.ids, self.probabilities(flat(patients)))
 
 
 def flat(patients: Patients) -> NDArray[np.float64]:
@@ -127,7 +148,8 @@ def logistic(
         if loss < best_loss:
             best, best_loss = model, loss
     assert best is not None
-    return ClassBaseline(best.predict_proba, best.coef_.size + best.intercept_.size)
+    parameters = best.coef_.size + best.intercept_.size
+    return ClassBaseline(best.predict_proba, len(classes), parameters)
 
 
 def class_forest(train: Patients, labels: Labels, seed: int) -> ClassBaseline:
@@ -135,7 +157,7 @@ def class_forest(train: Patients, labels: Labels, seed: int) -> ClassBaseline:
     forest = RandomForestClassifier(
         TREES, min_samples_leaf=3, max_features="sqrt", n_jobs=-1, random_state=seed
     ).fit(flat(train), labels)
-    return ClassBaseline(forest.predict_proba, _nodes(forest))
+    return ClassBaseline(forest.predict_proba, len(forest.classes_), _nodes(forest))
 
 
 def _steps(functions: Any, grid: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,62 +14,11 @@ from torch import nn
 
 from .._atomic import write_text
 from .checkpoint import load, save
-from .objectives import (
-    Classification,
-    Objective,
-    objective_from_config,
-    objective_to_config,
-)
+from .objectives import Objective, objective_from_config, objective_to_config
 from .patients import Patients
+from .predictions import Predictions, RiskScale
 from .preprocessing import BagSource, Scaling, scaling_from_config
 from .training import predict_logits
-
-# Times at which survival curves are given, evenly up to the longest training follow-up.
-GRID = 32
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says of some patients: risks and curves, or probabilities.
-
-    Args:
-        ids: [n].
-        risk: [n], higher is worse; None for classes.
-        curves: [n, G], S(t) at the times `grid`; None for classes.
-        grid: [G]; None for classes.
-        probabilities: [n, K]; None for survival.
-    """
-
-    ids: tuple[str, ...]
-    risk: NDArray[np.float64] | None = None
-    curves: NDArray[np.float64] | None = None
-    grid: NDArray[np.float64] | None = None
-    probabilities: NDArray[np.float64] | None = None
-
-
-@dataclass(frozen=True)
-class RiskScale:
-    """The risks of the training patients: their middle and spread, to place new ones among them.
-
-    Args:
-        cut: median, above which a patient counts as high risk.
-        mean: mean.
-        sd: standard deviation.
-    """
-
-    cut: float
-    mean: float
-    sd: float
-
-    @classmethod
-    def fit(cls, risks: NDArray[np.float64]) -> Self:
-        """Learn from the risks [n] of the training patients."""
-        return cls(float(np.median(risks)), float(risks.mean()), max(float(risks.std()), 1e-12))
-
-
-def time_grid(times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the times at which curves are given, from the training follow-up."""
-    return np.linspace(0.0, float(times.max()), GRID + 1)[1:]
 
 
 @dataclass(frozen=True)
@@ -110,10 +59,8 @@ class Fitted:
         """
         logits = predict_logits(model, patients)
         objective = objective.fitted(logits, *outcome)
-        if isinstance(objective, Classification):
-            return cls(model, scaling, objective, None, None)
-        scale = RiskScale.fit(objective.risk(logits))
-        return cls(model, scaling, objective, scale, time_grid(outcome[0]))
+        scale, grid = objective.reference(logits, *outcome)
+        return cls(model, scaling, objective, scale, grid)
 
     def patients(
         self, modalities: Mapping[str, pd.DataFrame | BagSource], ids: Sequence[str]
@@ -126,12 +73,7 @@ class Fitted:
         logits = torch.zeros(0, self.objective.out_features)
         if len(patients):
             logits = predict_logits(self.model, patients)
-        if isinstance(self.objective, Classification):
-            probabilities = self.objective.probabilities(logits)
-            return Predictions(patients.ids, probabilities=probabilities)
-        assert self.grid is not None
-        curves = self.objective.curves(logits, self.grid)
-        return Predictions(patients.ids, self.objective.risk(logits), curves, self.grid)
+        return self.objective.predictions(patients.ids, logits, self.grid)
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors and, complete only after it, fitted.json."""

@@ -4,6 +4,7 @@ An objective knows how wide the logits are, what the loss of a batch is, and wha
 risks and survival curves, or probabilities of classes.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -14,13 +15,40 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from .losses import cox_loss, nll_loss
+from .predictions import ClassPredictions, RiskScale, SurvivalPredictions, time_grid
 from .survival import TimeBins, outcome_arrays, risk, survival
 
 Target = dict[str, Tensor]
+Grid = NDArray[np.float64]
+
+
+class _SurvivalObjective(ABC):
+    """What both survival objectives make of logits."""
+
+    @abstractmethod
+    def risk(self, logits: Tensor) -> NDArray[np.float64]:
+        """Return the risks [n], higher is worse."""
+
+    @abstractmethod
+    def curves(self, logits: Tensor, grid: Grid) -> NDArray[np.float64]:
+        """Return S(t) [n, G] at the times `grid`."""
+
+    def reference(
+        self, logits: Tensor, times: NDArray[np.float64], events: NDArray[np.bool_]
+    ) -> tuple[RiskScale, Grid]:
+        """Return the scale of the training patients' risks, and the times of the curves [G]."""
+        return RiskScale.fit(self.risk(logits)), time_grid(times)
+
+    def predictions(
+        self, ids: tuple[str, ...], logits: Tensor, grid: Grid | None
+    ) -> SurvivalPredictions:
+        """Return what the logits [n, K] say of the patients `ids`, curves at the times `grid`."""
+        assert grid is not None
+        return SurvivalPredictions(ids, self.risk(logits), self.curves(logits, grid), grid)
 
 
 @dataclass(frozen=True)
-class DiscreteSurvival:
+class DiscreteSurvival(_SurvivalObjective):
     """Hazards in bins of follow-up time, by the likelihood of discrete-time survival."""
 
     bins: TimeBins
@@ -68,7 +96,7 @@ class DiscreteSurvival:
         """Return the risks [n], higher is worse."""
         return risk(logits.double()).cpu().numpy()
 
-    def curves(self, logits: Tensor, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    def curves(self, logits: Tensor, grid: Grid) -> NDArray[np.float64]:
         """Return S(t) [n, G] at the times `grid`, linear within a bin, flat after the last."""
         at_edges = survival(logits.double()).cpu().numpy()
         edges = np.array([0.0, *self.bins.edges, max(self.end, self.bins.edges[-1])])
@@ -82,7 +110,7 @@ class DiscreteSurvival:
 
 
 @dataclass(frozen=True)
-class CoxSurvival:
+class CoxSurvival(_SurvivalObjective):
     """One log hazard ratio per patient, by Cox's partial likelihood (Efron's form for ties)."""
 
     times: tuple[float, ...] = ()
@@ -104,7 +132,7 @@ class CoxSurvival:
         """Return the risks [n], log hazard ratios."""
         return logits.double().squeeze(1).cpu().numpy()
 
-    def curves(self, logits: Tensor, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    def curves(self, logits: Tensor, grid: Grid) -> NDArray[np.float64]:
         """Return S(t) [n, G] at the times `grid`, from Breslow's baseline."""
         at = np.searchsorted(np.asarray(self.times), grid, side="right")
         cumulative = np.array([0.0, *self.hazard])[at]
@@ -158,9 +186,19 @@ class Classification:
         weights = None if self.weights is None else logits.new_tensor(self.weights)
         return cross_entropy(logits, target["labels"], weights)
 
+    def reference(self, logits: Tensor, labels: NDArray[np.int64]) -> tuple[None, None]:
+        """Return that probabilities need neither a scale of risks nor times of curves."""
+        return None, None
+
     def probabilities(self, logits: Tensor) -> NDArray[np.float64]:
         """Return [n, K]."""
         return logits.double().softmax(1).cpu().numpy()
+
+    def predictions(
+        self, ids: tuple[str, ...], logits: Tensor, grid: Grid | None
+    ) -> ClassPredictions:
+        """Return what the logits [n, K] say of the patients `ids`; `grid` is not used."""
+        return ClassPredictions(ids, self.probabilities(logits))
 
     def fitted(self, logits: Tensor, labels: ArrayLike) -> Self:
         """Return the objective after training; nothing more is learned."""

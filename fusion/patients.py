@@ -209,7 +209,7 @@ class Bags:
             torch.from_numpy(self.scaling.transform(features)),
             None if coords is None else torch.from_numpy(coords),
         )
-        size = sum(part.nbytes for part in bag if part is not None)
+        size = _bytes_of(bag)
         if self.bytes + size <= self.limit:
             self.kept[patient] = bag
             self.bytes += size
@@ -224,6 +224,45 @@ class Bags:
         if not self.scaling.coords:
             return values, None
         return values, Ragged(torch.cat([at for _, at in bags if at is not None]), offsets)
+
+
+class BagsReadOnce:
+    """Bags that are read to learn their scaling, and kept as they are until they are scaled.
+
+    So every bag of the training patients is read from disk once. After `hand_over` nothing more is
+    kept, and what was kept is given away at the next read.
+
+    Args:
+        source: the bags as they are.
+        limit: bytes to keep.
+    """
+
+    def __init__(self, source: BagSource, limit: int = CACHE_BYTES) -> None:
+        self.features, self.coords, self.names = source.features, source.coords, source.names
+        self._source, self._room = source, limit
+        self._kept: dict[str, tuple[NDArray[np.float32], NDArray[np.float32] | None]] = {}
+        self._handed_over = False
+
+    def __contains__(self, patient: object) -> bool:
+        return patient in self._source
+
+    def __getitem__(self, patient: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Return a patient's tokens and coordinates, read now or before."""
+        if self._handed_over:
+            return self._kept.pop(patient, None) or self._source[patient]
+        bag = self._source[patient]
+        if _bytes_of(bag) <= self._room:
+            self._kept[patient] = bag
+            self._room -= _bytes_of(bag)
+        return bag
+
+    def hand_over(self) -> None:
+        """Keep no further bag."""
+        self._handed_over = True
+
+
+def _bytes_of(bag: tuple[Any, Any]) -> int:
+    return sum(part.nbytes for part in bag if part is not None)
 
 
 def modalities_of(scaling: Mapping[str, Scaling]) -> dict[str, Modality]:

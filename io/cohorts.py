@@ -75,6 +75,19 @@ class Split:
     test: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class CohortSource:
+    """Where a cohort was loaded from, so that it can be loaded again.
+
+    Args:
+        cohort: path of its YAML file, or the name of a shipped cohort.
+        data: folder of the files it names, None for the usual places.
+    """
+
+    cohort: str
+    data: str | None
+
+
 @dataclass(frozen=True, eq=False)
 class Cohort:
     """Hold patients with their outcome and modalities, as `load_cohort` reads them.
@@ -88,6 +101,7 @@ class Cohort:
         outcome: Survival or Classes, or None if it was loaded for prediction.
         modalities: name to table (index is `patients`; columns are float64 or categories) or Bags.
         splits: those that came with the data, or None.
+        source: where it was loaded from, or None if it was made in memory.
 
     Example:
         >>> cohort = motet.io.load_cohort("breast_cancer")
@@ -101,6 +115,7 @@ class Cohort:
     outcome: Survival | Classes | None
     modalities: dict[str, pd.DataFrame | Bags]
     splits: tuple[Split, ...] | None
+    source: CohortSource | None = None
 
     def __len__(self) -> int:
         """Return the number of patients."""

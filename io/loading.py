@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from .bags import Bags
-from .cohorts import Cohort
+from .cohorts import Cohort, CohortSource
 from .errors import CohortError, counted, suggest
 from .modalities import read_modality
 from .outcomes import read_outcome
@@ -50,9 +51,10 @@ def load_cohort(
     """
     file = _find(path)
     try:
-        return _load(read_spec(file), _places(file, data), outcome)
+        cohort = _load(read_spec(file), _places(file, data), outcome)
     except CohortError as error:
         raise CohortError(f"{file.name}: {error}") from None
+    return replace(cohort, source=_source(path, data))
 
 
 def _find(path: str | os.PathLike[str]) -> Path:
@@ -66,6 +68,14 @@ def _find(path: str | os.PathLike[str]) -> Path:
         raise CohortError(f"no file {str(path)!r}")
     raise CohortError(
         f"no cohort {str(path)!r}: {suggest(str(path), shipped)}; or name a YAML file of your own"
+    )
+
+
+def _source(path: str | os.PathLike[str], data: str | os.PathLike[str] | None) -> CohortSource:
+    file = Path(path).expanduser()
+    return CohortSource(
+        str(file.resolve()) if file.is_file() else str(path),
+        None if data is None else str(Path(data).expanduser().resolve()),
     )
 
 

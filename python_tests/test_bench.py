@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from motet import bench, cli
+from motet import cli
+from motet.cli import bench, measure
 
 from .conftest import ROOT
 
@@ -50,9 +51,9 @@ def test_bench_prints_json() -> None:
 
 def test_bench_has_no_time_for_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = bench.cells("cpu", quick=True)[0]
-    roof = bench.Roof(1e9, 1e9, {"fp32": 1e9, "bf16": 1e9})
+    roof = measure.Roof(1e9, 1e9, {"fp32": 1e9, "bf16": 1e9})
     monkeypatch.setattr(bench, "relative_error", lambda own, gold: 0.1)
-    monkeypatch.setitem(bench.FLOOR, "fp32", -0.15)
+    monkeypatch.setitem(measure.FLOOR, "fp32", -0.15)
     row = bench.measure(cell, "fp32", "cpu", roof, quick=True)
     assert row["failed"] == "error 1.0e-01 is out of bounds"
     assert "ms" not in row
@@ -88,21 +89,21 @@ def test_cuda_where_there_is_none(capsys) -> None:
 @pytest.mark.parametrize("step", [False, True])
 def test_a_workload_is_as_good_as_the_reference(step: bool) -> None:
     for lengths in ((30, 30), (30, 1, 8)):
-        cell = bench.Cell("", bench.CONFIGS["blca"], lengths, step, width=24, dropout=0.5)
+        cell = measure.Cell("", measure.CONFIGS["blca"], lengths, step, width=24, dropout=0.5)
         assert cell.shortened(10).lengths == tuple(min(n, 10) for n in lengths)
-        work = bench.Workload(cell.shortened(10), "fp32", "cpu")
-        assert bench.relative_error(work.run(), work.gold()) < 1e-5
+        work = measure.Workload(cell.shortened(10), "fp32", "cpu")
+        assert measure.relative_error(work.run(), work.gold()) < 1e-5
 
 
 def test_relative_error_is_that_of_the_norms() -> None:
     own = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])]
     gold = [torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([3.0]).double()]
-    assert bench.relative_error(own, gold) == pytest.approx(5 / math.hypot(3, 3))
+    assert measure.relative_error(own, gold) == pytest.approx(5 / math.hypot(3, 3))
 
 
 def test_roof_is_the_larger_of_traffic_and_products() -> None:
-    roof = bench.Roof(read=2e9, copy=1e9, products={"fp32": 1e9, "bf16": 1e12})
-    cell = bench.Cell("", bench.CONFIGS["blca"], (500, 500), step=True, width=1000)
+    roof = measure.Roof(read=2e9, copy=1e9, products={"fp32": 1e9, "bf16": 1e12})
+    cell = measure.Cell("", measure.CONFIGS["blca"], (500, 500), step=True, width=1000)
     assert roof.seconds(cell, "bf16", 1e9) == 2 * 1e6 * 2 / 2e9  # read twice
     assert roof.seconds(cell, "fp32", 1e9) == 1.0
     assert roof.seconds(cell._replace(step=False), "bf16", 0) == 1e6 * 2 / 2e9
@@ -110,7 +111,7 @@ def test_roof_is_the_larger_of_traffic_and_products() -> None:
 
 def test_contenders_run_in_turns() -> None:
     order: list[str] = []
-    times = bench.in_turns(
+    times = measure.in_turns(
         {name: lambda name=name: order.append(name) for name in "ab"}, "cpu", rounds=3,
         before=lambda: order.append("-"),
     )  # fmt: skip
@@ -129,7 +130,7 @@ def test_operators_side_by_side(script, tmp_path: Path) -> None:
         assert not row["failed"]
         assert {"motet", "SDPA"} <= row["ms"].keys() or row["name"].startswith("context_kv")
         assert all(timing["median"] > 0 for timing in row["ms"].values())
-        assert all(error < bench.FLOOR["fp32"] for error in row["error"].values())
+        assert all(error < measure.FLOOR["fp32"] for error in row["error"].values())
 
 
 def test_scaling(script, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_scaling(script, tmp_path: Path) -> None:
     few, many = json.loads(out.read_text())["scaling"]
     assert (few["tokens"], many["tokens"]) == (50, 4000)
     assert 0 < few["median"] < many["median"]
-    data = 4 * 2048 * 4000 / bench.MIB
+    data = 4 * 2048 * 4000 / measure.MIB
     assert few["peak_mib"] < data < many["peak_mib"] < 5 * data
     assert figure.stat().st_size > 5000
 

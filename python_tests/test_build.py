@@ -100,7 +100,7 @@ def test_wheel(compiler: bool, tmp_path: Path) -> None:
     folders = {
         name.split("/")[1] for name in names if name.startswith("motet/") and "/" in name[6:]
     }
-    assert folders == {"fusion", "io", "kernels"}
+    assert folders == {"cli", "experiments", "fusion", "io", "kernels"}
     assert "motet/setup.py" not in names
     assert "motet/py.typed" in names
     assert "motet/io/shipped/breast_cancer.yaml" in names

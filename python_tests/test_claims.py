@@ -24,6 +24,7 @@ from benchmarks.claims import (
 from benchmarks.claims.__main__ import main
 from benchmarks.claims.rows import Row
 from motet import experiments
+from motet.experiments import train
 from motet.fusion.training import predict_logits
 from motet.io import Bags, Cohort, load_cohort
 
@@ -200,8 +201,7 @@ def test_overlaps_of_bags() -> None:
 
 
 def split_of(cohort: Cohort) -> motet.io.Split:
-    parts = experiments.parts_of(cohort, experiments.Splits(2))[0]
-    return motet.io.Split(*(parts[name].ids for name in ("train", "validation", "test")))
+    return experiments.split_cohort(cohort, experiments.Splits(2))[0]
 
 
 # From end to end
@@ -283,8 +283,7 @@ def test_interference(shared: Path) -> None:
     # What it merges is what LegoMerge predicts in a run.
     run = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d")
     cohort = load_cohort("breast_cancer")
-    source = experiments.source_of(cohort, "breast_cancer", None)
-    one = study.Study("breast_cancer", cohort, source, run.path.parent.parent, 1, True)
+    one = study.Study("breast_cancer", cohort, run.path.parent.parent, 1, True)
     left = interference._leftover(one, 0, "2d", "2d")
     predicted = scores.scores_of(run)
     for mine, theirs in zip(left.merged["harmonic"], predicted, strict=True):
@@ -355,19 +354,19 @@ def test_a_killed_claim_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         experiments, "Splits", lambda count, **o: chosen(count, **{**o, "test": 0.3})
     )
     command = ["merging", "--out", str(tmp_path), *QUICK]
-    merge = experiments.merge_runs
+    merge = train.merge_runs
 
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiments, "merge_runs", killed)
+    monkeypatch.setattr(train, "merge_runs", killed)
     assert main(command) == 130
     assert "goes on where it stopped" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
     trained = sorted(tmp_path.glob("runs/**/model.safetensors"))
     assert len(trained) == 2
     times = [path.stat().st_mtime_ns for path in trained]
-    monkeypatch.setattr(experiments, "merge_runs", merge)
+    monkeypatch.setattr(train, "merge_runs", merge)
     assert main(command) == 0
     assert [path.stat().st_mtime_ns for path in trained] == times
     first = results(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from motet import cli
+from motet.cli import doctor
 from motet.kernels import native
 
 from .conftest import ROOT
@@ -30,8 +31,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_doctor_fails_where_motet_cannot_work(monkeypatch, capsys) -> None:
     found = {"torch": "2.9.1+cu130", "tqdm": ""}
-    installed = cli._version
-    monkeypatch.setattr(cli, "_version", lambda name: found.get(name, installed(name)))
+    installed = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: found.get(name, installed(name)))
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "2.9.1+cu130 is older than 2.10" in out
@@ -40,17 +41,17 @@ def test_doctor_fails_where_motet_cannot_work(monkeypatch, capsys) -> None:
 
 def test_doctor_knows_the_requirements() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert sorted(declared) == sorted(f"{name}>={floor}" for name, floor in cli.REQUIRED)
+    assert sorted(declared) == sorted(f"{name}>={floor}" for name, floor in doctor.REQUIRED)
 
 
 def test_doctor_names_the_cure(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(native, "_reason", "No module named 'motet.kernels._C'")
-    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     cli.main(["doctor"])
     out = capsys.readouterr().out
     assert "missing torch and numpy compute instead, slower" in out
     assert "cure: install a C++20 compiler" in out
-    monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     cli.main(["doctor"])
     assert "run pip with -v to see why c++ failed" in capsys.readouterr().out
 
@@ -58,7 +59,8 @@ def test_doctor_names_the_cure(monkeypatch, capsys: pytest.CaptureFixture[str]) 
 def test_demo(tmp_path: Path) -> None:
     """One shortened run as a user's: a pipe gets no progress bar, the folder gets its files."""
     code = (
-        "import sys, pathlib, motet.demo as d; d.run(pathlib.Path(sys.argv[1]), epochs=2, folds=3)"
+        "import sys, pathlib, motet.cli.demo as d\n"
+        "d.run(pathlib.Path(sys.argv[1]), epochs=2, folds=3)"
     )
     out = tmp_path / "a" / "report"
     run = subprocess.run(

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from motet import cli, tile
+from motet import cli
+from motet.cli import tile
 from motet.io import FeatureStore
 from motet.io.tiling import Tiled
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ import pandas as pd
 import pytest
 import torch
 from motet import cli, experiments
-from motet.io import Classes, Cohort, Split, Survival, load_cohort
-from motet.runs import Run, locked
+from motet.experiments import Run
+from motet.experiments.fold import Fold
+from motet.experiments.run_folder import locked
+from motet.experiments.settings import Goal
+from motet.io import Bags, Classes, Cohort, Split, Survival, load_cohort
+from motet.io.bags import Lazy
 from safetensors import safe_open
 
 from .conftest import data_path
@@ -43,11 +47,10 @@ def breast_cancer() -> Cohort:
 
 
 def trained(cohort: Cohort, kind: str, out: Path, **options: Any) -> Run:
-    source = experiments.source_of(cohort, "breast_cancer", None)
     if kind in ("healnet", "lego"):
         options.setdefault("changes", SMALL)
     options.setdefault("splits", experiments.Splits(2))
-    return experiments.train_run(cohort, source, kind, out, **options)
+    return experiments.train_run(cohort, kind, out, **options)
 
 
 def content(run: Path) -> dict[str, bytes]:
@@ -130,29 +133,30 @@ def test_groups_never_part_and_patients_are_tested_once() -> None:
     cohort = replace(breast_cancer(), groups=tuple(str(i // 3) for i in range(198)))
     group = dict(zip(cohort.patients, cohort.groups, strict=True))
     tested: list[str] = []
-    for fold in experiments.parts_of(cohort, experiments.Splits(test=0.2)):
-        owners = [{group[patient] for patient in part.ids} for part in fold.values()]
+    for fold in experiments.split_cohort(cohort, experiments.Splits(test=0.2)):
+        parts = (fold.train, fold.validation, fold.test)
+        owners = [{group[patient] for patient in part} for part in parts]
         assert len(set.union(*owners)) == sum(map(len, owners))
-        tested += fold["test"].ids
+        tested += fold.test
     assert sorted(tested) == sorted(cohort.patients)
 
 
 def test_given_splits_are_used_and_checked() -> None:
     cohort, ids = breast_cancer(), breast_cancer().patients
     given = replace(cohort, splits=(Split(ids[:150], (), ids[150:]),))
-    (fold,) = experiments.parts_of(given, experiments.Splits())
-    assert fold["test"].ids == ids[150:]
-    assert set(fold["train"].ids) | set(fold["validation"].ids) == set(ids[:150])
-    assert len(fold["validation"].ids) == round(0.15 * 198)
+    (fold,) = experiments.split_cohort(given, experiments.Splits())
+    assert fold.test == ids[150:]
+    assert set(fold.train) | set(fold.validation) == set(ids[:150])
+    assert len(fold.validation) == round(0.15 * 198)
     twice = replace(cohort, splits=(Split(ids[:150], ids[149:170], ids[170:]),))
     with pytest.raises(ValueError, match="fold 1: expected every patient in one part"):
-        experiments.parts_of(twice, experiments.Splits())
+        experiments.split_cohort(twice, experiments.Splits())
     again = replace(cohort, splits=(Split(ids[:99], (), ids[99:]), Split(ids[:150], (), ids[150:])))
     with pytest.raises(ValueError, match="fold 2: patient .* in that of fold 1; intervals need"):
-        experiments.parts_of(again, experiments.Splits())
+        experiments.split_cohort(again, experiments.Splits())
     parted = replace(given, groups=("same",) * 198)
     with pytest.raises(ValueError, match="validation|group"):
-        experiments.parts_of(parted, experiments.Splits())
+        experiments.split_cohort(parted, experiments.Splits())
 
 
 # Runs
@@ -210,7 +214,7 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     halved = replace(cohort, modalities={"clinical": cohort.modalities["clinical"]})
     np.testing.assert_allclose(
         fewer["risk"].drop(5),
-        experiments.predict(run, halved)["risk"].drop(5),
+        experiments.predict_cohort(run, halved)["risk"].drop(5),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -255,19 +259,18 @@ def test_blocks_of_other_splits_do_not_merge(tmp_path: Path) -> None:
     trained(cohort, "lego", tmp_path / "b", modalities=["clinical"], splits=other)
     trained(cohort, "lego", tmp_path / "c", modalities=["clinical"])
     blocks = experiments.blocks_of([tmp_path / "a", tmp_path / "b"])
-    source = experiments.source_of(cohort, "breast_cancer", None)
     with pytest.raises(ValueError, match="expected the splits of .* would be tested"):
-        experiments.merge_runs(blocks, tmp_path / "ab", cohort=cohort, source=source)
+        experiments.merge_runs(blocks, tmp_path / "ab", cohort=cohort)
     elsewhere = replace(cohort, groups=tuple(f"of {group}" for group in cohort.groups))
     trained(elsewhere, "lego", tmp_path / "d", modalities=["clinical"])
     blocks = experiments.blocks_of([tmp_path / "a", tmp_path / "d"])
     with pytest.raises(ValueError, match="expected the cohort of"):
-        experiments.merge_runs(blocks, tmp_path / "ad", cohort=cohort, source=source)
+        experiments.merge_runs(blocks, tmp_path / "ad", cohort=cohort)
     blocks = experiments.blocks_of([tmp_path / "a", tmp_path / "a"])
     with pytest.raises(ValueError, match="a second block of modality 'genes'"):
-        experiments.merge_runs(blocks, tmp_path / "aa", cohort=cohort, source=source)
+        experiments.merge_runs(blocks, tmp_path / "aa", cohort=cohort)
     blocks = experiments.blocks_of([tmp_path / "a", tmp_path / "c"])
-    merged = experiments.merge_runs(blocks, tmp_path / "ac", cohort=cohort, source=source)
+    merged = experiments.merge_runs(blocks, tmp_path / "ac", cohort=cohort)
     assert merged.predictions()["risk"].nunique() > 20
 
 
@@ -299,6 +302,34 @@ def test_nobody_in_the_test_part_has_a_modality(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="predicts no test patient that"):
         experiments.compare_runs(run, block)
     assert cli.main(["evaluate", str(block.path)]) == 0
+
+
+class CountedBags(Lazy):
+    """Bags that count how often each is read."""
+
+    def __init__(self, patients: Sequence[str]) -> None:
+        super().__init__({patient: i for i, patient in enumerate(patients)})
+        self.reads = dict.fromkeys(patients, 0)
+
+    def __getitem__(self, patient: str) -> tuple[np.ndarray, None]:
+        self.reads[patient] += 1
+        generator = np.random.default_rng(self._places[patient])
+        return generator.normal(size=(3, 4)).astype(np.float32), None
+
+    def tokens(self, patient: str) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(("kind", "runs"), [("healnet", 1), ("cox", 1), ("lego", 2)])
+def test_a_bag_is_read_once_per_fold(kind: str, runs: int, tmp_path: Path) -> None:
+    """To learn the scaling, train for two epochs, validate and predict; "lego" merges, as well."""
+    cohort = breast_cancer()
+    counted = CountedBags(cohort.patients)
+    modalities = {"clinical": cohort.modalities["clinical"], "wsi": Bags(counted, features=4)}
+    trained(replace(cohort, modalities=modalities), kind, tmp_path / "run")
+    # Two folds of 85 % of the patients, or all; merging reads no validation part.
+    assert min(counted.reads.values()) >= 1
+    assert max(counted.reads.values()) == 2 * runs
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
@@ -386,13 +417,12 @@ def test_baselines(tmp_path: Path) -> None:
     from sksurv.util import Surv
 
     cohort = with_fixed_splits(breast_cancer())
-    (parts,) = experiments.parts_of(cohort, experiments.Splits())
-    scaling = experiments.fit_scaling(cohort.modalities, parts["train"].ids)
-    having = {name: experiments._having(cohort, scaling, part) for name, part in parts.items()}
-    train, outcome = having["train"]
-    model = baselines.ridge_cox(train, outcome, *having["validation"])
-    x, test = baselines.flat(train), baselines.flat(having["test"][0])
-    times, events = outcome
+    (split,) = experiments.split_cohort(cohort, experiments.Splits())
+    fold = Fold.learn(cohort, list(cohort.modalities), split, 0, Goal())
+    train, held = fold.train, fold.validation
+    model = baselines.ridge_cox(train.patients, train.outcome, held.patients, held.outcome)  # pyright: ignore
+    x, test = baselines.flat(train.patients), baselines.flat(fold.test.patients)
+    times, events = train.outcome
     expected = [
         CoxPHSurvivalAnalysis(alpha=penalty, ties="efron").fit(x, Surv.from_arrays(events, times))
         for penalty in baselines.PENALTIES
@@ -409,7 +439,7 @@ def test_baselines(tmp_path: Path) -> None:
     run = trained(cohort, "rsf", tmp_path / "rsf")
     assert run.tested()[0].curves.shape == (48, 32)
     with pytest.raises(ValueError, match="keeps no model to predict with"):
-        experiments.predict(run, cohort)
+        experiments.predict_cohort(run, cohort)
 
     labels = Classes((cohort.outcome.times > 3000).astype(np.int64), ("early", "late"))
     classes = replace(cohort, outcome=labels)
@@ -420,7 +450,7 @@ def test_baselines(tmp_path: Path) -> None:
         np.testing.assert_allclose(frame["p_early"] + frame["p_late"], 1, rtol=1e-6)
         found[kind] = experiments.read_metrics(run)["auc"]["value"]
     assert all(0 < auc < 1 for auc in found.values())
-    table = experiments.predict(run, classes)
+    table = experiments.predict_cohort(run, classes)
     np.testing.assert_allclose(table["p_early"] + table["p_late"], 1, rtol=1e-6)
 
 
@@ -435,12 +465,12 @@ def test_every_shipped_cohort_trains_with_one_command(name: str, tmp_path: Path)
     assert metrics["patients"] == len(Run.finished(out).predictions())
     cohort = load_cohort(name)
     run = Run.finished(out)
-    table = experiments.predict(run, cohort)
+    table = experiments.predict_cohort(run, cohort)
     assert list(table["patient"]) == list(cohort.patients)
     assert np.isfinite(table.select_dtypes(float)).all().all()
     # Loaded without an outcome, codes, categories and lab items may come in another order.
     blind = load_cohort(name, outcome=False)
-    other = experiments.predict(run, blind).set_index("patient").loc[list(cohort.patients)]
+    other = experiments.predict_cohort(run, blind).set_index("patient").loc[list(cohort.patients)]
     numbers = table.select_dtypes(float).to_numpy()
     np.testing.assert_allclose(other.select_dtypes(float), numbers, rtol=1e-4, atol=1e-5)
 

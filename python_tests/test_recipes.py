@@ -10,9 +10,9 @@ from pathlib import Path
 import motet
 import pytest
 import torch
-from motet import card, cli, experiments, recipes
+from motet import cli, experiments
+from motet.experiments import Run, merge_card, merge_recipe
 from motet.io import load_cohort
-from motet.runs import Run
 from torch import nn
 
 from .conftest import randomised
@@ -209,7 +209,7 @@ def test_the_card_of_awkward_parts(folder: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_the_card_says_what_is_computed(method: str, phase: str, folder: Path) -> None:
     """The line of the latents, evaluated, is the merge."""
-    line = card._HARMONIC[phase] if method == "harmonic" else card._LATENTS[method]
+    line = merge_card._HARMONIC[phase] if method == "harmonic" else merge_card._LATENTS[method]
     formula = line.removeprefix("Z = ").split("    ")[0]
     for old, new in (
         ("Σ w_m arg Z_m", "(w * z.angle()).sum(0)"),
@@ -271,7 +271,9 @@ def test_a_merge_overwrites_its_own_alone(folder: Path, capsys: pytest.CaptureFi
         lambda target: (target / "README.md").write_text("# Mine"),
         "README.md' is there, and is no card of such a merge",
     )
-    refused(lambda target: (target / "README.md").write_text(card.OF_RUNS), "is no card of such")
+    refused(
+        lambda target: (target / "README.md").write_text(merge_card.OF_RUNS), "is no card of such"
+    )
     (folder / "empty").mkdir()
     assert cli.main(["merge", str(folder / "recipe.yaml"), "--out", str(folder / "empty")]) == 0
 
@@ -285,7 +287,7 @@ def test_a_merge_that_fails_leaves_nothing(
     def full(*_args: object) -> None:
         raise OSError("no space left on device")
 
-    for name in ("motet.fusion.checkpoint.save_file", "motet.recipes.write_text"):
+    for name in ("motet.fusion.checkpoint.save_file", "motet.experiments.merge_recipe.write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
             assert merge(folder, text=RECIPE.replace("0.4", "0.9")) == 2
@@ -419,7 +421,7 @@ def test_bad_arguments_are_one_clear_line(
     assert cli.main(["merge", *several]) == 2
     assert "expected one recipe or run folders, got 2 paths" in capsys.readouterr().err
     (folder / "recipe.yaml").write_text(RECIPE.replace("slerp", "ot"))
-    monkeypatch.setattr(recipes, "find_spec", lambda name: None)
+    monkeypatch.setattr(merge_recipe, "find_spec", lambda name: None)
     one_line(folder, capsys, "head: ot needs POT: pip install POT")
     (folder / "recipe.yaml").unlink()
     one_line(folder, capsys, "recipe.yaml: expected a recipe, got no such file")
@@ -435,7 +437,6 @@ def lego(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cohort = load_cohort("breast_cancer")
     experiments.train_run(
         cohort,
-        experiments.source_of(cohort, "breast_cancer", None),
         "lego",
         out,
         changes={"epochs": 2, "num_latents": 4, "latent_dim": 8},
@@ -485,7 +486,7 @@ def test_runs_merge_fold_by_fold(
     monkeypatch.chdir(tmp_path / "merged")
     names: dict = {}
     exec("\n".join(code_in(said, "python")), names)
-    expected = experiments.predict(run, cohort)
+    expected = experiments.predict_cohort(run, cohort)
     assert names["table"].equals(expected)
     (shell,) = code_in(said, "sh")
     (tmp_path / "merged" / "new.yaml").write_text(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from motet.runs import Run
+from motet.experiments import Run
 
 from .rows import Row, means, over_seeds, said, verdict
 from .scores import ensemble, figure, less, scores_of, tested

@@ -33,10 +33,7 @@ def measure(study: Study) -> list[Row]:
     found: dict[str, dict[float, list[Scores]]] = {name: {} for name in (*TRAINED, *names)}
     for seed in range(study.seeds):
         chosen = experiments.Splits(study.splits, test=1 / study.splits, seed=seed)
-        splits = [
-            Split(*(fold[part].ids for part in ("train", "validation", "test")))
-            for fold in experiments.parts_of(cohort, chosen)
-        ]
+        splits = experiments.split_cohort(cohort, chosen)
         for share in shares:
             scores: dict[str, Scores] = {name: [] for name in found}
             for number, fold in enumerate(splits):

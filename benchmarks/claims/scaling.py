@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from motet.bench import growth, in_child
+from motet.cli.measure import growth, in_child
 from motet.fusion.lego_block import LegoBlock
 from motet.fusion.lego_join import LegoFuse, LegoMerge
 from motet.fusion.modalities import Bag

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from motet.experiments import Run
 from motet.fusion.evaluation import (
     ClassFold,
     Estimate,
@@ -20,7 +21,6 @@ from motet.fusion.objectives import Classification, Objective
 from motet.fusion.survival import hazards
 from motet.fusion.training import predict_logits
 from motet.io import Cohort
-from motet.runs import Run
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from motet import experiments
+from motet.experiments import Run
 from motet.fusion.fitted import Fitted
 from motet.fusion.lego_block import LegoBlock
 from motet.io import Classes, Cohort, CohortError, load_cohort
-from motet.runs import Run
 
 # Diagnoses of MIMIC are coded at discharge, when the outcome is known; the test set of breast TCGA
 # has no protein.
@@ -31,7 +31,6 @@ class Study:
     Args:
         name: what it is called in the results.
         cohort: the patients.
-        source: see `experiments.source_of`.
         out: where its runs are.
         seeds: number of seeds: of splits (without split files), weights and dropout.
         quick: whether to train next to nothing.
@@ -39,7 +38,6 @@ class Study:
 
     name: str
     cohort: Cohort
-    source: dict[str, Any]
     out: Path
     seeds: int
     quick: bool
@@ -66,10 +64,8 @@ class Study:
         changes: Mapping[str, Any] | None = None,
     ) -> Run:
         """Train, or go on, or return what was trained."""
-        cohort = cohort or self.cohort
         return experiments.train_run(
-            cohort,
-            {**self.source, "fingerprint": cohort.fingerprint()},
+            cohort or self.cohort,
             kind,
             self.out / f"seed{seed}" / folder,
             changes={**(QUICK if self.quick else {}), **(changes or {})},
@@ -115,8 +111,7 @@ def studies(
             )
         cohort = replace(cohort, modalities={one: cohort.modalities[one] for one in wanted})
         short = Path(name).stem
-        source = experiments.source_of(cohort, name, data)
-        found.append(Study(short, cohort, source, out / "runs" / short, seeds, quick))
+        found.append(Study(short, cohort, out / "runs" / short, seeds, quick))
     if not found:
         raise ValueError("--cohort: the data of no default cohort are there; name a cohort")
     return found

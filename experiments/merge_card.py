@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from .fusion.lego_block import LegoBlock
-from .fusion.lego_join import LegoMerge
-from .fusion.modalities import Bag, Grid, Modality, Tabular
+from ..fusion.lego_block import LegoBlock
+from ..fusion.lego_join import LegoMerge
+from ..fusion.modalities import Bag, Grid, Modality, Tabular
 
 NAME = "README.md"
 # How a card begins; what begins otherwise is never overwritten.
@@ -94,12 +94,11 @@ In Python, here for the patients that the run was made on:
 ```python
 from pathlib import Path
 
-from motet import experiments
-from motet.runs import Run
+from motet.experiments import Run, cohort_of, predict_cohort
 
 run = Run.finished(Path("."))
-cohort, _ = experiments.cohort_of(run)
-table = experiments.predict(run, cohort)
+cohort = cohort_of(run)
+table = predict_cohort(run, cohort)
 model = run.fitted(0).model  # of the first fold: motet.load("folds/0/model.safetensors")
 ```"""
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from .errors import StoreError
-from .store import FeatureStore, Problem
+from ..io import FeatureStore, StoreError
+from ..io.store import Problem
 
 _SHOWN = ("key", "status", "patches", "corrupt", "mpp", "encoders")
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import experiments
-from .io import Cohort, Survival, load_cohort
-from .runs import Run
+from .. import experiments
+from ..experiments import Run
+from ..io import Cohort, Survival, load_cohort
 
 MISSING = "HEALNet, half miss genes"
 
@@ -44,15 +44,13 @@ def run(out: Path, *, epochs: int | None = None, folds: int = 5) -> dict[str, Ru
 def _train(
     cohort: Cohort, out: Path, epochs: int | None, splits: experiments.Splits
 ) -> dict[str, Run]:
-    source = experiments.source_of(cohort, "breast_cancer", None)
     halved = _without_genes(cohort)
     runs: dict[str, Run] = {}
 
     def train(name: str, folder: str, kind: str, cohort: Cohort = cohort) -> None:
         changes = {} if kind == "cox" or epochs is None else {"epochs": epochs}
-        own = {**source, "fingerprint": cohort.fingerprint()}
         runs[name] = experiments.train_run(
-            cohort, own, kind, out / folder, changes=changes, splits=splits
+            cohort, kind, out / folder, changes=changes, splits=splits
         )
         print(f"{name}: done", flush=True)
 
@@ -63,7 +61,7 @@ def _train(
     for block in blocks:
         runs[f"LegoBlock {block.config['modalities'][0]}"] = block
     runs["LegoFuse, 2 epochs"] = experiments.fuse_runs(
-        blocks, out / "fuse", cohort=cohort, source=source, mode="weave"
+        blocks, out / "fuse", cohort=cohort, mode="weave"
     )
     train(MISSING, "healnet_half_missing", "healnet", halved)
     return runs
@@ -174,8 +172,8 @@ def _plot_histories(runs: dict[str, Run], path: Path) -> None:
 
 def tile(out: Path) -> None:
     """Write a slide of real tissue, tile it, and draw what was kept."""
-    from .io import FeatureStore, tile_slides
-    from .io.quality import write_report
+    from ..io import FeatureStore, tile_slides
+    from ..io.quality import write_report
 
     out.mkdir(exist_ok=True)
     slide = out / "tissue.tif"

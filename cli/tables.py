@@ -4,16 +4,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .fusion.evaluation import Comparison
-from .runs import Run
+from ..experiments import Run
+from ..fusion.evaluation import Comparison
 
 Result = tuple[Run, dict[str, Any]]
 
 
 def table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
     """Return the metrics of some runs, and how each differs from the first, as text."""
-    classes = results[0][0].config["classes"] is not None
-    columns = _CLASSES if classes else _SURVIVAL
+    columns = results[0][0].task.metrics
     columns = {name: title for name, title in columns.items() if any(name in m for _, m in results)}
     width = max(len(str(run.path)) for run, _ in results)
     first = results[0][1]
@@ -49,18 +48,6 @@ def as_json(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str
         },
     }
     return json.dumps(content, indent=2)
-
-
-_SURVIVAL = {
-    "harrell_c": "Harrell's c",
-    "uno_c": "Uno's c",
-    "integrated_brier": "integrated Brier",
-}
-_CLASSES = {
-    "auc": "AUC",
-    "macro_auc": "macro AUC",
-    "balanced_accuracy": "balanced accuracy",
-}
 
 
 def _cell(metric: dict[str, float] | None) -> str:

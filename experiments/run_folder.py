@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ._atomic import write_text
-from .fusion.evaluation import ClassFold, SurvivalFold
-from .fusion.fitted import Fitted, Predictions
+from .._atomic import write_text
+from ..fusion.evaluation import ClassFold, SurvivalFold
+from ..fusion.fitted import Fitted
+from .task import RunTables, Task, task_of_config
 
 FORMAT = 1
 # What may differ between a run and its continuation.
@@ -53,6 +53,11 @@ class Run:
     path: Path
     config: dict[str, Any]
     splits: list[dict[str, list[str]]]
+
+    @property
+    def task(self) -> Task:
+        """What the model was asked for."""
+        return task_of_config(self.config)
 
     @classmethod
     def create(
@@ -85,8 +90,8 @@ class Run:
             if differs:
                 key = differs[0]
                 raise RunError(
-                    f"{path}: holds a run with {key} {_short(known.config.get(key))}, got "
-                    f"{_short(config.get(key))}; choose another --out, or remove the folder"
+                    f"{path}: holds a run with {key} {_shortened(known.config.get(key))}, got "
+                    f"{_shortened(config.get(key))}; choose another --out, or remove the folder"
                 )
             write_text(path / "outcome.csv", outcome.to_csv(index=False))  # should it be cut short
             return known
@@ -108,8 +113,8 @@ class Run:
             known = cls.open(path)
             if known.begun() and known.config["model"] != model:
                 raise RunError(
-                    f"{path}: holds a run with model {_short(known.config['model'])}, got "
-                    f"{_short(model)}; choose another --out, or remove the folder"
+                    f"{path}: holds a run with model {_shortened(known.config['model'])}, got "
+                    f"{_shortened(model)}; choose another --out, or remove the folder"
                 )
             return known
         if path.exists() and not path.is_dir():
@@ -219,7 +224,7 @@ class Run:
         return json.loads((self.fold(number) / "done.json").read_text())
 
     def predictions(self) -> pd.DataFrame:
-        """Return the out-of-fold predictions: patient, fold, then what `table_of` gives."""
+        """Return the predictions out of fold: patient, fold, then those of the `Task`."""
         frames = []
         for fold in range(len(self.splits)):
             path = self.fold(fold) / "predictions.csv"
@@ -243,56 +248,16 @@ class Run:
 
     def tested(self, only: Set[str] | None = None) -> list[SurvivalFold] | list[ClassFold]:
         """Return the test parts for evaluation, all patients or some."""
-        outcome, predictions = self.outcome(), self.predictions()
+        predictions = self.predictions()
         if only is not None:
             predictions = predictions[predictions["patient"].isin(list(only))]
-        if self.config["classes"] is not None:
-            columns = [f"p_{name}" for name in self.config["classes"]]
-            return [
-                ClassFold(
-                    outcome["label"].loc[frame["patient"]].to_numpy(), frame[columns].to_numpy()
-                )
-                for _, frame in predictions.groupby("fold")
-            ]
-        folds = []
-        for number, frame in predictions.groupby("fold"):
-            facts = self.facts(int(str(number)))
-            train = outcome.loc[self.splits[int(str(number))]["train"]]
-            test = outcome.loc[frame["patient"]]
-            folds.append(
-                SurvivalFold(
-                    test["time"].to_numpy(),
-                    test["event"].to_numpy(),
-                    frame["risk"].to_numpy(),
-                    train["time"].to_numpy(),
-                    train["event"].to_numpy(),
-                    cut=facts["cut"],
-                    grid=np.asarray(facts["grid"]),
-                    curves=frame.filter(regex=r"^s_\d+$").to_numpy(),
-                )
-            )
-        return folds
+        facts = [self.facts(number) for number in range(len(self.splits))]
+        return self.task.tested(RunTables(self.outcome(), predictions, facts), self.splits)
 
     def log(self, line: str) -> None:
         """Append a line to log.txt."""
         with open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-
-
-def table_of(predictions: Predictions, classes: list[str] | None) -> pd.DataFrame:
-    """Return predictions as a table: patient, risk and S at the grid (s_0, ...), or p_CLASS."""
-    columns: dict[str, Any] = {"patient": list(predictions.ids)}
-    if predictions.probabilities is not None:
-        assert classes is not None
-        for name, column in zip(classes, predictions.probabilities.T, strict=True):
-            columns[f"p_{name}"] = column
-        return pd.DataFrame(columns)
-    assert predictions.risk is not None
-    assert predictions.curves is not None
-    columns["risk"] = predictions.risk
-    for i, column in enumerate(predictions.curves.T):
-        columns[f"s_{i}"] = column
-    return pd.DataFrame(columns)
 
 
 @contextmanager
@@ -316,6 +281,6 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -34,17 +34,18 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from safetensors import safe_open
 
-from . import card, experiments
-from ._atomic import replacing, write_text
-from ._checks import positive
-from .fusion.checkpoint import load, save
-from .fusion.lego_block import LegoBlock
-from .fusion.lego_join import LegoMerge
-from .fusion.training import rank
-from .io.errors import suggest
-from .io.schema import Loader
-from .kernels.checks import normalised_weights
-from .runs import Run
+from .._atomic import replacing, write_text
+from .._checks import positive
+from ..fusion.checkpoint import load, save
+from ..fusion.lego_block import LegoBlock
+from ..fusion.lego_join import LegoMerge
+from ..fusion.training import rank
+from ..io.errors import suggest
+from ..io.schema import Loader
+from ..kernels.checks import normalised_weights
+from . import merge_card
+from .join import blocks_of, cohort_of, merge_runs
+from .run_folder import Run
 
 MODEL = "model.safetensors"
 # Some thousand blocks; more is no recipe.
@@ -147,8 +148,7 @@ def of_command(paths: Sequence[Path], *, method: str, head: str) -> Recipe:
     """
     text = shlex.join(["motet", "merge", *map(str, paths), "--method", method, "--head", head])
     blocks = tuple(
-        Block(run.config["modalities"][0], str(run.path), run.path)
-        for run in experiments.blocks_of(paths)
+        Block(run.config["modalities"][0], str(run.path), run.path) for run in blocks_of(paths)
     )
     return Recipe("", text, "sh", blocks, method, "principal", head)
 
@@ -215,7 +215,7 @@ def _merge_files(recipe: Recipe, out: Path) -> Path:
         except (ValueError, TypeError, OSError) as error:
             raise RecipeError(f"{recipe.where}blocks.{block.name}: {error}") from error
         digest = _digest([block.path])
-        parts.append(card.Part(block.name, block.given, digest, [model], metadata))
+        parts.append(merge_card.Part(block.name, block.given, digest, [model], metadata))
     try:
         merged = LegoMerge({p.name: p.models[0] for p in parts}, **recipe.options()).eval()
     except ValueError as error:
@@ -224,27 +224,26 @@ def _merge_files(recipe: Recipe, out: Path) -> Path:
     # The card first: what is cut short between the two is known for a merge, to be written again.
     with replacing(out / MODEL) as model_file:
         save(merged, model_file)
-        typed = card.fenced("yaml", recipe.text)
+        typed = merge_card.fenced("yaml", recipe.text)
         digest = _digest([model_file])
-        write_text(out / card.NAME, card.of_files(merged, parts, typed, MODEL, digest))
+        write_text(out / merge_card.NAME, merge_card.of_files(merged, parts, typed, MODEL, digest))
     return out / MODEL
 
 
 def _merge_runs(recipe: Recipe, out: Path, data: Path | None) -> Run:
     if not rank():
         Run.check_free(out, "merge")
-        _check_card(out, card.OF_RUNS)
+        _check_card(out, merge_card.OF_RUNS)
     try:
         runs = [_run_of(block) for block in recipe.blocks]
-        cohort, source = experiments.cohort_of(runs[0], data)
-        merged = experiments.merge_runs(runs, out, cohort=cohort, source=source, **recipe.options())
+        merged = merge_runs(runs, out, cohort=cohort_of(runs[0], data), **recipe.options())
     except ValueError as error:
         raise RecipeError(f"{recipe.where}{error}") from error
     if rank():
         return merged
     folds = range(len(merged.splits))
     parts = [
-        card.Part(
+        merge_card.Part(
             block.name,
             block.given,
             _digest([run.fold(number) / MODEL for number in folds]),
@@ -255,14 +254,14 @@ def _merge_runs(recipe: Recipe, out: Path, data: Path | None) -> Run:
     ]
     model = merged.fitted(0).model
     assert isinstance(model, LegoMerge)
-    typed = card.fenced(recipe.language, recipe.text)
-    write_text(out / card.NAME, card.of_runs(model, parts, typed))
+    typed = merge_card.fenced(recipe.language, recipe.text)
+    write_text(out / merge_card.NAME, merge_card.of_runs(model, parts, typed))
     return merged
 
 
 def _run_of(block: Block) -> Run:
     """Return the run of a block's modality at its path: itself, or one of the blocks in it."""
-    runs = experiments.blocks_of([block.path])
+    runs = blocks_of([block.path])
     names = [run.config["modalities"][0] for run in runs]
     if block.name not in names:
         raise RecipeError(
@@ -286,8 +285,8 @@ def _check_free(out: Path) -> None:
     """Raise unless a merged model can go to a folder."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {str(out)!r}")
-    _check_card(out, card.OF_FILES)
-    if out.is_dir() and not (out / card.NAME).exists():
+    _check_card(out, merge_card.OF_FILES)
+    if out.is_dir() and not (out / merge_card.NAME).exists():
         held = [item.name for item in out.iterdir() if item.name[0] != "."]
         if held:
             raise ValueError(
@@ -298,7 +297,7 @@ def _check_free(out: Path) -> None:
 
 def _check_card(out: Path, mark: str) -> None:
     """Raise if a card would overwrite something else."""
-    path = out / card.NAME
+    path = out / merge_card.NAME
     if not path.exists():
         return
     if path.is_file():

@@ -1,0 +1,163 @@
+"""`motet doctor`: what motet needs, what makes it faster, and the cure for what is missing."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from .options import Commands, add_json
+
+
+class Check(NamedTuple):
+    """One line of `motet doctor`."""
+
+    name: str
+    state: str
+    """ok, missing or off."""
+    detail: str
+    cure: str = ""
+    needed: bool = False
+    """Whether motet does not work without it."""
+
+
+# Distribution and the oldest version that motet works with, as in pyproject.toml.
+REQUIRED = (
+    ("numpy", "2"),
+    ("pandas", "2.2"),
+    ("safetensors", "0.5"),
+    ("scikit-learn", "1.6"),
+    ("scikit-survival", "0.24"),
+    ("scipy", "1.14"),
+    ("matplotlib", "3.9"),
+    ("tqdm", "4.66"),
+    ("filelock", "3.16"),
+    ("pyarrow", "18"),
+    ("pydantic", "2.10"),
+    ("PyYAML", "6"),
+    ("zarr", "3.1"),
+    ("lightning", "2.6"),
+    ("torch", "2.10"),
+)
+# Distribution, what is not there without it, and the cure.
+WSI = "pip install 'motet[wsi]'"
+OPTIONAL = (
+    ("POT", "for heads merged by optimal transport", "pip install POT"),
+    ("tifffile", "for slides in TIFF, and the checks before other readers", WSI),
+    ("imagecodecs", "for compressed TIFF", WSI),
+    ("openslide-python", "for slides of scanners' own formats", WSI),
+    ("scikit-image", "for tissue masks", WSI),
+    ("h5py", "for features of TRIDENT and CLAM", WSI),
+    (
+        "cucim-cu13",
+        "for tiles 8 times as fast as OpenSlide's; on Linux",
+        "with a GPU: pip install 'motet[cucim]'; without: pip install --no-deps cucim-cu13 and "
+        "pip install click lazy-loader",
+    ),
+    ("ray", "for tiling on a Ray cluster", "pip install 'motet[ray]'"),
+    ("transformers", "for encoders hf:...", "pip install 'motet[encoders]'"),
+    ("timm", "for encoders timm:...", "pip install 'motet[encoders]'"),
+    ("torchvision", "for encoders torchvision:...", "the build that fits your torch: "
+     "https://pytorch.org/get-started"),
+)  # fmt: skip
+
+
+def add_doctor(commands: Commands) -> None:
+    """Add `motet doctor`."""
+    doctor = commands.add_parser("doctor", help="say what is built, what is missing, and the cure")
+    add_json(doctor)
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    checks = _checks()
+    if options.json:
+        print(json.dumps([check._asdict() for check in checks], indent=2))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            print(f"{check.name:{width}}  {check.state:8}{check.detail}")
+            if check.cure:
+                print(f"{'':{width}}  {'':8}cure: {check.cure}")
+    return 1 if any(check.state == "missing" and check.needed for check in checks) else 0
+
+
+def _checks() -> list[Check]:
+    """Look at what motet needs and what makes it faster."""
+    checks = [
+        Check("motet", "ok", f"{installed_version('motet')} in {Path(__file__).parents[1]}"),
+        Check("python", "ok", f"{platform.python_version()}, {os.cpu_count()} cores"),
+    ]
+    for package, floor in REQUIRED:
+        found = installed_version(package)
+        cure = f"pip install '{package}>={floor}'"
+        if not found:
+            checks.append(Check(package, "missing", "not installed", cure, needed=True))
+        elif _numbers(found) < _numbers(floor):
+            checks.append(Check(package, "missing", f"{found} is older than {floor}", cure, True))
+        else:
+            checks.append(Check(package, "ok", found))
+    try:
+        torch = import_module("torch")
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        cure = "reinstall torch: https://pytorch.org/get-started"
+        return [*checks, Check("torch import", "missing", str(error), cure, needed=True)]
+    checks += [_native_check(), _gpu_check(torch), _triton_check(torch)]
+    return [*checks, *(_optional_check(*optional) for optional in OPTIONAL)]
+
+
+def _optional_check(package: str, purpose: str, cure: str) -> Check:
+    found = installed_version(package)
+    return Check(package, "ok", found) if found else Check(package, "off", purpose, cure)
+
+
+def _native_check() -> Check:
+    from ..io import resample
+    from ..kernels import native
+
+    reason = native.status() or resample.status()
+    if not reason:
+        return Check("C++ modules", "ok", "motet.kernels._C, motet.io._C")
+    compiler = next((c for c in ("c++", "g++", "clang++", "cl") if shutil.which(c)), None)
+    cure = native.CURE if compiler is None else f"run pip with -v to see why {compiler} failed"
+    slower = f"torch and numpy compute instead, slower ({reason})"
+    return Check("C++ modules", "missing", slower, cure)
+
+
+def _gpu_check(torch) -> Check:
+    if torch.cuda.is_available():
+        return Check("GPU", "ok", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    if torch.version.cuda is None:
+        built = "this torch is built for CPUs"
+        return Check("GPU", "off", built, "with an NVIDIA GPU: https://pytorch.org/get-started")
+    return Check("GPU", "off", f"torch is built for CUDA {torch.version.cuda}, no device found")
+
+
+def _triton_check(torch) -> Check:
+    found = installed_version("triton")
+    if found and _numbers(found) >= (3, 6):
+        return Check("triton", "ok", found)
+    why = f"{found} is older than 3.6" if found else "not installed"
+    if not torch.cuda.is_available():
+        return Check("triton", "off", f"{why}; the kernels are for GPUs")
+    return Check(
+        "triton", "missing", f"{why}; attention runs in torch, slower", "pip install triton"
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version: (2, 13, 0) of 2.13.0+cpu."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def installed_version(package: str) -> str:
+    """Return the version of a distribution, "" where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,73 @@
+"""Options that several commands share."""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+"""Where a command adds its parser."""
+
+
+def add_out(parser: argparse.ArgumentParser, text: str, default: Path | None = None) -> None:
+    """Add --out, a folder; required unless it has a default."""
+    note = "" if default is None else " (default: %(default)s)"
+    parser.add_argument(
+        "--out", type=Path, default=default, required=default is None, metavar="DIR",
+        help=text + note,
+    )  # fmt: skip
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add --data, where a cohort's files lie."""
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="folder of the cohort's files (default: beside the YAML, then $MOTET_DATA)",
+    )  # fmt: skip
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Add --set, read by `read_changes`."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+        help="a setting of the model, its training or its goal; may be repeated (docs/training.md)",
+    )  # fmt: skip
+
+
+def read_names(text: str) -> list[str]:
+    """Read names between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def read_changes(settings: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE settings; values are YAML, so numbers, true, null."""
+    import yaml
+
+    changes = {}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set: expected NAME=VALUE, got {setting!r}")
+        try:
+            changes[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"--set: cannot read {setting!r}") from error
+        # YAML takes 1e-3 for text.
+        with suppress(TypeError, ValueError):
+            if isinstance(changes[name], str):
+                changes[name] = float(changes[name])
+    return changes

@@ -1,0 +1,101 @@
+"""`motet store`: look at, check and convert stores of features."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .options import Commands, add_json
+
+
+def add_store(commands: Commands) -> None:
+    """Add `motet store` and its actions."""
+    store = commands.add_parser("store", help="look at, check and convert stores of features")
+    actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], int], *, several=False):
+        action = actions.add_parser(name, help=text, description=text.capitalize() + ".")
+        if name != "import":
+            action.add_argument("store", type=Path, metavar="COHORT", help="the store's folder")
+        if several or name == "show":
+            action.add_argument(
+                "slides", nargs="*" if several else None, metavar="SLIDE", help="key or name"
+            )
+        action.set_defaults(run=run)
+        return action
+
+    add_json(add("ls", "list the slides, failed ones too", _store_ls))
+    add_json(add("show", "say what is known of a slide", _store_show))
+    add_json(add("verify", "read every byte; exit code 1 if anything is wrong", _store_verify))
+    export = add("export", "write slides to files of other tools", _store_export, several=True)
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    export.add_argument(
+        "--format", choices=("npz", "h5", "pt"), default="npz",
+        help="numpy, TRIDENT's layout, or CLAM's (default: npz)",
+    )  # fmt: skip
+    export.add_argument("--encoder", help="whose features (may be left out if there is one)")
+    taken = add("import", "take over features of TRIDENT or CLAM", _store_import)
+    taken.add_argument("paths", nargs="+", type=Path, metavar="FILE|DIR", help=".h5, .pt or .npz")
+    taken.add_argument("--out", type=Path, required=True, metavar="COHORT", help="the store")
+    taken.add_argument("--encoder", required=True, metavar="NAME", help="what made the features")
+    taken.add_argument("--coords", type=Path, metavar="DIR", help=".h5 files of coordinates")
+
+
+def _store_ls(options: argparse.Namespace) -> int:
+    from ..io import FeatureStore
+    from . import store_text
+
+    store = FeatureStore(options.store)
+    print(json.dumps(store_text.rows(store)) if options.json else store_text.table(store))
+    return 0
+
+
+def _store_show(options: argparse.Namespace) -> int:
+    from ..io import FeatureStore
+    from . import store_text
+
+    store = FeatureStore(options.store)
+    if options.json:
+        print(json.dumps(store_text.details(store, options.slides)))
+    else:
+        print(store_text.details_text(store, options.slides))
+    return 0
+
+
+def _store_verify(options: argparse.Namespace) -> int:
+    from ..io import FeatureStore
+    from . import store_text
+
+    store = FeatureStore(options.store)
+    found = store.verify()
+    if options.json:
+        print(json.dumps([problem._asdict() for problem in found]))
+    else:
+        print(store_text.problems_text(store, found))
+    return 1 if found else 0
+
+
+def _store_export(options: argparse.Namespace) -> int:
+    from ..io import FeatureStore
+    from ..io.foreign import export
+
+    store = FeatureStore(options.store, options.encoder)
+    names = options.slides or list(store)
+    for name in names:
+        export(store, name, options.out, options.format)
+    print(f"{len(names)} slides: {options.out}")
+    return 0
+
+
+def _store_import(options: argparse.Namespace) -> int:
+    from ..io import import_features
+
+    store = import_features(
+        options.paths, options.out, encoder=options.encoder, coords=options.coords
+    )
+    failed = store.failed
+    for note in failed.values():
+        print(f"{note.get('path')}: {note.get('message')}", file=sys.stderr)
+    print(f"{len(store)} slides, {len(failed)} failed: {options.out}")
+    return 3 if failed else 0

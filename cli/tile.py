@@ -1,0 +1,219 @@
+"""`motet tile`: its options, what it shows while it works, and at its end."""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import Commands, add_json, add_out
+
+if TYPE_CHECKING:
+    from ..io.tiling import Tiled
+
+
+def add_tile(commands: Commands) -> None:
+    """Add `motet tile`."""
+    tile = commands.add_parser(
+        "tile",
+        help="cut slides into patches, embed them, and store the features",
+        description="Cut slides into patches, embed those of tissue, and store the features "
+        "(docs/tiling.md). The same command again goes on where it stopped; commands at the same "
+        "time share the work. Exit code 3: some slides failed.",
+    )
+    tile.add_argument(
+        "slides", nargs="+", metavar="SLIDES",
+        help="files, folders, or lists (.txt; .csv with a column path)",
+    )  # fmt: skip
+    add_out(tile, "folder of the store")
+    tile.add_argument(
+        "--encoder", required=True,
+        help="stain-stats (built in), torchvision:resnet50, timm:NAME, hf:REPO or folder, "
+        "export:FILE.pt2, or MODULE:CALLABLE (docs/encoders.md)",
+    )  # fmt: skip
+    _add_patches(tile)
+    _add_work(tile)
+    add_json(tile)
+    tile.set_defaults(run=_tile)
+
+
+def _add_patches(tile: argparse.ArgumentParser) -> None:
+    """Add the options that say which patches there are."""
+    resolution = tile.add_mutually_exclusive_group(required=True)
+    resolution.add_argument("--mpp", type=float, metavar="UM", help="micrometres per patch pixel")
+    resolution.add_argument("--mag", type=float, metavar="X", help="the same as --mpp 10/X")
+    resolution.add_argument(
+        "--downsample", type=float, metavar="F", help="level-0 pixels per patch pixel"
+    )
+    tile.add_argument("--tile-px", type=int, default=256, metavar="N", help="(default: 256)")
+    tile.add_argument(
+        "--border", default="drop", choices=("drop", "shift", "pad"),
+        help="the slide's right and lower rim (default: drop)",
+    )  # fmt: skip
+    tile.add_argument(
+        "--min-tissue", type=float, default=0.1, metavar="SHARE",
+        help="of a patch, for it to be kept (default: 0.1)",
+    )  # fmt: skip
+    tile.add_argument("--masks", type=Path, metavar="DIR", help="STEM.geojson or .png to use")
+    tile.add_argument(
+        "--slide-mpp", metavar="UM|CSV",
+        help="resolution of slides whose files do not say it: a number, or columns slide, mpp",
+    )  # fmt: skip
+    tile.add_argument(
+        "--missing-mpp", default="fail", choices=("fail", "skip"),
+        help="what becomes of a slide whose resolution is not known (default: fail)",
+    )  # fmt: skip
+    tile.add_argument(
+        "--reader", default="auto", choices=("auto", "cucim", "openslide", "tifffile", "pillow")
+    )
+    tile.add_argument(
+        "--max-damaged", type=float, default=0.5, metavar="SHARE",
+        help="of the patches, above which a slide fails (default: 0.5)",
+    )  # fmt: skip
+
+
+def _add_work(tile: argparse.ArgumentParser) -> None:
+    """Add the options that say how the work is done."""
+    tile.add_argument("--device", default="auto", help="of the encoder (default: auto)")
+    tile.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    tile.add_argument("--weights", type=Path, metavar="FILE", help="of the encoder")
+    tile.add_argument("--compile", action="store_true", help="compile the encoder")
+    tile.add_argument("--batch", type=int, default=64, metavar="N", help="(default: 64)")
+    tile.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes, a GPU each (default: 1)"
+    )
+    tile.add_argument("--shard", metavar="I/N", help="only the I-th of N parts, I from 0")
+    tile.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster: auto, local or an address")
+    tile.add_argument("--no-report", action="store_true", help="no pictures and tables of slides")
+
+
+def _tile(options: argparse.Namespace) -> int:
+    from ..io import tile_slides
+
+    started = time.perf_counter()
+    passed = ("encoder", "mpp", "mag", "downsample", "tile_px", "border", "min_tissue", "masks",
+              "missing_mpp", "reader", "max_damaged", "device", "precision", "weights", "compile",
+              "batch", "workers", "ray")  # fmt: skip
+    progress = Progress()
+    with closing(progress):
+        tiled = tile_slides(
+            options.slides,
+            options.out,
+            slide_mpp=read_slide_mpp(options.slide_mpp) if options.slide_mpp else None,
+            shard=read_shard(options.shard) if options.shard else None,
+            progress=progress,
+            **{name: getattr(options, name) for name in passed},
+        )
+    seconds = time.perf_counter() - started
+    if not options.no_report:
+        from ..io.quality import write_report
+
+        write_report(options.out)
+    if options.json:
+        print(json.dumps({**tiled._asdict(), "seconds": seconds, "out": str(options.out)}))
+    else:
+        print(last_line(tiled, options.out, seconds))
+    return 3 if tiled.failed else 0
+
+
+class Progress:
+    """A bar on a terminal; in a pipe, a line per slide that failed, and no more.
+
+    The bar goes by bytes of slides, since the largest come first.
+    """
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.patches = self.slides = self.failed = 0
+        self.over: set[str] = set()
+        self.decode_s = self.encode_s = 0.0
+        self.bar: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take an event of `tile_slides`."""
+        from tqdm import tqdm
+
+        what = event["event"]
+        if what == "begin":
+            self.slides = event["slides"]
+            self.bar = tqdm(
+                total=event["bytes"], unit="B", unit_scale=True, disable=None, file=sys.stderr,
+                bar_format="{percentage:3.0f}% |{bar}| {desc}, {elapsed} so far, {remaining} left",
+            )  # fmt: skip
+        elif what == "patches":
+            self.patches += event["patches"]
+            self.decode_s += event["decode_s"]
+            self.encode_s += event["encode_s"]
+        elif what in ("known", "done", "failed") and event["key"] not in self.over:
+            self.over.add(event["key"])  # workers may know of one another's
+            self.bar.update(event["bytes"])
+        if what == "failed":
+            self.failed += 1
+            self.bar.write(f"failed: {event['message']}", file=sys.stderr)
+        self.bar.set_description_str(self.describe(), refresh=False)
+        self.bar.update(0)
+
+    def describe(self) -> str:
+        """Return slides, patches per second and what holds the rest up."""
+        text = f"{len(self.over)}/{self.slides} slides"
+        if self.failed:
+            text += f" ({self.failed} failed)"
+        if self.patches:
+            rate = self.patches / (time.perf_counter() - self.started)
+            slowest = "decoding" if self.decode_s > self.encode_s else "encoding"
+            text += f", {rate:,.0f} patches/s, {slowest} is slowest"
+        return text
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def last_line(tiled: "Tiled", out: Path, seconds: float) -> str:
+    """Return the one line that says how it ended."""
+    text = f"{tiled}; {tiled.patches:,} patches embedded in {seconds:.1f} s"
+    if tiled.patches:
+        text += f" ({tiled.patches / seconds:,.0f}/s)"
+    return f"{text}: {out}"
+
+
+def read_slide_mpp(text: str) -> dict[str, float] | float:
+    """Read --slide-mpp: a number, or a CSV file with the columns slide and mpp.
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    known: dict[str, float] = {}
+    with open(text, newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        if not {"slide", "mpp"} <= set(table.fieldnames or ()):
+            raise ValueError(f"--slide-mpp: {text}: expected the columns slide and mpp, got "
+                             f"{', '.join(table.fieldnames or ()) or 'none'}")  # fmt: skip
+        for number, row in enumerate(table, 2):
+            try:
+                known[row["slide"]] = float(row["mpp"])
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"--slide-mpp: {text}, line {number}: mpp: expected a number, "
+                    f"got {row['mpp']!r}"
+                ) from None
+    return known
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """Read --shard: i/n.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise ValueError(f"--shard: expected i/n with i from 0 to n - 1, got {text!r}")
+    return int(i), int(n)

@@ -1,0 +1,29 @@
+"""What the commands train, merge, fuse, evaluate and predict do, for use from Python.
+
+The way through the folder is in README.md.
+"""
+
+from .evaluate import compare_runs, evaluate_run, read_metrics
+from .folds import split_cohort
+from .join import blocks_of, cohort_of, fuse_runs, merge_runs
+from .predict import predict_cohort
+from .run_folder import Run, RunError
+from .settings import Settings, Splits
+from .train import train_run
+
+__all__ = [
+    "Run",
+    "RunError",
+    "Settings",
+    "Splits",
+    "blocks_of",
+    "cohort_of",
+    "compare_runs",
+    "evaluate_run",
+    "fuse_runs",
+    "merge_runs",
+    "predict_cohort",
+    "read_metrics",
+    "split_cohort",
+    "train_run",
+]

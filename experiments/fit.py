@@ -1,0 +1,161 @@
+"""Fit a model on one fold and predict its test part: networks, joined blocks, baselines."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..fusion.baselines import class_forest, logistic, ridge_cox, survival_forest
+from ..fusion.encoders import ABMIL, SNN
+from ..fusion.fitted import Fitted
+from ..fusion.healnet import HEALNet
+from ..fusion.lego_block import LegoBlock
+from ..fusion.modalities import Tabular
+from ..fusion.patients import modalities_of
+from ..fusion.predictions import Predictions, RiskScale, SurvivalPredictions, time_grid
+from ..fusion.training import History, Training, train
+from .fold import Fold
+from .settings import Settings
+from .task import SurvivalTask
+
+EachEpoch = Callable[[History], None]
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What came of one fold.
+
+    Args:
+        predictions: of the test part.
+        scale: of the training patients' risks; None for classes.
+        parameters: how many numbers the model learned.
+        fitted: the model with what belongs to it; None for a baseline, which is not kept.
+        history: of the training; empty where nothing was trained by epochs.
+    """
+
+    predictions: Predictions
+    scale: RiskScale | None
+    parameters: int
+    fitted: Fitted | None = None
+    history: History = field(default_factory=History)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `done.json` says of it."""
+        predictions, scale = self.predictions, self.scale
+        survival = isinstance(predictions, SurvivalPredictions)
+        return {
+            "parameters": self.parameters,
+            "history": asdict(self.history),
+            "cut": None if scale is None else scale.cut,
+            "grid": predictions.grid.tolist() if survival else None,
+        }
+
+
+def fold_seed(seed: int, number: int) -> int:
+    """Return the seed of a fold: another one for each, the same in every run."""
+    return seed * 1_009 + number
+
+
+def build_network(fold: Fold, settings: Settings) -> nn.Module:
+    """Return HEALNet for the modalities of a fold, with new weights."""
+    options = dict(settings.model)
+    tokens = options.pop("tokens", "row")
+    shapes = {
+        name: replace(shape, tokens=tokens) if isinstance(shape, Tabular) else shape
+        for name, shape in modalities_of(fold.scaling).items()
+    }
+    torch.manual_seed(fold_seed(settings.training.seed, fold.number))
+    return HEALNet(shapes, out_features=fold.objective.out_features, **options)
+
+
+def build_block(fold: Fold, settings: Settings) -> nn.Module:
+    """Return a LegoBlock for the one modality of a fold, with new weights."""
+    options = dict(settings.model)
+    (shape,) = modalities_of(fold.scaling).values()
+    encoders = options.pop("encoders", None)
+    if encoders not in (None, "paper"):
+        raise ValueError(f"--set encoders: expected null or paper, got {encoders!r}")
+    torch.manual_seed(fold_seed(settings.training.seed, fold.number))
+    encoder = None
+    if encoders == "paper":
+        kind = SNN if isinstance(shape, Tabular) else ABMIL
+        encoder = kind(shape.channels)
+    return LegoBlock(shape, encoder, out_features=fold.objective.out_features, **options)
+
+
+def fit_network(
+    model: nn.Module, fold: Fold, training: Training, folder: Path, each_epoch: EachEpoch
+) -> FoldResult:
+    """Train a model on a fold, then predict its test part.
+
+    Args:
+        model: with the weights to begin with; trained in place.
+        fold: the patients.
+        training: how to train; its seed is that of the run.
+        folder: where the state is kept after every epoch, and found again.
+        each_epoch: called after every epoch.
+
+    Raises:
+        ValueError: nobody to train on or to validate with.
+    """
+    for name, part in (("train", fold.train), ("validation", fold.validation)):
+        if not len(part.patients):
+            raise ValueError(
+                f"fold {fold.number + 1}: nobody in its {name} part has {' or '.join(fold.scaling)}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    history = train(
+        model,
+        fold.objective,
+        fold.train.patients,
+        fold.validation.patients,
+        replace(training, seed=fold_seed(training.seed, fold.number)),
+        resume=folder,
+        each_epoch=each_epoch,
+    )
+    return finish_network(model, fold, history)
+
+
+def finish_network(model: nn.Module, fold: Fold, history: History) -> FoldResult:
+    """Learn what the logits of a trained model say, and predict the test part of its fold."""
+    train = fold.train
+    fitted = Fitted.finish(model, fold.scaling, fold.objective, train.patients, train.outcome)
+    parameters = sum(p.numel() for p in model.parameters())
+    predictions = fitted.predict(fold.test.patients)
+    return FoldResult(predictions, fitted.scale, parameters, fitted, history)
+
+
+def fit_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
+    """Fit one of `settings.BASELINES` on a fold, then predict its test part.
+
+    Args:
+        name: of the baseline.
+        fold: the patients.
+        seed: of the run.
+    """
+    fit = _survival_baseline if name in SurvivalTask.baselines else _class_baseline
+    return fit(name, fold, fold_seed(seed, fold.number))
+
+
+def _survival_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
+    train, outcome = fold.train.patients, cast(Any, fold.train.outcome)
+    if name == "cox":
+        held = fold.validation
+        model = ridge_cox(train, outcome, held.patients, cast(Any, held.outcome))
+    else:
+        model = survival_forest(train, outcome, seed)
+    predictions = model.predictions(fold.test.patients, time_grid(outcome[0]))
+    return FoldResult(predictions, model.scale(train), model.parameters)
+
+
+def _class_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
+    train, labels = fold.train.patients, fold.train.outcome[0]
+    if name == "logistic":
+        held = fold.validation
+        model = logistic(train, labels, held.patients, held.outcome[0])
+    else:
+        model = class_forest(train, labels, seed)
+    return FoldResult(model.predictions(fold.test.patients), None, model.parameters)

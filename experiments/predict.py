@@ -1,0 +1,61 @@
+"""Predict patients with the models of a finished run."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..io import Cohort
+from .run_folder import Run
+
+
+def predict_cohort(run: Run, cohort: Cohort) -> pd.DataFrame:
+    """Predict patients with the models of all folds, and average.
+
+    Risks of different folds have no common scale: each is expressed in standard deviations from the
+    mean of its own training patients, then averaged over the folds. Curves and probabilities are
+    averaged as they are, curves at the times of the first fold.
+
+    Args:
+        run: finished.
+        cohort: patients, with all, some or one of the run's modalities.
+
+    Returns:
+        A table: patient, modalities (those the patient has), seen (folds trained on a patient of
+        that id), then risk and survival by time, or probabilities by class.
+
+    Raises:
+        ValueError: a cohort without any of the run's modalities, or with other columns.
+    """
+    names = run.config["modalities"]
+    shared = {name: cohort.modalities[name] for name in names if name in cohort.modalities}
+    if not shared:
+        raise ValueError(
+            f"{cohort.name}: expected at least one modality of the run ({', '.join(names)}), got "
+            f"{', '.join(cohort.modalities)}"
+        )
+    ids = np.asarray(cohort.patients)
+    has, folds = torch.zeros(len(names), len(ids)), []
+    for number in range(len(run.splits)):
+        fitted = run.fitted(number)
+        patients = fitted.patients(shared, cohort.patients)
+        has = torch.stack([patients.has(name) for name in names])
+        predictions = fitted.predict(patients)
+        bad = ids[~predictions.is_finite()]
+        if len(bad):
+            raise ValueError(
+                f"{cohort.name}: expected finite predictions, got others for patient {bad[0]!r} "
+                f"({len(bad)} in all): a value far beyond those of training?"
+            )
+        folds.append((fitted, predictions))
+    trained = [{*parts["train"], *parts["validation"]} for parts in run.splits]
+    return pd.DataFrame(
+        {
+            "patient": list(cohort.patients),
+            "modalities": [
+                " ".join(name for name, there in zip(names, row, strict=True) if there)
+                for row in has.T.tolist()
+            ],
+            "seen": [sum(patient in known for known in trained) for patient in cohort.patients],
+            **run.task.average(folds),
+        }
+    )

@@ -1,0 +1,115 @@
+"""What may be set for a run: the model, its training, its goal, how the cohort is split."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from .._checks import integer
+from ..fusion.healnet import HEALNet
+from ..fusion.lego_block import LegoBlock
+from ..fusion.training import Training
+
+BASELINES = ("cox", "rsf", "logistic", "forest")
+MODELS = ("healnet", "lego", *BASELINES)
+
+# Chosen on validation parts of tcga_blca, tcga_kirp, hancock_os and breast_cancer, among some 20
+# settings of HEALNet and 30 of LegoBlocks; few of them differ by more than chance.
+RECIPES: dict[str, dict[str, Any]] = {
+    "healnet": {
+        "num_latents": 16, "latent_dim": 32, "depth": 2, "heads": 1, "head_dim": 16,
+        "attn_dropout": 0.5, "ff_dropout": 0.5, "epochs": 20, "max_lr": 0.001, "batch_size": 16,
+        "patience": 10, "l2": 1e-2,
+    },
+    "lego": {
+        "num_latents": 16, "latent_dim": 16, "depth": 2, "heads": 8, "head_dim": 16,
+        "attn_dropout": 0.1, "ff_dropout": 0.5, "epochs": 20, "max_lr": 0.002, "batch_size": 32,
+        "patience": 5, "l1": 1e-4, "l2": 1e-2,
+    },
+    "fuse": {"epochs": 2, "max_lr": 0.002, "batch_size": 16, "patience": 2, "l2": 1e-2},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What to train for.
+
+    Args:
+        loss: "nll" (discrete time) or "cox" for survival, "cross_entropy" for classes; None takes
+            the first that fits the cohort.
+        bins: number of time bins of "nll".
+        alpha: of `nll_loss`.
+        weighted: weigh bins or classes by the inverse of their size.
+    """
+
+    loss: str | None = None
+    bins: int = 4
+    alpha: float = 0.0
+    weighted: bool = False
+
+    def check(self, losses: tuple[str, ...]) -> None:
+        """Raise a ValueError unless every setting is in its range, the loss one of `losses`."""
+        if self.loss is not None and self.loss not in losses:
+            raise ValueError(f"--set loss: expected {' or '.join(losses)}, got {self.loss!r}")
+        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
+            raise ValueError(f"--set alpha: expected a number in [0, 1], got {self.alpha!r}")
+        integer("--set bins", self.bins, 2)
+        if not isinstance(self.weighted, bool):
+            raise ValueError(f"--set weighted: expected true or false, got {self.weighted!r}")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How to split a cohort that has no split files; see `motet.fusion.splits.split`."""
+
+    count: int = 5
+    test: float = 0.15
+    validation: float = 0.15
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a model, its training and its goal, from recipe and `--set`."""
+
+    model: dict[str, Any]
+    training: Training
+    goal: Goal
+
+    @classmethod
+    def of(cls, kind: str, changes: Mapping[str, Any], *, seed: int) -> "Settings":
+        """Apply changes to a model's recipe.
+
+        Raises:
+            ValueError: an unknown setting, or a value outside its range.
+        """
+        options = _model_options(kind)
+        training = {f.name for f in fields(Training)} - {"seed"}
+        goal = {f.name for f in fields(Goal)}
+        known = set(options)
+        known |= training if kind in RECIPES else set()
+        known |= goal if kind in ("healnet", "lego") else set()
+        for name in changes:
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"--set: unknown setting {name!r} of {kind}{hint}")
+            if not isinstance(changes[name], str | int | float | None):
+                raise ValueError(f"--set {name}: expected a number or a word, got {changes[name]}")
+        chosen = {**RECIPES.get(kind, {}), **changes}
+
+        def part(names: set[str]) -> dict[str, Any]:
+            return {name: value for name, value in chosen.items() if name in names}
+
+        return cls(part(options), Training(**part(training), seed=seed), Goal(**part(goal)))
+
+
+def _model_options(kind: str) -> set[str]:
+    """Return the names of a model's options that a user may set."""
+    builder = {"healnet": HEALNet, "lego": LegoBlock}.get(kind)
+    if builder is None:
+        return set()
+    options = set(inspect.signature(builder).parameters)
+    options -= {"modalities", "modality", "encoder", "encoder_dim", "out_features"}
+    return options | ({"tokens"} if kind == "healnet" else {"encoders"})

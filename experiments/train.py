@@ -1,0 +1,120 @@
+"""Train a model on every split of a cohort, and evaluate it out of fold.
+
+Each split's training part fits scaling, bins and weights, its validation part stops the training,
+its test part is predicted once. Every finished fold is on disk before the next one starts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..fusion.modalities import check_names
+from ..fusion.training import rank
+from ..io import Cohort, Split
+from .fit import EachEpoch, FoldResult, build_block, build_network, fit_baseline, fit_network
+from .fold import Fold
+from .folds import split_cohort
+from .join import merge_runs
+from .run import Job, carry_out, run_config
+from .run_folder import Run
+from .settings import BASELINES, MODELS, Settings, Splits
+from .task import task_of
+
+
+@dataclass(frozen=True)
+class FitModel:
+    """Fits HEALNet, a LegoBlock or a baseline on the folds of a cohort.
+
+    Args:
+        cohort: the patients.
+        modalities: those to use; a LegoBlock has one.
+        model: healnet, block or a baseline.
+        settings: of the model; its training's seed is that of baselines too.
+    """
+
+    cohort: Cohort
+    modalities: Sequence[str]
+    model: str
+    settings: Settings
+
+    def __call__(
+        self, number: int, split: Split, folder: Path, each_epoch: EachEpoch
+    ) -> FoldResult:
+        settings = self.settings
+        fold = Fold.learn(self.cohort, self.modalities, split, number, settings.goal)
+        if self.model in BASELINES:
+            return fit_baseline(self.model, fold, settings.training.seed)
+        build = build_network if self.model == "healnet" else build_block
+        return fit_network(build(fold, settings), fold, settings.training, folder, each_epoch)
+
+
+def train_run(
+    cohort: Cohort,
+    model: str,
+    out: Path,
+    *,
+    modalities: Sequence[str] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    splits: Splits | None = None,
+) -> Run:
+    """Train a model on every split of a cohort, and evaluate it out of fold.
+
+    Args:
+        cohort: the patients.
+        model: one of MODELS; "lego" trains a block per modality in `out/blocks` and merges them.
+        out: the run folder; continued if it holds the same run, unfinished.
+        modalities: those to use; None for all.
+        changes: settings that differ from the recipe.
+        splits: how to split, unless the cohort has split files.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: settings or a cohort that do not serve, in one line.
+    """
+    splits = splits or Splits()
+    if model not in MODELS:
+        raise ValueError(f"--model: expected one of {', '.join(MODELS)}, got {model!r}")
+    names = _chosen(cohort, modalities)
+    settings = Settings.of(model, changes or {}, seed=splits.seed)
+    _check_task(cohort, model, settings)
+    folds = split_cohort(cohort, splits)
+
+    def fit(kind: str, names: list[str], folder: Path) -> Run:
+        config = run_config(cohort, kind, names, settings, command="train")
+        return carry_out(
+            Job(cohort, folds, config, folder), FitModel(cohort, names, kind, settings)
+        )
+
+    if model != "lego":
+        return fit(model, names, out)
+    if not rank():
+        Run.check_free(out, "merge")  # before hours of training, not after them
+    blocks = [fit("block", [name], out / "blocks" / name) for name in names]
+    return merge_runs(blocks, out, cohort=cohort, command="train")
+
+
+def _chosen(cohort: Cohort, names: Sequence[str] | None) -> list[str]:
+    """Return the names of the modalities to use, in the cohort's order."""
+    if names is None:
+        names = list(cohort.modalities)
+    unknown = [name for name in names if name not in cohort.modalities]
+    if unknown or not names:
+        raise ValueError(
+            f"--modalities: expected some of {', '.join(cohort.modalities)}, got "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    chosen = [name for name in cohort.modalities if name in names]
+    check_names("modalities", chosen)
+    return chosen
+
+
+def _check_task(cohort: Cohort, model: str, settings: Settings) -> None:
+    task = task_of(cohort)
+    if model in BASELINES and model not in task.baselines:
+        raise ValueError(
+            f"--model: expected {' or '.join(task.baselines)} for {task.word}, got {model}"
+        )
+    settings.goal.check(task.losses)
