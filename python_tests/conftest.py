@@ -1,5 +1,6 @@
 """What the tests share: where data lies, how close is close enough, deterministic properties."""
 
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +91,25 @@ def with_gradients(function: Function) -> Function:
     return both
 
 
+# How many runs of the reference in the working dtype an error is compared with, at most.
+REFERENCES = 16
+
+
+def neighbours(args: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the arguments, then arguments whose numbers lie up to a unit of the last place off.
+
+    Zeros stay zero, and float64 stays as it is.
+    """
+    yield tuple(args)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(REFERENCES - 1 if any(a.dtype in WIDE for a in args) else 0):
+        steps = [torch.randint(-1, 2, a.shape, generator=generator) for a in args]
+        yield tuple(
+            a + a * (step * torch.finfo(a.dtype).eps).to(a.dtype) if a.dtype in WIDE else a
+            for a, step in zip(args, steps, strict=True)
+        )
+
+
 def assert_as_good_as(
     fast: Function,
     reference: Function,
@@ -97,7 +117,17 @@ def assert_as_good_as(
     worked_in: torch.dtype | None = None,
     rms: bool = False,
 ) -> None:
-    """Check that err(fast) <= 2 err(reference in the working dtype) + floor, against float64.
+    """Check that err(fast) <= 2 max err(reference in the working dtype) + floor, against float64.
+
+    To first order the error of a chain of roundings is sum_k J_k d_k, with J_k the derivative of
+    the result by what was rounded in step k and |d_k| <= u: its size is that of J, which the fast
+    form shares, but one run is one draw of the signs of d, and may come out near zero. So the
+    reference is run at n = REFERENCES inputs, these and others a rounding away, where J is the same
+    and d another, each against float64 at its own input. Were the fast form's error drawn as those
+    of the reference are, it would pass twice the largest of n with a probability of 0.13 % for
+    n = 16 (30 % for n = 1) in the worst case, a result that is one number with a normal error; of
+    four numbers it is 5e-6. Further runs are made only while an error is above the bound of those
+    before, which changes no verdict.
 
     Functions with several results are compared result by result.
 
@@ -108,18 +138,32 @@ def assert_as_good_as(
     """
 
     def size(x: Tensor) -> float:
-        return (x.abs().square().mean().sqrt() if rms else x.abs().max()).item()
+        return (x.abs().square().mean().sqrt() if rms else x.abs().max()).item() if x.numel() else 0
 
-    wide = results_of(reference, *(a.to(WIDE.get(a.dtype, a.dtype)) for a in args))
-    several = zip(results_of(fast, *args), results_of(reference, *args), wide, strict=True)
-    for i, (own, theirs, gold) in enumerate(several):
-        assert own.shape == gold.shape
-        if not own.numel():
-            continue
+    def widened(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return results_of(reference, *(a.to(WIDE.get(a.dtype, a.dtype)) for a in tensors))
+
+    results, gold = results_of(fast, *args), widened(args)
+    floors, errors = [], []
+    for own, exact in zip(results, gold, strict=True):
+        assert own.shape == exact.shape
         real = own.real.dtype if own.is_complex() else own.dtype
-        allowed = 2 * size(theirs - gold) + FLOOR[worked_in or real] * max(1, size(gold))
-        error = size(own - gold)
-        assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
+        floors.append(FLOOR[worked_in or real] * max(1, size(exact)))
+        errors.append(size(own - exact))
+    worst = [0.0] * len(results)
+    for n, near in enumerate(neighbours(args)):
+        theirs, wide = results_of(reference, *near), widened(near) if n else gold
+        found = [size(a - b) for a, b in zip(theirs, wide, strict=True)]
+        worst = list(map(max, worst, found))
+        allowed = [2 * w + floor for w, floor in zip(worst, floors, strict=True)]
+        if all(map(operator.le, errors, allowed)):
+            return
+    failed = [
+        f"result {i}: error {e:.2e}, allowed {a:.2e}"
+        for i, (e, a) in enumerate(zip(errors, allowed, strict=True))
+        if not e <= a
+    ]
+    raise AssertionError("; ".join(failed))
 
 
 def assert_leaves_no_trace(function: Function, *args: Tensor) -> None:
@@ -206,6 +250,10 @@ def _no_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if "test_triton" not in request.path.name:
             patch.delenv("TRITON_INTERPRET", raising=False)
+        else:
+            from . import interpreter
+
+            patch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.create_dot)
         yield
 
 
