@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
 .PHONY: demo test lint bench claims gpu gpu-full soak sanitize clean
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+$(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 ifeq ($(shell uname -s),Linux)
@@ -27,7 +28,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/basedpyright
 	MOTET_REQUIRE_NATIVE=1 CMAKE_ARGS=-DCMAKE_COMPILE_WARNING_AS_ERROR=ON $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/lint .
 

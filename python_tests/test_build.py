@@ -76,7 +76,7 @@ def test_source_distribution_builds_the_module(tmp_path: Path) -> None:
 def test_a_broken_module_is_an_error_where_it_is_required(tmp_path: Path) -> None:
     """What `make lint` relies on: warnings are errors, and errors stop it."""
     source = copied(tmp_path / "source")
-    with open(source / "csrc" / "slerp.cpp", "a") as file:
+    with open(source / "csrc" / "kernels" / "slerp.cpp", "a") as file:
         file.write("static void unused() {}\n")
     strict = {
         "MOTET_REQUIRE_NATIVE": "1",

@@ -11,8 +11,9 @@
 #include <vector>
 
 #include "context_kv.hpp"
-#include "few_rows.hpp"
-#include "merge.hpp"
+#include "harmonic_merge.hpp"
+#include "one_token.hpp"
+#include "slerp.hpp"
 
 namespace py = pybind11;
 

@@ -1,9 +1,10 @@
+#include "harmonic_merge.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "merge.hpp"
 #include "parallel.hpp"
 #include "simd.hpp"
 

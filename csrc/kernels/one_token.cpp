@@ -1,4 +1,4 @@
-#include "few_rows.hpp"
+#include "one_token.hpp"
 
 #include <algorithm>
 #include <memory>

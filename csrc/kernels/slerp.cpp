@@ -1,9 +1,10 @@
+#include "slerp.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <vector>
 
-#include "merge.hpp"
 #include "parallel.hpp"
 #include "simd.hpp"
 
