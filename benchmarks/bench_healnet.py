@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import motet
 import torch
+from motet import _floors
 from motet.cli import measure
 from torch import Tensor, nn
 
@@ -216,7 +217,7 @@ def errors_of(both: dict[str, nn.Module], tokens: int, *, equal: bool) -> dict[s
     return {"error": errors, "difference": difference}
 
 
-TOLERANCE = 1e-4  # of fp32 logits
+TOLERANCE = _floors.DEEP_MODEL["float32"]  # of logits
 
 
 def memory_of(

@@ -11,6 +11,7 @@ from typing import Any
 
 import motet
 import torch
+from motet import _floors
 from motet.cli import measure
 from motet.io.encoder_torch import Setup, TorchEncoder, Transform
 from motet.kernels import (
@@ -29,7 +30,7 @@ from motet.kernels.lego_pass import Asking, Update, lego_pass
 from torch import Tensor
 
 # Of norms, relative.
-FLOOR = {torch.float32: 5e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+FLOOR = {getattr(torch, name): floor for name, floor in _floors.OPERATOR.items()}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RAGGED = (300, 0, 1, 530)
 SHORT = (64, 0, 1, 40)
@@ -123,7 +124,7 @@ def _model(name: str, device: str) -> tuple[float, float]:
         return [x.detach().cpu().clone() for x in (logits, *gradients)]
 
     gold = outcome("cpu")
-    return measure.relative_error(outcome(device), gold), 1e-9
+    return measure.relative_error(outcome(device), gold), _floors.MODEL["float64"]
 
 
 def _compare(

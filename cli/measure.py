@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _floors
 from ..fusion.context import jagged
 from ..fusion.healnet import HEALNet
 from ..fusion.modalities import Bag
@@ -33,7 +34,7 @@ from ..kernels.plan import Plan, Strategy, plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # An error may be twice that of the reference in the same dtype, and this: of a norm, relative.
-FLOOR = {"fp32": 1e-5, "bf16": 5e-3}
+FLOOR = {name: _floors.MODEL[str(dtype).split(".")[1]] for name, dtype in DTYPES.items()}
 MIB = 2**20
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from motet import _floors
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def golden_path(name: str) -> Path:
 
 
 # Absolute error that a comparison may always have, by the dtype that was worked in.
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+FLOOR = {getattr(torch, name): floor for name, floor in _floors.ELEMENT.items()}
 WIDE = {torch.complex64: torch.complex128} | dict.fromkeys(
     (torch.float32, torch.float16, torch.bfloat16), torch.float64
 )
