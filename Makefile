@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test lint bench claims gpu gpu-full soak sanitize clean
+.PHONY: demo test test-cpus lint bench claims gpu gpu-full soak sanitize clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,19 @@ demo: $(INSTALLED)
 # One thread per test process: two workers on two cores do not fight over them.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
+# What numbers depend on, as other processors compute: one with AVX2 and without AVX-512 (most AMD
+# EPYCs), and one with neither. torch, MKL, oneDNN, OpenBLAS and our C++ choose their code by these.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	OPENBLAS_CORETYPE=Haswell MOTET_SIMD=32
+SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
+	OPENBLAS_CORETYPE=Prescott MOTET_SIMD=16
+NUMERIC := $(addprefix python_tests/test_,$(addsuffix .py,absorbed_attention attention_engine \
+	context_kv healnet harmonic_merge latent_attention lego lego_engine one_token resample slerp \
+	stain_planes triton_kernels triton_lego_pass triton_operators))
+test-cpus: $(INSTALLED)
+	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(NUMERIC)
+	$(SSE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(NUMERIC)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
