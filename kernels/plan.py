@@ -269,7 +269,7 @@ class _Extras(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What a strategy does; see algebra.md, section 1."""
+    """What a strategy does; see docs/design/algebra.md, section 1."""
 
     flop: float
     passes: float

@@ -21,7 +21,7 @@ FOLDERS = ("cli", "experiments", *PARTS)
 SOURCES = sorted(
     [*ROOT.glob("*.py"), *(path for part in FOLDERS for path in (ROOT / part).rglob("*.py"))]
 )
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def python(code: str) -> str:

@@ -16,7 +16,7 @@ plan = motet.kernels.plan
 SIZES = {"bags": 8, "latents": 25, "heads": 8, "head_dim": 16, "layers": 2}
 STRATEGIES = ("cached", "absorbed", "reference")
 CPUS = [cpu_machine(threads, amx) for threads in (1, 2, 16) for amx in (False, True)]
-# HEALNet on four TCGA cohorts: latents x width of a head, 8 heads. algebra.md, section 1.
+# HEALNet on four TCGA cohorts: latents x width of a head, 8 heads (docs/design/algebra.md).
 TCGA = {
     "25x16": ("cached", {"latents": 25, "head_dim": 16, "layers": 2}),
     "17x63": ("absorbed", {"latents": 17, "head_dim": 63, "layers": 2}),

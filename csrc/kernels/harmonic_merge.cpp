@@ -93,7 +93,7 @@ struct Numbers {
 // phase is the half of arg a + arg b, which is arg w or 2 pi from it:
 //   |a||b| / (|a| + |b|) * 2 exp(i phase) = (+-p, +-q) or (+-q, +-p),
 //   p = (|w| + |re w|) r, q = |im w| r, r = sqrt(|w| / (2 (|w| + |re w|))) * 2 / (|a| + |b|),
-// in which no difference loses digits.
+// in which no difference loses digits (docs/design/algebra.md, section 3).
 //
 // Scaled: by powers of two to sizes near 2 at first, so that nothing over- or underflows;
 // `exponents` are the bits of those of a and b. It takes a quarter more time.
@@ -166,7 +166,8 @@ MOTET_INLINE bool merge_two(const T* first, const T* second, T* out) {
 }
 
 // Polynomials in x^2 for an angle / x, sin(x) / x and cos(x), |x| <= pi/4 in the last two: errors
-// below 1e-9 for results in float, and below half a unit of the last place for double.
+// below 1e-9 for results in float, and below half a unit of the last place for double. They
+// are derived in docs/design/merge-polynomials.md.
 template <typename T>
 struct Series;
 template <>
