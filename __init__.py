@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from .fusion.checkpoint import load, save
     from .fusion.encoders import ABMIL, SNN
     from .fusion.evaluation import (
-        ClassFold,
-        Comparison,
-        Estimate,
-        SurvivalFold,
         compare_classes,
         compare_survival,
         evaluate_classes,
@@ -24,11 +20,13 @@ if TYPE_CHECKING:
     )
     from .fusion.graphs import CudaGraphs
     from .fusion.healnet import HEALNet, HEALNetOutput
+    from .fusion.held_out import ClassFold, SurvivalFold
     from .fusion.layers import Head
     from .fusion.lego_block import LegoBlock, LegoOutput
     from .fusion.lego_join import LegoFuse, LegoMerge
     from .fusion.losses import cox_loss, cross_entropy, l1_penalty, nll_loss
     from .fusion.modalities import Bag, Grid, Tabular
+    from .fusion.resampling import Comparison, Estimate
     from .fusion.survival import TimeBins, concordance_index, hazards, risk, survival
     from .fusion.upstream import from_upstream, to_upstream
 
@@ -36,10 +34,6 @@ _HOMES = {
     "fusion.checkpoint": ("load", "save"),
     "fusion.encoders": ("ABMIL", "SNN"),
     "fusion.evaluation": (
-        "ClassFold",
-        "Comparison",
-        "Estimate",
-        "SurvivalFold",
         "compare_classes",
         "compare_survival",
         "evaluate_classes",
@@ -47,11 +41,13 @@ _HOMES = {
     ),
     "fusion.graphs": ("CudaGraphs",),
     "fusion.healnet": ("HEALNet", "HEALNetOutput"),
+    "fusion.held_out": ("ClassFold", "SurvivalFold"),
     "fusion.layers": ("Head",),
     "fusion.lego_block": ("LegoBlock", "LegoOutput"),
     "fusion.lego_join": ("LegoFuse", "LegoMerge"),
     "fusion.losses": ("cox_loss", "cross_entropy", "l1_penalty", "nll_loss"),
     "fusion.modalities": ("Bag", "Grid", "Tabular"),
+    "fusion.resampling": ("Comparison", "Estimate"),
     "fusion.survival": ("TimeBins", "concordance_index", "hazards", "risk", "survival"),
     "fusion.upstream": ("from_upstream", "to_upstream"),
 }

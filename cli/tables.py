@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..experiments import Run
-from ..fusion.evaluation import Comparison
+from ..fusion.resampling import Comparison
 
 Result = tuple[Run, dict[str, Any]]
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from ..fusion.evaluation import Comparison
+from ..fusion.resampling import Comparison
 from .run_folder import Run, RunError
 
 

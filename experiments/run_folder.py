@@ -25,8 +25,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from .._atomic import write_text
-from ..fusion.evaluation import ClassFold, SurvivalFold
 from ..fusion.fitted import Fitted
+from ..fusion.held_out import ClassFold, SurvivalFold
 from .task import RunTables, Task, task_of_config
 
 FORMAT = 1

@@ -14,17 +14,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..fusion.evaluation import (
-    ClassFold,
-    Comparison,
-    SurvivalFold,
     compare_classes,
     compare_survival,
     evaluate_classes,
     evaluate_survival,
 )
 from ..fusion.fitted import Fitted
+from ..fusion.held_out import ClassFold, SurvivalFold
 from ..fusion.objectives import Classification, CoxSurvival, DiscreteSurvival, Objective
 from ..fusion.predictions import ClassPredictions, Predictions, SurvivalPredictions
+from ..fusion.resampling import Comparison
 from ..io import Classes, Cohort, Survival
 from .settings import Goal
 

@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.fusion import evaluation
+from motet.fusion.concordance import concordance, harrell_pairs
 from motet.fusion.evaluation import (
-    ClassFold,
-    SurvivalFold,
     compare_classes,
     compare_survival,
     evaluate_classes,
     evaluate_survival,
 )
+from motet.fusion.held_out import ClassFold, SurvivalFold
+from motet.fusion.resampling import Resampling, resample
 from scipy.stats import kstest, norm
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 from sksurv.compare import compare_survival as log_rank
@@ -252,7 +252,7 @@ def test_folds_are_never_compared(seed: int, shift: float) -> None:
 
 def test_resampling_keeps_folds_and_events() -> None:
     folds = small_folds()
-    resampling = evaluation._resampled([fold.events for fold in folds], 50, 0)
+    resampling = resample([fold.events for fold in folds], 50, 0)
     events = np.concatenate([fold.events for fold in folds])
     for number, fold in enumerate(folds):
         rows = np.repeat(np.arange(3), 20) == number
@@ -266,8 +266,8 @@ def test_resampling_keeps_folds_and_events() -> None:
 def test_draws_are_the_figure_of_the_drawn_patients() -> None:
     """The vectorised bootstrap against evaluating each resampled cohort."""
     folds = small_folds()
-    resampling = evaluation._resampled([fold.events for fold in folds], 20, 0)
-    figure = evaluation._pair_share(evaluation._harrell_pairs(folds), resampling)
+    resampling = resample([fold.events for fold in folds], 20, 0)
+    figure = concordance(harrell_pairs(folds), resampling)
     for counts, value in zip(resampling.counts, figure.draws, strict=True):
         drawn = []
         for fold, times in zip(folds, counts.reshape(3, 20).astype(int), strict=True):
@@ -276,14 +276,14 @@ def test_draws_are_the_figure_of_the_drawn_patients() -> None:
                 SurvivalFold(fold.times[rows], fold.events[rows], fold.risks[rows],
                              fold.train_times, fold.train_events)
             )  # fmt: skip
-        pairs = evaluation._harrell_pairs(drawn)
+        pairs = harrell_pairs(drawn)
         right, weight = (sum(getattr(p, x).sum() for p in pairs) for x in ("right", "weight"))
         assert value == pytest.approx(right / weight, abs=1e-9)
     # The influence of a patient is the derivative of the figure by the patient's weight.
     assert figure.influence.sum() == pytest.approx(0, abs=1e-12)
-    more = evaluation._Resampling(np.ones((1, 60)), resampling.fold, resampling.stratum)
+    more = Resampling(np.ones((1, 60)), resampling.fold, resampling.stratum)
     more.counts[0, 7] += 1e-6
-    moved = evaluation._pair_share(evaluation._harrell_pairs(folds), more).draws[0]
+    moved = concordance(harrell_pairs(folds), more).draws[0]
     assert (moved - figure.value) / 1e-6 == pytest.approx(figure.influence[7], rel=1e-3)
 
 

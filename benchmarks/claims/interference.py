@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from motet.experiments import Run
-from motet.fusion.evaluation import Estimate
 from motet.fusion.lego_join import LegoMerge
 from motet.fusion.objectives import Objective
 from motet.fusion.patients import Batch, Patients
+from motet.fusion.resampling import Estimate
 from motet.fusion.training import predict_logits
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from motet.fusion.evaluation import Comparison, Estimate
+from motet.fusion.resampling import Comparison, Estimate
 
 
 @dataclass(frozen=True)

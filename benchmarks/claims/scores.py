@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from motet.experiments import Run
 from motet.fusion.evaluation import (
-    ClassFold,
-    Estimate,
-    SurvivalFold,
     compare_classes,
     compare_survival,
     evaluate_classes,
     evaluate_survival,
 )
 from motet.fusion.fitted import Fitted
+from motet.fusion.held_out import ClassFold, SurvivalFold
 from motet.fusion.objectives import Classification, Objective
+from motet.fusion.resampling import Estimate
 from motet.fusion.survival import hazards
 from motet.fusion.training import predict_logits
 from motet.io import Cohort

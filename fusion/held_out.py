@@ -1,0 +1,157 @@
+"""Predictions of one test part, beside its outcomes: what an evaluation takes, one per fold."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sksurv.nonparametric import CensoringDistributionEstimator, SurvivalFunctionEstimator
+from sksurv.util import Surv
+
+from .survival import outcome_arrays
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class SurvivalFold:
+    """One test part, with what the training part of its model says.
+
+    Args:
+        times: [n], of the test patients, until event or censoring.
+        events: bool or 0/1 [n], True if the event was observed.
+        risks: [n], higher for an earlier event.
+        train_times: [m], of the training part: the censoring distribution and the Kaplan-Meier
+            reference come from there.
+        train_events: bool or 0/1 [m].
+        cut: the risk above which a patient is in the high-risk group, chosen on the training part
+            (for example its median risk); None for no groups.
+        grid: [G], rising positive times of `curves`.
+        curves: [n, G], S(t | x) at the times of `grid`; in between and from S(0) = 1, linear.
+
+    Raises:
+        ValueError: shapes that differ, numbers that are not finite, negative times, no training
+            event, a grid without curves, or curves that rise or leave [0, 1].
+
+    Example:
+        >>> from motet import SurvivalFold
+        >>> fold = SurvivalFold([2.0, 5.0], [1, 0], [0.3, 0.1], [1.0, 4.0, 6.0], [1, 1, 0], cut=0.2)
+        >>> fold.events
+        array([ True, False])
+    """
+
+    times: Floats
+    events: NDArray[np.bool_]
+    risks: Floats
+    train_times: Floats
+    train_events: NDArray[np.bool_]
+    cut: float | None = None
+    grid: Floats | None = None
+    curves: Floats | None = None
+
+    def __post_init__(self) -> None:
+        for prefix in ("", "train_"):
+            times, events = outcome_arrays(
+                getattr(self, f"{prefix}times"), getattr(self, f"{prefix}events")
+            )
+            if not len(times) or times.min() < 0:
+                raise ValueError(
+                    f"{prefix}times: expected times from 0, at least one, got "
+                    f"{times.min() if len(times) else 'none'}"
+                )
+            object.__setattr__(self, f"{prefix}times", times)
+            object.__setattr__(self, f"{prefix}events", events)
+        if not self.train_events.any():
+            raise ValueError("train_events: expected at least one event, got none")
+        object.__setattr__(self, "risks", _finite("risks", self.risks, self.times.shape))
+        if self.cut is not None:
+            object.__setattr__(self, "cut", float(_finite("cut", self.cut, ())))
+        if (self.grid is None) != (self.curves is None):
+            raise ValueError("grid: expected together with curves, got one without the other")
+        if self.grid is None:
+            return
+        grid = _finite("grid", self.grid, np.shape(self.grid))
+        if grid.ndim != 1 or not len(grid) or not all(a < b for a, b in pairwise((0.0, *grid))):
+            raise ValueError("grid: expected rising positive times [G], got other")
+        curves = _finite("curves", self.curves, (len(self.times), len(grid)))
+        # Single precision may rise by a rounding error.
+        rises = np.diff(curves, axis=1, prepend=1.0).max() > 1e-6
+        if rises or curves.min() < 0:
+            raise ValueError("curves: expected falling probabilities in [0, 1], got other")
+        object.__setattr__(self, "grid", grid)
+        object.__setattr__(self, "curves", curves)
+
+    def __len__(self) -> int:
+        """Number of test patients."""
+        return len(self.times)
+
+    def uncensored(self, times: Floats) -> Floats:
+        """Return G(t), the share not yet censored, by Kaplan-Meier on the training part."""
+        return np.asarray(self._estimators[0].predict_proba(times))
+
+    def kaplan_meier(self, times: Floats) -> Floats:
+        """Return S(t), the share free of the event, by Kaplan-Meier on the training part."""
+        return np.asarray(self._estimators[1].predict_proba(times))
+
+    @cached_property
+    def _estimators(self) -> tuple[SurvivalFunctionEstimator, SurvivalFunctionEstimator]:
+        outcome = Surv.from_arrays(self.train_events, self.train_times)
+        kinds = CensoringDistributionEstimator(), SurvivalFunctionEstimator()
+        return kinds[0].fit(outcome), kinds[1].fit(outcome)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassFold:
+    """One test part of a classification.
+
+    Args:
+        labels: int [n], classes 0 to K - 1.
+        probabilities: [n, K].
+
+    Raises:
+        ValueError: shapes that differ, labels beyond the columns, or rows that are no
+            probabilities.
+
+    Example:
+        >>> from motet import ClassFold
+        >>> ClassFold([0, 1], [[0.9, 0.1], [0.4, 0.6]]).probabilities.shape
+        (2, 2)
+    """
+
+    labels: NDArray[np.intp]
+    probabilities: Floats
+
+    def __post_init__(self) -> None:
+        labels = np.asarray(self.labels)
+        shape = np.shape(self.probabilities)
+        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels: expected integers [n], got {labels.dtype} {labels.shape}")
+        if len(shape) != 2 or shape[0] != len(labels) or shape[1] < 2:
+            raise ValueError(
+                f"probabilities: expected [{len(labels)}, K], K at least 2, got {shape}"
+            )
+        probabilities = _finite("probabilities", self.probabilities, shape)
+        if labels.min() < 0 or labels.max() >= shape[1]:
+            raise ValueError(
+                f"labels: expected 0 to {shape[1] - 1}, got {labels.min()} to {labels.max()}"
+            )
+        # Half precision sums to 1 within 1e-3.
+        if probabilities.min() < 0 or np.abs(probabilities.sum(1) - 1).max() > 2e-3:
+            raise ValueError("probabilities: expected rows that sum to 1, none negative, got other")
+        object.__setattr__(self, "labels", labels.astype(np.intp))
+        object.__setattr__(self, "probabilities", probabilities)
+
+    def __len__(self) -> int:
+        """Number of test patients."""
+        return len(self.labels)
+
+
+def _finite(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
+    array = np.asarray(values, float)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected {shape}, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+    return array
