@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Cached, Keys, OneToken
+from .attention import Keys
+from .attention_forms import Cached, OneToken
 from .context import Batch, Context, read_all
 from .healnet import HEALNet
 from .lego_block import LegoBlock

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from .._checks import choice, integer, positive, rate
 from ..kernels.backends import Backend
 from ..kernels.plan import Strategy
-from .attention import Attention, Keys, prepare
+from .attention import Attention, Keys
+from .attention_forms import prepare
 from .context import Batch, Context, read_all
 from .layers import (
     FeedForward,

@@ -18,7 +18,8 @@ from ..kernels.backends import Backend
 from ..kernels.checks import same_kind
 from ..kernels.lego_pass import AXES, normalised, real_spectrum
 from ..kernels.plan import Strategy
-from .attention import Attention, Keys, prepare
+from .attention import Attention, Keys
+from .attention_forms import prepare
 from .context import Batch, Context, Names, check_tensor, offsets_of, read
 from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
 from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order

@@ -13,7 +13,8 @@ from ..kernels import harmonic_merge, slerp
 from ..kernels.backends import Backend
 from ..kernels.checks import normalised_weights, same_kind
 from ..kernels.plan import Strategy
-from .attention import Keys, prepare
+from .attention import Keys
+from .attention_forms import prepare
 from .context import Batch, Context, read_all
 from .layers import Head
 from .lego_block import LegoBlock, LegoOutput

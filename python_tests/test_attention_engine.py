@@ -9,10 +9,10 @@ from typing import Any
 import motet
 import pytest
 import torch
-from motet.fusion.attention import (
+from motet.fusion.attention import Attention
+from motet.fusion.attention_forms import (
     Absorbed,
     AbsorbedTogether,
-    Attention,
     Cached,
     Literal,
     OneToken,

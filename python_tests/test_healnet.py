@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.fusion.attention import Attention, prepare
+from motet.fusion.attention import Attention
+from motet.fusion.attention_forms import prepare
 from motet.fusion.context import Context
 from torch import Tensor
 

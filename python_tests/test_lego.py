@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.fusion.attention import prepare
+from motet.fusion.attention_forms import prepare
 from torch import Tensor, nn
 
 from .conftest import randomised

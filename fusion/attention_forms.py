@@ -1,0 +1,336 @@
+"""What a layer's latents attend to: keys and values, or the tokens themselves, in one of six forms.
+
+`prepare` reads a context once per forward pass and makes a form for each set of weights.
+"""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import choice
+from ..kernels import absorbed_attention, attention_weights, context_kv, plan
+from ..kernels.absorbed_attention import absorbed_weights
+from ..kernels.backends import Backend, check_backend
+from ..kernels.latent_attention import latent_attention_kv, latent_attention_reference
+from ..kernels.one_token import one_token_values
+from ..kernels.plan import Strategy
+from .attention import Attention, Keys
+from .context import Context
+
+
+class OneToken:
+    """At most one token in every row: its weight is 1 whatever Q and K are, so V is all it takes.
+
+    Rows without a token get zeros, which `update` drops.
+    """
+
+    asks = False
+
+    def __init__(self, context: Context, v: Tensor, latents: int) -> None:
+        self.context, self.v, self.latents = context, v, latents  # v: [B, H, 1, E]
+
+    @classmethod
+    def of(cls, context: Context, attention: Attention, latents: int) -> "OneToken":
+        """Project the tokens of a context that has at most one per row, for C latents."""
+        v = one_token_values(attention.token_norm(context.joined()), attention.to_kv.weight)
+        nonempty = context.nonempty
+        if nonempty is not None:
+            v = v.new_zeros(len(nonempty), 1, v.shape[1]).index_put((nonempty,), v[:, None])
+        return cls(context, attention.split(v), latents)
+
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        p = attention.active_dropout
+        if not p:
+            return self.v
+        kept = self.v.new_ones(len(self.v), attention.heads, self.latents, 1)
+        return F.dropout(kept, p) * self.v
+
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        offsets, shape = self.context.offsets, (attention.heads, self.latents)
+        if offsets is None:
+            return self.v.new_ones(len(self.v), *shape, 1)
+        return self.v.new_ones(len(self.context.tokens), *shape)
+
+
+class Cached:
+    """K and V [T, 2, H, E] of a layer, from the one product that makes those of all layers."""
+
+    asks = True
+
+    def __init__(
+        self, context: Context, offsets: Tensor, kv: Tensor, backend: Backend = "auto"
+    ) -> None:
+        self.context, self.offsets, self.kv = context, offsets, kv
+        self.backend: Backend = backend
+
+    @classmethod
+    def of(
+        cls, context: Context, offsets: Tensor, attention: Attention, backend: Backend
+    ) -> "Cached":
+        """Project packed tokens for one layer, as the equation says."""
+        kv = attention.to_kv(attention.token_norm(context.joined()))
+        return cls(context, offsets, kv.unflatten(-1, (2, attention.heads, -1)), backend)
+
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        out, _ = latent_attention_kv(
+            self._split(attention, queries),
+            self.kv,
+            self.offsets,
+            counts=self.context.packed_counts(),
+            scale=attention.scale,
+            dropout_p=attention.active_dropout,
+            backend=self.backend,
+        )
+        return out[..., : attention.head_dim]
+
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        q, k = self._split(attention, queries).detach(), self.kv[:, 0].detach()
+        weights = attention_weights(q, k, self.offsets, scale=attention.scale, backend=self.backend)
+        return self.context.unpacked(weights)
+
+    def _split(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        assert queries is not None
+        q = attention.split(queries)
+        padding = self.kv.shape[-1] - attention.head_dim
+        q = F.pad(q, (0, padding)) if padding else q
+        return q.expand(len(self.offsets) - 1, -1, -1, -1)
+
+
+class Absorbed:
+    """The tokens themselves; the projections are taken into the queries and the pooled tokens."""
+
+    asks = True
+
+    def __init__(
+        self, context: Context, packed: tuple[Tensor, Tensor | None, Tensor], backend: Backend
+    ) -> None:
+        self.context = context
+        self.backend: Backend = backend
+        self.x, self.positions, self.offsets = packed
+
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        norm = attention.token_norm
+        asked = self._asked(attention, queries)
+        pooled, mass = self._pooled(asked, attention)
+        normed = pooled * norm.weight + mass[..., None] * norm.bias
+        normed = normed.to(pooled.dtype).unflatten(1, (attention.heads, -1))
+        return torch.einsum("bhcw,hew->bhce", normed, _by_head(attention)[1])
+
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        weights = absorbed_weights(
+            self._asked(attention, queries).detach(),
+            self.x.detach(),
+            self.offsets,
+            positions=self.positions,
+            eps=attention.token_norm.eps,
+            backend=self.backend,
+        )
+        return self.context.unpacked(weights.unflatten(1, (attention.heads, -1)))
+
+    def _asked(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        """Return scale · Q W_k diag(γ), [B, H·C, W]. What β adds to a score, it adds to all."""
+        assert queries is not None
+        q = attention.split(queries) * attention.scale
+        asked = torch.einsum("bhce,hew->bhcw", q, _by_head(attention)[0]).flatten(1, 2)
+        asked = (asked * attention.token_norm.weight).to(asked.dtype)
+        return asked.expand(len(self.offsets) - 1, -1, -1)
+
+    def _pooled(self, asked: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Return the normalised tokens that each query gathers, [B, R, W], and their weight."""
+        return absorbed_attention(
+            asked,
+            self.x,
+            self.offsets,
+            positions=self.positions,
+            counts=self.context.packed_counts(),
+            eps=attention.token_norm.eps,
+            dropout_p=attention.active_dropout,
+            backend=self.backend,
+        )
+
+
+class AbsorbedTogether(Absorbed):
+    """The same of short bags of one length, normalised once: a product each for all bags."""
+
+    def __init__(self, context: Context, normed: Tensor) -> None:
+        super().__init__(context, context.packed(), "eager")
+        self.normed = normed  # [B, N, W]
+
+    @classmethod
+    def of(cls, context: Context, attention: Attention) -> "AbsorbedTogether":
+        """Normalise the tokens of a dense context, which is the same for every attention."""
+        tokens = context.joined()
+        return cls(context, F.layer_norm(tokens, tokens.shape[-1:], eps=attention.token_norm.eps))
+
+    def _pooled(self, asked: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        scores = asked @ self.normed.transpose(1, 2)
+        if self.context.counts is not None:
+            scores = scores + self.context.counts.log()[:, None]
+        weights = F.dropout(scores.softmax(-1), attention.active_dropout)
+        return weights @ self.normed, weights.sum(-1)
+
+
+class Together:
+    """K and V of one layer, of short bags of one length: a product each for all bags."""
+
+    asks = True
+
+    def __init__(self, context: Context, attention: Attention) -> None:
+        self.context = context
+        kv = attention.to_kv(attention.token_norm(context.joined()))
+        kv = kv.unflatten(-1, (2, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+        self.k, self.v = kv.contiguous().flatten(1, 2)  # [B·H, N, E]
+        counts = context.counts
+        bias = kv.new_zeros(1) if counts is None else counts.log().to(kv.dtype)[:, None, None]
+        self.bias = bias.expand(*kv.shape[1:3], 1, kv.shape[3]).flatten(0, 1)
+
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        weights = F.dropout(self._weights(attention, queries), attention.active_dropout)
+        return torch.bmm(weights, self.v).unflatten(0, (-1, attention.heads))
+
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        weights = self._weights(attention, queries).detach()
+        return weights.unflatten(0, (-1, attention.heads))
+
+    def _weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        """Return the weights before dropout, [B·H, C, N]."""
+        assert queries is not None
+        bags = len(self.k) // attention.heads
+        q = attention.split(queries).expand(bags, -1, -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(self.bias, q, self.k.transpose(1, 2), alpha=attention.scale)
+        return scores.softmax(-1)
+
+
+class Literal:
+    """Every layer on its own, as the equation says: what the other forms are tested against."""
+
+    asks = True
+
+    def __init__(self, context: Context, attention: Attention) -> None:
+        self.context = context
+        kv = attention.to_kv(attention.token_norm(context.joined()))
+        k, v = kv.unflatten(-1, (2, attention.heads, -1)).unbind(-3)
+        if context.offsets is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        self.k, self.v = k, v
+
+    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        assert queries is not None
+        return latent_attention_reference(
+            attention.split(queries), self.k, self.v, self.context.offsets,
+            counts=self.context.counts, scale=attention.scale, dropout_p=attention.active_dropout,
+        )  # fmt: skip
+
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        assert queries is not None
+        q = attention.split(queries)
+        return attention_weights(q, self.k, self.context.offsets, scale=attention.scale)
+
+
+def prepare(
+    context: Context,
+    attentions: Sequence[Attention],
+    *,
+    latents: int,
+    layers: int = 1,
+    strategy: Strategy | None = None,
+    backend: Backend = "auto",
+) -> list[Keys]:
+    """Read a context once for all layers; return what each weight set attends to.
+
+    Args:
+        context: the tokens of a batch.
+        attentions: one per weight set, alike but for their weights.
+        latents: C, how many will attend.
+        layers: how many will ask, at least one per weight set.
+        strategy, backend: see `kernels.plan`; None for the planned strategy.
+    """
+    choice("strategy", strategy, (None, *get_args(Strategy)))
+    check_backend(backend)
+    if strategy == "reference":
+        return [Literal(context, attention) for attention in attentions]
+    if context.single:
+        return [OneToken.of(context, attention, latents) for attention in attentions]
+    first = attentions[0]
+    x, _, offsets = packed = context.packed()
+    bags, weight = len(offsets) - 1, first.to_kv.weight
+    chosen = plan(
+        len(x),
+        first.to_kv.in_features,
+        bags=bags,
+        latents=latents,
+        heads=first.heads,
+        head_dim=first.head_dim,
+        layers=layers,
+        weight_sets=len(attentions),
+        dtype=_cast(weight).dtype,
+        device="cuda" if x.is_cuda else "cpu",
+        training=torch.is_grad_enabled(),
+        dropout=first.active_dropout,
+        tokens_need_grad=x.requires_grad,
+        strategy=strategy,
+        backend=backend,
+    ).strategy
+    # Short bags go into one product, at the price of their own bits: 50 patches at a time take
+    # twice the time of one product, most of it to read the weights.
+    short = len(x) < 256 * bags
+    # Where starting our operators takes longer than torch's own do.
+    small = short and strategy is None and not x.is_cuda and backend != "triton"
+    if chosen == "absorbed":
+        if small and context.offsets is None:
+            return [AbsorbedTogether.of(context, first)] * len(attentions)
+        return [Absorbed(context, packed, backend)] * len(attentions)
+    if small and len(x) <= len(weight):
+        # Then the tokens are less to normalise for each layer than the weights are to fold.
+        if context.offsets is None:
+            return [Together(context, attention) for attention in attentions]
+        return [Cached.of(context, offsets, own, backend) for own in attentions]
+    kv = _kv_of_all_layers(packed, attentions, bag_by_bag=not short, backend=backend)
+    return [Cached(context, offsets, own, backend) for own in kv]
+
+
+def _kv_of_all_layers(
+    packed: tuple[Tensor, Tensor | None, Tensor],
+    attentions: Sequence[Attention],
+    *,
+    bag_by_bag: bool,
+    backend: Backend,
+) -> Sequence[Tensor]:
+    """Return K and V [T, 2, H, E] for each attention, all from one product with the tokens.
+
+    True for `bag_by_bag` gives each bag the bits that it has alone.
+    """
+    x, positions, offsets = packed
+    first = attentions[0]
+    weights, biases = zip(*(attention.folded() for attention in attentions), strict=True)
+    weights, biases = _cast(_stacked(weights)), _cast(_stacked(biases))
+    if x.is_cuda:  # rows of K and V on 32-byte boundaries, without which no load is asynchronous
+        padding = -first.head_dim % 16
+        weights, biases = F.pad(weights, (0, 0, 0, padding)), F.pad(biases, (0, padding))
+    y = context_kv(
+        x, weights.flatten(1, 3), biases.flatten(1), positions=positions,
+        offsets=offsets if bag_by_bag else None, eps=first.token_norm.eps, backend=backend,
+    )  # fmt: skip
+    y = y.unflatten(2, weights.shape[1:4])
+    # One set is a view; of several, unbinding collects the gradients without sums over zeros.
+    return [y.squeeze(0)] if len(attentions) == 1 else y.unbind(0)
+
+
+def _by_head(attention: Attention) -> Tensor:
+    """Return the weights of K and V, [2, H, E, W]."""
+    return attention.to_kv.weight.unflatten(0, (2, attention.heads, -1))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _cast(weight: Tensor) -> Tensor:
+    """Return the weight in the dtype in which autocast would multiply."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+        return weight.to(torch.get_autocast_dtype(device))
+    return weight
