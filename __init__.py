@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .fusion.held_out import ClassFold, SurvivalFold
     from .fusion.layers import Head
     from .fusion.lego_block import LegoBlock, LegoOutput
-    from .fusion.lego_join import LegoFuse, LegoMerge
+    from .fusion.lego_fuse import LegoFuse
+    from .fusion.lego_merge import LegoMerge
     from .fusion.losses import cox_loss, cross_entropy, l1_penalty, nll_loss
     from .fusion.modalities import Bag, Grid, Tabular
     from .fusion.resampling import Comparison, Estimate
@@ -44,7 +45,8 @@ _HOMES = {
     "fusion.held_out": ("ClassFold", "SurvivalFold"),
     "fusion.layers": ("Head",),
     "fusion.lego_block": ("LegoBlock", "LegoOutput"),
-    "fusion.lego_join": ("LegoFuse", "LegoMerge"),
+    "fusion.lego_fuse": ("LegoFuse",),
+    "fusion.lego_merge": ("LegoMerge",),
     "fusion.losses": ("cox_loss", "cross_entropy", "l1_penalty", "nll_loss"),
     "fusion.modalities": ("Bag", "Grid", "Tabular"),
     "fusion.resampling": ("Comparison", "Estimate"),

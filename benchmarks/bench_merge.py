@@ -43,7 +43,7 @@ def bench_merge(benchmark, cell: Cell, who: str) -> None:
     assert run is not None
     benchmark.group = cell.name
     benchmark.extra_info["error"] = error = cell.error(run)
-    assert error < bench.FLOOR["fp32"]
+    assert error < measure.FLOOR["fp32"]
     benchmark.pedantic(run, cell.arguments, rounds=5, warmup_rounds=1)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..fusion.lego_block import LegoBlock
-from ..fusion.lego_join import LegoFuse, LegoMerge
+from ..fusion.lego_fuse import LegoFuse
+from ..fusion.lego_merge import LegoMerge
 from ..fusion.objectives import CoxSurvival, DiscreteSurvival, Objective
 from ..fusion.preprocessing import Scaling
 from ..fusion.training import History, Training, rank

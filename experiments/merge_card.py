@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from ..fusion.lego_block import LegoBlock
-from ..fusion.lego_join import LegoMerge
+from ..fusion.lego_merge import LegoMerge
 from ..fusion.modalities import Bag, Grid, Modality, Tabular
 
 NAME = "README.md"

@@ -38,7 +38,7 @@ from .._atomic import replacing, write_text
 from .._checks import positive
 from ..fusion.checkpoint import load, save
 from ..fusion.lego_block import LegoBlock
-from ..fusion.lego_join import LegoMerge
+from ..fusion.lego_merge import LegoMerge
 from ..fusion.training import rank
 from ..io.errors import suggest
 from ..io.schema import Loader

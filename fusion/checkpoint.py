@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .._atomic import replacing
 from .healnet import HEALNet
 from .lego_block import LegoBlock
-from .lego_join import LegoFuse, LegoMerge
+from .lego_fuse import LegoFuse
+from .lego_merge import LegoMerge
 
 FORMAT = 1
 _DIFFERENT = "encoders or parts of another architecture were saved"

@@ -19,7 +19,8 @@ from .attention_forms import Cached, OneToken
 from .context import Batch, Context, read_all
 from .healnet import HEALNet
 from .lego_block import LegoBlock
-from .lego_join import LegoFuse, LegoMerge
+from .lego_fuse import LegoFuse
+from .lego_merge import LegoMerge
 
 Capture = Callable[..., Callable[..., Tensor]]
 Model = HEALNet | LegoBlock | LegoMerge | LegoFuse

@@ -18,7 +18,9 @@ from .encoders import BagSelfAttention, UpstreamEncoder
 from .healnet import FusionLayer, HEALNet
 from .layers import FeedForward, Head, ShareWeights
 from .lego_block import LegoBlock
-from .lego_join import LegoFuse, LegoMerge, merge_heads
+from .lego_fuse import LegoFuse
+from .lego_heads import merge_heads
+from .lego_merge import LegoMerge
 from .modalities import Bag, Grid
 
 _TEMPERATURE = 0.5

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 
-from motet.fusion.lego_join import LegoMerge
+from motet.fusion.lego_merge import LegoMerge
 from motet.fusion.patients import Patients
 from motet.fusion.training import predict_logits
 from torch import nn

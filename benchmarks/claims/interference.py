@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from motet.experiments import Run
-from motet.fusion.lego_join import LegoMerge
+from motet.fusion.lego_merge import LegoMerge
 from motet.fusion.objectives import Objective
 from motet.fusion.patients import Batch, Patients
 from motet.fusion.resampling import Estimate

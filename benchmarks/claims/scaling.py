@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from motet.cli.measure import growth, in_child
 from motet.fusion.lego_block import LegoBlock
-from motet.fusion.lego_join import LegoFuse, LegoMerge
+from motet.fusion.lego_fuse import LegoFuse
+from motet.fusion.lego_merge import LegoMerge
 from motet.fusion.modalities import Bag
 from torch import nn
 

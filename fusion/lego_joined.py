@@ -1,0 +1,194 @@
+"""What LegoMerge and LegoFuse share: the blocks by modality, and one head."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, get_args
+
+from torch import Tensor, nn
+
+from .._checks import choice
+from ..kernels.backends import Backend
+from ..kernels.checks import normalised_weights, same_kind
+from ..kernels.plan import Strategy
+from .attention import Keys
+from .context import Batch, read_all
+from .layers import Head
+from .lego_block import LegoBlock, LegoOutput
+from .lego_heads import HeadMethod, merge_heads
+from .lego_passes import How
+from .modalities import Modality, check_names
+
+
+class JoinedBlocks(nn.Module):
+    """Blocks by modality, copied so that nothing done here changes the originals."""
+
+    def __init__(self, blocks: Mapping[str, LegoBlock], head: str | Head, weights: Any) -> None:
+        super().__init__()
+        if not isinstance(head, Head):
+            choice("head", head, get_args(HeadMethod))
+        first = _check_fit(blocks)
+        self.weights = _positive_weights(weights, list(blocks))
+        self.blocks = nn.ModuleDict({name: copy.deepcopy(b) for name, b in blocks.items()})
+        self.head: Head | None
+        if isinstance(head, Head):
+            same_kind("head", head.linear.weight, first.latents, "the blocks")
+            if head.linear.in_features != first.config["latent_dim"]:
+                raise ValueError(
+                    f"head: expected a Head of width {first.config['latent_dim']}, the blocks' "
+                    f"latent_dim, got {head.linear.in_features}"
+                )
+            self.head = copy.deepcopy(head)
+        elif first.head is None:
+            self.head = None
+        else:
+            heads = [b.head for b in blocks.values() if b.head is not None]
+            self.head = merge_heads(heads, list(self.weights.values()), head)
+        # A parameter of the authors' classes that their computation does not use; kept by
+        # from_upstream so that to_upstream returns it.
+        self.register_buffer("upstream_latents", None)
+        self.config: dict[str, Any] = {}
+        self.train(any(block.training for block in blocks.values()))
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        return {name: block.modality for name, block in self._blocks().items()}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], encoders: Mapping[str, nn.Module] | None = None
+    ) -> Self:
+        """Build an untrained model from `model.config`; copies are made of encoders passed in."""
+        if encoders is not None and not isinstance(encoders, Mapping):
+            raise TypeError(
+                "encoders: expected a dict of modality name to module, got "
+                f"{type(encoders).__name__}"
+            )
+        encoders = dict(encoders or {})
+        unknown = [name for name in encoders if name not in config["blocks"]]
+        if unknown:
+            raise ValueError(f"encoders: unknown modality {unknown[0]!r}")
+        blocks = {
+            name: LegoBlock.from_config(block, encoders.get(name))
+            for name, block in config["blocks"].items()
+        }
+        options = {key: value for key, value in config.items() if key not in ("blocks", "size")}
+        # A plain head of the right size: nothing is merged only to be overwritten.
+        head = options["head"] if config["size"] is None else Head(*config["size"])
+        model = cls(blocks, **{**options, "head": head})
+        model.config = config
+        return model
+
+    def forward(
+        self,
+        inputs: Any,
+        *,
+        masks: Any = None,
+        present: Any = None,
+        coords: Any = None,
+        return_latents: bool = False,
+        strategy: Strategy | None = None,
+        backend: Backend = "auto",
+    ) -> Tensor | LegoOutput:
+        """Predict logits; arguments as in `HEALNet.forward`, the last two as in LegoBlock's.
+
+        Returns:
+            Logits [B, out_features] (real latents [B, C, D] without a head); a `LegoOutput` if
+            latents were asked for.
+        """
+        like = next(iter(self._blocks().values())).latents
+        batches = read_all(
+            self.modalities, inputs, masks=masks, present=present, coords=coords, like=like
+        )
+        latents = self.join(batches, self.how(strategy, backend))
+        # Contiguous, as a block alone has it: the head then rounds alike.
+        real = latents.real.contiguous() if latents.is_complex() else latents
+        logits = real if self.head is None else self.head(real)
+        return LegoOutput(logits, latents) if return_latents else logits
+
+    def how(self, strategy: Strategy | None = None, backend: Backend = "auto") -> How:
+        """Return how the passes of all blocks are run; arguments as of `forward`."""
+        hows = [block.how(strategy, backend) for block in self._blocks().values()]
+        return How(strategy, backend, all(how.half for how in hows))
+
+    def join(self, batches: Mapping[str, Batch], how: How) -> Tensor:
+        """Return the joint latents [B, C, D] of the modalities that there are."""
+        rows = next(iter(batches.values())).rows
+        return self.fuse(rows, self.prepare(batches, how), how)
+
+    def prepare(self, batches: Mapping[str, Batch], how: How) -> dict[str, list[Keys]]:
+        """Encode and read every modality once; return what its block attends to."""
+        blocks = self._blocks()
+        return {name: blocks[name].prepare(batch, how) for name, batch in batches.items()}
+
+    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
+        """Return the joint latents [B, C, D] of B rows; `keys` are what `prepare` returned."""
+        raise NotImplementedError
+
+    def _config(self, head: str | Head, **fields: Any) -> dict[str, Any]:
+        size = None
+        if self.head is not None:
+            size = [self.head.linear.in_features, self.head.linear.out_features]
+        return {
+            "blocks": {name: block.config for name, block in self._blocks().items()},
+            "head": "given" if isinstance(head, Head) else head,
+            "size": size,
+            **fields,
+        }
+
+    def _blocks(self) -> dict[str, LegoBlock]:
+        return {name: block for name, block in self.blocks.items() if isinstance(block, LegoBlock)}
+
+    def _with_block(self, name: str, block: LegoBlock) -> dict[str, LegoBlock]:
+        if name in self._blocks():
+            raise ValueError(f"name: expected a new modality, got {name!r}, which the model has")
+        blocks = {**self._blocks(), name: block}
+        _check_fit(blocks)
+        return blocks
+
+    def _weights_with(self, name: str, weight: float | None) -> dict[str, float]:
+        count = len(self.weights)
+        share = 1 / (count + 1) if weight is None else weight
+        if not 0 < share < 1:
+            raise ValueError(f"weight: expected a share in (0, 1), got {weight}")
+        return {**{n: w * (1 - share) for n, w in self.weights.items()}, name: share}
+
+
+def _check_fit(blocks: Any) -> LegoBlock:
+    """Raise unless the blocks fit together; return the first."""
+    if isinstance(blocks, LegoBlock) or not isinstance(blocks, Mapping) or not blocks:
+        raise ValueError(
+            f"blocks: expected a dict of modality name to LegoBlock, not empty, got {blocks!r}"
+        )
+    check_names("blocks", blocks)
+    first_name, first = next(iter(blocks.items()))
+    for name, block in blocks.items():
+        if not isinstance(block, LegoBlock):
+            raise TypeError(f"blocks[{name!r}]: expected a LegoBlock, got {type(block).__name__}")
+        for field in ("num_latents", "latent_dim", "fft", "out_features"):
+            if block.config[field] != first.config[field]:
+                raise ValueError(
+                    f"blocks[{name!r}]: expected {field} {first.config[field]!r} as "
+                    f"blocks[{first_name!r}], got {block.config[field]!r}"
+                )
+        same_kind(f"blocks[{name!r}]", block.latents, first.latents, f"blocks[{first_name!r}]")
+    return first
+
+
+def _positive_weights(weights: Any, names: list[str]) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(names, 1 / len(names))
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise ValueError(
+                f"weights: expected one for each of {', '.join(names)}, got {', '.join(weights)}"
+            )
+        values = [float(weights[name]) for name in names]
+    elif isinstance(weights, Sequence):
+        values = [float(w) for w in weights]
+    else:
+        raise TypeError(
+            f"weights: expected one number per block, a dict or in order, got {weights!r}"
+        )
+    if len(values) != len(names) or not all(0 < w < float("inf") for w in values):
+        raise ValueError(f"weights: expected {len(names)} positive numbers, got {weights}")
+    return dict(zip(names, normalised_weights(values, len(names)), strict=True))

@@ -1,0 +1,171 @@
+"""LegoMerge: trained LegoBlocks joined by a merge of their latents, without training (MM-Lego)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from .._checks import choice
+from ..kernels import harmonic_merge
+from ..kernels.checks import normalised_weights
+from .attention import Keys
+from .layers import Head
+from .lego_block import LegoBlock
+from .lego_heads import HeadMethod
+from .lego_joined import JoinedBlocks
+from .lego_passes import How
+
+Method = Literal["harmonic", "mean", "sum", "product", "upstream-harmonic"]
+
+
+class LegoMerge(JoinedBlocks):
+    r"""Join trained blocks with no training (MM-Lego, Eq. 4).
+
+    .. math::
+        \frac{1}{\sum_m w_m / |Z_m|} \exp\Big(i \sum_m w_m \arg Z_m\Big)
+
+    over the last complex latents Z_m of the blocks that a row has, weights renormalised over these;
+    logits from the real part through the merged head. A row without any modality is predicted from
+    the blocks' initial latents. One block alone gives what it gives unmerged.
+
+    Args:
+        blocks: name to trained LegoBlock, one or more, copied.
+        method: "harmonic" (the paper), "mean" (weighted), "sum", "product", or "upstream-harmonic"
+            (two blocks; the authors' code).
+        head: "slerp" (the paper), "linear", "ot" (rows of each further head matched to the first
+            by optimal transport, then averaged; needs POT); or a `Head` to use as it is.
+        weights: one positive number per block, a dict or in order, for harmonic and mean latents
+            and for the head; None means equal.
+        phase: how phases are averaged, "principal" or "circular"; see
+            `motet.kernels.harmonic_merge`.
+
+    Raises:
+        ValueError: blocks that do not fit each other, or an argument outside its range.
+        TypeError: something that is not a LegoBlock.
+
+    Note:
+        "upstream-harmonic" with weights (α, 1-α) is 2 α (1-α) times the magnitude above, and the
+        unweighted mean of the phases.
+
+    Example:
+        >>> blocks = {
+        ...     "omic": motet.LegoBlock(motet.Tabular(20), motet.SNN(20), out_features=4),
+        ...     "wsi": motet.LegoBlock(motet.Bag(32), motet.ABMIL(32), out_features=4),
+        ... }
+        >>> merged = motet.LegoMerge(blocks)
+        >>> merged({"omic": torch.randn(2, 20), "wsi": None}).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        blocks: Mapping[str, LegoBlock],
+        *,
+        method: Method = "harmonic",
+        head: HeadMethod | Head = "slerp",
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        phase: Literal["principal", "circular"] = "principal",
+    ) -> None:
+        choice("method", method, get_args(Method))
+        choice("phase", phase, ("principal", "circular"))
+        super().__init__(blocks, head, weights)
+        if method == "upstream-harmonic" and len(self.blocks) != 2:
+            raise ValueError(f"method: upstream-harmonic takes 2 blocks, got {len(self.blocks)}")
+        self.method: Method = method
+        self.phase: Literal["principal", "circular"] = phase
+        self.config = self._config(head, method=method, weights=dict(self.weights), phase=phase)
+
+    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
+        blocks = self._blocks()
+        latents = {name: blocks[name].encode(rows, own, how).joined() for name, own in keys.items()}
+        updated = {name: own[0].context.nonempty for name, own in keys.items()}
+        if not rows or self.has_all(keys):
+            return self._merge(list(latents), list(latents.values()))
+        return self._merge_by_pattern(rows, latents, updated)
+
+    def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
+        """Return a model with one more modality, nothing retrained.
+
+        The head is merged anew from the heads that the blocks came with.
+
+        Args:
+            name: the new modality.
+            block: its trained block, copied.
+            weight: its share in (0, 1), the others keeping their ratios; None means 1 / (M + 1).
+
+        Raises:
+            ValueError: a name that the model has, a block or weight that does not fit, or a model
+                whose head was given rather than merged.
+        """
+        if self.config["head"] == "given":
+            raise ValueError("head: expected a merged head to add to, got a given one")
+        weights = self._weights_with(name, weight)
+        bigger = type(self)(
+            self._with_block(name, block),
+            method=self.method,
+            head=self.config["head"],
+            weights=weights,
+            phase=self.phase,
+        )
+        return bigger.train(self.training)
+
+    def has_all(self, keys: Mapping[str, Sequence[Keys]]) -> bool:
+        """Return whether it is known that no row misses a modality."""
+        known = all(own[0].context.nonempty is None for own in keys.values())
+        return known and len(keys) == len(self.blocks)
+
+    def _merge_by_pattern(
+        self, rows: int, latents: dict[str, Tensor], updated: dict[str, Tensor | None]
+    ) -> Tensor:
+        """Merge rows that have the same blocks together."""
+        like = next(iter(latents.values()))
+        blocks = self._blocks()
+        has = torch.zeros(rows, len(blocks), dtype=torch.bool, device=like.device)
+        for i, name in enumerate(blocks):
+            if name in latents:
+                own = updated[name]
+                has[:, i] = True if own is None else own
+        patterns, index = has.unique(dim=0, return_inverse=True)
+        merged = None
+        for i, pattern in enumerate(patterns.tolist()):
+            chosen = (index == i).nonzero().squeeze(1)
+            names = [name for name, there in zip(blocks, pattern, strict=True) if there]
+            parts = [latents[name][chosen] for name in names]
+            if not names:
+                names = list(blocks)
+                parts = [blocks[name].untouched(len(chosen)).joined() for name in names]
+            part = self._merge(names, parts)
+            if merged is None:
+                merged = part.new_zeros(rows, *part.shape[1:])
+            merged = merged.to(torch.promote_types(merged.dtype, part.dtype))
+            merged = merged.index_copy(0, chosen, part.to(merged.dtype))
+        assert merged is not None
+        return merged
+
+    def _merge(self, names: list[str], latents: list[Tensor]) -> Tensor:
+        if self.method in ("harmonic", "upstream-harmonic"):
+            zero = torch.zeros_like
+            latents = [z if z.is_complex() else torch.complex(z, zero(z)) for z in latents]
+        if len(latents) == 1:
+            return latents[0]
+        weights = [self.weights[name] for name in names]
+        match self.method:
+            case "harmonic":
+                return harmonic_merge(latents, weights, self.phase)
+            case "mean":
+                shares = normalised_weights(weights, len(latents))
+                return torch.stack([w * z for w, z in zip(shares, latents, strict=True)]).sum(0)
+            case "sum":
+                return torch.stack(latents).sum(0)
+            case "product":
+                return torch.stack(latents).prod(0)
+            case "upstream-harmonic":
+                return _upstream_harmonic(latents[0], latents[1], weights[0])
+
+
+def _upstream_harmonic(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """Merge two latents as the authors' code does."""
+    size_a, size_b = a.abs(), b.abs()
+    size = 2 * alpha * (1 - alpha) * size_a * size_b / (alpha * size_b + (1 - alpha) * size_a)
+    return torch.polar(size, (a.angle() + b.angle()) / 2)
