@@ -186,63 +186,60 @@ class HEALNet(nn.Module):
     ) -> None:
         super().__init__()
         check_modalities(modalities)
-        depth, num_latents = integer("depth", depth), integer("num_latents", num_latents)
-        latent_dim = integer("latent_dim", latent_dim)
         heads, head_dim = integer("heads", heads), integer("head_dim", head_dim)
-        self_attention = integer("self_attention", self_attention, 0)
-        self_heads = heads if self_heads is None else integer("self_heads", self_heads)
-        self_head_dim = (
-            head_dim if self_head_dim is None else integer("self_head_dim", self_head_dim)
-        )
-        out_features = None if out_features is None else integer("out_features", out_features)
-        attn_dropout = rate("attn_dropout", attn_dropout)
-        ff_dropout = rate("ff_dropout", ff_dropout)
-        temperature = positive("temperature", temperature)
         choice("snn", snn, (True, False))
         self.modalities = dict(modalities)
         self.positions = Positions(num_freq_bands, max_freq, fourier_encode)
         self.config: dict[str, Any] = {
             "modalities": {name: modality_to_config(m) for name, m in modalities.items()},
-            "out_features": out_features,
-            "depth": depth,
-            "num_latents": num_latents,
-            "latent_dim": latent_dim,
+            "out_features": None if out_features is None else integer("out_features", out_features),
+            "depth": integer("depth", depth),
+            "num_latents": integer("num_latents", num_latents),
+            "latent_dim": integer("latent_dim", latent_dim),
             "heads": heads,
             "head_dim": head_dim,
-            "attn_dropout": attn_dropout,
-            "ff_dropout": ff_dropout,
+            "attn_dropout": rate("attn_dropout", attn_dropout),
+            "ff_dropout": rate("ff_dropout", ff_dropout),
             "share_weights": share_weights,
-            "self_attention": self_attention,
-            "self_heads": self_heads,
-            "self_head_dim": self_head_dim,
+            "self_attention": integer("self_attention", self_attention, 0),
+            "self_heads": heads if self_heads is None else integer("self_heads", self_heads),
+            "self_head_dim": (
+                head_dim if self_head_dim is None else integer("self_head_dim", self_head_dim)
+            ),
             "snn": snn,
-            "temperature": temperature,
+            "temperature": positive("temperature", temperature),
             "latent_init": latent_init,
             "num_freq_bands": self.positions.num_freq_bands,
             "max_freq": self.positions.max_freq,
             "fourier_encode": fourier_encode,
         }
-        self.latents = initial_latents(num_latents, latent_dim, latent_init)
-        self.order = layer_order(depth, share_weights)
-        token_dims = {name: m.token_dim(self.positions) for name, m in modalities.items()}
+        self._build(self.config)
+
+    def _build(self, config: dict[str, Any]) -> None:
+        """Draw the weights; in another order, a seed would give another model."""
+        width, share_weights = config["latent_dim"], config["share_weights"]
+        self.latents = initial_latents(config["num_latents"], width, config["latent_init"])
+        self.order = layer_order(config["depth"], share_weights)
+        token_dims = {name: m.token_dim(self.positions) for name, m in self.modalities.items()}
         self.layers = nn.ModuleList(
             FusionLayer(
                 token_dims,
-                latent_dim,
-                heads=heads,
-                self_heads=self_heads,
-                head_dim=head_dim,
-                self_head_dim=self_head_dim,
-                attn_dropout=attn_dropout,
-                ff_dropout=ff_dropout,
-                snn=snn,
-                temperature=temperature,
-                self_attention=self_attention,
+                width,
+                heads=config["heads"],
+                self_heads=config["self_heads"],
+                head_dim=config["head_dim"],
+                self_head_dim=config["self_head_dim"],
+                attn_dropout=config["attn_dropout"],
+                ff_dropout=config["ff_dropout"],
+                snn=config["snn"],
+                temperature=config["temperature"],
+                self_attention=config["self_attention"],
                 one_feed_forward=share_weights == "all-but-first" and i > 0,
             )
             for i in range(max(self.order) + 1)
         )
-        self.head = None if out_features is None else Head(latent_dim, out_features)
+        out_features = config["out_features"]
+        self.head = None if out_features is None else Head(width, out_features)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:

@@ -5,8 +5,7 @@ The loop of transform, update and inverse transform is carried as the spectrum a
 """
 
 import copy
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -21,26 +20,17 @@ from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .attention_forms import prepare
 from .context import Batch, Context, Names, check_tensor, offsets_of, read
-from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
+from .encoder_config import encoder_from_config, encoder_to_config, probe_encoder
 from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order
 from .lego_passes import How, LegoLayer, Step, Transform, Waves, run_steps
 from .modalities import (
     Bag,
-    Grid,
     Modality,
     Positions,
-    Tabular,
     check_modality,
     modality_from_config,
     modality_to_config,
 )
-
-# Encoders that a file can name; others are passed to `load`.
-_ENCODERS: dict[str, type[nn.Module]] = {
-    "motet.SNN": SNN,
-    "motet.ABMIL": ABMIL,
-    "motet.BagSelfAttention": BagSelfAttention,
-}
 
 
 class LegoOutput(NamedTuple):
@@ -140,78 +130,76 @@ class LegoBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_modality("modality", modality)
-        choice("fft", fft, tuple(AXES))
-        choice("context", context, ("features", "spectrum"))
-        for name, flag in (("normalise", normalise), ("track_imaginary", track_imaginary)):
-            choice(name, flag, (True, False))
-        choice("snn", snn, (True, False))
-        num_latents = integer("num_latents", num_latents)
-        latent_dim, depth = integer("latent_dim", latent_dim), integer("depth", depth)
-        heads, head_dim = integer("heads", heads), integer("head_dim", head_dim)
-        out_features = None if out_features is None else integer("out_features", out_features)
-        attn_dropout = rate("attn_dropout", attn_dropout)
-        ff_dropout = rate("ff_dropout", ff_dropout)
-        temperature = positive("temperature", temperature)
         self.modality, self.encoder = modality, encoder
         self.positions = Positions(num_freq_bands, max_freq, fourier_encode)
-        self.pads_bags = False
-        if encoder is None:
-            if encoder_dim is not None:
-                raise ValueError("encoder_dim: expected None without an encoder")
-            self.token_dim = modality.token_dim(self.positions)
-        else:
-            self.token_dim, self.pads_bags = _probed(encoder, modality, encoder_dim)
         self.config: dict[str, Any] = {
             "modality": modality_to_config(modality),
-            "encoder": _encoder_config(encoder),
-            "out_features": out_features,
-            "num_latents": num_latents,
-            "latent_dim": latent_dim,
-            "depth": depth,
-            "heads": heads,
-            "head_dim": head_dim,
-            "attn_dropout": attn_dropout,
-            "ff_dropout": ff_dropout,
+            "encoder": encoder_to_config(encoder),
+            "out_features": None if out_features is None else integer("out_features", out_features),
+            "num_latents": integer("num_latents", num_latents),
+            "latent_dim": integer("latent_dim", latent_dim),
+            "depth": integer("depth", depth),
+            "heads": integer("heads", heads),
+            "head_dim": integer("head_dim", head_dim),
+            "attn_dropout": rate("attn_dropout", attn_dropout),
+            "ff_dropout": rate("ff_dropout", ff_dropout),
             "share_weights": share_weights,
             "fft": fft,
             "context": context,
             "normalise": normalise,
             "track_imaginary": track_imaginary,
             "snn": snn,
-            "temperature": temperature,
+            "temperature": positive("temperature", temperature),
             "latent_init": latent_init,
             "num_freq_bands": self.positions.num_freq_bands,
             "max_freq": self.positions.max_freq,
             "fourier_encode": fourier_encode,
-            "encoder_dim": None if encoder is None else self.token_dim,
         }
-        self.fft = fft
-        self.transform = Transform(fft, num_latents, latent_dim)
-        self.spectral_context = context == "spectrum"
-        self.normalise, self.track_imaginary = normalise, track_imaginary
-        self.order = layer_order(depth, share_weights)
-        self.latents = initial_latents(num_latents, latent_dim, latent_init)
+        _check_choices(self.config)
+        self.token_dim, self.pads_bags = self._look_at_tokens(encoder_dim)
+        self.config["encoder_dim"] = None if encoder is None else self.token_dim
+        self._build(self.config)
+
+    def _look_at_tokens(self, encoder_dim: int | None) -> tuple[int, bool]:
+        """Return the width of the tokens to attend to, and whether the encoder pads bags."""
+        if self.encoder is not None:
+            return probe_encoder(self.encoder, self.modality, encoder_dim)
+        if encoder_dim is not None:
+            raise ValueError("encoder_dim: expected None without an encoder")
+        return self.modality.token_dim(self.positions), False
+
+    def _build(self, config: dict[str, Any]) -> None:
+        """Draw the weights; in another order, a seed would give another model."""
+        width = config["latent_dim"]
+        self.fft = config["fft"]
+        self.transform = Transform(self.fft, config["num_latents"], width)
+        self.spectral_context = config["context"] == "spectrum"
+        self.normalise: bool = config["normalise"]
+        self.track_imaginary: bool = config["track_imaginary"]
+        self.order = layer_order(config["depth"], config["share_weights"])
+        self.latents = initial_latents(config["num_latents"], width, config["latent_init"])
         self.layers = nn.ModuleList(
             LegoLayer(
                 Attention(
-                    latent_dim,
+                    width,
                     self.token_dim,
-                    heads=heads,
-                    head_dim=head_dim,
-                    dropout=attn_dropout,
-                    temperature=temperature,
+                    heads=config["heads"],
+                    head_dim=config["head_dim"],
+                    dropout=config["attn_dropout"],
+                    temperature=config["temperature"],
                 ),
-                FeedForward(latent_dim, dropout=ff_dropout, snn=snn),
+                FeedForward(width, dropout=config["ff_dropout"], snn=config["snn"]),
             )
             for _ in range(max(self.order) + 1)
         )
-        self.head = None if out_features is None else Head(latent_dim, out_features)
+        out_features = config["out_features"]
+        self.head = None if out_features is None else Head(width, out_features)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], encoder: nn.Module | None = None) -> Self:
         """Build an untrained block from `block.config`; a copy is made of an encoder passed in."""
         modality = modality_from_config(config["modality"])
-        encoder = _encoder_from_config(config["encoder"], copy.deepcopy(encoder))
+        encoder = encoder_from_config(config["encoder"], copy.deepcopy(encoder))
         return cls(**{**config, "modality": modality, "encoder": encoder})
 
     def forward(
@@ -442,66 +430,8 @@ class LegoBlock(nn.Module):
         return encoded[:, None] if encoded.ndim == 2 else encoded.flatten(1, -2)
 
 
-def _encoder_config(encoder: nn.Module | None) -> dict[str, Any] | None:
-    if encoder is None:
-        return None
-    name = f"motet.{type(encoder).__name__}"
-    if _ENCODERS.get(name) is type(encoder):
-        config: Any = encoder.config
-        return {"type": name, **config}
-    return {"type": type(encoder).__name__}
-
-
-def _encoder_from_config(
-    config: dict[str, Any] | None, encoder: nn.Module | None
-) -> nn.Module | None:
-    """Return the encoder that was passed in, or else the papers' encoder that the config names."""
-    if config is None:
-        if encoder is not None:
-            raise ValueError("encoders: expected none, since the block has none")
-        return None
-    if encoder is not None:
-        upstream = config["type"] == UpstreamEncoder.__name__
-        wrapped = isinstance(encoder, UpstreamEncoder)
-        return UpstreamEncoder(encoder) if upstream and not wrapped else encoder
-    arguments = {key: value for key, value in config.items() if key != "type"}
-    if config["type"] not in _ENCODERS:
-        raise ValueError(
-            f"encoders: expected the block's own encoder, a {config['type']}, which a file does "
-            "not hold; got none"
-        )
-    return _ENCODERS[config["type"]](**arguments)
-
-
-def _probed(encoder: Any, modality: Modality, width: int | None) -> tuple[int, bool]:
-    """Run an encoder once on zeros; return the width of its output, and whether it pads bags.
-
-    A bag is padded for an encoder that takes a mask and returns one token per bag; of one that
-    returns several it could not be told which of them stem from padding.
-    """
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder: expected a torch.nn.Module or None, got {encoder!r}")
-    if isinstance(modality, Bag) and modality.coords:
-        raise ValueError("encoder: expected None for a Bag with coords, which the tokens carry")
-    sizes = {Tabular: (), Bag: (2,), Grid: (32,) * (modality.item_ndim - 1)}
-    shape = sizes[type(modality)]
-    like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
-    zeros = torch.zeros(1, *shape, modality.channels, dtype=like.dtype, device=like.device)
-    modes = {module: module.training for module in encoder.modules()}
-    try:
-        with torch.no_grad():
-            out = encoder.eval()(zeros)
-        found, pools = int(out.shape[-1]), out.ndim <= 2
-    except Exception as error:
-        if width is None:
-            raise ValueError(
-                "encoder_dim: the width of the encoder's output could not be found by running it "
-                f"on zeros {tuple(zeros.shape)} ({type(error).__name__}: {error}); pass encoder_dim"
-            ) from error
-        return integer("encoder_dim", width), False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    if width is not None and width != found:
-        raise ValueError(f"encoder_dim: expected {found}, the encoder's output, got {width}")
-    return found, pools and "mask" in inspect.signature(encoder.forward).parameters
+def _check_choices(config: Mapping[str, Any]) -> None:
+    choice("fft", config["fft"], tuple(AXES))
+    choice("context", config["context"], ("features", "spectrum"))
+    for name in ("normalise", "track_imaginary", "snn"):
+        choice(name, config[name], (True, False))

@@ -1,0 +1,83 @@
+"""The encoder of a LegoBlock: what a file says of it, and what it returns, found by running it."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._checks import integer
+from .encoders import ABMIL, SNN, BagSelfAttention, UpstreamEncoder
+from .modalities import Bag, Grid, Modality, Tabular
+
+# Encoders that a file can name; others are passed to `load`.
+_ENCODERS: dict[str, type[nn.Module]] = {
+    "motet.SNN": SNN,
+    "motet.ABMIL": ABMIL,
+    "motet.BagSelfAttention": BagSelfAttention,
+}
+
+
+def encoder_to_config(encoder: nn.Module | None) -> dict[str, Any] | None:
+    if encoder is None:
+        return None
+    name = f"motet.{type(encoder).__name__}"
+    if _ENCODERS.get(name) is type(encoder):
+        config: Any = encoder.config
+        return {"type": name, **config}
+    return {"type": type(encoder).__name__}
+
+
+def encoder_from_config(
+    config: dict[str, Any] | None, encoder: nn.Module | None
+) -> nn.Module | None:
+    """Return the encoder that was passed in, or else the papers' encoder that the config names."""
+    if config is None:
+        if encoder is not None:
+            raise ValueError("encoders: expected none, since the block has none")
+        return None
+    if encoder is not None:
+        upstream = config["type"] == UpstreamEncoder.__name__
+        wrapped = isinstance(encoder, UpstreamEncoder)
+        return UpstreamEncoder(encoder) if upstream and not wrapped else encoder
+    arguments = {key: value for key, value in config.items() if key != "type"}
+    if config["type"] not in _ENCODERS:
+        raise ValueError(
+            f"encoders: expected the block's own encoder, a {config['type']}, which a file does "
+            "not hold; got none"
+        )
+    return _ENCODERS[config["type"]](**arguments)
+
+
+def probe_encoder(encoder: Any, modality: Modality, width: int | None) -> tuple[int, bool]:
+    """Run an encoder once on zeros; return the width of its output, and whether it pads bags.
+
+    A bag is padded for an encoder that takes a mask and returns one token per bag; of one that
+    returns several it could not be told which of them stem from padding.
+    """
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder: expected a torch.nn.Module or None, got {encoder!r}")
+    if isinstance(modality, Bag) and modality.coords:
+        raise ValueError("encoder: expected None for a Bag with coords, which the tokens carry")
+    sizes = {Tabular: (), Bag: (2,), Grid: (32,) * (modality.item_ndim - 1)}
+    shape = sizes[type(modality)]
+    like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
+    zeros = torch.zeros(1, *shape, modality.channels, dtype=like.dtype, device=like.device)
+    modes = {module: module.training for module in encoder.modules()}
+    try:
+        with torch.no_grad():
+            out = encoder.eval()(zeros)
+        found, pools = int(out.shape[-1]), out.ndim <= 2
+    except Exception as error:
+        if width is None:
+            raise ValueError(
+                "encoder_dim: the width of the encoder's output could not be found by running it "
+                f"on zeros {tuple(zeros.shape)} ({type(error).__name__}: {error}); pass encoder_dim"
+            ) from error
+        return integer("encoder_dim", width), False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if width is not None and width != found:
+        raise ValueError(f"encoder_dim: expected {found}, the encoder's output, got {width}")
+    return found, pools and "mask" in inspect.signature(encoder.forward).parameters
