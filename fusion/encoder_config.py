@@ -19,6 +19,7 @@ _ENCODERS: dict[str, type[nn.Module]] = {
 
 
 def encoder_to_config(encoder: nn.Module | None) -> dict[str, Any] | None:
+    """Return what a file says of an encoder: of the papers' ones, how to build them."""
     if encoder is None:
         return None
     name = f"motet.{type(encoder).__name__}"
