@@ -255,6 +255,39 @@ def read(
     """Check one modality's tensor with what describes it."""
     name = names.x
     check_tensor(x, name, like)
+    _check_coords(modality, coords, names, like)
+    if x.is_nested:
+        return _read_jagged(modality, x, names, mask, present, coords)
+
+    items = x.ndim == modality.item_ndim + 2  # [B, K, ...]: K items per row
+    if (x.ndim != modality.item_ndim + 1 and not items) or x.shape[-1] != modality.channels:
+        raise ValueError(f"{name}: expected {_expected_shape(modality)}, got {tuple(x.shape)}")
+    rows, per_row = x.shape[0], x.shape[1] if items else 1
+    if coords is not None:
+        assert isinstance(modality, Bag)
+        expected = (*x.shape[:-1], modality.coords)
+        if tuple(coords.shape) != expected:
+            raise ValueError(f"{names.coords}: expected {expected}, got {tuple(coords.shape)}")
+
+    count = math.prod(modality.token_shape(x))
+    keep = None
+    if mask is not None:
+        keep = _kept_by_mask(modality, x, mask, names.mask, items=items)
+        keep = keep.expand(rows * per_row, count)
+    if keep is None and (present is not None or per_row * count == 0):
+        keep = torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device)
+    if present is not None:
+        assert keep is not None
+        _check_present(present, names, rows, x)
+        keep = keep & present.repeat_interleave(per_row)[:, None]
+    if items:
+        x = x.flatten(0, 1)
+        coords = None if coords is None else coords.flatten(0, 1)
+    return Batch(x, rows, per_row, keep, None, coords)
+
+
+def _check_coords(modality: Modality, coords: Any, names: Names, like: Tensor) -> None:
+    """Raise unless coordinates are there where the modality has them, and in a fitting dtype."""
     if isinstance(modality, Bag) and modality.coords:
         if coords is None:
             raise ValueError(
@@ -266,46 +299,24 @@ def read(
     elif coords is not None:
         raise ValueError(f"{names.coords}: expected none for {modality}, got a value")
 
-    if x.is_nested:
-        return _read_jagged(modality, x, names, mask, present, coords)
 
-    items = x.ndim == modality.item_ndim + 2  # [B, K, ...]: K items per row
-    if (x.ndim != modality.item_ndim + 1 and not items) or x.shape[-1] != modality.channels:
-        raise ValueError(f"{name}: expected {_expected_shape(modality)}, got {tuple(x.shape)}")
-    rows, per_row = x.shape[0], x.shape[1] if items else 1
-    leading = (rows, per_row) if items else (rows,)
+def _kept_by_mask(modality: Modality, x: Tensor, mask: Any, name: str, *, items: bool) -> Tensor:
+    """Return bool [I, N], which tokens a mask says are real; [I, 1] where it is of whole items.
+
+    True for `items`: x is [B, K, ...], K items per row.
+    """
+    _check_bool(mask, name, x)
+    leading = tuple(x.shape[: 2 if items else 1])
     shape = modality.token_shape(x)
     count = math.prod(shape)
-
-    if coords is not None:
-        assert isinstance(modality, Bag)
-        expected = (*x.shape[:-1], modality.coords)
-        if tuple(coords.shape) != expected:
-            raise ValueError(f"{names.coords}: expected {expected}, got {tuple(coords.shape)}")
-
-    keep = None
-    if mask is not None:
-        _check_bool(mask, names.mask, x)
-        allowed = [(*leading, count), (*leading, *shape), *([leading] if items else [])]
-        if isinstance(modality, Tabular) and modality.tokens == "row":
-            allowed = [leading] if items else []
-        if tuple(mask.shape) not in allowed:
-            expected = " or ".join(map(str, dict.fromkeys(allowed))) or "none (use present)"
-            raise ValueError(f"{names.mask}: expected {expected}, got {tuple(mask.shape)}")
-        if items and tuple(mask.shape) == leading:  # whole items
-            keep = mask.reshape(rows * per_row, 1).expand(rows * per_row, count)
-        else:
-            keep = mask.reshape(rows * per_row, count)
-    if keep is None and (present is not None or per_row * count == 0):
-        keep = torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device)
-    if present is not None:
-        assert keep is not None
-        _check_present(present, names, rows, x)
-        keep = keep & present.repeat_interleave(per_row)[:, None]
-    if items:
-        x = x.flatten(0, 1)
-        coords = None if coords is None else coords.flatten(0, 1)
-    return Batch(x, rows, per_row, keep, None, coords)
+    allowed = [(*leading, count), (*leading, *shape), *([leading] if items else [])]
+    if isinstance(modality, Tabular) and modality.tokens == "row":
+        allowed = [leading] if items else []
+    if tuple(mask.shape) not in allowed:
+        expected = " or ".join(map(str, dict.fromkeys(allowed))) or "none (use present)"
+        raise ValueError(f"{name}: expected {expected}, got {tuple(mask.shape)}")
+    of_items = items and tuple(mask.shape) == leading
+    return mask.reshape(math.prod(leading), 1 if of_items else count)
 
 
 def _read_jagged(

@@ -25,8 +25,7 @@ def nll_loss(
 
     .. math::
         (1-\alpha) \, w_k (\ell_e + \ell_c) + \alpha \, \ell_e, \quad
-        \ell_e = -\delta (\log S_{k-1} + \log h_k), \quad
-        \ell_c = -(1-\delta) \log S_k
+        \ell_e = -\delta (\log S_{k-1} + \log h_k), \quad \ell_c = -(1-\delta) \log S_k
 
     with hazards h = sigmoid(logits), S_k = Π_{j<=k} (1 - h_j), S_{-1} = 1, δ = 1 for an event and
     k the bin of the time; averaged over the batch. At alpha 0 without weights it is the
@@ -72,13 +71,19 @@ def nll_loss(
     censored = torch.where(events, zero, -at_bin)
     likelihood = observed + censored
     if weights is not None:
-        weights = torch.as_tensor(weights, dtype=logits.dtype, device=logits.device)
-        if weights.shape != (size,):
-            raise ValueError(f"weights: expected [{size}], got {tuple(weights.shape)}")
-        if not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
-            raise ValueError(f"weights: expected non-negative numbers, not all zero, got {weights}")
-        likelihood = likelihood * (weights / weights.sum())[bins]
+        likelihood = likelihood * _normalised_weights(weights, logits)[bins]
     return ((1 - alpha) * likelihood + alpha * observed).mean()
+
+
+def _normalised_weights(weights: Tensor | Sequence[float], logits: Tensor) -> Tensor:
+    """Return the weight of each bin [K], as a share of their sum."""
+    size = logits.shape[1]
+    weights = torch.as_tensor(weights, dtype=logits.dtype, device=logits.device)
+    if weights.shape != (size,):
+        raise ValueError(f"weights: expected [{size}], got {tuple(weights.shape)}")
+    if not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
+        raise ValueError(f"weights: expected non-negative numbers, not all zero, got {weights}")
+    return weights / weights.sum()
 
 
 def cox_loss(
@@ -129,19 +134,32 @@ def cox_loss(
     at_risk = eta.logcumsumexp(0)[size.cumsum(0) - 1]
     log_set = at_risk[group[events]]
     if ties == "efron":
-        deaths = torch.zeros_like(size).index_add(0, group, events.long())
-        # log Σ exp(η) over the events of each group, shifted by their largest
-        highest = torch.full_like(at_risk, -torch.inf)
-        highest = highest.scatter_reduce(0, group[events], eta[events], "amax").detach()
-        shifted = (eta[events] - highest[group[events]]).exp()
-        tied = highest + torch.zeros_like(at_risk).index_add(0, group[events], shifted).log()
-        # k = 0, 1, ... within each group: rows are sorted, so count from the group's first event
-        first = deaths.cumsum(0) - deaths
-        rank = torch.arange(len(log_set), device=eta.device) - first[group[events]]
-        share = rank.to(eta.dtype) / deaths[group[events]]
-        removed = share * (tied[group[events]] - log_set).exp()
-        log_set = log_set + torch.log1p(-removed)
+        log_set = _efron(log_set, eta[events], group[events], len(size))
     return (log_set - eta[events]).sum() / len(eta)
+
+
+def _efron(log_set: Tensor, eta: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Return the log-sum-exp of each event's risk set, less its part of the events tied with it.
+
+    Args:
+        log_set: [E], of the whole risk set, events from the latest on.
+        eta: [E].
+        group: int64 [E], the number of each event's time.
+        groups: how many times there are.
+    """
+    deaths = torch.zeros(groups, dtype=torch.int64, device=eta.device)
+    deaths = deaths.index_add(0, group, torch.ones_like(group))
+    # log Σ exp(η) over the events of each group, shifted by their largest
+    highest = log_set.new_full((groups,), -torch.inf)
+    highest = highest.scatter_reduce(0, group, eta, "amax").detach()
+    shifted = (eta - highest[group]).exp()
+    tied = highest + log_set.new_zeros(groups).index_add(0, group, shifted).log()
+    # k = 0, 1, ... within each group: rows are sorted, so count from the group's first event
+    first = deaths.cumsum(0) - deaths
+    rank = torch.arange(len(log_set), device=eta.device) - first[group]
+    share = rank.to(eta.dtype) / deaths[group]
+    removed = share * (tied[group] - log_set).exp()
+    return log_set + torch.log1p(-removed)
 
 
 def l1_penalty(model: nn.Module) -> Tensor:

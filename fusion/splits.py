@@ -49,16 +49,7 @@ def split(
         [[4, 5], [0, 1], [2, 3]]
     """
     count = integer("count", count)
-    for name, share in (("test", test), ("validation", validation)):
-        if not 0 < share < 1:
-            raise ValueError(f"{name}: expected a share in (0, 1), got {share}")
-    if test + validation >= 1:
-        raise ValueError(f"validation: expected test + validation < 1, got {test} + {validation}")
-    if count * test > 1 + 1e-9:
-        raise ValueError(
-            f"test: expected at most 1 / {count} for {count} test parts that do not overlap, got "
-            f"{test}"
-        )
+    _check_shares(count, test, validation)
     units, stratum = _units(groups, strata)
     size = len(stratum)
     order = _interleaved(stratum, np.random.default_rng(seed))
@@ -99,6 +90,19 @@ def carve(
     held = _drawn(everyone, stratum, round(share * len(stratum)), seed=(seed,))
     taken = np.isin(units, held)
     return rows[~taken], rows[taken]
+
+
+def _check_shares(count: int, test: float, validation: float) -> None:
+    for name, share in (("test", test), ("validation", validation)):
+        if not 0 < share < 1:
+            raise ValueError(f"{name}: expected a share in (0, 1), got {share}")
+    if test + validation >= 1:
+        raise ValueError(f"validation: expected test + validation < 1, got {test} + {validation}")
+    if count * test > 1 + 1e-9:
+        raise ValueError(
+            f"test: expected at most 1 / {count} for {count} test parts that do not overlap, got "
+            f"{test}"
+        )
 
 
 def _units(groups: ArrayLike, strata: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

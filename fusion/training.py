@@ -136,41 +136,16 @@ def train(
     for name, part in (("patients", patients), ("validation", validation)):
         if not len(part):
             raise ValueError(f"{name}: expected at least 1, got 0")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    sampler = DistributedSampler(patients, world, rank(), shuffle=True, seed=settings.seed)
-    ahead: dict[str, Any] = {
-        "num_workers": settings.workers,
-        "persistent_workers": settings.workers > 0,  # they keep the bags that they have read
-        "collate_fn": _whole,
-    }
-    loader = DataLoader(patients, settings.batch_size, sampler=sampler, **ahead)
+    loader = _loader(patients, settings, share=True)
     # Validation runs whole on every process, so that all agree when to stop.
-    checking = DataLoader(validation, settings.batch_size, **ahead)
+    checking = _loader(validation, settings, share=False)
     fit = _Fit(model, objective, settings, steps=len(loader))
     best = _BestWeights(fit.history, each_epoch)
-    stop = EarlyStopping("validation_loss", patience=settings.patience, check_finite=False)
-    # The last callback, so that the file holds the state of the others after the epoch.
     last = None if resume is None else resume / "last.ckpt"
-    keep = [] if last is None else [_Keep(last)]
     known = None if last is None else _kept(last)
     # Dropout draws from torch's global generators, which are left as they were found.
     with _quiet(), torch.random.fork_rng():
-        trainer = lightning.Trainer(
-            accelerator="auto",
-            devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            num_nodes=world // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            # A batch in which everyone misses a modality leaves its weights without gradient.
-            strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
-            precision=settings.precision,  # pyright: ignore[reportArgumentType]
-            max_epochs=settings.epochs,
-            callbacks=[best, stop, *keep],
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
+        trainer = _trainer(settings, best, last)
         if known is not None:
             fit.on_load_checkpoint(known)
             best.load_state_dict(known["callbacks"][best.state_key])
@@ -186,6 +161,50 @@ def train(
     if last is not None and not rank():
         last.unlink(missing_ok=True)
     return fit.history
+
+
+def _world() -> int:
+    """Return the number of processes under torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _loader(patients: Patients, settings: Training, *, share: bool) -> DataLoader:
+    """Read batches ahead; True for `share` hands out this process's share, in a drawn order."""
+    sampler = None
+    if share:
+        sampler = DistributedSampler(patients, _world(), rank(), shuffle=True, seed=settings.seed)
+    return DataLoader(
+        patients,
+        settings.batch_size,
+        sampler=sampler,
+        num_workers=settings.workers,
+        persistent_workers=settings.workers > 0,  # they keep the bags that they have read
+        collate_fn=_whole,
+    )
+
+
+def _trainer(settings: Training, best: "_BestWeights", last: Path | None) -> lightning.Trainer:
+    """Return Lightning's trainer, which prints nothing and keeps its state in `last` alone."""
+    world, local = _world(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    stop = EarlyStopping("validation_loss", patience=settings.patience, check_finite=False)
+    # The last callback, so that the file holds the state of the others after the epoch.
+    keep = [] if last is None else [_Keep(last)]
+    return lightning.Trainer(
+        accelerator="auto",
+        devices=local,
+        num_nodes=world // local,
+        # A batch in which everyone misses a modality leaves its weights without gradient.
+        strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
+        precision=settings.precision,  # pyright: ignore[reportArgumentType]
+        max_epochs=settings.epochs,
+        callbacks=[best, stop, *keep],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
 
 
 @torch.no_grad()
