@@ -64,11 +64,8 @@ class BuildPy(build_py):
 setup(
     packages=[
         "motet",
-        "motet.cli",
-        "motet.experiments",
-        "motet.fusion",
-        "motet.io",
-        "motet.kernels",
+        *(f"motet.{part}" for part in ("cli", "experiments", "fusion", "io", "kernels")),
+        *(f"motet.io.{part}" for part in ("cohorts", "encoders", "slides", "store", "tiling")),
     ],
     package_dir={"motet": "."},
     ext_modules=[Extension(f"motet.{part}._C", sources=[]) for part in ("kernels", "io")],

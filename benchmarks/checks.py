@@ -13,7 +13,7 @@ import motet
 import torch
 from motet import _floors
 from motet.cli import measure
-from motet.io.encoder_torch import Setup, TorchEncoder, Transform
+from motet.io.encoders.torch_encoder import Setup, TorchEncoder, Transform
 from motet.kernels import (
     absorbed_attention,
     attention_weights,

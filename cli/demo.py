@@ -173,7 +173,7 @@ def _plot_histories(runs: dict[str, Run], path: Path) -> None:
 def tile(out: Path) -> None:
     """Write a slide of real tissue, tile it, and draw what was kept."""
     from ..io import FeatureStore, tile_slides
-    from ..io.quality import write_report
+    from ..io.tiling.quality import write_report
 
     out.mkdir(exist_ok=True)
     slide = out / "tissue.tif"

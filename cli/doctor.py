@@ -117,7 +117,7 @@ def _optional_check(package: str, purpose: str, cure: str) -> Check:
 
 
 def _native_check() -> Check:
-    from ..io import resample
+    from ..io.tiling import resample
     from ..kernels import native
 
     reason = native.status() or resample.status()

@@ -78,7 +78,7 @@ def _store_verify(options: argparse.Namespace) -> int:
 
 def _store_export(options: argparse.Namespace) -> int:
     from ..io import FeatureStore
-    from ..io.foreign import export
+    from ..io.store.foreign import export
 
     store = FeatureStore(options.store, options.encoder)
     names = options.slides or list(store)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .options import Commands, add_json, add_out
 
 if TYPE_CHECKING:
-    from ..io.tiling import Tiled
+    from ..io.tiling.tile_slides import Tiled
 
 
 def add_tile(commands: Commands) -> None:
@@ -109,7 +109,7 @@ def _tile(options: argparse.Namespace) -> int:
         )
     seconds = time.perf_counter() - started
     if not options.no_report:
-        from ..io.quality import write_report
+        from ..io.tiling.quality import write_report
 
         write_report(options.out)
     if options.json:

@@ -40,8 +40,8 @@ from ..fusion.checkpoint import load, save
 from ..fusion.lego_block import LegoBlock
 from ..fusion.lego_merge import LegoMerge
 from ..fusion.training import rank
+from ..io.cohorts.schema import Loader
 from ..io.errors import suggest
-from ..io.schema import Loader
 from ..kernels.checks import normalised_weights
 from . import merge_card
 from .join import blocks_of, cohort_of, merge_runs

@@ -7,44 +7,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bags import Bags
-    from .cohorts import Classes, Cohort, Split, Survival
-    from .encoders import Encoder, load_encoder
+    from .cohorts.bags import Bags
+    from .cohorts.cohort import Classes, Cohort, Split, Survival
+    from .cohorts.load_cohort import load_cohort
+    from .encoders.base import Encoder, load_encoder
     from .errors import CohortError, SlideError, StoreError
-    from .foreign import import_features
-    from .loading import load_cohort
-    from .masks import coverage, outlines, read_mask
-    from .quality import write_report
-    from .slides import Slide, open_slide
-    from .store import FLAGS, FeatureStore
-    from .tiling import tile_slides
-    from .tissue import blur_mask, pen_mask, tissue_mask
+    from .slides.slide import Slide, open_slide
+    from .store.foreign import import_features
+    from .store.read import FLAGS, FeatureStore
+    from .tiling.masks import coverage, outlines, read_mask
+    from .tiling.quality import write_report
+    from .tiling.tile_slides import tile_slides
+    from .tiling.tissue import blur_mask, pen_mask, tissue_mask
 
 _HOME = {
-    "Bags": "bags",
-    "Classes": "cohorts",
-    "Cohort": "cohorts",
+    "Bags": "cohorts.bags",
+    "Classes": "cohorts.cohort",
+    "Cohort": "cohorts.cohort",
     "CohortError": "errors",
-    "Encoder": "encoders",
-    "FLAGS": "store",
-    "FeatureStore": "store",
-    "Slide": "slides",
+    "Encoder": "encoders.base",
+    "FLAGS": "store.read",
+    "FeatureStore": "store.read",
+    "Slide": "slides.slide",
     "SlideError": "errors",
-    "Split": "cohorts",
+    "Split": "cohorts.cohort",
     "StoreError": "errors",
-    "Survival": "cohorts",
-    "blur_mask": "tissue",
-    "coverage": "masks",
-    "import_features": "foreign",
-    "load_cohort": "loading",
-    "load_encoder": "encoders",
-    "open_slide": "slides",
-    "outlines": "masks",
-    "pen_mask": "tissue",
-    "read_mask": "masks",
-    "tile_slides": "tiling",
-    "tissue_mask": "tissue",
-    "write_report": "quality",
+    "Survival": "cohorts.cohort",
+    "blur_mask": "tiling.tissue",
+    "coverage": "tiling.masks",
+    "import_features": "store.foreign",
+    "load_cohort": "cohorts.load_cohort",
+    "load_encoder": "encoders.base",
+    "open_slide": "slides.slide",
+    "outlines": "tiling.masks",
+    "pen_mask": "tiling.tissue",
+    "read_mask": "tiling.masks",
+    "tile_slides": "tiling.tile_slides",
+    "tissue_mask": "tiling.tissue",
+    "write_report": "tiling.quality",
 }
 
 __all__ = [

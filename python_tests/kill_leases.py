@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from motet.io.leases import Leases
+from motet.io.store.leases import Leases
 
 KEYS = 4
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from motet.io import FeatureStore
-from motet.io.commit import StoreWriter, described
-from motet.io.finding import Source
-from motet.io.leases import Leases
+from motet.io.store.leases import Leases
+from motet.io.store.write import StoreWriter, described
+from motet.io.tiling.find_slides import Source
 
 SPECS = [
     {"id": name, "width": width, "weights": "0", "transform": "0", "precision": "fp32"}

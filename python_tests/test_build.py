@@ -103,12 +103,13 @@ def test_wheel(compiler: bool, tmp_path: Path) -> None:
     assert folders == {"cli", "experiments", "fusion", "io", "kernels"}
     assert "motet/setup.py" not in names
     assert "motet/py.typed" in names
-    assert "motet/io/shipped/breast_cancer.yaml" in names
+    assert "motet/io/cohorts/shipped/breast_cancer.yaml" in names
     assert has_native(wheel) == compiler
 
     code = """
 import warnings, motet, torch, numpy
-from motet.io.resample import area_resample, status
+from motet.io.native import status
+from motet.io.tiling.resample import area_resample
 a, b = torch.tensor([1 + 0j]), torch.tensor([0 + 3j])
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")

@@ -8,7 +8,7 @@ import pytest
 from motet import cli
 from motet.cli import tile
 from motet.io import FeatureStore
-from motet.io.tiling import Tiled
+from motet.io.tiling.tile_slides import Tiled
 
 from .slides import make_pyramid
 

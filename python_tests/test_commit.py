@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from motet.io import FeatureStore, StoreError
-from motet.io import commit as commit_module
-from motet.io.commit import StoreWriter, described, note_failure
 from motet.io.errors import SlideError
-from motet.io.leases import Leases
+from motet.io.store import write as commit_module
+from motet.io.store.leases import Leases
+from motet.io.store.write import StoreWriter, described, note_failure
 
 from .conftest import ROOT
 from .test_store import TILING, Slide, numbers, put, spec, tree
@@ -291,7 +291,7 @@ def test_two_open_a_cohort_at_once(tmp_path: Path) -> None:
     code = """
 import sys
 from motet.io import StoreError
-from motet.io.commit import StoreWriter
+from motet.io.store.write import StoreWriter
 tile, name = int(sys.argv[2]), sys.argv[3]
 spec = {"id": name, "width": 1, "weights": "", "transform": "", "precision": ""}
 sys.stdin.read()

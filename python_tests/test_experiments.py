@@ -24,14 +24,16 @@ from motet.experiments.fold import Fold
 from motet.experiments.run_folder import locked
 from motet.experiments.settings import Goal
 from motet.io import Bags, Classes, Cohort, Split, Survival, load_cohort
-from motet.io.bags import Lazy
+from motet.io.cohorts.bags import Lazy
 from safetensors import safe_open
 
 from .conftest import data_path
 
 QUICK = ["--set", "epochs=2", "--set", "num_latents=4", "--set", "latent_dim=8"]
 SMALL = {"epochs": 2, "num_latents": 4, "latent_dim": 8}
-SHIPPED = sorted(path.stem for path in (Path(motet.__file__).parent / "io/shipped").glob("*.yaml"))
+SHIPPED = sorted(
+    path.stem for path in (Path(motet.__file__).parent / "io/cohorts/shipped").glob("*.yaml")
+)
 
 
 def motet_command(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from motet.io import FeatureStore, StoreError, import_features
 from motet.io.errors import SlideError
-from motet.io.foreign import export, read_coords, read_trident
+from motet.io.store.foreign import export, read_coords, read_trident
 
 from .test_store import numbers, tree
 

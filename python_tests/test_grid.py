@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from motet.io.errors import SlideError
-from motet.io.grid import MOST, Grid, Tiling, damaged_patches, make_grid
+from motet.io.tiling.grid import MOST, Grid, Tiling, damaged_patches, make_grid
 
 from .test_resample import noise
 

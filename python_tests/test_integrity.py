@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from motet.io.errors import SlideError
-from motet.io.integrity import find_damaged
-from motet.io.reader_tiff import TiffFile
-from motet.io.slides import open_slide
+from motet.io.slides.integrity import find_damaged
+from motet.io.slides.slide import open_slide
+from motet.io.slides.tiff import TiffFile
 
 from .conftest import data_path
 from .slides import draw_tissue, make_pyramid

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from motet.io.leases import Leases
+from motet.io.store.leases import Leases
 
 from .conftest import ROOT
 
@@ -72,7 +72,7 @@ def test_threads_take_one_each(tmp_path: Path) -> None:
 def killed(folder: Path) -> None:
     """Have a process take `a` and be killed."""
     code = (
-        "import sys; from motet.io.leases import Leases; Leases(sys.argv[1]).take('a');"
+        "import sys; from motet.io.store.leases import Leases; Leases(sys.argv[1]).take('a');"
         "print('taken', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -105,7 +105,9 @@ def test_dead_on_this_machine(tmp_path: Path) -> None:
 
 
 def test_the_thread_does_not_keep_a_process(tmp_path: Path) -> None:
-    code = "import sys; from motet.io.leases import Leases; Leases(sys.argv[1], 1000).take('a')"
+    code = (
+        "import sys; from motet.io.store.leases import Leases; Leases(sys.argv[1], 1000).take('a')"
+    )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from motet.io import coverage, outlines, read_mask
 from motet.io.errors import StoreError
-from motet.io.masks import coverage_reference
+from motet.io.tiling.masks import coverage_reference
 from PIL import Image
 
 SIZE = (1000, 700)
@@ -187,10 +187,10 @@ def test_large_files_are_read_or_refused(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring.tolist()]}))
     mask = read_mask(path, SIZE, (700, 1000))
     assert abs(mask.sum() / (np.pi * 300**2) - 1) < 1e-3
-    monkeypatch.setattr("motet.io.masks._MOST_CROSSINGS", 1000)
+    monkeypatch.setattr("motet.io.tiling.masks._MOST_CROSSINGS", 1000)
     with pytest.raises(StoreError, match="cross the thumbnail's rows at most 1,000 times"):
         read_mask(path, SIZE, (700, 1000))
-    monkeypatch.setattr("motet.io.masks._MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("motet.io.tiling.masks._MOST_BYTES", 1 << 20)
     assert path.stat().st_size > 1 << 20
     with pytest.raises(StoreError, match="at most 1 MiB, got .* simplify"):
         read_mask(path, SIZE, (700, 1000))
@@ -201,7 +201,7 @@ def test_many_polygons_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     mask = made_mask(3, 40, 30, 0.6)
     path = tmp_path / "mask.geojson"
     path.write_text(json.dumps(outlines(mask, SIZE)))
-    monkeypatch.setattr("motet.io.masks._CROSSINGS", 3)
+    monkeypatch.setattr("motet.io.tiling.masks._CROSSINGS", 3)
     assert np.array_equal(read_mask(path, SIZE, mask.shape), mask)
 
 

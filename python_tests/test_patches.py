@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.io import patches
 from motet.io.errors import SlideError
-from motet.io.grid import Grid, Tiling, damaged_patches, make_grid
-from motet.io.patches import PatchBatch, probe_decoder, read_patches
-from motet.io.resample import area_resample_reference
-from motet.io.slides import open_slide
+from motet.io.slides.slide import open_slide
+from motet.io.tiling import patches
+from motet.io.tiling.grid import Grid, Tiling, damaged_patches, make_grid
+from motet.io.tiling.patches import PatchBatch, probe_decoder, read_patches
+from motet.io.tiling.resample import area_resample_reference
 
 from .slides import draw_tissue
 from .test_grid import ArraySlide, Level, grid_of, pyramid, slides, tilings

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from motet.io import write_report
-from motet.io.quality import INKS, KEPT, OUTLINE
+from motet.io.tiling.quality import INKS, KEPT, OUTLINE
 from PIL import Image
 
 HOSTILE = "<script>alert(1)</script>\n\"'&\u202e/../../x" + "long" * 100
@@ -223,7 +223,7 @@ def test_a_sheet_that_is_half_a_file_is_drawn_again(tmp_path: Path) -> None:
 def test_a_large_cohort_takes_no_more_memory_than_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("motet.io.quality._PAGE", 8)
+    monkeypatch.setattr("motet.io.tiling.quality._PAGE", 8)
 
     def peak(count: int) -> float:
         folder = tmp_path / str(count)

@@ -490,7 +490,7 @@ def test_runs_merge_fold_by_fold(
     assert names["table"].equals(expected)
     (shell,) = code_in(said, "sh")
     (tmp_path / "merged" / "new.yaml").write_text(
-        (Path(motet.__file__).parent / "io/shipped/breast_cancer.yaml").read_text()
+        (Path(motet.__file__).parent / "io/cohorts/shipped/breast_cancer.yaml").read_text()
     )
     assert cli.main(shell.split()[1:]) == 0
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.io import Encoder, encoder_stain, load_encoder
-from motet.io.encoder_models import imported_transformers
-from motet.io.encoder_torch import Setup, TorchEncoder, Transform, hash_of, load_weights
+from motet.io import Encoder, load_encoder
+from motet.io.encoders import stain_stats
+from motet.io.encoders.model_zoos import imported_transformers
+from motet.io.encoders.torch_encoder import Setup, TorchEncoder, Transform, hash_of, load_weights
 from torch import Tensor, nn
 
 from .test_package import python
@@ -117,11 +118,11 @@ def test_stains_are_those_of_scikit_image() -> None:
     coarse = tissue().reshape(128, 4, 128, 4, 3).mean((1, 3)).round().astype(np.uint8)
     coarse = coarse[coarse.min(2) > 30]
     # Its unit of density is the logarithm of a million, and of a stain its vector unnormalised.
-    theirs = rgb2hed(coarse[None])[0] * 6 * np.linalg.norm(encoder_stain.VECTORS, axis=1)
+    theirs = rgb2hed(coarse[None])[0] * 6 * np.linalg.norm(stain_stats.VECTORS, axis=1)
     assert ((theirs > 0).mean(0) > 0.9).tolist() == [True, False, True]  # it is not eosin
     encoder = load_encoder("stain-stats")
     rows = encoder.encode(coarse[:, None, None].repeat(4, 1).repeat(4, 2))
-    for stain, density in zip(encoder_stain.STAINS, theirs.T, strict=True):
+    for stain, density in zip(stain_stats.STAINS, theirs.T, strict=True):
         own = rows[:, encoder.names.index(f"{stain} mean")]
         # The half grey level that is added here is at most 0.007 of a colour's density.
         np.testing.assert_allclose(own[density > 0], density[density > 0], atol=0.02)
@@ -170,17 +171,17 @@ def test_a_row_has_the_same_bits_in_every_batch(px: int) -> None:
 
 def test_pieces_of_a_side_lie_symmetrically() -> None:
     for side in range(1, 400):
-        cuts = encoder_stain._cuts(side)
+        cuts = stain_stats._cuts(side)
         assert (cuts[0], cuts[-1]) == (0, side)
         assert np.array_equal(np.diff(cuts), np.diff(cuts)[::-1])
         assert np.diff(cuts).min() >= min(side, 3)
         assert np.diff(cuts).max() <= 7
-    assert np.array_equal(encoder_stain._cuts(64), np.arange(0, 65, 4))
+    assert np.array_equal(stain_stats._cuts(64), np.arange(0, 65, 4))
 
 
 def test_both_ways_to_shrink_agree() -> None:
     pixels = patches(3, 32, 48)
-    means, _ = encoder_stain._shrink(pixels)
+    means, _ = stain_stats._shrink(pixels)
     sums = np.add.reduceat(pixels, range(0, 32, 4), axis=1, dtype=np.uint32)
     sums = np.add.reduceat(sums, range(0, 48, 4), axis=2)
     assert np.array_equal(means, sums.transpose(3, 0, 1, 2))
@@ -445,7 +446,7 @@ def test_hf_refusals(folder: Path, tmp_path: Path) -> None:
         load_encoder(f"hf:{folder / 'vit'}?pol=cls")
     with pytest.raises(ValueError, match="^weights: hf:... has its own"):
         load_encoder(f"hf:{folder / 'vit'}", weights=tmp_path)
-    from motet.io.encoder_models import _transform_of
+    from motet.io.encoders.model_zoos import _transform_of
 
     with pytest.raises(ValueError, match="resizes in a way not known here: {'longest_edge': 5}"):
         _transform_of("hf:x", {"do_resize": True, "size": {"longest_edge": 5}})
@@ -646,12 +647,12 @@ def test_the_package_itself(name: str, tmp_path: Path) -> None:
 
 
 def test_a_package_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    from motet.io import encoder_models
+    from motet.io.encoders import model_zoos
 
     def broken(name: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(encoder_models, "import_module", broken)
+    monkeypatch.setattr(model_zoos, "import_module", broken)
     with pytest.raises(ValueError, match=(
         r"'timm:resnet50': timm does not load beside torch .*torchvision::nms does not exist\); "
         "install the torchvision that was built for this torch"
@@ -661,7 +662,7 @@ def test_a_package_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise ModuleNotFoundError("No module named 'timm'", name="timm")
 
-    monkeypatch.setattr(encoder_models, "import_module", absent)
+    monkeypatch.setattr(model_zoos, "import_module", absent)
     with pytest.raises(ValueError, match=r"needs timm, .* pip install 'motet\[encoders\]'$"):
         load_encoder("timm:resnet50")
 
@@ -808,7 +809,7 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 
 
 def test_loading_imports_what_it_needs() -> None:
-    code = "import motet.io.encoders, sys; print(*{'torch', 'transformers'} & {*sys.modules})"
+    code = "import motet.io.encoders.base, sys; print(*{'torch', 'transformers'} & {*sys.modules})"
     assert python(code).split() == []
     code = code.replace("; print", "; motet.io.load_encoder('stain-stats'); print")
     assert python(code).split() == []

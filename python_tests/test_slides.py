@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.io import slides as module
 from motet.io.errors import SlideError
-from motet.io.finding import Source, dicom_series, find_slides
-from motet.io.slides import Level, Slide, make_levels, open_slide, quick_hash
+from motet.io.slides import slide as module
+from motet.io.slides.slide import Level, Slide, make_levels, open_slide, quick_hash
+from motet.io.tiling.find_slides import Source, dicom_series, find_slides
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -675,7 +675,7 @@ print(time.perf_counter() - start)
 
 MANY = """
 import os, resource, sys
-from motet.io.slides import open_slide
+from motet.io.slides.slide import open_slide
 from motet.io.errors import SlideError
 
 def resident():

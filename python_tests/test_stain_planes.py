@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.io import encoder_stain, load_encoder
+from motet.io import load_encoder
+from motet.io.encoders import stain_stats
 
 from .conftest import ROOT
 from .test_bindings_fuzz import LAYOUTS, STRANGE, Carved, outcome
 
-stain_planes: Any = encoder_stain._native
+stain_planes: Any = stain_stats._native
 
 SIDES = [*range(1, 20), 30, 63, 64, 129]
 
@@ -26,7 +27,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def computed(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    planes, within = encoder_stain._planes(pixels)
+    planes, within = stain_stats._planes(pixels)
     return planes.copy(), within
 
 
@@ -36,7 +37,7 @@ def test_both_ways_give_the_same_bits(height: int, monkeypatch: pytest.MonkeyPat
         for pixels in (noise(3, height, width, 3), np.full((1, height, width, 3), 255, np.uint8)):
             planes, within = computed(pixels)
             with monkeypatch.context() as patch:
-                patch.setattr(encoder_stain, "_native", None)
+                patch.setattr(stain_stats, "_native", None)
                 expected = computed(pixels)
             assert np.array_equal(planes, expected[0])
             assert np.array_equal(within, expected[1])
@@ -44,14 +45,14 @@ def test_both_ways_give_the_same_bits(height: int, monkeypatch: pytest.MonkeyPat
 
 def test_what_the_planes_are() -> None:
     pixels = noise(2, 30, 21, 3)
-    down, across = encoder_stain._cuts(30), encoder_stain._cuts(21)
+    down, across = stain_stats._cuts(30), stain_stats._cuts(21)
     planes, within = computed(pixels)
     left = np.zeros((2, 3))
     for i, j in np.ndindex(planes.shape[2:]):
         piece = pixels[:, down[i] : down[i + 1], across[j] : across[j + 1]].astype(float)
         mean = np.floor(piece.mean((1, 2)) * 16 + 0.5) / 16
         density = -np.log10((mean + 0.5) / 255.5)
-        stains = density @ encoder_stain.UNMIX
+        stains = density @ stain_stats.UNMIX
         np.testing.assert_allclose(planes[:3, :, i, j], stains.T, atol=2e-6)
         np.testing.assert_allclose(planes[3, :, i, j], density.mean(1), atol=1e-6)
         left += (piece**2 - mean[:, None, None] ** 2).sum((1, 2))
@@ -61,7 +62,7 @@ def test_what_the_planes_are() -> None:
 def test_without_the_module_rows_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, patches = load_encoder("stain-stats"), [noise(3, 64, 48, 3), noise(2, 61, 47, 3)]
     expected = [encoder.encode(pixels) for pixels in patches]
-    monkeypatch.setattr(encoder_stain, "_native", None)
+    monkeypatch.setattr(stain_stats, "_native", None)
     for pixels, rows in zip(patches, expected, strict=True):
         assert np.array_equal(encoder.encode(pixels), rows)
 
@@ -92,7 +93,7 @@ def test_cuts_that_do_not_fit_are_refused(down: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         stain_planes(
             np.zeros((1, 8, 4, 3), np.uint8), np.array(down, np.int64), np.array([0, 4]),
-            encoder_stain.TABLE, planes, np.empty((1, 3), np.int64),
+            stain_stats.TABLE, planes, np.empty((1, 3), np.int64),
         )  # fmt: skip
 
 
@@ -115,14 +116,14 @@ def test_bindings_fuzz(data: st.DataObject) -> None:
             made[-1].array[...] = given
         return made[-1].array
 
-    cuts = [encoder_stain._cuts(side) if side else np.array([0]) for side in (height, width)]
+    cuts = [stain_stats._cuts(side) if side else np.array([0]) for side in (height, width)]
     h, w = (len(places) - 1 for places in cuts)
     pixels = array("u1", patches, height, width, 3)
     down, across = (array("i8", len(places), given=places) for places in cuts)
     planes, within = array("f4", 4, patches, h, w), array("i8", patches, 3)
     for carved in made:
         carved.before = carved.memory.copy()
-    arguments: list[Any] = [pixels, down, across, encoder_stain.TABLE, planes, within]
+    arguments: list[Any] = [pixels, down, across, stain_stats.TABLE, planes, within]
     choice = data.draw(st.integers(0, 31))
     if choice < 6:
         arguments[choice] = data.draw(st.sampled_from(STRANGE))
@@ -147,12 +148,12 @@ def test_bindings_fuzz(data: st.DataObject) -> None:
 SCRIPT = """
 import sys
 import numpy as np
-from motet.io import encoder_stain
-assert encoder_stain._native is not None
+from motet.io.encoders import stain_stats
+assert stain_stats._native is not None
 generator, found = np.random.default_rng(0), {}
 for size in (*range(1, 40), 64, 129, 256):
     pixels = generator.integers(0, 256, (2, size, size, 3), np.uint8)
-    planes, within = encoder_stain._planes(pixels)
+    planes, within = stain_stats._planes(pixels)
     found |= {f"{size} planes": planes.copy(), f"{size} within": within}
 np.savez(sys.argv[1], **found)
 """

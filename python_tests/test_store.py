@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 import zarr
 from motet.io import CohortError, FeatureStore, StoreError, load_cohort
-from motet.io import commit as commit_module
-from motet.io.bags import Bags
-from motet.io.commit import StoreWriter, described, note_failure
-from motet.io.store import FLAGS, StoredArray
+from motet.io.cohorts.bags import Bags
+from motet.io.store import write as commit_module
+from motet.io.store.read import FLAGS, StoredArray
+from motet.io.store.write import StoreWriter, described, note_failure
 
 from .conftest import MODELS
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from motet.io import FeatureStore, StoreError, tile_slides
-from motet.io.pipeline import Settings
-from motet.io.store import FLAGS
-from motet.io.workers import _own_gpu, run_here
+from motet.io.store.read import FLAGS
+from motet.io.tiling.pipeline import Settings
+from motet.io.tiling.workers import _own_gpu, run_here
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -532,8 +532,8 @@ def test_decoding_follows_the_encoder_to_its_gpu(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an encoder on CUDA the probe decides; its tensors reach the encoder as they are."""
-    from motet.io import pipeline
-    from motet.io.reader_cucim import CuCimSlide
+    from motet.io.slides.cucim import CuCimSlide
+    from motet.io.tiling import pipeline
 
     seen = []
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from motet.io import blur_mask, pen_mask, tissue_mask
-from motet.io.tissue import has_dark_background, otsu
+from motet.io.tiling.tissue import has_dark_background, otsu
 from PIL import Image, ImageDraw
 from scipy import ndimage
 

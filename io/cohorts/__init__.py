@@ -1,0 +1,1 @@
+"""Cohorts: patients, their modalities, outcome and splits. `load_cohort` is the way in."""

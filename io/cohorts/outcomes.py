@@ -1,0 +1,146 @@
+"""The outcome: who the patients are, which group each is of, and what became of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..errors import CohortError, counted, listed
+from .cohort import Classes, Survival
+from .schema import CodeOutcome, LabelOutcome, SurvivalOutcome
+from .tables import Tables, natural, texts
+
+
+class Outcome(NamedTuple):
+    """What the outcome section says; `dropped` are patients it leaves out on request."""
+
+    patients: tuple[str, ...]
+    groups: tuple[str, ...]
+    outcome: Survival | Classes
+    dropped: frozenset[str] = frozenset()
+
+
+def read_outcome(section: SurvivalOutcome | LabelOutcome | CodeOutcome, tables: Tables) -> Outcome:
+    """Read the outcome section."""
+    match section:
+        case SurvivalOutcome():
+            return _survival(section, tables)
+        case LabelOutcome():
+            return _label(section, tables)
+        case CodeOutcome():
+            return _code(section, tables)
+
+
+def _survival(section: SurvivalOutcome, tables: Tables) -> Outcome:
+    rows = _rows(section.table, section.columns, tables)
+    title = tables.title(section.table)
+    where = f"outcome.time: column {section.time!r} of {title}"
+    times = tables.numeric(section.table, rows[[section.time]], "outcome.time")[section.time]
+    _complete(times, where)
+    bad = times <= 0
+    if bad.any() and section.nonpositive == "error":
+        raise CohortError(
+            f"{where}: expected times above 0, got {times[bad].iloc[0]:g} and the like for "
+            f"{counted(times.index[bad])}; leave them out by `nonpositive: drop`"
+        )
+    where = f"outcome.event: column {section.event!r} of {title}"
+    cells = texts(rows[section.event])
+    _complete(cells, where)
+    kinds, observed = cells.map(_flag), {_flag(one) for one in section.observed}
+    events = kinds.isin(observed)
+    others = sorted(set(kinds[~events]))
+    if len(others) > 1:
+        raise CohortError(
+            f"{where}: expected `observed` ({listed(section.observed)}) and one other value, got "
+            f"{listed(map(repr, sorted(set(cells))))}; list in `observed` all that mean the event"
+        )
+    rows, times, events = rows[~bad], times[~bad], events[~bad]
+    if not events.any():
+        raise CohortError(
+            f"{where}: expected at least one event, that is `observed` "
+            f"({listed(section.observed)}), got {listed(map(repr, sorted(set(cells))))}"
+        )
+    patients = tuple(map(str, rows.index))
+    outcome = Survival(times.to_numpy(np.float64), events.to_numpy(bool), section.unit)
+    return Outcome(
+        patients, _groups(rows, patients, tables), outcome, frozenset(bad.index[bad].astype(str))
+    )
+
+
+def _label(section: LabelOutcome, tables: Tables) -> Outcome:
+    rows = _rows(section.table, section.columns, tables)
+    where = f"outcome.label: column {section.label!r} of {tables.title(section.table)}"
+    cells = texts(rows[section.label])
+    _complete(cells, where)
+    names = section.names or {one: one for one in sorted(set(cells), key=natural)}
+    unknown = sorted(set(cells) - {*names})
+    if unknown:
+        raise CohortError(
+            f"{where}: expected the values of `names` ({listed(names)}), got "
+            f"{listed(map(repr, unknown))} for {counted(cells.index[~cells.isin(list(names))])}"
+        )
+    kinds = tuple(dict.fromkeys(names.values()))  # values of one name are one class
+    places = {one: kinds.index(name) for one, name in names.items()}
+    labels = np.array([places[cell] for cell in cells], dtype=np.int64)
+    _two(labels, where, f"only {listed(sorted(set(cells)))!r}")
+    patients = tuple(map(str, rows.index))
+    return Outcome(patients, _groups(rows, patients, tables), Classes(labels, kinds))
+
+
+def _code(section: CodeOutcome, tables: Tables) -> Outcome:
+    low, high = section.between
+    group = [tables.spec.group] if tables.spec.group else []
+    rows = tables.long(section.table, [section.code, *group], "outcome")
+    numbers = pd.to_numeric(
+        texts(rows[section.code], verbatim=True).str.slice(0, 3), errors="coerce"
+    )
+    inside = numbers.between(low, high).groupby(level=0, sort=False).any()
+    where = f"outcome.code: column {section.code!r} of {tables.title(section.table)}"
+    span = f"{low:g}-{high:g}"
+    _two(inside.to_numpy(), where, f"{inside.sum()} of {len(inside)} patients in {span}")
+    patients = tuple(map(str, inside.index))
+    names = tuple(section.names or (f"not {span}", span))
+    if names[0] == names[1]:
+        raise CohortError(f"outcome.names: expected two names, got {names[0]!r} twice")
+    labels = np.asarray(inside, dtype=np.int64)
+    return Outcome(patients, _groups(rows, patients, tables), Classes(labels, names))
+
+
+def _rows(table: str, columns: tuple[str, ...], tables: Tables) -> pd.DataFrame:
+    group = [tables.spec.group] if tables.spec.group else []
+    return tables.wide(table, [*columns, *group], "outcome")
+
+
+def _groups(rows: pd.DataFrame, patients: tuple[str, ...], tables: Tables) -> tuple[str, ...]:
+    """Return the group of each patient: the column's, else the patient itself."""
+    column = tables.spec.group
+    if column is None:
+        return patients
+    cells = texts(rows[column])
+    _complete(cells, f"group: column {column!r}")
+    of = cells.groupby(level=0).agg(["first", "nunique"])
+    several = of.index[of["nunique"] > 1]
+    if len(several):
+        raise CohortError(f"group: column {column!r}: several groups for {counted(several)}")
+    return tuple(of["first"].loc[list(patients)])
+
+
+def _flag(cell: str) -> str:
+    """Let true and false mean 1 and 0, as in other columns."""
+    return {"true": "1", "false": "0"}.get(cell.lower(), cell)
+
+
+def _complete(cells: pd.Series, where: str) -> None:
+    gaps = cells.isna()
+    if gaps.any():
+        raise CohortError(
+            f"{where}: expected a value for every patient, missing for "
+            f"{counted(cells.index[gaps].unique())}"
+        )
+
+
+def _two(labels: np.ndarray, where: str, got: str) -> None:
+    if len(np.unique(labels)) < 2:
+        raise CohortError(f"{where}: expected at least 2 classes, got {got}")

@@ -1,0 +1,300 @@
+"""The YAML of a cohort: its models, and its errors in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from ..errors import CohortError, listed, suggest
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
+def _as_text(value: object) -> str:
+    if not isinstance(value, str | int | float):  # bool is an int
+        raise PydanticCustomError("scalar", "expected text, a number, true or false")
+    return plain(value)
+
+
+def plain(value: object) -> str:
+    """Write a cell as text such that 1, 1.0 and "1.0" are one value, and 01 another.
+
+    pandas writes whole numbers as floats where a column has gaps, so the same id or category may
+    come either way.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
+
+
+Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+Value = Annotated[str, BeforeValidator(_as_text)]
+Values = Annotated[list[Value], BeforeValidator(_as_list), Field(min_length=1)]
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class Model(BaseModel):
+    """Refuse unknown keys by naming the known ones, and coerce nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise PydanticCustomError("mapping", "expected keys with values")
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        for key in value:
+            if key not in known:
+                raise PydanticCustomError(
+                    "unknown",
+                    "unknown key {key} (known: {known})",
+                    {"key": repr(key), "known": listed(known, 20)},
+                )
+        return value
+
+
+class Join(Model):
+    table: str
+    on: str
+
+
+class Derive(Model):
+    start: str = Field(alias="from")
+    to: str
+    unit: Literal["hours", "days", "months", "years"]
+    at_most: float | None = None
+
+
+class Table(Model):
+    file: Names | None = None
+    sksurv: str | None = None
+    patient: str | None = None
+    patients_of: str | None = None
+    repeats: Literal["same"] | None = None
+    join: Join | None = None
+    derive: dict[str, Derive] = {}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Table:
+        if (self.file is None) == (self.sksurv is None):
+            raise PydanticCustomError("source", "expected one of the keys file and sksurv")
+        return self
+
+
+class SurvivalOutcome(Model):
+    table: str
+    time: str
+    unit: str
+    event: str
+    observed: Values = ["1"]
+    nonpositive: Literal["error", "drop"] = "error"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.time, self.event)
+
+
+class LabelOutcome(Model):
+    table: str
+    label: str
+    names: dict[Value, str] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.label,)
+
+
+class CodeOutcome(Model):
+    table: str
+    code: str
+    between: Range
+    names: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.code,)
+
+
+class Columns(Model):
+    table: str
+    columns: Names | None = None
+    categorical: Names | None = None
+
+
+class Codes(Model):
+    table: str
+    codes: str
+    characters: Annotated[int, Field(ge=1)] | None = None
+
+
+class Since(Model):
+    table: str
+    column: str
+
+
+class Events(Model):
+    table: str
+    item: str
+    value: str
+    time: str
+    since: Since
+    hours: Range
+
+
+class Keys(Model):
+    table: str
+    column: str
+
+
+class Stores(Model):
+    bags: Names
+    features: Annotated[int, Field(ge=1)] | None = None
+    source: bool = False
+    keys: Keys | None = None
+    encoder: str | None = None
+
+
+class SplitFiles(Model):
+    files: Names
+
+
+class SplitTest(Model):
+    test: Names
+
+
+def _by_key(kinds: dict[str, str], otherwise: str | None = None) -> Discriminator:
+    """Choose a model by the key that only it has, so that its errors are the only ones."""
+
+    def choose(value: object) -> str | None:
+        keys = value if isinstance(value, dict) else ()
+        return next((kind for key, kind in kinds.items() if key in keys), otherwise)
+
+    return Discriminator(
+        choose,
+        custom_error_type="kind",
+        custom_error_message=f"expected one of the keys {', '.join(kinds)}",
+    )
+
+
+# Tags are in <>, by which they are told from the keys in an error's location.
+Outcome = Annotated[
+    Annotated[SurvivalOutcome, Tag("<survival>")]
+    | Annotated[LabelOutcome, Tag("<label>")]
+    | Annotated[CodeOutcome, Tag("<code>")],
+    _by_key({"time": "<survival>", "event": "<survival>", "label": "<label>", "code": "<code>"}),
+]
+Modality = Annotated[
+    Annotated[Columns, Tag("<columns>")]
+    | Annotated[Codes, Tag("<codes>")]
+    | Annotated[Events, Tag("<events>")]
+    | Annotated[Stores, Tag("<bags>")],
+    _by_key({"bags": "<bags>", "codes": "<codes>", "item": "<events>"}, "<columns>"),
+]
+Splits = Annotated[
+    Annotated[SplitFiles, Tag("<files>")] | Annotated[SplitTest, Tag("<test>")],
+    _by_key({"files": "<files>", "test": "<test>"}),
+]
+
+
+class Spec(Model):
+    name: str
+    patient: str
+    group: str | None = None
+    tables: dict[str, Table] = {}
+    outcome: Outcome | None = None
+    modalities: Annotated[dict[str, Modality], Field(min_length=1)]
+    splits: Splits | None = None
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is refused, and `on`, `no` and dates stay text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} repeats", key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
+_BOOL, _TIME = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in (_BOOL, _TIME)]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+
+
+def read_spec(path: Path) -> Spec:
+    """Read and check a YAML file; its tables are not opened."""
+    try:
+        content = yaml.load(path.read_text("utf-8-sig"), Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CohortError(f"cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise CohortError(f"not YAML{line}: {getattr(error, 'problem', None) or error}") from None
+    try:
+        spec = Spec.model_validate(content)
+    except ValidationError as error:
+        raise CohortError(_in_one_line(error.errors()[0])) from None
+    _check_tables(spec)
+    return spec
+
+
+def _in_one_line(error: ErrorDetails) -> str:
+    where = [str(part) for part in error["loc"] if not str(part).startswith("<")]
+    message = error["msg"].replace("Input should be ", "expected ")
+    if error["type"] == "missing":
+        message = f"key {where.pop()!r} is missing"
+    elif error["type"] not in ("unknown", "source", "kind"):
+        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+    return f"{'.'.join(where)}: {message}" if where else message
+
+
+def _check_tables(spec: Spec) -> None:
+    named = {"outcome.table": spec.outcome.table} if spec.outcome else {}
+    for name, table in spec.tables.items():
+        if table.join:
+            named[f"tables.{name}.join.table"] = table.join.table
+        if table.patients_of:
+            named[f"tables.{name}.patients_of"] = table.patients_of
+    for name, modality in spec.modalities.items():
+        where = f"modalities.{name}"
+        if not isinstance(modality, Stores):
+            named[f"{where}.table"] = modality.table
+        elif modality.keys:
+            named[f"{where}.keys.table"] = modality.keys.table
+        if isinstance(modality, Events):
+            named[f"{where}.since.table"] = modality.since.table
+            if not modality.hours[0] < modality.hours[1]:
+                raise CohortError(f"{where}.hours: expected [first, last], got {modality.hours}")
+    for where, name in named.items():
+        if name not in spec.tables:
+            raise CohortError(f"{where}: no table {name!r}: {suggest(name, spec.tables)}")
+        if "tables." in where and (spec.tables[name].join or spec.tables[name].patients_of):
+            raise CohortError(
+                f"{where}: expected a table read from its own file alone, but {name!r} has join or "
+                "patients_of itself"
+            )

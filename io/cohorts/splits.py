@@ -1,0 +1,79 @@
+"""Splits that come with the data."""
+
+from __future__ import annotations
+
+from ..errors import CohortError, counted, listed
+from .cohort import Split
+from .schema import SplitFiles, SplitTest
+from .tables import Tables, read_table, texts
+
+
+def read_splits(
+    section: SplitFiles | SplitTest,
+    tables: Tables,
+    groups: dict[str, str],
+    dropped: frozenset[str],
+) -> tuple[Split, ...]:
+    """Read splits of the patients in `groups` (patient to group); `dropped` ones are skipped."""
+    if isinstance(section, SplitTest):
+        where = "splits.test"
+        test: dict[str, None] = {}
+        for path in tables.places.match(section.test, where):
+            frame = read_table(path, [tables.spec.patient], where)
+            if tables.spec.patient not in frame:
+                raise CohortError(
+                    f"{where}: no column {tables.spec.patient!r} in {path.name}: known: "
+                    f"{listed(frame.columns)}"
+                )
+            test |= dict.fromkeys(texts(frame[tables.spec.patient]).dropna())
+        parts = {"train": [one for one in groups if one not in test], "test": list(test)}
+        return (_split(parts, groups, dropped, where),)
+    splits = []
+    for path in tables.places.match(section.files, "splits.files"):
+        where = f"splits: {path.name}"
+        frame = read_table(path, ["*"], where)
+        names = {"val": "validation"}
+        parts = {
+            names.get(column, column): list(texts(frame[column]).dropna())
+            for column in frame.columns
+            if column in ("train", "val", "validation", "test")
+        }
+        if "train" not in parts or len(parts) == 1:
+            raise CohortError(
+                f"{where}: expected columns train and val, test or both, got "
+                f"{listed(frame.columns)}"
+            )
+        if "test" not in parts:  # PORPOISE's files: what they call val is what they report on
+            parts["test"] = parts.pop("validation")
+        splits.append(_split(parts, groups, dropped, where))
+    return tuple(splits)
+
+
+def _split(
+    parts: dict[str, list[str]], groups: dict[str, str], dropped: frozenset[str], where: str
+) -> Split:
+    part_of: dict[str, str] = {}
+    part_of_group: dict[str, str] = {}
+    kept = {part: [one for one in ids if one not in dropped] for part, ids in parts.items()}
+    for part, patients in kept.items():
+        unknown = [one for one in patients if one not in groups]
+        if unknown:
+            raise CohortError(
+                f"{where}: {part}: {counted(unknown)} not in the cohort, whose ids are such as "
+                f"{listed(groups, 2)}"
+            )
+        for patient in patients:
+            if patient in part_of:
+                raise CohortError(
+                    f"{where}: patient {patient} is in {part_of[patient]} and again in {part}"
+                )
+            part_of[patient] = part
+            other = part_of_group.setdefault(groups[patient], part)
+            if other != part:
+                raise CohortError(
+                    f"{where}: group {groups[patient]} is in {other} and, with patient {patient}, "
+                    f"in {part}: expected each group in one part"
+                )
+        if not patients and part != "validation":
+            raise CohortError(f"{where}: {part} has no patients")
+    return Split(tuple(kept["train"]), tuple(kept.get("validation", ())), tuple(kept["test"]))

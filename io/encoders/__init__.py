@@ -1,0 +1,1 @@
+"""Encoders: patches to rows of features. `load_encoder` is the way in."""

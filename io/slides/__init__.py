@@ -1,0 +1,1 @@
+"""Slides: one file of pixels, whoever wrote it. `open_slide` is the way in."""

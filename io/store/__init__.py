@@ -1,0 +1,1 @@
+"""The feature store: a folder of slides' features, read, written and checked; README.md."""

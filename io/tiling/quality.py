@@ -1,0 +1,460 @@
+"""The quality report of a cohort: pictures of slides, contact sheets, a table, a page of them all.
+
+Drawn from the store alone, slide after slide, so any cohort needs the memory of one sheet.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont
+
+
+class Stored(Protocol):
+    """What the report needs of a slide: `motet.io.FeatureStore` gives such."""
+
+    @property
+    def attrs(self) -> Mapping[str, Any]: ...
+    @property
+    def coords(self) -> NDArray[np.int32]: ...
+    @property
+    def flags(self) -> NDArray[np.uint8]: ...
+    @property
+    def thumb(self) -> NDArray[np.uint8] | None: ...
+    @property
+    def mask(self) -> NDArray[np.bool_] | None: ...
+
+
+class Store(Protocol):
+    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, key: str, /) -> Stored: ...
+    @property
+    def failed(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+
+class Ink(NamedTuple):
+    colour: tuple[int, int, int]  # Okabe and Ito's, told apart with any colour vision
+    bit: int  # of the store's flags
+    mark: str  # within the patch, so that colour is not all that tells
+
+
+OUTLINE, KEPT = (0, 158, 115), (0, 114, 178)
+# Later ones are drawn over earlier ones.
+INKS = {
+    "edge": Ink((86, 180, 233), 1, ""),
+    "blur": Ink((240, 228, 66), 4, "-"),
+    "pen": Ink((230, 159, 0), 2, "/"),
+    "corrupt": Ink((0, 0, 0), 8, "x"),
+}
+COUNTS = ("grid", "tissue", "kept", "corrupt", "pen", "blur", "edge")
+COLUMNS: tuple[str, ...] = (
+    "key", "name", "status", "reason", "reader", "vendor", "mpp", "mpp_source", "level",
+    *COUNTS, "path",
+)  # fmt: skip
+_LONGEST, _SHORTEST, _CAPTION = 1024, 512, 66  # px of a slide's picture
+_CELL, _ACROSS, _PAGE, _LABEL = (
+    240,
+    8,
+    48,
+    34,
+)  # px of a cell; cells in a row, on a page; px of its text
+
+
+def write_report(
+    cohort: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    store: Store | None = None,
+) -> Path:
+    """Write the quality report of a cohort: what was seen, kept, flagged, empty and lost.
+
+    `slides/<key>.png` is a slide's thumbnail with the outline of its tissue and its patches;
+    patches with a flag are filled: orange pen, yellow blur, black corrupt, light blue edge.
+    `sheets/` holds contact sheets of 48 slides, `slides.csv` a line per slide, failed ones too, and
+    `index.html` all of it, failures and empty slides first, with relative links and nothing from
+    elsewhere. Called again, it draws only the slides that are newer than their pictures.
+
+    Args:
+        cohort: folder of the store.
+        out: folder of the report; None for `report` in the cohort.
+        store: the store, if it is open already.
+
+    Returns:
+        The path of index.html.
+
+    Raises:
+        StoreError: no store.
+        OSError: the report cannot be written.
+
+    Example:
+        >>> class Empty(dict):
+        ...     failed = {"a-1": {"path": "a.svs", "reason": "missing", "message": "no such file"}}
+        >>> index = motet.io.write_report("cohort", store=Empty())
+        >>> print(index.with_name("slides.csv").read_text().splitlines()[1])
+        a-1,a.svs,failed,missing,,,,,,,,,,,,,a.svs
+    """
+    cohort = Path(cohort)
+    out = cohort / "report" if out is None else Path(out)
+    if store is None:
+        opened: Store = import_module("..store.read", __package__).FeatureStore(cohort)
+        store = opened
+    (out / "slides").mkdir(parents=True, exist_ok=True)
+    (out / "sheets").mkdir(exist_ok=True)
+    problems: list[dict[str, Any]] = []
+    totals = dict.fromkeys(("ok", "empty", "failed", "kept", *INKS), 0)
+    sheets: list[tuple[str, list[str]]] = []
+    with _replacing(out / "slides.csv") as table:
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for page, keys in enumerate(_pages(store), 1):
+            cells: list[tuple[dict[str, Any], Image | None]] = []
+            for key in keys:
+                slide = store[key]
+                row = _row(key, slide.attrs)
+                writer.writerow(row)
+                totals[row["status"]] = totals.get(row["status"], 0) + 1
+                for name in ("kept", *INKS):
+                    totals[name] += row[name] or 0
+                if row["status"] != "ok":
+                    problems.append(row)
+                picture = out / "slides" / f"{key}.png"
+                fresh = _is_newer(picture, cohort / "slides" / f"{key}.zarr")
+                cells.append((row, None if fresh else _drawn(slide, row, picture)))
+            name = f"page-{page:04}.png"
+            _write_sheet(out / "sheets" / name, cells, out / "slides")
+            sheets.append((name, list(keys)))
+        failed = [
+            _row(key, {"status": "failed", "name": note.get("name") or note.get("path"), **note})
+            | {"message": note.get("message")}
+            for key, note in sorted(store.failed.items())
+        ]
+        writer.writerows({name: row[name] for name in COLUMNS} for row in failed)
+    totals["failed"] = len(failed)
+    for stale in (out / "sheets").glob("page-*.png"):
+        if stale.name not in {name for name, _ in sheets}:
+            stale.unlink()
+    with _replacing(out / "index.html") as page_file:
+        page_file.writelines(_page(cohort, totals, failed, problems, sheets))
+    return out / "index.html"
+
+
+def _pages(keys: Iterable[str]) -> Iterator[list[str]]:
+    keys = iter(keys)
+    while page := list(islice(keys, _PAGE)):
+        yield page
+
+
+def _row(key: str, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the table says of a slide; text in one line, whatever its name is."""
+    counts, source = (attrs.get(name) or {} for name in ("counts", "source"))
+    kept = counts.get("kept", counts.get("patches"))
+    status = attrs.get("status") or ("ok" if kept else "empty")
+    path = attrs.get("path") or source.get("path")
+    row = {**attrs, **counts, "kept": kept, "key": key, "status": status, "path": path}
+    row["name"] = attrs.get("name") or path or key
+    mpp = row.get("mpp")
+    row["mpp"] = mpp if isinstance(mpp, int | float) and 0 < mpp < math.inf else None
+    if status == "empty":
+        row["reason"] = row.get("reason") or ("no patch has enough tissue" if counts.get("grid")
+                                              else "no patch fits into it")  # fmt: skip
+    clean = {name: row.get(name) for name in COLUMNS}
+    return {
+        name: _line(value) if isinstance(value, str) else value for name, value in clean.items()
+    }
+
+
+def _line(text: object) -> str:
+    """Return printable text in one line; what is neither is a space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def _drawn(slide: Stored, row: Mapping[str, Any], path: Path) -> Image:
+    """Draw a slide's picture, write it, and return its cell of the contact sheet."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    thumb, mask = slide.thumb, slide.mask
+    if thumb is None:
+        thumb, mask = np.full((3, 4, 3), 230, np.uint8), None
+    height, width = thumb.shape[:2]
+    longest = min(max(max(width, height), _SHORTEST), _LONGEST)
+    zoom = longest / max(width, height)
+    across, along = (max(1, round(side * zoom)) for side in (width, height))
+    image = Image.fromarray(thumb).resize((across, along), Image.Resampling.BILINEAR)
+    pixels = np.array(image)
+    if mask is not None:
+        shown = np.asarray(Image.fromarray(mask).resize((across, along), Image.Resampling.NEAREST))
+        pixels[_boundary(shown)] = OUTLINE
+    level0, footprint = _size(slide.attrs), slide.attrs.get("footprint_px")
+    boxes = np.empty((0, 4), np.int64)
+    flags = slide.flags
+    if level0 and footprint and len(flags) and slide.attrs.get("coords") != "absent":
+        scale = np.array([across / level0[0], along / level0[1]])
+        corners = np.asarray(slide.coords, np.float64)
+        low = np.clip(np.rint(corners * scale), 0, (across - 1, along - 1))
+        high = np.clip(np.rint((corners + footprint) * scale), 0, (across - 1, along - 1))
+        boxes = np.concatenate([low, high], 1).astype(np.int64)
+        _overlay(pixels, boxes, flags, footprint * min(scale))
+    canvas = Image.new("RGB", (max(across, 640), along + _CAPTION), "white")
+    left = (canvas.width - across) // 2
+    canvas.paste(Image.fromarray(pixels), (left, 0))
+    draw = ImageDraw.Draw(canvas)
+    _mark(draw, boxes + np.array((left, 0, left, 0)), flags)
+    if row["mpp"] and level0:
+        _scale_bar(draw, across / level0[0] / row["mpp"], left, along, across)
+    _caption(draw, row, along)
+    with _replacing(path, "wb") as file:  # 256 colours: a third of the bytes and of the time
+        few = canvas.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        few.save(file, "PNG", compress_level=1)
+    return _cell(few.convert("RGB"))  # as it is when the file is read again
+
+
+def _size(attrs: Mapping[str, Any]) -> tuple[int, int] | None:
+    width, height = attrs.get("width"), attrs.get("height")
+    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+        return width, height
+    return None
+
+
+def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the pixels of a mask that touch what is not in it."""
+    import numpy as np
+
+    inner = np.pad(mask, 1, "edge")
+    whole = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+    return mask & ~whole
+
+
+def _overlay(
+    pixels: NDArray[np.uint8], boxes: NDArray[np.int64], flags: NDArray[np.uint8], side: float
+) -> None:
+    """Outline the kept patches, all together where they are small, and fill those with a flag."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    def blend(where: NDArray[np.bool_], colour: tuple[int, int, int], share: float) -> None:
+        pixels[where] = (pixels[where] * (1 - share) + np.array(colour) * share).astype(np.uint8)
+
+    def drawn(boxes: NDArray[np.int64], *, filled: bool) -> NDArray[np.bool_]:
+        canvas = Image.new("1", pixels.shape[1::-1])
+        draw = ImageDraw.Draw(canvas)
+        for box in boxes.tolist():
+            draw.rectangle(box, 1 if filled else None, 1)
+        return np.array(canvas)
+
+    if side < 10:
+        blend(_boundary(drawn(boxes, filled=True)), KEPT, 0.8)
+    else:
+        blend(drawn(boxes, filled=False), KEPT, 0.7)
+    for ink in INKS.values():
+        some = boxes[(flags & ink.bit) != 0]
+        if len(some):
+            blend(drawn(some, filled=True), ink.colour, 0.45)
+
+
+def _mark(draw: ImageDraw, boxes: NDArray[np.int64], flags: NDArray[np.uint8]) -> None:
+    for ink in INKS.values():
+        light = (255, 255, 255) if sum(ink.colour) < 200 else (0, 0, 0)
+        for x0, y0, x1, y1 in boxes[(flags[: len(boxes)] & ink.bit) != 0].tolist():
+            if x1 - x0 < 9:
+                break
+            x0, y0, x1, y1 = x0 + 3, y0 + 3, x1 - 3, y1 - 3
+            if ink.mark in ("/", "x"):
+                draw.line((x0, y1, x1, y0), light)
+            if ink.mark == "x":
+                draw.line((x0, y0, x1, y1), light)
+            if ink.mark == "-":
+                draw.line((x0, (y0 + y1) // 2, x1, (y0 + y1) // 2), light)
+
+
+def _scale_bar(draw: ImageDraw, px_per_um: float, left: int, bottom: int, across: int) -> None:
+    """Draw a bar of 1, 2 or 5 times a power of ten, at most a fifth of the picture's width."""
+    most = across / 5 / px_per_um
+    power = 10.0 ** math.floor(math.log10(most))
+    length = next(step * power for step in (5, 2, 1) if step * power <= most)
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    font = _font(13)
+    wide = max(length * px_per_um, draw.textlength(text, font))
+    x, y = left + 10, bottom - 34
+    draw.rectangle((x - 6, y - 4, x + wide + 6, y + 26), "white")
+    draw.rectangle((x, y + 18, x + length * px_per_um, y + 21), "black")
+    draw.text((x, y), text, "black", font)
+
+
+def _caption(draw: ImageDraw, row: Mapping[str, Any], top: int) -> None:
+    mpp = row["mpp"]
+    facts = [
+        row["status"] + (f": {row['reason']}" if row["reason"] else ""),
+        f"{mpp:.4g} µm per px ({row['mpp_source'] or 'source unknown'})" if mpp else "mpp unknown",
+        *([f"level {row['level']}"] if row["level"] is not None else []),
+        *([row["reader"]] if row["reader"] else []),
+    ]
+    width = draw.im.size[0]
+    draw.text((8, top + 5), _fit(row["name"], _font(15), width - 16), "black", _font(15))
+    draw.text(
+        (8, top + 26), _fit(" · ".join(facts), _font(12), width - 16), (70, 70, 70), _font(12)
+    )
+    x = 8.0
+    kept = f"{row['kept'] or 0:,} kept" + (f" of {row['grid']:,}" if row["grid"] else "")
+    for colour, text in [
+        (OUTLINE, "tissue"), (KEPT, kept), *((ink.colour, f"{row[name] or 0:,} {name}")
+                                             for name, ink in INKS.items()),
+    ]:  # fmt: skip
+        draw.rectangle((x, top + 46, x + 11, top + 57), colour)
+        draw.text((x + 16, top + 44), text, "black", _font(12))
+        x += 30 + draw.textlength(text, _font(12))
+
+
+@cache
+def _font(size: int) -> FreeTypeFont:
+    """Return matplotlib's DejaVu Sans, which has the letters of most names."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def _fit(text: str, font: FreeTypeFont, width: float) -> str:
+    """Return a text, its middle left out where it is too long."""
+    text = text[:400]
+    if font.getlength(text) <= width:
+        return text
+    half = len(text) // 2
+    while half and font.getlength(f"{text[:half]}…{text[-half:]}") > width:
+        half -= 1
+    return f"{text[:half]}…{text[-half:]}" if half else "…"
+
+
+def _cell(picture: Image) -> Image:
+    """Return a slide's picture as a cell of the contact sheet shows it, without its caption."""
+    from PIL import Image
+
+    size = picture.width, picture.height - _CAPTION
+    zoom = min((_CELL - 8) / size[0], (_CELL - 8) / size[1])
+    small = max(1, round(size[0] * zoom)), max(1, round(size[1] * zoom))
+    return picture.resize(small, Image.Resampling.BILINEAR, (0, 0, *size), reducing_gap=2.0)
+
+
+def _write_sheet(
+    path: Path, cells: list[tuple[dict[str, Any], Image | None]], pictures: Path
+) -> None:
+    """Write a contact sheet, unless it is there already and shows the same."""
+    from PIL import Image, ImageDraw
+    from PIL.PngImagePlugin import PngInfo
+
+    shown = "\n".join(f"{row['key']} {row['status']} {row['kept']}" for row, _ in cells)
+    if all(cell is None for _, cell in cells) and path.exists():
+        try:
+            with Image.open(path) as old:
+                if old.info.get("motet") == shown:
+                    return
+        except (OSError, SyntaxError):
+            pass  # half a file: drawn again
+    rows = math.ceil(len(cells) / _ACROSS)
+    sheet = Image.new("RGB", (_ACROSS * _CELL, rows * (_CELL + _LABEL)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (row, cell) in enumerate(cells):
+        if cell is None:
+            with Image.open(pictures / f"{row['key']}.png") as picture:
+                cell = _cell(picture.convert("RGB"))
+        x, y = n % _ACROSS * _CELL, n // _ACROSS * (_CELL + _LABEL)
+        sheet.paste(cell, (x + (_CELL - cell.width) // 2, y + (_CELL - cell.height) // 2))
+        draw.text((x + 5, y + _CELL), _fit(row["name"], _font(12), _CELL - 10), "black", _font(12))
+        what = f"{row['kept'] or 0:,} patches" if row["status"] == "ok" else row["status"]
+        colour = (90, 90, 90) if row["status"] == "ok" else (213, 94, 0)
+        draw.text((x + 5, y + _CELL + 15), what, colour, _font(11))
+    info = PngInfo()
+    info.add_text("motet", shown)
+    with _replacing(path, "wb") as file:
+        sheet.save(file, "PNG", compress_level=1, pnginfo=info)
+
+
+def _page(
+    cohort: Path,
+    totals: Mapping[str, int],
+    failed: list[dict[str, Any]],
+    empty: list[dict[str, Any]],
+    sheets: list[tuple[str, list[str]]],
+) -> Iterator[str]:
+    """Yield the lines of index.html."""
+    title = html.escape(_line(cohort.resolve().name))
+    yield (
+        "<!doctype html>\n<html lang=en><meta charset=utf-8>\n"
+        f"<title>{title}: quality report</title>\n<style>\n"
+        "body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; "
+        "padding: 0 1em; color: #222 }\n"
+        "table { border-collapse: collapse; width: 100% } td, th { text-align: left; "
+        "vertical-align: top; padding: .3em .8em .3em 0; border-bottom: 1px solid #ddd; "
+        "overflow-wrap: anywhere }\n"
+        "img { max-width: 100%; height: auto } td img { max-height: 120px }\n</style>\n"
+        f"<h1>{title}</h1>\n"
+    )
+    counted = ", ".join(f"{totals[name]:,} {name}" for name in ("ok", "empty", "failed"))
+    flagged = ", ".join(f"{totals[name]:,} {name}" for name in INKS)
+    yield f"<p>Slides: {counted}. Patches: {totals['kept']:,} kept, of these {flagged}. "
+    yield '<a href="slides.csv">slides.csv</a> has a line per slide.</p>\n'
+    if failed:
+        yield "<h2>Failed</h2>\n<table><tr><th>slide<th>reason<th>what was wrong<th>path</tr>\n"
+        for row in failed:
+            yield f"<tr>{_told(row, 'name', 'reason', 'message', 'path')}</tr>\n"
+        yield "</table>\n"
+    if empty:
+        yield "<h2>Without patches</h2>\n<table><tr><th>slide<th>reason<th>thumbnail</tr>\n"
+        for row in empty:
+            link = f"slides/{quote(row['key'])}.png"
+            yield f"<tr>{_told(row, 'name', 'reason')}"
+            yield f'<td><a href="{link}"><img loading=lazy alt="" src="{link}"></a></tr>\n'
+        yield "</table>\n"
+    if sheets:
+        yield "<h2>Slides</h2>\n"
+    for name, keys in sheets:
+        yield f'<p><img loading=lazy src="sheets/{name}" usemap="#{name}" alt=""></p>\n'
+        yield f'<map name="{name}">\n'
+        for n, key in enumerate(keys):
+            x, y = n % _ACROSS * _CELL, n // _ACROSS * (_CELL + _LABEL)
+            area = f"{x},{y},{x + _CELL},{y + _CELL + _LABEL}"
+            link = f"slides/{quote(key)}.png"
+            yield f'<area coords="{area}" href="{link}" alt="{html.escape(key)}">\n'
+        yield "</map>\n"
+
+
+def _told(row: Mapping[str, Any], *names: str) -> str:
+    return "".join(f"<td>{html.escape(_line(row[name] or ''))}" for name in names)
+
+
+def _is_newer(picture: Path, slide: Path) -> bool:
+    try:
+        return picture.stat().st_mtime_ns > slide.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Give a file to write that takes its place once it is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        text = "b" not in mode
+        with open(
+            partial, mode, encoding="utf-8" if text else None, newline="" if text else None
+        ) as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

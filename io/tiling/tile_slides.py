@@ -1,0 +1,242 @@
+"""Whole-slide images to a feature store: `tile_slides`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from ..errors import listed
+
+if TYPE_CHECKING:
+    from ..encoders.base import Encoder
+    from .find_slides import Source
+
+
+class Tiled(NamedTuple):
+    """Say how a call of `tile_slides` ended, over the slides it was given."""
+
+    slides: int
+    """How many were given."""
+    done: int
+    """Stored with their features."""
+    empty: int
+    """Stored without a patch."""
+    skipped: int
+    """Not tiled because their resolution is not known, as was asked for."""
+    failed: dict[str, str]
+    """Key to what is wrong with the slide."""
+    patches: int
+    """Patches embedded in this call."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.slides} slide{'s'[: self.slides != 1]}: {self.done} done"]
+        for count, what in ((self.empty, "empty"), (self.skipped, "skipped")):
+            if count:
+                parts.append(f"{count} {what}")
+        if self.failed:
+            parts.append(f"{len(self.failed)} failed")
+        return ", ".join(parts)
+
+
+def tile_slides(
+    slides: str | PathLike[str] | Iterable[str | PathLike[str]],
+    out: str | PathLike[str],
+    *,
+    encoder: str | Encoder,
+    mpp: float | None = None,
+    mag: float | None = None,
+    downsample: float | None = None,
+    tile_px: int = 256,
+    border: Literal["drop", "shift", "pad"] = "drop",
+    min_tissue: float = 0.1,
+    masks: str | PathLike[str] | None = None,
+    slide_mpp: Mapping[str, float] | float | None = None,
+    missing_mpp: Literal["fail", "skip"] = "fail",
+    reader: str = "auto",
+    max_damaged: float = 0.5,
+    device: str = "auto",
+    precision: str = "auto",
+    weights: str | PathLike[str] | None = None,
+    compile: bool = False,
+    batch: int = 64,
+    workers: int = 1,
+    shard: tuple[int, int] | None = None,
+    ray: str | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Tiled:
+    """Cut slides into patches, embed those of tissue, and store the features, slide by slide.
+
+    A call goes on where an earlier one stopped, on any machine that sees the folder; calls at the
+    same time share the work. A slide that fails is written down with its reason and does not stop
+    the others; the next call tries it again. A slide without a patch is stored as empty.
+
+    Args:
+        slides: files, folders (searched through), or lists of slides (.txt, or .csv with a column
+            `path`).
+        out: folder of the store; its format is docs/store-format.md.
+        encoder: name as `load_encoder` takes it, or an Encoder, which needs `workers=0`.
+        mpp: size of a patch's pixel, micrometres. One of mpp, mag and downsample is needed.
+        mag: the same as mpp=10/mag.
+        downsample: level-0 pixels per pixel of a patch, whatever the slide's resolution.
+        tile_px: width and height of a patch, pixels.
+        border: what becomes of the slide's right and lower rim: "drop" it, "shift" the last patches
+            inwards, "pad" them with white.
+        min_tissue: share of a patch that must be tissue, 0 to 1.
+        masks: folder of masks to use instead of the search for tissue, <stem>.geojson or .png.
+        slide_mpp: micrometres per level-0 pixel of slides whose files do not say it: slide (key,
+            name, file name or its stem) to value, or one value for all.
+        missing_mpp: what becomes of a slide whose resolution is not known: "fail" or "skip".
+        reader: "auto", or "cucim", "openslide", "tifffile", "pillow" for all slides.
+        max_damaged: share of the patches on damaged tiles, 0 to 1, above which a slide fails;
+            below it they are flagged and not embedded.
+        device: of the encoder: "auto", "cpu", "cuda" or "cuda:1".
+        precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16".
+        weights: a file of weights for the encoder.
+        compile: True compiles the encoder.
+        batch: patches per call of the encoder at most.
+        workers: processes on this machine, one GPU each in turn; 0 works inside this process, which
+            a file that crashes a C library then ends. With ray: tasks, by default one per GPU.
+        shard: (i, n), to do only the i-th of n parts, i from 0.
+        ray: address of a Ray cluster to work on, "auto" for that of this machine, "local" to start
+            one; paths must be known on all its machines.
+        progress: is called with each event, a dict: begin, known (done before), start, patches,
+            waiting, done, failed.
+
+    Returns:
+        How many slides are done, empty, skipped and failed.
+
+    Raises:
+        ValueError: an argument is wrong; no slide; two slides of one key.
+        StoreError: the folder holds a store of another specification.
+        OSError: the store cannot be written, such as on a full disk.
+
+    Example:
+        >>> import numpy as np, skimage.data
+        >>> from PIL import Image
+        >>> Image.fromarray(skimage.data.immunohistochemistry()).save("tissue.png")
+        >>> how = {"encoder": "stain-stats", "downsample": 1, "tile_px": 128, "workers": 0}
+        >>> print(motet.io.tile_slides("tissue.png", "tiled", **how))
+        1 slide: 1 done
+        >>> motet.io.FeatureStore("tiled")["tissue"].features.shape[0] > 5
+        True
+    """
+    from ..store.write import attempts_at_failed
+    from .find_slides import find_slides
+    from .grid import Tiling
+    from .pipeline import Settings, work
+
+    tiling = {
+        "mpp": 10 / _positive(mag, "mag") if mag is not None and mpp is None else mpp,
+        "downsample": downsample, "tile_px": tile_px, "border": border, "min_tissue": min_tissue,
+    }  # fmt: skip
+    if sum(value is not None for value in (mpp, mag, downsample)) != 1:
+        raise ValueError("expected one of mpp, mag and downsample, got "
+                         f"mpp={mpp}, mag={mag}, downsample={downsample}")  # fmt: skip
+    Tiling(**tiling)  # says what is wrong with it
+    _check_choice("missing_mpp", missing_mpp, ("fail", "skip"))
+    _check_choice("reader", reader, ("auto", "cucim", "openslide", "tifffile", "pillow"))
+    if not 0 <= max_damaged <= 1:
+        raise ValueError(f"max_damaged: expected 0 to 1, got {max_damaged}")
+    for name, count, least in (("batch", batch, 1), ("workers", workers, 0)):
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {count!r}")
+    if not isinstance(encoder, str) and (workers or ray):
+        raise ValueError("encoder: an object cannot be given to other processes: set workers=0, or "
+                         "name it, such as 'my.module:encode'")  # fmt: skip
+    if masks is not None and not Path(masks).is_dir():
+        raise ValueError(f"masks: expected a folder, got {str(masks)!r}")
+    sources = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
+    if not sources:
+        raise ValueError(f"slides: no slide in {slides}")
+    chosen = _shard(sources, shard)
+    options = {"device": device, "precision": precision, "compile": compile,
+               "weights": None if weights is None else str(weights)}  # fmt: skip
+    settings = Settings(
+        out=str(Path(out).absolute()),
+        slides=[(str(source.path.absolute()), source.name) for source in chosen],
+        tiling=tiling,
+        encoder=encoder if isinstance(encoder, str) else encoder.id,
+        encoder_options=options,
+        slide_mpp=_known_mpp(slide_mpp),
+        masks=None if masks is None else str(Path(masks).absolute()),
+        reader=reader,
+        max_damaged=max_damaged,
+        decoders=max(1, len(os.sched_getaffinity(0)) // max(1, workers)),
+        batch=batch,
+        retry=attempts_at_failed(Path(out)),
+    )
+    patches = 0
+
+    def emit(event: dict[str, Any]) -> None:
+        nonlocal patches
+        patches += event.get("patches", 0) if event["event"] == "patches" else 0
+        if progress is not None:
+            progress(event)
+
+    emit({"event": "begin", "slides": len(chosen), "bytes": sum(one.bytes for one in chosen)})
+    if ray is not None:
+        from .workers import run_on_ray
+
+        run_on_ray(settings, ray, workers if workers > 1 else None, emit)
+    elif workers:
+        from .workers import run_here
+
+        run_here(settings, workers, emit)
+    else:
+        work(settings, emit, encoder=None if isinstance(encoder, str) else encoder)
+    return _summary(chosen, out, missing_mpp, patches)
+
+
+def _summary(
+    sources: list[Source], out: str | PathLike[str], missing_mpp: str, patches: int
+) -> Tiled:
+    """Count what became of the slides, as the store has it."""
+    from ..store.read import FeatureStore
+
+    store = FeatureStore(out)
+    store.write_manifest()
+    table = store.manifest().set_index("key").loc[[source.key for source in sources]]
+    ends = table["status"].value_counts()
+    failures = table[table["status"] == "failed"]
+    skip = (failures["reason"] == "no-mpp") & (missing_mpp == "skip")
+    return Tiled(
+        len(sources), int(ends.get("ok", 0)), int(ends.get("empty", 0)), int(skip.sum()),
+        {str(key): str(why) for key, why in failures.loc[~skip, "message"].items()}, patches,
+    )  # fmt: skip
+
+
+def _shard(sources: list[Source], shard: tuple[int, int] | None) -> list[Source]:
+    """Return those of one part, the largest first: bytes of compressed pixels follow tissue.
+
+    Dealt in turn, so that parts are of about one size, and the last slide to end is a small one.
+    """
+
+    sources = sorted(sources, key=lambda source: (-source.bytes, source.name))
+    if shard is None:
+        return sources
+    i, n = shard
+    if not 0 <= i < n:
+        raise ValueError(f"shard: expected (i, n) with 0 <= i < n, got ({i}, {n})")
+    return sources[i::n]
+
+
+def _known_mpp(known: Mapping[str, float] | float | None) -> dict[str, float] | float | None:
+    if known is None:
+        return None
+    if isinstance(known, Mapping):
+        return {str(name): _positive(mpp, f"slide_mpp of {name}") for name, mpp in known.items()}
+    return _positive(known, "slide_mpp")
+
+
+def _positive(value: float, name: str) -> float:
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+    return float(value)
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected {listed(known)}, got {value!r}")
