@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .cohorts.load_cohort import load_cohort
     from .encoders.base import Encoder, load_encoder
     from .errors import CohortError, SlideError, StoreError
-    from .slides.slide import Slide, open_slide
+    from .slides.open_slide import open_slide
+    from .slides.slide import Slide
     from .store.foreign import import_features
     from .store.read import FLAGS, FeatureStore
     from .tiling.masks import coverage, outlines, read_mask
@@ -38,7 +39,7 @@ _HOME = {
     "import_features": "store.foreign",
     "load_cohort": "cohorts.load_cohort",
     "load_encoder": "encoders.base",
-    "open_slide": "slides.slide",
+    "open_slide": "slides.open_slide",
     "outlines": "tiling.masks",
     "pen_mask": "tiling.tissue",
     "read_mask": "tiling.masks",

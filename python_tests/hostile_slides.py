@@ -54,7 +54,7 @@ def mutate(data: bytes, seed: int) -> bytes:
 def use(path: Path) -> str:
     """Open a slide and read of it what a tiling would."""
     from motet.io.errors import SlideError
-    from motet.io.slides.slide import open_slide
+    from motet.io.slides.open_slide import open_slide
 
     try:
         with open_slide(path) as slide:

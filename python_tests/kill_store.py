@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from motet.io import FeatureStore
 from motet.io.store.leases import Leases
-from motet.io.store.write import StoreWriter, described
-from motet.io.tiling.find_slides import Source
+from motet.io.store.source import Source, described
+from motet.io.store.write import StoreWriter
 
 SPECS = [
     {"id": name, "width": width, "weights": "0", "transform": "0", "precision": "fp32"}

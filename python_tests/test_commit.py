@@ -18,7 +18,8 @@ from motet.io import FeatureStore, StoreError
 from motet.io.errors import SlideError
 from motet.io.store import write as commit_module
 from motet.io.store.leases import Leases
-from motet.io.store.write import StoreWriter, described, note_failure
+from motet.io.store.source import described
+from motet.io.store.write import StoreWriter, note_failure
 
 from .conftest import ROOT
 from .test_store import TILING, Slide, numbers, put, spec, tree

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from motet.io.errors import SlideError
 from motet.io.slides.integrity import find_damaged
-from motet.io.slides.slide import open_slide
+from motet.io.slides.open_slide import open_slide
 from motet.io.slides.tiff import TiffFile
 
 from .conftest import data_path

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from motet.io.errors import SlideError
-from motet.io.slides.slide import open_slide
+from motet.io.slides.open_slide import open_slide
 from motet.io.tiling import patches
 from motet.io.tiling.grid import Grid, Tiling, damaged_patches, make_grid
 from motet.io.tiling.patches import PatchBatch, probe_decoder, read_patches

@@ -16,9 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from motet.io.errors import SlideError
-from motet.io.slides import slide as module
-from motet.io.slides.slide import Level, Slide, make_levels, open_slide, quick_hash
-from motet.io.tiling.find_slides import Source, dicom_series, find_slides
+from motet.io.slides import levels as module
+from motet.io.slides.levels import Level, make_levels
+from motet.io.slides.open_slide import open_slide
+from motet.io.slides.slide import Slide
+from motet.io.store.source import Source, quick_hash
+from motet.io.tiling.find_slides import dicom_series, find_slides
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -675,7 +678,7 @@ print(time.perf_counter() - start)
 
 MANY = """
 import os, resource, sys
-from motet.io.slides.slide import open_slide
+from motet.io.slides.open_slide import open_slide
 from motet.io.errors import SlideError
 
 def resident():

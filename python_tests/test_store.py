@@ -17,7 +17,8 @@ from motet.io import CohortError, FeatureStore, StoreError, load_cohort
 from motet.io.cohorts.bags import Bags
 from motet.io.store import write as commit_module
 from motet.io.store.read import FLAGS, StoredArray
-from motet.io.store.write import StoreWriter, described, note_failure
+from motet.io.store.source import described
+from motet.io.store.write import StoreWriter, note_failure
 
 from .conftest import MODELS
 

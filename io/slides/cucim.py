@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SlideError
-from .slide import DAMAGE, Pixels, Slide, check_sides, opening, whole_corners
+from .levels import Pixels
+from .library_errors import DAMAGE, opening
+from .slide import Slide, check_sides, whole_corners
 from .tiff import TiffFile
 
 BATCH = 16  # regions in one go: 7,259 tiles/s with two workers, batches of 64 give 6,290
@@ -79,7 +81,8 @@ class CuCimSlide(Slide):
             raise SlideError(path, "unsupported", "cuCIM sees other levels than the file's header")
         # Of level-0 px per px of each level, as cuCIM computes with.
         self._ratios = [float(ratio) for ratio in found["level_downsamples"]]
-        for level in tiff.levels:
+        self._pages = tiff.levels
+        for level in self._pages:
             level.tiles = replace(level.tiles, sizes=frozenset([level.tile]))
         super().__init__(
             path, "cucim", tiff.vendor, tiff.shape, tiff.tile_px, tiff.mpp, tiff.properties, tiff
@@ -163,14 +166,13 @@ class CuCimSlide(Slide):
         height: int,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Tell which regions touch a damaged tile, of those that lie inside."""
-        assert self._tiff is not None
-        tiff = self._tiff.levels[level]
-        damage = tiff.damage()
+        page = self._pages[level]
+        damage = page.damage()
         found = np.zeros(len(places), bool)
         if damage is not None:
             sums = np.pad(damage.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-            low = places[inside] // tiff.tile
-            high = (places[inside] + (width - 1, height - 1)) // tiff.tile + 1
+            low = places[inside] // page.tile
+            high = (places[inside] + (width - 1, height - 1)) // page.tile + 1
             found[inside] = (
                 sums[high[:, 1], high[:, 0]] - sums[low[:, 1], high[:, 0]]
                 - sums[high[:, 1], low[:, 0]] + sums[low[:, 1], low[:, 0]]

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import SlideError
-from .slide import DAMAGE, MOST_LEVELS, Pixels, Slide, make_levels, opening, sane_mpp
-from .tiff import TiffFile, TileCache, over_white, read_tiles
+from .colours import over_white
+from .levels import MOST_LEVELS, Pixels, make_levels, sane_mpp
+from .library_errors import DAMAGE, opening
+from .slide import Slide
+from .tiff import TiffFile, TiffLevel, TileCache, read_tiles
 
 
 def has_openslide() -> bool:
@@ -64,13 +67,13 @@ class OpenSlideSlide(Slide):
         )  # fmt: skip
         if tiff is not None and not same:
             tiff.close()
+        self._pages: list[TiffLevel] | None = tiff.levels if tiff is not None and same else None
         self._cache = TileCache()
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         ratio = self._ratios[level]
-        if self._tiff is not None and ratio != round(ratio):
-            page = self._tiff.levels[level]
-            return read_tiles(page, self._cache, level, x, y, width, height)
+        if self._pages is not None and ratio != round(ratio):
+            return read_tiles(self._pages[level], self._cache, level, x, y, width, height)
         handle = self._handle
         try:
             image = handle.read_region((round(x * ratio), round(y * ratio)), level, (width, height))

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import SlideError
-from .slide import DAMAGE, MOST_PHOTO_PX, Pixels, Slide, make_levels, opening
-from .tiff import over_white
+from .colours import over_white
+from .levels import MOST_PHOTO_PX, Pixels, make_levels
+from .library_errors import DAMAGE, opening
+from .slide import Slide
 
 BAND_PX = 1 << 22  # converted at once
 

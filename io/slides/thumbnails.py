@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SlideError
-from .slide import Pixels, Slide
+from .levels import Level, Pixels
 
 BLOCK_PX = 1024, 256  # about what is read at once: a band of them stays in the cache
 
 
-def thumbnail(slide: Slide, longest_px: int) -> Pixels:
-    """Return the whole slide; see Slide.thumbnail."""
+class ReadMany(Protocol):
+    """Read regions of one size of a level, as `Slide.read_many` does."""
+
+    def __call__(
+        self, level: int, corners: NDArray[np.int64], width: int, height: int, /
+    ) -> Iterator[Pixels | SlideError]: ...
+
+
+def thumbnail(
+    levels: Sequence[Level],
+    read_many: ReadMany,
+    longest_px: int,
+    tile_px: tuple[int, int] | None = None,
+) -> Pixels:
+    """Return the whole slide, see `Slide.thumbnail`.
+
+    Args:
+        levels: of the slide, finest first.
+        read_many: reads them.
+        longest_px: of the longer side.
+        tile_px: (width, height) of the file's tiles, None where it is not tiled.
+    """
     if longest_px < 1:
         raise ValueError(f"longest_px: expected at least 1, got {longest_px}")
-    base = slide.levels[0]
-    width, height = _size(slide, longest_px)
-    level = thumbnail_level(slide, longest_px)
-    sides = slide.levels[level]
+    base = levels[0]
+    width, height = _size(levels, longest_px)
+    level = thumbnail_level(levels, longest_px)
+    sides = levels[level]
     # A level may lack a part of level 0: 1001 px divided by 4 are 250 px, with a quarter left out.
     across = np.minimum(np.linspace(0, base.width / sides.downsample, width + 1), sides.width)
     down = np.minimum(np.linspace(0, base.height / sides.downsample, height + 1), sides.height)
+    bands = _bands(read_many, level, sides, tile_px)
     if np.array_equal(across, np.arange(width + 1)) and np.array_equal(down, np.arange(height + 1)):
-        return np.concatenate([band for _, band in _bands(slide, level)])  # the level itself
+        return np.concatenate([band for _, band in bands])  # the level itself
     total = np.zeros((height, width, 3), np.float32)
-    for top, band in _bands(slide, level):
+    for top, band in bands:
         first = int(np.searchsorted(down, top, "right")) - 1
         last = int(np.searchsorted(down, top + len(band)))
         rows = _row_sums(band, np.clip(down[first : last + 1] - top, 0, len(band)))
@@ -38,39 +60,41 @@ def thumbnail(slide: Slide, longest_px: int) -> Pixels:
     return total.astype(np.uint8)
 
 
-def thumbnail_level(slide: Slide, longest_px: int) -> int:
+def thumbnail_level(levels: Sequence[Level], longest_px: int) -> int:
     """Return the level that a thumbnail is made of: the coarsest that is no smaller."""
-    width, height = _size(slide, longest_px)
+    width, height = _size(levels, longest_px)
     return max(
-        i for i, one in enumerate(slide.levels)
+        i for i, one in enumerate(levels)
         if i == 0 or (one.width >= width and one.height >= height)
     )  # fmt: skip
 
 
-def _size(slide: Slide, longest_px: int) -> tuple[int, int]:
-    base = slide.levels[0]
+def _size(levels: Sequence[Level], longest_px: int) -> tuple[int, int]:
+    base = levels[0]
     scale = min(1.0, longest_px / max(base.width, base.height))
     return max(1, round(base.width * scale)), max(1, round(base.height * scale))
 
 
-def _bands(slide: Slide, level: int) -> Iterator[tuple[int, Pixels]]:
+def _bands(
+    read_many: ReadMany, level: int, sides: Level, tile_px: tuple[int, int] | None
+) -> Iterator[tuple[int, Pixels]]:
     """Read a level from top to bottom: (first row, pixels), white where damaged."""
-    sides = slide.levels[level]
     seen, lost = False, None
     across, down = (
         tile * max(1, block // tile) if tile <= 1024 else block
-        for block, tile in zip(BLOCK_PX, slide.tile_px or (1, 1), strict=True)
+        for block, tile in zip(BLOCK_PX, tile_px or (1, 1), strict=True)
     )
     lefts = range(0, sides.width, across)
     for top in range(0, sides.height, down):
         height = min(down, sides.height - top)
         band = np.full((height, sides.width, 3), 255, np.uint8)
         corners = np.array([(left, top) for left in lefts])
-        blocks = slide.read_many(level, corners, across, height)
+        blocks = read_many(level, corners, across, height)
         for left, block in zip(lefts, blocks, strict=True):
             width = min(across, sides.width - left)
             if isinstance(block, SlideError):
-                lost, pieces = block, _piecewise(slide, level, left, top, width, height)
+                lost = block
+                pieces = _piecewise(read_many, level, (left, top, width, height), tile_px)
                 if pieces is None:
                     continue  # stays white
                 block = pieces
@@ -78,7 +102,7 @@ def _bands(slide: Slide, level: int) -> Iterator[tuple[int, Pixels]]:
             band[:, left : left + width] = block[:, :width]
         yield top, band
     if lost and not seen:  # white would pass for glass
-        raise SlideError(slide.path, "damaged", f"nothing can be read: {lost.message}")
+        raise SlideError(lost.path, "damaged", f"nothing can be read: {lost.message}")
 
 
 def _row_sums(image: Pixels, edges: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -112,18 +136,27 @@ def _column_sums(image: NDArray[np.float32], edges: NDArray[np.float64]) -> NDAr
     return total
 
 
-def _piecewise(slide: Slide, level: int, x: int, y: int, width: int, height: int) -> Pixels | None:
-    """Read a region of which parts are damaged: tile by tile, those white; None if all are."""
-    across, down = slide.tile_px or (256, 256)
+def _piecewise(
+    read_many: ReadMany,
+    level: int,
+    region: tuple[int, int, int, int],
+    tile_px: tuple[int, int] | None,
+) -> Pixels | None:
+    """Read a region (x, y, width, height) of which parts are damaged: tile by tile, those white.
+
+    None if all of them are.
+    """
+    x, y, width, height = region
+    across, down = tile_px or (256, 256)
     out = np.full((height, width, 3), 255, np.uint8)
     seen = False
     for top in range(y // down * down, y + height, down):
         for left in range(x // across * across, x + width, across):
             a, b = max(left, x), max(top, y)
             c, d = min(left + across, x + width), min(top + down, y + height)
-            try:
-                out[b - y : d - y, a - x : c - x] = slide.read(level, a, b, c - a, d - b)
-            except SlideError:
+            (piece,) = read_many(level, np.array([(a, b)]), c - a, d - b)
+            if isinstance(piece, SlideError):
                 continue  # stays white
+            out[b - y : d - y, a - x : c - x] = piece
             seen = True
     return out if seen else None

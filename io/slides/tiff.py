@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,17 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SlideError
+from .colours import Colours
 from .integrity import Header, Tiles, find_damaged, parse_jpeg
-from .slide import (
-    MOST_LEVELS,
-    MOST_TILE_BYTES,
-    MOST_TILES,
-    Pixels,
-    Slide,
-    make_levels,
-    opening,
-    sane_mpp,
-)
+from .levels import MOST_LEVELS, MOST_TILE_BYTES, MOST_TILES, Pixels, make_levels
+from .library_errors import opening
+from .slide import Slide
+from .tiff_metadata import mpp_of, name_of, planes_of, properties_of, vendor_of
 
 MOST_PAGES = 256  # of a file that are looked at
 CACHE_BYTES = 32 << 20  # of decoded tiles: a row of strips is read several times
@@ -44,30 +38,6 @@ JPEG2000_YCBCR = 33003
 SCANNERS = ("aperio", "philips")  # all their tiled pages are levels, flagged or not
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else it writes to stderr
-
-
-@dataclass(frozen=True, eq=False)
-class Colours:
-    """What samples mean, and how they become RGB over white."""
-
-    form: int  # the tag PhotometricInterpretation
-    premultiplied: bool
-    palette: NDArray[np.uint8] | None  # [256, 3]
-    ycbcr: bool  # the decoder leaves YCbCr as it is
-
-    def rgb(self, samples: NDArray[Any]) -> Pixels:
-        """Turn samples [h, w, S] to RGB."""
-        if samples.dtype != np.uint8:
-            raise ValueError(f"expected 8-bit samples, got {samples.dtype}")
-        if self.palette is not None:
-            return self.palette[samples[..., 0]]
-        if self.ycbcr:
-            return _from_ycbcr(samples)
-        if self.form == 0:
-            samples = 255 - samples
-        if samples.shape[2] in (2, 4):
-            return over_white(samples, premultiplied=self.premultiplied)
-        return np.repeat(samples, 3, 2) if samples.shape[2] == 1 else np.ascontiguousarray(samples)
 
 
 @dataclass(eq=False)
@@ -164,7 +134,7 @@ class TiffFile:
     def _read(self, tiff: Any) -> None:
         base = tiff.pages[0]
         description = base.description if isinstance(base.description, str) else ""
-        self.vendor, self.needs_openslide = _vendor(tiff, base, description)
+        self.vendor, self.needs_openslide = vendor_of(tiff, base, description)
         pages = [base, *_smaller(tiff, base, self.vendor)]
         self.sides = [(int(page.imagewidth), int(page.imagelength)) for page in pages]
         self.shape = make_levels(self.path, self.sides)
@@ -173,14 +143,14 @@ class TiffFile:
                 replace(one, downsample=2.0 ** round(log2(base.imagewidth / one.width)))
                 for one in self.shape
             )
-        self.mpp = _mpp(base, description, self.vendor)
-        self.properties = _properties(base, description)
+        self.mpp = mpp_of(base, description, self.vendor)
+        self.properties = properties_of(base, description)
         self.tile_px = (base.tilewidth, base.tilelength) if base.is_tiled else None
         self.levels: list[TiffLevel] = []
         if self.needs_openslide:
             self._refuse(f"OpenSlide alone reads the form of {self.vendor}")
         elif base.compression not in CODINGS:
-            self._refuse(f"compression {_name(base.compression)}; {_CONVERT}")
+            self._refuse(f"compression {name_of(base.compression)}; {_CONVERT}")
         else:
             self._check(base, description)
             self.levels = [self._level(page) for page in pages]
@@ -203,10 +173,10 @@ class TiffFile:
         elif samples > 1 and base.planarconfig != 1:
             why = f"colours in separate planes; {_CONVERT}"
         elif (form, samples) not in _FORMS:
-            why = f"{samples} samples of {_name(base.photometric)}; expected RGB, grey or palette"
+            why = f"{samples} samples of {name_of(base.photometric)}; expected RGB, grey or palette"
         elif form == 6 and CODINGS[base.compression] not in ("jpeg", "jpeg2000"):
-            why = f"YCbCr with compression {_name(base.compression)}; {_CONVERT}"
-        elif (planes := _planes(description, samples)) > 1:
+            why = f"YCbCr with compression {name_of(base.compression)}; {_CONVERT}"
+        elif (planes := planes_of(description, samples)) > 1:
             why = f"{planes} channels or focal planes in separate images; expected one RGB image"
         if why:
             raise SlideError(self.path, "unsupported", why)
@@ -280,11 +250,10 @@ class TiffSlide(Slide):
         super().__init__(
             path, "tifffile", tiff.vendor, tiff.shape, tiff.tile_px, tiff.mpp, tiff.properties, tiff
         )
-        self._cache = TileCache()
+        self._pages, self._cache = tiff.levels, TileCache()
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        assert self._tiff is not None
-        return read_tiles(self._tiff.levels[level], self._cache, level, x, y, width, height)
+        return read_tiles(self._pages[level], self._cache, level, x, y, width, height)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -357,34 +326,6 @@ _CONVERT = "convert it, for example with vips tiffsave --tile --pyramid --compre
 _FORMS = {(0, 1), (1, 1), (1, 2), (2, 3), (2, 4), (3, 1), (6, 3)}
 
 
-def _from_ycbcr(samples: NDArray[np.uint8]) -> Pixels:
-    """Turn YCbCr to RGB in libjpeg's (and OpenSlide's) whole numbers."""
-    y, cb, cr = (samples[..., i].astype(np.int32) for i in range(3))
-    cb, cr = cb - 128, cr - 128
-    red = y + ((91881 * cr + 32768) >> 16)
-    green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16)
-    blue = y + ((116130 * cb + 32768) >> 16)
-    return np.clip(np.stack([red, green, blue], -1), 0, 255).astype(np.uint8)
-
-
-def over_white(pixels: NDArray[np.uint8], *, premultiplied: bool = False) -> Pixels:
-    """Compose colours with alpha [h, w, 2 or 4] over white, RGB [h, w, 3].
-
-    Args:
-        pixels: grey or RGB, then alpha.
-        premultiplied: True if the colours have been multiplied by alpha.
-    """
-    colour, alpha = pixels[..., :-1], pixels[..., -1:]
-    if colour.shape[2] == 1:
-        colour = np.repeat(colour, 3, 2)
-    if (alpha == 255).all():
-        return np.ascontiguousarray(colour)
-    wide = alpha.astype(np.uint16)
-    if premultiplied:
-        return np.minimum(colour + (255 - wide), 255).astype(np.uint8)
-    return ((colour * wide + 255 * (255 - wide) + 127) // 255).astype(np.uint8)
-
-
 def _tifffile(path: Path) -> Any:
     try:
         import imagecodecs  # noqa: F401, without it tifffile decodes next to nothing
@@ -394,28 +335,6 @@ def _tifffile(path: Path) -> Any:
             path, "no-reader", f"{error.name} is not installed: pip install 'motet[wsi]'"
         ) from None
     return tifffile
-
-
-def _name(value: Any) -> str:
-    return str(getattr(value, "name", value))
-
-
-def _vendor(tiff: Any, base: Any, description: str) -> tuple[str, bool]:
-    """Say who wrote it, in OpenSlide's words, and whether only OpenSlide reads that form."""
-    if tiff.is_ndpi:
-        return "hamamatsu", True
-    if tiff.is_scn:
-        return "leica", True
-    if tiff.is_bif:
-        return "ventana", True
-    software = str(base.tags.valueof(305, ""))
-    if software.startswith("MedScan") and "OverlapsXY" in description:
-        return "trestle", True
-    if tiff.is_svs or description.startswith("Aperio"):
-        return "aperio", False
-    if tiff.is_philips:
-        return "philips", False
-    return ("ome", False) if tiff.is_ome else ("generic-tiff", False)
 
 
 def _smaller(tiff: Any, base: Any, vendor: str) -> list[Any]:
@@ -443,69 +362,3 @@ def _smaller(tiff: Any, base: Any, vendor: str) -> list[Any]:
             levels.append(page)
             last = page
     return levels[: MOST_LEVELS - 1]
-
-
-def _planes(description: str, samples: int) -> int:
-    """Count the images of an OME file beside the first: channels, focal planes, times."""
-    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]{0,4000}>", description[:100_000])
-    if not pixels:
-        return 1
-    sizes = {k: int(v) for k, v in re.findall(r'Size([CZT])="(\d{1,6})"', pixels.group())}
-    channels = sizes.get("C", samples)
-    images = 1 if channels in (1, samples) else channels
-    return max(images, sizes.get("Z", 1), sizes.get("T", 1))
-
-
-_UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
-_NUMBER = r"([0-9.,eE+-]{1,30})"
-
-
-def _mpp(base: Any, description: str, vendor: str) -> float | None:
-    """Read micrometres per px: the vendor's own words first, then the resolution tags.
-
-    The tags count only with a physical unit and from 0.05 to 20 um/px, for many programs write 72,
-    96 or 300 dpi without having measured (353 to 85 um/px).
-    """
-    text = description[:100_000]
-    if vendor == "aperio":
-        return _numbers(re.findall(rf"\|\s*MPP\s*=\s*{_NUMBER}", text)[:1])
-    if vendor == "philips":
-        spacing = re.search(rf"DICOM_PIXEL_SPACING[^>]*>[^0-9]*{_NUMBER}[^0-9]+{_NUMBER}", text)
-        return _numbers(spacing.groups(), 1e3) if spacing else None
-    if vendor == "ome" or "<Pixels" in text or ":Pixels" in text:
-        sizes = []
-        for axis in "XY":
-            size = re.search(rf'PhysicalSize{axis}="{_NUMBER}"', text)
-            unit = re.search(rf'PhysicalSize{axis}Unit="([^"]{{1,8}})"', text)
-            factor = _UM.get(unit.group(1) if unit else "", 0.0)
-            if size:
-                sizes += [_numbers([size.group(1)], factor)]
-        if len(sizes) == 2 and None not in sizes:
-            return sane_mpp(*sizes)
-    unit = {2: 25400.0, 3: 1e4}.get(base.tags.valueof(296, 2))
-    axes = []
-    for tag in (282, 283):
-        value = base.tags.valueof(tag)
-        if not isinstance(value, tuple) or len(value) != 2 or 0 in value or unit is None:
-            return None
-        axes.append(unit * value[1] / value[0])
-    return sane_mpp(*axes) if all(0.05 <= axis <= 20 for axis in axes) else None
-
-
-def _numbers(texts: Any, factor: float = 1.0) -> float | None:
-    try:
-        return sane_mpp(*(factor * float(text.replace(",", ".")) for text in texts))
-    except ValueError:
-        return None
-
-
-def _properties(base: Any, description: str) -> dict[str, str]:
-    found = {"tiff.Compression": _name(base.compression)}
-    if software := str(base.tags.valueof(305, "")).strip("\0 "):
-        found["tiff.Software"] = software[:200]
-    if description.startswith("Aperio"):
-        for pair in description[:20_000].split("|")[1:]:
-            key, equals, value = pair.partition("=")
-            if equals:
-                found[f"aperio.{key.strip()[:50]}"] = value.strip()[:200]
-    return found

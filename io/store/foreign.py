@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from ..errors import SlideError, StoreError, listed
 from .leases import Leases
 from .read import UNREADABLE, FeatureStore, read_run, run_hash
-from .write import FULL, StoreWriter, described, note_failure
+from .source import Source, described
+from .write import FULL, StoreWriter, note_failure
 
 SUFFIXES = (".h5", ".pt", ".npz")
 # What an array may be larger than the file it is in: beyond it the file means harm.
@@ -122,8 +123,6 @@ def import_features(
         >>> store["b"].features.shape, store["b"].attrs["coords"], store.failed
         ((4, 16), 'level-0 px', {})
     """
-    from ..tiling.find_slides import Source
-
     sources = [Source(path, name) for path, name in _found(paths)]
     names: dict[str, str] = {}
     for one in sources:

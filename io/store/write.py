@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,23 +48,13 @@ from .read import (
     read_run,
     run_hash,
 )
+from .source import Source, is_same
 
 # An array is one chunk, which is a memory map, up to this size; beyond it, chunks of so many rows.
 ONE_CHUNK_BYTES, CHUNK_ROWS = 2**28, 65_536
 # A full disk fails every slide alike: the run stops rather than to list them all as failed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEFT = re.compile(r"(.+)\.[0-9a-f]{16}(\.ready|\.old)?")
-
-
-class Source(Protocol):
-    """A slide's file, its name in the cohort, and the key made of the name (finding.py)."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def key(self) -> str: ...
 
 
 class StoreWriter:
@@ -136,13 +126,13 @@ class StoreWriter:
                 note = read_json(self.path / "failed" / f"{source.key}.json")
             except StoreError:
                 return "todo"
-            return "failed" if _same(source, note) else "todo"
+            return "failed" if is_same(source, note) else "todo"
         try:
             meta = read_json(folder / "zarr.json")
             attrs = meta.get("attributes")
             if not isinstance(attrs, dict) or attrs.get("tiling_hash") != self.tiling_hash:
                 return "changed"
-            if not _same(source, attrs.get("source")):
+            if not is_same(source, attrs.get("source")):
                 return "changed"
             features = folder / "features" / self.slug
             if not features.exists():
@@ -481,22 +471,6 @@ class SlideWriter:
         (self._temporary / "zarr.json").write_bytes(_json({**group, "attributes": attrs}))
 
 
-def described(source: Source) -> dict[str, Any]:
-    """Return what a slide's attributes say of its source: how it is known again."""
-    from ..slides.slide import quick_hash
-
-    status = source.path.stat()
-    return {
-        "name": source.name,
-        "source": {
-            "bytes": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
-            "path": str(source.path),
-            "quick_hash": quick_hash(source.path),
-        },
-    }
-
-
 @contextmanager
 def replacing(cohort: Path, name: str, path: Path) -> Iterator[Path]:
     """Give a file in .tmp/ to write, which replaces `path` once it is written and synced.
@@ -562,23 +536,6 @@ def _version() -> str:
         return version("motet")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _same(source: Source, known: object) -> bool:
-    """Return True if a source is the file that was known: size and time, else quick hash."""
-    if not isinstance(known, dict):
-        return False
-    try:
-        status = source.path.stat()
-        if (status.st_size, status.st_mtime_ns) == (known.get("bytes"), known.get("mtime_ns")):
-            return True
-        if status.st_size != known.get("bytes") or "quick_hash" not in known:
-            return False
-        from ..slides.slide import quick_hash
-
-        return quick_hash(source.path) == known["quick_hash"]
-    except OSError:  # gone: what is stored of it is all there is
-        return True
 
 
 def _count(attrs: Mapping[str, Any]) -> object:

@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
-import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SlideError
+from ..store.source import Source
 
 SUFFIXES = {
     ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi",
     ".dcm", ".png", ".jpg", ".jpeg",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Source:
-    """One slide of a cohort: where it is, and what it is called.
-
-    Args:
-        path: the file.
-        name: its path below the folder that was given, with forward slashes, or its file name.
-    """
-
-    path: Path
-    name: str
-
-    @property
-    def bytes(self) -> int:
-        """Return the size of its file, 0 where that cannot be told: opening it will say why."""
-        try:
-            return self.path.stat().st_size
-        except OSError:
-            return 0
-
-    @property
-    def key(self) -> str:
-        """Name its folder in a store: letters, digits, '.', '_' and '-' only, and never a path."""
-        stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(self.name).stem).lstrip(".")[:80]
-        name = self.name.encode("utf-8", "surrogateescape")
-        return f"{stem}-{hashlib.sha256(name).hexdigest()[:8]}"
 
 
 def find_slides(paths: Iterable[str | os.PathLike[str]]) -> list[Source]:

@@ -24,12 +24,13 @@ import numpy as np
 from PIL import Image
 
 from ..errors import SlideError
-from ..slides.slide import Slide, open_slide
+from ..slides.open_slide import open_slide
+from ..slides.slide import Slide
 from ..slides.thumbnails import thumbnail_level
 from ..store.leases import Lease, Leases
 from ..store.read import FLAGS, FeatureStore
-from ..store.write import FULL, SlideWriter, StoreWriter, described, note_failure
-from .find_slides import Source
+from ..store.source import Source, described
+from ..store.write import FULL, SlideWriter, StoreWriter, note_failure
 from .grid import Grid, Tiling, damaged_patches, make_grid
 from .masks import coverage, read_mask
 from .patches import PatchBatch, probe_decoder, read_patches
@@ -501,7 +502,7 @@ def find_tissue(
 
 def _damaged_mask(slide: Slide, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Return where the thumbnail, of this shape, is white because its level's tiles are damaged."""
-    number = thumbnail_level(slide, thumb_px(slide))
+    number = thumbnail_level(slide.levels, thumb_px(slide))
     level, found = slide.levels[number], np.zeros(shape, bool)
     down, across = shape[0] / level.height, shape[1] / level.width
     for x, y, width, height in slide.damaged(number).tolist():

@@ -12,7 +12,7 @@ from ..errors import listed
 
 if TYPE_CHECKING:
     from ..encoders.base import Encoder
-    from .find_slides import Source
+    from ..store.source import Source
 
 
 class Tiled(NamedTuple):

@@ -22,8 +22,8 @@ from typing import Any
 
 from ..errors import SlideError, StoreError
 from ..store.leases import Leases
+from ..store.source import Source
 from ..store.write import note_failure
-from .find_slides import Source
 from .pipeline import Emit, Settings, work
 
 STALL_S = 600.0

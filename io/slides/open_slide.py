@@ -1,0 +1,130 @@
+"""Open a slide: the reader is chosen by what the file holds, not by its name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from ..errors import SlideError
+from .library_errors import error_text
+from .slide import Slide
+
+# Names that no file can have.
+_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+READERS = ("cucim", "openslide", "tifffile", "pillow")
+
+
+def open_slide(path: str | os.PathLike[str], *, reader: str = "auto") -> Slide:
+    """Open a slide or photograph with the reader that is right and fastest for it.
+
+    What the file holds decides, not its name: cuCIM for tiled JPEG whose tiles a scan can prove,
+    OpenSlide for scanners' own formats and DICOM, tifffile for other TIFF, Pillow for PNG and JPEG.
+
+    Args:
+        path: the file; of a DICOM series or a MIRAX slide, one of its files or the .mrxs.
+        reader: "cucim", "openslide", "tifffile" or "pillow" to insist on one, else "auto".
+
+    Returns:
+        The open slide, which is a context manager.
+
+    Raises:
+        SlideError: with its reason: "missing", "unreadable", "unsupported", "no-reader" or
+            "too-large".
+
+    Example:
+        >>> from PIL import Image
+        >>> Image.new("RGB", (300, 200), "pink").save("skin.png")
+        >>> slide = motet.io.open_slide("skin.png")
+        >>> slide.reader, slide.vendor, slide.thumbnail(30).shape
+        ('pillow', 'png', (20, 30, 3))
+        >>> slide.close()
+    """
+    path = Path(path)
+    if reader not in ("auto", *READERS):
+        raise ValueError(f"reader: expected auto, {', '.join(READERS)}, got {reader!r}")
+    kind = _probe(path)
+    if kind in ("png", "jpeg"):
+        if reader not in ("auto", "pillow"):
+            raise _refused(path, reader, f"a {kind.upper()} image")
+        from .photo import PhotoSlide
+
+        return PhotoSlide(path, kind)
+    if reader == "pillow":
+        raise _refused(path, reader, "a slide")
+    if kind == "tiff":
+        return _open_tiff(path, reader)
+    if reader in ("cucim", "tifffile"):
+        raise _refused(path, reader, "no TIFF")
+    from .openslide import OpenSlideSlide
+
+    return OpenSlideSlide(path, None)
+
+
+def _open_tiff(path: Path, reader: str) -> Slide:
+    """Choose among the readers of TIFF; the file has been found sane before C code sees it."""
+    from .cucim import CuCimSlide, has_cucim, why_not
+    from .openslide import OpenSlideSlide, has_openslide
+    from .tiff import TiffFile, TiffSlide
+
+    tiff = TiffFile(path)
+    try:
+        if reader == "cucim":
+            if why := why_not(tiff):
+                raise _refused(path, reader, why)
+            return CuCimSlide(path, tiff)
+        if reader == "auto" and has_cucim() and not why_not(tiff):
+            try:
+                return CuCimSlide(path, tiff)
+            except SlideError:
+                pass  # tifffile reads the same tiles
+        if reader == "openslide" or (reader == "auto" and tiff.needs_openslide):
+            return OpenSlideSlide(path, tiff)
+        if reader == "auto" and has_openslide() and (tiff.better_openslide or tiff.refusal):
+            try:
+                return OpenSlideSlide(path, tiff)
+            except SlideError:
+                if tiff.refusal:
+                    raise tiff.refusal from None
+        return TiffSlide(path, tiff)
+    except BaseException:
+        tiff.close()
+        raise
+
+
+def _probe(path: Path) -> str:
+    """Say what a file is by its first bytes: "png", "jpeg", "tiff" or "other"."""
+    try:
+        mode = os.stat(path).st_mode
+        head = b""
+        if stat.S_ISREG(mode):  # a pipe would wait for who writes
+            with open(path, "rb") as file:
+                head = file.read(16)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SlideError(path, "missing", "no such file") from None
+    except (PermissionError, ValueError) as error:  # ValueError: a null character in the name
+        raise SlideError(path, "unreadable", error_text(error)) from None
+    except OSError as error:
+        if error.errno in _NAMES:
+            raise SlideError(path, "missing", error_text(error)) from None
+        raise
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise SlideError(path, "unreadable", f"expected a file, got {what}")
+    if not head:
+        raise SlideError(path, "unreadable", "the file is empty")
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head.startswith(b"\xff\xd8\xff"):
+        # The .mrxs of a MIRAX slide is a small JPEG beside a folder of its name.
+        return "other" if (path.with_suffix("") / "Slidedat.ini").is_file() else "jpeg"
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "tiff"
+    return "other"
+
+
+def _refused(path: Path, reader: str, what: str) -> SlideError:
+    message = f"{reader} does not read it: {what}; leave reader='auto'"
+    return SlideError(path, "unsupported", message)

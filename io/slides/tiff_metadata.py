@@ -1,0 +1,98 @@
+"""What a TIFF says of itself: who wrote it, its resolution, its focal planes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .levels import sane_mpp
+
+
+def name_of(value: Any) -> str:
+    """Return the name of a tag's value, such as of a compression."""
+    return str(getattr(value, "name", value))
+
+
+def vendor_of(tiff: Any, base: Any, description: str) -> tuple[str, bool]:
+    """Say who wrote it, in OpenSlide's words, and whether only OpenSlide reads that form."""
+    if tiff.is_ndpi:
+        return "hamamatsu", True
+    if tiff.is_scn:
+        return "leica", True
+    if tiff.is_bif:
+        return "ventana", True
+    software = str(base.tags.valueof(305, ""))
+    if software.startswith("MedScan") and "OverlapsXY" in description:
+        return "trestle", True
+    if tiff.is_svs or description.startswith("Aperio"):
+        return "aperio", False
+    if tiff.is_philips:
+        return "philips", False
+    return ("ome", False) if tiff.is_ome else ("generic-tiff", False)
+
+
+def planes_of(description: str, samples: int) -> int:
+    """Count the images of an OME file beside the first: channels, focal planes, times."""
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]{0,4000}>", description[:100_000])
+    if not pixels:
+        return 1
+    sizes = {k: int(v) for k, v in re.findall(r'Size([CZT])="(\d{1,6})"', pixels.group())}
+    channels = sizes.get("C", samples)
+    images = 1 if channels in (1, samples) else channels
+    return max(images, sizes.get("Z", 1), sizes.get("T", 1))
+
+
+_UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_NUMBER = r"([0-9.,eE+-]{1,30})"
+
+
+def mpp_of(base: Any, description: str, vendor: str) -> float | None:
+    """Read micrometres per px: the vendor's own words first, then the resolution tags.
+
+    The tags count only with a physical unit and from 0.05 to 20 um/px, for many programs write 72,
+    96 or 300 dpi without having measured (353 to 85 um/px).
+    """
+    text = description[:100_000]
+    if vendor == "aperio":
+        return _numbers(re.findall(rf"\|\s*MPP\s*=\s*{_NUMBER}", text)[:1])
+    if vendor == "philips":
+        spacing = re.search(rf"DICOM_PIXEL_SPACING[^>]*>[^0-9]*{_NUMBER}[^0-9]+{_NUMBER}", text)
+        return _numbers(spacing.groups(), 1e3) if spacing else None
+    if vendor == "ome" or "<Pixels" in text or ":Pixels" in text:
+        sizes = []
+        for axis in "XY":
+            size = re.search(rf'PhysicalSize{axis}="{_NUMBER}"', text)
+            unit = re.search(rf'PhysicalSize{axis}Unit="([^"]{{1,8}})"', text)
+            factor = _UM.get(unit.group(1) if unit else "", 0.0)
+            if size:
+                sizes += [_numbers([size.group(1)], factor)]
+        if len(sizes) == 2 and None not in sizes:
+            return sane_mpp(*sizes)
+    unit = {2: 25400.0, 3: 1e4}.get(base.tags.valueof(296, 2))
+    axes = []
+    for tag in (282, 283):
+        value = base.tags.valueof(tag)
+        if not isinstance(value, tuple) or len(value) != 2 or 0 in value or unit is None:
+            return None
+        axes.append(unit * value[1] / value[0])
+    return sane_mpp(*axes) if all(0.05 <= axis <= 20 for axis in axes) else None
+
+
+def _numbers(texts: Any, factor: float = 1.0) -> float | None:
+    try:
+        return sane_mpp(*(factor * float(text.replace(",", ".")) for text in texts))
+    except ValueError:
+        return None
+
+
+def properties_of(base: Any, description: str) -> dict[str, str]:
+    """Return the compression, the software, and Aperio's own words."""
+    found = {"tiff.Compression": name_of(base.compression)}
+    if software := str(base.tags.valueof(305, "")).strip("\0 "):
+        found["tiff.Software"] = software[:200]
+    if description.startswith("Aperio"):
+        for pair in description[:20_000].split("|")[1:]:
+            key, equals, value = pair.partition("=")
+            if equals:
+                found[f"aperio.{key.strip()[:50]}"] = value.strip()[:200]
+    return found
