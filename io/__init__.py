@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .cohorts.bags import Bags
     from .cohorts.cohort import Classes, Cohort, Split, Survival
     from .cohorts.load_cohort import load_cohort
-    from .encoders.base import Encoder, load_encoder
+    from .encoders.base import Encoder
+    from .encoders.load_encoder import load_encoder
     from .errors import CohortError, SlideError, StoreError
     from .slides.open_slide import open_slide
     from .slides.slide import Slide
@@ -38,7 +39,7 @@ _HOME = {
     "coverage": "tiling.masks",
     "import_features": "store.foreign",
     "load_cohort": "cohorts.load_cohort",
-    "load_encoder": "encoders.base",
+    "load_encoder": "encoders.load_encoder",
     "open_slide": "slides.open_slide",
     "outlines": "tiling.masks",
     "pen_mask": "tiling.tissue",

@@ -809,7 +809,10 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 
 
 def test_loading_imports_what_it_needs() -> None:
-    code = "import motet.io.encoders.base, sys; print(*{'torch', 'transformers'} & {*sys.modules})"
+    code = (
+        "import motet.io.encoders.load_encoder, sys; "
+        "print(*{'torch', 'transformers'} & {*sys.modules})"
+    )
     assert python(code).split() == []
     code = code.replace("; print", "; motet.io.load_encoder('stain-stats'); print")
     assert python(code).split() == []

@@ -1,34 +1,16 @@
-"""Encoders of patches: what they all have in common, and where each kind is found."""
+"""What all encoders of patches have in common."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from abc import ABC, abstractmethod
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import suggest
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
-
-# Beside these, any <package.module>:<callable>.
-FAMILIES = {
-    "torchvision": "torchvision:<name>",
-    "timm": "timm:<name>",
-    "hf": "hf:<repo or folder>",
-    "export": "export:<file.pt2>",
-}
-KNOWN = ("stain-stats", *FAMILIES.values(), "<package.module>:<callable>")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class Encoder(ABC):
@@ -79,164 +61,6 @@ class Encoder(ABC):
         }
 
 
-def load_encoder(
-    name: str,
-    *,
-    device: str = "auto",
-    precision: str = "auto",
-    weights: str | os.PathLike[str] | None = None,
-    compile: bool = False,
-) -> Encoder:
-    """Load the encoder that a name stands for (docs/encoders.md lists the kinds).
-
-    Args:
-        name: "stain-stats", "torchvision:<name>", "timm:<name>", "hf:<repo or folder>",
-            "export:<file.pt2>" or "<package.module>:<callable>". Some take options:
-            "hf:<repo>?pool=cls+mean".
-        device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:1".
-        precision: "fp32", "bf16" or "fp16"; "auto" is bf16 on GPUs that have it, else fp32.
-        weights: a file (.pth, .pt, .safetensors) for a torchvision or timm model, in place of its
-            published weights.
-        compile: True runs the model through torch.compile: slow once, then faster.
-
-    Returns:
-        The encoder, ready to use.
-
-    Raises:
-        ValueError: in one line: no such encoder, a package that is not installed or does not load,
-            weights that do not fit, an argument that this kind does not take.
-
-    Example:
-        >>> encoder = motet.io.load_encoder("stain-stats")
-        >>> patches = torch.full((2, 256, 256, 3), 255, dtype=torch.uint8)
-        >>> encoder.encode(patches).shape == (2, encoder.width)
-        True
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:<number>, got {device!r}")
-    family, colon, rest = name.partition(":")
-    if family in FAMILIES and rest:
-        if weights is not None:
-            if family not in ("torchvision", "timm"):
-                raise ValueError(f"weights: {family}:... has its own, leave the argument out")
-            weights = Path(weights).expanduser()
-            if not weights.is_file():
-                raise ValueError(f"weights: no file {str(weights)!r}")
-        models = import_module(".model_zoos", __package__)
-        place, options = _options(name, rest, models.OPTIONS[family])
-        return getattr(models, f"load_{family}")(
-            place,
-            options,
-            models.Setup(device, precision, compile),
-            **({} if weights is None else {"weights": weights}),
-        )
-    if name != "stain-stats" and not (colon and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name)):
-        raise ValueError(f"no encoder {name!r}: {suggest(name, KNOWN)}")
-    given = {
-        "device": device in ("auto", "cpu"),
-        "precision": precision in ("auto", "fp32"),
-        "weights": weights is None,
-        "compile": not compile,
-    }
-    if wrong := [argument for argument, right in given.items() if not right]:
-        raise ValueError(f"{wrong[0]}: {name} runs as it is, leave the argument out")
-    if name == "stain-stats":
-        return import_module(".stain_stats", __package__).StainStats()
-    return _Called(name)
-
-
-class _Called(Encoder):
-    """A callable of the user's: uint8 [B, H, W, 3] to [B, D], both numpy."""
-
-    PROBE_PX = 256
-
-    def __init__(self, name: str) -> None:
-        self._name, self._call = name, _found(name)
-        self.id = str(getattr(self._call, "id", name))
-        self.weights = str(getattr(self._call, "weights", "none"))
-        self.transform = digest({"callable": self.id})
-        self.precision = "fp32"
-        self.input_px = getattr(self._call, "input_px", None)
-        width = getattr(self._call, "width", None)
-        if width is None:
-            px = self.input_px or self.PROBE_PX
-            width = self._rows(np.full((1, px, px, 3), 255, np.uint8)).shape[1]
-        self.width = int(width)
-
-    def encode(self, pixels: np.ndarray | Tensor) -> np.ndarray:
-        pixels = as_numpy(checked(pixels))
-        if len(pixels) == 0:
-            return np.empty((0, self.width), np.float32)
-        rows = self._rows(pixels)
-        if rows.shape[1] != self.width:
-            raise ValueError(
-                f"encoder {self._name!r}: expected {self.width} features per patch, "
-                f"got {rows.shape[1]}"
-            )
-        return rows
-
-    def _rows(self, pixels: np.ndarray) -> np.ndarray:
-        try:
-            returned = self._call(pixels)
-            rows = np.asarray(returned, dtype=np.float32)
-        except (MemoryError, OSError):  # not of the encoder's making
-            raise
-        except Exception as error:  # a user's code raises anything
-            raise ValueError(
-                f"encoder {self._name!r}: raised {type(error).__name__} on uint8 "
-                f"{list(pixels.shape)}: {one_line(error)}"
-            ) from error
-        if rows.ndim != 2 or len(rows) != len(pixels) or rows.shape[1] == 0:
-            raise ValueError(
-                f"encoder {self._name!r}: expected [{len(pixels)}, D] back, got "
-                f"{type(returned).__name__} of shape {list(rows.shape)}"
-            )
-        return rows
-
-
-def _found(name: str) -> Callable[[np.ndarray], Any]:
-    module, _, attribute = name.partition(":")
-    try:
-        thing: Any = import_module(module)
-    except ModuleNotFoundError as error:
-        if not (error.name and f"{module}.".startswith(f"{error.name}.")):
-            raise ValueError(f"encoder {name!r}: importing it failed: {one_line(error)}") from error
-        raise ValueError(
-            f"no encoder {name!r}: no module {error.name!r} (PYTHONPATH=. finds those of this "
-            f"folder); {suggest(name, KNOWN)}"
-        ) from None
-    except Exception as error:  # a user's module raises anything
-        raise ValueError(
-            f"encoder {name!r}: importing it raised {type(error).__name__}: {one_line(error)}"
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(thing, part):
-            known = [one for one in dir(thing) if not one.startswith("_")]
-            raise ValueError(f"no encoder {name!r}: no {part!r} there: {suggest(part, known)}")
-        thing = getattr(thing, part)
-    if not callable(thing):
-        raise ValueError(f"encoder {name!r}: expected a callable, got {type(thing).__name__}")
-    return thing
-
-
-def _options(name: str, rest: str, known: dict[str, tuple[str, ...]]) -> tuple[str, dict[str, str]]:
-    """Part "place?key=value&key=value"."""
-    place, _, query = rest.partition("?")
-    found = {}
-    for part in filter(None, query.split("&")):
-        key, _, value = part.partition("=")
-        if key not in known:
-            raise ValueError(f"encoder {name!r}: no option {key!r}: {suggest(key, known)}")
-        if value not in known[key]:
-            raise ValueError(
-                f"encoder {name!r}: {key}: expected one of {', '.join(known[key])}, got {value!r}"
-            )
-        found[key] = value
-    return place, found
-
-
 def checked(pixels: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Return patches that are uint8 [B, H, W, 3].
 
@@ -252,6 +76,7 @@ def checked(pixels: np.ndarray | Tensor) -> np.ndarray | Tensor:
 
 
 def as_numpy(pixels: np.ndarray | Tensor) -> np.ndarray:
+    """Return pixels as a numpy array, from whichever device."""
     return pixels if isinstance(pixels, np.ndarray) else pixels.detach().cpu().numpy()
 
 

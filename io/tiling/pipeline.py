@@ -178,7 +178,7 @@ class _Worker:
     def __init__(
         self, settings: Settings, emit: Emit, encoder: Encoder | None, turn: tuple[int, int]
     ) -> None:
-        from ..encoders.base import load_encoder
+        from ..encoders.load_encoder import load_encoder
 
         self.settings, self.emit = settings, emit
         self.encoder = encoder or load_encoder(settings.encoder, **settings.encoder_options)
