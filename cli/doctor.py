@@ -117,10 +117,10 @@ def _optional_check(package: str, purpose: str, cure: str) -> Check:
 
 
 def _native_check() -> Check:
-    from ..io.tiling import resample
+    from ..io import native as native_io
     from ..kernels import native
 
-    reason = native.status() or resample.status()
+    reason = native.status() or native_io.status()
     if not reason:
         return Check("C++ modules", "ok", "motet.kernels._C, motet.io._C")
     compiler = next((c for c in ("c++", "g++", "clang++", "cl") if shutil.which(c)), None)

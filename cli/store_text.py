@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..io import FeatureStore, StoreError
-from ..io.store.read import Problem
+from ..io.store.verify import Problem
 
 _SHOWN = ("key", "status", "patches", "corrupt", "mpp", "encoders")
 

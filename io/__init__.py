@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .slides.open_slide import open_slide
     from .slides.slide import Slide
     from .store.foreign import import_features
-    from .store.read import FLAGS, FeatureStore
+    from .store.format import FLAGS
+    from .store.read import FeatureStore
     from .tiling.masks import coverage, outlines, read_mask
     from .tiling.quality import write_report
     from .tiling.tile_slides import tile_slides
@@ -28,7 +29,7 @@ _HOME = {
     "Cohort": "cohorts.cohort",
     "CohortError": "errors",
     "Encoder": "encoders.base",
-    "FLAGS": "store.read",
+    "FLAGS": "store.format",
     "FeatureStore": "store.read",
     "Slide": "slides.slide",
     "SlideError": "errors",

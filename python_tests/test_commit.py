@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from motet.io import FeatureStore, StoreError
 from motet.io.errors import SlideError
-from motet.io.store import write as commit_module
+from motet.io.store import disk
 from motet.io.store.leases import Leases
 from motet.io.store.source import described
 from motet.io.store.write import StoreWriter, note_failure
@@ -261,7 +261,7 @@ def test_replacing_loses_neither(
         done.append(1)
         rename(old, new)
 
-    monkeypatch.setattr(commit_module.os, "rename", dies)
+    monkeypatch.setattr(disk.os, "rename", dies)
     if renames < 3:
         monkeypatch.setattr(slide, "abort", lambda: None)  # nobody tidies up after a kill
         with pytest.raises(KeyboardInterrupt):

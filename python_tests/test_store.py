@@ -15,8 +15,9 @@ import pytest
 import zarr
 from motet.io import CohortError, FeatureStore, StoreError, load_cohort
 from motet.io.cohorts.bags import Bags
-from motet.io.store import write as commit_module
-from motet.io.store.read import FLAGS, StoredArray
+from motet.io.store import write_slide
+from motet.io.store.array import StoredArray
+from motet.io.store.format import FLAGS
 from motet.io.store.source import described
 from motet.io.store.write import StoreWriter, note_failure
 
@@ -186,9 +187,9 @@ def test_golden_store_is_what_is_written_today(tmp_path: Path) -> None:
 def test_zarr_reads_the_same(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one chunk, and cut into chunks of 4 rows, the last of them partly beyond the end."""
     features = numbers(10, 3)
-    monkeypatch.setattr(commit_module, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(write_slide, "CHUNK_ROWS", 4)
     for limit in (2**28, 8):
-        monkeypatch.setattr(commit_module, "ONE_CHUNK_BYTES", limit)
+        monkeypatch.setattr(write_slide, "ONE_CHUNK_BYTES", limit)
         store = made({f"{limit}.svs": (features, [8, *[0] * 9])})
         slide = store[str(limit)]
         group = zarr.open_group(slide.path, mode="r", zarr_format=3)

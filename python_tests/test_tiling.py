@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from motet.io import FeatureStore, StoreError, tile_slides
-from motet.io.store.read import FLAGS
+from motet.io.store.format import FLAGS
 from motet.io.tiling.pipeline import Settings
 from motet.io.tiling.workers import _own_gpu, run_here
 from numpy.typing import NDArray

@@ -14,7 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..errors import CohortError, StoreError, counted, listed
-from ..store.read import FeatureStore, SlideFeatures
+from ..store.read import FeatureStore
+from ..store.read_slide import SlideFeatures
 
 T = TypeVar("T")
 Float = NDArray[np.float32]

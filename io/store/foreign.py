@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import pickle
-import secrets
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ... import _atomic
 from ..errors import SlideError, StoreError, listed
+from .array import UNREADABLE
+from .disk import FULL
+from .format import read_run, run_hash
 from .leases import Leases
-from .read import UNREADABLE, FeatureStore, read_run, run_hash
+from .read import FeatureStore
+from .read_slide import SlideFeatures
 from .source import Source, described
-from .write import FULL, StoreWriter, note_failure
+from .write import StoreWriter, note_failure
 
 SUFFIXES = (".h5", ".pt", ".npz")
 # What an array may be larger than the file it is in: beyond it the file means harm.
@@ -123,14 +127,7 @@ def import_features(
         >>> store["b"].features.shape, store["b"].attrs["coords"], store.failed
         ((4, 16), 'level-0 px', {})
     """
-    sources = [Source(path, name) for path, name in _found(paths)]
-    names: dict[str, str] = {}
-    for one in sources:
-        if one.key in names:
-            raise StoreError(
-                f"two files of one name, {names[one.key]} and {one.path}: give the folder of both"
-            )
-        names[one.key] = str(one.path)
+    sources = _sources(paths)
     writer = _writer(Path(out), encoder, sources)
     leases = Leases(writer.path / "leases")
     writer.clean(leases)
@@ -139,15 +136,8 @@ def import_features(
             continue
         with leases.wait(source.key):
             state = writer.state(source)
-            if state in ("done", "empty"):
-                continue
-            try:
-                _import(writer, source, coords, replace=state == "changed")
-            except (SlideError, StoreError, OSError, MemoryError) as error:
-                if isinstance(error, OSError) and error.errno in FULL:
-                    raise
-                attempts = (writer.attempts(source.key) or 0) + 1
-                note_failure(writer.path, source.key, source, error, attempts)
+            if state not in ("done", "empty"):
+                _import_or_note(writer, source, coords, replace=state == "changed")
     store = FeatureStore(out, encoder)
     store.write_manifest()
     return store
@@ -178,24 +168,25 @@ def export(
     stem = PurePosixPath(str(slide.attrs.get("name", ""))).stem
     path = Path(folder) / f"{stem if store.find(stem) == slide.key else slide.key}.{kind}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(partial, "xb") as file:
-            if kind == "npz":
-                np.savez(
-                    file, features=slide.features, coords=slide.coords, tissue=slide.tissue,
-                    flags=slide.flags,
-                )  # fmt: skip
-            elif kind == "pt":
-                import torch
-
-                torch.save(torch.from_numpy(slide.bag()[0]), file)
+    with _atomic.replacing(path) as partial:
         if kind == "h5":
             _write_h5(partial, slide.bag()[0], slide.coords[~slide.corrupt], slide.attrs)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        else:
+            with open(partial, "wb") as file:  # given a name, both would write it into the file
+                _write_zip(file, slide, kind)
     return path
+
+
+def _write_zip(file: IO[bytes], slide: SlideFeatures, kind: str) -> None:
+    if kind == "npz":
+        np.savez(
+            file, features=slide.features, coords=slide.coords, tissue=slide.tissue,
+            flags=slide.flags,
+        )  # fmt: skip
+    else:
+        import torch
+
+        torch.save(torch.from_numpy(slide.bag()[0]), file)
 
 
 def _found(
@@ -220,7 +211,22 @@ def _found(
     return found
 
 
-def _writer(out: Path, encoder: str, sources: Iterable[Any]) -> StoreWriter:
+def _sources(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[Source]:
+    """Return the files, no two of one key."""
+    sources = [Source(path, name) for path, name in _found(paths)]
+    names: dict[str, str] = {}
+    for one in sources:
+        if one.key in names:
+            raise StoreError(
+                f"two files of one name, {names[one.key]} and {one.path}: give the folder of both"
+            )
+        names[one.key] = str(one.path)
+    return sources
+
+
+def _writer(out: Path, encoder: str, sources: Iterable[Source]) -> StoreWriter:
     """Open the store; the width is that of the store, else of the first file that can be read."""
     width, error = None, None
     if (out / "run.json").exists():
@@ -243,8 +249,21 @@ def _writer(out: Path, encoder: str, sources: Iterable[Any]) -> StoreWriter:
     )
 
 
+def _import_or_note(
+    writer: StoreWriter, source: Source, coords: str | os.PathLike[str] | None, *, replace: bool
+) -> None:
+    """Import a file, or note why it cannot be; a full disk is no fault of the file."""
+    try:
+        _import(writer, source, coords, replace=replace)
+    except (SlideError, StoreError, OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        attempts = (writer.attempts(source.key) or 0) + 1
+        note_failure(writer.path, source.key, source, error, attempts)
+
+
 def _import(
-    writer: StoreWriter, source: Any, coords: str | os.PathLike[str] | None, *, replace: bool
+    writer: StoreWriter, source: Source, coords: str | os.PathLike[str] | None, *, replace: bool
 ) -> None:
     found = read_trident(source.path)
     if found.features is None:
@@ -273,7 +292,7 @@ def _import(
         slide.commit(replace=replace)
 
 
-def _beside(source: Any, folder: Path) -> Foreign:
+def _beside(source: Source, folder: Path) -> Foreign:
     """Read the coordinates of a file that has none."""
     for name in (f"{source.path.stem}.h5", f"{source.path.stem}_patches.h5"):
         if (folder / name).is_file():

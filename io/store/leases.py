@@ -2,7 +2,7 @@
 
 A lease is a file that its owner creates, touches once per heartbeat, and removes. It keeps workers
 from doing the same work twice; it is not what keeps their results whole, which the commit protocol
-(commit.py) does even where two believe to hold one lease.
+(write.py) does even where two believe to hold one lease.
 
 An owner that died on this machine is known by its process number and start time, under the boot id
 and the process namespace, so that neither a reused number nor a container with the same host name

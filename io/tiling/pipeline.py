@@ -27,10 +27,13 @@ from ..errors import SlideError
 from ..slides.open_slide import open_slide
 from ..slides.slide import Slide
 from ..slides.thumbnails import thumbnail_level
+from ..store.disk import FULL
+from ..store.format import FLAGS
 from ..store.leases import Lease, Leases
-from ..store.read import FLAGS, FeatureStore
+from ..store.read import FeatureStore
 from ..store.source import Source, described
-from ..store.write import FULL, SlideWriter, StoreWriter, note_failure
+from ..store.write import StoreWriter, note_failure
+from ..store.write_slide import SlideWriter
 from .grid import Grid, Tiling, damaged_patches, make_grid
 from .masks import coverage, read_mask
 from .patches import PatchBatch, probe_decoder, read_patches
