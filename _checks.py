@@ -27,6 +27,13 @@ def integer(name: str, value: Any, low: int = 1) -> int:
     return number
 
 
+def number(name: str, value: Any) -> float:
+    """Return an int or a float; a bool is neither here."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    return float(value)
+
+
 def positive(name: str, value: Any) -> float:
     """Return a finite number above 0."""
     number = _number(value)

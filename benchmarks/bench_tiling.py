@@ -27,10 +27,10 @@ import pytest
 from motet.cli import measure
 from motet.io import FeatureStore, open_slide, tile_slides
 from motet.io.slides.slide import Slide
+from motet.io.tiling.find_patches import find_tissue, thumb_px
 from motet.io.tiling.grid import Grid, Tiling, damaged_patches, make_grid
 from motet.io.tiling.masks import coverage
 from motet.io.tiling.patches import read_patches
-from motet.io.tiling.pipeline import find_tissue, thumb_px
 from numpy.typing import NDArray
 
 SIDE, MPP, TILE = 24_576, 0.499, 256

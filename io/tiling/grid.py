@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..._checks import number
 from ..errors import SlideError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Tiling:
         for name in ("mpp", "downsample", "min_tissue"):  # 4 and 4.0 have the same hash
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _number(name, value))
+                object.__setattr__(self, name, number(name, value))
         if self.mpp is not None and not 0 < self.mpp < math.inf:
             raise ValueError(f"mpp: expected micrometres per pixel above 0, got {self.mpp}")
         if self.downsample is not None and not 1 <= self.downsample < 1e6:
@@ -126,25 +127,7 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
             "resolution" if the slide is more than 2 % coarser than asked for, "too-large" if there
             would be more than 16 million patches.
     """
-    if tiling.downsample is not None:
-        target = float(tiling.downsample)
-    elif mpp is not None and 1e-4 < mpp < 1e6:
-        # To 12 digits: a quotient of 3.0000000000000004 must not cost the last column.
-        target = round(tiling.mpp / mpp, 12)  # pyright: ignore[reportOptionalOperand]
-    else:
-        raise SlideError(
-            slide.path,
-            "no-mpp",
-            f"expected its micrometres per pixel, got {mpp}: give them, or ask for a downsample",
-        )
-    fine = [i for i, level in enumerate(slide.levels) if level.downsample <= target * CLOSE]
-    if not fine:
-        raise SlideError(
-            slide.path,
-            "resolution",
-            f"expected {tiling.mpp} micrometres per pixel or finer, got {mpp}: nothing is enlarged",
-        )
-    index = max(fine, key=lambda i: slide.levels[i].downsample)
+    target, index = _target_and_level(slide, tiling, mpp)
     level, whole = slide.levels[index], slide.levels[0]
     as_it_is = level.downsample >= target / CLOSE
     scale = level.downsample if as_it_is else target
@@ -152,10 +135,8 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
     # level-0 px. What lies beyond the level is no part of the slide: 4097 px at 4 are 1024.
     unit = level.downsample if as_it_is else 1.0
     length = tiling.tile_px * scale / unit
-    sides = [
-        math.floor(min(whole.width, level.width * level.downsample) / unit + 1e-9),
-        math.floor(min(whole.height, level.height * level.downsample) / unit + 1e-9),
-    ]
+    extents = ((whole.width, level.width), (whole.height, level.height))
+    sides = [math.floor(min(base, px * level.downsample) / unit + 1e-9) for base, px in extents]
     if tiling.border == "drop":
         columns, rows = (math.floor(side / length + 1e-9) for side in sides)
     else:
@@ -187,6 +168,29 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
     )
 
 
+def _target_and_level(slide: Slide, tiling: Tiling, mpp: float | None) -> tuple[float, int]:
+    """Return level-0 px per pixel of the patches, and the level to read them from."""
+    if tiling.downsample is not None:
+        target = float(tiling.downsample)
+    elif mpp is not None and 1e-4 < mpp < 1e6:
+        # To 12 digits: a quotient of 3.0000000000000004 must not cost the last column.
+        target = round(tiling.mpp / mpp, 12)  # pyright: ignore[reportOptionalOperand]
+    else:
+        raise SlideError(
+            slide.path,
+            "no-mpp",
+            f"expected its micrometres per pixel, got {mpp}: give them, or ask for a downsample",
+        )
+    fine = [i for i, level in enumerate(slide.levels) if level.downsample <= target * CLOSE]
+    if not fine:
+        raise SlideError(
+            slide.path,
+            "resolution",
+            f"expected {tiling.mpp} micrometres per pixel or finer, got {mpp}: nothing is enlarged",
+        )
+    return target, max(fine, key=lambda i: slide.levels[i].downsample)
+
+
 def damaged_patches(slide: Slide, grid: Grid) -> np.ndarray:
     """Return bool [G]: whether a patch needs pixels of one of the file's damaged tiles.
 
@@ -208,9 +212,3 @@ def damaged_patches(slide: Slide, grid: Grid) -> np.ndarray:
         )
         found[down, across] = True
     return found.ravel()
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: expected a number, got {value!r}")
-    return float(value)

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..._checks import positive
 from ..errors import StoreError
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def coverage(mask: Mask, coords: NDArray[Any], footprint_px: float, size: Size) 
     corners = np.asarray(coords, np.float64)
     if corners.ndim != 2 or corners.shape[1] != 2 or not np.isfinite(corners).all():
         raise ValueError(f"coords: expected finite numbers [G, 2], got {list(corners.shape)}")
-    if not (math.isfinite(footprint_px) and footprint_px > 0):
-        raise ValueError(f"footprint_px: expected a positive number, got {footprint_px}")
+    positive("footprint_px", footprint_px)
     height, width = mask.shape
     kind = np.int32 if mask.size < 2**30 else np.int64  # half the time
     sums = np.zeros((height + 2, width + 2), kind)  # one more, so that the last edge has a cell

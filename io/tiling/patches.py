@@ -72,10 +72,23 @@ def read_patches(
     """
     wanted = np.asarray(wanted, np.int64)
     blocks = _Blocks.of(slide, grid, wanted)
-    on_cpu = device == "cpu"
-    if on_cpu and _are_tiles(slide, grid):
+    if device == "cpu" and _are_tiles(slide, grid):
         yield from _read_tiles(slide, grid, wanted, blocks.order, batch, workers)
-        return
+    else:
+        yield from _read_blocks(slide, grid, wanted, blocks, batch, workers, device)
+
+
+def _read_blocks(
+    slide: Slide,
+    grid: Grid,
+    wanted: np.ndarray,
+    blocks: _Blocks,
+    batch: int,
+    workers: int,
+    device: str,
+) -> Iterator[PatchBatch]:
+    """Read blocks of patches, and cut each patch out in the thread that decoded it."""
+    on_cpu = device == "cpu"
     images = _Images(slide, grid, {} if on_cpu else {"workers": workers, "device": device})
     memory = _Memory(batch, grid.tile_px, grid.tile_px, 3)
     at, firsts = grid.corners[wanted[blocks.order]], blocks.firsts.tolist()

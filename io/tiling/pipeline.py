@@ -8,25 +8,21 @@ disk, an encoder that raises) stops the worker.
 
 from __future__ import annotations
 
-import math
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ..errors import SlideError
 from ..slides.open_slide import open_slide
 from ..slides.slide import Slide
-from ..slides.thumbnails import thumbnail_level
 from ..store.disk import FULL
 from ..store.format import FLAGS
 from ..store.leases import Lease, Leases
@@ -34,24 +30,22 @@ from ..store.read import FeatureStore
 from ..store.source import Source, described
 from ..store.write import StoreWriter, note_failure
 from ..store.write_slide import SlideWriter
-from .grid import Grid, Tiling, damaged_patches, make_grid
-from .masks import coverage, read_mask
+from .ahead import Ahead
+from .find_patches import find_patches
+from .grid import Grid, Tiling, make_grid
 from .patches import PatchBatch, probe_decoder, read_patches
-from .tissue import blur_mask, pen_mask, tissue_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..encoders.base import Encoder
 
-T = TypeVar("T")
 Emit = Callable[[dict[str, Any]], None]
 
-THUMB_PX = 2048
 BATCH_BYTES = 16 * 2**20
 """Of the pixels of a batch, at most. No batch holds two slides, so that each is the same always."""
-PEN_SHARE, BLUR_SHARE = 0.05, 0.5
-"""Shares of a patch from which on it is flagged."""
+MASKS = (".geojson", ".png")
+"""Endings of the user's own masks, in the order in which they are looked for."""
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 """What a bad slide may raise: SlideError, and what libraries raise in its place."""
 
@@ -105,53 +99,6 @@ class Step(NamedTuple):
 
     job: Job
     what: PatchBatch | Literal["end"] | BaseException
-
-
-class Ahead(Generic[T]):
-    """Run an iterator in a thread of its own, at most `depth` items ahead of who iterates."""
-
-    def __init__(self, items: Iterator[T], depth: int, name: str) -> None:
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(items,), name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self, items: Iterator[T]) -> None:
-        try:
-            for item in items:
-                if not self._put("item", item):
-                    return
-            self._put("end", None)
-        except BaseException as error:
-            self._put("error", error)
-        finally:
-            if isinstance(items, Generator):
-                items.close()
-
-    def _put(self, kind: str, value: object) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[T]:
-        while True:
-            kind, value = self._queue.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-
-    def close(self) -> None:
-        """Stop the thread and wait for it."""
-        self._stopped.set()
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        self._thread.join()
 
 
 def work(
@@ -228,8 +175,6 @@ class _Worker:
         for future in finished:
             future.result()
 
-    # Opening ------------------------------------------------------------------------------------
-
     def _prepared(self) -> Iterator[Job]:
         """Open one after the other the slides that are to be done, as their leases are had."""
         todo = self.sources
@@ -291,60 +236,37 @@ class _Worker:
 
     def _begin(self, source: Source, lease: Lease, slide: Slide) -> Job:
         mpp, mpp_source = self._mpp_of(slide, source)
-        grid = make_grid(slide, self.tiling, mpp)
-        size = (slide.levels[0].width, slide.levels[0].height)
-        thumb = slide.thumbnail(thumb_px(slide))
-        um_per_px = mpp * size[0] / thumb.shape[1] if mpp else None
-        mask, pen = find_tissue(thumb, um_per_px, grid.footprint_px / size[0] * thumb.shape[1])
-        own = self._own_mask(source, size, thumb.shape[:2])
-        mask = mask if own is None else own
-        blur = blur_mask(thumb, mask, um_per_px)
-        # Where the thumbnail itself is damaged nobody knows: such patches are flagged, not dropped.
-        mask |= _damaged_mask(slide, mask.shape)
-
-        def share_of(mask: NDArray[np.bool_], patches: NDArray[np.int32]) -> NDArray[np.float64]:
-            return coverage(mask, patches, grid.footprint_px, size)
-
-        tissue = share_of(mask, grid.coords)
-        kept = np.flatnonzero(tissue >= self.tiling.min_tissue)
-        coords = grid.coords[kept]
-        corrupt = damaged_patches(slide, grid)[kept]
-        flags = np.zeros(len(kept), np.uint8)
-        for flag, where in (
-            (FLAGS.EDGE, grid.edge[kept]),
-            (FLAGS.PEN, share_of(pen, coords) >= PEN_SHARE),
-            (FLAGS.BLUR, share_of(blur, coords) >= BLUR_SHARE),
-            (FLAGS.CORRUPT, corrupt),
-        ):
-            flags[where] |= np.uint8(flag)
-        if len(kept) and corrupt.mean() > self.settings.max_damaged:
+        found = find_patches(slide, self.tiling, mpp, self._mask_of(source))
+        grid, corrupt, n = found.grid, found.corrupt, len(found.kept)
+        if n and corrupt.mean() > self.settings.max_damaged:
             raise SlideError(
                 source.path,
                 "damaged",
-                f"{int(corrupt.sum())} of {len(kept)} patches lie on damaged tiles, more than "
+                f"{int(corrupt.sum())} of {n} patches lie on damaged tiles, more than "
                 f"max_damaged={self.settings.max_damaged:g} of them",
             )
         attrs = {
             **described(source),
             "vendor": slide.vendor,
             "reader": slide.reader,
-            "width": size[0],
-            "height": size[1],
+            "width": slide.levels[0].width,
+            "height": slide.levels[0].height,
             "mpp": mpp,
             "mpp_source": mpp_source,
             "level": grid.level,
             "read_px": grid.read_px,
             "footprint_px": grid.footprint_px,
             "patch_mpp": grid.mpp,
-            "counts": {"grid": len(grid.coords), "tissue": int(np.count_nonzero(tissue))},
-            "reason": None if len(kept) else _why_empty(grid, mask),
+            "counts": {"grid": len(grid.coords), "tissue": found.touched},
+            "reason": found.why_empty,
         }
         writer = self.store.begin(
-            source.key, attrs, coords, tissue[kept], flags, thumb, mask, self.encoder.width
-        )
+            source.key, attrs, grid.coords[found.kept], found.tissue, found.flags, found.thumb,
+            found.mask, self.encoder.width,
+        )  # fmt: skip
         rows = np.flatnonzero(~corrupt)
         replace = self.store.state(source) == "changed"
-        return Job(source, lease, slide, grid, kept[rows], rows, writer, replace, {})
+        return Job(source, lease, slide, grid, found.kept[rows], rows, writer, replace, {})
 
     def _begin_again(self, source: Source, lease: Lease, slide: Slide) -> Job:
         """Begin the features of a further encoder, of the patches that were tiled."""
@@ -369,18 +291,12 @@ class _Worker:
             return None, None
         return known, "user" if known is not None else None
 
-    def _own_mask(
-        self, source: Source, size: tuple[int, int], shape: tuple[int, int]
-    ) -> NDArray[np.bool_] | None:
+    def _mask_of(self, source: Source) -> Path | None:
+        """Return the user's own mask of a slide, if there is one."""
         if self.settings.masks is None:
             return None
-        for ending in (".geojson", ".png"):
-            path = Path(self.settings.masks) / (source.path.stem + ending)
-            if path.exists():
-                return read_mask(path, size, shape)
-        return None
-
-    # Decoding, encoding, writing ----------------------------------------------------------------
+        files = [Path(self.settings.masks) / (source.path.stem + ending) for ending in MASKS]
+        return next((file for file in files if file.exists()), None)
 
     def _decoded(self, prepared: Ahead[Job]) -> Iterator[Step]:
         for job in prepared:
@@ -467,54 +383,3 @@ class _Worker:
 
 def _over(event: str, source: Source) -> dict[str, Any]:
     return {"event": event, "key": source.key, "name": source.name, "bytes": source.bytes}
-
-
-def thumb_px(slide: Slide) -> int:
-    """Return the longest side of a slide's thumbnail: 1024 to 2048 px where it is that large.
-
-    It is a whole part of the coarsest level that is large enough, so that hardly anything is read.
-    """
-    longest = [max(level.width, level.height) for level in slide.levels]
-    side = min((side for side in longest if side >= THUMB_PX // 2), default=longest[0])
-    return side // math.ceil(side / THUMB_PX)
-
-
-def find_tissue(
-    thumb: NDArray[np.uint8], um_per_px: float | None, patch_px: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return masks of tissue and of pen, from a thumbnail reduced until a patch is 5 px wide.
-
-    So that a slide of few tiles is not held up by its thumbnail.
-
-    Args:
-        thumb: uint8 [h, w, 3].
-        um_per_px: of the thumbnail.
-        patch_px: side of a patch in px of the thumbnail.
-
-    Returns:
-        Two of bool [h, w].
-    """
-    factor = max(1, min(int(patch_px / 5), max(thumb.shape) // 256))
-    small = np.asarray(Image.fromarray(thumb).reduce(factor))
-    pen = pen_mask(small)
-    tissue = tissue_mask(small, um_per_px * factor if um_per_px else None) & ~pen
-    height, width = thumb.shape[:2]
-    found = [mask.repeat(factor, 0)[:height].repeat(factor, 1)[:, :width] for mask in (tissue, pen)]
-    return found[0], found[1]
-
-
-def _damaged_mask(slide: Slide, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Return where the thumbnail, of this shape, is white because its level's tiles are damaged."""
-    number = thumbnail_level(slide.levels, thumb_px(slide))
-    level, found = slide.levels[number], np.zeros(shape, bool)
-    down, across = shape[0] / level.height, shape[1] / level.width
-    for x, y, width, height in slide.damaged(number).tolist():
-        rows = slice(int(y * down), math.ceil((y + height) * down))
-        found[rows, int(x * across) : math.ceil((x + width) * across)] = True
-    return found
-
-
-def _why_empty(grid: Grid, mask: NDArray[np.bool_]) -> str:
-    if not len(grid.coords):
-        return "the slide is smaller than one patch"
-    return "no patch holds enough tissue" if mask.any() else "no tissue was found"

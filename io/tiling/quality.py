@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import quote
+
+from ..._atomic import replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,47 +112,78 @@ def write_report(
     """
     cohort = Path(cohort)
     out = cohort / "report" if out is None else Path(out)
-    if store is None:
-        opened: Store = import_module("..store.read", __package__).FeatureStore(cohort)
-        store = opened
-    (out / "slides").mkdir(parents=True, exist_ok=True)
+    store = _opened(cohort) if store is None else store
+    pictures = out / "slides"
+    pictures.mkdir(parents=True, exist_ok=True)
     (out / "sheets").mkdir(exist_ok=True)
-    problems: list[dict[str, Any]] = []
+    empty: list[dict[str, Any]] = []
     totals = dict.fromkeys(("ok", "empty", "failed", "kept", *INKS), 0)
     sheets: list[tuple[str, list[str]]] = []
-    with _replacing(out / "slides.csv") as table:
+    with _text_file(out / "slides.csv") as table:
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for page, keys in enumerate(_pages(store), 1):
-            cells: list[tuple[dict[str, Any], Image | None]] = []
-            for key in keys:
-                slide = store[key]
-                row = _row(key, slide.attrs)
-                writer.writerow(row)
-                totals[row["status"]] = totals.get(row["status"], 0) + 1
-                for name in ("kept", *INKS):
-                    totals[name] += row[name] or 0
-                if row["status"] != "ok":
-                    problems.append(row)
-                picture = out / "slides" / f"{key}.png"
-                fresh = _is_newer(picture, cohort / "slides" / f"{key}.zarr")
-                cells.append((row, None if fresh else _drawn(slide, row, picture)))
-            name = f"page-{page:04}.png"
-            _write_sheet(out / "sheets" / name, cells, out / "slides")
-            sheets.append((name, list(keys)))
-        failed = [
-            _row(key, {"status": "failed", "name": note.get("name") or note.get("path"), **note})
-            | {"message": note.get("message")}
-            for key, note in sorted(store.failed.items())
-        ]
+            cells = _cells(store, keys, cohort, pictures)
+            rows = [row for row, _ in cells]
+            writer.writerows(rows)
+            _count(totals, rows)
+            empty += (row for row in rows if row["status"] != "ok")
+            sheets.append((f"page-{page:04}.png", keys))
+            _write_sheet(out / "sheets" / sheets[-1][0], cells, pictures)
+        failed = _failed_rows(store)
         writer.writerows({name: row[name] for name in COLUMNS} for row in failed)
     totals["failed"] = len(failed)
-    for stale in (out / "sheets").glob("page-*.png"):
-        if stale.name not in {name for name, _ in sheets}:
-            stale.unlink()
-    with _replacing(out / "index.html") as page_file:
-        page_file.writelines(_page(cohort, totals, failed, problems, sheets))
+    _remove_others(out / "sheets", {name for name, _ in sheets})
+    with _text_file(out / "index.html") as index:
+        index.writelines(_page(cohort, totals, failed, empty, sheets))
     return out / "index.html"
+
+
+def _opened(cohort: Path) -> Store:
+    from ..store.read import FeatureStore
+
+    return cast("Store", FeatureStore(cohort))  # type checkers know no cached property as one
+
+
+def _remove_others(sheets: Path, kept: set[str]) -> None:
+    """Remove the last contact sheets of a report that was longer."""
+    for stale in sheets.glob("page-*.png"):
+        if stale.name not in kept:
+            stale.unlink()
+
+
+@contextmanager
+def _text_file(path: Path) -> Iterator[IO[str]]:
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+def _cells(
+    store: Store, keys: list[str], cohort: Path, pictures: Path
+) -> list[tuple[dict[str, Any], Image | None]]:
+    """Return the rows of a page, each with what was drawn anew of it."""
+    cells = []
+    for key in keys:
+        slide, picture = store[key], pictures / f"{key}.png"
+        row = _row(key, slide.attrs)
+        fresh = _is_newer(picture, cohort / "slides" / f"{key}.zarr")
+        cells.append((row, None if fresh else _drawn(slide, row, picture)))
+    return cells
+
+
+def _count(totals: dict[str, int], rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        totals[row["status"]] = totals.get(row["status"], 0) + 1
+        for name in ("kept", *INKS):
+            totals[name] += row[name] or 0
+
+
+def _failed_rows(store: Store) -> list[dict[str, Any]]:
+    return [
+        _row(key, {"status": "failed", "name": note.get("name") or note.get("path"), **note})
+        | {"message": note.get("message")}
+        for key, note in sorted(store.failed.items())
+    ]
 
 
 def _pages(keys: Iterable[str]) -> Iterator[list[str]]:
@@ -219,9 +251,10 @@ def _drawn(slide: Stored, row: Mapping[str, Any], path: Path) -> Image:
     if row["mpp"] and level0:
         _scale_bar(draw, across / level0[0] / row["mpp"], left, along, across)
     _caption(draw, row, along)
-    with _replacing(path, "wb") as file:  # 256 colours: a third of the bytes and of the time
-        few = canvas.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        few.save(file, "PNG", compress_level=1)
+    # 256 colours: a third of the bytes and of the time.
+    few = canvas.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    with replacing(path) as partial:
+        few.save(partial, "PNG", compress_level=1)
     return _cell(few.convert("RGB"))  # as it is when the file is read again
 
 
@@ -381,8 +414,8 @@ def _write_sheet(
         draw.text((x + 5, y + _CELL + 15), what, colour, _font(11))
     info = PngInfo()
     info.add_text("motet", shown)
-    with _replacing(path, "wb") as file:
-        sheet.save(file, "PNG", compress_level=1, pnginfo=info)
+    with replacing(path) as partial:
+        sheet.save(partial, "PNG", compress_level=1, pnginfo=info)
 
 
 def _page(
@@ -443,18 +476,3 @@ def _is_newer(picture: Path, slide: Path) -> bool:
         return picture.stat().st_mtime_ns > slide.stat().st_mtime_ns
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def _replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Give a file to write that takes its place once it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        text = "b" not in mode
-        with open(
-            partial, mode, encoding="utf-8" if text else None, newline="" if text else None
-        ) as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from ..errors import listed
 if TYPE_CHECKING:
     from ..encoders.base import Encoder
     from ..store.source import Source
+    from .pipeline import Emit, Settings
 
 
 class Tiled(NamedTuple):
@@ -124,42 +125,20 @@ def tile_slides(
         True
     """
     from ..store.write import attempts_at_failed
-    from .find_slides import find_slides
-    from .grid import Tiling
-    from .pipeline import Settings, work
+    from .pipeline import Settings
 
-    tiling = {
-        "mpp": 10 / _positive(mag, "mag") if mag is not None and mpp is None else mpp,
-        "downsample": downsample, "tile_px": tile_px, "border": border, "min_tissue": min_tissue,
-    }  # fmt: skip
-    if sum(value is not None for value in (mpp, mag, downsample)) != 1:
-        raise ValueError("expected one of mpp, mag and downsample, got "
-                         f"mpp={mpp}, mag={mag}, downsample={downsample}")  # fmt: skip
-    Tiling(**tiling)  # says what is wrong with it
-    _check_choice("missing_mpp", missing_mpp, ("fail", "skip"))
-    _check_choice("reader", reader, ("auto", "cucim", "openslide", "tifffile", "pillow"))
-    if not 0 <= max_damaged <= 1:
-        raise ValueError(f"max_damaged: expected 0 to 1, got {max_damaged}")
-    for name, count, least in (("batch", batch, 1), ("workers", workers, 0)):
-        if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, got {count!r}")
-    if not isinstance(encoder, str) and (workers or ray):
-        raise ValueError("encoder: an object cannot be given to other processes: set workers=0, or "
-                         "name it, such as 'my.module:encode'")  # fmt: skip
-    if masks is not None and not Path(masks).is_dir():
-        raise ValueError(f"masks: expected a folder, got {str(masks)!r}")
-    sources = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
-    if not sources:
-        raise ValueError(f"slides: no slide in {slides}")
-    chosen = _shard(sources, shard)
-    options = {"device": device, "precision": precision, "compile": compile,
-               "weights": None if weights is None else str(weights)}  # fmt: skip
+    tiling = _tiling(mpp, mag, downsample, tile_px, border, min_tissue)
+    _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, elsewhere=bool(ray))
+    chosen = _shard(_found(slides), shard)
     settings = Settings(
         out=str(Path(out).absolute()),
         slides=[(str(source.path.absolute()), source.name) for source in chosen],
         tiling=tiling,
         encoder=encoder if isinstance(encoder, str) else encoder.id,
-        encoder_options=options,
+        encoder_options={
+            "device": device, "precision": precision, "compile": compile,
+            "weights": None if weights is None else str(weights),
+        },
         slide_mpp=_known_mpp(slide_mpp),
         masks=None if masks is None else str(Path(masks).absolute()),
         reader=reader,
@@ -167,7 +146,7 @@ def tile_slides(
         decoders=max(1, len(os.sched_getaffinity(0)) // max(1, workers)),
         batch=batch,
         retry=attempts_at_failed(Path(out)),
-    )
+    )  # fmt: skip
     patches = 0
 
     def emit(event: dict[str, Any]) -> None:
@@ -177,6 +156,71 @@ def tile_slides(
             progress(event)
 
     emit({"event": "begin", "slides": len(chosen), "bytes": sum(one.bytes for one in chosen)})
+    _run(settings, encoder, workers, ray, emit)
+    return _summary(chosen, out, missing_mpp, patches)
+
+
+def _tiling(
+    mpp: float | None,
+    mag: float | None,
+    downsample: float | None,
+    tile_px: int,
+    border: str,
+    min_tissue: float,
+) -> dict[str, Any]:
+    """Return the fields of a `Tiling`, which have been found right."""
+    from .grid import Tiling
+
+    tiling = {
+        "mpp": 10 / _positive(mag, "mag") if mag is not None and mpp is None else mpp,
+        "downsample": downsample, "tile_px": tile_px, "border": border, "min_tissue": min_tissue,
+    }  # fmt: skip
+    if sum(value is not None for value in (mpp, mag, downsample)) != 1:
+        raise ValueError("expected one of mpp, mag and downsample, got "
+                         f"mpp={mpp}, mag={mag}, downsample={downsample}")  # fmt: skip
+    Tiling(**tiling)  # says what is wrong with it
+    return tiling
+
+
+def _check(
+    encoder: str | Encoder,
+    masks: str | PathLike[str] | None,
+    missing_mpp: str,
+    reader: str,
+    max_damaged: float,
+    batch: int,
+    workers: int,
+    *,
+    elsewhere: bool,
+) -> None:
+    """Check what no other part does; `elsewhere` is True for a run on Ray."""
+    _check_choice("missing_mpp", missing_mpp, ("fail", "skip"))
+    _check_choice("reader", reader, ("auto", "cucim", "openslide", "tifffile", "pillow"))
+    if not 0 <= max_damaged <= 1:
+        raise ValueError(f"max_damaged: expected 0 to 1, got {max_damaged}")
+    for name, count, least in (("batch", batch, 1), ("workers", workers, 0)):
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {count!r}")
+    if not isinstance(encoder, str) and (workers or elsewhere):
+        raise ValueError("encoder: an object cannot be given to other processes: set workers=0, or "
+                         "name it, such as 'my.module:encode'")  # fmt: skip
+    if masks is not None and not Path(masks).is_dir():
+        raise ValueError(f"masks: expected a folder, got {str(masks)!r}")
+
+
+def _found(slides: str | PathLike[str] | Iterable[str | PathLike[str]]) -> list[Source]:
+    from .find_slides import find_slides
+
+    sources = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
+    if not sources:
+        raise ValueError(f"slides: no slide in {slides}")
+    return sources
+
+
+def _run(
+    settings: Settings, encoder: str | Encoder, workers: int, ray: str | None, emit: Emit
+) -> None:
+    """Work on a Ray cluster, in child processes, or in this one."""
     if ray is not None:
         from .workers import run_on_ray
 
@@ -186,8 +230,9 @@ def tile_slides(
 
         run_here(settings, workers, emit)
     else:
+        from .pipeline import work
+
         work(settings, emit, encoder=None if isinstance(encoder, str) else encoder)
-    return _summary(chosen, out, missing_mpp, patches)
 
 
 def _summary(

@@ -7,7 +7,7 @@ same thumbnail gives the same masks. docs/tissue.md shows them on real tissue, w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     Image = NDArray[np.uint8]
     Mask = NDArray[np.bool_]
     Floats = NDArray[np.floating[Any]]
+    Pair = tuple[float, float]
+    Ink = Callable[[float, float], Mask]
 
 # Stain (see `_stain`), the glass being 0. Noise, glue, JPEG and uneven light stay below 0.03; the
 # palest stroma and fat of the test slides lie above 0.05. What is above 0.07 is stained, whatever
@@ -119,6 +121,20 @@ def pen_mask(thumb: Image) -> Mask:
     brightest, darkest = _extremes(thumb)
     real = (brightest > _BLACK) & (darkest < 255)
     colour = _balanced(thumb, real, max(1.0, max(mark.shape) / 1000))
+    for ink, sure, perhaps in _inks(colour):
+        core = _without_small(ink(*sure) & real, max(9.0, 2e-4 * mark.size))
+        if core.any():
+            mark |= ndimage.binary_propagation(core, mask=core | (ink(*perhaps) & real))
+    if mark.any():  # what tissue hides is marked as well, where a third of what is around it is
+        mark |= _smooth(mark.astype(np.float32), max(1.0, max(mark.shape) / 100)) > 0.35
+    return mark
+
+
+def _inks(colour: Sequence[Floats]) -> list[tuple[Ink, Pair, Pair]]:
+    """Return for cold, warm and black ink where it is, given depth and ratio; those at which it
+    surely is there, and those at which it may spread."""
+    import numpy as np
+
     red, green, blue = (-np.log10(np.clip(plane, 1 / 255, 1)) for plane in colour)
     least = np.minimum(np.minimum(red, green), blue)
     most = np.maximum(np.maximum(red, green), blue)
@@ -132,17 +148,11 @@ def pen_mask(thumb: Image) -> Mask:
     def black(depth: float, ratio: float) -> Mask:
         return (least > depth) & (least > ratio * most)
 
-    for kind, sure, perhaps in (
+    return [
         (cold, (0.2, 1.5), (0.1, 1.15)),
         (warm, (0.75, 0.35), (0.25, 0.35)),
         (black, (0.75, 0.85), (0.4, 0.8)),
-    ):
-        core = _without_small(kind(*sure) & real, max(9.0, 2e-4 * mark.size))
-        if core.any():
-            mark |= ndimage.binary_propagation(core, mask=core | (kind(*perhaps) & real))
-    if mark.any():  # what tissue hides is marked as well, where a third of what is around it is
-        mark |= _smooth(mark.astype(np.float32), max(1.0, max(mark.shape) / 100)) > 0.35
-    return mark
+    ]
 
 
 def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
