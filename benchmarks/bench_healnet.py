@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import motet
 import torch
-from motet import _floors
+from motet import _error_floors
 from motet.cli import measure
 from torch import Tensor, nn
 
@@ -217,7 +217,7 @@ def errors_of(both: dict[str, nn.Module], tokens: int, *, equal: bool) -> dict[s
     return {"error": errors, "difference": difference}
 
 
-TOLERANCE = _floors.DEEP_MODEL["float32"]  # of logits
+TOLERANCE = _error_floors.DEEP_MODEL["float32"]  # of logits
 
 
 def memory_of(

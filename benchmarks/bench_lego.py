@@ -22,7 +22,7 @@ from unittest import mock
 
 import motet
 import torch
-from motet import _floors
+from motet import _error_floors
 from motet.cli import measure
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ def bench_lego(benchmark, cell: Any, who: str) -> None:
     run = cell.contenders()[who]
     benchmark.group = cell.name
     benchmark.extra_info["error"] = error = cell.error(lambda *_: run())
-    assert error < _floors.DEEP_MODEL["float32"]
+    assert error < _error_floors.DEEP_MODEL["float32"]
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
 
@@ -150,7 +150,7 @@ def errors_of(both: dict[str, nn.Module], inputs: list[Tensor], *, step: bool) -
     # Where the imaginary part is zero in theory, the phase in their harmonic merge is that of
     # rounding noise: see docs/upstream.md.
     noisy = isinstance(both["ours"], motet.LegoMerge) and both["ours"].method != "sum"
-    most = _floors.MODEL["float64"]
+    most = _error_floors.MODEL["float64"]
     if not (difference < most or noisy):
         raise ValueError(f"float64 logits differ by {difference:.1e}, expected < {most:.0e}")
     allowed = 2 * errors["theirs"] + measure.FLOOR["fp32"]

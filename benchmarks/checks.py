@@ -11,7 +11,7 @@ from typing import Any
 
 import motet
 import torch
-from motet import _floors
+from motet import _error_floors
 from motet.cli import measure
 from motet.io.encoders.torch_encoder import Setup, TorchEncoder, Transform
 from motet.kernels import (
@@ -30,7 +30,7 @@ from motet.kernels.lego_pass import Asking, Update, lego_pass
 from torch import Tensor
 
 # Of norms, relative.
-FLOOR = {getattr(torch, name): floor for name, floor in _floors.OPERATOR.items()}
+FLOOR = {getattr(torch, name): floor for name, floor in _error_floors.OPERATOR.items()}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 RAGGED = (300, 0, 1, 530)
 SHORT = (64, 0, 1, 40)
@@ -124,7 +124,7 @@ def _model(name: str, device: str) -> tuple[float, float]:
         return [x.detach().cpu().clone() for x in (logits, *gradients)]
 
     gold = outcome("cpu")
-    return measure.relative_error(outcome(device), gold), _floors.MODEL["float64"]
+    return measure.relative_error(outcome(device), gold), _error_floors.MODEL["float64"]
 
 
 def _compare(

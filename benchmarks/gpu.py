@@ -125,7 +125,7 @@ def _faults(row: dict[str, Any]) -> list[str]:
 def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
     """Yield rows of what is not on the ladder: both merges, LegoBlock, LegoMerge."""
     from benchmarks.cells import lego_cells, merge_cells
-    from motet import _floors
+    from motet import _error_floors
     from motet.cli import measure
 
     for make, sizes in (
@@ -135,7 +135,7 @@ def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
         for size in sizes:
             for cell in make(device, size):
                 row = {"name": cell.name, "error": cell.error(cell.run)}
-                if row["error"] < _floors.FAULT:
+                if row["error"] < _error_floors.FAULT:
                     times = measure.in_turns(cell.contenders(), device, rounds=3 if small else 15)
                     row["ms"] = {who: timing._asdict() for who, timing in times.items()}
                     said = ", ".join(f"{who} {timing} ms" for who, timing in times.items())

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _floors
+from .. import _error_floors
 from ..fusion.context import jagged
 from ..fusion.healnet import HEALNet
 from ..fusion.modalities import Bag
@@ -34,7 +34,7 @@ from ..kernels.plan import Plan, Strategy, plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # An error may be twice that of the reference in the same dtype, and this: of a norm, relative.
-FLOOR = {name: _floors.MODEL[str(dtype).split(".")[1]] for name, dtype in DTYPES.items()}
+FLOOR = {name: _error_floors.MODEL[str(dtype).split(".")[1]] for name, dtype in DTYPES.items()}
 MIB = 2**20
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from motet import _floors
+from motet import _error_floors
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def golden_path(name: str) -> Path:
 
 
 # Absolute error that a comparison may always have, by the dtype that was worked in.
-FLOOR = {getattr(torch, name): floor for name, floor in _floors.ELEMENT.items()}
+FLOOR = {getattr(torch, name): floor for name, floor in _error_floors.ELEMENT.items()}
 WIDE = {torch.complex64: torch.complex128} | dict.fromkeys(
     (torch.float32, torch.float16, torch.bfloat16), torch.float64
 )
