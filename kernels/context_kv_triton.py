@@ -163,7 +163,7 @@ def capability(x: Tensor) -> int:
     """Return 90 for compute capability 9.0; 0 where the interpreter runs the kernels."""
     if not x.is_cuda:
         return 0
-    major, minor = torch.cuda.get_devicecapability(x.device)
+    major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor
 
 

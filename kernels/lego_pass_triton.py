@@ -523,9 +523,10 @@ def _updated_gradient(
 ):  # fmt: skip
     """Return the gradient of updated rows, zero for rows without an update."""
     dx = _load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
-    if present_ptr is None:
-        return dx
-    return tl.where(_flags(present_ptr, row, valid, C, False), dx, 0.0)
+    # One return: what follows an early one is compiled too, where the pointer is None.
+    if present_ptr is not None:
+        dx = tl.where(_flags(present_ptr, row, valid, C, False), dx, 0.0)
+    return dx
 
 
 @triton.jit(do_not_specialize=["n_rows"])
