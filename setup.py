@@ -61,12 +61,14 @@ class BuildPy(build_py):
         return [module for module in modules if module[1] != "setup"]
 
 
+def packages(*folders: str) -> list[str]:
+    """Return the packages in these folders, and in the folders of these."""
+    found = (path.parent for folder in folders for path in (ROOT / folder).rglob("__init__.py"))
+    return sorted(".".join(("motet", *path.relative_to(ROOT).parts)) for path in found)
+
+
 setup(
-    packages=[
-        "motet",
-        *(f"motet.{part}" for part in ("cli", "experiments", "fusion", "io", "kernels")),
-        *(f"motet.io.{part}" for part in ("cohorts", "encoders", "slides", "store", "tiling")),
-    ],
+    packages=["motet", *packages("cli", "experiments", "fusion", "io", "kernels")],
     package_dir={"motet": "."},
     ext_modules=[Extension(f"motet.{part}._C", sources=[]) for part in ("kernels", "io")],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from motet.cli import bench, measure
 from motet.kernels import context_kv
-from motet.kernels.context_kv import context_kv_reference
-from motet.kernels.latent_attention import latent_attention_kv, latent_attention_reference
+from motet.kernels.context_kv.reference import context_kv_reference
+from motet.kernels.latent_attention.operator import latent_attention_kv
+from motet.kernels.latent_attention.reference import latent_attention_reference
 from torch import Tensor
 
 Attend = Callable[["Inputs", float], Tensor]

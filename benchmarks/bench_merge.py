@@ -22,8 +22,8 @@ import torch
 from motet.cli import measure
 from motet.cli.measure import Timing
 from motet.kernels import harmonic_merge, slerp
-from motet.kernels.harmonic_merge import harmonic_merge_reference
-from motet.kernels.slerp import slerp_reference
+from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
+from motet.kernels.slerp.reference import slerp_reference
 from torch import Tensor
 
 from .cells import Cell, merge_cells

@@ -11,8 +11,8 @@ from functools import partial
 
 import motet
 import torch
-from motet.kernels.harmonic_merge import harmonic_merge_reference
-from motet.kernels.slerp import slerp_reference
+from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
+from motet.kernels.slerp.reference import slerp_reference
 from torch import Tensor
 
 

@@ -22,11 +22,12 @@ from motet.kernels import (
     latent_attention,
     slerp,
 )
-from motet.kernels.absorbed_attention import absorbed_attention_reference
-from motet.kernels.context_kv import context_kv_reference
-from motet.kernels.harmonic_merge import harmonic_merge_reference
-from motet.kernels.latent_attention import latent_attention_reference
-from motet.kernels.lego_pass import Asking, Update, lego_pass
+from motet.kernels.absorbed_attention.reference import absorbed_attention_reference
+from motet.kernels.context_kv.reference import context_kv_reference
+from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
+from motet.kernels.latent_attention.reference import latent_attention_reference
+from motet.kernels.lego_pass.operator import lego_pass
+from motet.kernels.lego_pass.weights import Asking, Update
 from torch import Tensor
 
 # Of norms, relative.

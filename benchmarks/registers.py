@@ -2,10 +2,11 @@
 
     python benchmarks/registers.py [--out benchmarks/results/registers.json]
 
-The launchers run on the CPU with tensors of the sizes below, but what they would launch is only
-recorded, with the dtypes, strides and divisibilities that Triton specialises on, and then compiled
-ahead of time: registers, shared memory, spills, asynchronous copies, matrix instructions. Rows of
-the table are told apart by kernel and specialisation; a name that many sizes share is the first's.
+The launchers run on the CPU with tensors of the sizes in launches.py, but what they would launch is
+only recorded, with the dtypes, strides and divisibilities that Triton specialises on, and then
+compiled ahead of time: registers, shared memory, spills, asynchronous copies, matrix instructions.
+Rows of the table are told apart by kernel and specialisation; a name that many sizes share is the
+first's. Another Triton than the environment's is taken with PYTHONPATH.
 """
 
 import argparse
@@ -18,35 +19,31 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 os.environ.pop("TRITON_INTERPRET", None)  # before triton: interpreted functions do not compile
 
+import motet.kernels
+import torch
 import triton
-from motet.kernels import (
-    absorbed_attention_triton,
-    context_kv_triton,
-    harmonic_merge_triton,
-    latent_attention_triton,
-    lego_pass_triton,
-    slerp_triton,
-)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import JITFunction
 from triton.runtime.jit import create_function_from_signature
 
+sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
+
+from benchmarks.launches import CELLS, LAUNCHERS
+
 # Shared memory that one program may have, in bytes.
 CHIPS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESULT = Path(__file__).parent / "results" / "registers.json"
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
-_BITS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,11 @@ class Launch:
 
     def multiplies(self) -> bool:
         """Whether matrix units and asynchronous copies are to be expected."""
-        return not self.function.__name__.startswith(
-            ("_combine", "_merge", "_products", "_softmax")
-        )
+        name = self.function.__name__
+        given = dict(zip(self.function.arg_names, self.arguments, strict=True))
+        if name == "asking_backward_kernel" and given["dqueries_ptr"] is None:
+            return False  # the normalisation alone
+        return not name.startswith(("combine", "merge", "products", "softmax"))
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ class Compiled:
 
 
 def launches(chip: int, cells: dict[str, Callable[[], object]] | None = None) -> list[Launch]:
-    """Return what the launchers would launch for `cells`, by default for every shipped size."""
+    """Return what the launchers would launch for `cells`, by default for all of them."""
     recorded: dict[str, Launch] = {}
-    for name, run in (SHIPPED if cells is None else cells).items():
+    for name, run in (CELLS if cells is None else cells).items():
         own: list[Launch] = []
 
         def record(self, *args, grid, warmup, name=name, own=own, **kwargs):
@@ -113,11 +112,12 @@ def launches(chip: int, cells: dict[str, Callable[[], object]] | None = None) ->
             options = {k: v for k, v in given.items() if k not in names}
             own.append(Launch(name, chip, self, tuple(given[k] for k in names), options))
 
-        with (
-            mock.patch.object(JITFunction, "run", record),
-            mock.patch.object(context_kv_triton, "capability", return_value=chip),
-            mock.patch.object(latent_attention_triton, "capability", return_value=chip),
-        ):
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(JITFunction, "run", record))
+            for module in LAUNCHERS:
+                if hasattr(module, "capability"):
+                    patch = mock.patch.object(module, "capability", return_value=chip)
+                    patches.enter_context(patch)
             run()
         for launch in own:
             recorded.setdefault(launch.key(), launch)
@@ -158,7 +158,7 @@ def _compiled_number(index: int) -> Compiled:
 def faults(result: Compiled, launch: Launch) -> list[str]:
     """Return what is wrong with a compiled kernel, in words."""
     wrong = []
-    if result.spill_stores:
+    if result.spill_stores and not launch.name.startswith("form"):  # sizes that nobody runs
         wrong.append(f"{result.spill_stores} spill stores")
     if result.shared_bytes > CHIPS[result.chip]:
         wrong.append(f"{result.shared_bytes} bytes of shared memory > {CHIPS[result.chip]}")
@@ -178,213 +178,52 @@ def _cuobjdump(flag: str, cubin: bytes) -> str:
     return run.stdout + run.stderr
 
 
-def attention(
-    dtype: str, heads: int, latents: int, width: int, *, dropout: float, ragged: bool,
-    counted: bool = False,
-) -> Callable[[], None]:  # fmt: skip
-    """Return what calls every launcher of latent_attention_triton at one size."""
-
-    def run() -> None:
-        kernels = latent_attention_triton
-        own = {"dtype": _BITS[dtype]}
-        q = torch.empty(2, heads, latents, width, **own)
-        if ragged:
-            k, v = torch.empty(64, 2, heads, width, **own).unbind(1)
-            dk, dv = torch.empty(64, 2, heads, width, **own).unbind(1)
-            offsets = torch.tensor([0, 40, 64])
-        else:
-            packed = (torch.empty(2, 32, 2, heads, width, **own) for _ in range(2))
-            (k, v), (dk, dv) = (x.permute(0, 2, 3, 1, 4).unbind(1) for x in packed)
-            offsets = None
-        counts = torch.empty(64 if ragged else (2, 32)) if counted else None
-        shared = (q, k, v, offsets, counts)
-        seed = torch.zeros(1, dtype=torch.int64)
-        out, lse = kernels.attend(*shared, 0.25, dropout, seed)
-        kernels.attend_backward(q, *shared, out, lse, 0.25, dropout, seed, dk, dv)
-        for reduce in (None, "mean"):
-            kernels.weights(q, k, offsets, lse, 0.25, reduce)
-
-    return run
-
-
-def context_kv(
-    dtype: str, width: int, sets: int, outputs: int, *, channels: int = 0, grouped: bool = False,
-    x_dtype: str | None = None,
-) -> Callable[[], None]:  # fmt: skip
-    """Return what calls every launcher of context_kv_triton at one size."""
-
-    def run() -> None:
-        own = {"dtype": _BITS[dtype]}
-        x = torch.empty(256, width, dtype=_BITS[x_dtype or dtype])
-        p = torch.empty(128, channels) if channels else None
-        weight = torch.empty(sets, outputs, width + channels, **own)
-        bias = torch.empty(sets, outputs, **own)
-        offsets = torch.arange(sets + 1) if grouped else None
-        mean, rstd = torch.empty(256), torch.empty(256)
-        for statistics in ((None, None), (mean, rstd)):
-            context_kv_triton.project(x, p, weight, bias, offsets, *statistics, 1e-5)
-        a = torch.empty(256, outputs, **own) if grouped else torch.empty(sets, 256, outputs, **own)
-        context_kv_triton.pool(a, x, p, mean, rstd, offsets)
-
-    return run
-
-
-def absorbed(
-    dtype: str, rows: int, *, dropout: float, channels: int = 5, counted: bool = False
-) -> Callable[[], None]:
-    """Return what calls every launcher of absorbed_attention_triton at one size."""
-
-    def run() -> None:
-        kernels, own = absorbed_attention_triton, {"dtype": _BITS[dtype]}
-        x, p, offsets = torch.empty(256, 2048, **own), torch.empty(128, channels), torch.arange(3)
-        queries = torch.empty(2, rows, 2048 + channels, **own)
-        seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-        counts = torch.empty(256) if counted else None
-        found = kernels.attend(queries, x, p, offsets, counts, 1e-5, dropout, seed)
-        pooled, mass, *rest = found
-        delta = torch.empty(2, rows)
-        kernels.attend_backward(
-            pooled, mass, delta, queries, x, p, offsets, counts, *rest, 1e-5, dropout, seed
-        )
-
-    return run
-
-
-def merge(count: int) -> Callable[[], None]:
-    """Return what calls every launcher of both merge operators for `count` inputs."""
-
-    def run() -> None:
-        latents = [torch.empty(256, dtype=torch.complex64) for _ in range(count)]
-        for phase in ("principal", "circular"):
-            harmonic_merge_triton.merge(latents, [1 / count] * count, phase, latents[0])
-        vectors = [torch.empty(256) for _ in range(count)]
-        slerp_triton.products(vectors)
-        slerp_triton.combine(vectors, torch.empty(count, dtype=torch.float64), vectors[0])
-
-    return run
-
-
-def lego_pass(
-    dtype: str, latents: int, dim: int, axes: tuple[int, ...] = (-2, -1), *,
-    rows: int | None = None, snn: bool = True,
-) -> Callable[[], None]:  # fmt: skip
-    """Return what calls every launcher of lego_pass_triton at one size, products in `dtype`."""
-
-    def run() -> None:
-        kernels, products, inner = lego_pass_triton, _BITS[dtype], 8 * 64
-        real, imaginary, keep = (torch.empty(2, latents, dim) for _ in range(3))
-        gathered = torch.empty(2, 8, latents, 64, dtype=products)
-        shapes = [
-            (dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim),
-            (dim,), (dim,), (dim,), (inner, dim),
-        ]  # fmt: skip
-        present, scaled = torch.ones(2, 2, dtype=torch.bool).unbind()
-        rest = [
-            *map(torch.empty, shapes), present, keep, scaled, snn, axes, rows or latents, products
-        ]  # fmt: skip
-        x, y, queries, scale = kernels.forward(real, imaginary, gathered, *rest)
-        kernels.backward(x, y, queries, x, y, scale, real, gathered, *rest)
-
-    return run
-
-
 def sources() -> dict[str, str]:
-    """Return a digest of every file of kernels, for which comments and layout do not count."""
+    """Return a digest of every file of kernels or launchers, but for comments and layout."""
     digests = {}
-    for module in (
-        absorbed_attention_triton, context_kv_triton, harmonic_merge_triton,
-        latent_attention_triton, lego_pass_triton, slerp_triton,
-    ):  # fmt: skip
-        path = Path(module.__file__)
+    folder = Path(motet.kernels.__file__).parent
+    for path in sorted([*folder.rglob("*_kernels.py"), *folder.rglob("triton.py")]):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             first = body[0] if isinstance(body, list) and body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 first.value.value = ""  # a docstring
-        digests[path.name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+        digests[path.relative_to(folder).as_posix()] = hashlib.sha256(
+            ast.dump(tree).encode()
+        ).hexdigest()[:16]
     return digests
 
 
-def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
-    # (heads, latents, width): TCGA as released, as in the paper (8 heads) where the blocks differ,
-    # and 8x64.
-    sizes = [
-        (1, 25, 16), (1, 17, 64), (1, 17, 32), (1, 16, 112), (8, 25, 128), (8, 16, 80),
-        (8, 64, 64), (8, 256, 64),
-    ]  # fmt: skip
-    for heads, latents, width in sizes:
-        for dtype in ("bf16", "fp32"):
-            for dropout in (0.0, 0.1):
-                name = f"attention {dtype} {heads}x{width} c{latents}"
-                yield (
-                    f"{name} dropout" if dropout else name,
-                    attention(dtype, heads, latents, width, dropout=dropout, ragged=True),
-                )
-    yield "attention bf16 8x64 c64 dense", attention("bf16", 8, 64, 64, dropout=0, ragged=False)
-    yield (
-        "attention fp16 8x64 c64 dropout",
-        attention("fp16", 8, 64, 64, dropout=0.1, ragged=True),
-    )
-    yield (
-        "attention bf16 1x256 c64 dropout",
-        attention("bf16", 1, 64, 256, dropout=0.1, ragged=True),
-    )
-    for heads, latents, width in ((1, 25, 16), (1, 17, 64), (8, 25, 128), (8, 64, 64)):
-        for dtype in ("bf16", "fp32"):
-            yield (
-                f"attention {dtype} {heads}x{width} c{latents} counts",
-                attention(dtype, heads, latents, width, dropout=0, ragged=True, counted=True),
-            )
-    for heads, latents in ((1, 17), (8, 64)):
-        yield (
-            f"attention bf16 {heads}x64 c{latents} dense counts",
-            attention("bf16", heads, latents, 64, dropout=0, ragged=False, counted=True),
-        )
-    for dtype in ("bf16", "fp32"):
-        for sets, outputs in ((1, 32), (1, 128), (1, 224), (5, 64), (1, 1024), (1, 1648)):
-            yield (
-                f"context {dtype} 2048+5 to {sets}x{outputs}",
-                context_kv(dtype, 2048, sets, outputs, channels=5),
-            )
-        yield (f"context {dtype} 1024 to 1x128", context_kv(dtype, 1024, 1, 128))
-        for outputs in (16, 32, 200):
-            yield (
-                f"context {dtype} 2048+5 to {outputs} grouped",
-                context_kv(dtype, 2048, 2, outputs, channels=5, grouped=True),
-            )
-    yield ("context fp16 2048+5 to 1x128", context_kv("fp16", 2048, 1, 128, channels=5))
-    yield (
-        "context bf16 from fp32 2048+5 to 1x128",
-        context_kv("bf16", 2048, 1, 128, channels=5, x_dtype="fp32"),
-    )
-
-    for rows in (17, 136, 200):
-        for dropout in (0.0, 0.1):
-            name = f"absorbed bf16 {rows} queries"
-            yield f"{name} dropout" if dropout else name, absorbed("bf16", rows, dropout=dropout)
-    yield "absorbed fp32 136 queries dropout", absorbed("fp32", 136, dropout=0.1)
-    for dtype, rows in (("bf16", 17), ("bf16", 136), ("fp32", 136)):
-        name = f"absorbed {dtype} {rows} queries counts"
-        yield name, absorbed(dtype, rows, dropout=0, counted=True)
-
-    for count in (2, 3, 8):
-        yield f"merge of {count}", merge(count)
-
-    for dtype in ("bf16", "fp32"):
-        for latents, dim in ((17, 126), (25, 119), (64, 64), (256, 32)):
-            yield f"pass {dtype} {latents}x{dim}", lego_pass(dtype, latents, dim)
-            yield f"pass {dtype} {latents}x{dim} gelu", lego_pass(dtype, latents, dim, snn=False)
-        for latents, dim, rows in ((9, 126, 17), (33, 64, 64)):
-            yield (
-                f"pass {dtype} {latents}x{dim} of {rows}",
-                lego_pass(dtype, latents, dim, (-2,), rows=rows),
-            )
-        for dim, axes in ((64, ()), (126, (-1,)), (256, (-1,))):  # rows apart
-            yield f"pass {dtype} rows of {dim}", lego_pass(dtype, 64, dim, axes)
+def forms(launch: Launch) -> set[tuple[str, str, str]]:
+    """Return kernel, parameter and "None" or "given", of every tensor or None."""
+    found = set()
+    for name, value in zip(launch.function.arg_names, launch.arguments, strict=True):
+        if value is None or isinstance(value, torch.Tensor):
+            kind = "None" if value is None else "given"
+            found.add((launch.function.__name__, name, kind))
+    return found
 
 
-SHIPPED = dict(_shipped())
+def fewest(found: list[Launch]) -> list[Launch]:
+    """Return launches that show every kernel in every form that is among those found."""
+    left, chosen = set().union(*map(forms, found)), []
+    while left:
+        best = max(found, key=lambda launch: len(forms(launch) & left))
+        chosen.append(best)
+        left -= forms(best)
+    kernels = {launch.function.__name__ for launch in chosen}
+    rest = {launch.function.__name__: launch for launch in reversed(found)}
+    return chosen + [launch for name, launch in rest.items() if name not in kernels]
+
+
+def _chosen(arguments: argparse.Namespace) -> list[Launch]:
+    cells = CELLS if arguments.only is None else {arguments.only: CELLS[arguments.only]}
+    if arguments.forms:
+        # Small sizes, which are soon compiled; the merges have one size.
+        cells = {name: run for name, run in CELLS.items() if name.startswith(("form", "merge"))}
+        return [launch for chip in arguments.chip for launch in fewest(launches(chip, cells))]
+    return [launch for chip in arguments.chip for launch in launches(chip, cells)]
 
 
 def main() -> None:
@@ -392,13 +231,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: %(default)s")
     parser.add_argument("--only", help="the one size to compile, by its name in the table")
+    parser.add_argument("--forms", action="store_true", help="compile only so many launches that "
+                        "every optional pointer of every kernel is None and is given")  # fmt: skip
+    parser.add_argument("--chip", type=int, nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--keys", action="store_true", help="say what would be compiled, as JSON")
     arguments = parser.parse_args()
-    chosen = SHIPPED if arguments.only is None else {arguments.only: SHIPPED[arguments.only]}
-    found = [launch for chip in CHIPS for launch in launches(chip, chosen)]
+    found = _chosen(arguments)
     if arguments.keys:
         keys = [f"{launch.chip} {launch.key()}" for launch in found]
-        print(json.dumps({"sources": sources(), "keys": keys}))
+        seen = sorted(set().union(*map(forms, found)))
+        print(json.dumps({"sources": sources(), "keys": keys, "forms": seen}))
         return
     columns = [field.name for field in fields(Compiled)]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.lego_pass import Asking
+from ..kernels.lego_pass.weights import Asking
 from .context import Context
 
 

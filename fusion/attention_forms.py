@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .._checks import choice
 from ..kernels import absorbed_attention, attention_weights, context_kv, plan
-from ..kernels.absorbed_attention import absorbed_weights
+from ..kernels.absorbed_attention.operator import absorbed_weights
 from ..kernels.backends import Backend, check_backend
-from ..kernels.latent_attention import latent_attention_kv, latent_attention_reference
-from ..kernels.one_token import one_token_values
+from ..kernels.latent_attention.operator import latent_attention_kv
+from ..kernels.latent_attention.reference import latent_attention_reference
+from ..kernels.one_token.operator import one_token_values
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .context import Context

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._checks import choice, integer, positive, rate
 from ..kernels.backends import Backend
 from ..kernels.checks import same_kind
-from ..kernels.lego_pass import AXES, normalised, real_spectrum
+from ..kernels.lego_pass.spectrum import AXES, normalised, real_spectrum
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .attention_forms import prepare

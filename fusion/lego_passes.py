@@ -12,18 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backends import Backend
-from ..kernels.lego_pass import (
-    AXES,
-    Asking,
-    Update,
-    ask,
-    fourier,
-    lego_pass,
-    normalised,
-    self_conjugate,
-    spectrum,
-    whole,
-)
+from ..kernels.lego_pass.cpu import ask
+from ..kernels.lego_pass.operator import lego_pass
+from ..kernels.lego_pass.spectrum import AXES, fourier, normalised, self_conjugate, spectrum, whole
+from ..kernels.lego_pass.weights import Asking, Update
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .layers import FeedForward, update

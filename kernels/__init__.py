@@ -1,11 +1,13 @@
 """Operators: a reference, fast backends and torch.library registration for each."""
 
-from .absorbed_attention import absorbed_attention
-from .context_kv import context_kv
-from .harmonic_merge import harmonic_merge
-from .latent_attention import attention_weights, latent_attention
+# An operator and its folder share a name. Imported here, the name is the function's for good: a
+# folder takes its name only when it is first loaded, which has happened then.
+from .absorbed_attention.operator import absorbed_attention
+from .context_kv.operator import context_kv
+from .harmonic_merge.operator import harmonic_merge
+from .latent_attention.operator import attention_weights, latent_attention
 from .plan import Plan, plan
-from .slerp import slerp
+from .slerp.operator import slerp
 
 __all__ = [
     "Plan",

@@ -2,9 +2,8 @@
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -21,34 +20,9 @@ def check_backend(backend: str) -> None:
     choice("backend", backend, ("auto", "triton", "compile", "eager"))
 
 
-def rows_apart(x: Tensor) -> Tensor:
-    """Return x, copied if the numbers of a row are not neighbours, as the Triton kernels want."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def dense_order(x: Tensor) -> list[int] | None:
-    """Return the order of axes in which x is contiguous, None if there is none."""
-    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
-    return order if x.permute(order).is_contiguous() else None
-
-
-def original_order(x: Tensor, order: list[int]) -> Tensor:
-    """Return the tensor of which x is permute(order)."""
-    return x.permute(sorted(range(x.ndim), key=order.__getitem__))
-
-
-def refuse_overlap(name: str, tensors: Sequence[Tensor], out: Tensor) -> None:
-    """Raise unless each contiguous tensor lies apart from `out`, or is the very same."""
-    start, size = out.data_ptr(), out.numel() * out.itemsize
-    for i, x in enumerate(tensors):
-        if 0 < abs(x.data_ptr() - start) < size:
-            raise ValueError(f"out: expected memory apart from {name}[{i}], or {name}[{i}] itself")
-
-
-def triton_kernels(
-    operator: str, backend: str, like: Tensor, *, why_not: str = ""
-) -> ModuleType | None:
-    """Return the module of an operator's Triton kernels, or None where torch computes.
+@torch.compiler.assume_constant_result  # torch.compile traces neither imports nor caches
+def on_triton(backend: str, device: str, dtype: torch.dtype, why_not: str = "") -> bool:
+    """Return whether Triton computes tensors of this type of device and dtype, or torch.
 
     "auto" takes Triton for CUDA tensors of up to 32 bits; Triton has no matrix product in float64.
     `why_not` is what the operator itself knows against it.
@@ -56,14 +30,6 @@ def triton_kernels(
     Raises:
         ValueError: "triton" was asked for and cannot be had.
     """
-    if not on_triton(backend, like.device.type, like.dtype, why_not):
-        return None
-    return importlib.import_module(f"{__package__}.{operator}_triton")
-
-
-@torch.compiler.assume_constant_result  # torch.compile traces neither imports nor caches
-def on_triton(backend: str, device: str, dtype: torch.dtype, why_not: str = "") -> bool:
-    """Return whether Triton computes; arguments and errors as of triton_kernels."""
     if backend == "eager":
         return False
     reason = why_not or _why_not(device, dtype)
@@ -87,6 +53,14 @@ def _import_error() -> str:
     except ImportError as error:
         return f"cannot be imported ({error})"
     return ""
+
+
+def capability(x: Tensor) -> int:
+    """Return 90 for compute capability 9.0; 0 where the interpreter runs the kernels."""
+    if not x.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def refuse_second_derivative(library: torch.library.Library, operator: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .dtypes import DTYPES, wide
 
 
 def same_tensors(
@@ -115,3 +115,59 @@ def check_offsets(
             raise ValueError(
                 f"offsets: expected to rise from 0 to {tokens}, the number of tokens, got {shown}"
             )
+
+
+def check_counts(
+    counts: Tensor | None, keys: Sequence[int], like: Tensor, dropout_p: float
+) -> None:
+    """Raise unless there are no counts, or positive ones of the shape `keys` and no dropout."""
+    if counts is None:
+        return
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts: expected a tensor, got {type(counts).__name__}")
+    expected = (tuple(keys), wide(like.dtype), like.device)
+    got = (tuple(counts.shape), counts.dtype, counts.device)
+    if got != expected:
+        raise ValueError("counts: expected {} {} on {}, got {} {} on {}".format(*expected, *got))
+    if counts.requires_grad:
+        raise ValueError("counts: expected no gradient, got requires_grad=True; detach them")
+    if dropout_p:
+        raise ValueError(
+            "dropout_p: expected 0 with counts, since the tokens that a key stands for would be "
+            f"dropped together, got {dropout_p}"
+        )
+    if torch.compiler.is_compiling() or not counts.numel():
+        return
+    # As with the values of offsets.
+    if counts.device.type == "cpu" or os.environ.get("MOTET_CHECK") == "1":
+        lowest, highest = (bound.item() for bound in counts.aminmax())
+        if not (lowest > 0 and highest < math.inf):  # NaN is both bounds
+            raise ValueError(
+                f"counts: expected positive finite numbers, got {lowest:g} to {highest:g}"
+            )
+
+
+def check_rows(x: Tensor, positions: Tensor | None, offsets: Tensor | None) -> None:
+    """Raise unless tokens, positions and offsets fit together."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.ndim != 2 or x.shape[1] == 0 or x.dtype not in DTYPES:
+        raise ValueError(
+            f"x: expected floating-point [T, D] with D > 0, 16 to 64 bits, got {x.dtype} "
+            f"{tuple(x.shape)}"
+        )
+    if positions is not None:
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions: expected a tensor, got {type(positions).__name__}")
+        if not positions.is_floating_point():
+            raise ValueError(f"positions: expected floating-point numbers, got {positions.dtype}")
+        rows = positions.shape[0] if positions.ndim == 2 else -1
+        if rows < 0 or (len(x) and (rows == 0 or len(x) % rows)):
+            raise ValueError(
+                f"positions: expected [N, P] with {len(x)} tokens a multiple of N, got "
+                f"{tuple(positions.shape)}"
+            )
+        if positions.device != x.device:
+            raise ValueError(f"positions: expected {x.device} as x, got {positions.device}")
+    if offsets is not None:
+        check_offsets(offsets, len(x), x.device)

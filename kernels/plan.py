@@ -7,7 +7,7 @@ import torch
 
 from .._checks import choice
 from .backends import Backend, check_backend
-from .checks import DTYPES
+from .dtypes import DTYPES
 
 Strategy = Literal["cached", "absorbed", "reference"]
 
@@ -128,6 +128,27 @@ class Plan:
         return "\n".join(lines)
 
 
+class _Sizes(NamedTuple):
+    tokens: int
+    width: int
+    bags: int
+    rows: int
+    """H · C"""
+    inner: int
+    """H · E"""
+    head_dim: int
+    layers: int
+    sets: int
+    itemsize: int
+
+
+class _Extras(NamedTuple):
+    training: bool
+    dropout: bool
+    weights: bool
+    tokens_need_grad: bool
+
+
 def plan(
     tokens: int,
     width: int,
@@ -193,26 +214,18 @@ def plan(
     choice("strategy", strategy, (None, *get_args(Strategy)))
     check_backend(backend)
     machine = _machine(device)
-    least = {"tokens": 0, "width": 1, "bags": 0, "latents": 1, "heads": 1, "head_dim": 1,
-             "layers": 1, "weight_sets": 1}  # fmt: skip
-    given = (tokens, width, bags, latents, heads, head_dim, layers, weight_sets)
-    for (name, lowest), value in zip(least.items(), given, strict=True):
-        if value < lowest:
-            raise ValueError(f"{name}: expected at least {lowest}, got {value}")
+    _check_sizes(
+        tokens=tokens, width=width, bags=bags, latents=latents, heads=heads, head_dim=head_dim,
+        layers=layers, weight_sets=weight_sets,
+    )  # fmt: skip
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {' or '.join(map(str, DTYPES))}, got {dtype}")
-    if tokens == 0 or (longest is not None and longest <= 1):
-        name = "nothing" if tokens == 0 else "one token"
-        inner = heads * head_dim
-        flop = 2.0 * tokens * width * inner * weight_sets * (2 if training else 1)
-        moved = float(dtype.itemsize * (tokens + inner * weight_sets) * width)
-        cost = Cost(flop, moved, flop / machine.flops[dtype] + moved / machine.bandwidth)
-        reason = "no bag has a token" if tokens == 0 else "no bag has a second token"
-        return Plan(name, backend, machine.name, {name: cost}, reason)
     sizes = _Sizes(
         tokens, width, bags, heads * latents, heads * head_dim, head_dim, layers, weight_sets,
         dtype.itemsize,
     )  # fmt: skip
+    if tokens == 0 or (longest is not None and longest <= 1):
+        return _degenerate(sizes, machine, dtype, backend, training)
     extras = _Extras(training, bool(training and dropout), weights, tokens_need_grad)
     costs = {
         name: _seconds(work(sizes, extras), sizes, machine, dtype)
@@ -223,6 +236,26 @@ def plan(
     faster = costs["absorbed"].seconds < costs["cached"].seconds
     best = "absorbed" if faster else "cached"
     return Plan(best, backend, machine.name, costs, "least predicted time")
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        lowest = 0 if name in ("tokens", "bags") else 1
+        if value < lowest:
+            raise ValueError(f"{name}: expected at least {lowest}, got {value}")
+
+
+def _degenerate(
+    s: _Sizes, machine: Machine, dtype: torch.dtype, backend: Backend, training: bool
+) -> Plan:
+    """Plan for bags of no token, or of one."""
+    flop = 2.0 * s.tokens * s.width * s.inner * s.sets * (2 if training else 1)
+    moved = float(s.itemsize * (s.tokens + s.inner * s.sets) * s.width)
+    cost = Cost(flop, moved, flop / machine.flops[dtype] + moved / machine.bandwidth)
+    if s.tokens == 0:
+        return Plan("nothing", backend, machine.name, {"nothing": cost}, "no bag has a token")
+    reason = "no bag has a second token"
+    return Plan("one token", backend, machine.name, {"one token": cost}, reason)
 
 
 def _machine(device: str | torch.device | Machine) -> Machine:
@@ -245,27 +278,6 @@ def _at_hand(device: str) -> Machine:
         raise ValueError("device: expected a CUDA device at hand, or a name such as 'H200'")
     name = torch.cuda.get_device_properties().name
     return next((machine for key, machine in MACHINES.items() if key in name), MACHINES["A100"])
-
-
-class _Sizes(NamedTuple):
-    tokens: int
-    width: int
-    bags: int
-    rows: int
-    """H · C"""
-    inner: int
-    """H · E"""
-    head_dim: int
-    layers: int
-    sets: int
-    itemsize: int
-
-
-class _Extras(NamedTuple):
-    training: bool
-    dropout: bool
-    weights: bool
-    tokens_need_grad: bool
 
 
 class _Work(NamedTuple):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from importlib import import_module
 from unittest import mock
 
 import motet
@@ -10,8 +9,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from motet.kernels.absorbed_attention import absorbed_attention_reference, absorbed_weights
-from motet.kernels.context_kv import context_kv_reference
+from motet.kernels import ragged as chunks
+from motet.kernels.absorbed_attention import operator
+from motet.kernels.absorbed_attention.operator import absorbed_weights
+from motet.kernels.absorbed_attention.reference import absorbed_attention_reference
+from motet.kernels.context_kv.reference import context_kv_reference
+from motet.kernels.dtypes import wide
 from torch import Tensor
 from torch.library import opcheck
 
@@ -29,8 +32,6 @@ from .conftest import (
     with_gradients,
 )
 
-module = import_module("motet.kernels.absorbed_attention")
-chunks = import_module("motet.kernels.context_kv")
 absorbed_attention = motet.kernels.absorbed_attention
 WIDE = {"dtype": torch.float64}
 LENGTHS = {
@@ -70,7 +71,7 @@ def call(lengths: list[int], function=absorbed_attention, **options):
 
 def counts_of(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return counts of 1 to 4 as they go with tokens of `dtype`."""
-    return torch.randint(1, 5, (tokens,)).to(chunks.wide(dtype))
+    return torch.randint(1, 5, (tokens,)).to(wide(dtype))
 
 
 def reference(lengths: list[int], **options):
@@ -237,7 +238,7 @@ def test_one_result_is_enough_for_a_gradient() -> None:
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_a_count_is_so_many_equal_tokens(lengths: list[int], how: str, monkeypatch) -> None:
     """Results and gradients, those of a token being the sum over its copies."""
-    monkeypatch.setattr(module, "compiled", lambda function: function)
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args, counts = draw(lengths, places=(sum(lengths), 2)), counts_of(sum(lengths))
     index = torch.arange(sum(lengths)).repeat_interleave(counts.long())
     longer = [int(bag.sum()) for bag in counts.split(lengths)] if lengths else []
@@ -255,7 +256,7 @@ def test_a_count_is_so_many_equal_tokens(lengths: list[int], how: str, monkeypat
 @pytest.mark.parametrize("dtype", FLOOR)
 def test_counts_of_1_change_no_bit(dtype: torch.dtype) -> None:
     lengths = [70, 0, 1, 79]
-    args, ones = draw(lengths, dtype), torch.ones(150, dtype=chunks.wide(dtype))
+    args, ones = draw(lengths, dtype), torch.ones(150, dtype=wide(dtype))
     mine, theirs = (with_gradients(call(lengths, counts=c))(*args) for c in (ones, None))
     assert all(map(torch.equal, mine, theirs))
 
@@ -268,7 +269,7 @@ def test_counts_of_any_size_are_as_good_as_torch(dtype: torch.dtype, size: float
     queries, x = draw(lengths, dtype, rows=8, width=48)
 
     def run(own, queries: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        return own(lengths, counts=counts.to(chunks.wide(x.dtype)))(queries, x)
+        return own(lengths, counts=counts.to(wide(x.dtype)))(queries, x)
 
     assert_as_good_as(
         *(with_gradients(lambda *t, own=own: run(own, *t)) for own in (call, reference)),
@@ -349,7 +350,9 @@ def test_dropout_keeps_the_mean() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
 def test_torchs_generator_draws_the_seed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "compiled", lambda function: function)  # what it computes, quickly
+    monkeypatch.setattr(
+        operator, "compiled", lambda function: function
+    )  # what it computes, quickly
     args = draw([40, 20])
 
     def run(dropout_p: float = 0.5) -> Tensor:
@@ -367,7 +370,7 @@ def test_torchs_generator_draws_the_seed(backend: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
 def test_the_same_seed_is_the_same_mask(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "compiled", lambda function: function)
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args = draw([40, 20])
     state = torch.get_rng_state()
 
@@ -443,7 +446,7 @@ def test_the_compiled_backend() -> None:
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_what_the_compiled_backend_computes(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "compiled", lambda function: function)
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args = draw(lengths)
     mine, theirs = (
         with_gradients(call(lengths, backend=backend))(*args) for backend in ("compile", "eager")

@@ -142,7 +142,7 @@ def test_every_strategy_is_the_authors_code(name: str, strategy) -> None:
 def _compiled_in_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch run what it would compile, which takes half a minute per model."""
     for name in OPERATORS:
-        module = import_module(f"motet.kernels.{name}")
+        module = import_module(f"motet.kernels.{name}.operator")
         monkeypatch.setattr(module, "compiled", lambda function: function)
 
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib import import_module
 from itertools import pairwise
 from typing import NamedTuple
 from unittest import mock
@@ -12,7 +11,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from motet.kernels.context_kv import context_kv_reference
+from motet.kernels import ragged, standardise
+from motet.kernels.context_kv.reference import context_kv_reference
+from motet.kernels.native import native
 from torch import Tensor
 from torch.library import opcheck
 
@@ -29,7 +30,6 @@ from .conftest import (
     with_gradients,
 )
 
-module = import_module("motet.kernels.context_kv")
 context_kv = motet.kernels.context_kv
 HALF = [torch.bfloat16, torch.float16]
 
@@ -86,15 +86,15 @@ CASES = {
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who normalises the rows: the C++ module, or torch as where that is not built."""
     if request.param == "torch":
-        monkeypatch.setattr(module, "native", lambda: None)
-    elif module.native() is None:
+        monkeypatch.setattr(standardise, "native", lambda: None)
+    elif native() is None:
         pytest.skip("motet.kernels._C is not built")
     return request.param
 
 
 @pytest.fixture
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)  # 64 rows
+    monkeypatch.setattr(ragged, "CHUNK_ELEMENTS", 1)  # 64 rows
 
 
 @pytest.mark.usefixtures("_poisoned", "_small_chunks", "arithmetic")
@@ -209,7 +209,7 @@ def test_a_bag_has_the_same_bits_in_any_batch(
         y = context_kv(x, weight, bias, offsets=offsets)
         return y.detach(), torch.autograd.grad(y.sum(), x)[0]
 
-    with mock.patch.object(module, "CHUNK_ELEMENTS", 1):
+    with mock.patch.object(ragged, "CHUNK_ELEMENTS", 1):
         y, dx = run(x, offsets)
         for start, stop in pairwise(offsets.tolist()):
             own_y, own_dx = run(x[start:stop], offsets_of([stop - start]))
@@ -223,7 +223,7 @@ def test_the_size_of_chunks_changes_rounding_only(monkeypatch: pytest.MonkeyPatc
     offsets = offsets_of([89, 0, 178])
     outcomes = []
     for elements in (1, 100 * 11, 150 * 11, 1 << 21):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(ragged, "CHUNK_ELEMENTS", elements)
         outcomes += [with_gradients(case.call(offsets=o))(*args) for o in (None, offsets)]
     for outcome in outcomes:
         torch.testing.assert_close(outcome, outcomes[0], **EXACT)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from motet.kernels import native
-from motet.kernels.harmonic_merge import harmonic_merge_reference
+from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck

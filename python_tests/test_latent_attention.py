@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from importlib import import_module
 from unittest import mock
 
 import motet
@@ -10,7 +9,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from motet.kernels.latent_attention import latent_attention_kv, latent_attention_reference
+from motet.kernels import ragged as cuts
+from motet.kernels.dtypes import wide
+from motet.kernels.latent_attention import cpu, operator
+from motet.kernels.latent_attention.operator import latent_attention_kv
+from motet.kernels.latent_attention.reference import latent_attention_reference
 from torch import Tensor
 from torch.library import opcheck
 
@@ -26,7 +29,6 @@ from .conftest import (
     with_gradients,
 )
 
-module = import_module("motet.kernels.latent_attention")
 latent_attention = motet.kernels.latent_attention
 attention_weights = motet.kernels.attention_weights
 WIDE = {"dtype": torch.float64}
@@ -58,12 +60,12 @@ def ragged(lengths: list[int], dtype: torch.dtype = torch.float64, *, width: int
 
 def counts_of(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return counts of 1 to 4 as they go with tensors of `dtype`."""
-    return torch.randint(1, 5, (tokens,)).to(module.wide(dtype))
+    return torch.randint(1, 5, (tokens,)).to(wide(dtype))
 
 
 @pytest.fixture
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEYS", 8)
+    monkeypatch.setattr(cpu, "KEYS", 8)
 
 
 def literal(q, k, v, scale):
@@ -184,7 +186,10 @@ def test_a_bag_has_the_same_bits_in_any_batch(
         mean = attention_weights(*args[:2], offsets, reduce="mean")
         return [out.detach(), *torch.autograd.grad(out.sum(), args), mean]
 
-    with mock.patch.multiple(module, KEYS=8, TOGETHER=together):
+    with (
+        mock.patch.object(cpu, "KEYS", 8),
+        mock.patch.object(cuts, "TOGETHER", together),
+    ):
         out, dq, dk, dv, mean = run(q, k, v, offsets, slice(None))
         for b, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
             bag = slice(start, stop)
@@ -202,8 +207,8 @@ def test_the_size_of_chunks_changes_rounding_only(monkeypatch: pytest.MonkeyPatc
     args, offsets = ragged(lengths), offsets_of(lengths)
     outcomes = []
     for keys, together in itertools.product((1, 7, 16, 30, 8192), (0, 17, 512)):
-        monkeypatch.setattr(module, "KEYS", keys)
-        monkeypatch.setattr(module, "TOGETHER", together)
+        monkeypatch.setattr(cpu, "KEYS", keys)
+        monkeypatch.setattr(cuts, "TOGETHER", together)
         outcomes.append(with_gradients(lambda *t: latent_attention(*t, offsets))(*args))
     for outcome in outcomes:
         torch.testing.assert_close(outcome, outcomes[0], **EXACT)
@@ -215,7 +220,7 @@ def test_gradients(form: str, dropout_p: float) -> None:
     """With a fixed seed the mask is fixed too, and the gradient is that of what was computed."""
     args = [t.detach().requires_grad_() for t in ragged([2, 0, 3])]
     offsets, seed = offsets_of([2, 0, 3]), torch.tensor([5])
-    with mock.patch.object(module, "KEYS", 2):
+    with mock.patch.object(cpu, "KEYS", 2):
         assert torch.autograd.gradcheck(
             lambda *t: FORMS[form](
                 *t, offsets, dropout_p=dropout_p, seed=seed if dropout_p else None
@@ -266,7 +271,7 @@ SAME = {"rtol": 1e-12, "atol": 1e-12}
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_a_count_is_so_many_equal_keys(lengths: list[int], how: str, monkeypatch) -> None:
     """Out and gradients, those of a key being the sum over its copies."""
-    monkeypatch.setattr(module, "compiled", lambda function: function)
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args, offsets, counts = ragged(lengths), offsets_of(lengths), counts_of(sum(lengths))
     index, longer = repeated(counts, offsets)
     mine, theirs = (
@@ -285,8 +290,8 @@ def test_a_count_is_so_many_equal_keys(lengths: list[int], how: str, monkeypatch
 def test_counts_of_dense_bags(
     keys: int, together: int, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TOGETHER", together)
-    monkeypatch.setattr(module, "compiled", lambda function: function)
+    monkeypatch.setattr(cuts, "TOGETHER", together)
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args = [torch.randn(3, 2, n, 5, **WIDE) for n in (4, keys, keys)]
     counts = counts_of(3 * keys).view(3, keys)
     index, longer = repeated(counts.flatten(), offsets_of([keys] * 3))
@@ -305,7 +310,7 @@ def test_counts_of_dense_bags(
 def test_counts_of_1_change_no_bit(form: str, dtype: torch.dtype) -> None:
     lengths = [9, 9, 0, 17, 1]
     args, offsets = ragged(lengths, dtype), offsets_of(lengths)
-    ones = torch.ones(sum(lengths), dtype=module.wide(dtype))
+    ones = torch.ones(sum(lengths), dtype=wide(dtype))
     mine, theirs = (
         with_gradients(lambda *t, c=counts: FORMS[form](*t, offsets, counts=c))(*args)
         for counts in (ones, None)
@@ -339,7 +344,7 @@ def test_counts_of_any_size_are_as_good_as_torch(
     offsets, counts = offsets_of(lengths), (size * (1 + 3 * torch.rand(64))).double()
 
     def run(function, *args: Tensor) -> Tensor:
-        own = counts.float().to(module.wide(args[0].dtype))
+        own = counts.float().to(wide(args[0].dtype))
         return function(*args, offsets, counts=own, scale=0.3)
 
     assert_as_good_as(
@@ -353,7 +358,7 @@ def test_counts_of_any_size_are_as_good_as_torch(
 def test_gradients_with_counts(form: str) -> None:
     args = [t.detach().requires_grad_() for t in ragged([2, 0, 3])]
     offsets, counts = offsets_of([2, 0, 3]), torch.tensor([1.0, 2.5, 3.0, 0.3, 1.0], **WIDE)
-    with mock.patch.object(module, "KEYS", 2):
+    with mock.patch.object(cpu, "KEYS", 2):
         assert torch.autograd.gradcheck(lambda *t: FORMS[form](*t, offsets, counts=counts), args)
 
 
@@ -431,7 +436,7 @@ def test_the_mask_depends_on_the_seed_and_not_on_chunks_or_other_bags(
     assert torch.equal(first, kept([9], form=form)[0])
     assert not torch.equal(mine, kept([9, 40, 3], seed=6, form=form)[1])
     assert torch.equal(last, kept([0, 0, 3], form=form)[2])
-    monkeypatch.setattr(module, "KEYS", 8)
+    monkeypatch.setattr(cpu, "KEYS", 8)
     assert all(map(torch.equal, kept([9, 40, 3], form=form), (first, mine, last)))
 
 
@@ -448,7 +453,9 @@ def test_dropout_keeps_the_mean() -> None:
 @pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
 @pytest.mark.parametrize("form", FORMS)
 def test_torchs_generator_draws_the_seed(form: str, backend: str, monkeypatch) -> None:
-    monkeypatch.setattr(module, "compiled", lambda function: function)  # what it computes, quickly
+    monkeypatch.setattr(
+        operator, "compiled", lambda function: function
+    )  # what it computes, quickly
     args, offsets = ragged([40, 0, 20]), offsets_of([40, 0, 20])
 
     def run(dropout_p: float = 0.5) -> Tensor:
@@ -467,7 +474,7 @@ def test_torchs_generator_draws_the_seed(form: str, backend: str, monkeypatch) -
 @pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_seed_is_the_same_mask(form: str, backend: str, monkeypatch) -> None:
-    monkeypatch.setattr(module, "compiled", lambda function: function)
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args, offsets = ragged([40, 0, 20]), offsets_of([40, 0, 20])
     state = torch.get_rng_state()
 
@@ -522,7 +529,7 @@ def test_the_compiled_backend() -> None:
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_what_the_compiled_backend_computes(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "compiled", lambda function: function)
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args, offsets = ragged(lengths), offsets_of(lengths)
     expected = with_gradients(lambda *t: latent_attention_reference(*t, offsets))(*args)
     for form in FORMS.values():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from motet.fusion.context import jagged
 from motet.fusion.lego_passes import How
-from motet.kernels.lego_pass import (
+from motet.kernels.lego_pass.spectrum import (
     AXES,
     column_scale,
     real_spectrum,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from motet.kernels import native
-from motet.kernels.one_token import one_token_values
+from motet.kernels.one_token.operator import one_token_values
 from torch import Tensor
 
 from .conftest import assert_as_good_as, assert_compiles, views_of, with_gradients

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from motet.kernels import native
-from motet.kernels.slerp import slerp_reference
+from motet.kernels.slerp.reference import slerp_reference
 from torch.library import opcheck
 
 from .conftest import assert_as_good_as

@@ -15,14 +15,15 @@ if torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
-from motet.kernels import context_kv_triton, latent_attention_triton
-from motet.kernels.context_kv_triton import pool, project
-from motet.kernels.latent_attention_triton import (
-    attend,
-    attend_backward,
-    dropout_mask,
-    weights,
-)
+from motet.kernels import dropout
+from motet.kernels.context_kv import triton as context_launchers
+from motet.kernels.context_kv import triton_kernels as context_kernels
+from motet.kernels.context_kv.triton import pool, project
+from motet.kernels.dropout import dropout_mask
+from motet.kernels.latent_attention import triton as attention_launchers
+from motet.kernels.latent_attention import triton_kernels as attention_kernels
+from motet.kernels.latent_attention.triton import attend, attend_backward, weights
+from motet.kernels.ragged import count_slots
 from triton.runtime.interpreter import InterpretedFunction
 
 from .conftest import assert_as_good_as, offsets_of
@@ -189,8 +190,8 @@ def test_counts_of_1_change_no_bit():
 
 def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
     q, kv, offsets = attention_inputs([333, 40], 1, 20, 16, torch.float32)
-    other = latent_attention_triton._Blocks(64, 16, 16, 16, 4, 2)
-    monkeypatch.setattr(latent_attention_triton, "_forward_blocks", lambda q: other)
+    other = attention_launchers._Blocks(64, 16, 16, 16, 4, 2)
+    monkeypatch.setattr(attention_launchers, "_forward_blocks", lambda q: other)
     check_attention(q, kv, unbound, offsets, 0.4)
 
 
@@ -220,7 +221,7 @@ def test_dropout_mask():
 def test_philox_gives_the_published_words():
     """Random123's known answers, kat_vectors, philox4x32-10."""
     zero = torch.zeros(1, dtype=torch.int64)
-    words = [int(w) for w in latent_attention_triton._philox(0, zero, zero, zero)]
+    words = [int(w) for w in dropout._philox(0, zero, zero, zero)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
@@ -325,7 +326,7 @@ def test_project_without_bias_of_a_strided_context_with_shared_positions():
 @pytest.mark.parametrize("direct", [True, False])
 def test_project_in_half_precision(direct, monkeypatch):
     """The path of bf16, here in float16."""
-    monkeypatch.setattr(context_kv_triton, "_DIRECT", (torch.float16,) if direct else ())
+    monkeypatch.setattr(context_launchers, "_DIRECT", (torch.float16,) if direct else ())
     for ratio in (0, 1, 10, float("inf")):
         check_project(*context(70, 100, 5, 2, 24, ratio, torch.float16), None)
     x, p, weight, bias = context(70, 100, 0, 2, 24, float("inf"), torch.float16)
@@ -421,7 +422,7 @@ def test_pool_serves_the_gradient_of_the_weights():
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_pool_in_half_precision(direct, monkeypatch):
-    monkeypatch.setattr(context_kv_triton, "_DIRECT", (torch.float16,) if direct else ())
+    monkeypatch.setattr(context_launchers, "_DIRECT", (torch.float16,) if direct else ())
     x, p, *_ = context(150, 40, 5, 1, 1, 1, torch.float16, positions=50)
     check_pool(torch.randn(150, 12).half(), x, p, None)
 
@@ -439,11 +440,11 @@ def test_slots_suffice_for_any_bags():
     for lengths in torch.randint(0, 40, (200, 7)).tolist():
         bounds = offsets_of(lengths).tolist()
         first = [start // 8 + b for b, start in enumerate(bounds[:-1])]
-        first.append(context_kv_triton.count_slots(bounds[-1], 7, 8))
+        first.append(count_slots(bounds[-1], 7, 8))
         for b, length in enumerate(lengths):
             assert first[b] + -(-length // 8) <= first[b + 1]
 
 
 def test_the_kernels_are_interpreted():
-    assert isinstance(latent_attention_triton._attend, InterpretedFunction)
-    assert isinstance(context_kv_triton._project, InterpretedFunction)
+    assert isinstance(attention_kernels.attend_kernel, InterpretedFunction)
+    assert isinstance(context_kernels.project_kernel, InterpretedFunction)

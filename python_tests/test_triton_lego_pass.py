@@ -2,7 +2,6 @@
 
 import os
 from contextlib import nullcontext
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,8 +13,10 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 import triton.language as tl
-from motet.kernels import lego_pass_triton
-from motet.kernels.lego_pass import Asking, Update, lego_pass
+from motet.kernels.lego_pass import operator
+from motet.kernels.lego_pass import triton as launchers
+from motet.kernels.lego_pass.operator import lego_pass
+from motet.kernels.lego_pass.weights import Asking, Update
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
@@ -29,7 +30,6 @@ from .conftest import (
     with_gradients,
 )
 
-module = import_module("motet.kernels.lego_pass")
 pytestmark = pytest.mark.usefixtures("_poisoned")
 
 TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
@@ -39,14 +39,14 @@ TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
 def _large_blocks(monkeypatch):
     """Take large steps, which the interpreter is quick with."""
     for name in ("_pass_blocks", "_update_blocks"):
-        real = getattr(lego_pass_triton, name)
+        real = getattr(launchers, name)
 
         def large(*args, real=real):
-            blocks, dim = real(*args), lego_pass_triton._power(args[-2])
+            blocks, dim = real(*args), launchers._power(args[-2])
             rows = max(64, blocks.block_c)
             return blocks._replace(block_c=rows, block_k=dim, block_e=64, block_f=256)
 
-        monkeypatch.setattr(lego_pass_triton, name, large)
+        monkeypatch.setattr(launchers, name, large)
 
 
 def drawn(*shape):
@@ -298,7 +298,7 @@ def test_compiles_whole_for_any_number_of_samples():
 
 
 FREE = ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")
-OWN = {"lego_pass": module._forward, "lego_pass_backward": module._backward_of}
+OWN = {"lego_pass": operator._forward, "lego_pass_backward": operator._backward_of}
 
 
 class _Launches(TorchDispatchMode):
@@ -347,9 +347,9 @@ def launches(backend, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # memory not yet written
 def test_launches(monkeypatch):
     forward, backward = launches("triton", monkeypatch)
-    assert forward == ["triton _pass"]
+    assert forward == ["triton pass_kernel"]
     assert [name for name in backward if name.startswith("triton")] == [
-        "triton _asking_backward", "triton _update_backward"
+        "triton asking_backward_kernel", "triton update_backward_kernel"
     ]  # fmt: skip
     rest = sorted(name for name in backward if not name.startswith("triton"))
     assert rest == ["matmul"] * 4 + ["sum"] * 2  # one per matrix of weights; the vectors together

@@ -19,10 +19,11 @@ from motet.kernels import (
     latent_attention,
     slerp,
 )
-from motet.kernels.absorbed_attention import absorbed_attention_reference, absorbed_weights
-from motet.kernels.context_kv import context_kv_reference
-from motet.kernels.harmonic_merge import harmonic_merge_reference
-from motet.kernels.latent_attention import latent_attention_reference
+from motet.kernels.absorbed_attention.operator import absorbed_weights
+from motet.kernels.absorbed_attention.reference import absorbed_attention_reference
+from motet.kernels.context_kv.reference import context_kv_reference
+from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
+from motet.kernels.latent_attention.reference import latent_attention_reference
 
 from .conftest import Function, assert_as_good_as, with_gradients
 
@@ -127,7 +128,7 @@ def test_absorbed_gradient_of_the_tokens(counted: bool) -> None:
 
 def test_absorbed_dropout() -> None:
     """The result is linear in the mask, which is that of latent_attention for one head."""
-    from motet.kernels.latent_attention_triton import dropout_mask
+    from motet.kernels.dropout import dropout_mask
 
     queries, x, seed = torch.randn(4, 14, 37) / 3, torch.randn(130, 37), torch.tensor([11])
     like = torch.empty(4, 1, 14, 1), torch.empty(130, 1, 1)

@@ -1,110 +1,10 @@
-"""Triton kernels between the two products of absorbed attention: softmax, dropout, gradient.
+"""The Triton kernels of absorbed_attention; triton.py says how they are launched."""
 
-The products are those of context_kv: `project` gives scores [T, R] of every bag's own queries,
-`pool` gathers the tokens by weights [T, R].
-"""
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .context_kv_triton import chunk_of_slot, chunks_of_bag, count_slots, pool, project
-from .latent_attention_triton import _kept, _representable
-
-# Rows of a program: 1024 x 32 scores are read in 16 steps, and 8 bags of 15,000 patches with 200
-# queries make 7 x 128 programs.
-_CHUNK, _BLOCK_N, _BLOCK_R = 1024, 64, 32
-
-
-def attend(
-    queries: Tensor,
-    x: Tensor,
-    p: Tensor | None,
-    offsets: Tensor,
-    counts: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return pooled [B, R, W], mass [B, R], scores [T, R], lse fp32 [B, R], mean and rstd [T].
-
-    The scores are without the counts, the lse with them.
-    """
-    scores, mean, rstd = project(x, p, queries, None, offsets, None, None, eps)
-    (rows, count), bags = scores.shape, len(queries)
-    slots = count_slots(rows, bags, _CHUNK)
-    own = {"dtype": torch.float32, "device": x.device}
-    peak, total = torch.empty(slots, count, **own), torch.empty(slots, count, **own)
-    lse, mass = torch.empty(bags, count, **own), torch.empty(bags, count, **own)
-    grid, combined = _grids(slots, bags, count)
-    counts = None if counts is None else counts.contiguous()
-    with torch.cuda.device_of(x):
-        _softmax_statistics[grid](
-            scores, offsets, counts, peak, total, bags, R=count, CHUNK=_CHUNK, BLOCK_N=_BLOCK_N,
-            BLOCK_R=_BLOCK_R, COUNTS=counts is not None, num_warps=4,
-        )  # fmt: skip
-        _combine_softmax[combined](
-            peak, total, offsets, lse, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
-        )
-        weights = torch.empty_like(scores)
-        _softmax_weights[grid](
-            scores, lse, offsets, counts, seed, weights, total, bags, *_dropout(dropout_p), R=count,
-            CHUNK=_CHUNK, BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, DROPOUT=seed is not None,
-            COUNTS=counts is not None, num_warps=4,
-        )  # fmt: skip
-        _combine_sums[combined](
-            total, offsets, mass, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
-        )
-    pooled = pool(weights, x, p, mean, rstd, offsets)
-    return pooled.to(queries.dtype), mass.to(queries.dtype), scores, lse, mean, rstd
-
-
-def attend_backward(
-    grad_pooled: Tensor,
-    grad_mass: Tensor,
-    delta: Tensor,
-    queries: Tensor,
-    x: Tensor,
-    p: Tensor | None,
-    offsets: Tensor,
-    counts: Tensor | None,
-    scores: Tensor,
-    lse: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the queries, fp32 [B, R, W], and rowsum(dS) [B, R]; delta is fp32."""
-    dweights, _, _ = project(x, p, grad_pooled.contiguous(), None, offsets, mean, rstd, eps)
-    (rows, count), bags = scores.shape, len(queries)
-    slots = count_slots(rows, bags, _CHUNK)
-    grid, combined = _grids(slots, bags, count)
-    own = {"dtype": torch.float32, "device": x.device}
-    counts = None if counts is None else counts.contiguous()
-    partial, rest = torch.empty(slots, count, **own), torch.empty(bags, count, **own)
-    with torch.cuda.device_of(x):
-        _softmax_gradient[grid](
-            scores, lse, dweights, grad_mass.float().contiguous(), delta.contiguous(), offsets,
-            counts, seed, partial, bags, *_dropout(dropout_p), R=count, CHUNK=_CHUNK,
-            BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, DROPOUT=seed is not None,
-            COUNTS=counts is not None, num_warps=8,
-        )  # fmt: skip
-        _combine_sums[combined](
-            partial, offsets, rest, R=count, CHUNK=_CHUNK, BLOCK_R=_BLOCK_R, num_warps=1
-        )
-    return pool(dweights, x, p, mean, rstd, offsets), rest
-
-
-def _grids(slots: int, bags: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    blocks = triton.cdiv(count, _BLOCK_R)
-    return (max(slots, 1), blocks), (max(bags, 1), blocks)
-
-
-def _dropout(dropout_p: float) -> tuple[float, float]:
-    return _representable(dropout_p), 1 / (1 - dropout_p)
+from ..dropout_kernels import kept_weights
+from ..ragged_kernels import chunk_of_slot, chunks_of_bag
 
 
 @triton.jit
@@ -122,7 +22,7 @@ def _log_counts(base, n, stop):
 
 
 @triton.jit(do_not_specialize=["n_bags"])
-def _softmax_statistics(
+def softmax_statistics_kernel(
     scores_ptr, offsets_ptr, counts_ptr, peak_ptr, total_ptr, n_bags,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     COUNTS: tl.constexpr,
@@ -152,7 +52,7 @@ def _softmax_statistics(
 
 
 @triton.jit
-def _combine_softmax(
+def combine_softmax_kernel(
     peak_ptr, total_ptr, offsets_ptr, lse_ptr,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +75,7 @@ def _combine_softmax(
 
 
 @triton.jit(do_not_specialize=["n_bags"])
-def _softmax_weights(
+def softmax_weights_kernel(
     scores_ptr, lse_ptr, offsets_ptr, counts_ptr, seed_ptr, weights_ptr, mass_ptr, n_bags,
     dropout_p, undrop,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -195,7 +95,9 @@ def _softmax_weights(
             s += _log_counts(counts_ptr + origin, n, stop)[:, None]
         weight = tl.exp(s - lse[None, :])
         if DROPOUT:
-            kept = tl.trans(_kept(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N))
+            kept = tl.trans(
+                kept_weights(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N)
+            )
             weight = tl.where(kept, weight * undrop, 0.0)
         mass += tl.sum(weight, 0)
         tl.store(weights_ptr + at, weight.to(weights_ptr.dtype.element_ty), mask=mask)
@@ -203,7 +105,7 @@ def _softmax_weights(
 
 
 @triton.jit
-def _combine_sums(
+def combine_sums_kernel(
     partial_ptr, offsets_ptr, out_ptr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """Add the chunks of a bag in order, [B, R]."""
@@ -218,7 +120,7 @@ def _combine_sums(
 
 
 @triton.jit(do_not_specialize=["n_bags"])
-def _softmax_gradient(
+def softmax_gradient_kernel(
     scores_ptr, lse_ptr, dweights_ptr, dmass_ptr, delta_ptr, offsets_ptr, counts_ptr,
     seed_ptr, rest_ptr, n_bags, dropout_p, undrop,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -243,7 +145,9 @@ def _softmax_gradient(
             s += _log_counts(counts_ptr + origin, n, stop)[:, None]
         grad = tl.load(dweights_ptr + at, mask=mask, other=0.0).to(tl.float32) + dmass[None, :]
         if DROPOUT:
-            kept = tl.trans(_kept(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N))
+            kept = tl.trans(
+                kept_weights(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N)
+            )
             grad = tl.where(kept, grad * undrop, 0.0)
         grad = tl.exp(s - lse[None, :]) * (grad - delta[None, :])
         grad = grad.to(dweights_ptr.dtype.element_ty)

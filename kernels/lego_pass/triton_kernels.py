@@ -1,204 +1,16 @@
-"""Triton kernels of lego_pass: from what one attention gathered to the queries of the next.
+"""The Triton kernels of lego_pass; triton.py says how they are launched."""
 
-A program owns some rows of the latents, from the output projection to the queries; a hidden
-activation is never in memory. Where Z is normalised along the latents, its rows are those of one
-sample; otherwise samples do not matter. Weights are read as they lie, through the second-level
-cache, and rounded to the dtype of the products on the way.
-
-Going back takes two kernels: one through queries and normalisation, one through the update. They
-write the operands of the gradients of matrices, which torch multiplies, and sums over their rows
-for the gradients of vectors, which torch adds up in order.
-"""
-
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .context_kv_triton import PRECISION, _load_tile
-from .lego_pass import scale_shape
+from ..tile_kernels import PRECISION, load_tile
 
 EPS = tl.constexpr(1e-5)
 SLOPE = tl.constexpr(0.01)
+
 # The smallest normal number, below which no sum of squares is divided by.
 TINY = tl.constexpr(1.1754943508222875e-38)
 LARGEST_SCALE = tl.constexpr(9e18)  # a little less than 1 / sqrt(TINY)
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class _Blocks(NamedTuple):
-    """Rows of a program; channels of the latents, of heads and of the hidden layer of a step."""
-
-    block_c: int
-    block_k: int
-    block_e: int
-    block_f: int
-    num_warps: int
-    num_stages: int
-
-
-def forward(
-    real: Tensor, imaginary: Tensor | None, gathered: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return Re Z, Im Z, the queries and the scale; empty where there is none.
-
-    Args:
-        real: contiguous [B or 1, C, D]; a sample fits in a tile of 8,192 numbers, its sides rounded
-            up to powers of 2, if its rows are normalised together.
-        imaginary: like `real`, or None; not without axes.
-        gathered: [B, H, C or 1, E], last stride 1.
-        rest: contiguous, the rest of motet::lego_pass's arguments.
-    """
-    *weights, present, keep, scaled, snn, axes, rows, products = rest
-    asked = 0 if weights[-1] is None else len(weights[-1])
-    bags, heads, _, width = gathered.shape
-    latents, dim = real.shape[1:]
-    x = real.new_empty(bags, latents, dim)
-    y = real.new_empty(0 if imaginary is None else x.shape)
-    queries = real.new_empty((bags, latents, asked) if asked else 0, dtype=products)
-    scale = real.new_empty(scale_shape(x.shape, axes), dtype=torch.float32)
-    blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
-    programs = _programs(bags, latents, axes, blocks)
-    normed = real.new_empty(programs * blocks.block_c, _power(dim), dtype=products)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            _pass[(programs,)](
-                real, imaginary, gathered, *weights, present, keep, scaled,
-                x, y, queries, scale, normed,
-                gathered.stride(0), gathered.stride(1), _row_stride(gathered),
-                bags * latents, heads, E=width, Q=asked, SHARED=len(real) < bags, SNN=snn,
-                BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f,
-                **_normalising(axes, rows, latents, dim),
-                **_constants(blocks, latents, dim, products),
-            )  # fmt: skip
-    return x, y, queries, scale
-
-
-def backward(
-    grad_real: Tensor | None,
-    grad_imaginary: Tensor | None,
-    grad_queries: Tensor | None,
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor,
-    real: Tensor,
-    gathered: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    """Return what motet::lego_pass_backward returns, of its arguments, contiguous as in forward."""
-    *weights, present, keep, scaled, snn, axes, rows, products = rest
-    *update, gain, shift, ask = weights
-    bags, heads, _, width = gathered.shape
-    latents, dim = x.shape[1:]
-    count, asked = bags * latents, 0 if ask is None else len(ask)
-    own = {"device": x.device, "dtype": torch.float32}
-    low = own | {"dtype": products}
-    dx, dy = grad_real, x.new_empty(0 if y is None else x.shape)
-    dask, dasks = torch.empty(0, **low), torch.empty(0, **own)
-    if asked or axes:
-        blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
-        programs = _programs(bags, latents, axes, blocks)
-        dx = torch.empty(x.shape, **own)
-        normed = torch.empty((count, dim) if asked else 0, **low)
-        partial = torch.empty((programs, 2 * dim) if asked else 0, **own)
-        if x.numel():
-            with torch.cuda.device_of(x):
-                _asking_backward[(programs,)](
-                    grad_real, grad_imaginary, grad_queries, x, y, scale, scaled, gain, shift, ask,
-                    dx, dy, normed, partial, count, Q=asked,
-                    **_normalising(axes, rows, latents, dim),
-                    **_constants(blocks, latents, dim, products),
-                )  # fmt: skip
-        if asked:
-            dasks = partial.sum(0)
-            if grad_queries is None:
-                dask = torch.zeros(ask.shape, **low)
-            else:
-                dask = grad_queries.to(products).view(count, asked).t() @ normed
-    blocks = _update_blocks(dim, products)
-    programs = triton.cdiv(count, blocks.block_c)
-    one = gathered.shape[2] < latents
-    dreal = torch.empty(x.shape, **own | {"dtype": real.dtype})
-    dgathered = torch.empty(0 if one else gathered.shape, **own | {"dtype": gathered.dtype})
-    flat = torch.empty(0 if one else (count, heads * width), **low)
-    room = (programs * blocks.block_c, _power(dim))
-    normed, dout, dpre = (torch.empty(room, **low) for _ in range(3))
-    gated, dhidden = (torch.empty(count, k * dim, **low) for k in (4, 8))
-    partial = torch.empty(programs, 12 * dim, **own)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            _update_backward[(programs,)](
-                dx, real, gathered, *update[:-1], present, keep,
-                dreal, dgathered, flat, normed, gated, dhidden, dout, dpre, partial,
-                gathered.stride(0), gathered.stride(1), _row_stride(gathered), count, heads,
-                E=width, SHARED=len(real) < bags, ONE=one, SNN=snn, BLOCK_K=blocks.block_k,
-                BLOCK_F=blocks.block_f, **_constants(blocks, latents, dim, products),
-            )  # fmt: skip
-    normed, dout, dpre = (x[:count, :dim] for x in (normed, dout, dpre))
-    if one:
-        dpre = dpre.unflatten(0, (bags, latents)).sum(1)
-        flat = gathered.to(products).reshape(bags, heads * width)
-        dgathered = (dpre @ update[0].to(products)).view(gathered.shape).to(gathered.dtype)
-    if len(real) < bags:
-        dreal = dreal.sum(0, keepdim=True)
-        dy = dy if y is None else dy.sum(0, keepdim=True)
-    return (
-        dreal, dy, dgathered, dpre.t() @ flat, dhidden.t() @ normed, dout.t() @ gated,
-        partial.sum(0), dask, dasks,
-    )  # fmt: skip
-
-
-def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
-    """Choose blocks for whole samples of `latents`, or rows of any (0), that spill no register."""
-    rows = _power(latents) if latents else (32 if dim <= 64 else 16)
-    if products == torch.float32:  # two parts of every operand are kept in registers
-        return _Blocks(rows, min(32, _power(dim)), 16, 16, 8, 2)
-    # Other steps spill on sm_100 (3 to 8 stores), and so do 8 warps for 16 rows of 128.
-    few = rows == 16 and 64 < dim <= 128
-    return _Blocks(rows, min(64 if dim <= 64 else 32, _power(dim)), 32, 32, 4 if few else 8, 2)
-
-
-def _update_blocks(dim: int, products: torch.dtype) -> _Blocks:
-    if products == torch.float32:  # 32 of the hidden layer spill on sm_100 (3 stores)
-        return _Blocks(16, min(32, _power(dim)), 32, 16, 8, 2)
-    return _Blocks(16, min(64, _power(dim)), 32, 32, 8, 2)
-
-
-def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
-def _programs(bags: int, latents: int, axes: Sequence[int], blocks: _Blocks) -> int:
-    return bags if -2 in axes else triton.cdiv(bags * latents, blocks.block_c)
-
-
-def _row_stride(gathered: Tensor) -> int:
-    return gathered.stride(2) if gathered.shape[2] > 1 else 0
-
-
-def _normalising(axes: Sequence[int], rows: int, latents: int, dim: int) -> dict[str, Any]:
-    return {
-        "count": float((rows if -2 in axes else 1) * (dim if -1 in axes else 1)),
-        "HALF": rows if -2 in axes and rows > latents else 0,
-        "ALONG_C": -2 in axes,
-        "ALONG_D": -1 in axes,
-    }
-
-
-def _constants(blocks: _Blocks, latents: int, dim: int, products: torch.dtype) -> dict[str, Any]:
-    return {
-        "C": latents,
-        "D": dim,
-        "DTYPE": _DTYPES[products],
-        "BLOCK_C": blocks.block_c,
-        "BLOCK_D": _power(dim),
-        "BLOCK_E": blocks.block_e,
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
-    }
 
 
 @triton.jit
@@ -369,16 +181,16 @@ def _hidden(
     gate = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
     for k0 in range(0, D, BLOCK_K):
         part = tl.load(_room_rows(normed_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
-        weight = _load_tile(up_ptr, f, D, f < 4 * D, k0, D, BLOCK_K).to(DTYPE)
+        weight = load_tile(up_ptr, f, D, f < 4 * D, k0, D, BLOCK_K).to(DTYPE)
         value = _product(part, tl.trans(weight), value)
-        weight = _load_tile(up_ptr + 4 * D * D, f, D, f < 4 * D, k0, D, BLOCK_K).to(DTYPE)
+        weight = load_tile(up_ptr + 4 * D * D, f, D, f < 4 * D, k0, D, BLOCK_K).to(DTYPE)
         gate = _product(part, tl.trans(weight), gate)
     value += _load_vector(up_bias_ptr, f0, 4 * D, BLOCK_F)
     return value, gate + _load_vector(up_bias_ptr + 4 * D, f0, 4 * D, BLOCK_F)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def _pass(
+def pass_kernel(
     real_ptr, imaginary_ptr, gathered_ptr, out_ptr, out_bias_ptr, gain_ptr, shift_ptr,
     up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, ask_gain_ptr, ask_shift_ptr, ask_ptr,
     present_ptr, keep_ptr, scaled_ptr, x_ptr, y_ptr, queries_ptr, scale_ptr, normed_ptr,
@@ -403,7 +215,7 @@ def _pass(
         gathered_ptr, out_ptr, out_bias_ptr, None, row, valid, b_stride, h_stride, c_stride, H,
         C, D, E, DTYPE, BLOCK_C, BLOCK_D, BLOCK_E,
     )  # fmt: skip
-    x = tl.where(x > 0, x, SLOPE * x) + _load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D)
+    x = tl.where(x > 0, x, SLOPE * x) + load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D)
     normal = _standardised(x, D, BLOCK_D)[0]
     gain = _load_vector(gain_ptr, 0, D, BLOCK_D)
     normed = (normal * gain + _load_vector(shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
@@ -416,21 +228,21 @@ def _pass(
             normed_ptr, up_ptr, up_bias_ptr, f0, D, DTYPE, BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_F
         )
         gate = _gate(gate, SNN)[0]
-        weight = _load_tile(down_ptr, d, 4 * D, d < D, f0, 4 * D, BLOCK_F).to(DTYPE)
+        weight = load_tile(down_ptr, d, 4 * D, d < D, f0, 4 * D, BLOCK_F).to(DTYPE)
         acc = _product((value * gate).to(DTYPE), tl.trans(weight), acc)
     acc += _load_vector(down_bias_ptr, 0, D, BLOCK_D)
     if keep_ptr is not None:
-        acc *= _load_tile(keep_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
+        acc *= load_tile(keep_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
     x += acc
     if present_ptr is not None:
         present = _flags(present_ptr, row, valid, C, ALONG_C)
-        x = tl.where(present, x, _load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D))
+        x = tl.where(present, x, load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D))
     if ALONG_C or ALONG_D:
         x = tl.where(valid[:, None], x, 0.0)
         square = x * x
         y = x
         if imaginary_ptr is not None:
-            y = _load_tile(imaginary_ptr, place, D, valid, 0, D, BLOCK_D).to(tl.float32)
+            y = load_tile(imaginary_ptr, place, D, valid, 0, D, BLOCK_D).to(tl.float32)
             square += y * y
         total = _total(square, row, C, HALF, ALONG_C, ALONG_D)
         scale = tl.rsqrt(tl.maximum(total / count, TINY))
@@ -454,13 +266,13 @@ def _pass(
             query = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
             for k0 in range(0, D, BLOCK_K):
                 part = tl.load(_room_rows(normed_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
-                weight = _load_tile(ask_ptr, q, D, q < Q, k0, D, BLOCK_K).to(DTYPE)
+                weight = load_tile(ask_ptr, q, D, q < Q, k0, D, BLOCK_K).to(DTYPE)
                 query = _product(part, tl.trans(weight), query)
             _store_tile(queries_ptr, row, valid, q0, query, Q, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def _asking_backward(
+def asking_backward_kernel(
     dx_ptr, dy_ptr, dqueries_ptr, x_ptr, y_ptr, scale_ptr, scaled_ptr,
     gain_ptr, shift_ptr, ask_ptr, dx_before_ptr, dy_before_ptr, normed_ptr, partial_ptr,
     n_rows, count,
@@ -468,13 +280,13 @@ def _asking_backward(
     ALONG_C: tl.constexpr, ALONG_D: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Go back from what _pass returned to the real and the imaginary part before the scale s.
+    """Go back from what pass_kernel returned to the real and the imaginary part before the scale s.
 
     With z = s Z returned and w the rows each stands for, dZ = s (dz - w z sum(dz z) / count), where
     dz has got ask's part. partial [programs, 2 D]: sums over the rows for its LayerNorm's vectors.
     """
     row, valid = _own_rows(n_rows, C, BLOCK_C, ALONG_C)
-    x = _load_tile(x_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
+    x = load_tile(x_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
     dx = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     if ask_ptr is not None:
         normal, rstd = _standardised(x, D, BLOCK_D)
@@ -484,21 +296,21 @@ def _asking_backward(
         if dqueries_ptr is not None:
             for q0 in range(0, Q, BLOCK_E):
                 q = q0 + tl.arange(0, BLOCK_E)
-                weight = _load_tile(ask_ptr, q, D, q < Q, 0, D, BLOCK_D).to(DTYPE)
-                dquery = _load_tile(dqueries_ptr, row, Q, valid, q0, Q, BLOCK_E).to(DTYPE)
+                weight = load_tile(ask_ptr, q, D, q < Q, 0, D, BLOCK_D).to(DTYPE)
+                dquery = load_tile(dqueries_ptr, row, Q, valid, q0, Q, BLOCK_E).to(DTYPE)
                 dx = _product(dquery, weight, dx)
         _store_sum(partial_ptr, 0, dx * normal, 2 * D, D, BLOCK_D)
         _store_sum(partial_ptr, D, dx, 2 * D, D, BLOCK_D)
         dx = _standardised_backward(dx * gain, normal, rstd, D, BLOCK_D)
     if dx_ptr is not None:
-        dx += _load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D)
+        dx += load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D)
     if ALONG_C or ALONG_D:
         product = dx * x
         if y_ptr is not None:
-            y = _load_tile(y_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
+            y = load_tile(y_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
             dy = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
             if dy_ptr is not None:
-                dy += _load_tile(dy_ptr, row, D, valid, 0, D, BLOCK_D)
+                dy += load_tile(dy_ptr, row, D, valid, 0, D, BLOCK_D)
             product += dy * y
         at, mask = _scale_places(row, valid, D, BLOCK_D, ALONG_C, ALONG_D)
         scale = tl.load(scale_ptr + at, mask=mask, other=0.0)
@@ -522,7 +334,7 @@ def _updated_gradient(
     dx_ptr, present_ptr, row, valid, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Return the gradient of updated rows, zero for rows without an update."""
-    dx = _load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
+    dx = load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D).to(tl.float32)
     # One return: what follows an early one is compiled too, where the pointer is None.
     if present_ptr is not None:
         dx = tl.where(_flags(present_ptr, row, valid, C, False), dx, 0.0)
@@ -530,7 +342,7 @@ def _updated_gradient(
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def _update_backward(
+def update_backward_kernel(
     dx_ptr, real_ptr, gathered_ptr, out_ptr, out_bias_ptr, gain_ptr, shift_ptr,
     up_ptr, up_bias_ptr, down_ptr, present_ptr, keep_ptr,
     dreal_ptr, dgathered_ptr, flat_ptr, normed_ptr, gated_ptr, dhidden_ptr, dout_ptr, dpre_ptr,
@@ -558,14 +370,14 @@ def _update_backward(
         H, C, D, E, DTYPE, BLOCK_C, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     slope = tl.where(pre > 0, 1.0, SLOPE)
-    x = pre * slope + _load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D)
+    x = pre * slope + load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D)
     normal, rstd = _standardised(x, D, BLOCK_D)
     gain = _load_vector(gain_ptr, 0, D, BLOCK_D)
     normed = (normal * gain + _load_vector(shift_ptr, 0, D, BLOCK_D)).to(DTYPE)
     tl.store(_room_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
     dout = _updated_gradient(dx_ptr, present_ptr, row, valid, C, D, BLOCK_D)
     if keep_ptr is not None:
-        dout *= _load_tile(keep_ptr, row, D, valid, 0, D, BLOCK_D)
+        dout *= load_tile(keep_ptr, row, D, valid, 0, D, BLOCK_D)
     _store_sum(partial_ptr, 11 * D, dout, 12 * D, D, BLOCK_D)
     tl.store(_room_rows(dout_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), dout.to(DTYPE))
     tl.debug_barrier()
@@ -580,7 +392,7 @@ def _update_backward(
         for k0 in range(0, D, BLOCK_K):
             part = tl.load(_room_rows(dout_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
             k = k0 + tl.arange(0, BLOCK_K)
-            weight = _load_tile(down_ptr, k, 4 * D, k < D, f0, 4 * D, BLOCK_F).to(DTYPE)
+            weight = load_tile(down_ptr, k, 4 * D, k < D, f0, 4 * D, BLOCK_F).to(DTYPE)
             dgated = _product(part, weight, dgated)
         dvalue = dgated * gate
         dgate = dgated * value * slope_of_gate
@@ -593,9 +405,9 @@ def _update_backward(
         mask = valid[:, None] & (f < 4 * D)[None, :]
         tl.store(at, dvalue, mask=mask)
         tl.store(at + 4 * D, dgate, mask=mask)
-        weight = _load_tile(up_ptr, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
+        weight = load_tile(up_ptr, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
         dnormed = _product(dvalue, weight, dnormed)
-        weight = _load_tile(up_ptr + 4 * D * D, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
+        weight = load_tile(up_ptr + 4 * D * D, f, D, f < 4 * D, 0, D, BLOCK_D).to(DTYPE)
         dnormed = _product(dgate, weight, dnormed)
     _store_sum(partial_ptr, 9 * D, dnormed * normal, 12 * D, D, BLOCK_D)
     _store_sum(partial_ptr, 10 * D, dnormed, 12 * D, D, BLOCK_D)
@@ -604,7 +416,7 @@ def _update_backward(
     dreal = dx
     if present_ptr is not None:
         present = _flags(present_ptr, row, valid, C, False)
-        dreal = tl.where(present, dx, _load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D))
+        dreal = tl.where(present, dx, load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D))
     _store_tile(dreal_ptr, row, valid, 0, dreal, D, BLOCK_D)
     dpre = dx * slope
     _store_sum(partial_ptr, 8 * D, dpre, 12 * D, D, BLOCK_D)

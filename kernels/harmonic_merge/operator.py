@@ -1,22 +1,18 @@
 """Harmonic merge of complex latents (MM-Lego, Eq. 4)."""
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .._checks import choice
-from .backends import (
-    Backend,
-    check_backend,
-    dense_order,
-    original_order,
-    refuse_overlap,
-    triton_kernels,
-)
-from .checks import normalised_weights, refuse_forward_mode, same_tensors
-from .native import direct, native
+from ..._checks import choice
+from ..backends import Backend, check_backend, on_triton
+from ..checks import normalised_weights, refuse_forward_mode, same_tensors
+from ..layout import check_out, dense_order, original_order, refuse_overlap
+from ..native import direct, native
+from .cpu import run
+from .gradient import gradient
+from .reference import harmonic_merge_reference
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 _LIBRARY.define(
@@ -78,21 +74,30 @@ def harmonic_merge(
     choice("phase", phase, ("principal", "circular"))
     check_backend(backend)
     refuse_forward_mode("harmonic_merge")
-    if 0.0 in weights:  # what has no weight takes no part
-        latents = [z for z, w in zip(latents, weights, strict=True) if w]
-        weights = [w for w in weights if w]
+    latents, weights = _taking_part(latents, weights)
     first = latents[0] if out is None else out
     if out is not None:
-        same_tensors([latents[0], out], "out", (latents[0].dtype,), each=("latents[0]", "out"))
-        if out.is_conj() or out.is_neg() or not (out.is_contiguous() or dense_order(out)):
-            raise ValueError("out: expected a tensor without gaps, not lazily conjugated")
-        if torch.is_grad_enabled() and (out.requires_grad or any(z.requires_grad for z in latents)):
-            raise ValueError("out: expected no argument that requires grad; leave it out to train")
+        check_out(out, latents, "latents", "conjugated")
     module = direct(*latents, first) if backend == "auto" else None
     if module is not None:
         result = torch.empty_like(first) if out is None else out
-        _run(module, latents, weights, phase, result)
+        run(module, latents, weights, phase, result)
         return result
+    return _dispatched(latents, weights, phase, out, backend)
+
+
+def _taking_part(latents: list[Tensor], weights: list[float]) -> tuple[list[Tensor], list[float]]:
+    """Return the tensors that have a weight, and their weights."""
+    if 0.0 not in weights:
+        return latents, weights
+    return [z for z, w in zip(latents, weights, strict=True) if w], [w for w in weights if w]
+
+
+def _dispatched(
+    latents: list[Tensor], weights: list[float], phase: str, out: Tensor | None, backend: str
+) -> Tensor:
+    """Call the torch.library operator on tensors contiguous in the order of axes that they have."""
+    first = latents[0] if out is None else out
     order = None if all(z.is_contiguous() for z in [*latents, first]) else dense_order(first)
     if order is not None:
         latents, first = [z.permute(order) for z in latents], first.permute(order)
@@ -101,28 +106,6 @@ def harmonic_merge(
         return result if order is None else original_order(result, order)
     torch.ops.motet.harmonic_merge_out(latents, weights, phase, first, backend)
     return out
-
-
-def harmonic_merge_reference(
-    latents: Sequence[Tensor], weights: Sequence[float] | None = None, phase: str = "principal"
-) -> Tensor:
-    """Compute harmonic_merge in torch, literally."""
-    if len(latents) == 1:
-        return latents[0].clone()
-    z = torch.stack(list(latents))
-    shares = normalised_weights(weights, len(latents))
-    w = torch.tensor(shares, dtype=z.real.dtype, device=z.device)
-    w = w.reshape(-1, *[1] * latents[0].ndim)
-    magnitude = torch.hypot(z.real, z.imag)
-    low = magnitude.amin(0)  # ratios to the smallest, so that nothing over- or underflows
-    mean = low / (w * (low / magnitude)).sum(0)
-    mean = torch.where(low == 0, torch.zeros_like(mean), mean)
-    if phase == "principal":
-        angle = (w * torch.atan2(z.imag, z.real)).sum(0)
-    else:
-        x, y = ((w * part / magnitude).sum(0) for part in (z.real, z.imag))
-        angle = torch.where(low == 0, torch.zeros_like(x), torch.atan2(y, x))
-    return torch.complex(mean * angle.cos(), mean * angle.sin())
 
 
 def _forward(latents: list[Tensor], weights: list[float], phase: str, backend: str) -> Tensor:
@@ -138,36 +121,21 @@ def _forward_out(
     if backend == "auto" and out.device.type == "cpu":
         module = native()
         if module is not None:
-            return _run(module, latents, weights, phase, out.detach())
+            return run(module, latents, weights, phase, out.detach())
     wrong = "" if out.dtype == torch.complex64 else f"takes complex64, got {out.dtype}"
     if len(latents) > 8:
         wrong = f"takes up to 8 tensors, got {len(latents)}"
-    fast = triton_kernels("harmonic_merge", backend, out.real, why_not=wrong)
-    if fast is not None and len(latents) > 1:
+    if on_triton(backend, out.device.type, out.real.dtype, wrong) and len(latents) > 1:
+        from . import triton as launchers
+
         refuse_overlap("latents", latents, out)
-        fast.merge(latents, weights, phase, out.detach())
+        launchers.merge(latents, weights, phase, out.detach())
     else:
         out.copy_(harmonic_merge_reference(latents, weights, phase))
 
 
-def _run(
-    module: ModuleType, latents: list[Tensor], weights: list[float], phase: str, out: Tensor
-) -> None:
-    """Call the C++ on contiguous tensors. It writes past torch, which is told so."""
-    buffers = [(z.detach() if z.requires_grad else z).numpy() for z in latents]
-    module.harmonic_merge(buffers, weights, phase, out.numpy(), torch.get_num_threads())
-    torch.autograd.graph.increment_version(out)
-
-
 def _fake(latents: list[Tensor], weights: list[float], phase: str, backend: str) -> Tensor:
     return torch.empty(latents[0].shape, dtype=latents[0].dtype, device=latents[0].device)
-
-
-def _polar(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |z| and z / |z|, 0 at 0; by parts, since complex division loses tiny numbers."""
-    size = torch.hypot(z.real, z.imag)
-    safe = torch.where(size > 0, size, 1)
-    return size, torch.complex(z.real / safe, z.imag / safe)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -176,34 +144,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    """Differentiate M exp(iφ): dM = M² Σ w_i dm_i / m_i², dφ = Σ v_i dθ_i.
-
-    v_i = w_i for the principal mean of phases. For the circular one, φ = arg s with
-    s = Σ w_i u_i, it is w_i Re(u_i conj(s)) / |s|². With r_i = M / m_i, at most 1 / w_i, and
-    p = conj(grad) exp(iφ), the gradient of z_i is u_i r_i (w_i Re(p) r_i - i v_i Im(p)): no
-    quotient that could overflow.
-    """
     merged, *latents = ctx.saved_tensors
-    if len(latents) == 1:
-        return [grad], None, None, None
-    size, phase = _polar(merged)
-    rotated = grad.conj() * phase
-    sizes, units = zip(*(_polar(z) for z in latents), strict=True)
-    phase_weights: list[float] | list[Tensor] = ctx.weights
-    if ctx.phase == "circular":
-        total = torch.stack([w * u for w, u in zip(ctx.weights, units, strict=True)]).sum(0)
-        square = total.real**2 + total.imag**2
-        phase_weights = [
-            torch.where(square > 0, w * (u * total.conj()).real / square, 0)
-            for w, u in zip(ctx.weights, units, strict=True)
-        ]
-    grads = []
-    for m, unit, w, v in zip(sizes, units, ctx.weights, phase_weights, strict=True):
-        ratio = torch.where(m > 0, size / m, 0)
-        grads.append(
-            unit * torch.complex(w * rotated.real * ratio * ratio, -v * rotated.imag * ratio)
-        )
-    return grads, None, None, None
+    return gradient(grad, merged, latents, ctx.weights, ctx.phase), None, None, None
 
 
 _LIBRARY.impl("harmonic_merge", _forward, "CompositeExplicitAutograd")

@@ -1,34 +1,11 @@
-"""A Triton kernel for harmonic_merge: any number of complex64 tensors, each read once.
+"""The Triton kernel of harmonic_merge; triton.py says how it is launched."""
 
-It is bound by memory, so that the phases are taken by polynomials for two equal weights too, where
-the C++ gets by with square roots.
-"""
-
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-BLOCK = 512
-
-
-def merge(latents: Sequence[Tensor], weights: Sequence[float], phase: str, out: Tensor) -> None:
-    """Write the merge of contiguous complex64 tensors to `out`, contiguous or one of them."""
-    size = out.numel()
-    if not size:
-        return
-    parts = tuple(torch.view_as_real(z) for z in latents)
-    with torch.cuda.device_of(out):
-        _merge[(triton.cdiv(size, BLOCK),)](
-            parts, tuple(weights), torch.view_as_real(out), size,
-            CIRCULAR=phase == "circular", BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
 
 
 @triton.jit
-def _merge(parts, weights, out, size, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr):
+def merge_kernel(parts, weights, out, size, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     pairs = at[:, None] * 2 + tl.arange(0, 2)[None, :]

@@ -6,11 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native import direct
-
-# So many rows fit the registers at once. More are taken in parts, which is as fast as torch's
-# product, so that a row has the same bits in a batch of any size.
-FEW_ROWS = 16
+from .cpu import as_matrix, few_rows
 
 
 def one_token_values(tokens: Tensor, weight: Tensor) -> Tensor:
@@ -35,7 +31,7 @@ def one_token_values(tokens: Tensor, weight: Tensor) -> Tensor:
         TypeError: something that is not a tensor.
 
     Example:
-        >>> from motet.kernels.one_token import one_token_values
+        >>> from motet.kernels.one_token.operator import one_token_values
         >>> one_token_values(torch.randn(8, 1, 2181), torch.randn(1024, 2181)).shape
         torch.Size([8, 1, 512])
     """
@@ -68,7 +64,7 @@ class _Values(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, weight)
         values = weight.detach()[len(weight) // 2 :]
-        y = _few_rows("few_rows", tokens, values, len(values))
+        y = few_rows("few_rows", tokens, values, len(values))
         return F.linear(tokens, values) if y is None else y
 
     @staticmethod
@@ -79,33 +75,13 @@ class _Values(torch.autograd.Function):
         of_tokens = of_weight = None
         if ctx.needs_input_grad[0]:
             if not again:
-                of_tokens = _few_rows("few_rows_backward", grad, values.detach(), tokens.shape[-1])
+                of_tokens = few_rows("few_rows_backward", grad, values.detach(), tokens.shape[-1])
             of_tokens = grad @ values if of_tokens is None else of_tokens
         if ctx.needs_input_grad[1]:
-            grad, tokens = _matrix(grad).t(), _matrix(tokens)
+            grad, tokens = as_matrix(grad).t(), as_matrix(tokens)
             if again:
                 return of_tokens, F.pad(grad @ tokens, (0, 0, len(values), 0))
             of_weight = weight.new_empty(weight.shape)
             of_weight[: len(values)].zero_()
             torch.mm(grad, tokens, out=of_weight[len(values) :])
         return of_tokens, of_weight
-
-
-def _few_rows(operator: str, rows: Tensor, values: Tensor, width: int) -> Tensor | None:
-    """Call the C++ for rows that end in `width` numbers; None where it is not for these."""
-    if values.dtype not in (torch.float32, torch.float64):
-        return None
-    own = _matrix(rows.detach()).contiguous()
-    module = direct(own, values)
-    if module is None:
-        return None
-    out = torch.empty(len(own), width, dtype=values.dtype)
-    call, threads = getattr(module, operator), torch.get_num_threads()
-    for part, into in zip(own.split(FEW_ROWS), out.split(FEW_ROWS), strict=True):
-        call(part.numpy(), values.numpy(), into.numpy(), threads)
-    return out.view(*rows.shape[:-1], width)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """Return x [..., N] as [R, N]."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -1,0 +1,292 @@
+"""Calls of every launcher in kernels/: at the sizes that are shipped, and in every form.
+
+The tensors are on the CPU and hold nothing: registers.py records what would be launched.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from motet.kernels.absorbed_attention import triton as absorbed_launchers
+from motet.kernels.context_kv import triton as context_launchers
+from motet.kernels.harmonic_merge import triton as merge_launchers
+from motet.kernels.latent_attention import triton as attention_launchers
+from motet.kernels.lego_pass import triton as lego_launchers
+from motet.kernels.lego_pass.weights import Asking, Update
+from motet.kernels.slerp import triton as slerp_launchers
+
+LAUNCHERS = (
+    absorbed_launchers, attention_launchers, context_launchers, lego_launchers, merge_launchers,
+    slerp_launchers,
+)  # fmt: skip
+BITS = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64
+}  # fmt: skip
+
+
+def attention(
+    dtype: str, heads: int, latents: int, width: int, *, dropout: float, ragged: bool,
+    counted: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """Return what calls every launcher of latent_attention at one size."""
+
+    def run() -> None:
+        kernels = attention_launchers
+        own = {"dtype": BITS[dtype]}
+        q = torch.empty(2, heads, latents, width, **own)
+        if ragged:
+            k, v = torch.empty(64, 2, heads, width, **own).unbind(1)
+            dk, dv = torch.empty(64, 2, heads, width, **own).unbind(1)
+            offsets = torch.tensor([0, 40, 64])
+        else:
+            packed = (torch.empty(2, 32, 2, heads, width, **own) for _ in range(2))
+            (k, v), (dk, dv) = (x.permute(0, 2, 3, 1, 4).unbind(1) for x in packed)
+            offsets = None
+        counts = torch.empty(64 if ragged else (2, 32)) if counted else None
+        shared = (q, k, v, offsets, counts)
+        seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+        out, lse = kernels.attend(*shared, 0.25, dropout, seed)
+        kernels.attend_backward(q, *shared, out, lse, 0.25, dropout, seed, dk, dv)
+        for reduce in (None, "mean"):
+            kernels.weights(q, k, offsets, lse, 0.25, reduce)
+
+    return run
+
+
+def context_kv(
+    dtype: str, width: int, sets: int, outputs: int, *, channels: int = 0, grouped: bool = False,
+    x_dtype: str | None = None, p_dtype: str = "fp32", biased: bool = True,
+) -> Callable[[], None]:  # fmt: skip
+    """Return what calls every launcher of context_kv at one size."""
+
+    def run() -> None:
+        own = {"dtype": BITS[dtype]}
+        x = torch.empty(256, width, dtype=BITS[x_dtype or dtype])
+        p = torch.empty(128, channels, dtype=BITS[p_dtype]) if channels else None
+        weight = torch.empty(sets, outputs, width + channels, **own)
+        bias = torch.empty(sets, outputs, **own) if biased else None
+        offsets = torch.arange(sets + 1) if grouped else None
+        mean, rstd = torch.empty(256), torch.empty(256)
+        for statistics in ((None, None), (mean, rstd)):
+            context_launchers.project(x, p, weight, bias, offsets, *statistics, 1e-5)
+        a = torch.empty(256, outputs, **own) if grouped else torch.empty(sets, 256, outputs, **own)
+        context_launchers.pool(a, x, p, mean, rstd, offsets)
+
+    return run
+
+
+def absorbed(
+    dtype: str, rows: int, *, dropout: float, channels: int = 5, counted: bool = False
+) -> Callable[[], None]:
+    """Return what calls every launcher of absorbed_attention at one size."""
+
+    def run() -> None:
+        kernels, own = absorbed_launchers, {"dtype": BITS[dtype]}
+        x, offsets = torch.empty(256, 2048, **own), torch.arange(3)
+        p = torch.empty(128, channels) if channels else None
+        queries = torch.empty(2, rows, 2048 + channels, **own)
+        seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+        counts = torch.empty(256) if counted else None
+        found = kernels.attend(queries, x, p, offsets, counts, 1e-5, dropout, seed)
+        pooled, mass, *rest = found
+        delta = torch.empty(2, rows)
+        kernels.attend_backward(
+            pooled, mass, delta, queries, x, p, offsets, counts, *rest, 1e-5, dropout, seed
+        )
+
+    return run
+
+
+def merge(count: int) -> Callable[[], None]:
+    """Return what calls every launcher of both merge operators for `count` inputs."""
+
+    def run() -> None:
+        latents = [torch.empty(256, dtype=torch.complex64) for _ in range(count)]
+        for phase in ("principal", "circular"):
+            merge_launchers.merge(latents, [1 / count] * count, phase, latents[0])
+        vectors = [torch.empty(256) for _ in range(count)]
+        slerp_launchers.products(vectors)
+        slerp_launchers.combine(vectors, torch.empty(count, dtype=torch.float64), vectors[0])
+
+    return run
+
+
+def lego_pass(
+    dtype: str, latents: int, dim: int, axes: tuple[int, ...] = (-2, -1), *,
+    rows: int | None = None, snn: bool = True, model: str = "fp32", optional: bool = True,
+    asked: bool = True, wanted: tuple[bool, bool, bool] = (True, True, True), shared: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """Return what calls every launcher of lego_pass at one size, products in `dtype`.
+
+    Args:
+        model: dtype of latents and weights.
+        optional: give Im Z, present, keep and scaled.
+        asked: give the weights of the next queries.
+        wanted: give the gradients of Re Z, of Im Z and of the queries, where there are these.
+        shared: let all samples begin alike, and give one row per sample of what was gathered.
+    """
+
+    def run() -> None:
+        kernels, products, inner = lego_launchers, BITS[dtype], 8 * 64
+        own = {"dtype": BITS[model]}
+        real = torch.empty(1 if shared else 2, latents, dim, **own)
+        imaginary = torch.empty_like(real) if optional and axes else None
+        keep = torch.empty(2, latents, dim, **own) if optional else None
+        gathered = torch.empty(2, 8, 1 if shared else latents, 64, dtype=products)
+        shapes = [
+            (dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim),
+            (dim,), (dim,), (dim,), (inner, dim),
+        ]  # fmt: skip
+        weights = [torch.empty(shape, **own) for shape in shapes]
+        present, scaled = torch.ones(2, 2, dtype=torch.bool).unbind()
+        rest = [
+            Update(*weights[:8]), Asking(*weights[8:]) if asked else None,
+            *((present, keep, scaled) if optional else (None, None, None)),
+            snn, axes, rows or latents, products,
+        ]  # fmt: skip
+        x, y, queries, scale = kernels.forward(real, imaginary, gathered, *rest)
+        y = None if imaginary is None else y
+        of_real, of_imaginary, of_queries = (
+            part if given else None for part, given in zip((x, y, queries), wanted, strict=True)
+        )
+        if not asked:
+            of_queries = None
+        kernels.backward(of_real, of_imaginary, of_queries, x, y, scale, real, gathered, *rest)
+
+    return run
+
+
+def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the sizes that models have: name, and what calls the launchers."""
+    # (heads, latents, width): TCGA as released, as in the paper (8 heads) where the blocks differ,
+    # and 8x64.
+    sizes = [
+        (1, 25, 16), (1, 17, 64), (1, 17, 32), (1, 16, 112), (8, 25, 128), (8, 16, 80),
+        (8, 64, 64), (8, 256, 64),
+    ]  # fmt: skip
+    for heads, latents, width in sizes:
+        for dtype in ("bf16", "fp32"):
+            for dropout in (0.0, 0.1):
+                name = f"attention {dtype} {heads}x{width} c{latents}"
+                yield (
+                    f"{name} dropout" if dropout else name,
+                    attention(dtype, heads, latents, width, dropout=dropout, ragged=True),
+                )
+    yield "attention bf16 8x64 c64 dense", attention("bf16", 8, 64, 64, dropout=0, ragged=False)
+    yield (
+        "attention fp16 8x64 c64 dropout",
+        attention("fp16", 8, 64, 64, dropout=0.1, ragged=True),
+    )
+    yield (
+        "attention bf16 1x256 c64 dropout",
+        attention("bf16", 1, 64, 256, dropout=0.1, ragged=True),
+    )
+    for heads, latents, width in ((1, 25, 16), (1, 17, 64), (8, 25, 128), (8, 64, 64)):
+        for dtype in ("bf16", "fp32"):
+            yield (
+                f"attention {dtype} {heads}x{width} c{latents} counts",
+                attention(dtype, heads, latents, width, dropout=0, ragged=True, counted=True),
+            )
+    for heads, latents in ((1, 17), (8, 64)):
+        yield (
+            f"attention bf16 {heads}x64 c{latents} dense counts",
+            attention("bf16", heads, latents, 64, dropout=0, ragged=False, counted=True),
+        )
+    for dtype in ("bf16", "fp32"):
+        for sets, outputs in ((1, 32), (1, 128), (1, 224), (5, 64), (1, 1024), (1, 1648)):
+            yield (
+                f"context {dtype} 2048+5 to {sets}x{outputs}",
+                context_kv(dtype, 2048, sets, outputs, channels=5),
+            )
+        yield (f"context {dtype} 1024 to 1x128", context_kv(dtype, 1024, 1, 128))
+        for outputs in (16, 32, 200):
+            yield (
+                f"context {dtype} 2048+5 to {outputs} grouped",
+                context_kv(dtype, 2048, 2, outputs, channels=5, grouped=True),
+            )
+    yield ("context fp16 2048+5 to 1x128", context_kv("fp16", 2048, 1, 128, channels=5))
+    yield (
+        "context bf16 from fp32 2048+5 to 1x128",
+        context_kv("bf16", 2048, 1, 128, channels=5, x_dtype="fp32"),
+    )
+
+    for rows in (17, 136, 200):
+        for dropout in (0.0, 0.1):
+            name = f"absorbed bf16 {rows} queries"
+            yield f"{name} dropout" if dropout else name, absorbed("bf16", rows, dropout=dropout)
+    yield "absorbed fp32 136 queries dropout", absorbed("fp32", 136, dropout=0.1)
+    for dtype, rows in (("bf16", 17), ("bf16", 136), ("fp32", 136)):
+        name = f"absorbed {dtype} {rows} queries counts"
+        yield name, absorbed(dtype, rows, dropout=0, counted=True)
+
+    for count in (2, 3, 8):
+        yield f"merge of {count}", merge(count)
+
+    for dtype in ("bf16", "fp32"):
+        for latents, dim in ((17, 126), (25, 119), (64, 64), (256, 32)):
+            yield f"pass {dtype} {latents}x{dim}", lego_pass(dtype, latents, dim)
+            yield f"pass {dtype} {latents}x{dim} gelu", lego_pass(dtype, latents, dim, snn=False)
+        for latents, dim, rows in ((9, 126, 17), (33, 64, 64)):
+            yield (
+                f"pass {dtype} {latents}x{dim} of {rows}",
+                lego_pass(dtype, latents, dim, (-2,), rows=rows),
+            )
+        for dim, axes in ((64, ()), (126, (-1,)), (256, (-1,))):  # rows apart
+            yield f"pass {dtype} rows of {dim}", lego_pass(dtype, 64, dim, axes)
+
+
+def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield small sizes in every dtype, every optional argument of a launcher None and given."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        for ragged in (True, False):
+            for counted in (True, False):
+                name = f"{'ragged' if ragged else 'dense'} {'counts' if counted else 'dropout'}"
+                yield (
+                    f"form: attention {dtype} {name}",
+                    attention(
+                        dtype, 8, 17, 16, dropout=0.0 if counted else 0.1, ragged=ragged,
+                        counted=counted,
+                    ),
+                )  # fmt: skip
+        yield (
+            f"form: context {dtype} positions, grouped",
+            context_kv(dtype, 256, 2, 32, channels=5, grouped=True, biased=False),
+        )
+        yield f"form: context {dtype} bias", context_kv(dtype, 256, 2, 32)
+        for x_dtype in ("bf16", "fp16", "fp32"):
+            if x_dtype != dtype:
+                yield (
+                    f"form: context {dtype} from {x_dtype}",
+                    context_kv(dtype, 256, 2, 32, channels=5, x_dtype=x_dtype),
+                )
+        yield (
+            f"form: absorbed {dtype} counts",
+            absorbed(dtype, 17, dropout=0, channels=0, counted=True),
+        )
+        yield f"form: absorbed {dtype} positions, dropout", absorbed(dtype, 17, dropout=0.1)
+    for p_dtype in ("bf16", "fp16", "fp64"):
+        yield (
+            f"form: context bf16 with {p_dtype} positions",
+            context_kv("bf16", 256, 2, 32, channels=5, p_dtype=p_dtype),
+        )
+    # Under autocast, and models in half precision.
+    pairs = (
+        ("fp32", "fp32"),
+        ("bf16", "fp32"),
+        ("fp16", "fp32"),
+        ("bf16", "bf16"),
+        ("fp16", "fp16"),
+    )
+    for dtype, model in pairs:
+        own, small = {"model": model}, (dtype, 64, 64)
+        name = f"form: pass {dtype} in {model}"
+        yield f"{name} all", lego_pass(*small, **own)
+        yield f"{name} none", lego_pass(*small, **own, optional=False, asked=False)
+        yield (
+            f"{name} of queries",
+            lego_pass(*small, **own, optional=False, wanted=(False, True, True), shared=True),
+        )
+        yield f"{name} of Im Z", lego_pass(*small, **own, wanted=(False, True, False))
+        yield f"{name} without axes", lego_pass(*small, (), **own, asked=False)
+
+
+CELLS = {**dict(_shipped()), **dict(_forms())}

@@ -1,0 +1,1 @@
+"""Keys and values of context tokens: LayerNorm and all projections in one pass over them."""

@@ -1,0 +1,244 @@
+"""Keys and values of context tokens: LayerNorm and all projections in one pass over the tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, check_backend, compiled, on_triton, refuse_second_derivative
+from ..checks import check_rows, refuse_forward_mode
+from ..dtypes import wide
+from ..layout import rows_apart
+from . import cpu
+from .reference import context_kv_reference
+
+_LIBRARY = torch.library.Library("motet", "FRAGMENT")
+_LIBRARY.define(
+    "context_kv(Tensor x, Tensor? positions, Tensor weight, Tensor? bias, Tensor? offsets, "
+    "Tensor? mean, Tensor? rstd, float eps, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "context_kv_backward(Tensor grad, Tensor x, Tensor? positions, Tensor weight, Tensor? offsets, "
+    "Tensor mean, Tensor rstd, bool given, float eps, str backend, bool[3] needed) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def context_kv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    offsets: Tensor | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Normalise context tokens and project them with several weight sets, reading them once.
+
+    .. math:: y_{s,t} = W_s \frac{z_t - \mu_t}{\sqrt{\sigma_t^2 + \epsilon}} + b_s,
+        \quad z_t = [x_t \,|\, p_t]
+
+    The K and V of HEALNet's Eq. 2 for all layers at once. The gain γ and shift β of a LayerNorm
+    belong in the weights: W = W₀ diag(γ), b = W₀ β. Neither the normalised tokens nor their
+    concatenation with the positions is ever stored. Tokens are centred before the product, so that
+    rows with a mean far above their standard deviation lose no digits.
+
+    Args:
+        x: [T, D] tokens; [B, N, D] counts as B·N of them.
+        weight: [S, O, D + P], or [O, D + P] for one set; its dtype is that of the product.
+        bias: [S, O] or [O], like `weight`.
+        positions: [T, P], joined to the tokens; or [N, P] for every N tokens, T a multiple of N.
+        offsets: int64 [B + 1], the bags. They change no number in exact arithmetic; with them a
+            bag gives the same bits in any batch.
+        statistics: μ and 1/√(σ² + ε) of these very rows, [T] each, float32 (float64 for float64
+            tokens), where they are known; None means that they are computed.
+        eps: ε.
+        backend: "auto", "triton", "compile" (without statistics; with them "eager") or "eager".
+
+    Returns:
+        [S, T, O], or [T, O] for one set, in the dtype of `weight`. Differentiable once, in reverse
+        mode, in `x`, `positions`, `weight` and `bias`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or offsets that do not fit.
+        TypeError: something that is not a tensor.
+
+    Example:
+        >>> x, weight = torch.randn(70, 32), torch.randn(2, 64, 32)
+        >>> motet.kernels.context_kv(x, weight).shape
+        torch.Size([2, 70, 64])
+    """
+    x = x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim == 3 else x
+    check_rows(x, positions, offsets)
+    mean, rstd = _check_types(weight, bias, statistics)
+    if one := weight.ndim == 2:
+        weight, bias = weight[None], None if bias is None else bias[None]
+    _check(x, positions, weight, bias, mean, rstd)
+    check_backend(backend)
+    refuse_forward_mode("context_kv")
+    if backend == "compile" and statistics is None:
+        y = compiled(context_kv_reference)(x, weight, bias, positions=positions, eps=eps)
+    else:
+        arguments = (x, positions, weight, bias, offsets, mean, rstd, eps, backend)
+        y = torch.ops.motet.context_kv(*arguments)[0]
+    return y[0] if one else y
+
+
+def _check_types(
+    weight: Tensor, bias: Tensor | None, statistics: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Raise unless these are tensors; return the statistics, two None for None."""
+    if statistics is not None and len(statistics) != 2:
+        raise ValueError(f"statistics: expected two tensors, got {len(statistics)}")
+    mean, rstd = statistics or (None, None)
+    named = {"weight": weight, "bias": bias, "statistics[0]": mean, "statistics[1]": rstd}
+    for name, part in named.items():
+        if not isinstance(part, Tensor) and (name == "weight" or part is not None):
+            raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
+    return statistics or (None, None)
+
+
+def _check(
+    x: Tensor,
+    positions: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    """Raise unless the weights [S, O, W], and the statistics that are given, fit the tokens."""
+    width = x.shape[1] + (0 if positions is None else positions.shape[1])
+    if weight.ndim != 3 or weight.shape[2] != width:
+        raise ValueError(f"weight: expected [S, O, {width}], got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"bias: expected {tuple(weight.shape[:2])}, got {tuple(bias.shape)}")
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and (
+            (part.device, part.dtype) != (x.device, weight.dtype) or not part.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name}: expected {weight.dtype} on {x.device} as x, got {part.dtype} on "
+                f"{part.device}"
+            )
+    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise ValueError(f"weight: expected a dtype that goes with {x.dtype}, got {weight.dtype}")
+    for name, part in {"statistics[0]": mean, "statistics[1]": rstd}.items():
+        expected = (x.shape[:1], wide(x.dtype), x.device)
+        if part is not None and (part.shape, part.dtype, part.device) != expected:
+            raise ValueError(
+                f"{name}: expected {expected[1]} [{len(x)}] on {x.device}, got {part.dtype} "
+                f"{tuple(part.shape)} on {part.device}"
+            )
+
+
+def _forward(
+    x: Tensor,
+    positions: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not on_triton(backend, weight.device.type, weight.dtype):
+        return cpu.forward(x, positions, weight, bias, offsets, mean, rstd, eps)
+    from . import triton as launchers
+
+    places = None if positions is None else rows_apart(positions)
+    bias = None if bias is None else bias.contiguous()
+    found = launchers.project(
+        rows_apart(x), places, weight.contiguous(), bias, None, mean, rstd, eps
+    )
+    if mean is None:
+        return found
+    y, *given = found  # what an operator returns is not what it was given
+    return y, given[0].clone(), given[1].clone()
+
+
+def _backward_rows(
+    grad: Tensor,
+    x: Tensor,
+    positions: Tensor | None,
+    weight: Tensor,
+    offsets: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    given: bool,
+    eps: float,
+    backend: str,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, positions, weight and bias; empty where not `needed`.
+
+    `needed` speaks of x or positions, of the weight, and of the bias.
+    """
+    tokens, weights, biases = needed
+    dbias = x.new_empty(0)
+    if biases:
+        dbias = grad.sum(1, dtype=wide(x.dtype)).to(weight.dtype)
+    dweight = None
+    if on_triton(backend, weight.device.type, weight.dtype) and weights:
+        from . import triton as launchers
+
+        places = None if positions is None else rows_apart(positions)
+        dweight = launchers.pool(grad, rows_apart(x), places, mean, rstd, None).to(weight.dtype)
+    dx, dpositions, rest = cpu.backward(
+        grad, x, positions, weight, offsets, mean, rstd, given, eps, tokens=tokens,
+        weights=weights and dweight is None,
+    )  # fmt: skip
+    return dx, dpositions, rest if dweight is None else dweight, dbias
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, positions, weight, _, offsets, given, _, ctx.eps, ctx.backend = inputs
+    ctx.given = given is not None
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, positions, weight, offsets, mean, rstd)
+
+
+def _backward(ctx, grad: Tensor, *_: Tensor):
+    x, positions, weight, offsets, mean, rstd = ctx.saved_tensors
+    of_x, of_positions, of_weight, of_bias = ctx.needs_input_grad[:4]
+    dx, dpositions, dweight, dbias = torch.ops.motet.context_kv_backward(
+        grad.contiguous(), x, positions, weight, offsets, mean, rstd, ctx.given, ctx.eps,
+        ctx.backend, [of_x or of_positions, of_weight, of_bias],
+    )  # fmt: skip
+    return (
+        dx if of_x else None,
+        dpositions if of_positions else None,
+        dweight if of_weight else None,
+        dbias if of_bias else None,
+        *[None] * 5,
+    )
+
+
+def _fake(x, positions, weight, bias, offsets, mean, rstd, eps, backend):
+    y = weight.new_empty(weight.shape[0], x.shape[0], weight.shape[1])
+    return y, *(x.new_empty(x.shape[0], dtype=wide(x.dtype)) for _ in range(2))
+
+
+def _fake_backward(grad, x, positions, weight, offsets, mean, rstd, given, eps, backend, needed):
+    tokens, weights, biases = needed
+    return (
+        x.new_empty(x.shape if tokens else 0),
+        positions.new_empty(positions.shape)
+        if tokens and positions is not None
+        else x.new_empty(0),
+        weight.new_empty(weight.shape if weights else 0),
+        weight.new_empty(weight.shape[:2]) if biases else x.new_empty(0),
+    )
+
+
+_LIBRARY.impl("context_kv", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("context_kv_backward", _backward_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("motet::context_kv", _fake, lib=_LIBRARY)
+torch.library.register_fake("motet::context_kv_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "motet::context_kv", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+refuse_second_derivative(_LIBRARY, "context_kv")

@@ -1,0 +1,16 @@
+"""The dropout mask in Triton; `dropout_mask` in dropout.py is the same in plain torch."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kept_weights(seed, n0, row, bag, dropout_p, BLOCK_N: tl.constexpr):
+    """Return which weights [BLOCK_C, BLOCK_N] are kept; one Philox call serves four keys."""
+    quad = n0 // 4 + tl.arange(0, BLOCK_N // 4)
+    zero = row[:, None] * 0
+    w0, w1, w2, w3 = tl.philox(seed, quad[None, :] + zero, row[:, None] + quad[None, :] * 0,
+                               bag, 0)  # fmt: skip
+    word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    threshold = tl.full([1, 1], dropout_p, tl.float32) * 4294967296.0
+    return word >= threshold.to(tl.uint32)

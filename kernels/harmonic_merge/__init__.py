@@ -1,0 +1,1 @@
+"""Harmonic merge of complex latents (MM-Lego, Eq. 4)."""

@@ -1,0 +1,1 @@
+"""Attention of a few latent queries to very many context tokens, per bag."""

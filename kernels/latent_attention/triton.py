@@ -1,0 +1,266 @@
+"""Launches the Triton kernels of latent_attention: few queries, very many ragged keys, no atomics.
+
+Keys are worked off in chunks of a fixed length, counted from the start of each bag. A program
+reduces one chunk for one head and writes a partial result; a second kernel adds the partial results
+of a bag in order. So a bag alone gives what it gives in any batch, bit for bit.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import capability
+from ..dropout import representable
+from ..launch import cdiv, launch, next_power_of_2
+from ..ragged import count_slots
+from .triton_kernels import (
+    attend_backward_kernel,
+    attend_kernel,
+    combine_attend_kernel,
+    combine_dq_kernel,
+    mean_weights_kernel,
+    weights_kernel,
+)
+
+
+class _Blocks(NamedTuple):
+    """How a pass over the keys is cut. Never depends on the number of keys."""
+
+    chunk: int
+    block_c: int
+    block_n: int
+    block_e: int
+    num_warps: int
+    num_stages: int
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+) -> tuple[Tensor, Tensor]:
+    """Return softmax(scale q k^T + log counts) v with dropout on the weights, and the log-sum-exp.
+
+    Args:
+        q: [B, H, C, E], last stride 1.
+        k: [T, H, E] with `offsets`, else [B, H, N, E]; any strides, the last 1.
+        v: like `k`.
+        offsets: int64 [B + 1] on the device, or None.
+        counts: fp32 [T] with `offsets`, else [B, N], how many tokens each key stands for; or None.
+        scale: factor on the scores.
+        dropout_p: probability of dropping a weight, in [0, 1).
+        seed: int64 [1] on the device, or an int; see dropout_mask. None without dropout.
+
+    Returns:
+        fp32 [B, H, C, E], zeros for an empty bag, and fp32 [B, H, C] before dropout, -inf for one.
+    """
+    bags, heads, latents, width = q.shape
+    blocks = _forward_blocks(q)
+    slots = _slots(k, offsets, bags, blocks.chunk)
+    own = {"dtype": torch.float32, "device": q.device}
+    partial = torch.empty(slots, heads, latents, width, **own)
+    peak, total = (torch.empty(slots, heads, latents, **own) for _ in range(2))
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(bags, heads, latents, **own)
+    shared = _constants(q, offsets, blocks)
+    counts = None if counts is None else counts.contiguous()
+    if slots:
+        launch(
+            attend_kernel, q, (slots * heads * cdiv(latents, blocks.block_c),),
+            q, k, v, offsets, counts, partial, peak, total, _seed(seed, dropout_p, q),
+            *q.stride()[:3], *_strides(k, offsets), *_strides(v, offsets),
+            bags, _keys(k, offsets), heads, scale, representable(dropout_p), **shared,
+            BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0, COUNTS=counts is not None,
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
+    if out.numel():
+        launch(
+            combine_attend_kernel, q, (bags * heads * latents,),
+            partial, peak, total, offsets, out, lse, _keys(k, offsets), heads,
+            1 / (1 - dropout_p), C=latents, E=width, CHUNK=blocks.chunk,
+            BLOCK_E=blocks.block_e, RAGGED=offsets is not None, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def attend_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
+    """Write the gradients of `attend` into `dk` and `dv`, all of them, and return that of `q`.
+
+    Args:
+        dout: [B, H, C, E], the gradient of out.
+        q, k, v, offsets, counts, scale, dropout_p, seed: as given to attend.
+        out, lse: what attend returned.
+        dk, dv: where to write, shaped like `k`; any strides, the last 1.
+
+    Returns:
+        [B, H, C, E] of q's dtype.
+    """
+    bags, heads, latents, width = q.shape
+    blocks = _backward_blocks(q, counted=counts is not None)
+    slots = _slots(k, offsets, bags, blocks.chunk)
+    partial = torch.empty(slots, heads, latents, width, dtype=torch.float32, device=q.device)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    shared = _constants(q, offsets, blocks)
+    dout, counts = dout.contiguous(), None if counts is None else counts.contiguous()
+    # From the float32 result: what half precision rounds off it would be multiplied by the keys.
+    delta = (dout * out).sum(-1)
+    for c0 in range(0, latents if slots else 0, blocks.block_c):
+        launch(
+            attend_backward_kernel, q, (slots * heads,),
+            dout, q, k, v, offsets, counts, delta, lse, dk, dv, partial,
+            _seed(seed, dropout_p, q), *q.stride()[:3],
+            *_strides(k, offsets), *_strides(v, offsets),
+            *_strides(dk, offsets), *_strides(dv, offsets),
+            bags, _keys(k, offsets), heads, scale,
+            representable(dropout_p), 1 / (1 - dropout_p), c0, **shared,
+            BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0, ADD=c0 > 0,
+            COUNTS=counts is not None, num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )  # fmt: skip
+    if dq.numel():
+        launch(
+            combine_dq_kernel, q, (bags * heads * latents,),
+            partial, offsets, dq, _keys(k, offsets), heads, scale, C=latents, E=width,
+            CHUNK=blocks.chunk, BLOCK_E=blocks.block_e, RAGGED=offsets is not None,
+            num_warps=4,
+        )  # fmt: skip
+    return dq
+
+
+def weights(
+    q: Tensor,
+    k: Tensor,
+    offsets: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    reduce: str | None,
+) -> Tensor:
+    """Return the softmax weights that `attend` uses, before dropout.
+
+    Args:
+        q, k, offsets, scale: as given to attend.
+        lse: what attend returned.
+        reduce: "mean" averages over heads and latents on the way; None returns all.
+
+    Returns:
+        [T, H, C], or [B, H, C, N] without offsets, of q's dtype; "mean": fp32 [T] or [B, N].
+    """
+    bags, heads, latents, _ = q.shape
+    blocks = _forward_blocks(q)
+    slots = _slots(k, offsets, bags, blocks.chunk)
+    ragged = offsets is not None
+    shared = _constants(q, offsets, blocks)
+    mean = reduce == "mean"
+    if mean:
+        shape = k.shape[:1] if ragged else (bags, k.shape[2])
+        out = torch.empty(shape, dtype=torch.float32, device=q.device)
+        strides = (0, 0, 0, 1) if ragged else (out.stride(0), 0, 0, 1)
+        programs = slots
+    else:
+        shape = (k.shape[0], heads, latents) if ragged else (bags, heads, latents, k.shape[2])
+        out = torch.empty(shape, dtype=q.dtype, device=q.device)
+        strides = (0, latents, 1, heads * latents) if ragged else out.stride()
+        programs = slots * heads * cdiv(latents, blocks.block_c)
+    if programs:
+        launch(
+            mean_weights_kernel if mean else weights_kernel, q, (programs,),
+            q, k, offsets, lse, out, *q.stride()[:3], *_strides(k, offsets), *strides,
+            bags, _keys(k, offsets), heads, scale, **shared, BLOCK_N=blocks.block_n,
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def _forward_blocks(q: Tensor) -> _Blocks:
+    return _blocks(q, backward=False)
+
+
+def _backward_blocks(q: Tensor, *, counted: bool) -> _Blocks:
+    return _blocks(q, backward=True, counted=counted)
+
+
+def _blocks(q: Tensor, *, backward: bool, counted: bool = False) -> _Blocks:
+    """Choose blocks that spill no register on sm_80, sm_90 or sm_100 (benchmarks/registers.py)."""
+    _, heads, latents, width = q.shape
+    block_e = max(16, next_power_of_2(width))
+    block_c = max(16, min(64, next_power_of_2(latents)))
+    # A bag of 15,000 patches and one head fills 59 of 132 multiprocessors with chunks of 256.
+    chunk = 256 if heads <= 2 and latents <= 64 else 512
+    if q.element_size() == 2:
+        if not backward:
+            # 64 keys spill for heads of 32 (4 to 10 stores on sm_80 and sm_90).
+            block_n = 32 if block_e in (32, 256) else 64
+            warps, stages = 8 if block_e == 256 else 4, 2 if block_e <= 32 else 3
+            return _Blocks(chunk, block_c, block_n, block_e, warps, stages)
+        # Otherwise 1 to 54 stores spill, most of them on sm_80.
+        chip = capability(q)
+        hopper = chip == 90
+        block_c = min(block_c, 64 if hopper and block_e <= 64 else 32)
+        block_n = 64 if block_c < 64 and block_e <= (128 if hopper else 64) else 32
+        # With counts 4 warps spill twice for heads of 64 on sm_100.
+        widest = 64 if chip == 90 or (chip > 90 and not counted) else 32
+        warps = 8 if block_c == 64 or block_e > widest else 4
+        return _Blocks(chunk, block_c, block_n, block_e, warps, 2)
+    # tf32x3 keeps two parts of every operand in registers.
+    block_c = min(block_c, 16 if backward or block_e > 32 else 32)
+    block_n = 16 if backward or block_e == 256 else 32
+    warps = 4 if block_e <= (32 if backward else 64) else 8
+    # 4 and 8 warps spill once with dropout, on sm_80 and sm_100; 2 once with counts, on sm_100.
+    if backward and block_e == 16 and not counted:
+        warps = 2
+    return _Blocks(chunk, block_c, block_n, block_e, warps, 2)
+
+
+def _constants(q: Tensor, offsets: Tensor | None, blocks: _Blocks) -> dict[str, int | bool]:
+    return {
+        "C": q.shape[2],
+        "E": q.shape[3],
+        "CHUNK": blocks.chunk,
+        "BLOCK_C": blocks.block_c,
+        "BLOCK_E": blocks.block_e,
+        "RAGGED": offsets is not None,
+    }
+
+
+def _slots(k: Tensor, offsets: Tensor | None, bags: int, chunk: int) -> int:
+    if offsets is None:
+        return bags * cdiv(k.shape[2], chunk)
+    return count_slots(k.shape[0], bags, chunk)
+
+
+def _keys(k: Tensor, offsets: Tensor | None) -> int:
+    """Keys per bag; 0 stands for what the offsets say."""
+    return k.shape[2] if offsets is None else 0
+
+
+def _strides(x: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
+    """Strides of bag, head and key."""
+    return x.stride()[:3] if offsets is None else (0, x.stride(1), x.stride(0))
+
+
+def _seed(seed: Tensor | int | None, dropout_p: float, q: Tensor) -> Tensor | None:
+    if not dropout_p:
+        return None
+    if isinstance(seed, int):  # full() fills on the device; tensor() would copy from the host
+        return torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    return seed

@@ -1,0 +1,302 @@
+"""The Triton kernels of latent_attention; triton.py says how they are launched."""
+
+import triton
+import triton.language as tl
+
+from ..dropout_kernels import kept_weights
+from ..ragged_kernels import chunk_of_slot, chunks_of_bag
+from ..tile_kernels import PRECISION
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_rows(base, row, stride, valid, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Load rows [BLOCK, BLOCK_E] of width E, zeros elsewhere."""
+    e = tl.arange(0, BLOCK_E)
+    pointer = base + row[:, None] * stride + e[None, :]
+    if E == BLOCK_E:
+        return tl.load(pointer, mask=valid[:, None], other=0.0)
+    return tl.load(pointer, mask=valid[:, None] & (e[None, :] < E), other=0.0)
+
+
+@triton.jit
+def _store_rows(base, row, stride, valid, value, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Store rows [BLOCK, BLOCK_E] of width E."""
+    e = tl.arange(0, BLOCK_E)
+    pointer = base + row[:, None] * stride + e[None, :]
+    mask = valid[:, None] & (e[None, :] < E)
+    tl.store(pointer, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _log2_counts(base, n, length):
+    """Return log2 of the counts of keys n, which raise their scores; 0 from `length` on."""
+    return tl.log2(tl.load(base + n, mask=n < length, other=1.0))
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_keys"])
+def attend_kernel(
+    q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, partial_ptr, peak_ptr, total_ptr, seed_ptr,
+    q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n,
+    n_bags, n_keys, H, scale, dropout_p,
+    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """Reduce one chunk of keys for one head and up to BLOCK_C latents.
+
+    With s = scale q k^T + log counts over the chunk's keys n: peak = max_n s log2(e),
+    total = sum_n 2^(s log2(e) - peak), partial = sum_n dropped 2^(s log2(e) - peak) v_n.
+    partial [slots, H, C, E], peak and total [slots, H, C].
+    """
+    program = tl.program_id(0)
+    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    head = program // tiles % H
+    slot = program // tiles // H
+    bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, CHUNK, RAGGED)
+    if start >= stop:
+        return
+    c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    q = _load_rows(q_ptr + bag * q_b + head * q_h, c, q_c, c < C, E, BLOCK_E)
+    first = origin + start
+    k_ptr += bag * k_b + head * k_h + first * k_n
+    v_ptr += bag * v_b + head * v_h + first * v_n
+    if COUNTS:
+        counts_ptr += bag * n_keys + first
+    length = stop - start
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    peak = tl.full([BLOCK_C], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    partial = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+    for n0 in range(0, length, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, n, k_n, n < length, E, BLOCK_E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        if COUNTS:
+            s += _log2_counts(counts_ptr, n, length)[None, :]
+        s = tl.where(n[None, :] < length, s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        shrink = tl.exp2(peak - new_peak)
+        p = tl.exp2(s - new_peak[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        if DROPOUT:
+            kept = kept_weights(
+                seed, start + n0, head * C + c, bag.to(tl.int32), dropout_p, BLOCK_N
+            )
+            p = tl.where(kept, p, 0.0)
+        v = _load_rows(v_ptr, n, v_n, n < length, E, BLOCK_E)
+        partial = partial * shrink[:, None]
+        partial = tl.dot(p.to(v.dtype), v, partial, input_precision=PRECISION)
+        peak = new_peak
+    row = (slot.to(tl.int64) * H + head) * C
+    _store_rows(partial_ptr + row * E, c, E, c < C, partial, E, BLOCK_E)
+    tl.store(peak_ptr + row + c, peak, mask=c < C)
+    tl.store(total_ptr + row + c, total, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["n_keys"])
+def combine_attend_kernel(
+    partial_ptr, peak_ptr, total_ptr, offsets_ptr, out_ptr, lse_ptr, n_keys, H, undrop,
+    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Add the chunks of one bag, head and latent in order.
+
+    out = undrop sum_j 2^(peak_j - max) partial_j / sum_j 2^(peak_j - max) total_j, and lse.
+    """
+    program = tl.program_id(0)
+    bag = program // C // H
+    row = program % (C * H)
+    slot, chunks = chunks_of_bag(bag, offsets_ptr, n_keys, CHUNK, RAGGED)
+    BLOCK_J: tl.constexpr = 2048 // BLOCK_E
+    e = tl.arange(0, BLOCK_E)
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    out = tl.zeros([BLOCK_E], tl.float32)
+    for j0 in range(0, chunks, BLOCK_J):
+        j = j0 + tl.arange(0, BLOCK_J)
+        at = (slot + j) * (C * H) + row
+        own_peak = tl.load(peak_ptr + at, mask=j < chunks, other=float("-inf"))
+        own_total = tl.load(total_ptr + at, mask=j < chunks, other=0.0)
+        mask = (j[:, None] < chunks) & (e[None, :] < E)
+        own = tl.load(partial_ptr + at[:, None] * E + e[None, :], mask=mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(own_peak, 0))
+        shrink = tl.exp2(peak - new_peak)
+        factor = tl.exp2(own_peak - new_peak)
+        total = total * shrink + tl.sum(factor * own_total, 0)
+        out = out * shrink + tl.sum(factor[:, None] * own, 0)
+        peak = new_peak
+    total = tl.where(chunks > 0, total, 1.0)  # an empty bag: out = 0, lse = -inf
+    at = program.to(tl.int64)
+    out = out * (undrop / total)
+    tl.store(out_ptr + at * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
+    tl.store(lse_ptr + at + tl.arange(0, 1), (peak + tl.log2(total)) * LN_2)
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_keys", "c0"])
+def attend_backward_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, delta_ptr, lse_ptr, dk_ptr, dv_ptr,
+    partial_ptr, seed_ptr,
+    q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    n_bags, n_keys, H, scale, dropout_p, undrop, c0,
+    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """Own one chunk of keys of one head: write its dk and dv, and its part of dq / scale.
+
+    p = exp(scale q k^T + log counts - lse), dropped(p) = kept undrop p, dv = dropped(p)^T dout,
+    ds = p (kept undrop dout v^T - delta) with delta = rowsum(dout out), which dropout has gone into
+    already, dk = scale ds^T q and partial = ds k [slots, H, C, E], for the latents c0 to
+    c0 + BLOCK_C. ADD: earlier launches have written dk and dv of the latents before c0.
+    """
+    program = tl.program_id(0)
+    head = program % H
+    slot = program // H
+    bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, CHUNK, RAGGED)
+    if start >= stop:
+        return
+    first = origin + start
+    k_ptr += bag * k_b + head * k_h + first * k_n
+    v_ptr += bag * v_b + head * v_h + first * v_n
+    dk_ptr += bag * dk_b + head * dk_h + first * dk_n
+    dv_ptr += bag * dv_b + head * dv_h + first * dv_n
+    q_ptr += bag * q_b + head * q_h
+    row = (bag * H + head) * C
+    dout_ptr += row * E
+    delta_ptr += row
+    lse_ptr += row
+    partial_ptr += (slot.to(tl.int64) * H + head) * C * E
+    if COUNTS:
+        counts_ptr += bag * n_keys + first
+    length = stop - start
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    bag = bag.to(tl.int32)
+    c = c0 + tl.arange(0, BLOCK_C)
+    q = _load_rows(q_ptr, c, q_c, c < C, E, BLOCK_E)
+    dout = _load_rows(dout_ptr, c, E, c < C, E, BLOCK_E)
+    delta = tl.load(delta_ptr + c, mask=c < C, other=0.0)
+    lse = tl.load(lse_ptr + c, mask=c < C, other=0.0) * LOG2_E
+    dq = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+    for n0 in range(0, length, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, n, k_n, n < length, E, BLOCK_E)
+        v = _load_rows(v_ptr, n, v_n, n < length, E, BLOCK_E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        if COUNTS:
+            s += _log2_counts(counts_ptr, n, length)[None, :]
+        p = tl.exp2(s - lse[:, None])
+        p = tl.where((c < C)[:, None] & (n < length)[None, :], p, 0.0)
+        dropped = p
+        if DROPOUT:
+            kept = kept_weights(seed, start + n0, head * C + c, bag, dropout_p, BLOCK_N)
+            dropped = tl.where(kept, p * undrop, 0.0)
+        dv = tl.dot(tl.trans(dropped.to(v.dtype)), dout, input_precision=PRECISION)
+        if ADD:
+            dv += _load_rows(dv_ptr, n, dv_n, n < length, E, BLOCK_E).to(tl.float32)
+        _store_rows(dv_ptr, n, dv_n, n < length, dv, E, BLOCK_E)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            dp = tl.where(kept, dp * undrop, 0.0)
+        # The weight of a bag's only key is 1 whatever q and k are; rounding would leave 1e-6.
+        ds = tl.where(stop > 1, p * (dp - delta[:, None]), 0.0).to(k.dtype)
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
+        if ADD:
+            dk += _load_rows(dk_ptr, n, dk_n, n < length, E, BLOCK_E).to(tl.float32)
+        _store_rows(dk_ptr, n, dk_n, n < length, dk, E, BLOCK_E)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    _store_rows(partial_ptr, c, E, c < C, dq, E, BLOCK_E)
+
+
+@triton.jit(do_not_specialize=["n_keys"])
+def combine_dq_kernel(
+    partial_ptr, offsets_ptr, dq_ptr, n_keys, H, scale,
+    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Add the chunks of one bag, head and latent in order: dq = scale sum_j partial_j."""
+    program = tl.program_id(0)
+    bag = program // C // H
+    row = program % (C * H)
+    slot, chunks = chunks_of_bag(bag, offsets_ptr, n_keys, CHUNK, RAGGED)
+    BLOCK_J: tl.constexpr = 2048 // BLOCK_E
+    e = tl.arange(0, BLOCK_E)
+    dq = tl.zeros([BLOCK_E], tl.float32)
+    for j0 in range(0, chunks, BLOCK_J):
+        j = j0 + tl.arange(0, BLOCK_J)
+        at = (slot + j) * (C * H) + row
+        mask = (j[:, None] < chunks) & (e[None, :] < E)
+        dq += tl.sum(tl.load(partial_ptr + at[:, None] * E + e[None, :], mask=mask, other=0.0), 0)
+    at = program.to(tl.int64) * E + e
+    tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=e < E)
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_keys"])
+def weights_kernel(
+    q_ptr, k_ptr, offsets_ptr, lse_ptr, out_ptr,
+    q_b, q_h, q_c, k_b, k_h, k_n, out_b, out_h, out_c, out_n,
+    n_bags, n_keys, H, scale,
+    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Write exp(scale q k^T - lse) of one chunk of keys, one head and up to BLOCK_C latents."""
+    program = tl.program_id(0)
+    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    head = program // tiles % H
+    slot = program // tiles // H
+    bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, CHUNK, RAGGED)
+    if start >= stop:
+        return
+    c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    q = _load_rows(q_ptr + bag * q_b + head * q_h, c, q_c, c < C, E, BLOCK_E)
+    lse = tl.load(lse_ptr + (bag * H + head) * C + c, mask=c < C, other=0.0) * LOG2_E
+    first = origin + start
+    k_ptr += bag * k_b + head * k_h + first * k_n
+    out_ptr += bag * out_b + head * out_h + first * out_n
+    length = stop - start
+    for n0 in range(0, length, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, n, k_n, n < length, E, BLOCK_E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        p = tl.exp2(s - lse[:, None])
+        pointer = out_ptr + c[:, None].to(tl.int64) * out_c + n[None, :].to(tl.int64) * out_n
+        mask = (c[:, None] < C) & (n[None, :] < length)
+        tl.store(pointer, p.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_keys"])
+def mean_weights_kernel(
+    q_ptr, k_ptr, offsets_ptr, lse_ptr, out_ptr,
+    q_b, q_h, q_c, k_b, k_h, k_n, out_b, out_h, out_c, out_n,
+    n_bags, n_keys, H, scale,
+    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Write the mean of exp(scale q k^T - lse) over heads and latents for one chunk of keys."""
+    slot = tl.program_id(0)
+    bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, CHUNK, RAGGED)
+    if start >= stop:
+        return
+    first = origin + start
+    k_ptr += bag * k_b + first * k_n
+    out_ptr += bag * out_b + first * out_n
+    length = stop - start
+    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    for n0 in range(0, length, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        for i in range(H * tiles):
+            head = i // tiles
+            c = i % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+            q = _load_rows(q_ptr + bag * q_b + head * q_h, c, q_c, c < C, E, BLOCK_E)
+            at = lse_ptr + (bag * H + head) * C + c
+            lse = tl.load(at, mask=c < C, other=float("inf")) * LOG2_E
+            k = _load_rows(k_ptr + head * k_h, n, k_n, n < length, E, BLOCK_E)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+            total += tl.sum(tl.exp2(s - lse[:, None]), 0)
+        tl.store(out_ptr + n, total / (H * C), mask=n < length)

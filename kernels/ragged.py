@@ -1,0 +1,123 @@
+"""Ragged bags: one after the other in one tensor, bag b from offsets[b] to offsets[b + 1].
+
+How the work on them is cut, always counted from the start of each bag, so that a bag alone is
+computed as it is in any batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Neighbouring bags of one length up to this are attended to by one product: below it, the time of a
+# bag is that of starting a dozen operators.
+TOGETHER = 512
+# Rows of a chunk times their width: 8 MiB in float32, written and read back within the caches.
+# Twice or half of it was 3 to 20 % slower on two Sapphire Rapids cores.
+CHUNK_ELEMENTS = 1 << 21
+
+
+def slices_of(offsets: Tensor) -> list[slice]:
+    """Return the tokens of each bag."""
+    return [slice(start, stop) for start, stop in pairwise(offsets.tolist())]
+
+
+def bags_of(tokens: Tensor, offsets: Tensor | None) -> list[Tensor]:
+    """Return views [H, N_b, E] of each bag's tokens."""
+    if offsets is None:
+        return list(tokens)
+    return [tokens[bag].transpose(0, 1) for bag in slices_of(offsets)]
+
+
+class Run(NamedTuple):
+    """Neighbouring bags of one length, or one bag."""
+
+    first: int
+    bags: int
+    start: int | None
+    """The first bag's first token; None if bags are an axis of their own."""
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return this run's part [G·H, ...] of x [B, H, ...]."""
+        return x[self.first : self.first + self.bags].flatten(0, 1)
+
+    def put(self, target: Tensor, x: Tensor) -> None:
+        """Write x [G·H, ...] into this run's part of target [B, H, ...]."""
+        own = target[self.first : self.first + self.bags]
+        own.copy_(x.unflatten(0, own.shape[:2]))
+
+    def view(self, tokens: Tensor) -> Tensor:
+        """Return a view [G, H, N, E] of this run's tokens."""
+        if self.start is None:
+            return tokens[self.first : self.first + self.bags]
+        own = tokens[self.start : self.start + self.bags * self.length]
+        return own.unflatten(0, (self.bags, self.length)).transpose(1, 2)
+
+    def tokens(self, tokens: Tensor) -> Tensor:
+        """Return this run's tokens [G·H, N, E].
+
+        Always a copy for short bags, so that one alone is multiplied as it is among others.
+        """
+        view = self.view(tokens)
+        if self.length <= TOGETHER:
+            return view.contiguous().flatten(0, 1)
+        return view[0]
+
+    def bias(self, counts: Tensor | None, heads: int) -> Tensor | None:
+        """Return what the counts of this run's keys add to their scores, [G·H, 1, N]."""
+        if counts is None:
+            return None
+        if self.start is None:
+            own = counts[self.first : self.first + self.bags]
+        else:
+            own = counts[self.start : self.start + self.bags * self.length]
+        own = own.log().reshape(self.bags, 1, 1, self.length)
+        return own.expand(-1, heads, -1, -1).flatten(0, 1)
+
+
+def runs_of(k: Tensor, offsets: Tensor | None) -> list[Run]:
+    """Cut the bags that have tokens into runs."""
+    if offsets is None:
+        bags, _, length, _ = k.shape
+        lengths, starts = [length] * bags, [None] * bags
+    else:
+        starts = offsets.tolist()
+        lengths = [stop - start for start, stop in pairwise(starts)]
+    runs: list[Run] = []
+    for bag, length in enumerate(lengths):
+        last = runs[-1] if runs else None
+        if not length:
+            continue
+        if last and length == last.length <= TOGETHER and last.first + last.bags == bag:
+            runs[-1] = last._replace(bags=last.bags + 1)
+        else:
+            runs.append(Run(bag, 1, starts[bag], length))
+    return runs
+
+
+def bounds_of(offsets: Tensor | None, tokens: int) -> list[int]:
+    """Return where the bags start and the last one stops; without offsets all is one bag."""
+    return [0, tokens] if offsets is None else offsets.tolist()
+
+
+def chunks(bounds: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (bag, start, stop) of chunks of rows, counted from the start of each bag.
+
+    So that the products of a bag have the same shapes, and the same bits, in any batch.
+    """
+    rows = chunk_rows(width)
+    for bag, (first, last) in enumerate(pairwise(bounds)):
+        for start in range(first, last, rows):
+            yield bag, start, min(start + rows, last)
+
+
+def chunk_rows(width: int) -> int:
+    """Return the rows of a chunk, a multiple of 64."""
+    return max(64, CHUNK_ELEMENTS // max(width, 1) // 64 * 64)
+
+
+def count_slots(rows: int, bags: int, chunk: int) -> int:
+    """Return how many programs `chunk_of_slot` of ragged_kernels can need, for any offsets."""
+    return rows // chunk + bags

@@ -1,0 +1,49 @@
+"""Triton functions that give programs their chunks of ragged bags (see ragged.py)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def chunk_of_slot(
+    slot, offsets_ptr, n_bags, n_rows, CHUNK: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
+    """Return a slot's bag, the bag's first row, and where the chunk starts and stops in the bag.
+
+    Bag b's chunks take the slots from offsets[b] // CHUNK + b on. That rises from bag to bag by at
+    least ceil(length / CHUNK), so that no scan over the bags and no map is needed; a slot left over
+    starts behind its bag's end. Without offsets, bags have n_rows rows each and start at row 0 of
+    their own.
+    """
+    if RAGGED:
+        before = 0
+        for b0 in range(0, n_bags, 128):
+            b = b0 + tl.arange(0, 128)
+            first = tl.load(offsets_ptr + b, mask=b < n_bags, other=0) // CHUNK + b
+            before += tl.sum(((first <= slot) & (b < n_bags)).to(tl.int32), 0)
+        bag = (before - 1).to(tl.int64)
+        origin = tl.load(offsets_ptr + bag)
+        length = (tl.load(offsets_ptr + bag + 1) - origin).to(tl.int32)
+        start = (slot - origin // CHUNK - bag).to(tl.int32) * CHUNK
+    else:
+        chunks = (n_rows + CHUNK - 1) // CHUNK
+        bag = (slot // chunks).to(tl.int64)
+        origin = bag * 0
+        length = n_rows
+        start = slot % chunks * CHUNK
+    return bag, origin, start, tl.minimum(start + CHUNK, length)
+
+
+@triton.jit
+def chunks_of_bag(bag, offsets_ptr, n_rows, CHUNK: tl.constexpr, RAGGED: tl.constexpr):
+    """Return a bag's first slot and its number of chunks; see chunk_of_slot."""
+    bag = bag.to(tl.int64)
+    if RAGGED:
+        origin = tl.load(offsets_ptr + bag)
+        length = (tl.load(offsets_ptr + bag + 1) - origin).to(tl.int32)
+        slot = origin // CHUNK + bag
+        chunks = (length + CHUNK - 1) // CHUNK
+    else:
+        chunks = (n_rows + CHUNK - 1) // CHUNK
+        slot = bag * chunks
+    return slot, chunks

@@ -1,0 +1,1 @@
+"""Spherical linear interpolation of whole tensors (MM-Lego, section 3.3)."""
