@@ -1,0 +1,337 @@
+"""Every line of kernels/ that only a GPU runs, run without one.
+
+Tensors without memory go through the launchers and the operators; launches are recorded, not run.
+torch.cuda is an autospecced fake: a word that it does not have raises, and so does a call that does
+not fit.
+"""
+
+import ast
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, get_type_hints
+from unittest import mock
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+from benchmarks.launches import (
+    CELLS,
+    LAUNCHERS,
+    attention_launchers,
+    context_launchers,
+    merge_launchers,
+)
+from motet.kernels import attention_weights, backends, plan
+from motet.kernels.absorbed_attention import operator as absorbed
+from motet.kernels.context_kv import operator as context
+from motet.kernels.harmonic_merge import operator as merge
+from motet.kernels.latent_attention import operator as attention
+from motet.kernels.lego_pass import operator as lego
+from motet.kernels.plan import MACHINES
+from motet.kernels.slerp import operator as slerp
+from triton.runtime.interpreter import InterpretedFunction
+
+from .conftest import ROOT
+
+KERNELS = ROOT / "kernels"
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """A machine with a Hopper GPU in name only; what was launched, each with its arguments."""
+    found = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        bound = inspect.signature(self.fn).bind(*args, **kwargs)  # as Triton would
+        assert all(isinstance(size, int) and size > 0 for size in grid), grid
+        assert all(isinstance(value, int) for value in options.values()), options
+        assert guarded.entered, "a launch outside of torch.cuda.device_of"
+        found.append((self.fn.__name__, dict(bound.arguments)))
+
+    cuda = mock.create_autospec(torch.cuda)
+    cuda.is_available.return_value = True
+    cuda.current_device.return_value = 0
+    cuda.get_device_capability.return_value = (9, 0)
+    cuda.get_device_properties.return_value.name = "NVIDIA H200"
+    guarded = mock.Mock(entered=0)
+
+    def enter(*_: object) -> None:
+        guarded.entered += 1
+
+    def leave(*_: object) -> None:
+        guarded.entered -= 1
+
+    cuda.device_of.return_value.__enter__.side_effect = enter
+    cuda.device_of.return_value.__exit__.side_effect = leave
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    return found
+
+
+@contextmanager
+def on_gpu() -> Iterator[None]:
+    """Make every new tensor one without memory, which says that it is on CUDA.
+
+    On the meta device, since CUDA's own needs the driver. What mixes devices, or reads a value,
+    which a GPU would be waited for, raises.
+    """
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: x.is_meta), create=True),
+        torch.device("meta"),
+    ):
+        yield
+
+
+def attend() -> None:
+    """Call what the dispatcher calls for latent_attention, and attention_weights."""
+    q, offsets, seed = torch.empty(2, 3, 5, 16), torch.tensor([0, 4, 9]), torch.tensor([1])
+    kv, lse = torch.empty(9, 2, 3, 16), torch.empty(2, 3, 5)
+    for backend in ("auto", "eager"):
+        if backend == "eager" and q.is_meta:
+            continue  # which reads the offsets
+        rest = (offsets, None, 0.3, 0.1, seed, backend)
+        out, _ = attention._forward(q, *kv.unbind(1), *rest)
+        rest = (offsets, None, out, lse, 0.3, 0.1, seed, backend)
+        attention._backward_of(out, q, *kv.unbind(1), *rest)
+        attention._backward_of_kv(out, q, kv, *rest)
+        for given in (lse, None):
+            attention_weights(q, kv[:, 0], offsets, lse=given, reduce="mean", backend=backend)
+    attention_weights(q, torch.empty(2, 3, 7, 16))
+
+
+def absorb() -> None:
+    """Call what the dispatcher calls for absorbed_attention."""
+    queries, x, places = torch.empty(2, 5, 35), torch.empty(9, 32), torch.empty(9, 3)
+    offsets, seed = torch.tensor([0, 4, 9]), torch.tensor([1])
+    for backend in ("auto", "eager"):
+        if backend == "eager" and x.is_meta:
+            continue
+        rest = (None, 1e-5, 0.1, seed, backend)
+        pooled, mass, *saved = absorbed._forward(queries, x, places, offsets, *rest)
+        rest = (None, pooled, mass, *saved, 1e-5, 0.1, seed, backend)
+        for of_rows in (False, True):
+            if of_rows and x.is_meta:
+                continue  # in torch, which reads the offsets
+            absorbed._backward_of(pooled, mass, queries, x, places, offsets, *rest, of_rows)
+    absorbed._takes_triton("triton", queries[:0])
+
+
+def project() -> None:
+    """Call what the dispatcher calls for context_kv."""
+    x, weight, bias = torch.empty(9, 32), torch.empty(2, 8, 32), torch.empty(2, 8)
+    given = torch.empty(9), torch.empty(9)
+    for backend in ("auto", "eager"):
+        for statistics in ((None, None), given):
+            rest = (None, *statistics, 1e-5, backend)
+            y, mean, rstd = context._forward(x, None, weight, bias, *rest)
+        rest = (None, mean, rstd, True, 1e-5, backend, (True, True, True))
+        context._backward_rows(y, x, None, weight, *rest)
+
+
+def update() -> None:
+    """Call what the dispatcher calls for lego_pass."""
+    real, gathered = torch.empty(2, 5, 12), torch.empty(2, 2, 5, 6)
+    shapes = [(12, 12), 12, 12, 12, (96, 12), 96, (12, 48), 12, 12, 12, (12, 12)]
+    rest = [*(torch.empty(shape) for shape in shapes), None, None, None, True, (), 5, real.dtype]
+    x, _, queries, scale = lego._forward(real, None, gathered, *rest)
+    lego._backward_of(x, None, queries, x, None, scale, real, gathered, *rest)
+
+
+def merge_tensors() -> None:
+    """Call what the dispatcher calls for both merges, on the CPU: they look at addresses."""
+    latents = [torch.randn(64, dtype=torch.complex64) for _ in range(9)]
+    vectors = [z.real.contiguous() for z in latents]
+    for count in (2, 9):
+        for backend in ("auto", "eager"):
+            with mock.patch.object(merge, "native", return_value=None):
+                merge._forward(latents[:count], count * [1 / count], "principal", backend)
+            with mock.patch.object(slerp, "native", return_value=None):
+                slerp._forward(vectors[:count], count * [1 / count], backend)
+    merge._forward(latents[:2], [0.5, 0.5], "principal", "auto")
+    slerp._forward(vectors[:2], [0.5, 0.5], "auto")
+
+
+def launch_edges() -> None:
+    """Call launchers with what operators do not give them in any of the above."""
+    q, kv = torch.empty(2, 3, 5, 16), torch.empty(9, 2, 3, 16)
+    attention_launchers.attend(q, *kv.unbind(1), torch.tensor([0, 4, 9]), None, 0.3, 0.1, 7)
+    x, one = torch.empty(9, 32), torch.empty(9)
+    context_launchers.pool(torch.empty(4, 9).t(), x, None, one, one, None)
+    assert not context_launchers.pool(torch.empty(9, 0), x, None, one, one, None).numel()
+    nothing = torch.empty(0, dtype=torch.complex64)
+    merge_launchers.merge([nothing, nothing], [0.5, 0.5], "principal", nothing)
+
+
+def choose() -> None:
+    """Ask for the GPU at hand, and for what cannot be had."""
+    sizes = {"bags": 2, "latents": 5, "heads": 2, "head_dim": 8, "layers": 2}
+    assert plan(300, 64, **sizes, device="cuda").machine == "H200"
+    plan(300, 64, **sizes)
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=False),
+        pytest.raises(ValueError, match="device: expected a CUDA device at hand"),
+    ):
+        plan(300, 64, **sizes, device="cuda")
+    with pytest.raises(ValueError, match="device: expected one of 'cpu', 'cuda'"):
+        plan(300, 64, **sizes, device="abacus")
+    plan(300, 64, **sizes, device=MACHINES["B200"])
+    plan(300, 64, **sizes, device="A100")
+    assert backends.on_triton("auto", "cuda", torch.bfloat16)
+    assert not backends.on_triton("auto", "cuda", torch.float64)
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+        assert backends.on_triton("auto", "cuda", torch.bfloat16)
+        assert not backends.on_triton("auto", "cpu", torch.bfloat16)
+    assert backends.capability(torch.empty(1, device="cpu")) == 0
+
+
+def functions_of(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of every function within a module's code."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            if constant.co_flags & inspect.CO_NEWLOCALS:
+                yield constant
+            yield from functions_of(constant)
+
+
+def gpu_functions(path: Path) -> list[CodeType]:
+    """Return the functions of a file that a GPU runs: all of a launcher, else what names one."""
+    text = path.read_text()
+    module = compile(text, str(path), "exec")
+    functions = list(functions_of(module))
+    if path.name in ("triton.py", "launch.py"):
+        return functions
+    marked = {
+        node.lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef)
+        and any(
+            (isinstance(part, ast.Attribute) and part.attr in ("cuda", "is_cuda"))
+            or (isinstance(part, ast.Constant) and part.value == "cuda")
+            or (isinstance(part, ast.ImportFrom) and "triton" in (a.name for a in part.names))
+            for part in ast.walk(node)
+        )
+    }
+    return [code for code in functions if code.co_firstlineno in marked]
+
+
+def lines_of(code: CodeType) -> set[int]:
+    return {line for _, _, line in code.co_lines() if line and line != code.co_firstlineno}
+
+
+@contextmanager
+def lines_run() -> Iterator[set[tuple[str, int]]]:
+    """Collect the lines of kernels/ that run, by file and number."""
+    found: set[tuple[str, int]] = set()
+
+    def line(frame: FrameType, event: str, _: Any) -> Callable[..., Any]:
+        if event == "line":
+            found.add((frame.f_code.co_filename, frame.f_lineno))
+        return line
+
+    def call(frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        return line if frame.f_code.co_filename.startswith(str(KERNELS)) else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        yield found
+    finally:
+        sys.settrace(before)
+
+
+def test_every_line_that_only_a_gpu_runs(launched: list) -> None:
+    files = [path for path in KERNELS.rglob("*.py") if not path.name.endswith("_kernels.py")]
+    wanted = {
+        (str(path), line)
+        for path in files
+        for code in gpu_functions(path)
+        for line in lines_of(code)
+    }
+    assert len(wanted) > 300
+    with lines_run() as run:
+        with on_gpu():
+            for cell in CELLS.values():
+                cell()
+        for call in (attend, absorb, project, update, launch_edges, choose):
+            with on_gpu():
+                call()
+            call()
+        merge_tensors()
+    assert len({name for name, _ in launched}) == len(kernels())
+    left = sorted(wanted - run)
+    named = "\n".join(f"{Path(path).relative_to(ROOT)}:{line}" for path, line in left)
+    assert not left, f"no test runs these lines:\n{named}"
+
+
+def kernels() -> dict[str, InterpretedFunction]:
+    """Return the kernels that launchers import, by name."""
+    found = (vars(module).items() for module in LAUNCHERS)
+    return {k: v for names in found for k, v in names if isinstance(v, InterpretedFunction)}
+
+
+def test_every_optional_pointer_is_recorded_none_and_given(launched: list) -> None:
+    """What registers.py compiles has every optional argument of a launcher both ways.
+
+    And so has every kernel those of its parameters that are compared with None, or ever are None.
+    """
+    seen: set[tuple[str, str, str]] = set()
+    optional: set[tuple[str, str]] = set()
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        name, signature = f"{function.__module__}.{function.__name__}", inspect.signature(function)
+        hints = get_type_hints(function)
+        of = {p for p in signature.parameters if type(None) in getattr(hints[p], "__args__", ())}
+        optional.update((name, parameter) for parameter in of)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            seen.update((name, p, "None" if given[p] is None else "given") for p in of)
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in LAUNCHERS:
+            for name, function in inspect.getmembers(module, inspect.isfunction):
+                if function.__module__ == module.__name__ and not name.startswith("_"):
+                    patch.setattr(module, name, watched(function))
+        with on_gpu():
+            for cell in CELLS.values():
+                cell()
+    for kernel, function in kernels().items():
+        for node in (
+            n
+            for n in ast.walk(ast.parse(inspect.getsource(function.fn)))
+            if isinstance(n, ast.Compare)
+        ):
+            if ast.unparse(node).endswith((" is None", " is not None")):
+                optional.add((kernel, ast.unparse(node).split()[0]))
+    for kernel, given in launched:
+        seen |= {(kernel, p, "None" if v is None else "given") for p, v in given.items()}
+    optional |= {(where, parameter) for where, parameter, kind in seen if kind == "None"}
+    assert len(optional) > 50
+    both = {(*pair, kind) for pair in optional for kind in ("None", "given")}
+    assert not both - seen
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_word_that_torch_does_not_have_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.cuda.get_devicecapability was: nothing in half precision ran on a GPU."""
+
+    def capability(x: torch.Tensor) -> int:
+        return torch.cuda.get_devicecapability(x.device)[0]  # pyright: ignore
+
+    monkeypatch.setattr(attention_launchers, "capability", capability)
+    with on_gpu(), pytest.raises(AttributeError, match="get_devicecapability"):
+        CELLS["form: attention bf16 ragged counts"]()
