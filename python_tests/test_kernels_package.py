@@ -1,0 +1,73 @@
+"""The folders of kernels/: names that are an operator's and its folder's, and what lives where."""
+
+import ast
+import itertools
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from .conftest import ROOT
+
+KERNELS = ROOT / "kernels"
+OPERATORS = sorted(path.parent.name for path in KERNELS.glob("*/operator.py"))
+ORDERS = {
+    "the function first": (
+        "from motet.kernels import slerp as f",
+        "import motet.kernels.slerp.cpu",
+    ),
+    "a file first": ("import motet.kernels.slerp.cpu", "from motet.kernels import slerp as f"),
+    "through motet": ("import motet", "f = motet.kernels.slerp"),
+    "launchers first": ("import motet.kernels.slerp.triton", "f = motet.kernels.slerp"),
+    "another operator first": (
+        "from motet.kernels.absorbed_attention.reference import absorbed_attention_reference",
+        "from motet.kernels import slerp as f",
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_an_operator_is_the_function_in_any_order_of_imports(order: tuple[str, ...]) -> None:
+    code = "\n".join(
+        (
+            *order,
+            "import importlib, motet.kernels, sys, types",
+            "for name in motet.kernels.__all__:",
+            "    assert not isinstance(getattr(motet.kernels, name), types.ModuleType), name",
+            "from motet.kernels.slerp import reference",
+            "assert f is motet.kernels.slerp is sys.modules['motet.kernels.slerp.operator'].slerp",
+            "assert importlib.import_module('motet.kernels.slerp').reference is reference",
+        )
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_a_launcher_imports_triton_itself() -> None:
+    """A file called triton.py hides no library."""
+    pytest.importorskip("triton")
+    code = "from motet.kernels.slerp import triton_kernels as k; print(k.triton.__name__, k.tl)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd="/", capture_output=True, text=True
+    )
+    assert said.stdout.startswith("triton <module 'triton.language'")
+
+
+def test_operators_have_the_same_files() -> None:
+    assert len(OPERATORS) == 7
+    for name in OPERATORS:
+        files = {path.name for path in (KERNELS / name).glob("*.py")}
+        assert {"__init__.py", "operator.py", "cpu.py"} <= files, name
+        assert ("triton.py" in files) == ("triton_kernels.py" in files), name
+
+
+def test_only_tritons_language_is_not_type_checked() -> None:
+    """What is left out is what ends in _kernels.py, and there is nothing else in these files."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["tool"]["basedpyright"]["exclude"] == ["kernels/**/*_kernels.py"]
+    for path in KERNELS.rglob("*.py"):
+        functions = [x for x in ast.parse(path.read_text()).body if isinstance(x, ast.FunctionDef)]
+        marks = itertools.chain.from_iterable(x.decorator_list for x in functions)
+        compiled = [mark for mark in marks if ast.unparse(mark).startswith("triton.jit")]
+        expected = len(functions) if path.name.endswith("_kernels.py") else 0
+        assert len(compiled) == expected, path
