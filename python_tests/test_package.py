@@ -197,7 +197,17 @@ def test_files_are_short() -> None:
 
 
 # Functions of over 60 lines, docstrings counted, and why they are not shorter.
-LONG_FUNCTIONS: dict[str, str] = {}
+TRITON = (
+    "one program of a GPU: its values stay in registers, which calls would hide from the reader"
+)
+LONG_FUNCTIONS = {
+    "io.tiling.tile_slides.tile_slides": "documents 23 arguments, which are those of `motet tile`",
+    "kernels.plan.plan": "documents 14 arguments and what it weighs",
+    "kernels.context_kv.triton_kernels.project_kernel": TRITON,
+    "kernels.latent_attention.triton_kernels.attend_backward_kernel": TRITON,
+    "kernels.lego_pass.triton_kernels.pass_kernel": TRITON,
+    "kernels.lego_pass.triton_kernels.update_backward_kernel": TRITON,
+}
 
 
 def test_functions_are_short() -> None:
