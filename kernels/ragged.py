@@ -8,11 +8,16 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Neighbouring bags of one length up to this are attended to by one product: below it, the time of a
 # bag is that of starting a dozen operators.
 TOGETHER = 512
+# A matrix of a batch that begins at another byte modulo this, operand or result, may be multiplied
+# in another order (MKL's narrow products): a bag would not have the bits that it has alone.
+ALIGNED_BYTES = 64
 # Rows of a chunk times their width: 8 MiB in float32, written and read back within the caches.
 # Twice or half of it was 3 to 20 % slower on two Sapphire Rapids cores.
 CHUNK_ELEMENTS = 1 << 21
@@ -43,6 +48,11 @@ class Run(NamedTuple):
         """Return this run's part [G·H, ...] of x [B, H, ...]."""
         return x[self.first : self.first + self.bags].flatten(0, 1)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """Return this run's part of x [B, H, C, E], aligned, as wide as its `tokens`."""
+        own = self.of(x)
+        return padded(own) if self._copies(x) else aligned(own)
+
     def put(self, target: Tensor, x: Tensor) -> None:
         """Write x [G·H, ...] into this run's part of target [B, H, ...]."""
         own = target[self.first : self.first + self.bags]
@@ -56,14 +66,19 @@ class Run(NamedTuple):
         return own.unflatten(0, (self.bags, self.length)).transpose(1, 2)
 
     def tokens(self, tokens: Tensor) -> Tensor:
-        """Return this run's tokens [G·H, N, E].
+        """Return this run's tokens, a view [H, N, E] of a long bag.
 
-        Always a copy for short bags, so that one alone is multiplied as it is among others.
+        Of short bags a copy [G·H, N, E'] with zeros so that it is aligned: one bag alone is
+        multiplied as it is among others.
         """
         view = self.view(tokens)
-        if self.length <= TOGETHER:
-            return view.contiguous().flatten(0, 1)
+        if self._copies(tokens):
+            return padded(view.contiguous().flatten(0, 1))
         return view[0]
+
+    def _copies(self, x: Tensor) -> bool:
+        """Whether the tokens are copied; float64's longer products depend on their place too."""
+        return self.length <= TOGETHER or x.dtype == torch.float64
 
     def bias(self, counts: Tensor | None, heads: int) -> Tensor | None:
         """Return what the counts of this run's keys add to their scores, [G·H, 1, N]."""
@@ -75,6 +90,17 @@ class Run(NamedTuple):
             own = counts[self.start : self.start + self.bags * self.length]
         own = own.log().reshape(self.bags, 1, 1, self.length)
         return own.expand(-1, heads, -1, -1).flatten(0, 1)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x, copied where it does not begin at a multiple of ALIGNED_BYTES."""
+    return x.clone() if x.data_ptr() % ALIGNED_BYTES else x
+
+
+def padded(x: Tensor) -> Tensor:
+    """Return x [G, n, E] with columns of zeros where a row is no multiple of ALIGNED_BYTES."""
+    missing = -x.shape[-1] % (ALIGNED_BYTES // x.element_size())
+    return pad(x, (0, missing)) if missing else x
 
 
 def runs_of(k: Tensor, offsets: Tensor | None) -> list[Run]:

@@ -156,6 +156,8 @@ def test_huge_scores_do_not_overflow() -> None:
     st.booleans(),
 )
 @example([], (4, 5), torch.float32, False, True)
+@example([0, 7], (17, 33), torch.float64, False, False)
+@example([63, 7], (17, 33), torch.float32, True, False)
 def test_a_bag_has_the_same_bits_in_any_batch(
     lengths: list[int], sizes: tuple[int, int], dtype: torch.dtype, positions: bool, counted: bool
 ) -> None:

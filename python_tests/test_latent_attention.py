@@ -202,6 +202,40 @@ def test_a_bag_has_the_same_bits_in_any_batch(
             assert torch.equal(dense, out[b, None])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "latents", "width"),
+    [
+        ([65, 65, 0], 3, 25, 5),
+        ([13, 13, 7], 1, 25, 27),
+        ([63, 63], 1, 3, 27),
+        ([200, 200, 1], 8, 17, 63),
+        ([600, 777, 600], 1, 17, 27),
+    ],
+)
+def test_a_bag_does_not_see_where_it_lies(
+    lengths: list[int], heads: int, latents: int, width: int, dtype: torch.dtype
+) -> None:
+    """Of widths at which the matrices of a batch begin at any byte, as products may notice."""
+    q = torch.randn(len(lengths), heads, latents, width, dtype=dtype)
+    k, v = (torch.randn(sum(lengths), heads, width, dtype=dtype) for _ in range(2))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[Tensor]:
+        args = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = latent_attention(*args, offsets=offsets_of(lengths))
+        weights = [
+            attention_weights(q, k, offsets_of(lengths), reduce=reduce) for reduce in (None, "mean")
+        ]
+        return [out.detach(), *torch.autograd.grad(out.sum(), args), *weights]
+
+    out, dq, dk, dv, weights, mean = run(q, k, v, lengths)
+    for b, (start, stop) in enumerate(itertools.pairwise(offsets_of(lengths).tolist())):
+        bag = slice(start, stop)
+        alone = run(q[b, None], k[bag], v[bag], lengths[b : b + 1])
+        batched = (out[b, None], dq[b, None], dk[bag], dv[bag], weights[bag], mean[bag])
+        assert all(map(torch.equal, alone, batched))
+
+
 def test_the_size_of_chunks_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [30, 0, 17, 17, 3]
     args, offsets = ragged(lengths), offsets_of(lengths)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..dropout import keep_mask
 from ..dtypes import wide
-from ..ragged import bounds_of, chunks
+from ..ragged import aligned, bounds_of, chunks
 from ..standardise import Standardiser, standardise_backward
 
 
@@ -35,7 +35,7 @@ def forward(
     for bag, start, stop in chunks(bounds, width):
         rows = slice(start, stop)
         z, mean[rows], rstd[rows] = standardised(rows)
-        scores[rows] = own = z @ queries[bag].t()
+        scores[rows] = own = z @ aligned(queries[bag]).t()
         own = own.to(full)
         if counts is not None:
             own.add_(counts[rows].log()[:, None])
@@ -100,14 +100,15 @@ def backward(
         if counts is not None:
             weights.add_(counts[rows].log()[:, None])
         weights.exp_()
-        dweights = (z @ grad_pooled[bag].t()).to(lse.dtype).add_(grad_mass[bag])
+        own_queries, own_grad = aligned(queries[bag]), aligned(grad_pooled[bag])
+        dweights = (z @ own_grad.t()).to(lse.dtype).add_(grad_mass[bag])
         dscores = masks.apply(dweights, bag, rows).sub_(delta[bag]).mul_(weights)
         dscores = dscores.to(queries.dtype)
         dqueries[bag] += dscores.t() @ z
         rest[bag] += dscores.sum(0, dtype=lse.dtype)
         if of_rows:
             dropped = masks.apply(weights, bag, rows).to(queries.dtype)
-            dz = dscores @ queries[bag] + dropped @ grad_pooled[bag]
+            dz = dscores @ own_queries + dropped @ own_grad
             full = lse.dtype
             drows[rows] = standardise_backward(dz.to(full), z.to(full), own)
     return dqueries, rest, drows

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dropout import keep_mask
 from ..dtypes import wide
-from ..ragged import Run, bags_of, runs_of, slices_of
+from ..ragged import Run, bags_of, padded, runs_of, slices_of
 
 # Keys that torch attends to at once: their scores, 8 heads x 25 latents, are 6 MiB in float32.
 KEYS = 8192
@@ -55,7 +55,7 @@ def forward(
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide(q.dtype))
     scaled = q * scale
     for run in runs_of(k, offsets):
-        own, keys, values = run.of(scaled), run.tokens(k), run.tokens(v)
+        own, keys, values = run.rows(scaled), run.tokens(k), run.tokens(v)
         mask, bias = _mask(seed, run, q, dropout_p), run.bias(counts, q.shape[1])
         top = lse.new_full((*own.shape[:2], 1), float("-inf"))
         total, summed = torch.zeros_like(top), torch.zeros_like(own, dtype=lse.dtype)
@@ -72,7 +72,7 @@ def forward(
                 weights.mul_(mask[..., chunk])
             summed = summed * shrunk + torch.bmm(weights.to(q.dtype), values[:, chunk])
             top = highest
-        run.put(out, summed / total)
+        run.put(out, (summed / total)[..., : q.shape[-1]])
         run.put(lse, (top + total.log()).squeeze(-1))
     return out, lse
 
@@ -138,11 +138,11 @@ def backward_into(
     rows of A sum to 1, but not after rounding, which would be multiplied by what the keys have in
     common: so it is the mean of dA by A as it is here.
     """
-    dq = q.new_zeros(q.shape)
+    dq, width = q.new_zeros(q.shape), q.shape[-1]
     scaled = q * scale
     for run in runs_of(k, offsets):
         keys, values, bias = run.tokens(k), run.tokens(v), run.bias(counts, q.shape[1])
-        own, of_out, mask = run.of(scaled), run.of(grad), _mask(seed, run, q, dropout_p)
+        own, of_out, mask = run.rows(scaled), run.rows(grad), _mask(seed, run, q, dropout_p)
         dkeys, dvalues, own_dq = run.view(dk), run.view(dv), torch.zeros_like(own)
         of = _Weights(own, of_out, keys, values, run.of(lse)[..., None], bias, mask)
         chunks = [slice(start, start + KEYS) for start in range(0, run.length, KEYS)]
@@ -155,12 +155,12 @@ def backward_into(
         for index, chunk in enumerate(chunks):
             weights, dropped, dweights = parts.pop() if index == 0 else of(chunk)
             part = torch.bmm(dropped.to(q.dtype).transpose(1, 2), of_out)
-            dvalues[:, :, chunk] = part.unflatten(0, dvalues.shape[:2])
+            dvalues[:, :, chunk] = part[..., :width].unflatten(0, dvalues.shape[:2])
             dscores = dweights.sub_(delta).mul_(weights).to(q.dtype)
             own_dq.baddbmm_(dscores, keys[:, chunk])
             part = torch.bmm(dscores.transpose(1, 2), own)
-            dkeys[:, :, chunk] = part.unflatten(0, dkeys.shape[:2])
-        run.put(dq, own_dq)
+            dkeys[:, :, chunk] = part[..., :width].unflatten(0, dkeys.shape[:2])
+        run.put(dq, own_dq[..., :width])
     return dq.mul_(scale)
 
 
@@ -171,8 +171,10 @@ def weights(
     bags = []
     for b, keys in enumerate(bags_of(k, offsets)):
         parts = [keys.new_empty(*q.shape[1:3], 0)]
+        own = padded(q[b] * scale)
         for start in range(0, keys.shape[1], KEYS):
-            scores = torch.bmm(q[b] * scale, keys[:, start : start + KEYS].transpose(1, 2))
+            chunk = padded(keys[:, start : start + KEYS].contiguous())
+            scores = torch.bmm(own, chunk.transpose(1, 2))
             part = scores.to(lse.dtype).sub_(lse[b, ..., None]).exp_()
             parts.append(part.to(q.dtype) if reduce is None else part.mean((0, 1)))
         bags.append(torch.cat(parts if reduce is None else [lse.new_empty(0), *parts[1:]], -1))

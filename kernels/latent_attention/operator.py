@@ -9,7 +9,7 @@ from ..checks import check_counts, check_offsets, refuse_forward_mode
 from ..dropout import check_dropout
 from ..dtypes import wide
 from ..layout import rows_apart
-from ..ragged import slices_of
+from ..ragged import padded, slices_of
 from . import cpu
 from .cpu import Reduce, through_sdpa
 from .reference import scale_of, softmax_weights
@@ -209,7 +209,9 @@ def _differentiable_weights(
     if offsets is None:
         return softmax_weights(q, k, scale)
     bags = [
-        softmax_weights(q[b], k[bag].transpose(0, 1), scale)
+        softmax_weights(
+            padded(q[b]), padded(k[bag].transpose(0, 1).contiguous()), scale_of(q, scale)
+        )
         for b, bag in enumerate(slices_of(offsets))
     ]
     # [H, C, N] of each bag, one after the other along the tokens
