@@ -27,11 +27,11 @@ test: $(INSTALLED)
 
 # What numbers depend on, as other processors compute: one with AVX2 and without AVX-512 (most AMD
 # EPYCs), and one with neither. torch, MKL, oneDNN, OpenBLAS and our C++ choose their code by these.
-# Not what is compiled: torch's compiler keeps its results without regard to ATEN_CPU_CAPABILITY.
+# What torch's compiler keeps is kept without regard to ATEN_CPU_CAPABILITY: each has its own cache.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
-	OPENBLAS_CORETYPE=Haswell MOTET_SIMD=32
+	OPENBLAS_CORETYPE=Haswell MOTET_SIMD=32 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
 SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
-	OPENBLAS_CORETYPE=Prescott MOTET_SIMD=16
+	OPENBLAS_CORETYPE=Prescott MOTET_SIMD=16 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-sse
 NUMERIC := $(addprefix python_tests/test_,$(addsuffix .py,absorbed_attention attention_engine \
 	context_kv healnet harmonic_merge latent_attention lego lego_engine one_token resample slerp \
 	stain_planes triton_kernels triton_lego_pass triton_operators))

@@ -156,7 +156,7 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
     for name in ("method", "head"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name}: expected it in the recipe, got {getattr(options, name)!r}")
-    return merge_recipe.read(files[0])
+    return merge_recipe.read_recipe(files[0])
 
 
 def _fuse(options: argparse.Namespace) -> int:

@@ -15,11 +15,10 @@ from ..fusion.healnet import HEALNet
 from ..fusion.lego_block import LegoBlock
 from ..fusion.modalities import Tabular
 from ..fusion.patients import modalities_of
-from ..fusion.predictions import Predictions, RiskScale, SurvivalPredictions, time_grid
+from ..fusion.predictions import Predictions, RiskScale, time_grid
 from ..fusion.training import History, Training, train
 from .fold import Fold
 from .settings import Settings
-from .task import SurvivalTask
 
 EachEpoch = Callable[[History], None]
 
@@ -44,13 +43,12 @@ class FoldResult:
 
     def facts(self) -> dict[str, Any]:
         """Return what `done.json` says of it."""
-        predictions, scale = self.predictions, self.scale
-        survival = isinstance(predictions, SurvivalPredictions)
+        grid = self.predictions.grid
         return {
             "parameters": self.parameters,
             "history": asdict(self.history),
-            "cut": None if scale is None else scale.cut,
-            "grid": predictions.grid.tolist() if survival else None,
+            "cut": None if self.scale is None else self.scale.cut,
+            "grid": None if grid is None else grid.tolist(),
         }
 
 
@@ -136,8 +134,7 @@ def fit_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
         fold: the patients.
         seed: of the run.
     """
-    fit = _survival_baseline if name in SurvivalTask.baselines else _class_baseline
-    return fit(name, fold, fold_seed(seed, fold.number))
+    return _BASELINES[name](name, fold, fold_seed(seed, fold.number))
 
 
 def _survival_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
@@ -159,3 +156,11 @@ def _class_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
     else:
         model = class_forest(train, labels, seed)
     return FoldResult(model.predictions(fold.test.patients), None, model.parameters)
+
+
+_BASELINES = {
+    "cox": _survival_baseline,
+    "rsf": _survival_baseline,
+    "logistic": _class_baseline,
+    "forest": _class_baseline,
+}

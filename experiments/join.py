@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..fusion.lego_block import LegoBlock
 from ..fusion.lego_fuse import LegoFuse
 from ..fusion.lego_merge import LegoMerge
-from ..fusion.objectives import CoxSurvival, DiscreteSurvival, Objective
+from ..fusion.objectives import Objective
 from ..fusion.preprocessing import Scaling
 from ..fusion.training import History, Training, rank
 from ..io import Cohort, Split, load_cohort
@@ -193,19 +193,12 @@ def _blocks_of_fold(
         (name,) = fitted.scaling
         if name in blocks:
             raise RunError(f"{run.path}: a second block of modality {name!r}")
-        own = fitted.objective
-        own = replace(own, times=(), hazard=()) if isinstance(own, CoxSurvival) else own
+        own = fitted.objective.untrained()
         if objective is not None and own != objective:
             raise RunError(
-                f"{run.path}: expected the objective of {runs[0].path}, {_described(objective)}, "
-                f"got {_described(own)}; train the blocks on the same cohort and splits"
+                f"{run.path}: expected the objective of {runs[0].path}, {objective.described()}, "
+                f"got {own.described()}; train the blocks on the same cohort and splits"
             )
         blocks[name], scaling[name], objective = fitted.model, fitted.scaling[name], own
     assert objective is not None
     return blocks, scaling, objective
-
-
-def _described(objective: Objective) -> str:
-    if isinstance(objective, DiscreteSurvival):
-        return f"bins at {', '.join(f'{edge:.6g}' for edge in objective.bins.edges)}"
-    return objective.kind

@@ -100,7 +100,7 @@ class Recipe:
         return {"method": self.method, "phase": self.phase, "head": self.head, "weights": weights}
 
 
-def read(path: Path) -> Recipe:
+def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe; the models it names are not opened.
 
     Args:
@@ -157,7 +157,7 @@ def merge(recipe: Recipe, out: Path, *, data: Path | None = None) -> Run | Path:
     """Merge the blocks of a recipe, and write a card beside the result.
 
     Args:
-        recipe: see `read` and `of_command`.
+        recipe: see `read_recipe` and `of_command`.
         out: the new folder. A run is continued if it is the same; a model and its card replace
             those of an earlier merge, each whole, and nothing else is overwritten.
         data: folder of the cohort's files, for runs.

@@ -108,6 +108,14 @@ class DiscreteSurvival(_SurvivalObjective):
         """Return the objective after training; nothing more is learned."""
         return self
 
+    def untrained(self) -> Self:
+        """Return the objective as it was before training."""
+        return self
+
+    def described(self) -> str:
+        """Return what tells it from others of its kind, for messages."""
+        return f"bins at {', '.join(f'{edge:.6g}' for edge in self.bins.edges)}"
+
 
 @dataclass(frozen=True)
 class CoxSurvival(_SurvivalObjective):
@@ -148,6 +156,14 @@ class CoxSurvival(_SurvivalObjective):
         return replace(
             self, times=tuple(map(float, baseline.x)), hazard=tuple(map(float, baseline.y))
         )
+
+    def untrained(self) -> Self:
+        """Return the objective as it was before training, without a baseline."""
+        return replace(self, times=(), hazard=())
+
+    def described(self) -> str:
+        """Return what tells it from others of its kind, for messages."""
+        return self.kind
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,14 @@ class Classification:
     def fitted(self, logits: Tensor, labels: ArrayLike) -> Self:
         """Return the objective after training; nothing more is learned."""
         return self
+
+    def untrained(self) -> Self:
+        """Return the objective as it was before training."""
+        return self
+
+    def described(self) -> str:
+        """Return what tells it from others of its kind, for messages."""
+        return self.kind
 
 
 Objective = DiscreteSurvival | CoxSurvival | Classification

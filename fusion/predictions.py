@@ -1,7 +1,7 @@
 """What a model says of patients: risks and survival curves, or probabilities of classes."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ class ClassPredictions:
 
     ids: tuple[str, ...]
     probabilities: NDArray[np.float64]
+    grid: ClassVar[None] = None
+    """Probabilities are not of any time."""
 
     def is_finite(self) -> NDArray[np.bool_]:
         """Return whose probabilities are all finite numbers, bool [n]."""
