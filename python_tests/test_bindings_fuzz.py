@@ -119,7 +119,7 @@ def outcome(call: Any, *arguments: Any) -> bool:
 
 def check(call: Any, inputs: list[Any], out: Any, made: list[Carved], *, alone: Any) -> None:
     """Call, and look at all memory; where it computed, a call on copies gives the same bits."""
-    copies = [np.array(x) for x in inputs if isinstance(x, np.ndarray)]
+    copies = [np.array(x) for x in inputs if isinstance(x, np.ndarray | np.generic)]
     computed = outcome(call, inputs, out)
     for carved in made:
         if computed and np.shares_memory(carved.array, out):
