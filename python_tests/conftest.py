@@ -29,6 +29,10 @@ settings.register_profile("soak", parent=settings.get_profile("fixed"), derandom
                           max_examples=2000)  # fmt: skip
 settings.load_profile(os.environ.get("MOTET_HYPOTHESIS", "fixed"))
 
+# What torch has compiled for this checkout alone: entries of another name the modules of its tests,
+# which would be imported beside these.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
+
 # Triton reads it when it is first imported, which some part of torch may do before its tests.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
