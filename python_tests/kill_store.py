@@ -104,10 +104,13 @@ def main(folder: Path, seeds: int) -> None:
     changed.write_bytes(bytes(104))
     for path, content in others.items():
         path.write_bytes(content)
-    shutil.copytree(before, undisturbed)
-    start = time.perf_counter()
-    work(undisturbed, inputs)
-    whole_s = time.perf_counter() - start
+    whole_s = float("inf")
+    for _ in range(3):  # the quickest: after a slow one, few of those to be killed would still run
+        shutil.rmtree(undisturbed, ignore_errors=True)
+        shutil.copytree(before, undisturbed)
+        start = time.perf_counter()
+        work(undisturbed, inputs)
+        whole_s = min(whole_s, time.perf_counter() - start)
     expected = tree(undisturbed)
     kills = 0
     for seed in range(seeds):
