@@ -23,7 +23,7 @@ class Standardiser:
             if self.positions is not None:
                 self.positions = self.positions.contiguous()
             low = dtype if dtype == torch.bfloat16 else self.full
-            rows = min(chunk_rows(self.width), len(x))
+            rows = min(chunk_rows(self.width, x), len(x))
             self.room = x.new_empty(rows, self.width, dtype=low)
 
     def __call__(

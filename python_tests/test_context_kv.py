@@ -245,6 +245,15 @@ def test_statistics_of_a_former_call_change_rounding_only(positions: int) -> Non
     torch.testing.assert_close(given_, with_gradients(case.call())(*args), **EXACT)
 
 
+def test_chunks_on_cuda_are_larger() -> None:
+    bounds, x = [0, 100_000, 100_000, 300_000], torch.empty(0)
+    here = list(ragged.chunks(bounds, 2048, x))
+    with mock.patch.object(Tensor, "is_cuda", new=True, create=True):
+        there = list(ragged.chunks(bounds, 2048, x))
+    assert len(here) > 100
+    assert there == [(0, 0, 100_000), (2, 100_000, 231_072), (2, 231_072, 300_000)]
+
+
 def test_gradients() -> None:
     case = Case(tokens=4, width=3, per_bag=2, positions=2)
     args = [a.requires_grad_() for a in case.draw()]

@@ -32,7 +32,7 @@ def forward(
     bounds = bounds_of(offsets, len(x))
     masks = _Masks(seed, bounds, count, dropout_p, mass)
     standardised = Standardiser(x, positions, eps, queries.dtype)
-    for bag, start, stop in chunks(bounds, width):
+    for bag, start, stop in chunks(bounds, width, x):
         rows = slice(start, stop)
         z, mean[rows], rstd[rows] = standardised(rows)
         scores[rows] = own = z @ aligned(queries[bag]).t()
@@ -92,7 +92,7 @@ def backward(
     bounds = bounds_of(offsets, len(x))
     masks = _Masks(seed, bounds, count, dropout_p, lse, kept)
     standardised = Standardiser(x, positions, eps, queries.dtype)
-    for bag, start, stop in chunks(bounds, width):
+    for bag, start, stop in chunks(bounds, width, x):
         rows = slice(start, stop)
         # Computed again in the very bits of the forward pass, in one sweep.
         z, _, own = standardised(rows)

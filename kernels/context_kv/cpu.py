@@ -24,7 +24,7 @@ def forward(
     y = weight.new_empty(sets, len(x), outputs)
     means, rstds = (x.new_empty(len(x), dtype=wide(x.dtype)) for _ in range(2))
     standardised = Standardiser(x, positions, eps, weight.dtype)
-    for _, start, stop in chunks(bounds_of(offsets, len(x)), width):
+    for _, start, stop in chunks(bounds_of(offsets, len(x)), width, x):
         rows = slice(start, stop)
         z, means[rows], rstds[rows] = standardised(rows, statistics)
         for s in range(sets):
@@ -61,7 +61,7 @@ def backward(
     # Only the gradients of tokens are a bag's own.
     bounds = bounds_of(offsets if tokens else None, len(x)) if weights or tokens else []
     standardised = Standardiser(x, positions, eps, weight.dtype)
-    for _, start, stop in chunks(bounds, weight.shape[2]):
+    for _, start, stop in chunks(bounds, weight.shape[2], x):
         rows = slice(start, stop)
         # Computed again in the very bits of the forward pass, in one sweep.
         z, _, own = standardised(rows, (mean, rstd) if given else None)

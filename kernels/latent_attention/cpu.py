@@ -12,7 +12,14 @@ from ..ragged import Run, bags_of, padded, runs_of, slices_of
 
 # Keys that torch attends to at once: their scores, 8 heads x 25 latents, are 6 MiB in float32.
 KEYS = 8192
+# Scores that torch computes at once on CUDA, where starting an operator takes longer: 1 GiB.
+CUDA_SCORES = 1 << 28
 Reduce = Literal["mean"] | None
+
+
+def _keys(q: Tensor) -> int:
+    """Return how many keys torch attends to at once, from queries [B, H, C, E]."""
+    return max(KEYS, CUDA_SCORES // max(1, q.shape[1] * q.shape[2])) if q.is_cuda else KEYS
 
 
 def through_sdpa(
@@ -53,14 +60,14 @@ def forward(
     """Return the result [B, H, C, E] and the log-sum-exp of the scores [B, H, C]."""
     out = q.new_zeros(q.shape, dtype=wide(q.dtype))
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide(q.dtype))
-    scaled = q * scale
+    scaled, step = q * scale, _keys(q)
     for run in runs_of(k, offsets):
         own, keys, values = run.rows(scaled), run.tokens(k), run.tokens(v)
         mask, bias = _mask(seed, run, q, dropout_p), run.bias(counts, q.shape[1])
         top = lse.new_full((*own.shape[:2], 1), float("-inf"))
         total, summed = torch.zeros_like(top), torch.zeros_like(own, dtype=lse.dtype)
-        for start in range(0, run.length, KEYS):
-            chunk = slice(start, start + KEYS)
+        for start in range(0, run.length, step):
+            chunk = slice(start, start + step)
             weights = torch.bmm(own, keys[:, chunk].transpose(1, 2)).to(lse.dtype)
             if bias is not None:
                 weights.add_(bias[..., chunk])
@@ -139,13 +146,13 @@ def backward_into(
     common: so it is the mean of dA by A as it is here.
     """
     dq, width = q.new_zeros(q.shape), q.shape[-1]
-    scaled = q * scale
+    scaled, step = q * scale, _keys(q)
     for run in runs_of(k, offsets):
         keys, values, bias = run.tokens(k), run.tokens(v), run.bias(counts, q.shape[1])
         own, of_out, mask = run.rows(scaled), run.rows(grad), _mask(seed, run, q, dropout_p)
         dkeys, dvalues, own_dq = run.view(dk), run.view(dv), torch.zeros_like(own)
         of = _Weights(own, of_out, keys, values, run.of(lse)[..., None], bias, mask)
-        chunks = [slice(start, start + KEYS) for start in range(0, run.length, KEYS)]
+        chunks = [slice(start, start + step) for start in range(0, run.length, step)]
         parts = [of(chunk) for chunk in chunks[:1]]
         delta = total = torch.zeros_like(of.lse)
         for weights, _, dweights in (*parts, *map(of, chunks[1:])):
@@ -168,12 +175,12 @@ def weights(
     q: Tensor, k: Tensor, offsets: Tensor | None, lse: Tensor, scale: float, reduce: Reduce
 ) -> Tensor:
     """Return the attention weights, before dropout; see attention_weights."""
-    bags = []
+    bags, step = [], _keys(q)
     for b, keys in enumerate(bags_of(k, offsets)):
         parts = [keys.new_empty(*q.shape[1:3], 0)]
         own = padded(q[b] * scale)
-        for start in range(0, keys.shape[1], KEYS):
-            chunk = padded(keys[:, start : start + KEYS].contiguous())
+        for start in range(0, keys.shape[1], step):
+            chunk = padded(keys[:, start : start + step].contiguous())
             scores = torch.bmm(own, chunk.transpose(1, 2))
             part = scores.to(lse.dtype).sub_(lse[b, ..., None]).exp_()
             parts.append(part.to(q.dtype) if reduce is None else part.mean((0, 1)))
