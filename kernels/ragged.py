@@ -126,8 +126,14 @@ def runs_of(k: Tensor, offsets: Tensor | None) -> list[Run]:
 
 
 def bounds_of(offsets: Tensor | None, tokens: int) -> list[int]:
-    """Return where the bags start and the last one stops; without offsets all is one bag."""
-    return [0, tokens] if offsets is None else offsets.tolist()
+    """Return where the bags start and the last one stops; without offsets all is one bag.
+
+    Rows behind the last bag are one more, so that what is computed of them is defined.
+    """
+    if offsets is None:
+        return [0, tokens]
+    bounds = offsets.tolist()
+    return bounds if bounds[-1] == tokens else [*bounds, tokens]
 
 
 def chunks(bounds: Sequence[int], width: int, x: Tensor) -> Iterator[tuple[int, int, int]]:

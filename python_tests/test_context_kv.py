@@ -245,6 +245,24 @@ def test_statistics_of_a_former_call_change_rounding_only(positions: int) -> Non
     torch.testing.assert_close(given_, with_gradients(case.call())(*args), **EXACT)
 
 
+def test_rows_behind_the_last_bag() -> None:
+    """They are computed as one bag more, so that a gradient of zero gives them no part in a sum."""
+    x, weight, bias = Case(tokens=140).draw()
+    offsets, grad = torch.tensor([0, 70, 100]), torch.randn(2, 140, 3).double()
+    grad[:, 100:] = 0
+
+    def run(rows: int) -> tuple[Tensor, ...]:
+        own = (x[:rows], None, weight)
+        y, *statistics = torch.ops.motet.context_kv(*own, bias, offsets, None, None, 1e-5, "eager")
+        rest = (*statistics, False, 1e-5, "eager", [True] * 3)
+        dx, _, *sums = torch.ops.motet.context_kv_backward(grad[:, :rows], *own, offsets, *rest)
+        assert y.isfinite().all()
+        assert not dx[100:].any()
+        return y[:, :100], *(part[:100] for part in (*statistics, dx)), *sums
+
+    torch.testing.assert_close(run(140), run(100), **EXACT)
+
+
 def test_chunks_on_cuda_are_larger() -> None:
     bounds, x = [0, 100_000, 100_000, 300_000], torch.empty(0)
     here = list(ragged.chunks(bounds, 2048, x))

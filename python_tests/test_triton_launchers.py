@@ -105,6 +105,7 @@ def attend() -> None:
         rest = (offsets, None, out, lse, 0.3, 0.1, seed, backend)
         attention._backward_of(out, q, *kv.unbind(1), *rest)
         attention._backward_of_kv(out, q, kv, *rest)
+        attention._backward_of_kv(out[:0], q[:0], kv, offsets[:1], *rest[1:])
         for given in (lse, None):
             attention_weights(q, kv[:, 0], offsets, lse=given, reduce="mean", backend=backend)
     attention_weights(q, torch.empty(2, 3, 7, 16))

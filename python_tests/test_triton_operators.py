@@ -23,6 +23,7 @@ from motet.kernels.absorbed_attention.operator import absorbed_weights
 from motet.kernels.absorbed_attention.reference import absorbed_attention_reference
 from motet.kernels.context_kv.reference import context_kv_reference
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
+from motet.kernels.latent_attention.operator import latent_attention_kv
 from motet.kernels.latent_attention.reference import latent_attention_reference
 
 from .conftest import Function, assert_as_good_as, with_gradients
@@ -102,6 +103,30 @@ def test_absorbed_attention(part: int, counted: bool) -> None:
         lambda q: absorbed_attention_reference(q, x.to(q.dtype), OFFSETS, **wide(q))[part],
         queries,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("stale", [1, 700])
+def test_rows_behind_the_last_bag(stale: int, backend: str) -> None:
+    """What a CUDA graph finds behind a batch shorter than its bucket changes no bit of a bag."""
+    x, q = torch.randn(130 + stale, 37), torch.randn(4, 2, 70, 16)
+    weight, bias = torch.randn(1, 64, 37) / 6, torch.randn(1, 64)
+
+    def run(rows: int) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (q, weight, bias)]
+        statistics = (None, None, 1e-5, backend)
+        y, *_ = torch.ops.motet.context_kv(x[:rows], None, *leaves[1:], OFFSETS, *statistics)
+        kv = y[0].unflatten(1, (2, 2, 16))
+        out, _ = latent_attention_kv(leaves[0], kv, OFFSETS, scale=0.3, backend=backend)
+        return [y, out, *torch.autograd.grad(out.square().sum(), [kv, *leaves])]
+
+    y, out, dkv, dq, *sums = run(130 + stale)
+    assert y.isfinite().all()
+    assert not dkv[130:].any()
+    alone = run(130)
+    for own, other in zip((y[:, :130], out, dkv[:130], dq), alone, strict=False):
+        assert torch.equal(own, other)
+    torch.testing.assert_close(sums, alone[4:])
 
 
 def test_absorbed_weights() -> None:

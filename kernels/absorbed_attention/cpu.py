@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..dropout import keep_mask
 from ..dtypes import wide
-from ..ragged import aligned, bounds_of, chunks
+from ..ragged import aligned, chunks
 from ..standardise import Standardiser, standardise_backward
 
 
@@ -29,7 +29,7 @@ def forward(
     top = torch.full_like(mass, float("-inf"))
     scores = queries.new_empty(len(x), count)
     mean, rstd = (x.new_empty(len(x), dtype=full) for _ in range(2))
-    bounds = bounds_of(offsets, len(x))
+    bounds = offsets.tolist()
     masks = _Masks(seed, bounds, count, dropout_p, mass)
     standardised = Standardiser(x, positions, eps, queries.dtype)
     for bag, start, stop in chunks(bounds, width, x):
@@ -88,8 +88,8 @@ def backward(
     count, width = queries.shape[1:]
     rest = torch.zeros_like(lse)
     dqueries = torch.zeros_like(queries, dtype=lse.dtype)
-    drows = mean.new_empty((len(x), width) if of_rows else 0)
-    bounds = bounds_of(offsets, len(x))
+    drows = mean.new_zeros((len(x), width) if of_rows else 0)  # also behind the last bag
+    bounds = offsets.tolist()
     masks = _Masks(seed, bounds, count, dropout_p, lse, kept)
     standardised = Standardiser(x, positions, eps, queries.dtype)
     for bag, start, stop in chunks(bounds, width, x):

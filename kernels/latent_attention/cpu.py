@@ -146,6 +146,9 @@ def backward_into(
     common: so it is the mean of dA by A as it is here.
     """
     dq, width = q.new_zeros(q.shape), q.shape[-1]
+    if offsets is not None:
+        behind = slice(int(offsets[-1]), None)
+        dk[behind], dv[behind] = 0, 0
     scaled, step = q * scale, _keys(q)
     for run in runs_of(k, offsets):
         keys, values, bias = run.tokens(k), run.tokens(v), run.bias(counts, q.shape[1])

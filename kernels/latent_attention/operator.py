@@ -114,7 +114,7 @@ def latent_attention_kv(
 ) -> tuple[Tensor, Tensor]:
     """Compute latent_attention with K and V in one tensor [T, 2, H, E], as context_kv makes them.
 
-    Tokens behind the last bag belong to none; their gradient is left undefined.
+    Tokens behind the last bag belong to none; their gradient is zero.
 
     Returns:
         [B, H, C, E], and the log-sum-exp of the scores [B, H, C], which attention_weights takes; it
@@ -259,6 +259,10 @@ def _backward_into(
     dv: Tensor,
 ) -> Tensor:
     """Fill dk and dv, return dq."""
+    if not q.numel():  # nobody attends
+        dk.zero_()
+        dv.zero_()
+        return torch.empty_like(q)
     if _takes_triton(backend, q):
         from . import triton as launchers
 
@@ -292,10 +296,14 @@ def _backward_of_kv(grad, q, kv, offsets, counts, out, lse, scale, dropout_p, se
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the log-sum-exp, which nobody differentiates
     ctx.save_for_backward(*tensors, seed, *output)
 
 
-def _backward(ctx, grad: Tensor, _: Tensor):
+def _backward(ctx, grad: Tensor | None, _: None):
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     *tensors, seed, out, lse = ctx.saved_tensors
     packed = len(tensors) == 4  # q, kv, offsets and counts, instead of q, k, v and these two
     operators = torch.ops.motet

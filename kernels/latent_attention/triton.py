@@ -110,7 +110,7 @@ def attend_backward(
         dout: [B, H, C, E], the gradient of out.
         q, k, v, offsets, counts, scale, dropout_p, seed: as given to attend.
         out, lse: what attend returned.
-        dk, dv: where to write, shaped like `k`; any strides, the last 1.
+        dk, dv: where to write, shaped like `k`, zeros behind the last bag; any strides, the last 1.
 
     Returns:
         [B, H, C, E] of q's dtype.
@@ -138,9 +138,11 @@ def attend_backward(
             num_stages=blocks.num_stages,
         )  # fmt: skip
     if dq.numel():
+        behind = 0 if offsets is None else heads * cdiv(k.shape[0], blocks.chunk)
         launch(
-            combine_dq_kernel, q, (bags * heads * latents,),
-            partial, offsets, dq, _keys(k, offsets), heads, scale, C=latents, E=width,
+            combine_dq_kernel, q, (bags * heads * latents + behind,),
+            partial, offsets, dq, dk, dv, *_strides(dk, offsets)[1:], *_strides(dv, offsets)[1:],
+            bags, _keys(k, offsets), k.shape[0], heads, scale, C=latents, E=width,
             CHUNK=blocks.chunk, BLOCK_E=blocks.block_e, RAGGED=offsets is not None,
             num_warps=4,
         )  # fmt: skip

@@ -213,18 +213,49 @@ def attend_backward_kernel(
     _store_rows(partial_ptr, c, E, c < C, dq, E, BLOCK_E)
 
 
-@triton.jit(do_not_specialize=["n_keys"])
+@triton.jit
+def _zero_behind(
+    program, offsets_ptr, dk_ptr, dv_ptr, dk_h, dk_n, dv_h, dv_n, n_bags, n_rows, H,
+    E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write zeros into dk and dv of one head, of one chunk of the keys behind the last bag."""
+    head = program % H
+    first = tl.load(offsets_ptr + n_bags) + (program // H).to(tl.int64) * CHUNK
+    length = tl.minimum(n_rows - first, CHUNK).to(tl.int32)
+    dk_ptr += head * dk_h + first * dk_n
+    dv_ptr += head * dv_h + first * dv_n
+    zero = tl.zeros([BLOCK_J, BLOCK_E], tl.float32)
+    for n0 in range(0, length, BLOCK_J):
+        n = n0 + tl.arange(0, BLOCK_J)
+        _store_rows(dk_ptr, n, dk_n, n < length, zero, E, BLOCK_E)
+        _store_rows(dv_ptr, n, dv_n, n < length, zero, E, BLOCK_E)
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_keys", "n_rows"])
 def combine_dq_kernel(
-    partial_ptr, offsets_ptr, dq_ptr, n_keys, H, scale,
+    partial_ptr, offsets_ptr, dq_ptr, dk_ptr, dv_ptr, dk_h, dk_n, dv_h, dv_n,
+    n_bags, n_keys, n_rows, H, scale,
     C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
     RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunks of one bag, head and latent in order: dq = scale sum_j partial_j."""
+    """Add the chunks of one bag, head and latent in order: dq = scale sum_j partial_j.
+
+    Of n_rows ragged keys, those behind the last bag get dk and dv of zero, by programs of their
+    own: they are rows of the product that gives the gradient of the weights.
+    """
     program = tl.program_id(0)
+    BLOCK_J: tl.constexpr = 2048 // BLOCK_E
+    if RAGGED:
+        behind = program - n_bags * H * C
+        if behind >= 0:
+            _zero_behind(
+                behind, offsets_ptr, dk_ptr, dv_ptr, dk_h, dk_n, dv_h, dv_n, n_bags, n_rows, H,
+                E, CHUNK, BLOCK_J, BLOCK_E,
+            )  # fmt: skip
+            return
     bag = program // C // H
     row = program % (C * H)
     slot, chunks = chunks_of_bag(bag, offsets_ptr, n_keys, CHUNK, RAGGED)
-    BLOCK_J: tl.constexpr = 2048 // BLOCK_E
     e = tl.arange(0, BLOCK_E)
     dq = tl.zeros([BLOCK_E], tl.float32)
     for j0 in range(0, chunks, BLOCK_J):
