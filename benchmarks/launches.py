@@ -12,11 +12,12 @@ from motet.kernels.harmonic_merge import triton as merge_launchers
 from motet.kernels.latent_attention import triton as attention_launchers
 from motet.kernels.lego_pass import triton as lego_launchers
 from motet.kernels.lego_pass.weights import Asking, Update
+from motet.kernels.row_statistics import triton as statistics_launchers
 from motet.kernels.slerp import triton as slerp_launchers
 
 LAUNCHERS = (
     absorbed_launchers, attention_launchers, context_launchers, lego_launchers, merge_launchers,
-    slerp_launchers,
+    slerp_launchers, statistics_launchers,
 )  # fmt: skip
 BITS = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64
@@ -65,11 +66,12 @@ def context_kv(
         weight = torch.empty(sets, outputs, width + channels, **own)
         bias = torch.empty(sets, outputs, **own) if biased else None
         offsets = torch.arange(sets + 1) if grouped else None
-        mean, rstd = torch.empty(256), torch.empty(256)
-        for statistics in ((None, None), (mean, rstd)):
-            context_launchers.project(x, p, weight, bias, offsets, *statistics, 1e-5)
-        a = torch.empty(256, outputs, **own) if grouped else torch.empty(sets, 256, outputs, **own)
-        context_launchers.pool(a, x, p, mean, rstd, offsets)
+        mean, rstd = statistics_launchers.statistics_of(x, p, None, None, 1e-5)
+        mean, rstd = statistics_launchers.statistics_of(x, p, mean, rstd, 1e-5)
+        centred, _ = context_launchers.centre(weight, width, None)
+        y = context_launchers.project(x, p, centred, bias, offsets, mean, rstd, 1e-5)
+        if not grouped:  # else what absorbed attention does with it follows
+            context_launchers.weight_gradient(y, x, p, mean, rstd, 1e-5)
 
     return run
 
@@ -86,12 +88,10 @@ def absorbed(
         queries = torch.empty(2, rows, 2048 + channels, **own)
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
         counts = torch.empty(256) if counted else None
-        found = kernels.attend(queries, x, p, offsets, counts, 1e-5, dropout, seed)
-        pooled, mass, *rest = found
-        delta = torch.empty(2, rows)
-        kernels.attend_backward(
-            pooled, mass, delta, queries, x, p, offsets, counts, *rest, 1e-5, dropout, seed
-        )
+        statistics = torch.empty(256), torch.empty(256)
+        rest = (*statistics, 1e-5, dropout, seed)
+        pooled, mass, *made = kernels.attend(queries, x, p, offsets, counts, *rest)
+        kernels.attend_backward(pooled, mass, pooled, mass, x, p, offsets, counts, *made, *rest)
 
     return run
 

@@ -79,7 +79,8 @@ class Launch:
         given = dict(zip(self.function.arg_names, self.arguments, strict=True))
         if name == "asking_backward_kernel" and given["dqueries_ptr"] is None:
             return False  # the normalisation alone
-        return not name.startswith(("combine", "merge", "products", "softmax"))
+        beside = ("centre", "combine", "merge", "products", "row", "scale", "softmax")
+        return not name.startswith(beside)
 
 
 @dataclass(frozen=True)

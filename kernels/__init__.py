@@ -7,6 +7,7 @@ from .context_kv.operator import context_kv
 from .harmonic_merge.operator import harmonic_merge
 from .latent_attention.operator import attention_weights, latent_attention
 from .plan import Plan, plan
+from .row_statistics.operator import row_statistics
 from .slerp.operator import slerp
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "harmonic_merge",
     "latent_attention",
     "plan",
+    "row_statistics",
     "slerp",
 ]

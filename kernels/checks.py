@@ -171,3 +171,27 @@ def check_rows(x: Tensor, positions: Tensor | None, offsets: Tensor | None) -> N
             raise ValueError(f"positions: expected {x.device} as x, got {positions.device}")
     if offsets is not None:
         check_offsets(offsets, len(x), x.device)
+
+
+def check_statistics(
+    statistics: tuple[Tensor, Tensor] | None, x: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return the statistics of rows x that row_statistics gives, two None for None.
+
+    Raise unless they fit.
+    """
+    if statistics is None:
+        return None, None
+    if len(statistics) != 2:
+        raise ValueError(f"statistics: expected two tensors, got {len(statistics)}")
+    mean, rstd = statistics
+    for name, part in {"statistics[0]": mean, "statistics[1]": rstd}.items():
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
+        expected = (x.shape[:1], wide(x.dtype), x.device)
+        if (part.shape, part.dtype, part.device) != expected:
+            raise ValueError(
+                f"{name}: expected {expected[1]} [{len(x)}] on {x.device}, got {part.dtype} "
+                f"{tuple(part.shape)} on {part.device}"
+            )
+    return mean, rstd

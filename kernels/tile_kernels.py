@@ -15,3 +15,10 @@ def load_tile(base, row, stride, valid, first, WIDTH: tl.constexpr, BLOCK: tl.co
     if WIDTH % BLOCK == 0:
         return tl.load(pointer, mask=valid[:, None], other=0.0)
     return tl.load(pointer, mask=valid[:, None] & (column[None, :] < WIDTH), other=0.0)
+
+
+@triton.jit
+def row_factors(rstd_ptr, t, valid, eps):
+    """Return 1 / SD of rows t, 0 for constant rows: all else that they had would be rounding."""
+    rstd = tl.load(rstd_ptr + t, mask=valid, other=0.0)
+    return tl.where(rstd < tl.rsqrt(eps + rstd * 0), rstd, 0.0)

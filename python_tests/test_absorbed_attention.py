@@ -33,6 +33,7 @@ from .conftest import (
 )
 
 absorbed_attention = motet.kernels.absorbed_attention
+row_statistics = motet.kernels.row_statistics
 WIDE = {"dtype": torch.float64}
 LENGTHS = {
     "three bags": [4, 2, 3],
@@ -411,18 +412,64 @@ def test_registration(lengths: list[int], channels: int | None, option: str | No
     positions = places[0] if places else None
     counts = counts_of(sum(lengths)) if option == "counts" else None
     bags = (offsets_of(lengths), counts)
+    statistics = row_statistics(x, positions=positions)
     options = (1e-5, *((0.5, torch.tensor([5])) if option == "dropout" else (0.0, None)), "auto")
     operators = torch.ops.motet
     args = [a if a is None else a.clone().requires_grad_() for a in (queries, x, positions)]
-    opcheck(operators.absorbed_attention, (*args, *bags, *options))
+    for given_ in ((None, None), statistics):
+        opcheck(operators.absorbed_attention, (*args, *bags, *given_, *options))
     plain = (queries, x, positions, *bags)
-    made = operators.absorbed_attention(*plain, *options)
+    made = operators.absorbed_attention(*plain, None, None, *options)
     grads = [torch.randn_like(part) for part in made[:2]]
     for rows in (True, False):
-        opcheck(
-            operators.absorbed_attention_backward,
-            (*grads, *plain, *made, *options, rows),
+        for own in (True, False):
+            opcheck(
+                operators.absorbed_attention_backward,
+                (*grads, *plain, *statistics, own, *made[:4], *options, rows),
+            )
+
+
+@pytest.mark.usefixtures("_small_chunks")
+@pytest.mark.parametrize("places", [None, (70, 2)])
+def test_statistics_of_a_former_call_change_rounding_only(places: tuple[int, int] | None) -> None:
+    lengths = [75, 0, 65]
+    args, seed = draw(lengths, places=places), torch.tensor([5])
+    positions = args[2] if places else None
+    mean, rstd = row_statistics(args[1], positions=positions)
+    apart = torch.stack((mean, rstd), 1).unbind(1)
+    for options in ({}, {"dropout_p": 0.4, "seed": seed}, {"backend": "compile"}):
+        plain = with_gradients(call(lengths, **options | {"backend": "auto"}))(*args)
+        for pair in ((mean, rstd), apart):
+            own = with_gradients(call(lengths, statistics=pair, **options))(*args)
+            torch.testing.assert_close(own, plain, **EXACT)
+    bags = (*args[:2], offsets_of(lengths))
+    own = absorbed_weights(*bags, positions=positions, statistics=(mean, rstd))
+    torch.testing.assert_close(own, absorbed_weights(*bags, positions=positions), **EXACT)
+    # and they are taken: others give other weights
+    other = absorbed_weights(*bags, positions=positions, statistics=(mean, 2 * rstd))
+    assert not torch.allclose(own, other)
+
+
+def test_rows_behind_the_last_bag() -> None:
+    """Rows of NaN reach nothing, and have a gradient of zero."""
+    queries, x = draw([70, 0, 30])
+    padded, offsets = torch.cat([x, x.new_full((40, 5), torch.nan)]), offsets_of([70, 0, 30])
+    operators = torch.ops.motet
+    rest = (1e-5, 0.0, None, "eager")
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        plain = (queries, x, None, offsets, None)
+        pooled, mass, scores, lse, *statistics = operators.absorbed_attention(
+            *plain, None, None, *rest
         )
+        made = (pooled, mass, scores, lse)
+        dqueries, dx, _ = operators.absorbed_attention_backward(
+            pooled, mass, *plain, *statistics, False, *made, *rest, True
+        )
+        assert not dx[100:].any()
+        return pooled, mass, scores[:100], lse, dqueries, dx[:100]
+
+    assert all(map(torch.equal, run(padded), run(x)))
 
 
 @pytest.mark.parametrize("counted", [False, True])
@@ -523,6 +570,10 @@ def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
         (ValueError, "offsets: expected to rise", (queries, x, torch.tensor([1, 2, 5])), {}),
         (ValueError, "offsets: expected to rise", (queries, x, torch.tensor([0, 2, 6])), {}),
         (ValueError, "offsets: expected to rise", (queries, x, torch.tensor([0, 2, 4])), {}),
+        (TypeError, "statistics\\[0\\]: expected a tensor", ok, {"statistics": ([1.0], ones)}),
+        (ValueError, "statistics: expected two tensors, got 1", ok, {"statistics": (ones,)}),
+        (ValueError, "statistics\\[1\\]: expected torch.float64 \\[5\\]", ok,
+         {"statistics": (ones, ones[:4])}),
         (ValueError, "dropout_p: expected", ok, {"dropout_p": 1.0}),
         (ValueError, "seed: expected int64 \\[1\\]", ok, {"dropout_p": 0.5, "seed": seed[0]}),
         (TypeError, "seed: expected a tensor", ok, {"dropout_p": 0.5, "seed": 1}),

@@ -238,11 +238,15 @@ def test_statistics_of_a_former_call_change_rounding_only(positions: int) -> Non
     _, mean, rstd = torch.ops.motet.context_kv(
         args[0], places, args[1], bias, None, None, None, 1e-5, "auto"
     )
+    own = motet.kernels.row_statistics(args[0], positions=places)
+    assert all(map(torch.equal, own, (mean, rstd)))
     z = context_kv_reference(args[0], torch.eye(5 + positions).double()[None], positions=places)[0]
     joined = args[0] if places is None else torch.cat([args[0], places.repeat(2, 1)], 1)
     torch.testing.assert_close((joined - mean[:, None]) * rstd[:, None], z, **EXACT)
-    given_ = with_gradients(case.call(statistics=(mean, rstd)))(*args)
-    torch.testing.assert_close(given_, with_gradients(case.call())(*args), **EXACT)
+    apart = torch.stack((mean, rstd), 1).unbind(1)
+    for statistics in ((mean, rstd), apart):
+        given_ = with_gradients(case.call(statistics=statistics))(*args)
+        torch.testing.assert_close(given_, with_gradients(case.call())(*args), **EXACT)
 
 
 def test_rows_behind_the_last_bag() -> None:
@@ -302,6 +306,10 @@ def test_registration(name: str) -> None:
     opcheck(
         torch.ops.motet.context_kv,
         (x, positions, weight, bias, offsets, None, None, 1e-5, "auto"),
+    )
+    given_ = torch.randn(2, case.tokens).double().unbind()
+    opcheck(
+        torch.ops.motet.context_kv, (x, positions, weight, bias, offsets, *given_, 1e-5, "auto")
     )
     x, weight = x.detach(), weight.detach()
     positions = None if positions is None else positions.detach()

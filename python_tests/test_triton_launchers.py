@@ -30,6 +30,7 @@ from benchmarks.launches import (
     attention_launchers,
     context_launchers,
     merge_launchers,
+    statistics_launchers,
 )
 from motet.kernels import attention_weights, backends, plan
 from motet.kernels.absorbed_attention import operator as absorbed
@@ -38,6 +39,7 @@ from motet.kernels.harmonic_merge import operator as merge
 from motet.kernels.latent_attention import operator as attention
 from motet.kernels.lego_pass import operator as lego
 from motet.kernels.plan import MACHINES
+from motet.kernels.row_statistics import operator as statistics_operator
 from motet.kernels.slerp import operator as slerp
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -118,9 +120,12 @@ def absorb() -> None:
     for backend in ("auto", "eager"):
         if backend == "eager" and x.is_meta:
             continue
-        rest = (None, 1e-5, 0.1, seed, backend)
-        pooled, mass, *saved = absorbed._forward(queries, x, places, offsets, *rest)
-        rest = (None, pooled, mass, *saved, 1e-5, 0.1, seed, backend)
+        rest = (1e-5, 0.1, seed, backend)
+        given = torch.empty(9, 2).unbind(1)
+        bags = (queries, x, places, offsets, None)
+        absorbed._forward(*bags, *given, *rest)
+        pooled, mass, scores, lse, *own = absorbed._forward(*bags, None, None, *rest)
+        rest = (None, *own, False, pooled, mass, scores, lse, *rest)
         for of_rows in (False, True):
             if of_rows and x.is_meta:
                 continue  # in torch, which reads the offsets
@@ -131,13 +136,15 @@ def absorb() -> None:
 def project() -> None:
     """Call what the dispatcher calls for context_kv."""
     x, weight, bias = torch.empty(9, 32), torch.empty(2, 8, 32), torch.empty(2, 8)
-    given = torch.empty(9), torch.empty(9)
+    given = torch.empty(9, 2).unbind(1)
     for backend in ("auto", "eager"):
         for statistics in ((None, None), given):
             rest = (None, *statistics, 1e-5, backend)
-            y, mean, rstd = context._forward(x, None, weight, bias, *rest)
-        rest = (None, mean, rstd, True, 1e-5, backend, (True, True, True))
-        context._backward_rows(y, x, None, weight, *rest)
+            y, *_ = context._forward(x, None, weight, bias, *rest)
+        for needed in ((True, True, True), (False, True, False), (False, False, True)):
+            rest = (None, *given, True, 1e-5, backend, needed)
+            context._backward_rows(y, x, None, weight, *rest)
+        statistics_operator._forward(x, x[:3], 1e-5, backend)
 
 
 def update() -> None:
@@ -168,8 +175,12 @@ def launch_edges() -> None:
     q, kv = torch.empty(2, 3, 5, 16), torch.empty(9, 2, 3, 16)
     attention_launchers.attend(q, *kv.unbind(1), torch.tensor([0, 4, 9]), None, 0.3, 0.1, 7)
     x, one = torch.empty(9, 32), torch.empty(9)
-    context_launchers.pool(torch.empty(4, 9).t(), x, None, one, one, None)
-    assert not context_launchers.pool(torch.empty(9, 0), x, None, one, one, None).numel()
+    for dtype in (torch.float32, torch.bfloat16):
+        for outputs, rows in ((0, 9), (4, 0), (4, 9)):
+            grad, own = torch.empty(2, rows, outputs, dtype=dtype), x[:rows].to(dtype)
+            context_launchers.weight_gradient(grad, own, None, one[:rows], one[:rows], 1e-5)
+    context_launchers.centre(torch.empty(2, 0, 32), 32, None)
+    statistics_launchers.forward(x[:0], None, 1e-5)
     nothing = torch.empty(0, dtype=torch.complex64)
     merge_launchers.merge([nothing, nothing], [0.5, 0.5], "principal", nothing)
 
@@ -302,10 +313,11 @@ def test_every_optional_pointer_is_recorded_none_and_given(launched: list) -> No
 
         return call
 
+    modules = {module.__name__ for module in LAUNCHERS}
     with pytest.MonkeyPatch.context() as patch:
         for module in LAUNCHERS:
             for name, function in inspect.getmembers(module, inspect.isfunction):
-                if function.__module__ == module.__name__ and not name.startswith("_"):
+                if function.__module__ in modules and not name.startswith("_"):
                     patch.setattr(module, name, watched(function))
         with on_gpu():
             for cell in CELLS.values():

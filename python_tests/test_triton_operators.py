@@ -17,6 +17,7 @@ from motet.kernels import (
     context_kv,
     harmonic_merge,
     latent_attention,
+    row_statistics,
     slerp,
 )
 from motet.kernels.absorbed_attention.operator import absorbed_weights
@@ -25,6 +26,7 @@ from motet.kernels.context_kv.reference import context_kv_reference
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
 from motet.kernels.latent_attention.operator import latent_attention_kv
 from motet.kernels.latent_attention.reference import latent_attention_reference
+from motet.kernels.row_statistics.reference import row_statistics_reference
 
 from .conftest import Function, assert_as_good_as, with_gradients
 
@@ -105,6 +107,33 @@ def test_absorbed_attention(part: int, counted: bool) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("places", [None, 65])
+def test_row_statistics(places: int | None) -> None:
+    x, positions = 3 + torch.randn(130, 37), None if places is None else torch.randn(places, 5)
+    own = row_statistics(x, positions=positions, **ON)
+    wide = None if positions is None else positions.double()
+    gold = row_statistics_reference(x.double(), positions=wide)
+    for a, b in zip(own, gold, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
+
+
+def test_given_statistics_change_no_bit() -> None:
+    """Columns of one tensor, as a loader keeps them, are taken too."""
+    x, positions = torch.randn(130, 37), torch.randn(65, 5)
+    pair = torch.stack(row_statistics(x, positions=positions, **ON), 1).unbind(1)
+    queries, weight = torch.randn(4, 14, 42) / 3, torch.randn(2, 8, 42)
+
+    def run(statistics: tuple[Tensor, ...] | None) -> list[Tensor]:
+        how = {"positions": positions, "statistics": statistics, **ON}
+        return [
+            *with_gradients(lambda w: context_kv(x, w, offsets=OFFSETS, **how))(weight),
+            *with_gradients(lambda q: absorbed_attention(q, x, OFFSETS, **how))(queries),
+            absorbed_weights(queries, x, OFFSETS, **how),
+        ]
+
+    assert all(map(torch.equal, run(pair), run(None)))
+
+
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize("stale", [1, 700])
 def test_rows_behind_the_last_bag(stale: int, backend: str) -> None:
@@ -127,6 +156,22 @@ def test_rows_behind_the_last_bag(stale: int, backend: str) -> None:
     for own, other in zip((y[:, :130], out, dkv[:130], dq), alone, strict=False):
         assert torch.equal(own, other)
     torch.testing.assert_close(sums, alone[4:])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_absorbed_rows_behind_the_last_bag(dropout_p: float) -> None:
+    queries, x = torch.randn(4, 14, 42) / 3, torch.randn(130, 37)
+    places, seed = torch.randn(130, 5), torch.tensor([3]) if dropout_p else None
+
+    def run(*tokens: Tensor) -> tuple[Tensor, ...]:
+        def absorbed(queries: Tensor) -> tuple[Tensor, Tensor]:
+            how = (None, None, None, 1e-5, dropout_p, seed, "triton")
+            return torch.ops.motet.absorbed_attention(queries, *tokens, OFFSETS, *how)[:2]
+
+        return with_gradients(absorbed)(queries)
+
+    padded = (torch.cat([t, torch.full((70, t.shape[1]), torch.nan)]) for t in (x, places))
+    assert all(map(torch.equal, run(*padded), run(x, places)))
 
 
 def test_absorbed_weights() -> None:

@@ -15,11 +15,17 @@ def forward(
     positions: Tensor | None,
     offsets: Tensor,
     counts: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Read the tokens once: scores, running softmax and pooling per chunk of rows."""
+    """Read the tokens once: scores, running softmax and pooling per chunk of rows.
+
+    The statistics of the rows, the last two results, are empty if given.
+    """
+    statistics = None if mean is None or rstd is None else (mean, rstd)
     full, (bags, count, width) = wide(x.dtype), queries.shape
     pooled, mass = (
         queries.new_zeros(queries.shape, dtype=full),
@@ -28,13 +34,16 @@ def forward(
     total = torch.zeros_like(mass)
     top = torch.full_like(mass, float("-inf"))
     scores = queries.new_empty(len(x), count)
-    mean, rstd = (x.new_empty(len(x), dtype=full) for _ in range(2))
+    found = len(x) if statistics is None else 0
+    means, rstds = (x.new_empty(found, dtype=full) for _ in range(2))
     bounds = offsets.tolist()
     masks = _Masks(seed, bounds, count, dropout_p, mass)
     standardised = Standardiser(x, positions, eps, queries.dtype)
     for bag, start, stop in chunks(bounds, width, x):
         rows = slice(start, stop)
-        z, mean[rows], rstd[rows] = standardised(rows)
+        z, *own_statistics = standardised(rows, statistics)
+        if statistics is None:
+            means[rows], rstds[rows] = own_statistics
         scores[rows] = own = z @ aligned(queries[bag]).t()
         own = own.to(full)
         if counts is not None:
@@ -53,7 +62,7 @@ def forward(
     lse = torch.where(seen, top + total.log(), top)
     pooled.div_(total[..., None])
     return (
-        pooled.to(queries.dtype), mass.div_(total).to(queries.dtype), scores, lse, mean, rstd
+        pooled.to(queries.dtype), mass.div_(total).to(queries.dtype), scores, lse, means, rstds
     )  # fmt: skip
 
 
@@ -70,6 +79,7 @@ def backward(
     lse: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    given: bool,
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -95,7 +105,7 @@ def backward(
     for bag, start, stop in chunks(bounds, width, x):
         rows = slice(start, stop)
         # Computed again in the very bits of the forward pass, in one sweep.
-        z, _, own = standardised(rows)
+        z, _, own = standardised(rows, (mean, rstd) if given else None)
         weights = scores[rows].to(lse.dtype) - lse[bag]
         if counts is not None:
             weights.add_(counts[rows].log()[:, None])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, check_backend, compiled, on_triton, refuse_second_derivative
-from ..checks import check_counts, check_rows, refuse_forward_mode
+from ..checks import check_counts, check_rows, check_statistics, refuse_forward_mode
 from ..dropout import check_dropout, dropout_mask
 from ..dtypes import wide
 from ..layout import rows_apart
@@ -15,14 +15,14 @@ from .reference import absorbed_attention_reference
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 _LIBRARY.define(
     "absorbed_attention(Tensor queries, Tensor x, Tensor? positions, Tensor offsets, "
-    "Tensor? counts, float eps, float dropout_p, Tensor? seed, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? counts, Tensor? mean, Tensor? rstd, float eps, float dropout_p, Tensor? seed, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "absorbed_attention_backward(Tensor grad_pooled, Tensor grad_mass, Tensor queries, Tensor x, "
-    "Tensor? positions, Tensor offsets, Tensor? counts, Tensor pooled, Tensor mass, Tensor scores, "
-    "Tensor lse, Tensor mean, Tensor rstd, float eps, float dropout_p, Tensor? seed, str backend, "
-    "bool rows) -> (Tensor, Tensor, Tensor)"
+    "Tensor? positions, Tensor offsets, Tensor? counts, Tensor mean, Tensor rstd, bool given, "
+    "Tensor pooled, Tensor mass, Tensor scores, Tensor lse, float eps, float dropout_p, "
+    "Tensor? seed, str backend, bool rows) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -33,6 +33,7 @@ def absorbed_attention(
     *,
     positions: Tensor | None = None,
     counts: Tensor | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -46,20 +47,19 @@ def absorbed_attention(
 
     With the key projection taken into the queries, :math:`\tilde q = \mathrm{scale} \cdot q W_k`,
     and the value projection applied afterwards, :math:`\mathrm{pooled}\, W_v^\top + \mathrm{mass}
-    \, b_v^\top`, this is HEALNet's Eq. 2. (A key's bias adds one number to all scores of a query,
-    which the softmax does not see.) It pays where there are fewer queries than key channels. The
-    backward pass keeps the scores [T, R].
+    \, b_v^\top`, this is HEALNet's Eq. 2. (The softmax does not see a key's bias.) It pays where
+    there are fewer queries than key channels. The backward pass keeps the scores [T, R].
 
     Args:
         queries: [B, R, D + P], R = heads x latents; their dtype is that of the products.
         x: [T, D] tokens.
         offsets: int64 [B + 1]: bag b owns tokens offsets[b] to offsets[b + 1].
-        positions: as in context_kv.
+        positions, statistics: as in context_kv.
         counts: [T], how many tokens each of `x` stands for, as in latent_attention.
         eps: ε.
         dropout_p: probability of dropping an attention weight, in [0, 1); 0 with `counts`.
         seed: as in latent_attention.
-        backend: "auto", "triton", "compile" (without dropout; with it "eager") or "eager".
+        backend: "auto", "triton", "eager", or "compile" ("eager" with dropout or statistics).
 
     Returns:
         pooled [B, R, D + P]; and mass [B, R], the sum of each row of D, 1 without dropout; both 0
@@ -78,13 +78,13 @@ def absorbed_attention(
     _check(queries, x, offsets, positions, backend)
     seed = check_dropout(dropout_p, seed, x.device)
     check_counts(counts, x.shape[:1], x, dropout_p)
+    mean, rstd = check_statistics(statistics, x)
     refuse_forward_mode("absorbed_attention")
-    if backend == "compile" and not dropout_p:
-        return compiled(absorbed_attention_reference)(
-            queries, x, offsets, positions=positions, counts=counts, eps=eps
-        )
+    if backend == "compile" and not dropout_p and statistics is None:
+        literal = compiled(absorbed_attention_reference)
+        return literal(queries, x, offsets, positions=positions, counts=counts, eps=eps)
     return torch.ops.motet.absorbed_attention(
-        queries, x, positions, offsets, counts, eps, dropout_p, seed, backend
+        queries, x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed, backend
     )[:2]
 
 
@@ -94,14 +94,16 @@ def absorbed_weights(
     offsets: Tensor,
     *,
     positions: Tensor | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-5,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return the weights A of absorbed_attention, before dropout, [T, R]; not differentiable."""
     _check(queries, x, offsets, positions, backend)
+    mean, rstd = check_statistics(statistics, x)
     with torch.no_grad():
         _, _, scores, lse, _, _ = torch.ops.motet.absorbed_attention(
-            queries, x, positions, offsets, None, eps, 0.0, None, backend
+            queries, x, positions, offsets, None, mean, rstd, eps, 0.0, None, backend
         )
     lengths = offsets.diff()
     return (
@@ -150,20 +152,31 @@ def _forward(
     positions: Tensor | None,
     offsets: Tensor,
     counts: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return pooled, mass, the scores [T, R], their lse [B, R], mean and rstd [T] of the tokens."""
-    if _takes_triton(backend, queries):
-        from . import triton as launchers
+    """Return pooled, mass, the scores [T, R], their lse [B, R], and the statistics of the tokens.
 
-        queries, places = queries.contiguous(), None if positions is None else rows_apart(positions)
-        return launchers.attend(
-            queries, rows_apart(x), places, offsets, counts, eps, dropout_p, seed
-        )
-    return cpu.forward(queries, x, positions, offsets, counts, eps, dropout_p, seed)
+    The latter, [T] each, are empty where they were given.
+    """
+    given = mean is not None
+    if not _takes_triton(backend, queries):
+        return cpu.forward(queries, x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed)
+    from ..row_statistics.triton import statistics_of
+    from . import triton as launchers
+
+    x, positions = rows_apart(x), None if positions is None else rows_apart(positions)
+    mean, rstd = statistics_of(x, positions, mean, rstd, eps)
+    made = launchers.attend(
+        queries.contiguous(), x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed
+    )
+    if given:  # an operator returns no argument
+        mean, rstd = x.new_empty(0, dtype=mean.dtype), x.new_empty(0, dtype=mean.dtype)
+    return *made, mean, rstd
 
 
 def _backward_of(
@@ -174,12 +187,13 @@ def _backward_of(
     positions: Tensor | None,
     offsets: Tensor,
     counts: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    given: bool,
     pooled: Tensor,
     mass: Tensor,
     scores: Tensor,
     lse: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -192,48 +206,53 @@ def _backward_of(
     dqueries = dS ẑ. The rows of dS sum to 0, but for rounding, which what all tokens share would
     multiply: it is taken out with the mean token, dS (ẑ - pooled / mass).
     """
-    delta = (grad_pooled * pooled).sum(-1, dtype=lse.dtype) + grad_mass * mass
     fast = _takes_triton(backend, queries)
     if fast and not of_rows:
         from . import triton as launchers
 
-        places = None if positions is None else rows_apart(positions)
-        dqueries, rest = launchers.attend_backward(
-            grad_pooled, grad_mass, delta, queries, rows_apart(x), places, offsets, counts, scores,
-            lse, mean, rstd, eps, dropout_p, seed,
+        dqueries = launchers.attend_backward(
+            grad_pooled.contiguous(), grad_mass.contiguous(), pooled, mass, rows_apart(x),
+            None if positions is None else rows_apart(positions), offsets, counts, scores, lse,
+            mean.contiguous(), rstd.contiguous(), eps, dropout_p, seed,
         )  # fmt: skip
-        dqueries -= _times_mean_token(rest, pooled, mass)
-        return dqueries.to(queries.dtype), x.new_empty(0), x.new_empty(0)
+        return dqueries, x.new_empty(0), x.new_empty(0)
+    delta = (grad_pooled * pooled).sum(-1, dtype=lse.dtype) + grad_mass * mass
     kept = None
     if fast and seed is not None:  # the mask that Triton drew in the forward pass
         shapes = lse.new_empty(len(queries), 1, lse.shape[1], 1), lse.new_empty(len(x), 1, 1)
         kept = dropout_mask(*shapes, offsets, dropout_p, seed)[:, 0]
     dqueries, rest, drows = cpu.backward(
-        grad_pooled, grad_mass, queries, x, positions, offsets, counts, delta, scores, lse, mean,
-        rstd, eps, dropout_p, seed, kept, of_rows=of_rows,
+        grad_pooled, grad_mass, queries, x, positions, offsets, counts, delta, scores, lse,
+        mean, rstd, given, eps, dropout_p, seed, kept, of_rows=of_rows,
     )  # fmt: skip
-    dqueries -= _times_mean_token(rest, pooled, mass)
+    dqueries -= (rest / torch.where(mass > 0, mass, 1))[..., None] * pooled
     if not of_rows:
         return dqueries.to(queries.dtype), x.new_empty(0), x.new_empty(0)
     return dqueries.to(queries.dtype), *split_gradient(drows, x, positions)
 
 
-def _times_mean_token(rest: Tensor, pooled: Tensor, mass: Tensor) -> Tensor:
-    return (rest / torch.where(mass > 0, mass, 1))[..., None] * pooled
-
-
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.eps, ctx.dropout_p, seed, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output, seed)
+    *tensors, mean, rstd, ctx.eps, ctx.dropout_p, seed, ctx.backend = inputs
+    *made, own_mean, own_rstd = output
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # zeros [T, R] for what nobody differentiates
+    ctx.given = mean is not None
+    statistics = (mean, rstd) if ctx.given else (own_mean, own_rstd)
+    ctx.save_for_backward(*tensors, *statistics, *made, seed)
 
 
-def _backward(ctx, grad_pooled: Tensor, grad_mass: Tensor, *_: Tensor):
+def _backward(ctx, grad_pooled: Tensor | None, grad_mass: Tensor | None, *_: None):
     *saved, seed = ctx.saved_tensors
+    pooled, mass = saved[-4:-2]
+    grad_pooled = torch.zeros_like(pooled) if grad_pooled is None else grad_pooled
+    grad_mass = torch.zeros_like(mass) if grad_mass is None else grad_mass
     of_queries, of_x, of_positions = ctx.needs_input_grad[:3]
     dqueries, dx, dpositions = torch.ops.motet.absorbed_attention_backward(
         grad_pooled,
         grad_mass,
-        *saved,
+        *saved[:-4],
+        ctx.given,
+        *saved[-4:],
         ctx.eps,
         ctx.dropout_p,
         seed,
@@ -244,19 +263,20 @@ def _backward(ctx, grad_pooled: Tensor, grad_mass: Tensor, *_: Tensor):
         dqueries if of_queries else None,
         dx if of_x else None,
         dpositions if of_positions else None,
-        *[None] * 6,
+        *[None] * 8,
     )
 
 
-def _fake(queries, x, *_):
+def _fake(queries, x, positions, offsets, counts, mean, *_):
     full, bags, count = wide(x.dtype), queries.shape[0], queries.shape[1]
+    rows = x.shape[0] if mean is None else 0
     return (
         queries.new_empty(queries.shape),
         queries.new_empty(bags, count),
         queries.new_empty(x.shape[0], count),
         x.new_empty(bags, count, dtype=full),
-        x.new_empty(x.shape[0], dtype=full),
-        x.new_empty(x.shape[0], dtype=full),
+        x.new_empty(rows, dtype=full),
+        x.new_empty(rows, dtype=full),
     )
 
 

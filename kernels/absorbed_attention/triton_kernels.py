@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from ..context_kv.triton_kernels import add_positions, store_side
 from ..dropout_kernels import kept_weights
 from ..ragged_kernels import chunk_of_slot, chunks_of_bag
+from ..tile_kernels import row_factors
 
 
 @triton.jit
@@ -52,14 +54,11 @@ def softmax_statistics_kernel(
 
 
 @triton.jit
-def combine_softmax_kernel(
-    peak_ptr, total_ptr, offsets_ptr, lse_ptr,
-    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
+def _lse(
+    bag, peak_ptr, total_ptr, offsets_ptr, r, valid, R: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Join the chunks of a bag in order: lse [B, R], -inf for an empty bag."""
-    bag = tl.program_id(0)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid = r < R
+    """Join the chunks of a bag in order: its log-sum-exp, -inf for an empty bag."""
     slot, chunks = chunks_of_bag(bag, offsets_ptr, 0, CHUNK, True)
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -70,76 +69,80 @@ def combine_softmax_kernel(
         highest = tl.maximum(peak, own_peak)
         total = total * tl.exp(peak - highest) + own_total * tl.exp(own_peak - highest)
         peak = highest
-    total = tl.where(total > 0, total, 1.0)
-    tl.store(lse_ptr + bag.to(tl.int64) * R + r, peak + tl.log(total), mask=valid)
+    return peak + tl.log(tl.where(total > 0, total, 1.0))
 
 
-@triton.jit(do_not_specialize=["n_bags"])
+@triton.jit(do_not_specialize=["n_bags", "n_positions"])
 def softmax_weights_kernel(
-    scores_ptr, lse_ptr, offsets_ptr, counts_ptr, seed_ptr, weights_ptr, mass_ptr, n_bags,
-    dropout_p, undrop,
-    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
+    scores_ptr, peak_ptr, total_ptr, offsets_ptr, counts_ptr, seed_ptr, p_ptr, mean_ptr, rstd_ptr,
+    weights_ptr, lse_ptr, side_ptr, p_t, n_positions, n_bags, eps, dropout_p, undrop,
+    R: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    DROPOUT: tl.constexpr, COUNTS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Store the weights after dropout, e^(s - lse) [T, R], and their sum over the chunk."""
+    """Store the weights after dropout, D = e^(s - lse) [T, R], times rstd where SCALED.
+
+    side[slot, r] = [sum_t D | sum_t D phat[t]] over the chunk. The first chunk of a bag stores the
+    bag's lse too.
+    """
     slot = tl.program_id(0)
     bag, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
-    lse = tl.load(lse_ptr + bag * R + r, mask=valid, other=0.0)
+    lse = _lse(bag, peak_ptr, total_ptr, offsets_ptr, r, valid, R, CHUNK, BLOCK_R)
+    tl.store(lse_ptr + bag * R + r, lse, mask=valid & (start == 0))
     mass = tl.zeros([BLOCK_R], tl.float32)
+    places = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         mask = (n[:, None] < stop) & valid[None, :]
-        at = (origin + n)[:, None] * R + r[None, :]
+        t = origin + n
+        at = t[:, None] * R + r[None, :]
         s = tl.load(scores_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
         if COUNTS:
             s += _log_counts(counts_ptr + origin, n, stop)[:, None]
-        weight = tl.exp(s - lse[None, :])
+        weight = tl.where(mask, tl.exp(s - lse[None, :]), 0.0)
         if DROPOUT:
             kept = tl.trans(
                 kept_weights(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N)
             )
             weight = tl.where(kept, weight * undrop, 0.0)
         mass += tl.sum(weight, 0)
-        tl.store(weights_ptr + at, weight.to(weights_ptr.dtype.element_ty), mask=mask)
-    tl.store(mass_ptr + slot.to(tl.int64) * R + r, mass, mask=valid & (start < stop))
+        if SCALED:
+            weight *= row_factors(rstd_ptr, t, n < stop, eps)[:, None]
+        weight = weight.to(weights_ptr.dtype.element_ty)
+        tl.store(weights_ptr + at, weight, mask=mask)
+        if P > 0:
+            places = add_positions(
+                places, weight, p_ptr, p_t, t, n < stop, n_positions, mean_ptr, rstd_ptr, P,
+                BLOCK_P, SCALED,
+            )  # fmt: skip
+    store_side(side_ptr, slot, r, mass, places, start, stop, R, P, BLOCK_P)
 
 
-@triton.jit
-def combine_sums_kernel(
-    partial_ptr, offsets_ptr, out_ptr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr
-):  # fmt: skip
-    """Add the chunks of a bag in order, [B, R]."""
-    bag = tl.program_id(0)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    valid = r < R
-    slot, chunks = chunks_of_bag(bag, offsets_ptr, 0, CHUNK, True)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    for j in range(0, chunks):
-        total += tl.load(partial_ptr + (slot + j) * R + r, mask=valid, other=0.0)
-    tl.store(out_ptr + bag.to(tl.int64) * R + r, total, mask=valid)
-
-
-@triton.jit(do_not_specialize=["n_bags"])
+@triton.jit(do_not_specialize=["n_bags", "n_positions"])
 def softmax_gradient_kernel(
     scores_ptr, lse_ptr, dweights_ptr, dmass_ptr, delta_ptr, offsets_ptr, counts_ptr,
-    seed_ptr, rest_ptr, n_bags, dropout_p, undrop,
-    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
+    seed_ptr, p_ptr, mean_ptr, rstd_ptr, side_ptr, p_t, n_positions, n_bags, eps, dropout_p, undrop,
+    R: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    DROPOUT: tl.constexpr, COUNTS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Replace dweights [T, R] by the gradient of the scores, A (mask (dA + dmass) - delta).
+    """Replace dweights [T, R] by the gradient of the scores, dS = A (mask (dA + dmass) - delta).
 
-    The sums over each chunk, of what is stored, go to rest.
+    Times rstd where SCALED. side[slot, r] = [sum_t dS | sum_t dS phat[t]] over the chunk, of what
+    was rounded.
     """
     slot = tl.program_id(0)
     bag, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
     lse = tl.load(lse_ptr + bag * R + r, mask=valid, other=0.0)
-    dmass = tl.load(dmass_ptr + bag * R + r, mask=valid, other=0.0)
+    dmass = tl.load(dmass_ptr + bag * R + r, mask=valid, other=0.0).to(tl.float32)
     delta = tl.load(delta_ptr + bag * R + r, mask=valid, other=0.0)
     rest = tl.zeros([BLOCK_R], tl.float32)
+    places = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         mask = (n[:, None] < stop) & valid[None, :]
-        at = (origin + n)[:, None] * R + r[None, :]
+        t = origin + n
+        at = t[:, None] * R + r[None, :]
         s = tl.load(scores_ptr + at, mask=mask, other=float("-inf")).to(tl.float32)
         if COUNTS:
             s += _log_counts(counts_ptr + origin, n, stop)[:, None]
@@ -149,8 +152,18 @@ def softmax_gradient_kernel(
                 kept_weights(tl.load(seed_ptr), n0, r, bag.to(tl.int32), dropout_p, BLOCK_N)
             )
             grad = tl.where(kept, grad * undrop, 0.0)
-        grad = tl.exp(s - lse[None, :]) * (grad - delta[None, :])
-        grad = grad.to(dweights_ptr.dtype.element_ty)
-        rest += tl.sum(grad.to(tl.float32), 0)
-        tl.store(dweights_ptr + at, grad, mask=mask)
-    tl.store(rest_ptr + slot.to(tl.int64) * R + r, rest, mask=valid & (start < stop))
+        grad = tl.where(mask, tl.exp(s - lse[None, :]) * (grad - delta[None, :]), 0.0)
+        if SCALED:
+            factor = row_factors(rstd_ptr, t, n < stop, eps)[:, None]
+            own = (grad * factor).to(dweights_ptr.dtype.element_ty)
+            rest += tl.sum(tl.where(factor > 0, own.to(tl.float32) / factor, grad), 0)
+        else:
+            own = grad.to(dweights_ptr.dtype.element_ty)
+            rest += tl.sum(own.to(tl.float32), 0)
+        tl.store(dweights_ptr + at, own, mask=mask)
+        if P > 0:
+            places = add_positions(
+                places, own, p_ptr, p_t, t, n < stop, n_positions, mean_ptr, rstd_ptr, P, BLOCK_P,
+                SCALED,
+            )  # fmt: skip
+    store_side(side_ptr, slot, r, rest, places, start, stop, R, P, BLOCK_P)

@@ -18,15 +18,18 @@ def forward(
     rstd: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the projections [S, T, O], and the means and 1 / SDs of the rows."""
+    """Return the projections [S, T, O], and the statistics of the rows, empty if given."""
     statistics = None if mean is None or rstd is None else (mean, rstd)
     sets, outputs, width = weight.shape
     y = weight.new_empty(sets, len(x), outputs)
-    means, rstds = (x.new_empty(len(x), dtype=wide(x.dtype)) for _ in range(2))
+    found = len(x) if statistics is None else 0
+    means, rstds = (x.new_empty(found, dtype=wide(x.dtype)) for _ in range(2))
     standardised = Standardiser(x, positions, eps, weight.dtype)
     for _, start, stop in chunks(bounds_of(offsets, len(x)), width, x):
         rows = slice(start, stop)
-        z, means[rows], rstds[rows] = standardised(rows, statistics)
+        z, *own = standardised(rows, statistics)
+        if statistics is None:
+            means[rows], rstds[rows] = own
         for s in range(sets):
             if bias is None:
                 torch.mm(z, weight[s].t(), out=y[s, rows])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, check_backend, compiled, on_triton, refuse_second_derivative
-from ..checks import check_rows, refuse_forward_mode
+from ..checks import check_rows, check_statistics, refuse_forward_mode
 from ..dtypes import wide
 from ..layout import rows_apart
 from . import cpu
@@ -42,8 +42,8 @@ def context_kv(
 
     The K and V of HEALNet's Eq. 2 for all layers at once. The gain γ and shift β of a LayerNorm
     belong in the weights: W = W₀ diag(γ), b = W₀ β. Neither the normalised tokens nor their
-    concatenation with the positions is ever stored. Tokens are centred before the product, so that
-    rows with a mean far above their standard deviation lose no digits.
+    concatenation with the positions is ever stored. Rows with a mean far above their standard
+    deviation lose no digits: they, or else the weights, are centred before the product.
 
     Args:
         x: [T, D] tokens; [B, N, D] counts as B·N of them.
@@ -52,8 +52,7 @@ def context_kv(
         positions: [T, P], joined to the tokens; or [N, P] for every N tokens, T a multiple of N.
         offsets: int64 [B + 1], the bags. They change no number in exact arithmetic; with them a
             bag gives the same bits in any batch.
-        statistics: μ and 1/√(σ² + ε) of these very rows, [T] each, float32 (float64 for float64
-            tokens), where they are known; None means that they are computed.
+        statistics: what row_statistics gives for these very rows, where known; None computes it.
         eps: ε.
         backend: "auto", "triton", "compile" (without statistics; with them "eager") or "eager".
 
@@ -72,10 +71,11 @@ def context_kv(
     """
     x = x.flatten(0, 1) if isinstance(x, Tensor) and x.ndim == 3 else x
     check_rows(x, positions, offsets)
-    mean, rstd = _check_types(weight, bias, statistics)
+    _check_types(weight, bias)
+    mean, rstd = check_statistics(statistics, x)
     if one := weight.ndim == 2:
         weight, bias = weight[None], None if bias is None else bias[None]
-    _check(x, positions, weight, bias, mean, rstd)
+    _check(x, positions, weight, bias)
     check_backend(backend)
     refuse_forward_mode("context_kv")
     if backend == "compile" and statistics is None:
@@ -86,18 +86,11 @@ def context_kv(
     return y[0] if one else y
 
 
-def _check_types(
-    weight: Tensor, bias: Tensor | None, statistics: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Raise unless these are tensors; return the statistics, two None for None."""
-    if statistics is not None and len(statistics) != 2:
-        raise ValueError(f"statistics: expected two tensors, got {len(statistics)}")
-    mean, rstd = statistics or (None, None)
-    named = {"weight": weight, "bias": bias, "statistics[0]": mean, "statistics[1]": rstd}
-    for name, part in named.items():
+def _check_types(weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless these are tensors."""
+    for name, part in {"weight": weight, "bias": bias}.items():
         if not isinstance(part, Tensor) and (name == "weight" or part is not None):
             raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
-    return statistics or (None, None)
 
 
 def _check(
@@ -105,10 +98,8 @@ def _check(
     positions: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
 ) -> None:
-    """Raise unless the weights [S, O, W], and the statistics that are given, fit the tokens."""
+    """Raise unless the weights [S, O, W] fit the tokens."""
     width = x.shape[1] + (0 if positions is None else positions.shape[1])
     if weight.ndim != 3 or weight.shape[2] != width:
         raise ValueError(f"weight: expected [S, O, {width}], got {tuple(weight.shape)}")
@@ -124,13 +115,11 @@ def _check(
             )
     if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise ValueError(f"weight: expected a dtype that goes with {x.dtype}, got {weight.dtype}")
-    for name, part in {"statistics[0]": mean, "statistics[1]": rstd}.items():
-        expected = (x.shape[:1], wide(x.dtype), x.device)
-        if part is not None and (part.shape, part.dtype, part.device) != expected:
-            raise ValueError(
-                f"{name}: expected {expected[1]} [{len(x)}] on {x.device}, got {part.dtype} "
-                f"{tuple(part.shape)} on {part.device}"
-            )
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what stands for statistics that were given: an operator returns no argument."""
+    return x.new_empty(0, dtype=wide(x.dtype)), x.new_empty(0, dtype=wide(x.dtype))
 
 
 def _forward(
@@ -144,19 +133,19 @@ def _forward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, and the means and 1 / SDs of the rows, empty where they were given."""
     if not on_triton(backend, weight.device.type, weight.dtype):
         return cpu.forward(x, positions, weight, bias, offsets, mean, rstd, eps)
+    from ..row_statistics.triton import statistics_of
     from . import triton as launchers
 
-    places = None if positions is None else rows_apart(positions)
+    x, positions = rows_apart(x), None if positions is None else rows_apart(positions)
+    own = mean is None
+    mean, rstd = statistics_of(x, positions, mean, rstd, eps)
+    centred, _ = launchers.centre(weight.contiguous(), x.shape[1], None)
     bias = None if bias is None else bias.contiguous()
-    found = launchers.project(
-        rows_apart(x), places, weight.contiguous(), bias, None, mean, rstd, eps
-    )
-    if mean is None:
-        return found
-    y, *given = found  # what an operator returns is not what it was given
-    return y, given[0].clone(), given[1].clone()
+    y = launchers.project(x, positions, centred, bias, None, mean, rstd, eps)
+    return (y, mean, rstd) if own else (y, *_nothing(x))
 
 
 def _backward_rows(
@@ -178,14 +167,19 @@ def _backward_rows(
     """
     tokens, weights, biases = needed
     dbias = x.new_empty(0)
-    if biases:
-        dbias = grad.sum(1, dtype=wide(x.dtype)).to(weight.dtype)
     dweight = None
-    if on_triton(backend, weight.device.type, weight.dtype) and weights:
+    if weights and on_triton(backend, weight.device.type, weight.dtype):
         from . import triton as launchers
 
         places = None if positions is None else rows_apart(positions)
-        dweight = launchers.pool(grad, rows_apart(x), places, mean, rstd, None).to(weight.dtype)
+        dweight, sums = launchers.weight_gradient(
+            grad, rows_apart(x), places, mean.contiguous(), rstd.contiguous(), eps
+        )
+        dbias = sums if biases else dbias
+        if not tokens:
+            return x.new_empty(0), x.new_empty(0), dweight, dbias
+    elif biases:
+        dbias = grad.sum(1, dtype=wide(x.dtype)).to(weight.dtype)
     dx, dpositions, rest = cpu.backward(
         grad, x, positions, weight, offsets, mean, rstd, given, eps, tokens=tokens,
         weights=weights and dweight is None,
@@ -194,14 +188,17 @@ def _backward_rows(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, positions, weight, _, offsets, given, _, ctx.eps, ctx.backend = inputs
-    ctx.given = given is not None
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, positions, weight, offsets, mean, rstd)
+    x, positions, weight, _, offsets, *given, ctx.eps, ctx.backend = inputs
+    ctx.given = given[0] is not None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for what nobody differentiates
+    statistics = given if ctx.given else output[1:]
+    ctx.save_for_backward(x, positions, weight, offsets, *statistics)
 
 
-def _backward(ctx, grad: Tensor, *_: Tensor):
+def _backward(ctx, grad: Tensor | None, *_: None):
+    if grad is None:
+        return (None,) * 9
     x, positions, weight, offsets, mean, rstd = ctx.saved_tensors
     of_x, of_positions, of_weight, of_bias = ctx.needs_input_grad[:4]
     dx, dpositions, dweight, dbias = torch.ops.motet.context_kv_backward(
@@ -219,6 +216,8 @@ def _backward(ctx, grad: Tensor, *_: Tensor):
 
 def _fake(x, positions, weight, bias, offsets, mean, rstd, eps, backend):
     y = weight.new_empty(weight.shape[0], x.shape[0], weight.shape[1])
+    if mean is not None:
+        return y, *_nothing(x)
     return y, *(x.new_empty(x.shape[0], dtype=wide(x.dtype)) for _ in range(2))
 
 
