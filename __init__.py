@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .fusion.losses import cox_loss, cross_entropy, l1_penalty, nll_loss
     from .fusion.modalities import Bag, Grid, Tabular
     from .fusion.resampling import Comparison, Estimate
+    from .fusion.statistics import token_statistics
     from .fusion.survival import TimeBins, concordance_index, hazards, risk, survival
     from .fusion.upstream import from_upstream, to_upstream
 
@@ -50,6 +51,7 @@ _HOMES = {
     "fusion.losses": ("cox_loss", "cross_entropy", "l1_penalty", "nll_loss"),
     "fusion.modalities": ("Bag", "Grid", "Tabular"),
     "fusion.resampling": ("Comparison", "Estimate"),
+    "fusion.statistics": ("token_statistics",),
     "fusion.survival": ("TimeBins", "concordance_index", "hazards", "risk", "survival"),
     "fusion.upstream": ("from_upstream", "to_upstream"),
 }
@@ -93,6 +95,7 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
     "save",
     "survival",
     "to_upstream",
+    "token_statistics",
 ]
 
 

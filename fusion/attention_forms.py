@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import choice
-from ..kernels import absorbed_attention, attention_weights, context_kv, plan
+from ..kernels import absorbed_attention, attention_weights, context_kv, plan, row_statistics
 from ..kernels.absorbed_attention.operator import absorbed_weights
 from ..kernels.backends import Backend, check_backend
 from ..kernels.latent_attention.operator import latent_attention_kv
@@ -106,9 +106,13 @@ class Absorbed:
     asks = True
 
     def __init__(
-        self, context: Context, packed: tuple[Tensor, Tensor | None, Tensor], backend: Backend
+        self,
+        context: Context,
+        packed: tuple[Tensor, Tensor | None, Tensor],
+        statistics: tuple[Tensor, Tensor] | None,
+        backend: Backend,
     ) -> None:
-        self.context = context
+        self.context, self.statistics = context, statistics
         self.backend: Backend = backend
         self.x, self.positions, self.offsets = packed
 
@@ -126,6 +130,7 @@ class Absorbed:
             self.x.detach(),
             self.offsets,
             positions=self.positions,
+            statistics=self.statistics,
             eps=attention.token_norm.eps,
             backend=self.backend,
         )
@@ -147,6 +152,7 @@ class Absorbed:
             self.offsets,
             positions=self.positions,
             counts=self.context.packed_counts(),
+            statistics=self.statistics,
             eps=attention.token_norm.eps,
             dropout_p=attention.active_dropout,
             backend=self.backend,
@@ -157,7 +163,7 @@ class AbsorbedTogether(Absorbed):
     """The same of short bags of one length, normalised once: a product each for all bags."""
 
     def __init__(self, context: Context, normed: Tensor) -> None:
-        super().__init__(context, context.packed(), "eager")
+        super().__init__(context, context.packed(), None, "eager")
         self.normed = normed  # [B, N, W]
 
     @classmethod
@@ -256,46 +262,69 @@ def prepare(
     if context.single:
         return [OneToken.of(context, attention, latents) for attention in attentions]
     first = attentions[0]
-    x, _, offsets = packed = context.packed()
-    bags, weight = len(offsets) - 1, first.to_kv.weight
-    chosen = plan(
-        len(x),
-        first.to_kv.in_features,
-        bags=bags,
-        latents=latents,
-        heads=first.heads,
-        head_dim=first.head_dim,
-        layers=layers,
-        weight_sets=len(attentions),
-        dtype=_cast(weight).dtype,
-        device="cuda" if x.is_cuda else "cpu",
-        training=torch.is_grad_enabled(),
-        dropout=first.active_dropout,
-        tokens_need_grad=x.requires_grad,
-        strategy=strategy,
-        backend=backend,
-    ).strategy
+    x, positions, offsets = packed = context.packed()
+    bags, weight, eps = len(offsets) - 1, first.to_kv.weight, first.token_norm.eps
+    chosen = _planned(
+        x, bags, first, strategy, backend,
+        latents=latents, layers=layers, weight_sets=len(attentions),
+    )  # fmt: skip
     # Short bags go into one product, at the price of their own bits: 50 patches at a time take
     # twice the time of one product, most of it to read the weights.
     short = len(x) < 256 * bags
     # Where starting our operators takes longer than torch's own do.
     small = short and strategy is None and not x.is_cuda and backend != "triton"
+    statistics = context.packed_statistics(eps)
     if chosen == "absorbed":
         if small and context.offsets is None:
             return [AbsorbedTogether.of(context, first)] * len(attentions)
-        return [Absorbed(context, packed, backend)] * len(attentions)
+        if statistics is None and x.is_cuda and backend in ("auto", "triton"):
+            # Once, not in every layer; a CPU has them from normalising the rows all the same.
+            statistics = row_statistics(x, positions=positions, eps=eps, backend=backend)
+        return [Absorbed(context, packed, statistics, backend)] * len(attentions)
     if small and len(x) <= len(weight):
         # Then the tokens are less to normalise for each layer than the weights are to fold.
         if context.offsets is None:
             return [Together(context, attention) for attention in attentions]
         return [Cached.of(context, offsets, own, backend) for own in attentions]
-    kv = _kv_of_all_layers(packed, attentions, bag_by_bag=not short, backend=backend)
+    kv = _kv_of_all_layers(packed, attentions, statistics, bag_by_bag=not short, backend=backend)
     return [Cached(context, offsets, own, backend) for own in kv]
+
+
+def _planned(
+    x: Tensor,
+    bags: int,
+    attention: Attention,
+    strategy: Strategy | None,
+    backend: Backend,
+    *,
+    latents: int,
+    layers: int,
+    weight_sets: int,
+) -> str:
+    """Return the strategy that `plan` chooses for tokens [T, D] and what attends to them."""
+    return plan(
+        len(x),
+        attention.to_kv.in_features,
+        bags=bags,
+        latents=latents,
+        layers=layers,
+        weight_sets=weight_sets,
+        heads=attention.heads,
+        head_dim=attention.head_dim,
+        dtype=_cast(attention.to_kv.weight).dtype,
+        device="cuda" if x.is_cuda else "cpu",
+        training=torch.is_grad_enabled(),
+        dropout=attention.active_dropout,
+        tokens_need_grad=x.requires_grad,
+        strategy=strategy,
+        backend=backend,
+    ).strategy
 
 
 def _kv_of_all_layers(
     packed: tuple[Tensor, Tensor | None, Tensor],
     attentions: Sequence[Attention],
+    statistics: tuple[Tensor, Tensor] | None,
     *,
     bag_by_bag: bool,
     backend: Backend,
@@ -313,7 +342,8 @@ def _kv_of_all_layers(
         weights, biases = F.pad(weights, (0, 0, 0, padding)), F.pad(biases, (0, padding))
     y = context_kv(
         x, weights.flatten(1, 3), biases.flatten(1), positions=positions,
-        offsets=offsets if bag_by_bag else None, eps=first.token_norm.eps, backend=backend,
+        offsets=offsets if bag_by_bag else None, statistics=statistics,
+        eps=first.token_norm.eps, backend=backend,
     )  # fmt: skip
     y = y.unflatten(2, weights.shape[1:4])
     # One set is a view; of several, unbinding collects the gradients without sums over zeros.

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
+from ..kernels.dtypes import wide
 from .modalities import Bag, Modality, Positions, Tabular
+from .statistics import layer_norm_statistics
 
 T = TypeVar("T")
 
@@ -31,6 +33,8 @@ class Context(NamedTuple):
     """Whether it is known that no row has a second token."""
     counts: Tensor | None = None
     """[B, N], or [T] with offsets: how many tokens each one stands for. None for one."""
+    statistics: Tensor | None = None
+    """[B, N, 2], or [T, 2] with offsets: mean and variance of each of `tokens`; None if unknown."""
 
     @property
     def nonempty(self) -> Tensor | None:
@@ -64,6 +68,13 @@ class Context(NamedTuple):
         """Return the counts of all tokens, [T]."""
         return None if self.counts is None else self.counts.flatten()
 
+    def packed_statistics(self, eps: float) -> tuple[Tensor, Tensor] | None:
+        """Return mean and 1 / sqrt(variance + eps) of all tokens with their positions, [T] each."""
+        if self.statistics is None:
+            return None
+        x, positions, _ = self.packed()
+        return layer_norm_statistics(self.statistics.view(-1, 2), x.shape[1], positions, eps)
+
     def unpacked(self, weights: Tensor) -> Tensor:
         """Return weights [T, H, C] as [B, H, C, N] for a dense context, else as they are."""
         if self.offsets is not None:
@@ -86,22 +97,32 @@ class Batch(NamedTuple):
     """int64 [B + 1] of the caller's jagged tensor, else None."""
     coords: Tensor | None
     """Coordinates in the layout of x."""
+    statistics: Tensor | None = None
+    """Mean and variance of the tokens, [..., 2] in the layout of x."""
 
     def context(self, modality: Modality, positions: Positions) -> Context:
         """Turn the batch into tokens and their positions."""
         tokens, places = modality.tokenise(self.x, positions, self.coords)
         if self.offsets is None:
-            return self.pack(tokens, self.keep, places)
+            return self.pack(tokens, self.keep, places, self.statistics)
         if self.keep is None:
-            return Context(tokens, places, self.offsets)
+            return Context(tokens, places, self.offsets, statistics=self.statistics)
         kept = offsets_of(self.keep.long())  # how many real tokens lie before each
-        places = None if places is None else places[self.keep]
-        return Context(tokens[self.keep], places, kept[self.offsets])
+        places, statistics = (
+            None if part is None else part[self.keep] for part in (places, self.statistics)
+        )
+        return Context(tokens[self.keep], places, kept[self.offsets], statistics=statistics)
 
-    def pack(self, tokens: Tensor, keep: Tensor | None, positions: Tensor | None = None) -> Context:
+    def pack(
+        self,
+        tokens: Tensor,
+        keep: Tensor | None,
+        positions: Tensor | None = None,
+        statistics: Tensor | None = None,
+    ) -> Context:
         """Gather the tokens [I, N, D] of each row's items, those where `keep` [I, N] is True.
 
-        Positions are [I, N, P], or [N, P] for all items alike.
+        Positions are [I, N, P], or [N, P] for all items alike; statistics [I, N, 2].
         """
         items, per_item = tokens.shape[:2]
         count = self.items * per_item
@@ -109,11 +130,16 @@ class Batch(NamedTuple):
         if positions is not None and (positions.ndim == 3 or keep is not None or self.items > 1):
             positions = positions.expand(items, per_item, -1)
             positions = positions.reshape(self.rows, count, positions.shape[-1])
+        if statistics is not None:
+            statistics = statistics.reshape(self.rows, count, 2)
         if keep is None:
-            return Context(tokens, positions, single=count == 1)
+            return Context(tokens, positions, single=count == 1, statistics=statistics)
         keep = keep.reshape(self.rows, count)
-        positions = None if positions is None else positions[keep]
-        return Context(tokens[keep], positions, offsets_of(keep.sum(1)), single=count == 1)
+        positions, statistics = (
+            None if part is None else part[keep] for part in (positions, statistics)
+        )
+        offsets = offsets_of(keep.sum(1))
+        return Context(tokens[keep], positions, offsets, count == 1, statistics=statistics)
 
     def spread(self, weights: Tensor, context: Context) -> Tensor:
         """Return attention weights in the caller's layout.
@@ -147,10 +173,11 @@ class Names(NamedTuple):
     mask: str = "mask"
     present: str = "present"
     coords: str = "coords"
+    statistics: str = "statistics"
 
     @classmethod
     def of(cls, modality: str) -> Self:
-        whole = ("inputs", "masks", "present", "coords")
+        whole = ("inputs", "masks", "present", "coords", "statistics")
         return cls(*(f"{part}[{modality!r}]" for part in whole))
 
 
@@ -201,6 +228,7 @@ def read_all(
     masks: Any,
     present: Any,
     coords: Any,
+    statistics: Any = None,
     like: Tensor,
 ) -> dict[str, Batch]:
     """Check the inputs of a model with several modalities; `like` has its dtype and device."""
@@ -209,6 +237,7 @@ def read_all(
     masks = by_name(masks, names, "masks")
     present = by_name(present, names, "present")
     coords = by_name(coords, names, "coords")
+    statistics = by_name(statistics, names, "statistics")
     if not inputs:
         raise ValueError(
             f"inputs: expected a tensor for at least one of {', '.join(names)}, got none"
@@ -221,6 +250,7 @@ def read_all(
             mask=masks.get(name),
             present=present.get(name),
             coords=coords.get(name),
+            statistics=statistics.get(name),
             like=like,
         )
         for name in names
@@ -235,6 +265,8 @@ def read_all(
         _check_bool(masks[name], Names.of(name).mask, like)
     for name in coords.keys() - inputs.keys():
         check_tensor(coords[name], Names.of(name).coords, like)
+    for name in statistics.keys() - inputs.keys():
+        _check_statistics(modalities[name], statistics[name], Names.of(name), like)
     for name in present.keys() - inputs.keys():
         _check_present(present[name], Names.of(name), rows, like)
         if present[name].any():
@@ -250,24 +282,25 @@ def read(
     mask: Any = None,
     present: Any = None,
     coords: Any = None,
+    statistics: Any = None,
     like: Tensor,
 ) -> Batch:
     """Check one modality's tensor with what describes it."""
     name = names.x
     check_tensor(x, name, like)
     _check_coords(modality, coords, names, like)
+    _check_statistics(modality, statistics, names, like)
     if x.is_nested:
-        return _read_jagged(modality, x, names, mask, present, coords)
+        return _read_jagged(modality, x, names, mask, present, coords, statistics)
 
     items = x.ndim == modality.item_ndim + 2  # [B, K, ...]: K items per row
     if (x.ndim != modality.item_ndim + 1 and not items) or x.shape[-1] != modality.channels:
         raise ValueError(f"{name}: expected {_expected_shape(modality)}, got {tuple(x.shape)}")
     rows, per_row = x.shape[0], x.shape[1] if items else 1
-    if coords is not None:
-        assert isinstance(modality, Bag)
-        expected = (*x.shape[:-1], modality.coords)
-        if tuple(coords.shape) != expected:
-            raise ValueError(f"{names.coords}: expected {expected}, got {tuple(coords.shape)}")
+    for part, width, called in _per_token(modality, coords, statistics, names):
+        if part.is_nested or tuple(part.shape) != (*x.shape[:-1], width):
+            got = "a nested tensor" if part.is_nested else tuple(part.shape)
+            raise ValueError(f"{called}: expected {(*x.shape[:-1], width)}, got {got}")
 
     count = math.prod(modality.token_shape(x))
     keep = None
@@ -283,7 +316,17 @@ def read(
     if items:
         x = x.flatten(0, 1)
         coords = None if coords is None else coords.flatten(0, 1)
-    return Batch(x, rows, per_row, keep, None, coords)
+        statistics = None if statistics is None else statistics.flatten(0, 1)
+    return Batch(x, rows, per_row, keep, None, coords, statistics)
+
+
+def _per_token(
+    modality: Modality, coords: Tensor | None, statistics: Tensor | None, names: Names
+) -> list[tuple[Tensor, int, str]]:
+    """Return what is given for each token: a tensor, how many numbers a token has, its name."""
+    axes = modality.coords if isinstance(modality, Bag) else 0
+    given = [(coords, axes, names.coords), (statistics, 2, names.statistics)]
+    return [(part, width, name) for part, width, name in given if part is not None]
 
 
 def _check_coords(modality: Modality, coords: Any, names: Names, like: Tensor) -> None:
@@ -294,10 +337,28 @@ def _check_coords(modality: Modality, coords: Any, names: Names, like: Tensor) -
                 f"{names.coords}: expected {modality.coords} coordinates per token, got none"
             )
         # Half precision cannot hold pixels: such models take coordinates in float32 too.
-        wide = isinstance(coords, Tensor) and coords.dtype == torch.float32 and like.itemsize == 2
-        check_tensor(coords, names.coords, like.float() if wide else like)
+        single = isinstance(coords, Tensor) and coords.dtype == torch.float32
+        check_tensor(coords, names.coords, like.float() if single and like.itemsize == 2 else like)
     elif coords is not None:
         raise ValueError(f"{names.coords}: expected none for {modality}, got a value")
+
+
+def _check_statistics(modality: Modality, statistics: Any, names: Names, like: Tensor) -> None:
+    """Raise unless statistics are a tensor as `token_statistics` makes it, of a Bag's tokens."""
+    if statistics is None:
+        return
+    if not isinstance(modality, Bag):
+        raise ValueError(f"{names.statistics}: expected none for {modality}, got a value")
+    if not isinstance(statistics, Tensor):
+        raise TypeError(
+            f"{names.statistics}: expected a tensor or None, got {type(statistics).__name__}"
+        )
+    expected = (wide(like.dtype), like.device)
+    if (statistics.dtype, statistics.device) != expected:
+        raise ValueError(
+            f"{names.statistics}: expected {expected[0]} on {expected[1]}, got "
+            f"{statistics.dtype} on {statistics.device}"
+        )
 
 
 def _kept_by_mask(modality: Modality, x: Tensor, mask: Any, name: str, *, items: bool) -> Tensor:
@@ -320,7 +381,13 @@ def _kept_by_mask(modality: Modality, x: Tensor, mask: Any, name: str, *, items:
 
 
 def _read_jagged(
-    modality: Modality, x: Tensor, names: Names, mask: Any, present: Any, coords: Any
+    modality: Modality,
+    x: Tensor,
+    names: Names,
+    mask: Any,
+    present: Any,
+    coords: Tensor | None,
+    statistics: Tensor | None,
 ) -> Batch:
     name = names.x
     if not isinstance(modality, Bag):
@@ -334,22 +401,26 @@ def _read_jagged(
             f"shape {tuple(values.shape)}"
         )
     rows = len(offsets) - 1
-    if coords is not None:
-        if not coords.is_nested:
+    of_tokens = {}
+    for part, width, called in _per_token(modality, coords, statistics, names):
+        if not part.is_nested:
+            raise ValueError(f"{called}: expected a nested tensor as {name} is, got a dense one")
+        own, other = _jagged_parts(part, called)
+        # On a GPU comparing values would wait for it; the shapes are compared all the same.
+        same = other.shape == offsets.shape and (other.is_cuda or torch.equal(offsets, other))
+        if own.shape != (len(values), width) or not same:
             raise ValueError(
-                f"{names.coords}: expected a nested tensor as {name} is, got a dense one"
+                f"{called}: expected {width} numbers for each token of {name}, got values of shape "
+                f"{tuple(own.shape)}"
             )
-        coords, other = _jagged_parts(coords, names.coords)
-        if coords.shape != (len(values), modality.coords) or not torch.equal(offsets, other):
-            raise ValueError(
-                f"{names.coords}: expected {modality.coords} numbers for each token of {name}, got "
-                f"values of shape {tuple(coords.shape)}"
-            )
+        of_tokens[called] = own
     keep = None
     if present is not None:
         _check_present(present, names, rows, x)
-        keep = present.repeat_interleave(offsets.diff())
-    return Batch(values, rows, 1, keep, offsets, coords)
+        keep = present.repeat_interleave(offsets.diff(), output_size=len(values))
+    return Batch(
+        values, rows, 1, keep, offsets, of_tokens.get(names.coords), of_tokens.get(names.statistics)
+    )
 
 
 def _jagged_parts(x: Tensor, name: str) -> tuple[Tensor, Tensor]:

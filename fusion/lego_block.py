@@ -209,6 +209,7 @@ class LegoBlock(nn.Module):
         mask: Tensor | None = None,
         present: Tensor | None = None,
         coords: Tensor | None = None,
+        statistics: Tensor | None = None,
         latents: Tensor | None = None,
         return_latents: bool = False,
         strategy: Strategy | None = None,
@@ -221,6 +222,8 @@ class LegoBlock(nn.Module):
             mask: bool, True for real tokens, [B, N] or in the shape of a grid.
             present: bool [B], False where the row misses the modality: its latents get no update.
             coords: coordinates, for a `Bag` that has them.
+            statistics: what `motet.token_statistics` returns of a `Bag`'s tensor, where it is
+                known. Not used where an encoder or a transform makes other tokens of these.
             latents: real [C, D] or [B, C, D] to start from instead of the block's own.
             return_latents: return the last latents too.
             strategy: how the context is attended to, instead of what `motet.kernels.plan` chooses:
@@ -243,6 +246,7 @@ class LegoBlock(nn.Module):
             mask=mask,
             present=present,
             coords=coords,
+            statistics=statistics,
             like=self.latents,
         )
         if latents is not None:

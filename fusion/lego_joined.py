@@ -85,11 +85,12 @@ class JoinedBlocks(nn.Module):
         masks: Any = None,
         present: Any = None,
         coords: Any = None,
+        statistics: Any = None,
         return_latents: bool = False,
         strategy: Strategy | None = None,
         backend: Backend = "auto",
     ) -> Tensor | LegoOutput:
-        """Predict logits; arguments as in `HEALNet.forward`, the last two as in LegoBlock's.
+        """Predict logits; arguments as in `HEALNet.forward`, the last three as in LegoBlock's.
 
         Returns:
             Logits [B, out_features] (real latents [B, C, D] without a head); a `LegoOutput` if
@@ -97,7 +98,13 @@ class JoinedBlocks(nn.Module):
         """
         like = next(iter(self._blocks().values())).latents
         batches = read_all(
-            self.modalities, inputs, masks=masks, present=present, coords=coords, like=like
+            self.modalities,
+            inputs,
+            masks=masks,
+            present=present,
+            coords=coords,
+            statistics=statistics,
+            like=like,
         )
         latents = self.join(batches, self.how(strategy, backend))
         # Contiguous, as a block alone has it: the head then rounds alike.

@@ -1,8 +1,8 @@
 """Patients of one part of a split as a torch dataset: rows of tables, bags read when needed."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from .context import jagged
 from .modalities import Bag, Modality, Tabular
 from .preprocessing import BagScaling, BagSource, Scaling, TableScaling
+from .statistics import token_statistics
 
 # Scaled bags of at most this size are kept in memory; a larger store is read again every epoch.
 CACHE_BYTES = 2 << 30
@@ -40,28 +41,35 @@ class Batch:
     present: dict[str, Tensor]
     """Bool [B], for the tables that some rows miss."""
     target: dict[str, Tensor]
+    statistics: dict[str, Ragged] = field(default_factory=dict)
+    """Mean and variance of every token, where the bags keep them."""
 
     def to(self, device: Any, **options: Any) -> Self:
         """Move the batch; Lightning calls this."""
+        return self._each(lambda tensor: tensor.to(device, **options))
 
-        def move(value: Any) -> Any:
+    def pin_memory(self) -> Self:
+        """Copy the batch to memory from which a GPU copies by itself; torch's loader calls this."""
+        return self._each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        def changed(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device, **options)
-            return Ragged(value.values.to(device, **options), value.offsets.to(device, **options))
-
-        def moved(values: dict[str, Any]) -> dict[str, Any]:
-            return {name: move(value) for name, value in values.items()}
+                return change(value)
+            if isinstance(value, Ragged):
+                return Ragged(change(value.values), change(value.offsets))
+            return {name: changed(part) for name, part in value.items()}
 
         return replace(
-            self, x=moved(self.x), coords=moved(self.coords), present=moved(self.present),
-            target=moved(self.target),
-        )  # fmt: skip
+            self, **{part.name: changed(getattr(self, part.name)) for part in fields(self)}
+        )
 
     def arguments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the inputs of `HEALNet`, `LegoMerge` and `LegoFuse`, and their keywords."""
         inputs = {n: x.nested() if isinstance(x, Ragged) else x for n, x in self.x.items()}
         coords = {name: c.nested() for name, c in self.coords.items()}
-        return inputs, {"present": self.present, "coords": coords}
+        statistics = {name: s.nested() for name, s in self.statistics.items()}
+        return inputs, {"present": self.present, "coords": coords, "statistics": statistics}
 
 
 @dataclass(frozen=True)
@@ -140,17 +148,26 @@ class Patients(Dataset):
         index = torch.as_tensor(rows)
         x: dict[str, Tensor | Ragged] = {n: table[index] for n, table in self.tables.items()}
         present = {name: there[index] for name, there in self.present.items()}
-        coords = {}
+        coords, statistics = {}, {}
         for name, bags in self.bags.items():
-            x[name], at = bags.take([self.ids[row] for row in rows])
+            x[name], at, of_tokens = bags.take([self.ids[row] for row in rows])
             if at is not None:
                 coords[name] = at
+            if of_tokens is not None:
+                statistics[name] = of_tokens
         return Batch(
             x,
             coords,
             {name: there for name, there in present.items() if not there.all()},
             {name: value[index] for name, value in self.target.items()},
+            statistics,
         )
+
+    def ready_for(self, device: torch.device, dtype: torch.dtype, room: int) -> Self:
+        """Return these patients with their ReadyBags, of at most `room` bytes."""
+        limit = room // max(1, len(self.bags))
+        ready = {name: ReadyBags(bags, device, dtype, limit) for name, bags in self.bags.items()}
+        return replace(self, bags=ready)
 
     def has(self, modality: str) -> Tensor:
         """Return who has the modality, bool [n]."""
@@ -170,6 +187,17 @@ class Patients(Dataset):
         )
 
 
+class Tokens(NamedTuple):
+    """One bag."""
+
+    values: Tensor
+    """[N, F]."""
+    coords: Tensor | None = None
+    """[N, A]."""
+    statistics: Tensor | None = None
+    """Mean and variance of each of the values, [N, 2]."""
+
+
 class Bags:
     """Scaled bags of one modality, kept in memory up to a limit.
 
@@ -187,43 +215,76 @@ class Bags:
         self.places: NDArray[np.intp] | None = None
         if source is not None and scaling.names and source.names and source.names != scaling.names:
             self.places = pd.Index(source.names).get_indexer(pd.Index(scaling.names))
-        self.kept: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.kept: dict[str, Tokens] = {}
         self.bytes = 0
 
     def __contains__(self, patient: str) -> bool:
         return self.source is not None and patient in self.source
 
-    def __getitem__(self, patient: str) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens [N, F] and coordinates [N, A]; no token for a patient without."""
+    def __getitem__(self, patient: str) -> Tokens:
+        """Return a patient's tokens; none for a patient without the modality."""
         if patient in self.kept:
             return self.kept[patient]
+        bag = self._read(patient)
+        size = _bytes_of(bag)
+        if patient in self and self.bytes + size <= self.limit:
+            self.kept[patient] = bag
+            self.bytes += size
+        return bag
+
+    def _read(self, patient: str) -> Tokens:
         if patient not in self:
             at = torch.zeros(0, self.scaling.coords) if self.scaling.coords else None
-            return torch.zeros(0, len(self.scaling.features)), at
+            return Tokens(torch.zeros(0, len(self.scaling.features)), at)
         assert self.source is not None
         features, coords = self.source[patient]
         if self.places is not None:
             unmeasured = np.full((len(features), 1), np.nan, np.float32)
             features = np.concatenate([features, unmeasured], axis=1)[:, self.places]
-        bag = (
-            torch.from_numpy(self.scaling.transform(features)),
-            None if coords is None else torch.from_numpy(coords),
-        )
-        size = _bytes_of(bag)
-        if self.bytes + size <= self.limit:
-            self.kept[patient] = bag
-            self.bytes += size
-        return bag
+        values = torch.from_numpy(self.scaling.transform(features))
+        return Tokens(values, None if coords is None else torch.from_numpy(coords))
 
-    def take(self, patients: Sequence[str]) -> tuple[Ragged, Ragged | None]:
-        """Return the bags of some patients, packed, and their coordinates."""
-        bags = [self[patient] for patient in patients]
-        lengths = torch.tensor([0, *(len(x) for x, _ in bags)])
-        offsets = lengths.cumsum(0)
-        values = Ragged(torch.cat([x for x, _ in bags]), offsets)
-        if not self.scaling.coords:
-            return values, None
-        return values, Ragged(torch.cat([at for _, at in bags if at is not None]), offsets)
+    def take(self, patients: Sequence[str]) -> tuple[Ragged, Ragged | None, Ragged | None]:
+        """Return the bags of some patients, packed, with their coordinates and statistics."""
+        values, coords, statistics = zip(*(self[patient] for patient in patients), strict=True)
+        offsets = torch.tensor([0, *map(len, values)]).cumsum(0)
+
+        def packed(parts: Sequence[Tensor | None]) -> Ragged | None:
+            there = [part for part in parts if part is not None]
+            return Ragged(torch.cat(there), offsets) if there else None
+
+        return (
+            Ragged(torch.cat(values), offsets),
+            packed(coords) if self.scaling.coords else None,
+            packed(statistics),
+        )
+
+
+class ReadyBags(Bags):
+    """Bags in the dtype of the products, with the statistics of their tokens, on a device.
+
+    What is converted once need not be in every step: neither the rounding, nor the pass over the
+    tokens that a LayerNorm's mean takes, nor, as long as there is room on the GPU, the copy to it.
+
+    Args:
+        bags: the same bags, in float32 in main memory.
+        device: where those that fit are kept; the others are sent there every time.
+        dtype: of the tokens.
+        limit: bytes to keep.
+    """
+
+    def __init__(
+        self, bags: Bags, device: torch.device, dtype: torch.dtype, limit: int = CACHE_BYTES
+    ) -> None:
+        self.bags, self.device, self.dtype = bags, device, dtype
+        super().__init__(bags.source, bags.scaling, limit)
+
+    def _read(self, patient: str) -> Tokens:
+        values, coords, _ = self.bags[patient]
+        values = values.to(self.dtype)
+        statistics = token_statistics(values).to(self.device)
+        coords = None if coords is None else coords.to(self.device)
+        return Tokens(values.to(self.device), coords, statistics)
 
 
 class BagsReadOnce:
@@ -261,7 +322,7 @@ class BagsReadOnce:
         self._handed_over = True
 
 
-def _bytes_of(bag: tuple[Any, Any]) -> int:
+def _bytes_of(bag: tuple[Any, ...]) -> int:
     return sum(part.nbytes for part in bag if part is not None)
 
 
