@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 import torch
 from motet.kernels.absorbed_attention import triton as absorbed_launchers
 from motet.kernels.context_kv import triton as context_launchers
+from motet.kernels.fold_norm import triton as fold_launchers
 from motet.kernels.harmonic_merge import triton as merge_launchers
 from motet.kernels.latent_attention import triton as attention_launchers
 from motet.kernels.lego_pass import triton as lego_launchers
-from motet.kernels.lego_pass.weights import Asking, Update
 from motet.kernels.row_statistics import triton as statistics_launchers
 from motet.kernels.slerp import triton as slerp_launchers
 
 LAUNCHERS = (
-    absorbed_launchers, attention_launchers, context_launchers, lego_launchers, merge_launchers,
-    slerp_launchers, statistics_launchers,
+    absorbed_launchers, attention_launchers, context_launchers, fold_launchers, lego_launchers,
+    merge_launchers, slerp_launchers, statistics_launchers,
 )  # fmt: skip
 BITS = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64
@@ -76,6 +76,19 @@ def context_kv(
     return run
 
 
+def fold(dtype: str, heads: int, width: int, *, model: str = "fp32") -> Callable[[], None]:
+    """Return what calls every launcher of fold_norm at one size, results in `dtype`."""
+
+    def run() -> None:
+        own, padding = {"dtype": BITS[model]}, -width % 16
+        weight = torch.empty(2 * heads, width, 2048, **own)
+        gain, shift = torch.empty(2, 2048, **own).unbind()
+        folded, bias = fold_launchers.fold(weight, gain, shift, padding, BITS[dtype])
+        fold_launchers.fold_backward(folded, bias, weight, gain, shift)
+
+    return run
+
+
 def absorbed(
     dtype: str, rows: int, *, dropout: float, channels: int = 5, counted: bool = False
 ) -> Callable[[], None]:
@@ -114,15 +127,18 @@ def lego_pass(
     dtype: str, latents: int, dim: int, axes: tuple[int, ...] = (-2, -1), *,
     rows: int | None = None, snn: bool = True, model: str = "fp32", optional: bool = True,
     asked: bool = True, wanted: tuple[bool, bool, bool] = (True, True, True), shared: bool = False,
+    updated: bool = True,
 ) -> Callable[[], None]:  # fmt: skip
     """Return what calls every launcher of lego_pass at one size, products in `dtype`.
 
     Args:
         model: dtype of latents and weights.
-        optional: give Im Z, present, keep and scaled.
+        optional: give Im Z, present, scaled and a seed.
         asked: give the weights of the next queries.
         wanted: give the gradients of Re Z, of Im Z and of the queries, where there are these.
-        shared: let all samples begin alike, and give one row per sample of what was gathered.
+        shared: let all samples begin alike, and give one row per sample of what was gathered, in
+            the dtype of the products.
+        updated: give what was gathered.
     """
 
     def run() -> None:
@@ -130,18 +146,17 @@ def lego_pass(
         own = {"dtype": BITS[model]}
         real = torch.empty(1 if shared else 2, latents, dim, **own)
         imaginary = torch.empty_like(real) if optional and axes else None
-        keep = torch.empty(2, latents, dim, **own) if optional else None
-        gathered = torch.empty(2, 8, 1 if shared else latents, 64, dtype=products)
-        shapes = [
-            (dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim),
-            (dim,), (dim,), (dim,), (inner, dim),
-        ]  # fmt: skip
-        weights = [torch.empty(shape, **own) for shape in shapes]
+        gathered = update = None
+        if updated:
+            kind = products if shared else torch.float32
+            gathered = torch.empty(2, 8, 1 if shared else latents, 64, dtype=kind)
+            update = torch.empty(12 * dim**2 + dim * inner + 12 * dim, **own)
+        asking = torch.empty((inner + 2) * dim, **own) if asked else None
         present, scaled = torch.ones(2, 2, dtype=torch.bool).unbind()
+        seed = torch.zeros(1, dtype=torch.int64)
         rest = [
-            Update(*weights[:8]), Asking(*weights[8:]) if asked else None,
-            *((present, keep, scaled) if optional else (None, None, None)),
-            snn, axes, rows or latents, products,
+            update, asking, *((present, scaled, seed) if optional else (None, None, None)),
+            0.1 if optional else 0.0, snn, axes, rows or latents, products,
         ]  # fmt: skip
         x, y, queries, scale = kernels.forward(real, imaginary, gathered, *rest)
         y = None if imaginary is None else y
@@ -232,6 +247,11 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
             )
         for dim, axes in ((64, ()), (126, (-1,)), (256, (-1,))):  # rows apart
             yield f"pass {dtype} rows of {dim}", lego_pass(dtype, 64, dim, axes)
+        for latents, dim in ((25, 119), (17, 126), (17, 62), (16, 65)):  # HEALNet
+            yield f"pass {dtype} {latents}x{dim} alone", lego_pass(dtype, latents, dim, ())
+        for heads, width in ((8, 16), (8, 63)):
+            yield f"fold {dtype} {heads}x{width}", fold(dtype, heads, width)
+        yield f"pass {dtype} first queries", lego_pass(dtype, 25, 119, (), updated=False)
 
 
 def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -268,6 +288,8 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
             f"form: context bf16 with {p_dtype} positions",
             context_kv("bf16", 256, 2, 32, channels=5, p_dtype=p_dtype),
         )
+    for dtype, model in (("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "bf16")):
+        yield f"form: fold {dtype} of {model}", fold(dtype, 1, 27, model=model)
     # Under autocast, and models in half precision.
     pairs = (
         ("fp32", "fp32"),
@@ -287,6 +309,7 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         yield f"{name} of Im Z", lego_pass(*small, **own, wanted=(False, True, False))
         yield f"{name} without axes", lego_pass(*small, (), **own, asked=False)
+        yield f"{name} first", lego_pass(*small, **own, updated=False)
 
 
 CELLS = {**dict(_shipped()), **dict(_forms())}

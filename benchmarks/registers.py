@@ -79,7 +79,7 @@ class Launch:
         given = dict(zip(self.function.arg_names, self.arguments, strict=True))
         if name == "asking_backward_kernel" and given["dqueries_ptr"] is None:
             return False  # the normalisation alone
-        beside = ("centre", "combine", "merge", "products", "row", "scale", "softmax")
+        beside = ("centre", "combine", "fold", "merge", "products", "row", "scale", "softmax")
         return not name.startswith(beside)
 
 

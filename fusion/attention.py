@@ -2,9 +2,13 @@
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import attention_weights, latent_attention
+from ..kernels.backends import Backend
+from ..kernels.fold_norm.operator import fold_norm
 from ..kernels.lego_pass.weights import Asking
 from .context import Context
 
@@ -45,50 +49,47 @@ class Attention(nn.Module):
         self.to_kv = nn.Linear(context_dim or dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim)
 
-    def forward(self, latents: Tensor, keys: "Keys | None" = None) -> Tensor:
+    def forward(self, latents: Tensor, keys: "Keys") -> Tensor:
         """Return the update of latents [B, C, D], residual not added.
 
         Args:
             latents: [B, C, D].
-            keys: what this attention's layer prepared; None for the latents themselves.
+            keys: what this attention's layer prepared.
 
         Returns:
             [B, C, D]; or [B, 1, D] where every latent gets the same.
         """
-        if keys is None:
-            normed = self.norm(latents)
-            k, v = self.to_kv(normed).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-            heads = F.scaled_dot_product_attention(
-                self.split(self.to_q(normed)),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                dropout_p=self.active_dropout,
-                scale=self.scale,
-            )
-        else:
-            heads = keys.attend(self, self.queries(latents) if keys.asks else None)
+        heads = keys.attend(self, self.queries(latents) if keys.asks else None)
         return F.leaky_relu(self.to_out(heads.transpose(1, 2).flatten(2)))
 
     def queries(self, latents: Tensor) -> Tensor:
-        """Return Q [B, C, H·E] of latents [B, C, D], not scaled."""
-        return self.to_q(self.norm(latents))
+        """Return Q [B, C, H·E] of latents [B, C, D], not scaled; of self-attention Q, K and V."""
+        normed = self.norm(latents)
+        q = self.to_q(normed)
+        return q if self.norm_context is not None else torch.cat([q, self.to_kv(normed)], dim=-1)
 
     @property
     def asking(self) -> Asking:
         """The weights of `queries`."""
-        return Asking(self.norm.weight, self.norm.bias, self.to_q.weight)
+        weight = self.to_q.weight
+        if self.norm_context is None:
+            weight = torch.cat([weight, self.to_kv.weight])
+        return Asking(self.norm.weight, self.norm.bias, weight)
 
     def split(self, x: Tensor) -> Tensor:
         """Return x [B, C, H·E] as [B, H, C, E]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Return K's and V's weights [2, H, E, W] and shifts [2, H, E] with the LayerNorm in them.
+    def folded(self, padding: int, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, Tensor]:
+        """Return K's and V's weights [2 H, E, W] and shifts [2 H, E] with the LayerNorm in them.
 
-        W = W₀ diag(γ) and b = W₀ β, so that what is left to do to a token is to normalise it.
+        W = W₀ diag(γ) and b = W₀ β, so that what is left to do to a token is to normalise it. Each
+        head gets `padding` more outputs, which are zero.
         """
-        norm, weight, shape = self.token_norm, self.to_kv.weight, (2, self.heads, -1)
-        return (weight * norm.weight).unflatten(0, shape), (weight @ norm.bias).unflatten(0, shape)
+        norm, weight = self.token_norm, self.to_kv.weight.unflatten(0, (2 * self.heads, -1))
+        return fold_norm(
+            weight, norm.weight, norm.bias, padding=padding, dtype=dtype, backend=backend
+        )
 
     @property
     def token_norm(self) -> nn.LayerNorm:
@@ -104,17 +105,52 @@ class Attention(nn.Module):
 class Keys(Protocol):
     """What the latents of a batch attend to in one layer.
 
-    Queries are [B, C, H·E], or [1, C, H·E] for all rows, as `Attention.queries` gives them.
+    Queries are [B, C, Q], or [1, C, Q] for all rows, as `Attention.queries` gives them.
     """
 
     context: Context
     asks: bool
     """Whether the queries matter; if not, None does for them."""
 
-    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        """Return what each head gathers, [B, H, C or 1, E]."""
+    def attend(
+        self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
+        """Return what each head gathers, [B, H, C or 1, E], float32 or wider if it sums in it.
+
+        `seed` is what kernels draw dropout masks from, int64 [1]; None draws one.
+        """
         ...
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         """Return the attention weights before dropout, [B, H, C, N]; [T, H, C] if packed."""
         ...
+
+
+class Itself:
+    """The latents themselves: what latent self-attention attends to."""
+
+    asks = True
+
+    def __init__(self, latents: Tensor, backend: Backend = "auto") -> None:
+        self.context = Context(latents)  # [1, C, D], of which only that it is dense matters
+        self.backend: Backend = backend
+
+    def attend(
+        self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = self._split(attention, queries)
+        p, scale = attention.active_dropout, attention.scale
+        if q.is_cuda:  # the same bits in every run, and of a row in every batch
+            return latent_attention(
+                q, k, v, scale=scale, dropout_p=p, seed=seed, backend=self.backend
+            )
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=scale)
+
+    def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
+        q, k, _ = self._split(attention, queries)
+        return attention_weights(q, k, scale=attention.scale)
+
+    def _split(self, attention: Attention, queries: Tensor | None) -> tuple[Tensor, ...]:
+        """Return Q, K and V, [B, H, C, E] each."""
+        assert queries is not None
+        return queries.unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4).unbind()

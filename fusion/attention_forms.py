@@ -42,7 +42,9 @@ class OneToken:
             v = v.new_zeros(len(nonempty), 1, v.shape[1]).index_put((nonempty,), v[:, None])
         return cls(context, attention.split(v), latents)
 
-    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+    def attend(
+        self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
         p = attention.active_dropout
         if not p:
             return self.v
@@ -75,7 +77,9 @@ class Cached:
         kv = attention.to_kv(attention.token_norm(context.joined()))
         return cls(context, offsets, kv.unflatten(-1, (2, attention.heads, -1)), backend)
 
-    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+    def attend(
+        self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
         out, _ = latent_attention_kv(
             self._split(attention, queries),
             self.kv,
@@ -83,6 +87,7 @@ class Cached:
             counts=self.context.packed_counts(),
             scale=attention.scale,
             dropout_p=attention.active_dropout,
+            seed=seed,
             backend=self.backend,
         )
         return out[..., : attention.head_dim]
@@ -116,10 +121,12 @@ class Absorbed:
         self.backend: Backend = backend
         self.x, self.positions, self.offsets = packed
 
-    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+    def attend(
+        self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
         norm = attention.token_norm
         asked = self._asked(attention, queries)
-        pooled, mass = self._pooled(asked, attention)
+        pooled, mass = self._pooled(asked, attention, seed)
         normed = pooled * norm.weight + mass[..., None] * norm.bias
         normed = normed.to(pooled.dtype).unflatten(1, (attention.heads, -1))
         return torch.einsum("bhcw,hew->bhce", normed, _by_head(attention)[1])
@@ -144,7 +151,9 @@ class Absorbed:
         asked = (asked * attention.token_norm.weight).to(asked.dtype)
         return asked.expand(len(self.offsets) - 1, -1, -1)
 
-    def _pooled(self, asked: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+    def _pooled(
+        self, asked: Tensor, attention: Attention, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the normalised tokens that each query gathers, [B, R, W], and their weight."""
         return absorbed_attention(
             asked,
@@ -155,6 +164,7 @@ class Absorbed:
             statistics=self.statistics,
             eps=attention.token_norm.eps,
             dropout_p=attention.active_dropout,
+            seed=seed,
             backend=self.backend,
         )
 
@@ -172,7 +182,9 @@ class AbsorbedTogether(Absorbed):
         tokens = context.joined()
         return cls(context, F.layer_norm(tokens, tokens.shape[-1:], eps=attention.token_norm.eps))
 
-    def _pooled(self, asked: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+    def _pooled(
+        self, asked: Tensor, attention: Attention, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         scores = asked @ self.normed.transpose(1, 2)
         if self.context.counts is not None:
             scores = scores + self.context.counts.log()[:, None]
@@ -194,7 +206,9 @@ class Together:
         bias = kv.new_zeros(1) if counts is None else counts.log().to(kv.dtype)[:, None, None]
         self.bias = bias.expand(*kv.shape[1:3], 1, kv.shape[3]).flatten(0, 1)
 
-    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+    def attend(
+        self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
         weights = F.dropout(self._weights(attention, queries), attention.active_dropout)
         return torch.bmm(weights, self.v).unflatten(0, (-1, attention.heads))
 
@@ -224,7 +238,9 @@ class Literal:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.k, self.v = k, v
 
-    def attend(self, attention: Attention, queries: Tensor | None) -> Tensor:
+    def attend(
+        self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
         assert queries is not None
         return latent_attention_reference(
             attention.split(queries), self.k, self.v, self.context.offsets,
@@ -311,7 +327,7 @@ def _planned(
         weight_sets=weight_sets,
         heads=attention.heads,
         head_dim=attention.head_dim,
-        dtype=_cast(attention.to_kv.weight).dtype,
+        dtype=_product_dtype(attention.to_kv.weight),
         device="cuda" if x.is_cuda else "cpu",
         training=torch.is_grad_enabled(),
         dropout=attention.active_dropout,
@@ -335,17 +351,17 @@ def _kv_of_all_layers(
     """
     x, positions, offsets = packed
     first = attentions[0]
-    weights, biases = zip(*(attention.folded() for attention in attentions), strict=True)
-    weights, biases = _cast(_stacked(weights)), _cast(_stacked(biases))
-    if x.is_cuda:  # rows of K and V on 32-byte boundaries, without which no load is asynchronous
-        padding = -first.head_dim % 16
-        weights, biases = F.pad(weights, (0, 0, 0, padding)), F.pad(biases, (0, padding))
+    # Rows of K and V on 32-byte boundaries, without which no load on a GPU is asynchronous.
+    padding = -first.head_dim % 16 if x.is_cuda else 0
+    dtype = _product_dtype(first.to_kv.weight)
+    parts = [attention.folded(padding, dtype, backend) for attention in attentions]
+    weights, biases = (_stacked(part) for part in zip(*parts, strict=True))
     y = context_kv(
-        x, weights.flatten(1, 3), biases.flatten(1), positions=positions,
+        x, weights.flatten(1, 2), biases.flatten(1), positions=positions,
         offsets=offsets if bag_by_bag else None, statistics=statistics,
         eps=first.token_norm.eps, backend=backend,
     )  # fmt: skip
-    y = y.unflatten(2, weights.shape[1:4])
+    y = y.unflatten(2, (2, first.heads, -1))
     # One set is a view; of several, unbinding collects the gradients without sums over zeros.
     return [y.squeeze(0)] if len(attentions) == 1 else y.unbind(0)
 
@@ -359,9 +375,9 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _cast(weight: Tensor) -> Tensor:
-    """Return the weight in the dtype in which autocast would multiply."""
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which torch would multiply by a weight, autocast considered."""
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-        return weight.to(torch.get_autocast_dtype(device))
-    return weight
+        return torch.get_autocast_dtype(device)
+    return weight.dtype

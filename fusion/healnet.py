@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._checks import choice, integer, positive, rate
 from ..kernels.backends import Backend
 from ..kernels.plan import Strategy
-from .attention import Attention, Keys
+from .attention import Attention, Itself, Keys
 from .attention_forms import prepare
 from .context import Batch, Context, read_all
 from .layers import (
@@ -17,7 +17,6 @@ from .layers import (
     ShareWeights,
     initial_latents,
     layer_order,
-    update,
 )
 from .modalities import (
     Modality,
@@ -26,6 +25,7 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
+from .passes import How, Step, run_steps
 
 
 class HEALNetOutput(NamedTuple):
@@ -95,15 +95,16 @@ class FusionLayer(nn.Module):
     def attention_to(self, name: str) -> Attention:
         return cast(Attention, self.attention[name])
 
-    def update(self, name: str, latents: Tensor, keys: Keys) -> Tensor:
-        feed_forward = cast(FeedForward, self.feed_forward[name])
-        return update(self.attention_to(name), feed_forward, latents, keys)
+    def step(self, name: str, keys: Keys) -> Step:
+        """Return the update from a modality."""
+        return Step(self.attention_to(name), cast(FeedForward, self.feed_forward[name]), keys)
 
-    def attend_to_itself(self, latents: Tensor) -> Tensor:
-        for attend, feed in zip(self.self_attention, self.self_feed_forward, strict=True):
-            latents = attend(latents) + latents
-            latents = feed(latents) + latents
-        return latents
+    def steps_to_itself(self, itself: Itself) -> list[Step]:
+        """Return the updates of latent self-attention."""
+        pairs = zip(self.self_attention, self.self_feed_forward, strict=True)
+        return [
+            Step(cast(Attention, attend), cast(FeedForward, feed), itself) for attend, feed in pairs
+        ]
 
 
 class HEALNet(nn.Module):
@@ -305,7 +306,8 @@ class HEALNet(nn.Module):
                 attention[name].append(batches[name].spread(weights, context))
 
         rows = next(iter(batches.values())).rows
-        latents = self.fuse(rows, keys, watch if return_attention else None)
+        how = How(strategy, backend)
+        latents = self.fuse(rows, keys, how, watch if return_attention else None)
         logits = latents if self.head is None else self.head(latents)
         if not (return_latents or return_attention):
             return logits
@@ -335,22 +337,31 @@ class HEALNet(nn.Module):
         self,
         rows: int,
         keys: Mapping[str, Sequence[Keys]],
+        how: How | None = None,
         watch: Callable[[str, Tensor, Context], None] | None = None,
     ) -> Tensor:
         """Update the latents of `rows` rows, layer after layer; return the last, [B, C, D].
 
-        `watch` is given every update's modality, attention weights and context.
+        `keys` are what `prepare` returned, for the same `how` (None: as planned). `watch` is given
+        every update's modality, attention weights and context.
         """
-        latents = self.latents.expand(rows, -1, -1)
+        how = How() if how is None else how
+        start, steps = self.latents[None], []
+        names: list[str | None] = []
+        itself = Itself(start, how.backend)
         for index in self.order:
             layer = cast(FusionLayer, self.layers[index])
             for name in self.modalities:
-                if name in keys:
-                    own = keys[name][index]
-                    if watch is not None:
-                        attention = layer.attention_to(name)
-                        weights = own.weights(attention, attention.queries(latents))
-                        watch(name, weights, own.context)
-                    latents = layer.update(name, latents, own)
-                latents = layer.attend_to_itself(latents)
-        return latents
+                own = [layer.step(name, keys[name][index])] if name in keys else []
+                again = layer.steps_to_itself(itself)
+                steps += own + again
+                names += [name] * len(own) + [None] * len(again)
+
+        def watched(index: int, queries: Tensor | None) -> None:
+            name, step = names[index], steps[index]
+            if watch is not None and name is not None:
+                watch(name, step.keys.weights(step.attention, queries), step.keys.context)
+
+        if how.strategy == "reference":
+            start = start.expand(rows, -1, -1)
+        return run_steps(start, steps, None, how, None if watch is None else watched).real

@@ -22,7 +22,6 @@ from .attention_forms import prepare
 from .context import Batch, Context, Names, check_tensor, offsets_of, read
 from .encoder_config import encoder_from_config, encoder_to_config, probe_encoder
 from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order
-from .lego_passes import How, LegoLayer, Step, Transform, Waves, run_steps
 from .modalities import (
     Bag,
     Modality,
@@ -31,6 +30,7 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
+from .passes import How, LegoLayer, Step, Transform, Waves, run_steps
 
 
 class LegoOutput(NamedTuple):
@@ -290,7 +290,13 @@ class LegoBlock(nn.Module):
         """Return the block's passes; `keys` are what `prepare` returned."""
         asked = range(len(self.order)) if self.encodes_every_pass else self.order
         return [
-            Step(self.sets[own], keys[index], self.normalise, not self.track_imaginary)
+            Step(
+                self.sets[own].attention,
+                self.sets[own].feed_forward,
+                keys[index],
+                self.normalise,
+                not self.track_imaginary,
+            )
             for own, index in zip(self.order, asked, strict=True)
         ]
 

@@ -14,7 +14,7 @@ from .layers import Head
 from .lego_block import LegoBlock
 from .lego_heads import HeadMethod, merge_heads
 from .lego_joined import JoinedBlocks
-from .lego_passes import How, run_steps
+from .passes import How, run_steps
 
 Mode = Literal["stack", "weave", "upstream-weave"]
 

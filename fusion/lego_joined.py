@@ -15,8 +15,8 @@ from .context import Batch, read_all
 from .layers import Head
 from .lego_block import LegoBlock, LegoOutput
 from .lego_heads import HeadMethod, merge_heads
-from .lego_passes import How
 from .modalities import Modality, check_names
+from .passes import How
 
 
 class JoinedBlocks(nn.Module):

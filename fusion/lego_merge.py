@@ -14,7 +14,7 @@ from .layers import Head
 from .lego_block import LegoBlock
 from .lego_heads import HeadMethod
 from .lego_joined import JoinedBlocks
-from .lego_passes import How
+from .passes import How
 
 Method = Literal["harmonic", "mean", "sum", "product", "upstream-harmonic"]
 

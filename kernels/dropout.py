@@ -1,6 +1,7 @@
 """Dropout of attention weights: masks that depend on the seed and the bag alone."""
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -
 
 
 def keep_mask(
-    seed: Tensor, bag: int, shape: tuple[int, int], dropout_p: float, like: Tensor
+    seed: Tensor, bag: int, shape: Sequence[int], dropout_p: float, like: Tensor
 ) -> Tensor:
     """Return 1 / (1 - p) for the weights of a bag that are kept, else 0; one generator per bag."""
     generator = torch.Generator(like.device).manual_seed((int(seed) + bag) % 2**62)

@@ -22,3 +22,18 @@ def row_factors(rstd_ptr, t, valid, eps):
     """Return 1 / SD of rows t, 0 for constant rows: all else that they had would be rounding."""
     rstd = tl.load(rstd_ptr + t, mask=valid, other=0.0)
     return tl.where(rstd < tl.rsqrt(eps + rstd * 0), rstd, 0.0)
+
+
+@triton.jit
+def store_tile(base, row, valid, first, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store columns first to first + BLOCK of contiguous rows of WIDTH."""
+    column = first + tl.arange(0, BLOCK)
+    mask = valid[:, None] & (column < WIDTH)[None, :]
+    at = base + row[:, None] * WIDTH + column[None, :]
+    tl.store(at, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a, b, acc):
+    """Return a b + acc, in fp32 as precisely as fp32."""
+    return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -7,7 +7,7 @@ import motet
 import pytest
 import torch
 from motet.fusion.context import jagged
-from motet.fusion.lego_passes import How
+from motet.fusion.passes import How
 from motet.kernels.lego_pass.spectrum import (
     AXES,
     column_scale,

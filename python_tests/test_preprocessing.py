@@ -122,7 +122,7 @@ def test_features_of_new_bags_are_found_by_name() -> None:
     new = Bags()
     new.names, new.features = ("K", "Hb", "Na"), 3
     new.bags = {"x": [[9.0, 77.0, 7.0]]}
-    tokens, _ = PatientBags(new, scaling)["x"]
+    tokens = PatientBags(new, scaling)["x"].values
     expected = scaling.transform(np.array([[7.0, np.nan, 9.0]], np.float32))
     np.testing.assert_array_equal(tokens, expected)
 

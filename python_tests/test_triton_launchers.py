@@ -35,6 +35,7 @@ from benchmarks.launches import (
 from motet.kernels import attention_weights, backends, plan
 from motet.kernels.absorbed_attention import operator as absorbed
 from motet.kernels.context_kv import operator as context
+from motet.kernels.fold_norm import operator as fold
 from motet.kernels.harmonic_merge import operator as merge
 from motet.kernels.latent_attention import operator as attention
 from motet.kernels.lego_pass import operator as lego
@@ -147,13 +148,23 @@ def project() -> None:
         statistics_operator._forward(x, x[:3], 1e-5, backend)
 
 
+def fold_weights() -> None:
+    """Call what the dispatcher calls for fold_norm."""
+    weight, gain, shift = torch.empty(4, 5, 12), torch.empty(12), torch.empty(12)
+    grads = fold._forward(weight, gain, shift, 3, torch.bfloat16)
+    fold._backward_of(*grads, weight, gain, shift)
+
+
 def update() -> None:
     """Call what the dispatcher calls for lego_pass."""
     real, gathered = torch.empty(2, 5, 12), torch.empty(2, 2, 5, 6)
-    shapes = [(12, 12), 12, 12, 12, (96, 12), 96, (12, 48), 12, 12, 12, (12, 12)]
-    rest = [*(torch.empty(shape) for shape in shapes), None, None, None, True, (), 5, real.dtype]
+    weights = torch.empty(12 * 12**2 + 12 * 12 + 12 * 12), torch.empty(12 * 12 + 2 * 12)
+    rest = [*weights, None, None, None, 0.0, True, (), 5, real.dtype]
     x, _, queries, scale = lego._forward(real, None, gathered, *rest)
     lego._backward_of(x, None, queries, x, None, scale, real, gathered, *rest)
+    none = [None, None, *rest[1:]]
+    x, _, queries, scale = lego._forward(real, None, *none)
+    lego._backward_of(x, None, queries, x, None, scale, real, *none)
 
 
 def merge_tensors() -> None:
@@ -275,7 +286,7 @@ def test_every_line_that_only_a_gpu_runs(launched: list) -> None:
         with on_gpu():
             for cell in CELLS.values():
                 cell()
-        for call in (attend, absorb, project, update, launch_edges, choose):
+        for call in (attend, absorb, project, fold_weights, update, launch_edges, choose):
             with on_gpu():
                 call()
             call()

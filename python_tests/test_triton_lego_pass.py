@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 import triton.language as tl
-from motet.kernels.lego_pass import operator
+from motet.kernels.dropout import dropout_mask
+from motet.kernels.lego_pass import cpu, operator
 from motet.kernels.lego_pass import triton as launchers
 from motet.kernels.lego_pass.operator import lego_pass
 from motet.kernels.lego_pass.weights import Asking, Update
@@ -38,7 +40,7 @@ TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
 @pytest.fixture
 def _large_blocks(monkeypatch):
     """Take large steps, which the interpreter is quick with."""
-    for name in ("_pass_blocks", "_update_blocks"):
+    for name in ("_pass_blocks", "_asking_blocks", "_update_blocks"):
         real = getattr(launchers, name)
 
         def large(*args, real=real):
@@ -68,19 +70,22 @@ def inputs(size, heads=(2, 5), *, one=False, shared=False, imaginary=True, askin
     return [real, gathered, *parts, *(drawn(*shape) for shape in shapes)]
 
 
-def passing(backend, *, imaginary=True, keep=None, autocast=None, **options):
+def weights_of(tensors):
+    return Update(*tensors[:8]), Asking(*tensors[8:]) if len(tensors) > 8 else None
+
+
+def passing(backend, *, imaginary=True, autocast=None, **options):
     """Return lego_pass as a function of `inputs`."""
 
     def run(real, gathered, *rest):
         parts = {"imaginary": rest[0]} if imaginary else {}
         weights = rest[1:] if imaginary else rest
-        asking = Asking(*weights[8:]) if len(weights) > 8 else None
+        update, asking = weights_of(weights)
         low = autocast is not None and real.dtype != torch.float64
         with torch.autocast("cpu", autocast) if low else nullcontext():
             found = lego_pass(
-                real, gathered, Update(*weights[:8]), asking=asking, backend=backend,
-                keep=None if keep is None else keep.to(real.dtype), **parts, **options,
-            )  # fmt: skip
+                real, gathered, update, asking=asking, backend=backend, **parts, **options
+            )
         return tuple(part for part in found if part is not None)
 
     return run
@@ -146,11 +151,85 @@ def test_one_gathered_row_and_shared_latents(axes, one, shared):
 def test_rows_that_are_not_updated_or_not_scaled(axes, present):
     masks = {"present": torch.tensor(present), "scaled": torch.tensor([False, True, True])}
     args = inputs((3, 7, 13))
-    check(args, axes=axes, keep=2.0 * (torch.rand(3, 7, 13) < 0.5), **masks)
+    check(args, axes=axes, **masks)
     real, *_ = passing("triton", axes=axes, **masks)(*args)
     bare, *_ = passing("triton", axes=NONE, **masks)(*args)
     assert torch.equal(bare[1], args[0][1])
     assert torch.equal(real[0], bare[0])
+
+
+@pytest.mark.parametrize("axes", [TWO_D, NONE])
+def test_dropout(axes, monkeypatch):
+    """Forward and backward kernels drop what `dropout_mask` says, whatever the blocks."""
+    args, seed, p = inputs((3, 7, 13)), torch.tensor([2**40 + 3]), 0.3
+    shapes = torch.empty(3, 1, 7, 1), torch.empty(3, 1, 13, 1)
+    kept = dropout_mask(*shapes, None, p, seed)[:, 0]
+    assert 0.6 < kept.double().mean() < 0.8
+    assert not torch.equal(kept[0], kept[1])
+    monkeypatch.setattr(cpu, "keep_mask", lambda *_: kept / (1 - p))
+    check(args, axes=axes, dropout_p=p, seed=seed, present=torch.tensor([True, True, False]))
+    batch = passing("triton", axes=axes, dropout_p=p, seed=seed)(*args)
+    first = passing("triton", axes=axes, dropout_p=p, seed=seed)(
+        *(a[:1] for a in args[:3]), *args[3:]
+    )
+    assert torch.equal(first[0][0], batch[0][0])
+    torch.manual_seed(0)
+    drawn = [passing("triton", axes=axes, dropout_p=p)(*args)[0] for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+def test_dropout_in_torch():
+    args = inputs((3, 7, 13))
+    runs = [passing("eager", dropout_p=0.3, seed=torch.tensor([n]))(*args)[0] for n in (5, 5, 6)]
+    assert torch.equal(*runs[:2])
+    assert not torch.equal(*runs[1:])
+    torch.manual_seed(0)
+    assert not torch.equal(*(passing("eager", dropout_p=0.3)(*args)[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("axes", [TWO_D, WIDTH, NONE])
+@pytest.mark.parametrize("imaginary", [True, False])
+@pytest.mark.parametrize("scaled", [None, [False, True, True]])
+def test_first_queries(axes, imaginary, scaled):
+    """Without what was gathered there is no update: latents are normalised, and ask."""
+    flags = None if scaled is None else torch.tensor(scaled)
+
+    def asking(backend):
+        def run(real, other, *weights):
+            found = lego_pass(
+                real, imaginary=other if imaginary else None, axes=axes, scaled=flags,
+                asking=Asking(*weights), backend=backend,
+            )  # fmt: skip
+            return tuple(part for part in found if part is not None)
+
+        return run
+
+    real, _, other, *weights = inputs((3, 7, 13), shared=True)
+    args = (real, other, *weights[8:])
+    assert_as_good_as(with_gradients(asking("triton")), with_gradients(asking("eager")), *args)
+    bare = lego_pass(real, axes=axes, backend="triton")
+    assert bare[1] is None
+    assert bare[2] is None
+    torch.testing.assert_close(bare[0], lego_pass(real, axes=axes, backend="eager")[0])
+
+
+@pytest.mark.usefixtures("_large_blocks")
+def test_half_precision_rounds_no_more_than_autocast_does():
+    """Away from the kinks of LeakyReLU and SELU, at which any rounding changes a slope."""
+    args = inputs((5, 17, 126), (8, 64))
+    for bias in (4, 8):  # of the output projection, and of values and gates
+        args[bias] = args[bias].sign() * (4 + torch.rand_like(args[bias]))
+    args[1] /= 8
+    wide = with_gradients(passing("eager", axes=TWO_D))(*(a.double() for a in args))
+    errors = [
+        [(a - b).norm() for a, b in zip(found, wide, strict=True)]
+        for found in (
+            with_gradients(passing(backend, axes=TWO_D, autocast=torch.float16))(*args)
+            for backend in ("triton", "eager")
+        )
+    ]
+    own, literal = (torch.stack(e).norm() for e in errors)
+    assert own < literal
 
 
 def test_zero_and_tiny_latents():
@@ -265,23 +344,25 @@ def test_differentiable_once():
     )
 
 
-@pytest.mark.parametrize(("axes", "full"), [(LATENTS, True), (NONE, False)])
-def test_opcheck(axes, full):
+@pytest.mark.parametrize("form", ["all", "few", "first queries"])
+def test_opcheck(form):
+    full, axes = form == "all", LATENTS if form == "all" else NONE
     real, gathered, imaginary, *weights = (
-        a.requires_grad_() for a in inputs((2, 3, 4), (1, 2), one=not full, shared=not full)
+        a.requires_grad_() for a in inputs((2, 3, 4), (1, 2), one=not full, shared=form == "few")
     )
-    masks = [torch.tensor([True, False])] if full else [None]
-    keep = torch.rand(2, 3, 4) if full else None
-    if not full:
-        weights[8:] = [None] * 3
-    rest = (*weights, *masks, keep, *masks, True, axes, 3, torch.float32)
+    update, asking = (own.flat.detach().requires_grad_() for own in weights_of(weights))
+    flags, seed = torch.tensor([True, False]), torch.tensor([7])
+    masks = (flags, flags, seed, 0.25) if full else (None, None, None, 0.0)
+    given = {"all": (gathered, update, asking), "few": (gathered, update, None)}
+    rest = (*given.get(form, (None, None, asking)), *masks, True, axes, 3, torch.float32)
     carried = imaginary if axes else None
-    opcheck(torch.ops.motet.lego_pass, (real, carried, gathered, *rest))
+    opcheck(torch.ops.motet.lego_pass, (real, carried, *rest))
     with torch.no_grad():
-        x, y, queries, scale = torch.ops.motet.lego_pass(real, carried, gathered, *rest)
-        saved = (x, y if axes else None, scale, real, gathered, *rest)
+        x, y, queries, scale = torch.ops.motet.lego_pass(real, carried, *rest)
+        saved = (x, y if axes else None, scale, real, *rest)
         detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in saved)
-    grads = (x.clone(), y.clone() if axes else None, queries.clone() if full else None)
+    of_queries = None if form == "few" else queries.clone()
+    grads = (x.clone(), y.clone() if axes else None, of_queries)
     opcheck(torch.ops.motet.lego_pass_backward, (*grads, *detached))
 
 
@@ -347,12 +428,10 @@ def launches(backend, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # memory not yet written
 def test_launches(monkeypatch):
     forward, backward = launches("triton", monkeypatch)
-    assert forward == ["triton pass_kernel"]
-    assert [name for name in backward if name.startswith("triton")] == [
-        "triton asking_backward_kernel", "triton update_backward_kernel"
-    ]  # fmt: skip
-    rest = sorted(name for name in backward if not name.startswith("triton"))
-    assert rest == ["matmul"] * 4 + ["sum"] * 2  # one per matrix of weights; the vectors together
+    assert forward == ["cat", "cat", "triton pass_kernel"]  # the weights, once for all passes
+    assert backward == [
+        f"triton {name}_kernel" for name in ("asking_backward", "update_backward", "gradients")
+    ]
     forward, backward = launches("eager", monkeypatch)
     assert (len(forward), len(backward)) == (21, 49)
 
@@ -362,14 +441,16 @@ def test_launches(monkeypatch):
     [
         ({"real": torch.ones(7, 13)}, ValueError, r"real: expected .*\[B, C, D\], got"),
         ({"real": torch.ones(2, 7, 13)}, ValueError, r"gathered: .* for real \(2, 7, 13\), got"),
-        ({"gathered": None}, TypeError, "gathered: expected a tensor, got NoneType"),
+        ({"gathered": 3}, TypeError, "gathered: expected a tensor, got int"),
+        ({"gathered": None}, ValueError, "update: expected weights if .*, and None if it is not"),
         ({"gathered": torch.ones(3, 2, 5, 5)}, ValueError, r"gathered: .*\[B, H, 1, E\]"),
         ({"gathered": torch.ones(3, 2, 7, 6)}, ValueError, r"out_weight: .* \(13, 12\), got"),
         ({"imaginary": 3}, TypeError, "imaginary: expected a tensor, got int"),
         ({"present": [True]}, TypeError, "present: expected a tensor, got list"),
-        ({"keep": torch.ones(3, 7, 13) > 0}, ValueError, "keep: expected floating-point numbers"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
         ({"imaginary": torch.ones(2, 7, 13)}, ValueError, r"imaginary: expected \(3, 7, 13\), got"),
-        ({"keep": torch.ones(3, 7, 1)}, ValueError, r"keep: expected \(3, 7, 13\), got"),
+        ({"dropout_p": 0.5, "seed": 3}, TypeError, "seed: expected a tensor, got int"),
+        ({"update": None}, ValueError, "update: expected weights if gathered is given, and None"),
         ({"present": torch.ones(3)}, ValueError, r"present: expected bool \[3\] on cpu, got"),
         ({"scaled": torch.ones(2) > 0}, ValueError, r"scaled: expected bool \[3\] on cpu, got"),
         ({"axes": (0,)}, ValueError, r"axes: expected one of .*, got \(0,\)"),
@@ -391,8 +472,8 @@ def test_what_does_not_fit(change, error, message):
 @pytest.mark.parametrize("index", range(11))
 def test_weights_that_do_not_fit(index):
     args = inputs((3, 7, 13))
-    names = [f"update.{name}" for name in Update._fields]
-    names += [f"asking.{name}" for name in Asking._fields]
+    names = [f"update.{field.name}" for field in fields(Update) if field.init]
+    names += [f"asking.{field.name}" for field in fields(Asking) if field.init]
     args[3 + index] = args[3 + index][..., :-1]
     with pytest.raises(ValueError, match=f"{names[index]}: expected "):
         passing("triton")(*args)

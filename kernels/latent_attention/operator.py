@@ -117,8 +117,9 @@ def latent_attention_kv(
     Tokens behind the last bag belong to none; their gradient is zero.
 
     Returns:
-        [B, H, C, E], and the log-sum-exp of the scores [B, H, C], which attention_weights takes; it
-        includes the counts, so that these weights are those of one token out of a key's.
+        [B, H, C, E] in float32 (float64), as sums are, for lego_pass to round; and the
+        log-sum-exp of the scores [B, H, C], which attention_weights takes; it includes the counts,
+        so that these weights are those of one token out of a key's.
     """
     _check(q, kv[:, 0], offsets, v=kv[:, 1], whole=False)
     seed = check_dropout(dropout_p, seed, q.device)
@@ -130,7 +131,7 @@ def latent_attention_kv(
     out, lse = torch.ops.motet.latent_attention_kv(
         q, kv, offsets, counts, scale, dropout_p, seed, backend
     )
-    return out.to(q.dtype), lse
+    return out, lse
 
 
 def attention_weights(

@@ -5,9 +5,9 @@ activation is never in memory. Where Z is normalised along the latents, its rows
 sample; otherwise samples do not matter. Weights are read as they lie, through the second-level
 cache, and rounded to the dtype of the products on the way.
 
-Going back takes two kernels: one through queries and normalisation, one through the update. They
-write the operands of the gradients of matrices, which torch multiplies, and sums over their rows
-for the gradients of vectors, which torch adds up in order.
+Going back takes three kernels: one through queries and normalisation, one through the update, and
+one for the gradients of all weights. The former two write the operands of the gradients of
+matrices, and sums over their rows for the gradients of vectors; the last one multiplies, and adds.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..dropout import representable
 from ..launch import cdiv, launch, next_power_of_2
+from .gradients_kernels import gradients_kernel
 from .spectrum import scale_shape
 from .triton_kernels import asking_backward_kernel, pass_kernel, update_backward_kernel
-from .weights import Asking, Update
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-# What the kernels get where nothing is asked.
-_NO_ASKING = (None, None, None)
+# Numbers of a vector that a program of gradients_kernel adds up.
+_VECTOR = 128
 
 
 class _Blocks(NamedTuple):
@@ -40,15 +39,29 @@ class _Blocks(NamedTuple):
     num_stages: int
 
 
+class _Operands(NamedTuple):
+    """What the gradients of a set of weights are made of; rows are those of all samples, B C."""
+
+    weights: Tensor
+    """Update.flat or Asking.flat."""
+    left: Sequence[Tensor]
+    """[B C, ...], the gradients of what the matrices made."""
+    right: Sequence[Tensor]
+    """[B C, ...], what they were applied to."""
+    partial: Tensor
+    """fp32 [programs, ...], sums over a program's rows for the gradients of the vectors."""
+
+
 def forward(
     real: Tensor,
     imaginary: Tensor | None,
-    gathered: Tensor,
-    update: Update,
-    asking: Asking | None,
+    gathered: Tensor | None,
+    update: Tensor | None,
+    asking: Tensor | None,
     present: Tensor | None,
-    keep: Tensor | None,
     scaled: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     snn: bool,
     axes: Sequence[int],
     rows: int,
@@ -60,30 +73,30 @@ def forward(
         real: contiguous [B or 1, C, D]; a sample fits in a tile of 8,192 numbers, its sides rounded
             up to powers of 2, if its rows are normalised together.
         imaginary: like `real`, or None; not without axes.
-        gathered: [B, H, C or 1, E], last stride 1.
-        update, asking, present, keep, scaled, snn, axes: contiguous, as given to lego_pass.
+        gathered: [B, H, C or 1, E], last stride 1; None for no update.
+        update, asking: `Update.flat` and `Asking.flat`; None without gathered, without queries.
+        present, scaled, seed, dropout_p, snn, axes: contiguous, as given to lego_pass.
         rows: of the whole spectrum.
         products: dtype of the products.
     """
-    asked = 0 if asking is None else len(asking.weight)
-    (bags, heads, _, width), (latents, dim) = gathered.shape, real.shape[1:]
+    latents, dim = real.shape[1:]
+    bags, asked = len(real if gathered is None else gathered), _asked(asking, dim)
     x = real.new_empty(bags, latents, dim)
     y = real.new_empty(0 if imaginary is None else x.shape)
     queries = real.new_empty((bags, latents, asked) if asked else 0, dtype=products)
     scale = real.new_empty(scale_shape(x.shape, axes), dtype=torch.float32)
     blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
     programs = _programs(bags, latents, axes, blocks)
-    normed = real.new_empty(programs * blocks.block_c, _power(dim), dtype=products)
+    room = (programs * blocks.block_c, _power(dim))
+    normed, kept = real.new_empty(room, dtype=products), _kept_room(real, room, seed)
     if x.numel():
         launch(
             pass_kernel, x, (programs,),
-            real, imaginary, gathered, *update, *(asking or _NO_ASKING), present, keep, scaled,
-            x, y, queries, scale, normed,
-            gathered.stride(0), gathered.stride(1), _row_stride(gathered),
-            bags * latents, heads, E=width, Q=asked, SHARED=len(real) < bags, SNN=snn,
-            BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f,
-            **_normalising(axes, rows, latents, dim),
-            **_constants(blocks, latents, dim, products),
+            real, imaginary, gathered, update, asking, present, scaled, seed,
+            x, y, queries, scale, normed, kept, *_strides(gathered), bags * latents,
+            **_normalising(axes, rows, latents, dim), **_dropping(dropout_p), **_heads(gathered),
+            Q=asked, SHARED=len(real) < bags, SNN=snn, BLOCK_K=blocks.block_k,
+            BLOCK_F=blocks.block_f, **_constants(blocks, latents, dim, products),
         )  # fmt: skip
     return x, y, queries, scale
 
@@ -96,34 +109,36 @@ def backward(
     y: Tensor | None,
     scale: Tensor,
     real: Tensor,
-    gathered: Tensor,
-    update: Update,
-    asking: Asking | None,
+    gathered: Tensor | None,
+    update: Tensor | None,
+    asking: Tensor | None,
     present: Tensor | None,
-    keep: Tensor | None,
     scaled: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     snn: bool,
     axes: Sequence[int],
     rows: int,
     products: torch.dtype,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what motet::lego_pass_backward returns, of its arguments, contiguous as in forward."""
     dy = x.new_empty(0 if y is None else x.shape)
-    dask, dasks = x.new_empty(0, dtype=products), x.new_empty(0, dtype=torch.float32)
-    if asking is not None or axes:
-        dx, dask, dasks = _before_asking(
+    dx, of_asking, of_update = grad_real, None, None
+    if dx is None or grad_queries is not None or axes or gathered is None:
+        dx, of_asking = _before_asking(
             grad_real, grad_imaginary, grad_queries, x, y, scale, dy, asking, scaled, axes, rows,
             products,
         )  # fmt: skip
-    else:
-        dx = torch.zeros_like(x) if grad_real is None else grad_real
-    dreal, dgathered, *of_update = _before_update(
-        dx, real, gathered, update, present, keep, snn, products
-    )
-    if len(real) < len(gathered):
+    dreal, dgathered = dx.to(real.dtype), x.new_empty(0)
+    if gathered is not None:
+        assert update is not None
+        dreal, dgathered, of_update = _before_update(
+            dx, real, gathered, update, present, seed, dropout_p, snn, products
+        )
+    if len(real) < len(x):
         dreal = dreal.sum(0, keepdim=True)
         dy = dy if y is None else dy.sum(0, keepdim=True)
-    return dreal, dy, dgathered, *of_update, dask, dasks
+    return dreal, dy, dgathered, *_of_weights(x, of_update, of_asking, products)
 
 
 def _before_asking(
@@ -134,80 +149,115 @@ def _before_asking(
     y: Tensor | None,
     scale: Tensor,
     dy: Tensor,
-    asking: Asking | None,
+    asking: Tensor | None,
     scaled: Tensor | None,
     axes: Sequence[int],
     rows: int,
     products: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Go back through queries and normalisation: fill dy; return dx, and the gradients of asking.
-
-    These are of the matrix, and of the LayerNorm's vectors beside each other.
-    """
+) -> tuple[Tensor, _Operands | None]:
+    """Go back through queries and normalisation: fill dy; return dx, and asking's operands."""
     bags, latents, dim = x.shape
-    count, asked = bags * latents, 0 if asking is None else len(asking.weight)
-    blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
+    asked = 0 if grad_queries is None else _asked(asking, dim)
+    blocks = _asking_blocks(latents if -2 in axes else 0, dim, products)
     programs = _programs(bags, latents, axes, blocks)
     dx = x.new_empty(x.shape, dtype=torch.float32)
-    normed = x.new_empty((count, dim) if asked else 0, dtype=products)
+    normed = x.new_empty((bags * latents, _power(dim)) if asked else 0, dtype=products)
     partial = x.new_empty((programs, 2 * dim) if asked else 0, dtype=torch.float32)
     if x.numel():
         launch(
             asking_backward_kernel, x, (programs,),
-            grad_real, grad_imaginary, grad_queries, x, y, scale, scaled,
-            *(asking or _NO_ASKING), dx, dy, normed, partial, count, Q=asked,
+            grad_real, grad_imaginary, grad_queries, x, y, scale, scaled, asking,
+            dx, dy, normed, partial, bags * latents, Q=asked,
             **_normalising(axes, rows, latents, dim),
             **_constants(blocks, latents, dim, products),
         )  # fmt: skip
-    if asking is None:
-        return dx, x.new_empty(0, dtype=products), x.new_empty(0, dtype=torch.float32)
-    if grad_queries is None:
-        return dx, x.new_zeros(asking.weight.shape, dtype=products), partial.sum(0)
-    return dx, grad_queries.to(products).view(count, asked).t() @ normed, partial.sum(0)
+    if grad_queries is None or asking is None:
+        return dx, None
+    return dx, _Operands(asking, [grad_queries], [normed], partial)
 
 
 def _before_update(
     dx: Tensor,
     real: Tensor,
     gathered: Tensor,
-    update: Update,
+    update: Tensor,
     present: Tensor | None,
-    keep: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
     snn: bool,
     products: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, _Operands]:
     """Go back through the update: return the gradients of real, [B, C, D], and of gathered.
 
-    And those of its three matrices, and of its vectors beside each other, [12 D].
+    And the operands of the gradients of its weights.
     """
     (bags, heads, _, width), (latents, dim) = gathered.shape, real.shape[1:]
-    count = bags * latents
+    count, one = bags * latents, gathered.shape[2] < latents
     blocks = _update_blocks(dim, products)
     programs = cdiv(count, blocks.block_c)
-    one = gathered.shape[2] < latents
     dreal = real.new_empty(bags, latents, dim)
-    dgathered = gathered.new_empty(0 if one else gathered.shape)
-    flat = real.new_empty(0 if one else (count, heads * width), dtype=products)
+    dgathered = gathered.new_empty(
+        (bags, heads, latents, width), dtype=torch.float32 if one else gathered.dtype
+    )
     room = (programs * blocks.block_c, _power(dim))
     normed, dout, dpre = (real.new_empty(room, dtype=products) for _ in range(3))
-    gated, dhidden = (real.new_empty(count, k * dim, dtype=products) for k in (4, 8))
+    flat, gated, dhidden = (
+        real.new_empty(count, size, dtype=products) for size in (heads * width, 4 * dim, 8 * dim)
+    )
     partial = real.new_empty(programs, 12 * dim, dtype=torch.float32)
+    kept = _kept_room(real, room, seed)
     if count * dim:
         launch(
             update_backward_kernel, real, (programs,),
-            dx, real, gathered, *update[:-1], present, keep,
-            dreal, dgathered, flat, normed, gated, dhidden, dout, dpre, partial,
-            gathered.stride(0), gathered.stride(1), _row_stride(gathered), count, heads,
-            E=width, SHARED=len(real) < bags, ONE=one, SNN=snn, BLOCK_K=blocks.block_k,
-            BLOCK_F=blocks.block_f, **_constants(blocks, latents, dim, products),
+            dx, real, gathered, update, present, seed,
+            dreal, dgathered, flat, normed, gated, dhidden, dout, dpre, partial, kept,
+            *_strides(gathered), count, **_dropping(dropout_p), **_heads(gathered),
+            SHARED=len(real) < bags, SNN=snn, BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f,
+            **_constants(blocks, latents, dim, products),
         )  # fmt: skip
-    normed, dout, dpre = (x[:count, :dim] for x in (normed, dout, dpre))
     if one:
-        dpre = dpre.unflatten(0, (bags, latents)).sum(1)
-        flat = gathered.to(products).reshape(bags, heads * width)
-        dgathered = (dpre @ update[0].to(products)).view(gathered.shape).to(gathered.dtype)
-    matrices = dpre.t() @ flat, dhidden.t() @ normed, dout.t() @ gated
-    return dreal, dgathered, *matrices, partial.sum(0)
+        dgathered = dgathered.sum(2, keepdim=True).to(gathered.dtype)
+    operands = _Operands(update, [dhidden, dout, dpre], [normed, gated, flat], partial)
+    return dreal, dgathered, operands
+
+
+def _of_weights(
+    x: Tensor, of_update: _Operands | None, of_asking: _Operands | None, products: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of Update.flat and Asking.flat, fp32; empty where there is none."""
+    bags, latents, dim = x.shape
+    inner = 0 if of_update is None else of_update.right[2].shape[1]
+    asked = 0 if of_asking is None else of_asking.left[0].shape[2]
+    block_m, block_n, block_t = _gradient_blocks(products)
+    # Of both, in the order in which the kernel takes them.
+    shapes = [[(8 * dim, dim), (dim, 4 * dim), (dim, inner)], [(asked, dim)]]
+    tiles, found, pointers, programs = 0, [], [], []
+    for operands, matrices, vectors in zip(
+        (of_update, of_asking), shapes, (12 * dim, 2 * dim), strict=True
+    ):
+        shape = 0 if operands is None else operands.weights.shape
+        found.append(x.new_empty(shape, dtype=torch.float32))
+        if operands is None:
+            pointers += [None] * (2 * len(matrices) + 2)
+            programs.append(0)
+            continue
+        tiles += sum(cdiv(m, block_m) * cdiv(n, block_n) for m, n in matrices)
+        tiles += cdiv(vectors, _VECTOR)
+        pointers += [found[-1], *operands.left, *operands.right, operands.partial]
+        programs.append(len(operands.partial))
+    if tiles:
+        launch(
+            gradients_kernel, x, (tiles,), *pointers, bags * latents, *programs, D=dim,
+            INNER=inner, Q=asked, ROOM=_power(dim), DTYPE=_DTYPES[products], BLOCK_M=block_m,
+            BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_V=_VECTOR, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    dupdate, dasking = found
+    return dupdate, dasking
+
+
+def _gradient_blocks(products: torch.dtype) -> tuple[int, int, int]:
+    """Return a tile of a matrix's gradient, and the rows of a step."""
+    return (32, 32, 32) if products == torch.float32 else (64, 64, 16)
 
 
 def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
@@ -215,15 +265,29 @@ def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
     rows = _power(latents) if latents else (32 if dim <= 64 else 16)
     if products == torch.float32:  # two parts of every operand are kept in registers
         return _Blocks(rows, min(32, _power(dim)), 16, 16, 8, 2)
-    # Other steps spill on sm_100 (3 to 8 stores), and so do 8 warps for 16 rows of 128.
+    # Other steps spill on sm_100 (3 to 8 stores), and so do 8 warps for 16 rows of 128; for a whole
+    # sample in 16 rows so do 64 of the hidden layer (2 stores on sm_90).
     few = rows == 16 and 64 < dim <= 128
-    return _Blocks(rows, min(64 if dim <= 64 else 32, _power(dim)), 32, 32, 4 if few else 8, 2)
+    block_k = min(64 if dim <= 64 else 32, _power(dim))
+    if few and latents:
+        return _Blocks(rows, block_k, 16, 32, 4, 2)
+    return _Blocks(rows, block_k, 32, 64 if few else 32, 4 if few else 8, 2)
+
+
+def _asking_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
+    blocks = _pass_blocks(latents, dim, products)
+    # fp32: 16 queries a step spill for 32 rows of 128 (one store on sm_80); 32 for rows of 256 (two
+    # on sm_90).
+    if dim > 128:
+        return blocks._replace(block_e=16)
+    return blocks._replace(block_e=32) if dim > 64 else blocks
 
 
 def _update_blocks(dim: int, products: torch.dtype) -> _Blocks:
     if products == torch.float32:  # 32 of the hidden layer spill on sm_100 (3 stores)
         return _Blocks(16, min(32, _power(dim)), 32, 16, 8, 2)
-    return _Blocks(16, min(64, _power(dim)), 32, 32, 8, 2)
+    # 32 channels of a head spill for 62 channels of the latents (2 stores on sm_90).
+    return _Blocks(16, min(64, _power(dim)), 16 if dim <= 64 else 32, 32, 8, 2)
 
 
 def _power(size: int) -> int:
@@ -234,8 +298,29 @@ def _programs(bags: int, latents: int, axes: Sequence[int], blocks: _Blocks) -> 
     return bags if -2 in axes else cdiv(bags * latents, blocks.block_c)
 
 
-def _row_stride(gathered: Tensor) -> int:
-    return gathered.stride(2) if gathered.shape[2] > 1 else 0
+def _asked(asking: Tensor | None, dim: int) -> int:
+    """Return Q of Asking.flat, [Q D + 2 D]."""
+    return 0 if asking is None else len(asking) // dim - 2
+
+
+def _strides(gathered: Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of bag, head and latent."""
+    if gathered is None:
+        return 0, 0, 0
+    return gathered.stride(0), gathered.stride(1), gathered.stride(2) * (gathered.shape[2] > 1)
+
+
+def _heads(gathered: Tensor | None) -> dict[str, int]:
+    heads, width = (0, 0) if gathered is None else (gathered.shape[1], gathered.shape[3])
+    return {"H": heads, "E": width}
+
+
+def _kept_room(like: Tensor, room: tuple[int, int], seed: Tensor | None) -> Tensor | None:
+    return None if seed is None else like.new_empty(room, dtype=torch.int8)
+
+
+def _dropping(dropout_p: float) -> dict[str, float]:
+    return {"dropout_p": representable(dropout_p), "kept_scale": 1 / (1 - dropout_p)}
 
 
 def _normalising(axes: Sequence[int], rows: int, latents: int, dim: int) -> dict[str, Any]:

@@ -1,24 +1,27 @@
-"""The passes of LegoBlocks: transform, update of the real part, inverse transform (MM-Lego).
+"""Passes: an attention, then the update of the latents, of HEALNet and of LegoBlocks (MM-Lego).
 
-`run_steps` carries the spectrum and never transforms back; `run_literally` does all of it, and is
-what the former is tested against.
+`run_steps` does all between two attentions at once (`kernels.lego_pass`), and carries a LegoBlock's
+spectrum without ever transforming back; `run_literally` does as the equations say, module by
+module, and is what the former is tested against.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.backends import Backend
-from ..kernels.lego_pass.cpu import ask
 from ..kernels.lego_pass.operator import lego_pass
-from ..kernels.lego_pass.spectrum import AXES, fourier, normalised, self_conjugate, spectrum, whole
+from ..kernels.lego_pass.spectrum import AXES, fourier, self_conjugate, spectrum, whole
 from ..kernels.lego_pass.weights import Asking, Update
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .layers import FeedForward, update
+
+T = TypeVar("T")
+Watch = Callable[[int, Tensor | None], None]
+"""Is given the number of a pass, and the queries it asks with, if it asks."""
 
 
 class LegoLayer(nn.Module):
@@ -32,15 +35,6 @@ class LegoLayer(nn.Module):
     def forward(self, latents: Tensor, keys: Keys) -> Tensor:
         """Update latents [B, C, D], as the equation says."""
         return update(self.attention, self.feed_forward, latents, keys)
-
-    @property
-    def weights(self) -> Update:
-        """What `lego_pass` takes."""
-        out, feed = self.attention.to_out, self.feed_forward
-        return Update(
-            out.weight, out.bias, feed.norm.weight, feed.norm.bias,
-            feed.up.weight, feed.up.bias, feed.down.weight, feed.down.bias,
-        )  # fmt: skip
 
     @property
     def drops(self) -> bool:
@@ -98,68 +92,85 @@ class How(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One pass of one block."""
+    """One pass: which weights, what they attend to, and what a LegoBlock's transform asks for."""
 
-    layer: LegoLayer
+    attention: Attention
+    feed_forward: FeedForward
     keys: Keys
-    normalise: bool
+    normalise: bool = False
     """Whether latents are divided by their norm before the transform."""
-    forget: bool
+    forget: bool = False
     """Whether Im Z is zero from the next pass on."""
     rows: Tensor | None = None
     """Bool [B], the rows that these two are for; None for all."""
 
 
-def run_steps(start: Tensor, steps: Sequence[Step], transform: Transform, how: How) -> Waves:
+def run_steps(
+    start: Tensor,
+    steps: Sequence[Step],
+    transform: Transform | None,
+    how: How,
+    watch: Watch | None = None,
+) -> Waves:
     """Run passes on real latents [B or 1, C, D]; return the last spectrum, all C rows of it.
 
     Between passes the inverse transform and the next transform cancel: that of `start` is the only
-    one.
+    one. Without a transform, the spectrum is the latents themselves.
     """
     if how.strategy == "reference":
-        return run_literally(start, steps, transform)
-    axes, rows = transform.axes, transform.rows
-    real, imaginary = transform(start, half=how.half)
-    first = steps[0]
-    if axes and first.normalise:
-        real, imaginary = normalised(real, imaginary, axes, rows, first.rows)
-    asking = _asking(first)
-    queries = None if asking is None else ask(real, asking)
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
-        feed_forward = step.layer.feed_forward
-        gathered = step.keys.attend(step.layer.attention, queries)
+        return run_literally(start, steps, transform, watch)
+    axes, rows, waves = (), None, Waves(start, None)
+    if transform is not None:
+        axes, rows, waves = transform.axes, transform.rows, transform(start, half=how.half)
+    # What passes have in common is made once.
+    updates = _shared(steps, lambda s: (s.attention, s.feed_forward), _update_of)
+    askings = _shared(steps, lambda s: (s.attention, s.keys.asks), _asking_of)
+    present = _shared(steps, lambda s: id(s.keys.context), lambda s: s.keys.context.nonempty)
+    seeds = _seeds(steps, start)
+    (real, imaginary), first = waves, steps[0]
+    real, imaginary, queries = lego_pass(
+        real, imaginary=imaginary, axes=axes if first.normalise else (), rows=rows,
+        scaled=first.rows, asking=askings[0], backend=how.backend,
+    )  # fmt: skip
+    for index, step in enumerate(steps):
+        if watch is not None:
+            watch(index, queries)
+        gathered = step.keys.attend(step.attention, queries, seeds[2 * index])
+        forgetting = step.rows
         if step.forget and imaginary is not None:
-            imaginary = None if step.rows is None else _without(imaginary, step.rows)
-        keep = None
-        if feed_forward.active_dropout:
-            ones = real.new_ones(len(gathered), *real.shape[1:])
-            keep = F.dropout(ones, feed_forward.active_dropout)
-        scales = following is not None and following.normalise
+            imaginary = None if forgetting is None else _without(imaginary, forgetting)
+        following = steps[index + 1] if index + 1 < len(steps) else None
         real, imaginary, queries = lego_pass(
             real,
             gathered,
-            step.layer.weights,
+            updates[index],
             imaginary=imaginary,
-            present=step.keys.context.nonempty,
-            snn=feed_forward.snn,
-            keep=keep,
-            axes=axes if scales else (),
+            present=present[index],
+            snn=step.feed_forward.snn,
+            dropout_p=step.feed_forward.active_dropout,
+            seed=seeds[2 * index + 1],
+            axes=axes if following is not None and following.normalise else (),
             rows=rows,
             scaled=None if following is None else following.rows,
-            asking=None if following is None else _asking(following),
+            asking=None if following is None else askings[index + 1],
             backend=how.backend,
         )
-    return Waves(*whole(real, imaginary, rows)) if how.half else Waves(real, imaginary)
+    waves = Waves(real, imaginary)
+    return Waves(*whole(*waves, rows)) if how.half and rows is not None else waves
 
 
-def run_literally(start: Tensor, steps: Sequence[Step], transform: Transform) -> Waves:
+def run_literally(
+    start: Tensor, steps: Sequence[Step], transform: Transform | None, watch: Watch | None = None
+) -> Waves:
     """Run passes on real latents [B, C, D] as the papers say; arguments as of run_steps."""
-    axes, latents = transform.axes, start
+    axes, latents = () if transform is None else transform.axes, start
     waves = Waves(latents, None)
     forgotten = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     for index, step in enumerate(steps):
-        if not axes:
-            latents = step.layer(latents, step.keys)
+        if transform is None or not axes:
+            if watch is not None:
+                watch(index, step.attention.queries(latents))
+            latents = update(step.attention, step.feed_forward, latents, step.keys)
             waves = Waves(latents, None)
             continue
         if index:
@@ -173,7 +184,7 @@ def run_literally(start: Tensor, steps: Sequence[Step], transform: Transform) ->
         z = fourier(latents, axes)
         # Exactly zero in theory; rounding noise would decide the phase of a merge.
         imaginary = _without(z.imag.masked_fill(transform.self_conjugate, 0), forgotten)
-        real = step.layer(z.real, step.keys)
+        real = update(step.attention, step.feed_forward, z.real, step.keys)
         if step.forget:
             forgotten = forgotten | rows
             imaginary = _without(imaginary, rows)
@@ -181,8 +192,42 @@ def run_literally(start: Tensor, steps: Sequence[Step], transform: Transform) ->
     return waves
 
 
-def _asking(step: Step) -> Asking | None:
-    return step.layer.attention.asking if step.keys.asks else None
+def _shared(
+    steps: Sequence[Step], key: Callable[[Step], Hashable], make: Callable[[Step], T]
+) -> list[T]:
+    """Return what `make` makes of each step, made once for all that have one key."""
+    made: dict[Hashable, T] = {}
+    found = []
+    for step in steps:
+        own = key(step)
+        if own not in made:
+            made[own] = make(step)
+        found.append(made[own])
+    return found
+
+
+def _update_of(step: Step) -> Update:
+    out, feed = step.attention.to_out, step.feed_forward
+    return Update(
+        out.weight, out.bias, feed.norm.weight, feed.norm.bias,
+        feed.up.weight, feed.up.bias, feed.down.weight, feed.down.bias,
+    )  # fmt: skip
+
+
+def _asking_of(step: Step) -> Asking | None:
+    return step.attention.asking if step.keys.asks else None
+
+
+def _seeds(steps: Sequence[Step], like: Tensor) -> list[Tensor | None]:
+    """Return the seeds of every pass's attention and feed-forward, drawn at once on a GPU.
+
+    None where there is no dropout, and on a CPU, where torch's own generator draws the masks.
+    """
+    drops = any(s.attention.active_dropout or s.feed_forward.active_dropout for s in steps)
+    if not (drops and like.is_cuda):
+        return [None] * (2 * len(steps))
+    # 16 bytes apart: Triton compiles kernels anew for tensors that begin at other multiples.
+    return list(torch.randint(2**62, (2 * len(steps), 2), device=like.device)[:, :1])
 
 
 def _without(imaginary: Tensor, rows: Tensor) -> Tensor:
