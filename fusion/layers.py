@@ -42,6 +42,9 @@ class FeedForward(nn.Module):
 class Head(nn.Module):
     """Take the mean over the latents, LayerNorm, Linear: [B, C, D] -> [B, out_features].
 
+    In its own dtype also under autocast: rounding a few rows and weights would take longer than to
+    multiply them.
+
     Args:
         dim: width D of the latents.
         out_features: width of the logits.
@@ -57,7 +60,11 @@ class Head(nn.Module):
         self.linear = nn.Linear(dim, out_features)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.linear(self.norm(latents.mean(dim=1)))
+        mean, device = latents.mean(dim=1), latents.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.linear(self.norm(mean))
+        with torch.autocast(device, enabled=False):
+            return self.linear(self.norm(mean.to(self.linear.weight.dtype)))
 
 
 def update(attention: Attention, feed_forward: FeedForward, latents: Tensor, keys: Keys) -> Tensor:
