@@ -1,4 +1,8 @@
-"""Losses of the papers: discrete-time survival, Cox, classes, and the L1 penalty."""
+"""Losses of the papers: discrete-time survival, Cox, classes, and the L1 penalty.
+
+What computes them has no shape that depends on data and never waits for the device, so that a CUDA
+graph can hold it. So values are checked where they can be read without waiting: on the CPU.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -34,7 +38,8 @@ def nll_loss(
     Args:
         logits: [B, K].
         bins: int64 [B], the bin of each time, 0 to K - 1.
-        events: bool or 0/1 [B], True if the event was observed, False if censored.
+        events: bool or 0/1 [B], True if the event was observed, False if censored. Values of bins,
+            events and weights are checked on the CPU alone: on a GPU that would wait for it.
         alpha: extra weight of the observed events, in [0, 1]; 0.4 in the authors' code.
         weights: [K] weight per bin, normalised to sum to 1; None means none. They do not touch
             the alpha term, as in the authors' code.
@@ -56,10 +61,20 @@ def nll_loss(
         raise ValueError(f"logits: expected [B, K], got {tuple(logits.shape)}")
     count, size = logits.shape
     _check_rows(count, bins=bins, events=events)
-    if bins.dtype != torch.int64 or not 0 <= int(bins.min()) <= int(bins.max()) < size:
+    inside = bins.is_cuda or (bins.dtype == torch.int64 and 0 <= bins.min() <= bins.max() < size)
+    if bins.dtype != torch.int64 or not inside:
         raise ValueError(f"bins: expected int64 in 0 to {size - 1}, got {bins.dtype} {bins}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+    if weights is not None:
+        weights = _checked_weights(weights, logits)
+    return likelihood_of_bins(logits, bins, events, alpha=alpha, weights=weights)
+
+
+def likelihood_of_bins(
+    logits: Tensor, bins: Tensor, events: Tensor, *, alpha: float, weights: Tensor | None
+) -> Tensor:
+    """Compute `nll_loss` of arguments that were checked; weights [K] are not normalised yet."""
     log_survival = F.logsigmoid(-logits).cumsum(1)  # log S_k
     index = bins[:, None]
     log_hazard = F.logsigmoid(logits).gather(1, index).squeeze(1)
@@ -71,19 +86,28 @@ def nll_loss(
     censored = torch.where(events, zero, -at_bin)
     likelihood = observed + censored
     if weights is not None:
-        likelihood = likelihood * _normalised_weights(weights, logits)[bins]
+        likelihood = likelihood * (weights / weights.sum())[bins]
     return ((1 - alpha) * likelihood + alpha * observed).mean()
 
 
-def _normalised_weights(weights: Tensor | Sequence[float], logits: Tensor) -> Tensor:
-    """Return the weight of each bin [K], as a share of their sum."""
+def on_device_of(like: Tensor, numbers: Sequence[float]) -> Tensor:
+    """Return numbers [K] in the dtype and on the device of a tensor, written there one by one.
+
+    A copy from the host would wait for the device, and a CUDA graph could not hold it.
+    """
+    return torch.stack([like.new_full((), number) for number in numbers])
+
+
+def _checked_weights(weights: Tensor | Sequence[float], logits: Tensor) -> Tensor:
+    """Return the weight of each bin [K]."""
     size = logits.shape[1]
     weights = torch.as_tensor(weights, dtype=logits.dtype, device=logits.device)
     if weights.shape != (size,):
         raise ValueError(f"weights: expected [{size}], got {tuple(weights.shape)}")
-    if not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
+    fits = weights.is_cuda or ((weights >= 0).all() and 0 < weights.sum() < torch.inf)
+    if not fits:
         raise ValueError(f"weights: expected non-negative numbers, not all zero, got {weights}")
-    return weights / weights.sum()
+    return weights
 
 
 def cox_loss(
@@ -100,7 +124,8 @@ def cox_loss(
     Args:
         log_risk: [B] or [B, 1], η, higher for a higher risk.
         times: [B].
-        events: bool or 0/1 [B], True if the event was observed.
+        events: bool or 0/1 [B], True if the event was observed. Values of times and events are
+            checked on the CPU alone: on a GPU that would wait for it.
         ties: "efron" or "breslow".
 
     Returns:
@@ -121,45 +146,48 @@ def cox_loss(
     if eta.ndim != 1:
         raise ValueError(f"log_risk: expected [B] or [B, 1], got {tuple(log_risk.shape)}")
     _check_rows(len(eta), times=times, events=events)
-    if not times.isfinite().all():
+    if not (times.is_cuda or times.isfinite().all()):
         raise ValueError("times: expected finite numbers, got NaN or infinity")
-    events = events.bool()
-    if not events.any():
-        return eta.sum() * 0
+    return partial_likelihood(eta, times, events, ties=ties)
+
+
+def partial_likelihood(
+    eta: Tensor, times: Tensor, events: Tensor, *, ties: Literal["efron", "breslow"] = "efron"
+) -> Tensor:
+    """Compute `cox_loss` of arguments that were checked, `eta` [B]."""
+    order = times.argsort(descending=True)
+    eta, events, times = eta[order], events.bool()[order], times[order]
+    # The rows of row i's time are first[i] to last[i]; ascending, as searchsorted wants them.
+    upwards, rows = times.flip(0).contiguous(), len(eta)
+    first = rows - torch.searchsorted(upwards, times, right=True)
+    last = rows - 1 - torch.searchsorted(upwards, times)
     # log Σ exp(η) over the risk set of each time: a cumulative log-sum-exp from the latest on, read
     # at the last row of each group of tied times.
-    order = times.argsort(descending=True)
-    eta, events, times = eta[order], events[order], times[order]
-    _, group, size = times.unique_consecutive(return_inverse=True, return_counts=True)
-    at_risk = eta.logcumsumexp(0)[size.cumsum(0) - 1]
-    log_set = at_risk[group[events]]
-    if ties == "efron":
-        log_set = _efron(log_set, eta[events], group[events], len(size))
-    return (log_set - eta[events]).sum() / len(eta)
+    log_set = eta.logcumsumexp(0)[last]
+    lost = log_set if ties == "breslow" else _efron(log_set, eta, events, first, last)
+    return (lost - eta).masked_fill(~events, 0).sum() / rows
 
 
-def _efron(log_set: Tensor, eta: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Return the log-sum-exp of each event's risk set, less its part of the events tied with it.
+def _efron(log_set: Tensor, eta: Tensor, events: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Return log Σ exp(η) of each event's risk set, less its part of the events tied with it.
 
     Args:
-        log_set: [E], of the whole risk set, events from the latest on.
-        eta: [E].
-        group: int64 [E], the number of each event's time.
-        groups: how many times there are.
+        log_set: [B], of the whole risk set, rows from the latest on.
+        eta: [B].
+        events: bool [B].
+        first, last: int64 [B], the first and the last row of each row's time.
     """
-    deaths = torch.zeros(groups, dtype=torch.int64, device=eta.device)
-    deaths = deaths.index_add(0, group, torch.ones_like(group))
-    # log Σ exp(η) over the events of each group, shifted by their largest
-    highest = log_set.new_full((groups,), -torch.inf)
-    highest = highest.scatter_reduce(0, group, eta, "amax").detach()
-    shifted = (eta - highest[group]).exp()
-    tied = highest + log_set.new_zeros(groups).index_add(0, group, shifted).log()
-    # k = 0, 1, ... within each group: rows are sorted, so count from the group's first event
-    first = deaths.cumsum(0) - deaths
-    rank = torch.arange(len(log_set), device=eta.device) - first[group]
-    share = rank.to(eta.dtype) / deaths[group]
-    removed = share * (tied[group] - log_set).exp()
-    return log_set + torch.log1p(-removed)
+    # What share of the risk set the tied events are. They are summed by differences of a running
+    # sum, which float64 keeps exact enough: it is a cumulative hazard, the logarithm of B in size.
+    part = (eta - log_set).exp().masked_fill(~events, 0)
+    running = F.pad(part.cumsum(0, dtype=torch.float64), (1, 0))
+    tied = (running[last + 1] - running[first]).to(eta.dtype)
+    # The k-th of d tied events, k = 0, 1, ..., loses k/d of them.
+    before = F.pad(events.cumsum(0), (1, 0))
+    deaths = before[last + 1] - before[first]
+    rank = before[:-1] - before[first]
+    share = rank.to(eta.dtype) / deaths.clamp_min(1)
+    return log_set + torch.log1p(-(share * tied).masked_fill(~events, 0))
 
 
 def l1_penalty(model: nn.Module) -> Tensor:
@@ -190,7 +218,8 @@ def _check_rows(rows: int, **tensors: Tensor) -> None:
         raise ValueError("batch: expected at least one row, got none")
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
-        if name == "events" and not ((tensor == 0) | (tensor == 1)).all():
+        bad = name == "events" and not tensor.is_cuda and not ((tensor == 0) | (tensor == 1)).all()
+        if bad:
             raise ValueError(f"events: expected 0 or 1, got {tensor.unique()[:5].tolist()}")
         if tensor.shape != (rows,):
             raise ValueError(f"{name}: expected ({rows},), got {tuple(tensor.shape)}")

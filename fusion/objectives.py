@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .losses import cox_loss, nll_loss
+from .losses import likelihood_of_bins, on_device_of, partial_likelihood
 from .predictions import ClassPredictions, RiskScale, SurvivalPredictions, time_grid
 from .survival import TimeBins, outcome_arrays, risk, survival
 
@@ -88,8 +88,10 @@ class DiscreteSurvival(_SurvivalObjective):
         return {"bins": torch.from_numpy(self.bins.index(times)), "events": torch.tensor(events)}
 
     def loss(self, logits: Tensor, target: Target) -> Tensor:
-        return nll_loss(
-            logits, target["bins"], target["events"], alpha=self.alpha, weights=self.weights
+        """Return `nll_loss`; `target` checked the values of what it made."""
+        weights = None if self.weights is None else on_device_of(logits, self.weights)
+        return likelihood_of_bins(
+            logits, target["bins"], target["events"], alpha=self.alpha, weights=weights
         )
 
     def risk(self, logits: Tensor) -> NDArray[np.float64]:
@@ -134,7 +136,8 @@ class CoxSurvival(_SurvivalObjective):
         return {"times": torch.from_numpy(times), "events": torch.tensor(events)}
 
     def loss(self, logits: Tensor, target: Target) -> Tensor:
-        return cox_loss(logits, target["times"], target["events"])
+        """Return `cox_loss`; `target` checked the values of what it made."""
+        return partial_likelihood(logits.squeeze(1), target["times"], target["events"])
 
     def risk(self, logits: Tensor) -> NDArray[np.float64]:
         """Return the risks [n], log hazard ratios."""
@@ -195,11 +198,22 @@ class Classification:
         return self.classes
 
     def target(self, labels: ArrayLike) -> Target:
-        """Return what `loss` needs of some patients."""
-        return {"labels": torch.from_numpy(np.asarray(labels, np.int64))}
+        """Return what `loss` needs of some patients.
+
+        Raises:
+            ValueError: a label that is no class: a GPU that met it would stop the process.
+        """
+        labels = np.asarray(labels, np.int64)
+        wrong = (labels < 0) | (labels >= self.classes)
+        if wrong.any():
+            raise ValueError(
+                f"labels: expected 0 to {self.classes - 1}, got {int(labels[wrong][0])}"
+            )
+        return {"labels": torch.from_numpy(labels)}
 
     def loss(self, logits: Tensor, target: Target) -> Tensor:
-        weights = None if self.weights is None else logits.new_tensor(self.weights)
+        """Return the cross entropy; `target` checked the values of what it made."""
+        weights = None if self.weights is None else on_device_of(logits, self.weights)
         return cross_entropy(logits, target["labels"], weights)
 
     def reference(self, logits: Tensor, labels: NDArray[np.int64]) -> tuple[None, None]:

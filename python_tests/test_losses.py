@@ -8,8 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from motet.fusion.objectives import Classification, CoxSurvival, DiscreteSurvival
+from motet.fusion.survival import TimeBins
 from sksurv.datasets import load_gbsg2
 from sksurv.linear_model.coxph import CoxPHOptimizer
+
+from .capture_lint import CaptureLint
 
 
 def draw(seed: int, rows: int = 12, bins: int = 4):
@@ -109,6 +113,79 @@ def test_cox_on_gbsg2(ties: str) -> None:
     times = torch.tensor(outcome["time"].astype(float))
     loss = motet.cox_loss(torch.tensor(x @ beta), times, torch.tensor(outcome["cens"]), ties=ties)
     assert loss.item() == pytest.approx(optimiser.nlog_likelihood(beta), rel=1e-12)
+
+
+def cox_one_by_one(eta, times, events, ties: str) -> torch.Tensor:
+    """Cox's likelihood as it is written: a risk set per event, by loops."""
+    total = eta.sum() * 0
+    for time in times[events].unique():
+        tied, at_risk = (times == time) & events, eta[times >= time]
+        deaths = int(tied.sum())
+        for k, own in enumerate(eta[tied]):
+            gone = k / deaths * eta[tied].exp().sum() if ties == "efron" else 0
+            total = total + (at_risk.exp().sum() - gone).log() - own
+    return total / len(eta)
+
+
+@pytest.mark.parametrize("ties", ["efron", "breslow"])
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 9), st.sampled_from([0, 0.6, 1]))
+def test_cox_and_its_gradient_one_event_at_a_time(
+    ties: str, seed: int, rows: int, distinct: int, share: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.randint(distinct, (rows,), generator=generator).double()
+    events = torch.rand(rows, generator=generator) < share
+    eta = (2 * torch.randn(rows, dtype=torch.float64, generator=generator)).requires_grad_()
+    results = [
+        (loss, *torch.autograd.grad(loss, eta))
+        for loss in (
+            motet.cox_loss(eta, times, events, ties=ties),
+            cox_one_by_one(eta, times, events, ties),
+        )
+    ]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+
+
+def test_on_a_gpu_losses_never_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither do they look at a value, nor copy one there, backwards included."""
+    logits, index, events = draw(0)
+    times, weights = torch.rand(12, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    bins = DiscreteSurvival(TimeBins((1.0, 2.0, 3.0)), 9.0, (1.0, 2.0, 3.0, 4.0), 0.4)
+    survival, classes = {"bins": index, "times": times, "events": events}, {"labels": index}
+    losses = {
+        "nll_loss": lambda x: motet.nll_loss(x, index, events, weights=weights),
+        "efron": lambda x: motet.cox_loss(x[:, 0], times, events),
+        "breslow": lambda x: motet.cox_loss(x[:, :1], times, events.double(), ties="breslow"),
+        "discrete": lambda x: bins.loss(x, survival),
+        "cox": lambda x: CoxSurvival().loss(x[:, :1], survival),
+        "classes": lambda x: Classification(4, (1.0, 2.0, 3.0, 4.0)).loss(x, classes),
+    }
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    for loss in losses.values():
+        x = logits.clone().requires_grad_()
+        with CaptureLint():
+            (gradient,) = torch.autograd.grad(loss(x), x)
+        assert gradient.isfinite().all()
+
+
+def test_objectives_check_what_their_losses_do_not() -> None:
+    """They give the losses of this file; what those refuse, `target` has refused."""
+    logits, index, events = draw(0)
+    times = torch.rand(12, dtype=torch.float64).numpy()
+    bins = DiscreteSurvival(TimeBins((0.2, 0.5, 0.8)), 1.0, (1.0, 2.0, 3.0, 4.0), 0.4)
+    target = bins.target(times, events.numpy())
+    expected = motet.nll_loss(logits, target["bins"], target["events"], weights=bins.weights)
+    assert torch.equal(bins.loss(logits, target), expected)
+    target = CoxSurvival().target(times, events.numpy())
+    expected = motet.cox_loss(logits[:, :1], target["times"], target["events"])
+    assert torch.equal(CoxSurvival().loss(logits[:, :1], target), expected)
+    classes = Classification(4, (1.0, 2.0, 3.0, 4.0))
+    weights = torch.tensor(classes.weights, dtype=torch.float64)
+    expected = motet.cross_entropy(logits, index, weights)
+    assert torch.equal(classes.loss(logits, classes.target(index.numpy())), expected)
+    for labels in ([0, 4], [-1, 0]):
+        with pytest.raises(ValueError, match="labels: expected 0 to 3, got (4|-1)"):
+            classes.target(labels)
 
 
 def test_cox_edges() -> None:
