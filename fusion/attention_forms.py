@@ -25,7 +25,7 @@ from .context import Context
 class OneToken:
     """At most one token in every row: its weight is 1 whatever Q and K are, so V is all it takes.
 
-    Rows without a token get zeros, which `update` drops.
+    What rows without a token get, the values of zeros, an update drops.
     """
 
     asks = False
@@ -37,9 +37,6 @@ class OneToken:
     def of(cls, context: Context, attention: Attention, latents: int) -> "OneToken":
         """Project the tokens of a context that has at most one per row, for C latents."""
         v = one_token_values(attention.token_norm(context.joined()), attention.to_kv.weight)
-        nonempty = context.nonempty
-        if nonempty is not None:
-            v = v.new_zeros(len(nonempty), 1, v.shape[1]).index_put((nonempty,), v[:, None])
         return cls(context, attention.split(v), latents)
 
     def attend(
@@ -52,10 +49,8 @@ class OneToken:
         return F.dropout(kept, p) * self.v
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        offsets, shape = self.context.offsets, (attention.heads, self.latents)
-        if offsets is None:
-            return self.v.new_ones(len(self.v), *shape, 1)
-        return self.v.new_ones(len(self.context.tokens), *shape)
+        ones = self.v.new_ones(len(self.v), attention.heads, self.latents, 1)
+        return self.context.without_missing(ones)
 
 
 class Cached:
@@ -249,8 +244,9 @@ class Literal:
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         assert queries is not None
-        q = attention.split(queries)
-        return attention_weights(q, self.k, self.context.offsets, scale=attention.scale)
+        q, context = attention.split(queries), self.context
+        weights = attention_weights(q, self.k, context.offsets, scale=attention.scale)
+        return context.without_missing(weights)
 
 
 def prepare(

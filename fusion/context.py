@@ -2,7 +2,8 @@
 
 A batch of one modality is checked once (`read`), and becomes a `Context`: dense where every row has
 the same number of real tokens, else packed with offsets. A missing modality is an empty bag, so
-that padding, missing rows and ragged bags are one thing from here on.
+that padding, missing rows and ragged bags are one thing from here on; but where no row has a second
+token, all rows keep a place, so that the shape does not depend on who is missing.
 """
 
 import logging
@@ -30,16 +31,19 @@ class Context(NamedTuple):
     offsets: Tensor | None = None
     """int64 [B + 1]: row b owns tokens offsets[b] to offsets[b + 1]. None if dense."""
     single: bool = False
-    """Whether it is known that no row has a second token."""
+    """Whether it is known that no row has a second token; then the context is dense."""
     counts: Tensor | None = None
     """[B, N], or [T] with offsets: how many tokens each one stands for. None for one."""
     statistics: Tensor | None = None
     """[B, N, 2], or [T, 2] with offsets: mean and variance of each of `tokens`; None if unknown."""
+    present: Tensor | None = None
+    """Bool [B], of a dense context with one token per row: False where the row has none and holds
+    zeros instead. None if every row has its own."""
 
     @property
     def nonempty(self) -> Tensor | None:
         """Bool [B], whether a row has a token; None if every row has."""
-        return None if self.offsets is None else self.offsets.diff() > 0
+        return self.present if self.offsets is None else self.offsets.diff() > 0
 
     def rows(self) -> list[Tensor]:
         """Return the tokens of each row of a packed context, [N_b, D] each."""
@@ -80,6 +84,12 @@ class Context(NamedTuple):
         if self.offsets is not None:
             return weights
         return weights.unflatten(0, self.tokens.shape[:2]).permute(0, 2, 3, 1)
+
+    def without_missing(self, weights: Tensor) -> Tensor:
+        """Return the weights [B, H, C, N] with zeros where a row has no token."""
+        if self.present is None:
+            return weights
+        return weights.masked_fill(~self.present[:, None, None, None], 0)
 
 
 class Batch(NamedTuple):
@@ -122,7 +132,8 @@ class Batch(NamedTuple):
     ) -> Context:
         """Gather the tokens [I, N, D] of each row's items, those where `keep` [I, N] is True.
 
-        Positions are [I, N, P], or [N, P] for all items alike; statistics [I, N, 2].
+        Positions are [I, N, P], or [N, P] for all items alike; statistics [I, N, 2]. With one place
+        per row nothing is gathered: what `keep` leaves out is zero.
         """
         items, per_item = tokens.shape[:2]
         count = self.items * per_item
@@ -135,11 +146,15 @@ class Batch(NamedTuple):
         if keep is None:
             return Context(tokens, positions, single=count == 1, statistics=statistics)
         keep = keep.reshape(self.rows, count)
+        if count == 1:
+            missing = ~keep[..., None]
+            positions = None if positions is None else positions.masked_fill(missing, 0)
+            tokens = tokens.masked_fill(missing, 0)
+            return Context(tokens, positions, single=True, present=keep[:, 0])
         positions, statistics = (
             None if part is None else part[keep] for part in (positions, statistics)
         )
-        offsets = offsets_of(keep.sum(1))
-        return Context(tokens[keep], positions, offsets, count == 1, statistics=statistics)
+        return Context(tokens[keep], positions, offsets_of(keep.sum(1)), statistics=statistics)
 
     def spread(self, weights: Tensor, context: Context) -> Tensor:
         """Return attention weights in the caller's layout.

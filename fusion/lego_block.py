@@ -359,17 +359,16 @@ class LegoBlock(nn.Module):
             tokens, counts = real_spectrum(context.joined(), axes, half=half)
             if counts is not None:
                 counts = counts.expand(tokens.shape[:2])
-            return Context(tokens, single=context.single, counts=counts)
+            return Context(tokens, single=context.single, counts=counts, present=context.present)
         bags = [real_spectrum(bag, axes, half=half) for bag in context.rows() if len(bag)]
         tokens = torch.cat([context.joined()[:0], *(bag for bag, _ in bags)])
         if not half:
-            return Context(tokens, offsets=context.offsets, single=context.single)
+            return Context(tokens, offsets=context.offsets)
         lengths = context.offsets.diff()
         counts = [own for _, own in bags if own is not None]
         return Context(
             tokens,
             offsets=offsets_of(torch.where(lengths > 0, lengths // 2 + 1, 0)),
-            single=context.single,
             counts=torch.cat(counts) if counts else None,
         )
 
@@ -401,7 +400,12 @@ class LegoBlock(nn.Module):
                 encoded = self._tokens(run(batch.x[real]), int(real.sum()))
                 tokens, lengths = encoded.flatten(0, 1), lengths * encoded.shape[1]
         lengths = lengths.reshape(batch.rows, batch.items).sum(1)
-        return Context(tokens, offsets=offsets_of(lengths), single=bool((lengths <= 1).all()))
+        if bool((lengths <= 1).all()):
+            present = lengths > 0
+            places = tokens.new_zeros(batch.rows, 1, tokens.shape[1])
+            tokens = places.index_put((present,), tokens[:, None])
+            return Context(tokens, single=True, present=present)
+        return Context(tokens, offsets=offsets_of(lengths))
 
     def _encoded_bags(self, bags: list[Tensor], run: Any) -> tuple[Tensor, Tensor]:
         """Encode bags [N_i, F]: return all tokens [T, W] and how many each bag has, int64 [I]."""

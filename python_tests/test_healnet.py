@@ -410,11 +410,15 @@ def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
     tokens = torch.randn(4, 1, 5, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([0, 1, 3] if missing else [0, 1, 2, 3])
     offsets = torch.tensor([0, 1, 2, 2, 3]) if missing else None
+    present = torch.tensor([True, True, False, True]) if missing else None
 
     def outcome(single: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        given = tokens[rows, 0] if missing else tokens
-        context = Context(given, offsets=offsets, single=single)
+        packed = missing and not single
+        given = tokens[rows, 0] if packed else tokens
+        context = Context(given, offsets=offsets if packed else None, single=single)
+        if single:
+            context = context._replace(present=present)
         strategy = None if single else "reference"
         (keys,) = prepare(context, [attention], latents=latents.shape[-2], strategy=strategy)
         update = attention(latents, keys).expand(4, 7, 6)[rows]
@@ -426,10 +430,38 @@ def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
 
     # Packed bags draw dropout in another layout.
     if missing and dropout:
-        torch.manual_seed(1)
-        context = Context(tokens[rows, 0], offsets=offsets, single=True)
-        update = attention(latents, *prepare(context, [attention], latents=latents.shape[-2]))
-        assert (update[rows] != update[rows][:, :1]).any()
+        update = outcome(True)[0]
+        assert (update != update[:, :1]).any()
         return
     for mine, theirs in zip(outcome(True), outcome(False), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", [None, "reference"])
+def test_what_a_missing_row_holds_does_not_matter(strategy: Any) -> None:
+    """One token per row keeps its place: NaN there reaches no number, no gradient, no weight."""
+    shapes = {"omic": motet.Tabular(5), "wsi": motet.Bag(4, coords=1)}
+    model = motet.HEALNet(shapes, out_features=2, depth=3, num_latents=3, latent_dim=6).double()
+    present = torch.tensor([True, False, True])
+    x, bag, at = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((5,), (1, 4), (1, 1)))
+
+    def outcome(value: float) -> list[torch.Tensor]:
+        given = [part.clone() for part in (x, bag, at)]
+        for part in given:
+            part[1] = value
+        out = model(
+            {"omic": given[0], "wsi": given[1]}, coords={"wsi": given[2]},
+            present={"omic": present, "wsi": present}, strategy=strategy, return_attention=True,
+        )  # fmt: skip
+        assert (out.attention["omic"][0][1] == 0).all()
+        assert (out.attention["omic"][0][0] == 1).all()
+        gradients = torch.autograd.grad(
+            out.logits.square().sum(), list(model.parameters()), allow_unused=True,
+            materialize_grads=True,
+        )  # fmt: skip
+        return [out.logits, *gradients]
+
+    zeros, filled = outcome(0.0), outcome(float("nan"))
+    for mine, theirs in zip(zeros, filled, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.isfinite().all()
