@@ -113,7 +113,8 @@ def check_offsets(
         if bounds[0] != 0 or not ends or sorted(bounds) != bounds:
             shown = bounds if len(bounds) < 12 else f"{bounds[:5]} … {bounds[-5:]}"
             raise ValueError(
-                f"offsets: expected to rise from 0 to {tokens}, the number of tokens, got {shown}"
+                f"offsets: expected to rise from 0 to {tokens}{'' if whole else ' or less'}, the "
+                f"number of tokens, got {shown}"
             )
 
 
@@ -170,7 +171,7 @@ def check_rows(x: Tensor, positions: Tensor | None, offsets: Tensor | None) -> N
         if positions.device != x.device:
             raise ValueError(f"positions: expected {x.device} as x, got {positions.device}")
     if offsets is not None:
-        check_offsets(offsets, len(x), x.device)
+        check_offsets(offsets, len(x), x.device, whole=False)
 
 
 def check_statistics(

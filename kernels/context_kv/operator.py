@@ -51,7 +51,7 @@ def context_kv(
         bias: [S, O] or [O], like `weight`.
         positions: [T, P], joined to the tokens; or [N, P] for every N tokens, T a multiple of N.
         offsets: int64 [B + 1], the bags. They change no number in exact arithmetic; with them a
-            bag gives the same bits in any batch.
+            bag gives the same bits in any batch. Results of tokens behind the last are undefined.
         statistics: what row_statistics gives for these very rows, where known; None computes it.
         eps: ε.
         backend: "auto", "triton", "compile" (without statistics; with them "eager") or "eager".

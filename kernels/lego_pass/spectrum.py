@@ -97,9 +97,9 @@ def real_spectrum(
         if not half:
             return whole(real, None, count)[0], None
         counts = torch.full((real.shape[-2],), 2, dtype=real.dtype, device=real.device)
-        counts[0] = 1
+        counts[:1].fill_(1)
         if count % 2 == 0:
-            counts[-1] = 1
+            counts[-1:].fill_(1)
         return real, counts
     return fourier(tokens, axes).real, None
 
