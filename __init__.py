@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         evaluate_classes,
         evaluate_survival,
     )
-    from .fusion.graphs import CudaGraphs
+    from .fusion.graphs import CudaGraphs, StepGraphs
     from .fusion.healnet import HEALNet, HEALNetOutput
     from .fusion.held_out import ClassFold, SurvivalFold
     from .fusion.layers import Head
@@ -41,7 +41,7 @@ _HOMES = {
         "evaluate_classes",
         "evaluate_survival",
     ),
-    "fusion.graphs": ("CudaGraphs",),
+    "fusion.graphs": ("CudaGraphs", "StepGraphs"),
     "fusion.healnet": ("HEALNet", "HEALNetOutput"),
     "fusion.held_out": ("ClassFold", "SurvivalFold"),
     "fusion.layers": ("Head",),
@@ -68,6 +68,7 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
     "LegoFuse",
     "LegoMerge",
     "LegoOutput",
+    "StepGraphs",
     "Bag",
     "Grid",
     "Tabular",

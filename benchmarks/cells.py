@@ -6,11 +6,12 @@ suit a CPU; gpu.py times all of them on a GPU.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import motet
 import torch
+from motet.fusion.patients import Batch
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
 from motet.kernels.slerp.reference import slerp_reference
 from torch import Tensor
@@ -64,10 +65,10 @@ def merge_cells(device: str, size: int) -> list[Cell]:
     ]
 
 
-def lego_cells(device: str, tokens: int) -> list[Cell]:
+def lego_cells(device: str, tokens: int, *, graphs: bool = False) -> list[Cell]:
     """LegoBlock and LegoMerge on 8 bags of 1024 features and an omic row, against the literal loop.
 
-    On a GPU LegoBlock as CUDA graphs too.
+    True for `graphs` adds LegoBlock as CUDA graphs, for which it takes a GPU.
     """
     torch.manual_seed(0)
     blocks = {
@@ -85,12 +86,24 @@ def lego_cells(device: str, tokens: int) -> list[Cell]:
             (omic, bags), step=False,
         ),
     ]  # fmt: skip
-    if device == "cuda":
-        graphs = motet.CudaGraphs(block)
-        for step in (False, True):
-            name = f"LegoBlock 8 x {tokens} {'step' if step else 'forward'}, CUDA graph"
-            cells.append(_lego(name, block, lambda x: graphs([x]), (bags,), step=step, rival=False))
+    if graphs:
+        cells += _graph_cells(f"LegoBlock 8 x {tokens}", block, bags)
     return cells
+
+
+def _graph_cells(name: str, block: motet.LegoBlock, bags: Tensor) -> list[Cell]:
+    predict = motet.CudaGraphs(block)
+    steps = motet.StepGraphs(block, lambda logits, _: logits.square().sum())
+
+    def step(x: Tensor) -> Tensor:
+        steps(Batch({"x": x}, {}, {}, {}))
+        return torch.cat([p.grad.flatten() for p in block.parameters() if p.grad is not None])
+
+    def of(what: str, call: Callable[..., Tensor]) -> Cell:
+        named = f"{name} {what}, CUDA graph"
+        return _lego(named, block, call, (bags,), step=what == "step", rival=False)
+
+    return [of("forward", lambda x: predict([x])), replace(of("step", block), run=step)]
 
 
 def _lego(

@@ -4,6 +4,7 @@ An operator may err by twice what its literal reference errs in the same dtype, 
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -13,6 +14,7 @@ import motet
 import torch
 from motet import _error_floors
 from motet.cli import measure
+from motet.fusion.patients import Batch, Ragged
 from motet.io.encoders.torch_encoder import Setup, TorchEncoder, Transform
 from motet.kernels import (
     absorbed_attention,
@@ -89,6 +91,7 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
                 yield name, partial(_lego_pass, latents, dim, axes, dtype)
         yield "latent_attention in a CUDA graph", _graph
         yield "LegoBlock in CUDA graphs", _lego_graph
+        yield "a capture that fails", partial(measure.in_child, 1, failed_capture)
         for precision in ("fp32", "bf16", "fp16"):
             yield f"encoder of patches {precision}", partial(_encoder, device, precision)
         yield "patches on the device, bit for bit", partial(_patches_there, device)
@@ -391,19 +394,50 @@ def _lego_pass(
 
 
 def _lego_graph() -> tuple[float, float]:
-    """Replay a block on other bags, forward and backward, and compare with the block itself."""
+    """Replay steps of a block on other bags, and compare with the block itself."""
     block = motet.LegoBlock(motet.Bag(32), out_features=4, fft="latents", normalise=True).cuda()
-    graphs, parameters = motet.CudaGraphs(block), list(block.parameters())
-
-    def found(call: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
-        logits = call(x)
-        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), parameters)]
-
+    steps, parameters = motet.StepGraphs(block, _squares), list(block.parameters())
     errors = []
-    for _ in range(3):
-        x = torch.randn(4, 90, 32, device="cuda")
-        errors.append(measure.relative_error(found(lambda t: graphs([t]), x), found(block, x)))
+    for lengths in ((90, 90), (100, 70), (1, 180)):
+        offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+        bags = Ragged(torch.randn(sum(lengths), 32, device="cuda"), offsets)
+        own = [steps(Batch({"x": bags}, {}, {}, {})), *(p.grad for p in parameters)]
+        loss = _squares(block(bags.nested()), {})
+        plain = [loss, *torch.autograd.grad(loss, parameters)]
+        errors.append(measure.relative_error([x for x in own if x is not None], plain))
+    assert [known["replays"] for known in steps.report()] == [2], steps.report()
     return max(errors), FLOOR[torch.float32]
+
+
+def failed_capture() -> tuple[float, float]:
+    """Fail to capture a step; then compare the next, and draw random numbers.
+
+    In a process of its own, in which nothing is captured any more.
+    """
+    block = motet.LegoBlock(motet.Bag(32), out_features=4).cuda()
+
+    def waits(logits: Tensor, _: Any) -> Tensor:
+        loss = logits.square().sum()
+        return loss * (1 if loss.item() > 0 else 2)
+
+    steps, parameters = motet.StepGraphs(block, waits), list(block.parameters())
+    errors = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # which says that it failed
+        for _ in range(3):
+            x = torch.randn(2, 90, 32, device="cuda")
+            own = [steps(Batch({"x": x}, {}, {}, {})), *(p.grad for p in parameters)]
+            loss = _squares(block(x), {})
+            plain = [loss, *torch.autograd.grad(loss, parameters)]
+            errors.append(measure.relative_error([y for y in own if y is not None], plain))
+    assert len(steps.fell_back) == 1, steps.report()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.rand(1, device="cuda")
+    return max(errors), FLOOR[torch.float32]
+
+
+def _squares(logits: Tensor, _: Any) -> Tensor:
+    return logits.square().sum()
 
 
 def _graph() -> tuple[float, float]:

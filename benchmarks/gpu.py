@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
 
     for make, sizes in (
         (merge_cells, (1000,) if small else (8 * 17 * 126, 1 << 24)),
-        (lego_cells, (20,) if small else (500, 15_000)),
+        (partial(lego_cells, graphs=device == "cuda"), (20,) if small else (500, 15_000)),
     ):
         for size in sizes:
             for cell in make(device, size):

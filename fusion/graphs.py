@@ -1,65 +1,228 @@
-"""CUDA graphs of a model's latent part, for which a GPU otherwise waits on launches.
+"""CUDA graphs of whole steps, for which a GPU otherwise waits on launches.
 
-The contexts are read outside, by one product per modality; what follows is the same few hundred
-small kernels whatever the bags hold, as long as sizes are the same. So token counts are rounded up
-to a bucket, and ragged batches replay one graph.
+A step is some hundred small kernels whatever the bags hold, as long as sizes are the same, and the
+host needs longer to launch them than the GPU to run them. A graph launches them all at once. Sizes
+are rounded up to buckets, so that ragged batches share graphs.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Keys
-from .attention_forms import Cached, OneToken
-from .context import Batch, Context, read_all
-from .healnet import HEALNet
+from .capture import Capture
+from .context import Batch as Read
+from .context import Context
+from .graph_cache import GraphCache, precision
+from .graph_inputs import Model, copy_all, given_of, latents_from, read_batches, read_patients
 from .lego_block import LegoBlock
-from .lego_fuse import LegoFuse
-from .lego_merge import LegoMerge
+from .patients import Batch
 
-Capture = Callable[..., Callable[..., Tensor]]
-Model = HEALNet | LegoBlock | LegoMerge | LegoFuse
-# Prepared contexts by modality, and the rows that they are of, to the latents that the head sees.
-Fuse = Callable[[int, Mapping[str, Sequence[Keys]]], Tensor]
+Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
-def bucket(tokens: int) -> int:
-    """Return `tokens` rounded up to 4, 5, 6 or 7 times a power of two: at most 25 % more."""
-    if tokens <= 8:
-        return 8
-    step = 1 << (math.floor(math.log2(tokens)) - 2)
-    return -(-tokens // step) * step
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits [B, K] of any of motet's models; a LegoBlock's batch has one modality."""
+    inputs, options = batch.arguments()
+    if isinstance(model, LegoBlock):
+        ((name, x),) = inputs.items()
+        logits = model(x, **{key: value.get(name) for key, value in options.items()})
+    else:
+        logits = model(inputs, **options)
+    return _widened(logits)
+
+
+class StepGraphs:
+    """Compute the loss of a batch and all gradients as one CUDA graph.
+
+    Everything that has weights is in it: projections, layers, head, loss, backward pass, L1. Sizes
+    that come a second time are captured, later calls with them replay the graph. Bags are packed
+    and their tokens rounded up to buckets (at most 6.25 %, or 127 tokens, more), so that ragged
+    batches share graphs; training and evaluation, frozen parameters and every precision of autocast
+    have their own. The first call with new sizes runs the same kernels on the same tensors.
+
+    What cannot be captured runs as without: encoders other than SNN and ABMIL, and these two for
+    ragged, masked or missing bags; a LegoMerge whose rows miss modalities; hooks; several
+    processes; more than `max_graphs` sizes; all that comes after a capture that failed. A warning
+    says so once, `report` says how often.
+
+    Args:
+        model: on a CUDA device. Its parameters may change in place, as optimisers change them;
+            after a move or a conversion, graphs are captured anew.
+        loss: of logits [B, K] (float32 or float64) and a batch's targets; the `loss` of an
+            objective, or a function that never waits for the device.
+        autocast: dtype to compute in, as of torch.autocast; None for what holds where it is called.
+        l1: weight of `l1_penalty`, of which the gradient is added, not the value.
+        max_graphs: how many sizes are captured at most.
+        capture: what captures, instead of CUDA.
+
+    Raises:
+        TypeError: something that is none of motet's models.
+        ValueError: a model that is not on a CUDA device, or an argument outside its range.
+
+    Note:
+        Gradients are written, not added: a call replaces those in `.grad`. They lie in the same
+        tensors from call to call; keep a clone. A parameter that takes no part in a batch, since
+        nobody has its modality, has None, as after a step without a graph (with L1, which concerns
+        it all the same, its own). The memory of the largest batch's step stays taken.
+
+    Example:
+        >>> model = motet.HEALNet({"wsi": motet.Bag(32)}, out_features=4)
+        >>> motet.StepGraphs(model, lambda logits, target: logits.sum())
+        Traceback (most recent call last):
+        ValueError: model: expected it on a CUDA device, got cpu
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        *,
+        autocast: torch.dtype | None = None,
+        l1: float = 0.0,
+        max_graphs: int = 16,
+        capture: Capture | None = None,
+    ) -> None:
+        self.loss, self.autocast, self.l1 = loss, autocast, l1
+        self._graphs = GraphCache(type(self).__name__, model, max_graphs, capture)
+        self._gradients: dict[int, Tensor] = {}
+
+    @property
+    def model(self) -> Model:
+        return self._graphs.model
+
+    def __call__(self, batch: Batch, *, scale: Tensor | None = None) -> Tensor:
+        """Return the loss of a batch, detached, on the device; leave the gradients in `.grad`.
+
+        Nothing waits for the device, but where bags have to be cut: a spectrum as context, ragged
+        bags for an encoder.
+
+        Args:
+            batch: of patients, on the model's device.
+            scale: a scalar on the device by which all gradients are multiplied, for float16; the
+                loss that is returned is not.
+
+        Raises:
+            ValueError: a batch that does not fit the model, or a model with nothing to train.
+            TypeError: something in the batch that is not a tensor.
+        """
+        graphs = self._graphs
+        now = graphs.look()
+        if now.moved:
+            self._gradients.clear()
+        trained = [p for p in now.parameters if p.requires_grad]
+        if not trained:
+            raise ValueError("model: expected at least one trainable parameter, got none")
+        why = graphs.never or now.hooks or _several_processes()
+        if not why:
+            with torch.no_grad(), self._precision():
+                given = given_of(self.model, read_patients(self.model, batch))
+            if not isinstance(given, str):
+                more = dict(batch.target) | ({} if scale is None else {"": scale})
+                key = (tuple(p.requires_grad for p in now.parameters), self._dtype())
+
+                def run(
+                    rows: int, read: Mapping[str, Context | Read], own: dict[str, Tensor]
+                ) -> Any:
+                    factor = own.pop("", None)
+                    return self._step(rows, read, own, factor, trained)
+
+                loss, written = graphs.call(now, key, given, more, run)
+                for parameter in now.parameters:
+                    parameter.grad = None
+                for parameter, wrote in zip(trained, written, strict=True):
+                    parameter.grad = self._gradients[id(parameter)] if wrote else None
+                return loss.clone()
+            why = given
+        graphs.fall_back(why)
+        for parameter in now.parameters:
+            parameter.grad = None
+        return self._without_graph(batch, scale, trained)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return, for all sizes that came: how they run, why, calls, replays, memory in MiB.
+
+        `sizes` is empty, and `why` says the reason, for calls that could not be captured at all.
+        """
+        return self._graphs.report()
+
+    @property
+    def fell_back(self) -> dict[str, int]:
+        """Why calls ran without a graph, other than being the first of their sizes; how many."""
+        return dict(self._graphs.fell_back)
+
+    def _dtype(self) -> torch.dtype | None:
+        return self.autocast or self._graphs.ambient()
+
+    def _precision(self) -> torch.autocast:
+        return precision(self._graphs.device, self._dtype())
+
+    def _step(
+        self,
+        rows: int,
+        read: Mapping[str, Context | Read],
+        target: dict[str, Tensor],
+        scale: Tensor | None,
+        trained: Sequence[nn.Parameter],
+    ) -> tuple[Tensor, tuple[bool, ...]]:
+        """Write all gradients; return the loss, and which parameters have one."""
+        with torch.enable_grad():
+            with self._precision():
+                logits = _widened(_logits(self.model, rows, read))
+                loss = self.loss(logits, target)
+            scaled = loss if scale is None else loss * scale
+            with precision(self._graphs.device, None):
+                found = torch.autograd.grad(scaled, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, found, strict=True):
+            if id(parameter) not in self._gradients and (self.l1 or gradient is not None):
+                self._gradients[id(parameter)] = torch.zeros_like(parameter)
+        pairs = [
+            (self._gradients[id(parameter)], gradient)
+            for parameter, gradient in zip(trained, found, strict=True)
+            if gradient is not None
+        ]
+        copy_all((into for into, _ in pairs), (gradient for _, gradient in pairs))
+        if not self.l1:
+            return loss.detach(), tuple(gradient is not None for gradient in found)
+        for parameter, gradient in zip(trained, found, strict=True):
+            if gradient is None:
+                self._gradients[id(parameter)].zero_()
+        _add_signs([self._gradients[id(p)] for p in trained], trained, self.l1, scale)
+        return loss.detach(), (True,) * len(trained)
+
+    def _without_graph(
+        self, batch: Batch, scale: Tensor | None, trained: Sequence[nn.Parameter]
+    ) -> Tensor:
+        device = self._graphs.device
+        cast = nullcontext()
+        if self.autocast is not None:
+            cast = torch.autocast(device.type, self.autocast)
+        with torch.enable_grad():
+            with cast:
+                loss = self.loss(logits_of(self.model, batch), batch.target)
+            with precision(device, None):
+                (loss if scale is None else loss * scale).backward()
+        if self.l1:
+            add_l1(trained, self.l1, scale)
+        return loss.detach()
 
 
 class CudaGraphs:
-    """Call a HEALNet or a Lego model so that its latent part replays as a CUDA graph.
+    """Call a model without gradients so that everything that has weights is one CUDA graph.
 
-    A graph is captured at the first call with new sizes: the rows, the modalities at hand and the
-    bucket of each one's token count (`bucket`); training and evaluation, and every precision of
-    autocast, have their own. Later calls with these sizes replay it. Gradients flow as without, but
-    a batch's backward pass has to come before the next batch of these sizes: a graph has one set of
-    activations, and a replay writes over them.
+    Sizes, what is captured and what is not: as in `StepGraphs`, which trains.
 
     Args:
-        model: on a CUDA device. Its parameters may change in place between calls, as optimisers
-            change them; after a move or a conversion, graphs are captured anew.
-        capture: makes a replaying callable of a module and its sample arguments.
+        model: on a CUDA device. Its parameters may change in place; after a move or a conversion,
+            graphs are captured anew.
+        max_graphs: how many sizes are captured at most.
+        capture: what captures, instead of CUDA.
 
     Raises:
-        ValueError: a model that is not on a CUDA device.
-        RuntimeError: a backward pass through activations that a later call has replaced.
-        TypeError: something that is none of these models.
-
-    Note:
-        What differs from the model itself is memory: a graph keeps its own copy of K and V, of the
-        size of its bucket; absorbed attention, for which they would not exist, is never used.
-        Encoders run outside. A LegoMerge whose rows miss modalities merges them by pattern, for
-        which it has to look at them: such batches are not captured.
+        TypeError: something that is none of motet's models.
+        ValueError: a model that is not on a CUDA device, or an argument outside its range.
 
     Example:
         >>> model = motet.HEALNet({"wsi": motet.Bag(32)}, out_features=4)
@@ -68,21 +231,14 @@ class CudaGraphs:
         ValueError: model: expected it on a CUDA device, got cpu
     """
 
-    def __init__(self, model: Model, *, capture: Capture | None = None) -> None:
-        if not isinstance(model, Model):
-            raise TypeError(
-                "model: expected a HEALNet, LegoBlock, LegoMerge or LegoFuse, got "
-                f"{type(model).__name__}"
-            )
-        if isinstance(model, LegoFuse) and model.mode == "upstream-weave":
-            raise ValueError("model: expected a LegoFuse of mode 'stack' or 'weave'")
-        device = next(model.parameters()).device
-        if capture is None and device.type != "cuda":
-            raise ValueError(f"model: expected it on a CUDA device, got {device}")
-        self.model = model
-        self.capture: Any = capture or torch.cuda.make_graphed_callables
-        self.graphs: dict[Any, _Replays] = {}
-        self._hooked: set[int] = set()
+    def __init__(
+        self, model: Model, *, max_graphs: int = 16, capture: Capture | None = None
+    ) -> None:
+        self._graphs = GraphCache(type(self).__name__, model, max_graphs, capture)
+
+    @property
+    def model(self) -> Model:
+        return self._graphs.model
 
     def __call__(
         self, inputs: Any, *, masks: Any = None, present: Any = None, coords: Any = None
@@ -90,170 +246,89 @@ class CudaGraphs:
         """Predict logits [B, out_features]; arguments and errors as of HEALNet.forward.
 
         A LegoBlock, too, takes a dict or a sequence, of the one modality "x".
+
+        Raises:
+            RuntimeError: gradients are wanted: autograd is on, and a parameter is trained.
         """
-        model = self.model
-        modalities = {"x": model.modality} if isinstance(model, LegoBlock) else model.modalities
-        like = next(model.parameters())
-        batches = read_all(
-            modalities, inputs, masks=masks, present=present, coords=coords, like=like
-        )
-        keys, fuse = _prepared(model, batches)
-        rows = next(iter(batches.values())).rows
-        if isinstance(model, LegoMerge) and not model.has_all(keys):
-            return _with_head(model, fuse(rows, keys))
-        parts = {name: _Part.of(own) for name, own in keys.items()}
-        tensors = [tensor for part in parts.values() for tensor in part.tensors]
-        device = like.device.type
-        autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        signature = (
-            rows,
-            tuple(
-                (name, part.dense, *map(_signature, part.tensors)) for name, part in parts.items()
-            ),
-            tuple(module.training for module in model.modules()),
-            tuple((p.requires_grad, p.data_ptr()) for p in model.parameters()),
-            torch.is_grad_enabled(),
-            autocast and dtype,
-        )
-        if signature not in self.graphs:
-            latent_part = _LatentPart(model, fuse, rows, parts)
-            latent_part.training = model.training  # not of the modules in it, as train() would
-            samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
-            # Weights that autocast has converted are kept for later; a graph cannot rely on them.
-            with torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
-                graph = self.capture(latent_part, samples, allow_unused_input=True)
-            self.graphs[signature] = _Replays(graph)
-            self._own_gradients()
-        return self.graphs[signature](*tensors)
-
-    def _own_gradients(self) -> None:
-        """Have gradients copied out of the graphs' memory, where the next replay writes."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in self._hooked:
-                parameter.register_hook(lambda grad: None if grad is None else grad.clone())
-                self._hooked.add(id(parameter))
-
-
-class _Replays:
-    """A graph that counts its replays, so that none is differentiated after the next."""
-
-    def __init__(self, graph: Callable[..., Tensor]) -> None:
-        self.graph, self.count = graph, 0
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        self.count += 1
-        return _Owned.apply(self.graph(*tensors), self)
-
-
-class _Owned(torch.autograd.Function):
-    """Copy a result out of a graph's memory."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, replays: _Replays) -> Tensor:
-        ctx.replays, ctx.at = replays, replays.count
-        return out.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        if ctx.at != ctx.replays.count:
+        graphs, model = self._graphs, self.model
+        now = graphs.look()
+        if torch.is_grad_enabled() and any(p.requires_grad for p in now.parameters):
             raise RuntimeError(
-                "CudaGraphs: expected the backward pass before the next call with batches of these "
-                f"sizes, got {ctx.replays.count - ctx.at} calls in between"
+                "CudaGraphs: expected to be called under torch.no_grad(), since it has no "
+                "gradients; motet.StepGraphs has"
             )
-        return grad, None
+        options = {"masks": masks, "present": present, "coords": coords}
+        # The static tensors are written to in other calls, in which inference mode may be off.
+        with torch.inference_mode(False), torch.no_grad():
+            why = graphs.never or now.hooks
+            if not why:
+                given = given_of(model, read_batches(model, inputs, options))
+                if not isinstance(given, str):
+                    dtype = graphs.ambient()
+
+                    def run(rows: int, read: Mapping[str, Context | Read], _: Any) -> Tensor:
+                        with precision(graphs.device, dtype):
+                            return _logits(model, rows, read)
+
+                    return graphs.call(now, (dtype,), given, {}, run).clone()
+                why = given
+            graphs.fall_back(why)
+            if isinstance(model, LegoBlock):
+                (x,) = inputs.values() if isinstance(inputs, Mapping) else inputs
+                named = {"mask": masks, "present": present, "coords": coords}
+                options = {key: _only(value) for key, value in named.items()}
+                return model(x, **options)
+            return model(inputs, **options)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return, for all sizes that came, what `StepGraphs.report` says."""
+        return self._graphs.report()
 
 
-class _Part(NamedTuple):
-    """One modality's prepared contexts, as tensors whose sizes a graph can rely on."""
-
-    tensors: list[Tensor]
-    """K and V, or V alone, of every set of weights; then offsets and counts where there are."""
-    sets: int
-    single: bool
-    dense: bool
-    counted: bool
-    latents: int
-    """C of a OneToken."""
-
-    @classmethod
-    def of(cls, keys: Sequence[Keys]) -> "_Part":
-        first, context, tensors = keys[0], keys[0].context, []
-        for own in keys:
-            if isinstance(own, Cached):
-                tensors.append(_padded(own.kv))
-            else:
-                assert isinstance(own, OneToken)
-                tensors.append(own.v)
-        counts = None
-        if isinstance(first, Cached):
-            tensors.append(first.offsets)
-            counts = context.packed_counts()
-            if counts is not None:
-                tensors.append(_padded(counts, 1))
-        elif context.offsets is not None:
-            tensors.append(context.offsets)
-        latents = first.latents if isinstance(first, OneToken) else 0
-        return cls(
-            tensors, len(keys), isinstance(first, OneToken), context.offsets is None,
-            counts is not None, latents,
-        )  # fmt: skip
-
-    def keys(self, tensors: Sequence[Tensor]) -> list[Keys]:
-        """Return what was prepared, of other tensors."""
-        own, rest = tensors[: self.sets], list(tensors[self.sets :])
-        offsets = rest.pop(0) if rest else None
-        counts = rest.pop(0) if rest else None
-        context = Context(own[0], offsets=None if self.dense else offsets, counts=counts)
-        if self.single:
-            return [OneToken(context, v, self.latents) for v in own]
-        assert offsets is not None
-        return [Cached(context, offsets, kv) for kv in own]
+def add_l1(parameters: Sequence[nn.Parameter], l1: float, scale: Tensor | None = None) -> None:
+    """Add the gradient of `l1 * l1_penalty` to `.grad`, at a fraction of what autograd takes."""
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    _add_signs(gradients, parameters, l1, scale)
 
 
-class _LatentPart(nn.Module):
-    """What a model does once its contexts are read."""
-
-    def __init__(self, model: Model, fuse: Fuse, rows: int, parts: Mapping[str, _Part]) -> None:
-        super().__init__()
-        self.model, self.fuse, self.rows = model, fuse, rows
-        # Of the parts only their layout: the tensors come with every call.
-        self.layout = {name: part._replace(tensors=[]) for name, part in parts.items()}
-        self.sizes = [len(part.tensors) for part in parts.values()]
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        keys, rest = {}, list(tensors)
-        for (name, part), size in zip(self.layout.items(), self.sizes, strict=True):
-            own, rest = rest[:size], rest[size:]
-            keys[name] = part.keys(own)
-        return _with_head(self.model, self.fuse(self.rows, keys))
+def _add_signs(
+    gradients: Sequence[Tensor],
+    parameters: Sequence[nn.Parameter],
+    l1: float,
+    scale: Tensor | None,
+) -> None:
+    values = [parameter.detach() for parameter in parameters]
+    signs = torch._foreach_sign(values)  # pyright: ignore[reportPrivateImportUsage]
+    if scale is not None:
+        torch._foreach_mul_(signs, scale)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage]
+        list(gradients), signs, alpha=l1
+    )
 
 
-def _prepared(
-    model: Model, batches: Mapping[str, Batch]
-) -> tuple[Mapping[str, Sequence[Keys]], Fuse]:
-    """Read all contexts; return them, and what follows."""
-    if isinstance(model, HEALNet):
-        return model.prepare(batches, strategy="cached"), model.fuse
-    how = model.how("cached")
-    if isinstance(model, LegoBlock):
-        block = model
-        return (
-            {"x": block.prepare(batches["x"], how)},
-            lambda rows, keys: block.encode(rows, keys["x"], how).real,
-        )
-    return model.prepare(batches, how), partial(model.fuse, how=how)
-
-
-def _with_head(model: Model, latents: Tensor) -> Tensor:
+def _logits(model: Model, rows: int, read: Mapping[str, Context | Read]) -> Tensor:
+    latents = latents_from(model, rows, read)
     real = latents.real.contiguous() if latents.is_complex() else latents
     return real if model.head is None else model.head(real)
 
 
-def _padded(tokens: Tensor, value: float = 0) -> Tensor:
-    """Return [T, ...] filled with `value` up to the bucket; what is behind the bags is not read."""
-    missing = bucket(len(tokens)) - len(tokens)
-    return F.pad(tokens, (0, 0) * (tokens.ndim - 1) + (0, missing), value=value)
+def _widened(logits: Tensor) -> Tensor:
+    """Return logits in which losses are taken: in full precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype, tensor.requires_grad
+def _only(value: Any) -> Any:
+    """Return what a dict or a sequence of one modality holds."""
+    if value is None:
+        return None
+    return value.get("x") if isinstance(value, Mapping) else value[0]
+
+
+def _several_processes() -> str:
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_initialized()
+    return "several processes exchange gradients" if several else ""

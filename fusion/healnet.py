@@ -321,16 +321,33 @@ class HEALNet(nn.Module):
         backend: Backend = "auto",
     ) -> dict[str, list[Keys]]:
         """Read every context once; return what each set of weights attends to, by modality."""
+        return self.attend_to(self.contexts(batches), strategy=strategy, backend=backend)
+
+    def contexts(self, batches: Mapping[str, Batch]) -> dict[str, Context]:
+        """Return the tokens of every modality; no weight takes part."""
+        return {
+            name: batch.context(self.modalities[name], self.positions)
+            for name, batch in batches.items()
+        }
+
+    def attend_to(
+        self,
+        contexts: Mapping[str, Context],
+        *,
+        strategy: Strategy | None = None,
+        backend: Backend = "auto",
+    ) -> dict[str, list[Keys]]:
+        """Read what `contexts` returned; return what each set of weights attends to."""
         return {
             name: prepare(
-                batch.context(self.modalities[name], self.positions),
+                context,
                 [cast(FusionLayer, layer).attention_to(name) for layer in self.layers],
                 latents=len(self.latents),
                 layers=len(self.order),
                 strategy=strategy,
                 backend=backend,
             )
-            for name, batch in batches.items()
+            for name, context in contexts.items()
         }
 
     def fuse(

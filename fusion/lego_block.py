@@ -272,19 +272,31 @@ class LegoBlock(nn.Module):
 
         An encoder with weights of its own for every pass makes that what each pass attends to.
         """
+        if not self.encodes_every_pass:
+            return self.attend_to(self.context(batch, how), how)
         attentions = [layer.attention for layer in self.sets]
-        given: Any = {
-            "latents": self.transform.rows // 2 + 1 if how.half else self.transform.rows,
-            "strategy": how.strategy,
-            "backend": how.backend,
-        }
-        if self.encodes_every_pass:
-            return [
-                prepare(self._context(batch, index, how.half), [attentions[own]], **given)[0]
-                for index, own in enumerate(self.order)
-            ]
-        context = self._context(batch, None, how.half)
-        return prepare(context, attentions, layers=len(self.order), **given)
+        return [
+            self._prepared(self._context(batch, index, how.half), [attentions[own]], how)[0]
+            for index, own in enumerate(self.order)
+        ]
+
+    def context(self, batch: Batch, how: How) -> Context:
+        """Encode a batch; return what all passes attend to."""
+        return self._context(batch, None, how.half)
+
+    def attend_to(self, context: Context, how: How) -> list[Keys]:
+        """Read what `context` returned once; return what each set of weights attends to."""
+        attentions = [layer.attention for layer in self.sets]
+        return self._prepared(context, attentions, how, layers=len(self.order))
+
+    def _prepared(
+        self, context: Context, attentions: Sequence[Attention], how: How, layers: int = 1
+    ) -> list[Keys]:
+        rows = self.transform.rows
+        return prepare(
+            context, attentions, latents=rows // 2 + 1 if how.half else rows, layers=layers,
+            strategy=how.strategy, backend=how.backend,
+        )  # fmt: skip
 
     def steps(self, keys: Sequence[Keys]) -> list[Step]:
         """Return the block's passes; `keys` are what `prepare` returned."""

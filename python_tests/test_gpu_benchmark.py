@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from motet.cli import measure
+from motet.fusion import graph_cache
 
 from .conftest import ROOT
+from .fake_capture import FakeCapture
 
 
 @pytest.fixture
@@ -79,3 +82,22 @@ def test_without_a_gpu_it_is_one_line(run, capsys, tmp_path: Path) -> None:
         pytest.skip("this machine has a GPU")
     assert run("--out", tmp_path) == 2
     assert capsys.readouterr().err == "make gpu: --device: torch finds no CUDA device here\n"
+
+
+def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a capture that runs things again in place of CUDA's."""
+    monkeypatch.syspath_prepend(ROOT)
+    ladder, cells = (import_module(f"benchmarks.{name}") for name in ("ladder", "cells"))
+    monkeypatch.setattr(graph_cache, "CudaCapture", lambda device: FakeCapture())
+    monkeypatch.setattr(graph_cache, "on_triton", lambda *_: True)
+    monkeypatch.setattr(graph_cache.GraphCache, "_check_device", lambda self: None)
+    for cell in ladder.named_cells(small=True)[:4]:
+        work = measure.Workload(cell, "fp32", "cpu")
+        run = ladder._graphed(work)
+        for _ in range(3):
+            assert measure.relative_error(run(), work.gold()) < 1e-5
+    made = cells.lego_cells("cpu", 20, graphs=True)
+    assert [cell.name.partition(", ")[2] for cell in made] == ["", "", "", *["CUDA graph"] * 2]
+    for cell in made[-2:]:
+        for _ in range(3):
+            assert cell.error(cell.run) < 1e-4

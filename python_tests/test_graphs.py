@@ -1,213 +1,577 @@
-"""CudaGraphs as far as a machine without a GPU can show it: what is captured, and when.
+"""StepGraphs and CudaGraphs as far as a machine without a GPU can show it.
 
-The capture here runs the captured module on static copies of its inputs, as a CUDA graph does.
+The capture here runs the captured function again, on the same static tensors, as a CUDA graph does.
+What only a GPU runs is in test_capture.py.
 """
 
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import motet
 import pytest
 import torch
-from motet.fusion.graphs import bucket
+from motet.fusion.graph_inputs import bucket
+from motet.fusion.graphs import logits_of
+from motet.fusion.patients import Batch, Ragged
 from torch import Tensor, nn
 
 from .conftest import randomised
+from .fake_capture import FakeCapture
+
+Target = dict[str, Tensor]
+SIZES = {"num_latents": 6, "latent_dim": 5, "heads": 2, "head_dim": 4}
 
 
-class Recorder:
-    """Stands in for torch.cuda.make_graphed_callables: one output and one set of gradients."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-
-    def __call__(self, module: nn.Module, samples: tuple[Tensor, ...], **options: Any) -> Any:
-        self.captured += 1
-        shapes = [sample.shape for sample in samples]
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        static: dict[str, Any] = {}
-
-        class Replay(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, count: int, *inputs: Tensor) -> Tensor:
-                with torch.enable_grad():
-                    own = [x.detach().requires_grad_(x.requires_grad) for x in inputs[:count]]
-                    out = module(*own)
-                static["leaves"], static["live"] = [*own, *parameters], out
-                static["out"] = static.get("out", torch.empty_like(out)).copy_(out.detach())
-                return static["out"].detach()
-
-            @staticmethod
-            def backward(ctx: Any, grad: Tensor) -> Any:
-                wanted = [x for x in static["leaves"] if x.requires_grad]
-                found = iter(torch.autograd.grad(static["live"], wanted, grad, allow_unused=True))
-                grads = [next(found) if x.requires_grad else None for x in static["leaves"]]
-                kept = static.setdefault("grads", [None if g is None else g.clone() for g in grads])
-                for own, g in zip(kept, grads, strict=True):
-                    if own is not None:
-                        own.copy_(g)
-                return None, *(None if g is None else g.detach() for g in kept)
-
-        def replay(*tensors: Tensor) -> Tensor:
-            assert [tensor.shape for tensor in tensors] == shapes  # a graph takes no others
-            return Replay.apply(len(tensors), *tensors, *parameters)
-
-        return replay
+def loss_of(logits: Tensor, target: Target) -> Tensor:
+    return (logits - target["wanted"][:, None]).square().mean()
 
 
-def model_of(**options: Any) -> motet.HEALNet:
-    model = motet.HEALNet(
-        {"omic": motet.Tabular(7), "wsi": motet.Bag(6, coords=2)}, out_features=3, num_latents=5,
-        latent_dim=12, heads=2, head_dim=4, self_attention=1, **options,
-    )  # fmt: skip
-    return randomised(model.double())
+def healnet(**options: Any) -> nn.Module:
+    shapes = {"omic": motet.Tabular(7), "wsi": motet.Bag(6, coords=2)}
+    own = {"self_attention": 1, **SIZES, **options}
+    return randomised(motet.HEALNet(shapes, out_features=3, **own).double())
 
 
-def batch_of(*lengths: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    total = int(offsets[-1])
-    jagged = torch.nested.nested_tensor_from_jagged
-    wsi, places = (torch.randn(total, n, dtype=torch.float64) for n in (6, 2))
-    omic = torch.randn(len(lengths), 7, dtype=torch.float64)
-    present = torch.arange(len(lengths)) % 3 > 0
-    return {"omic": omic, "wsi": jagged(wsi, offsets)}, {
-        "coords": {"wsi": jagged(places, offsets)}, "present": {"omic": present},
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_ragged_batches_replay_one_graph(share: bool) -> None:
-    model, recorder = model_of(share_weights=share, depth=3), Recorder()
-    graphed = motet.CudaGraphs(model, capture=recorder)
-    for lengths in ((9, 0, 30), (20, 18, 1), (0, 0, 40)):  # 39, 39 and 40 tokens: one bucket
-        inputs, options = batch_of(*lengths)
-        torch.testing.assert_close(graphed(inputs, **options), model(inputs, **options))
-    assert recorder.captured == 1
-    inputs, options = batch_of(30, 30, 30)
-    graphed(inputs, **options)
-    assert recorder.captured == 2
-    graphed({"omic": inputs["omic"]})
-    assert recorder.captured == 3
-    with torch.no_grad():
-        graphed({"omic": inputs["omic"]})
-    assert recorder.captured == 4
-
-
-def test_gradients_flow_to_every_parameter() -> None:
-    model = model_of().train()
-    graphed = motet.CudaGraphs(model, capture=Recorder())
-    inputs, options = batch_of(9, 0, 30)
-    wanted = list(model.parameters())
-
-    def gradients(call: Any) -> tuple[Tensor, ...]:
-        loss = call(inputs, **options).square().sum()
-        return torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-
-    for own, theirs in zip(gradients(graphed), gradients(model), strict=True):
-        torch.testing.assert_close(own, theirs)
-
-
-def test_results_outlive_the_next_replay() -> None:
-    model = model_of()
-    graphed = motet.CudaGraphs(model, capture=Recorder())
-    batches = [batch_of(9, 0, 30), batch_of(20, 18, 1)]
-    results = [graphed(inputs, **options) for inputs, options in batches]
-    for logits, (inputs, options) in zip(results, batches, strict=True):
-        torch.testing.assert_close(logits, model(inputs, **options))
-    with pytest.raises(RuntimeError, match="expected the backward pass before the next call"):
-        results[0].sum().backward()
-    expected: list[Tensor | None] = []
-    for call in (graphed, model):  # gradients of two batches add up
-        model.zero_grad()
-        for inputs, options in batches:
-            call(inputs, **options).square().sum().backward()
-        own = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-        expected = own if call is graphed else expected
-    for mine, theirs in zip(expected, own, strict=True):
-        if theirs is not None:
-            torch.testing.assert_close(mine, theirs)
-
-
-def test_modes_and_frozen_parameters_have_graphs_of_their_own() -> None:
-    model, recorder = model_of(), Recorder()
-    model.train()
-    model.layers[0].eval()
-    graphed = motet.CudaGraphs(model, capture=recorder)
-    inputs, options = batch_of(9, 0, 30)
-    graphed(inputs, **options)
-    assert model.training
-    assert not model.layers[0].training
-    model.layers[0].train()
-    graphed(inputs, **options)
-    model.head.requires_grad_(False)
-    graphed(inputs, **options)
-    assert recorder.captured == 3
-
-
-def test_dense_bags() -> None:
-    model = motet.HEALNet({"wsi": motet.Bag(6)}, out_features=3, num_latents=4, latent_dim=8).eval()
-    graphed = motet.CudaGraphs(model, capture=Recorder())
-    bags = torch.randn(2, 21, 6)
-    torch.testing.assert_close(graphed({"wsi": bags}), model({"wsi": bags}, strategy="cached"))
-
-
-def test_buckets() -> None:
-    sizes = [bucket(n) for n in range(1, 5000)]
-    assert sizes == sorted(sizes)
-    assert all(n <= size <= max(8, 1.25 * n) for n, size in enumerate(sizes, start=1))
-    assert len(set(sizes)) <= 4 * 10
-
-
-def test_refusals() -> None:
-    with pytest.raises(
-        TypeError, match="model: expected a HEALNet, LegoBlock, LegoMerge or LegoFuse, got"
-    ):
-        motet.CudaGraphs(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="model: expected it on a CUDA device, got cpu"):
-        motet.CudaGraphs(model_of())
-
-
-def lego_of(kind: str, **options: Any) -> nn.Module:
-    sizes = {"num_latents": 6, "latent_dim": 5, "heads": 2, "head_dim": 4, "out_features": 3}
-    wide = {"fft": "latents", "context": "spectrum", "normalise": True, **sizes, **options}
+def lego(kind: str, encoder: bool = False, **options: Any) -> nn.Module:
+    wide = {"out_features": 3, "fft": "latents", "context": "spectrum", **SIZES, **options}
+    snn = motet.SNN(7, hidden=(8,)) if encoder else None
     blocks = {
-        "omic": motet.LegoBlock(motet.Tabular(7), depth=3, **wide),
-        "wsi": motet.LegoBlock(motet.Bag(6), motet.SNN(6, hidden=(8,)), depth=2, **wide),
+        "omic": motet.LegoBlock(motet.Tabular(7), snn, depth=3, **wide),
+        "wsi": motet.LegoBlock(motet.Bag(6), depth=2, **wide),
     }
-    if kind == "block":
-        return randomised(blocks["wsi"].double())
+    if kind in blocks:
+        return randomised(blocks[kind].double())
     joined = {"merge": motet.LegoMerge, "stack": motet.LegoFuse, "weave": motet.LegoFuse}[kind]
     mode = {} if kind == "merge" else {"mode": kind}
     return randomised(joined(blocks, **mode).double())
 
 
-@pytest.mark.parametrize("kind", ["block", "merge", "stack", "weave"])
-def test_lego_models_replay_too(kind: str) -> None:
-    """Spectra with counts included: ragged bags of one bucket replay one graph."""
-    model, recorder = lego_of(kind), Recorder()
-    graphed = motet.CudaGraphs(model, capture=recorder)
-    captured = []
-    for lengths in ((9, 9, 9), (9, 8, 10), (12, 4, 11)):
-        inputs, _ = batch_of(*lengths)
-        given = {"x": inputs["wsi"]} if kind == "block" else inputs
-        plain = inputs["wsi"] if kind == "block" else inputs
-        expected, out = model(plain), graphed(given)
-        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-        wanted = list(model.parameters())
-        grads = [
-            torch.autograd.grad(o.square().sum(), wanted, allow_unused=True, materialize_grads=True)
-            for o in (out, expected)
-        ]
-        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
-        captured.append(recorder.captured)
-    # A merge looks at which rows have tokens, so that ragged bags are not captured.
-    assert captured == ([0, 0, 0] if kind == "merge" else [1, 1, 1])
+def batch_of(*lengths: int, coords: bool = True, missing: bool = True, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    offsets, rows = torch.tensor([0, *lengths]).cumsum(0), len(lengths)
+    present = torch.arange(rows) % 3 > 0
+    omic = draw(rows, 7)
+    if missing:
+        omic[~present] = torch.nan
+    return Batch(
+        {"omic": omic, "wsi": Ragged(draw(sum(lengths), 6), offsets)},
+        {"wsi": Ragged(draw(sum(lengths), 2), offsets)} if coords else {},
+        {"omic": present} if missing else {},
+        {"wanted": draw(rows)},
+    )
 
 
-def test_a_merge_of_whole_rows_is_captured() -> None:
-    model, recorder = lego_of("merge"), Recorder()
-    graphed = motet.CudaGraphs(model, capture=recorder)
-    for seed in range(2):
+def only(batch: Batch, name: str) -> Batch:
+    return Batch({name: batch.x[name]}, {}, {}, batch.target)
+
+
+def gradients_of(model: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def eager(model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+    model.zero_grad()
+    loss = loss_of(logits_of(model, batch), batch.target)
+    loss.backward()
+    return loss.detach(), gradients_of(model)
+
+
+def graphed(graphs: Any, batch: Batch, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
+    loss = graphs(batch, **options)
+    return loss, gradients_of(graphs.model)
+
+
+def assert_same(a: tuple[Tensor, Any], b: tuple[Tensor, Any], within: float = 1e-10) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=within, atol=within)
+    for own, theirs in zip(a[1], b[1], strict=True):
+        assert (own is None) == (theirs is None)
+        if own is not None:
+            torch.testing.assert_close(own, theirs, rtol=within, atol=within)
+
+
+LENGTHS = ((9, 0, 30), (20, 18, 1), (0, 0, 40), (1, 80, 9))
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Batch], Batch]]] = {
+    "shared weights": (healnet, lambda batch: batch),
+    "own weights": (lambda: healnet(share_weights=False, depth=3), lambda batch: batch),
+    "a table alone": (lambda: lego("omic", fft="2d"), lambda batch: only(batch, "omic")),
+    "an encoder": (lambda: lego("omic", True), lambda batch: only(batch, "omic")),
+    **{
+        f"a block, {fft}, {context}": (
+            lambda fft=fft, context=context: lego("wsi", fft=fft, context=context, normalise=True),
+            lambda batch: only(batch, "wsi"),
+        )
+        for fft in ("2d", "latents", "width", None)
+        for context in ("features", "spectrum")
+    },
+    "stack": (lambda: lego("stack"), lambda batch: batch),
+    "weave": (lambda: lego("weave", normalise=True), lambda batch: batch),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_of_ragged_batches_that_share_one_graph(name: str) -> None:
+    make, of = MODELS[name]
+    model, capture = make().train(), FakeCapture()
+    for module in model.modules():
+        if isinstance(module, nn.AlphaDropout):
+            module.p = 0.0
+    graphs = motet.StepGraphs(model, loss_of, capture=capture)
+    whole = name in ("a table alone", "an encoder")  # what a LegoBlock's encoder can be captured of
+    coords = "weights" in name
+    for seed, lengths in enumerate(LENGTHS):
+        batch = of(batch_of(*lengths, coords=coords, missing=not whole, seed=seed))
+        assert_same(graphed(graphs, batch), eager(model, batch))
+    assert capture.captured == 1
+    (known,) = graphs.report()
+    assert (known["how"], known["calls"], known["replays"]) == ("graph", 4, 3)
+    assert graphs.fell_back == {}
+
+
+def test_the_first_call_and_the_replays_give_the_same_bits() -> None:
+    """So a run that was resumed, whose sizes come anew, ends where it would have ended."""
+    model = healnet(attn_dropout=0.3, ff_dropout=0.3).train()
+    graphs = motet.StepGraphs(model, loss_of, capture=FakeCapture())
+    batch = batch_of(9, 0, 30)
+    found = []
+    for seed in (1, 1, 2, 1):
         torch.manual_seed(seed)
-        inputs = {"omic": torch.randn(3, 7).double(), "wsi": torch.randn(3, 9, 6).double()}
-        torch.testing.assert_close(graphed(inputs), model(inputs), rtol=1e-12, atol=1e-12)
-    assert recorder.captured == 1
+        found.append(graphed(graphs, batch))
+    first, again, other, last = found
+    for same in (again, last):
+        assert_same(first, same, within=0)
+    assert first[0] != other[0]
+    assert [entry["replays"] for entry in graphs.report()] == [3]
+
+
+def test_what_lies_behind_the_last_bag_does_not_matter() -> None:
+    model = healnet(share_weights=False).train()
+    graphs = motet.StepGraphs(model, loss_of, capture=FakeCapture())
+    found = []
+    for filling in (1.0, 1.0, -3e5, 7e-9):
+        for flat in graphs._graphs._buffers._flat.values():
+            if flat.is_floating_point():
+                flat.fill_(filling)
+        found.append(graphed(graphs, batch_of(9, 0, 30)))
+    for other in found[1:]:
+        assert_same(found[0], other, within=0)
+
+
+def test_dense_bags_share_graphs_with_ragged_ones() -> None:
+    model, capture = healnet().train(), FakeCapture()
+    graphs = motet.StepGraphs(model, loss_of, capture=capture)
+    for lengths in ((9, 0, 30), (10, 10, 10), (10, 10, 10)):
+        batch = batch_of(*lengths)
+        if lengths[1]:  # the loader's batches are ragged; a user's need not be
+            dense, places = (
+                part["wsi"].values.unflatten(0, (3, 10)) for part in (batch.x, batch.coords)
+            )
+            batch = Plain({**batch.x, "wsi": dense}, {"wsi": places}, batch.present, batch.target)
+        assert_same(graphed(graphs, batch), eager(model, batch))
+    assert capture.captured == 1
+
+
+def test_bags_that_are_said_to_be_missing() -> None:
+    model, capture = healnet().train(), FakeCapture()
+    graphs = motet.StepGraphs(model, loss_of, capture=capture)
+    whole = batch_of(9, 20, 30)
+    without = {**whole.present, "wsi": torch.tensor([True, False, True])}
+    for batch in (whole, replace(whole, present=without)):
+        assert_same(graphed(graphs, batch), eager(model, batch))
+    assert capture.captured == 1
+
+
+class Plain(Batch):
+    """A batch whose bags are dense tensors."""
+
+    def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return dict(self.x), {"present": self.present, "coords": dict(self.coords)}
+
+
+@pytest.mark.parametrize("l1", [0.0, 0.1])
+def test_weights_that_a_batch_does_not_touch(l1: float) -> None:
+    """They have no gradient, or that of L1 alone, as without a graph; nobody's bags are bags."""
+    model = healnet().train()
+    graphs = motet.StepGraphs(model, loss_of, l1=l1, capture=FakeCapture())
+    whole = batch_of(9, 0, 30, missing=False)
+    for batch in (whole, only(whole, "omic"), only(whole, "omic"), batch_of(0, 0, 0), whole):
+        loss, expected = eager(model, batch)
+        assert any(gradient is None for gradient in expected)
+        if l1:
+            expected = [
+                (0 if gradient is None else gradient) + l1 * parameter.detach().sign()
+                for parameter, gradient in zip(model.parameters(), expected, strict=True)
+            ]
+        assert_same(graphed(graphs, batch), (loss, expected))
+
+
+def test_a_scale_multiplies_the_gradients_and_not_the_loss() -> None:
+    model = healnet().train()
+    batch = batch_of(9, 0, 30)
+    plain = motet.StepGraphs(model, loss_of, l1=0.1, capture=FakeCapture())
+    loss, expected = graphed(plain, batch)
+    graphs = motet.StepGraphs(model, loss_of, l1=0.1, capture=FakeCapture())
+    for scale in (4.0, 4.0, 0.5):
+        found = graphed(graphs, batch, scale=torch.tensor(scale))
+        assert_same(found, (loss, [scale * gradient for gradient in expected]))
+
+
+def test_results_outlive_the_next_call() -> None:
+    model = healnet().train()
+    graphs = motet.StepGraphs(model, loss_of, capture=FakeCapture())
+    batches = [batch_of(9, 0, 30, seed=seed) for seed in range(4)]
+    losses = [graphs(batch) for batch in batches]
+    assert not any(loss.requires_grad for loss in losses)
+    torch.testing.assert_close(
+        torch.stack(losses), torch.stack([eager(model, b)[0] for b in batches])
+    )
+
+
+def test_what_has_a_graph_of_its_own() -> None:
+    model, capture = healnet().train(), FakeCapture()
+    graphs = motet.StepGraphs(model, loss_of, capture=capture)
+
+    def captured(batch: Batch | None = None, **options: Any) -> int:
+        before = capture.captured
+        for _ in range(3):
+            graphs(batch or batch_of(9, 0, 30), **options)
+        return capture.captured - before
+
+    assert captured() == 1
+    assert captured(batch_of(1, 60, 60)) == 0  # 121 tokens go into 128
+    assert captured(batch_of(9, 0, 30, missing=False)) == 0
+    assert captured(batch_of(100, 20, 9)) == 1  # 129 into 256: whence the smaller ones begin anew
+    assert captured() == 1
+    assert captured(batch_of(100, 20, 9)) == 0
+    assert captured(batch_of(9, 30)) == 1
+    assert captured(scale=torch.tensor(1.0)) == 1
+    model.layers[0].eval()
+    assert captured() == 1
+    model.head.requires_grad_(False)
+    assert captured() == 1
+    assert all(parameter.grad is None for parameter in model.head.parameters())
+    assert captured(only(batch_of(9, 0, 30), "omic")) == 1
+    model.float()
+    half = single(batch_of(9, 0, 30))
+    assert captured(half) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert captured(half) == 1
+    assert model.latents.grad.dtype == torch.float32
+
+
+def test_buckets() -> None:
+    sizes = [bucket(n) for n in range(100_000)]
+    assert sizes == sorted(sizes)
+    assert all(n <= size <= max(1.0625 * n, n + 128) for n, size in enumerate(sizes))
+    assert len(set(sizes[2048:])) <= 16 * 6
+    assert bucket(120_000) == 122_880
+
+
+def test_larger_batches_take_the_place_of_graphs_and_their_memory() -> None:
+    model, capture = healnet().train(), FakeCapture()
+    graphs = motet.StepGraphs(model, loss_of, capture=capture)
+    small, large = batch_of(9, 0, 30), batch_of(200, 5, 90)
+    for _ in range(2):
+        graphs(small)
+    (entry,) = graphs._graphs._entries.values()
+    old = weakref.ref(entry.recording.result[0])
+    graphs(large)
+    gc.collect()
+    assert old() is None
+    assert capture.forgotten == 1
+    flat = dict(graphs._graphs._buffers._flat)
+    for batch in (small, large, small):
+        assert_same(graphed(graphs, batch), eager(model, batch))
+    assert capture.captured == 3
+    assert all(flat[name] is own for name, own in graphs._graphs._buffers._flat.items())
+
+
+def test_weights_that_move_are_captured_anew() -> None:
+    model, capture = healnet().train(), FakeCapture()
+    graphs = motet.StepGraphs(model, loss_of, capture=capture)
+    for _ in range(2):
+        graphs(batch_of(9, 0, 30))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimiser.step()  # in place
+    assert_same(graphed(graphs, batch_of(9, 0, 30)), eager(model, batch_of(9, 0, 30)))
+    assert capture.captured == 1
+    with torch.no_grad():
+        model.latents.data = model.latents.data.clone()
+    for _ in range(2):
+        assert_same(graphed(graphs, batch_of(9, 0, 30)), eager(model, batch_of(9, 0, 30)))
+    assert (capture.captured, capture.forgotten) == (2, 1)
+
+
+def test_no_more_than_max_graphs() -> None:
+    model, capture = healnet().train(), FakeCapture()
+    graphs = motet.StepGraphs(model, loss_of, max_graphs=1, capture=capture)
+    large, small = batch_of(100, 20, 9), batch_of(9, 0, 30)
+    for batch in (large, large, small):
+        graphs(batch)
+    with pytest.warns(
+        RuntimeWarning, match="StepGraphs: more than 1 sizes; such calls run without"
+    ):
+        assert_same(graphed(graphs, small), eager(model, small))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        graphs(small)
+    assert capture.captured == 1
+    assert graphs.fell_back == {"more than 1 sizes": 2}
+    assert [(own["how"], own["why"], own["calls"], own["replays"]) for own in graphs.report()] == [
+        ("graph", "", 2, 1), ("eager", "more than 1 sizes", 3, 0),
+    ]  # fmt: skip
+    assert graphs.report()[0]["sizes"] == "3 rows: omic 3 x 1 x 7, wsi 256 x 6"
+    assert graphs.report()[0]["mib"] == 1.5
+
+
+def test_after_a_capture_that_failed_all_goes_on_without() -> None:
+    model, capture = healnet(ff_dropout=0.3).train(), FakeCapture()
+    graphs = motet.StepGraphs(model, loss_of, capture=capture)
+    small, large = batch_of(9, 0, 30), batch_of(100, 20, 9)
+    graphs(large)
+    graphs(large)
+    graphs(small)
+    capture.fails = "a capture failed: out of memory"
+    with pytest.warns(RuntimeWarning, match="a capture failed: out of memory"):
+        torch.manual_seed(3)
+        found = graphed(graphs, small)
+    torch.manual_seed(3)
+    assert_same(found, graphed(motet.StepGraphs(model, loss_of, capture=FakeCapture()), small))
+    assert capture.forgotten == 1
+    for _ in range(2):
+        graphs(large)
+    assert capture.captured == 1
+    assert {own["how"] for own in graphs.report()} == {"eager"}
+    assert graphs.fell_back == {capture.fails: 3}
+
+
+def test_a_capture_that_failed_elsewhere_ends_the_replays_here() -> None:
+    capture = FakeCapture()
+    graphs = motet.StepGraphs(healnet().train(), loss_of, capture=capture)
+    for _ in range(2):
+        graphs(batch_of(9, 0, 30))
+    capture.refused = "a capture failed: elsewhere"
+    with pytest.warns(RuntimeWarning, match="elsewhere"):
+        graphs(batch_of(9, 0, 30))
+    assert graphs.report()[0]["how"] == "eager"
+
+
+def falls_back(model: nn.Module, batch: Batch, why: str, **options: Any) -> None:
+    """Check that a step runs without a graph, says why once, and gives the same."""
+    capture = FakeCapture()
+    graphs = motet.StepGraphs(model, loss_of, capture=capture, **options)
+    with pytest.warns(RuntimeWarning, match=f"StepGraphs: {why}; such calls run without a CUDA"):
+        found = graphed(graphs, batch)
+    assert_same(found, eager(model, batch), within=0)
+    assert_same(graphed(graphs, batch), eager(model, batch), within=0)
+    assert capture.captured == 0
+    (known,) = graphs.report()
+    assert (known["sizes"], known["how"], known["calls"]) == ("", "eager", 2)
+
+
+def test_what_is_not_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, table = batch_of(9, 0, 30), only(batch_of(9, 0, 30, missing=False), "omic")
+    bags = only(whole, "wsi")
+    wide = {"out_features": 3, **SIZES}
+
+    own = motet.LegoBlock(motet.Tabular(7), nn.Linear(7, 4), **wide).double()
+    falls_back(own, table, "the encoder Linear may do what a graph cannot")
+    encoded = motet.LegoBlock(motet.Bag(6), motet.ABMIL(6, hidden=8), **wide).double().eval()
+    falls_back(encoded, bags, "an encoder takes ragged or missing bags one by one")
+    falls_back(
+        lego("merge"),
+        batch_of(9, 0, 30, coords=False),
+        "a LegoMerge looks at which rows miss a modality",
+    )
+
+    class Other(motet.HEALNet):
+        pass
+
+    other = Other({"wsi": motet.Bag(6)}, out_features=3, **SIZES).double()
+    falls_back(other, bags, "a Other may compute something else")
+    hooks = "hooks would not be called in a graph"
+    for hook in (
+        lambda model: model.head.register_forward_hook(lambda *_: None),
+        lambda model: model.latents.register_hook(lambda gradient: None),
+        lambda model: model.latents.register_post_accumulate_grad_hook(lambda parameter: None),
+    ):
+        hooked = healnet()
+        hook(hooked)
+        falls_back(hooked, whole, hooks)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    falls_back(healnet(), whole, hooks)
+    handle.remove()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    falls_back(healnet(), whole, "several processes exchange gradients")
+    monkeypatch.setenv("MOTET_CHECK", "1")
+    falls_back(healnet(), whole, "MOTET_CHECK=1 looks at values")
+
+
+def test_without_a_graph_l1_and_the_scale_count_all_the_same() -> None:
+    model, batch = healnet(), batch_of(9, 0, 30)
+    expected = graphed(motet.StepGraphs(model, loss_of, l1=0.1, capture=FakeCapture()), batch)[1]
+    model.head.register_forward_hook(lambda *_: None)
+    graphs = motet.StepGraphs(model, loss_of, l1=0.1, capture=FakeCapture())
+    with pytest.warns(RuntimeWarning, match="hooks"):
+        found = graphed(graphs, batch, scale=torch.tensor(2.0))
+    torch.testing.assert_close(found[1], [2 * gradient for gradient in expected])
+    graphs(only(batch, "omic"))
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def single(batch: Batch) -> Batch:
+    """Return a batch in float32."""
+    (wsi, at) = (
+        Ragged(part["wsi"].values.float(), part["wsi"].offsets) for part in (batch.x, batch.coords)
+    )
+    target = {name: value.float() for name, value in batch.target.items()}
+    return Batch({"omic": batch.x["omic"].float(), "wsi": wsi}, {"wsi": at}, batch.present, target)
+
+
+def test_autocast_is_asked_for_or_found() -> None:
+    model, batch = healnet().float().train(), batch_of(9, 0, 30)
+    batch = single(batch)
+    asking = motet.StepGraphs(model, loss_of, autocast=torch.bfloat16, capture=FakeCapture())
+    finding = motet.StepGraphs(model, loss_of, capture=FakeCapture())
+    asked = [graphed(asking, batch) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [graphed(finding, batch) for _ in range(2)]
+    for one in (*asked, *found):
+        assert_same(one, asked[0], within=0)
+    model.head.register_forward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning, match="hooks"):
+        assert_same(graphed(asking, batch), asked[0], within=0.05)
+        assert graphed(finding, batch)[0] != asked[0][0]
+
+
+# Predictions
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predictions_of_ragged_batches_share_one_graph(name: str) -> None:
+    make, of = MODELS[name]
+    model, capture = make().eval(), FakeCapture()
+    graphs = motet.CudaGraphs(model, capture=capture)
+    whole = name in ("a table alone", "an encoder")
+    results = []
+    with torch.no_grad():
+        for seed, lengths in enumerate(LENGTHS):
+            batch = of(batch_of(*lengths, coords="weights" in name, missing=not whole, seed=seed))
+            inputs, options = batch.arguments()
+            results.append(
+                (graphs(rename(model, inputs), **rename(model, options, deep=True)), batch)
+            )
+        for found, batch in results:  # they outlive the next replay
+            torch.testing.assert_close(found, logits_of(model, batch), rtol=1e-10, atol=1e-10)
+    assert capture.captured == 1
+
+
+def rename(model: nn.Module, values: dict[str, Any], deep: bool = False) -> dict[str, Any]:
+    """Call the one modality of a LegoBlock "x"."""
+    if not isinstance(model, motet.LegoBlock):
+        return values
+    if deep:
+        return {key: rename(model, own) for key, own in values.items()}
+    return dict.fromkeys("x", *values.values()) if values else {}
+
+
+def test_predictions_under_inference_mode_and_without() -> None:
+    model, capture = healnet().eval(), FakeCapture()
+    graphs = motet.CudaGraphs(model, capture=capture)
+    batch = batch_of(9, 0, 30)
+    inputs, options = batch.arguments()
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            found = graphs(inputs, **options)
+            torch.testing.assert_close(found, model(inputs, **options))
+    assert capture.captured == 1
+    with pytest.raises(RuntimeError, match="under torch.no_grad.*motet.StepGraphs has"):
+        graphs(inputs, **options)
+    model.requires_grad_(False)
+    graphs(inputs, **options)
+    assert graphs.report()[0]["sizes"].endswith("wsi 128 x 6 (evaluation)")
+
+
+def test_dense_bags_and_a_merge_of_whole_rows() -> None:
+    model, capture = lego("merge").eval(), FakeCapture()
+    graphs = motet.CudaGraphs(model, capture=capture)
+    with torch.no_grad():
+        for seed in range(3):
+            torch.manual_seed(seed)
+            inputs = {"omic": torch.randn(3, 7).double(), "wsi": torch.randn(3, 9, 6).double()}
+            torch.testing.assert_close(graphs(inputs), model(inputs), rtol=1e-12, atol=1e-12)
+        assert capture.captured == 1
+        with pytest.warns(RuntimeWarning, match="CudaGraphs: a LegoMerge looks at"):
+            torch.testing.assert_close(
+                graphs({"omic": inputs["omic"]}), model({"omic": inputs["omic"]})
+            )
+
+
+def test_grids_and_tables_of_tokens() -> None:
+    """Their tokens share positions, so that they stay dense, where no row is missing."""
+    shapes = {"mri": motet.Grid(2, axes=2), "labs": motet.Tabular(5, tokens="features")}
+    model, capture = motet.HEALNet(shapes, out_features=3, **SIZES).double().eval(), FakeCapture()
+    graphs = motet.CudaGraphs(model, capture=capture)
+    inputs = {"mri": torch.randn(3, 4, 5, 2).double(), "labs": torch.randn(3, 5).double()}
+    for present in (
+        None,
+        None,
+        torch.tensor([True, False, True]),
+        torch.tensor([True, True, False]),
+    ):
+        given = {"present": {} if present is None else {"mri": present}}
+        with torch.no_grad():
+            torch.testing.assert_close(graphs(inputs, **given), model(inputs, **given))
+    assert capture.captured == 2
+
+
+def test_predictions_of_a_block_without_a_graph() -> None:
+    block = motet.LegoBlock(motet.Bag(6), motet.ABMIL(6, hidden=8), out_features=3, **SIZES).eval()
+    graphs = motet.CudaGraphs(block, capture=FakeCapture())
+    x, mask = torch.randn(2, 9, 6), torch.arange(9) < torch.tensor([[4], [9]])
+    with torch.no_grad():
+        with pytest.warns(RuntimeWarning, match="an encoder takes ragged"):
+            torch.testing.assert_close(graphs([x], masks=[mask]), block(x, mask=mask))
+        torch.testing.assert_close(graphs({"x": x}, masks={"x": mask}), block(x, mask=mask))
+
+
+def test_refusals() -> None:
+    for kind, arguments in ((motet.CudaGraphs, ()), (motet.StepGraphs, (loss_of,))):
+        with pytest.raises(TypeError, match="model: expected a HEALNet, LegoBlock, LegoMerge or"):
+            kind(nn.Linear(1, 1), *arguments)
+        with pytest.raises(ValueError, match="model: expected it on a CUDA device, got cpu"):
+            kind(healnet(), *arguments)
+        with pytest.raises(ValueError, match="max_graphs: expected a positive integer, got 0"):
+            kind(healnet(), *arguments, max_graphs=0, capture=FakeCapture())
+    graphs = motet.StepGraphs(healnet(), loss_of, capture=FakeCapture())
+    good = batch_of(9, 0, 30)
+    for message, change in {
+        r"inputs\['wsi'\]: expected \(39, 6\), got \(39, 7\)": {
+            "x": {"wsi": Ragged(torch.randn(39, 7).double(), good.x["wsi"].offsets)}
+        },
+        r"inputs\['wsi'\]: expected torch.float64 as the model": {
+            "x": {"wsi": Ragged(torch.randn(39, 6), good.x["wsi"].offsets)}
+        },
+        r"coords\['wsi'\]: expected \(39, 2\), got \(39, 0\)": {"coords": {}},
+        r"inputs\['omic'\]: expected a tensor for Tabular": {
+            "x": {"omic": good.x["wsi"]}, "present": {},
+        },
+        r"inputs\['other'\]: expected a tensor for None": {"x": {"other": good.x["wsi"]}},
+        r"inputs: expected one batch size, got {'omic': 2, 'wsi': 3}": {
+            "x": {**good.x, "omic": torch.randn(2, 7).double()}, "present": {},
+        },
+        r"inputs: expected one batch size, got {}": {"x": {}},
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            graphs(replace(good, **change))
+    with pytest.raises(ValueError, match="model: expected at least one trainable parameter"):
+        motet.StepGraphs(healnet().requires_grad_(False), loss_of, capture=FakeCapture())(good)
+    with pytest.raises(ValueError, match=r"inputs\['omic'\]: expected \[B, 7\], got \(3, 8\)"):
+        graphs(Batch({"omic": torch.randn(3, 8).double()}, {}, {}, {}))

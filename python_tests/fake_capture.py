@@ -1,0 +1,45 @@
+"""Stands in for CUDA where graphs are captured: it runs the captured function again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from motet.fusion.capture import CaptureError, Recording
+from torch import Tensor
+
+
+class FakeCapture:
+    """Captures as a CUDA graph does, as far as a CPU can show it.
+
+    What is replayed reads the tensors that were there at the capture, and writes the same results.
+
+    Args:
+        fails: what the captures are to say when they fail; they succeed if empty.
+    """
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.refused = fails, ""
+        self.captured = self.forgotten = 0
+
+    def __call__(self, run: Callable[[], Any], state: Sequence[Tensor]) -> Recording:
+        if self.fails:
+            self.refused = self.fails
+            raise CaptureError(self.fails)
+        self.captured += 1
+        with torch.random.fork_rng():  # a capture draws nothing
+            result = run()
+        return Recording(lambda: _write(result, run()), result, 1.5)
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+def _write(into: Any, of: Any) -> None:
+    """Copy the tensors of one result into those of another."""
+    if isinstance(into, Tensor):
+        into.copy_(of)
+    elif isinstance(into, tuple):
+        for own, other in zip(into, of, strict=True):
+            _write(own, other)
+    else:
+        assert into == of  # a graph cannot change what is no tensor

@@ -1,0 +1,258 @@
+"""CudaCapture with a fake torch.cuda: what it does in which order, and the drill of failures."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import motet
+import pytest
+import torch
+from motet.fusion import capture
+from motet.fusion.capture import WARM_UPS, CaptureError, CudaCapture
+from torch import Tensor
+
+from .test_graphs import batch_of, eager, graphed, healnet, loss_of
+
+CUDA = torch.device("cuda", 0)
+
+
+class Generator:
+    """Has a state that says for ever that it is captured, once a capture did not end."""
+
+    def __init__(self) -> None:
+        self.state = SimpleNamespace(capturing=False, offset=0)
+
+    def clone_state(self) -> Any:
+        self.state.drawn = torch.get_rng_state()  # a model on the CPU draws from torch's own
+        return SimpleNamespace(**vars(self.state))
+
+    def graphsafe_set_state(self, state: Any) -> None:
+        self.state = state
+        torch.set_rng_state(state.drawn)
+
+    def get_state(self) -> tuple[int, Tensor]:
+        return self.state.offset, torch.get_rng_state()
+
+    def set_state(self, state: tuple[int, Tensor]) -> None:
+        self.state.offset = state[0]
+        torch.set_rng_state(state[1])
+
+    def draw(self, capturing: bool) -> None:
+        if self.state.capturing and not capturing:
+            raise RuntimeError("Offset increment outside graph capture")
+        self.state.offset += not capturing
+
+
+class Cuda:
+    """As much of torch.cuda as captures use. It fails at the "begin", the "body" or the "end"."""
+
+    def __init__(self) -> None:
+        self.fails = ""
+        self.generator = Generator()
+        self.default = self.current = SimpleNamespace(wait_stream=lambda other: None)
+        self.capturing = False
+        self.pools = 0
+        self.allocating: set[int] = set()
+        self.taken: dict[int, int] = {}
+        self.said: list[str] = []
+
+    def pool(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    def set_stream(self, stream: Any) -> None:
+        self.current = stream
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield  # as in torch, nothing is put back where the body fails half-way
+        self.current = before
+
+    @contextmanager
+    def graph(
+        self, graph: Any, *, pool: int, stream: Any, capture_error_mode: str
+    ) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        assert not gc.isenabled()
+        self.said.append("capture")
+        self.current = stream
+        if self.fails == "begin":
+            raise RuntimeError("begin: out of memory")
+        self.allocating.add(pool)
+        self.taken[pool] = self.taken.get(pool, 0) + 1
+        self.capturing = self.generator.state.capturing = True
+        broken = ""
+        try:
+            yield
+        except RuntimeError:
+            broken = "body"
+        self.capturing = False
+        if broken or self.fails == "end":  # cudaStreamEndCapture raises, and nothing after it runs
+            raise RuntimeError("operation failed due to a previous error during capture\nat line 3")
+        self.generator.state.capturing = False
+        self.allocating.remove(pool)
+        self.current = self.default
+
+    def end_allocate(self, index: int, pool: int) -> None:
+        if pool not in self.allocating:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.allocating.remove(pool)
+
+    def release(self, index: int, pool: int) -> None:
+        self.taken[pool] -= 1
+
+    def kernel(self) -> None:
+        """Run something that draws a random number."""
+        self.generator.draw(self.capturing)
+        if self.capturing and self.fails == "body":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    fake = Cuda()
+    for name, value in {
+        "current_device": lambda: 0,
+        "Stream": lambda index: SimpleNamespace(wait_stream=lambda other: None),
+        "graph_pool_handle": fake.pool,
+        "default_generators": (fake.generator,),
+        "current_stream": lambda index: fake.current,
+        "set_stream": fake.set_stream,
+        "stream": fake.stream,
+        "device": lambda index: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: fake.said.append("replay")),
+        "graph": fake.graph,
+        "memory_reserved": lambda index: (len(fake.said) + 1) << 20,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name, value in {
+        "_cuda_clearCublasWorkspaces": lambda: fake.said.append("clear"),
+        "_cuda_endAllocateToPool": fake.end_allocate,
+        "_cuda_releasePool": fake.release,
+    }.items():
+        monkeypatch.setattr(torch._C, name, value, raising=False)
+    monkeypatch.setattr(capture, "_failures", {})
+    return fake
+
+
+def test_a_capture(cuda: Cuda) -> None:
+    mean = torch.zeros(2)
+
+    def run() -> Tensor:
+        cuda.said.append("run")
+        cuda.kernel()
+        mean.add_(1)
+        return mean * 2
+
+    own = CudaCapture(torch.device("cuda"))
+    first = own.pool
+    recording = own(run, [mean])
+    assert cuda.said == [*["run"] * WARM_UPS, "clear", "capture", "run", "clear"]
+    assert recording.mib == 1  # what the fake's memory says: one word was said meanwhile
+    assert torch.equal(recording.result, torch.full((2,), 2.0))
+    assert mean[0] == 1  # the three warm-ups were undone; this is of the fake, which runs at once
+    assert cuda.generator.state.offset == 0
+    assert cuda.current is cuda.default
+    assert gc.isenabled()
+    assert own.refused == ""
+    recording.replay()
+    assert cuda.said[-1] == "replay"
+    own.forget()
+    assert own.pool != first
+
+
+def test_a_collector_that_was_off_stays_off(cuda: Cuda) -> None:
+    gc.disable()
+    try:
+        CudaCapture(CUDA)(cuda.kernel, [])
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("where", ["begin", "body", "end"])
+def test_a_capture_that_fails_leaves_nothing_behind(where: str, cuda: Cuda) -> None:
+    own = CudaCapture(CUDA)
+    own(cuda.kernel, [])
+    cuda.fails = where
+    with pytest.raises(CaptureError, match="a capture failed: RuntimeError: (begin|operation)"):
+        own(cuda.kernel, [])
+    assert cuda.current is cuda.default
+    assert gc.isenabled()
+    assert not cuda.allocating
+    assert cuda.taken == {own.pool: 1}  # what the capture before holds
+    assert not cuda.generator.state.capturing
+    assert cuda.generator.state.offset == 0
+    cuda.kernel()  # draws
+    assert cuda.said[-1] == "clear"
+    # It is the process's, whoever asks: the random numbers of older graphs come from the old state.
+    assert CudaCapture(CUDA).refused == own.refused != ""
+    assert "\n" not in own.refused
+    assert CudaCapture(torch.device("cuda", 1)).refused == ""
+
+
+def test_an_interrupt_is_handed_on(cuda: Cuda) -> None:
+    def run() -> None:
+        if cuda.capturing:
+            raise KeyboardInterrupt
+
+    own = CudaCapture(CUDA)
+    with pytest.raises((KeyboardInterrupt, CaptureError)):
+        own(run, [])
+    assert gc.isenabled()
+    assert cuda.current is cuda.default
+
+
+@pytest.mark.parametrize("where", ["begin", "body", "end"])
+def test_steps_go_on_without_graphs(where: str, cuda: Cuda) -> None:
+    """The drill: a capture fails, and what comes after is as if none had been tried."""
+    model = healnet(ff_dropout=0.3).train()
+
+    def loss(logits: Tensor, target: dict[str, Tensor]) -> Tensor:
+        cuda.kernel()
+        return loss_of(logits, target)
+
+    steps = motet.StepGraphs(model, loss, capture=CudaCapture(CUDA))
+    batch = batch_of(9, 0, 30)
+    steps(batch)
+    cuda.fails = where
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        if not found:
+            with pytest.warns(RuntimeWarning, match="StepGraphs: a capture failed: RuntimeError"):
+                found.append(steps(batch))
+            continue
+        found.append(steps(batch))
+    assert found[0] == found[1] != found[2]
+    assert steps.report()[0]["how"] == "eager"
+    assert sum(steps.fell_back.values()) == 3
+    assert cuda.said.count("capture") == 1
+    model.eval()
+    for _ in range(2):
+        assert_close(graphed(steps, batch), eager(model, batch))
+
+
+def assert_close(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a[0], b[0])
+    torch.testing.assert_close(a[1], b[1])
+
+
+def test_a_model_on_cuda_is_captured_by_cuda(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says that a model is on a GPU, and that Triton computes there."""
+    model = healnet().float()
+    here = torch.device("cpu")
+    monkeypatch.setattr(torch.nn.Parameter, "device", property(lambda self: CUDA), raising=False)
+    steps = motet.StepGraphs(model, loss_of)
+    assert isinstance(steps._graphs.capture, CudaCapture)
+    assert steps._graphs.never == ""
+    waits = "what torch computes instead of Triton waits for the lengths of bags"
+    assert motet.CudaGraphs(model.double())._graphs.never == waits
+    steps._graphs.look()
+    monkeypatch.setattr(torch.nn.Parameter, "device", property(lambda self: here), raising=False)
+    model.latents.data = model.latents.data.clone()
+    with pytest.raises(ValueError, match="model: expected it on a CUDA device, got cpu"):
+        steps._graphs.look()
