@@ -1,7 +1,8 @@
 """Train a model with Lightning: Adam, one cycle, early stopping that restores the best weights.
 
 An epoch's order is drawn from (seed, epoch) and a step's dropout from (seed, step), so that a run
-that was killed and resumed gives the very weights of one that was not.
+that was killed and resumed gives the very weights of one that was not. On one GPU the loss and the
+gradients of a step are one CUDA graph (`StepGraphs`), and the host waits only at an epoch's end.
 """
 
 import logging
@@ -25,7 +26,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from .._atomic import replacing
 from .._checks import choice, integer, positive
+from .graphs import StepGraphs, add_l1, logits_of
+from .healnet import HEALNet
 from .lego_block import LegoBlock
+from .lego_fuse import LegoFuse
+from .lego_merge import LegoMerge
 from .objectives import Objective
 from .patients import Batch, Patients
 
@@ -88,17 +93,8 @@ class History:
     validation_loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     best_epoch: int = 0
-
-
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the logits [B, K] of any of motet's models; a LegoBlock's batch has one modality."""
-    inputs, options = batch.arguments()
-    if isinstance(model, LegoBlock):
-        ((name, x),) = inputs.items()
-        logits = model(x, **{key: value.get(name) for key, value in options.items()})
-    else:
-        logits = model(inputs, **options)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # losses in full precision
+    without_graph: list[str] = field(default_factory=list)
+    """Why steps on a GPU ran without a CUDA graph; empty if none did, and on a CPU."""
 
 
 def train(
@@ -130,7 +126,7 @@ def train(
         The History.
 
     Raises:
-        FloatingPointError: the loss is not finite, in training or on validation.
+        FloatingPointError: a loss of the epoch is not finite, in training or on validation.
         ValueError: nobody to train on or to validate with.
     """
     for name, part in (("patients", patients), ("validation", validation)):
@@ -166,6 +162,15 @@ def train(
 def _world() -> int:
     """Return the number of processes under torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def graphs_for(model: nn.Module, objective: Objective, settings: Training) -> StepGraphs | None:
+    """Return what computes steps; None, for torch's autograd, without a GPU or with several."""
+    if _world() > 1 or not next(model.parameters()).is_cuda:
+        return None
+    if not isinstance(model, (HEALNet, LegoBlock, LegoMerge, LegoFuse)):
+        return None
+    return StepGraphs(model, objective.loss, l1=settings.l1)
 
 
 def _loader(patients: Patients, settings: Training, *, share: bool) -> DataLoader:
@@ -231,14 +236,17 @@ class _Fit(lightning.LightningModule):
         self.steps = steps
         self.history = History()
         self.checked: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self.total, self.started = 0.0, 0.0
+        self.losses: list[Tensor] = []
+        self.started = 0.0
+        self.graphs: StepGraphs | None = None
 
     def configure_optimizers(self) -> Any:
         own = self.settings
-        # Fused, but where the loss is scaled: a fused step unscales only after the L1 gradient.
+        self.graphs = graphs_for(self.model, self.objective, own)  # here the model has its device
+        # Fused, but where autograd's loss is scaled: a fused step unscales, and L1 is added before.
         optimiser = torch.optim.Adam(
             self.parameters(), lr=own.max_lr, weight_decay=own.l2,
-            fused=own.precision != "16-mixed",
+            fused=own.precision != "16-mixed" or self.graphs is not None,
         )  # fmt: skip
         cycle = torch.optim.lr_scheduler.OneCycleLR(
             optimiser, own.max_lr, epochs=own.epochs, steps_per_epoch=self.steps,
@@ -247,26 +255,35 @@ class _Fit(lightning.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
-        self.total, self.started = 0.0, time.perf_counter()
+        self.losses, self.started = [], time.perf_counter()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         seed = (self.settings.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
         torch.manual_seed(seed % 2**63)
-        loss = self.objective.loss(logits_of(self.model, batch), batch.target)
-        self.total += _finite("training loss", loss)
+        if self.graphs is None:
+            loss = self.objective.loss(logits_of(self.model, batch), batch.target)
+        else:
+            loss = self.graphs(batch, scale=self._scale())
+        self.losses.append(loss.detach())
         return loss
 
+    def _scale(self) -> Tensor | None:
+        """Return what the gradients are to be multiplied by for float16; None for nothing."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.device))
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.graphs is None:  # otherwise the gradients are there already, and new ones
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if self.graphs is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the gradient of `l1 * l1_penalty(model)`, at a fraction of what autograd takes."""
-        if not self.settings.l1:
-            return
-        gradients = []
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        signs = torch._foreach_sign([p.detach() for p in self.trained])  # pyright: ignore
-        torch._foreach_add_(gradients, signs, alpha=self.settings.l1)  # pyright: ignore
+        """Add L1's gradient where it is not in the graph."""
+        if self.settings.l1 and self.graphs is None:
+            add_l1(self.trained, self.settings.l1)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self.checked.append((logits_of(self.model, batch), batch.target))
@@ -278,13 +295,17 @@ class _Fit(lightning.LightningModule):
             name: torch.cat([part[name] for _, part in self.checked]) for name in self.checked[0][1]
         }
         self.checked.clear()
+        history = self.history
+        # Validation is the end of an epoch: Lightning runs it inside the training epoch. Only here
+        # the losses are read, for which a GPU has to finish.
+        losses = [_finite("training loss", loss) for loss in torch.stack(self.losses).tolist()]
         loss = self.objective.loss(logits, target)
         self.log("validation_loss", loss)
-        history = self.history
-        history.validation_loss.append(_finite("validation loss", loss))
-        # Validation is the end of an epoch: Lightning runs it inside the training epoch.
-        history.train_loss.append(self.total / self.steps)
+        history.validation_loss.append(_finite("validation loss", loss.item()))
+        history.train_loss.append(sum(losses) / self.steps)
         history.seconds.append(time.perf_counter() - self.started)
+        if self.graphs is not None:
+            history.without_graph = sorted({*history.without_graph, *self.graphs.fell_back})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = vars(self.history)
@@ -356,11 +377,10 @@ def _whole(batch: Any) -> Batch:
     return batch
 
 
-def _finite(name: str, loss: Tensor) -> float:
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{name}: expected a finite number, got {value}")
-    return value
+def _finite(name: str, loss: float) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name}: expected a finite number, got {loss}")
+    return loss
 
 
 @contextmanager

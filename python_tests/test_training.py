@@ -7,12 +7,15 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import motet
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
+from motet.fusion import training
 from motet.fusion.objectives import Classification, CoxSurvival, DiscreteSurvival
 from motet.fusion.patients import Bags, Patients, modalities_of
 from motet.fusion.preprocessing import fit_scaling
@@ -190,6 +193,89 @@ def test_half_precision_keeps_its_losses_whole() -> None:
     exact = run(model_of(), epochs=3)
     np.testing.assert_allclose(history.validation_loss, exact.validation_loss, rtol=0.02)
     assert len({loss * 256 % 1 for loss in history.validation_loss}) > 1  # not rounded to bfloat16
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[motet.StepGraphs]:
+    """Train as on a GPU, where steps are graphs; the capture runs them again."""
+    from .fake_capture import FakeCapture  # here, since a test runs this file as a script
+
+    made: list[motet.StepGraphs] = []
+
+    def graphs_for(model, objective, settings):
+        made.append(motet.StepGraphs(model, objective.loss, l1=settings.l1, capture=FakeCapture()))
+        return made[-1]
+
+    monkeypatch.setattr(training, "graphs_for", graphs_for)
+    return made
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_steps_as_graphs_train_the_same_model(graphs: list, precision: str, monkeypatch) -> None:
+    """Momentum cycles, weights decay, L1 counts, and dropout draws what it drew before."""
+    options = {"l1": 1e-4, "l2": 1e-3, "epochs": 6, "patience": 6, "precision": precision}
+    history = run(model := model_of(), **options)
+    (steps,) = graphs
+    assert sum(known["replays"] for known in steps.report()) > 10
+    assert history.without_graph == []
+    monkeypatch.setattr(training, "graphs_for", lambda *_: None)
+    expected = run(other := model_of(), **options)
+    within = 1e-4 if precision == "32-true" else 0.02
+    np.testing.assert_allclose(history.train_loss, expected.train_loss, rtol=within)
+    np.testing.assert_allclose(history.validation_loss, expected.validation_loss, rtol=within)
+    if precision == "32-true":
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_stopped_run_of_graphs_goes_on_as_if_nothing_had_happened(
+    graphs: list, epochs: int, tmp_path: Path
+) -> None:
+    """All sizes come anew after a stop, and run as they are first: with the bits of the graph."""
+    test_a_stopped_run_goes_on_as_if_nothing_had_happened(epochs, tmp_path)
+    assert all(sum(known["replays"] for known in steps.report()) for steps in graphs)
+
+
+def test_what_is_not_finite_stops_graphs(graphs: list) -> None:
+    test_what_is_not_finite_stops_it()
+
+
+def test_a_scaled_loss_scales_l1_too(graphs: list, monkeypatch) -> None:
+    """Adam takes no notice of a factor that all gradients have."""
+    options = {"l1": 1e-3, "epochs": 3, "patience": 3}
+    expected = run(model_of(), **options)
+    scaler = SimpleNamespace(scale=lambda one: one * 1024)
+    monkeypatch.setattr(Precision, "scaler", scaler, raising=False)
+    scaled = run(model_of(), **options)
+    np.testing.assert_allclose(scaled.train_loss, expected.train_loss, rtol=1e-3)
+    assert scaled.train_loss != expected.train_loss
+
+
+def test_a_run_says_what_had_no_graph(graphs: list) -> None:
+    alone = {"labs": SCALING["labs"]}
+    every = Patients.of(MODALITIES, alone, IDS, NLL.target(TIMES, EVENTS))
+    first, has = torch.arange(len(IDS)) < 90, every.has("labs")
+    data = every.take(first & has), every.take(~first & has)
+    block = motet.LegoBlock(
+        modalities_of(SCALING)["labs"], out_features=4, num_latents=4, latent_dim=8, heads=1,
+        head_dim=8,
+    )  # fmt: skip
+    block.head.register_forward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning, match="StepGraphs: hooks would not be called in a graph"):
+        history = run(block, data=data, epochs=2)
+    assert history.without_graph == ["hooks would not be called in a graph"]
+
+
+def test_steps_are_graphs_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "StepGraphs", lambda model, loss, l1: (model, loss, l1))
+    settings, model = Training(l1=0.5), model_of()
+    assert training.graphs_for(model, NLL, settings) is None
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+    assert training.graphs_for(model, NLL, settings) == (model, NLL.loss, 0.5)
+    assert training.graphs_for(torch.nn.Linear(2, 2), NLL, settings) is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert training.graphs_for(model, NLL, settings) is None
 
 
 def test_several_processes_train_one_model(tmp_path: Path) -> None:
