@@ -115,16 +115,19 @@ class Absorbed:
         self.context, self.statistics = context, statistics
         self.backend: Backend = backend
         self.x, self.positions, self.offsets = packed
+        self._folded: dict[Attention, list[tuple[Tensor, ...]]] = {}
 
     def attend(
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
-        norm = attention.token_norm
         asked = self._asked(attention, queries)
-        pooled, mass = self._pooled(asked, attention, seed)
-        normed = pooled * norm.weight + mass[..., None] * norm.bias
-        normed = normed.to(pooled.dtype).unflatten(1, (attention.heads, -1))
-        return torch.einsum("bhcw,hew->bhce", normed, _by_head(attention)[1])
+        pooled, mass = (
+            part.unflatten(1, (attention.heads, -1))
+            for part in self._pooled(asked, attention, seed)
+        )
+        (_, weights), (_, shifts) = self._weights_of(attention)
+        values = torch.einsum("bhcw,hew->bhce", pooled, weights)
+        return torch.addcmul(values, mass[..., None], shifts[:, None])
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         weights = absorbed_weights(
@@ -141,10 +144,20 @@ class Absorbed:
     def _asked(self, attention: Attention, queries: Tensor | None) -> Tensor:
         """Return scale · Q W_k diag(γ), [B, H·C, W]. What β adds to a score, it adds to all."""
         assert queries is not None
+        (weights, _), _ = self._weights_of(attention)
         q = attention.split(queries) * attention.scale
-        asked = torch.einsum("bhce,hew->bhcw", q, _by_head(attention)[0]).flatten(1, 2)
-        asked = (asked * attention.token_norm.weight).to(asked.dtype)
+        asked = torch.einsum("bhce,hew->bhcw", q, weights).flatten(1, 2)
         return asked.expand(len(self.offsets) - 1, -1, -1)
+
+    def _weights_of(self, attention: Attention) -> list[tuple[Tensor, ...]]:
+        """Return K's and V's weights, [H, E, W] each, and shifts, made once for all layers."""
+        if attention not in self._folded:
+            dtype = _product_dtype(attention.to_kv.weight)
+            parts = attention.folded(0, dtype, self.backend)
+            self._folded[attention] = [
+                part.unflatten(0, (2, attention.heads)).unbind() for part in parts
+            ]
+        return self._folded[attention]
 
     def _pooled(
         self, asked: Tensor, attention: Attention, seed: Tensor | None
@@ -360,11 +373,6 @@ def _kv_of_all_layers(
     y = y.unflatten(2, (2, first.heads, -1))
     # One set is a view; of several, unbinding collects the gradients without sums over zeros.
     return [y.squeeze(0)] if len(attentions) == 1 else y.unbind(0)
-
-
-def _by_head(attention: Attention) -> Tensor:
-    """Return the weights of K and V, [2, H, E, W]."""
-    return attention.to_kv.weight.unflatten(0, (2, attention.heads, -1))
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
