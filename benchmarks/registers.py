@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +33,7 @@ import motet.kernels
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import JITFunction
 from triton.runtime.jit import create_function_from_signature
@@ -39,6 +41,7 @@ from triton.runtime.jit import create_function_from_signature
 sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
 
 from benchmarks.launches import CELLS, LAUNCHERS
+from benchmarks.races import races, uses_wgmma
 
 # Shared memory that one program may have, in bytes.
 CHIPS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -99,6 +102,7 @@ class Compiled:
     shared_bytes: int
     async_copies: int
     matrix_instructions: int
+    races: int
 
 
 def launches(chip: int, cells: dict[str, Callable[[], object]] | None = None) -> list[Launch]:
@@ -146,7 +150,27 @@ def compiled(launch: Launch) -> Compiled:
         kernel.metadata.shared,
         len(re.findall(r"cp\.async\.(?:c[ag]|bulk)", ptx)),
         len(_MATRIX.findall(sass)),
+        len(races(kernel.asm["ttgir"])),
     )
+
+
+class _Stop(Exception):
+    """What stops the compiler where it would make machine code."""
+
+
+def ttgir(launch: Launch) -> str:
+    """Compile one launch as far as the form in which copies and products are scheduled."""
+
+    def stop(self, module, *_):
+        raise _Stop(str(module))
+
+    source, options = launch.source()
+    target = GPUTarget("cuda", launch.chip, 32)
+    with mock.patch.object(CUDABackend, "make_llir", stop):
+        try:
+            return triton.compile(source, target=target, options=options).asm["ttgir"]
+        except _Stop as form:
+            return form.args[0]
 
 
 _recorded: list[Launch] = []  # for the processes that main forks
@@ -154,6 +178,13 @@ _recorded: list[Launch] = []  # for the processes that main forks
 
 def _compiled_number(index: int) -> Compiled:
     return compiled(_recorded[index])
+
+
+def _races_of_number(index: int) -> tuple[bool, list[str]]:
+    """Return whether a launch has asynchronous products, and its races."""
+    launch, form = _recorded[index], ttgir(_recorded[index])
+    name = f"{launch.function.__name__} for {launch.name} on sm_{launch.chip}"
+    return uses_wgmma(form), [f"{name}: {race}" for race in races(form)]
 
 
 def faults(result: Compiled, launch: Launch) -> list[str]:
@@ -167,6 +198,8 @@ def faults(result: Compiled, launch: Launch) -> list[str]:
         wrong.append("no asynchronous copies")
     if launch.multiplies() and not result.matrix_instructions:
         wrong.append("no matrix instructions")
+    if result.races:
+        wrong.append(f"{result.races} races")
     return [f"{result.kernel} for {result.name} on sm_{result.chip}: {text}" for text in wrong]
 
 
@@ -234,6 +267,8 @@ def main() -> None:
     parser.add_argument("--only", help="the one size to compile, by its name in the table")
     parser.add_argument("--forms", action="store_true", help="compile only so many launches that "
                         "every optional pointer of every kernel is None and is given")  # fmt: skip
+    parser.add_argument("--races", action="store_true", help="say which launches for sm_90 refill "
+                        "memory that a product still reads, as JSON")  # fmt: skip
     parser.add_argument("--chip", type=int, nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--keys", action="store_true", help="say what would be compiled, as JSON")
     arguments = parser.parse_args()
@@ -243,24 +278,39 @@ def main() -> None:
         seen = sorted(set().union(*map(forms, found)))
         print(json.dumps({"sources": sources(), "keys": keys, "forms": seen}))
         return
-    columns = [field.name for field in fields(Compiled)]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    rows, wrong = [], []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         # Forked, so that processes share what was recorded; launches do not pickle.
         _recorded.extend(found)
         with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
-            for index, result in enumerate(pool.imap(_compiled_number, range(len(found)))):
-                rows.append(asdict(result))
-                wrong += faults(result, found[index])
-                print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
-    arguments.out.parent.mkdir(exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    head = f'"triton": "{triton.__version__}", "sources": {json.dumps(sources())}'
-    arguments.out.write_text(f'{{{head}, "rows": [\n{lines}\n]}}\n')
+            if arguments.races:
+                told = list(pool.imap(_races_of_number, range(len(found))))
+                wgmma, wrong = (
+                    sum(uses for uses, _ in told),
+                    [race for _, own in told for race in own],
+                )
+                said = {"triton": triton.__version__, "wgmma": wgmma, "races": wrong}
+                print(json.dumps(said))
+                return
+            wrong = _write_table(pool, found, arguments.out)
     if wrong:
         sys.exit("\n".join(wrong))
+
+
+def _write_table(pool: Pool, found: list[Launch], out: Path) -> list[str]:
+    """Compile the launches found, print and write a row for each, and return what is wrong."""
+    columns = [field.name for field in fields(Compiled)]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    rows, wrong = [], []
+    for index, result in enumerate(pool.imap(_compiled_number, range(len(found)))):
+        rows.append(asdict(result))
+        wrong += faults(result, found[index])
+        print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
+    out.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    head = f'"triton": "{triton.__version__}", "sources": {json.dumps(sources())}'
+    out.write_text(f'{{{head}, "rows": [\n{lines}\n]}}\n')
+    return wrong
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def test_the_table_shows_no_faults(table):
         if not row["name"].startswith("form"):  # sizes that nobody runs
             assert row["spill_stores"] == 0, row
         assert row["shared_bytes"] <= limits[row["chip"]] * 1024, row
+        assert row["races"] == 0, row
         if row["multiplies"]:
             assert row["async_copies"] > 0, row
             assert row["matrix_instructions"] > 0, row
@@ -130,6 +131,67 @@ def test_every_kernel_compiles_with_every_pointer_none_and_given(version, tmp_pa
     keys = [f"{row['chip']} {row['key']}" for row in fresh["rows"]]
     assert sorted(keys) == sorted(json.loads(listed.stdout)["keys"])
     assert {row["kernel"] for row in fresh["rows"]} == {form[0] for form in forms}
+
+
+@pytest.mark.parametrize("version", ["newest", OLDEST])
+def test_no_copy_goes_where_a_product_still_reads(version, tmp_path):
+    """Of every launch on Hopper, in both Tritons: whether one schedules copies too early."""
+    triton = None if version == "newest" else oldest_triton()
+    told = run(SCRIPT, "--races", "--chip", "90", tmp_path=tmp_path, triton=triton)
+    assert not told.returncode, told.stderr
+    found = json.loads(told.stdout)
+    assert version in ("newest", found["triton"])
+    assert found["wgmma"] > 100
+    assert not found["races"], "\n".join(found["races"])
+
+
+RACE = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+sys.path.insert(0, {root!r})
+from benchmarks.races import races, uses_wgmma
+
+
+@triton.jit
+def kernel(x_ptr, w_ptr, y_ptr, sums_ptr, D, SUMS: tl.constexpr):
+    t, o, d = tl.arange(0, 128), tl.arange(0, 256), tl.arange(0, 64)
+    acc, sums = tl.zeros([128, 256], tl.float32), tl.zeros([128], tl.float32)
+    for d0 in range(0, D, 64):
+        x = tl.load(x_ptr + t[:, None] * 2048 + d0 + d[None, :])
+        w = tl.load(w_ptr + o[:, None] * 2048 + d0 + d[None, :])
+        if SUMS:
+            sums += tl.sum(x.to(tl.float32), 1)
+        acc = tl.dot(x, tl.trans(w), acc)
+    tl.store(y_ptr + t[:, None] * 256 + o[None, :], acc)
+    tl.store(sums_ptr + t, sums)
+
+
+half, full = "*bf16", "*fp32"
+types = dict(x_ptr=half, w_ptr=half, y_ptr=full, sums_ptr=full, D="i32", SUMS="constexpr")
+aligned = {{(i,): [["tt.divisibility", 16]] for i in range(5)}}
+for sums in (True, False):
+    source = ASTSource(kernel, types, {{(5,): sums}}, aligned)
+    options = dict(num_warps=8, num_stages=3)
+    form = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    assert uses_wgmma(form)
+    print(races(form))
+"""
+
+
+@pytest.mark.parametrize("version", ["newest", OLDEST])
+def test_the_gate_sees_a_race(version, tmp_path):
+    """A product with a tile that is summed up too, as LayerNorm's statistics once were."""
+    file = tmp_path / "race.py"
+    file.write_text(RACE.format(root=str(ROOT)))
+    triton = None if version == "newest" else oldest_triton()
+    told = run(file, tmp_path=tmp_path, triton=triton)
+    assert not told.returncode, told.stderr
+    racing, clean = told.stdout.splitlines()
+    assert "2 buffers, 2 copies ahead, 1 products pending" in racing
+    assert clean == "[]"
 
 
 def test_the_gate_sees_a_fault(tmp_path):
