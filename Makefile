@@ -7,7 +7,8 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test test-cpus lint bench claims gpu gpu-full soak sanitize clean
+.PHONY: demo test test-cpus lint bench claims gpu gpu-check gpu-profile gpu-full gpu-install soak sanitize \
+	clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -58,17 +59,21 @@ claims: $(INSTALLED)
 	$(BIN)/python -m benchmarks.claims $$name --out runs/claims/$$name || exit; \
 	done
 
-# Checks and timings on the GPU at hand, one JSON file in $(RESULTS). Uses the environment that is
-# active, since GPU machines bring their own torch. PUBLISHED=DIR, a clone of konst-int-i/healnet,
-# adds the authors' code.
-gpu:
+# On the GPU at hand, each useful alone, each a JSON file in $(RESULTS): all checks (under 90 s),
+# the kernels of a training step (60 s), 40 cells (200 s), the whole grid (again goes on where it
+# stopped). Uses the environment that is active, since GPU machines bring their own torch.
+# PUBLISHED=DIR, a clone of konst-int-i/healnet, adds the authors' code.
+GPU = $(PYTHON) benchmarks/gpu.py $(1) --out $(RESULTS) $(if $(PUBLISHED),--published $(PUBLISHED))
+gpu-check: gpu-install
+	$(call GPU,check)
+gpu-profile: gpu-install
+	$(call GPU,profile)
+gpu: gpu-install
+	$(call GPU,cells)
+gpu-full: gpu-install
+	$(call GPU,full)
+gpu-install:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	$(PYTHON) benchmarks/gpu.py --out $(RESULTS) $(if $(PUBLISHED),--published $(PUBLISHED))
-
-# The whole grid, a line of a file per cell; the same again goes on where it stopped.
-gpu-full:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	$(PYTHON) benchmarks/gpu.py --full --out $(RESULTS) $(if $(PUBLISHED),--published $(PUBLISHED))
 
 # The properties with fresh seeds and many more examples.
 soak: $(INSTALLED)

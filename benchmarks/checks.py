@@ -1,20 +1,21 @@
-"""What `make gpu` checks before it times: models and operators against float64.
+"""What `make gpu-check` checks: operators, and by model_checks.py models, against float64.
 
 An operator may err by twice what its literal reference errs in the same dtype, and the floor below.
 """
 
 import math
-import warnings
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import motet
 import torch
+from benchmarks.model_checks import Check, full_length_checks, model_checks
 from motet import _error_floors
 from motet.cli import measure
-from motet.fusion.patients import Batch, Ragged
 from motet.io.encoders.torch_encoder import Setup, TorchEncoder, Transform
 from motet.kernels import (
     absorbed_attention,
@@ -39,30 +40,48 @@ RAGGED = (300, 0, 1, 530)
 SHORT = (64, 0, 1, 40)
 DROPOUT = 0.25
 
-Check = Callable[[], tuple[float, float]]
-"""Returns an error and what it may be."""
+
+def run_all(device: str, processes: int = 1) -> Iterator[dict[str, Any]]:
+    """Run every check; one that raises has failed, and the others still run.
+
+    What compiles kernels is divided among so many processes, which share the GPU: they wait for
+    Triton's compiler, not for it. What needs the GPU's memory comes after, one by one.
+    """
+    own = list(_all(device))
+    if processes > 1:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.checks"])
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            waiting = {pool.submit(_row, name, check): name for name, check in own}
+            for done in as_completed(waiting):
+                died = done.exception()  # a process that is gone takes its checks with it
+                failed = {"name": waiting[done], "passed": False, "reason": str(died)}
+                yield _said(failed if died else done.result())
+    else:
+        yield from (_said(_row(name, check)) for name, check in own)
+    yield from (_said(_row(name, check)) for name, check in full_length_checks(device))
 
 
-def run_all(device: str) -> list[dict[str, Any]]:
-    """Run every check; one that raises has failed, and the others still run."""
-    rows = []
-    for name, check in _all(device):
-        torch.manual_seed(0)
-        try:
-            error, allowed = check()
-            row = {"name": name, "error": error, "allowed": allowed, "passed": error <= allowed}
-        except Exception as problem:  # compilers raise anything
-            reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
-            row = {"name": name, "passed": False, "reason": reason}
-        rows.append(row)
-        said = row.get("reason") or f"error {row['error']:.1e}, allowed {row['allowed']:.1e}"
-        print(f"{'ok' if row['passed'] else 'FAILED':6} {name:50} {said}", flush=True)
-    return rows
+def _row(name: str, check: Check) -> dict[str, Any]:
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    try:
+        error, allowed = check()
+        row = {"name": name, "error": error, "allowed": allowed, "passed": error <= allowed}
+    except Exception as problem:  # compilers raise anything
+        reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+        row = {"name": name, "passed": False, "reason": reason}
+    return row | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+def _said(row: dict[str, Any]) -> dict[str, Any]:
+    said = row.get("reason") or f"error {row['error']:.1e}, allowed {row['allowed']:.1e}"
+    print(f"{'ok' if row['passed'] else 'FAILED':6} {row['name']:58} {said}", flush=True)
+    return row
 
 
 def _all(device: str) -> Iterator[tuple[str, Check]]:
-    for name in ("LegoBlock", "HEALNet", "LegoMerge", "LegoFuse stack", "LegoFuse weave"):
-        yield f"{name} float64", partial(_model, name, device)
+    yield from model_checks(device)
     backends = ("eager", "triton") if device == "cuda" else ("eager",)
     for backend in backends:
         for dtype in NAMES:
@@ -90,45 +109,9 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
                 name = f"lego_pass {latents}x{dim} {NAMES[dtype]}"
                 yield name, partial(_lego_pass, latents, dim, axes, dtype)
         yield "latent_attention in a CUDA graph", _graph
-        yield "LegoBlock in CUDA graphs", _lego_graph
-        yield "a capture that fails", partial(measure.in_child, 1, failed_capture)
         for precision in ("fp32", "bf16", "fp16"):
             yield f"encoder of patches {precision}", partial(_encoder, device, precision)
         yield "patches on the device, bit for bit", partial(_patches_there, device)
-
-
-def _model(name: str, device: str) -> tuple[float, float]:
-    """Compare a model on the device with itself on the CPU, logits and gradients."""
-    sizes: dict[str, Any] = {"num_latents": 17, "latent_dim": 30}
-    blocks = {
-        "omic": motet.LegoBlock(motet.Tabular(40), motet.SNN(40), out_features=4, **sizes),
-        "wsi": motet.LegoBlock(motet.Bag(32), motet.ABMIL(32), out_features=4, **sizes),
-    }
-    modalities = {"omic": motet.Tabular(40), "wsi": motet.Bag(32)}
-    makers: dict[str, Callable[[], Any]] = {
-        "LegoBlock": lambda: motet.LegoMerge({"wsi": blocks["wsi"]}),
-        "HEALNet": lambda: motet.HEALNet(modalities, out_features=4, self_attention=1),
-        "LegoMerge": lambda: motet.LegoMerge(blocks),
-        "LegoFuse stack": lambda: motet.LegoFuse(blocks),
-        "LegoFuse weave": lambda: motet.LegoFuse(blocks, mode="weave"),
-    }
-    model = makers[name]().double().eval()
-    inputs = {"omic": torch.randn(5, 40).double(), "wsi": torch.randn(5, 70, 32).double()}
-    if name == "LegoBlock":
-        del inputs["omic"]
-    mask = torch.rand(5, 70) < 0.5
-    mask[2] = False
-
-    def outcome(device: str) -> list[Tensor]:
-        model.to(device).zero_grad()
-        given = {name: x.to(device) for name, x in inputs.items()}
-        logits = model(given, masks={"wsi": mask.to(device)})
-        logits.square().sum().backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        return [x.detach().cpu().clone() for x in (logits, *gradients)]
-
-    gold = outcome("cpu")
-    return measure.relative_error(outcome(device), gold), _error_floors.MODEL["float64"]
 
 
 def _compare(
@@ -391,53 +374,6 @@ def _lego_pass(
 
     error, allowed = _compare(run("triton"), run("eager"), tensors, torch.float32)
     return error, allowed + FLOOR[dtype]
-
-
-def _lego_graph() -> tuple[float, float]:
-    """Replay steps of a block on other bags, and compare with the block itself."""
-    block = motet.LegoBlock(motet.Bag(32), out_features=4, fft="latents", normalise=True).cuda()
-    steps, parameters = motet.StepGraphs(block, _squares), list(block.parameters())
-    errors = []
-    for lengths in ((90, 90), (100, 70), (1, 180)):
-        offsets = torch.tensor([0, *lengths], device="cuda").cumsum(0)
-        bags = Ragged(torch.randn(sum(lengths), 32, device="cuda"), offsets)
-        own = [steps(Batch({"x": bags}, {}, {}, {})), *(p.grad for p in parameters)]
-        loss = _squares(block(bags.nested()), {})
-        plain = [loss, *torch.autograd.grad(loss, parameters)]
-        errors.append(measure.relative_error([x for x in own if x is not None], plain))
-    assert [known["replays"] for known in steps.report()] == [2], steps.report()
-    return max(errors), FLOOR[torch.float32]
-
-
-def failed_capture() -> tuple[float, float]:
-    """Fail to capture a step; then compare the next, and draw random numbers.
-
-    In a process of its own, in which nothing is captured any more.
-    """
-    block = motet.LegoBlock(motet.Bag(32), out_features=4).cuda()
-
-    def waits(logits: Tensor, _: Any) -> Tensor:
-        loss = logits.square().sum()
-        return loss * (1 if loss.item() > 0 else 2)
-
-    steps, parameters = motet.StepGraphs(block, waits), list(block.parameters())
-    errors = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # which says that it failed
-        for _ in range(3):
-            x = torch.randn(2, 90, 32, device="cuda")
-            own = [steps(Batch({"x": x}, {}, {}, {})), *(p.grad for p in parameters)]
-            loss = _squares(block(x), {})
-            plain = [loss, *torch.autograd.grad(loss, parameters)]
-            errors.append(measure.relative_error([y for y in own if y is not None], plain))
-    assert len(steps.fell_back) == 1, steps.report()
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    torch.rand(1, device="cuda")
-    return max(errors), FLOOR[torch.float32]
-
-
-def _squares(logits: Tensor, _: Any) -> Tensor:
-    return logits.square().sum()
 
 
 def _graph() -> tuple[float, float]:

@@ -1,29 +1,33 @@
-"""`make gpu`: check and time everything on the GPU at hand, and write one JSON file.
+"""Check, profile and time motet on the GPU at hand; each step writes a JSON file of its own.
 
-Runs in the environment that is active, since GPU machines bring their own torch. First models and
-operators are compared with float64; then the device's own limits are measured, and 40 cells of
-benchmarks/ladder.py. Every time has its error beside it, and what is too wrong has no time. The
-file is written again after each step, so that a machine that is taken away leaves what it did. A
-failed check, or a time withheld, makes the exit code 1.
+    make gpu-check      compiles all kernels, compares them with float64, and runs with each other
+    make gpu-profile    where the time of a training step goes, kernel by kernel
+    make gpu            40 cells of benchmarks/ladder.py, the most telling contenders first
+    make gpu-full       the whole grid, a line of a file per cell; again goes on where it stopped
 
-`--full` (`make gpu-full`) measures the whole grid instead, a line of a file per cell; the same
-command again goes on where it stopped.
+Runs in the environment that is active, since GPU machines bring their own torch. The file is
+written again after each row, so that a machine that is taken away leaves what it did. Every time
+has its error beside it, and what is too wrong has no time: a failed check, or a time withheld,
+makes the exit code 1.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# Seconds after which a step begins nothing more.
+BUDGETS = {"check": 90.0, "profile": 60.0, "cells": 200.0, "full": 500.0}
 
 
 def main() -> int:
-    """Check, measure, write."""
+    """Carry out one step, and write."""
     options = _options()
     try:
         from motet.cli import measure
@@ -42,38 +46,95 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch._dynamo.config.recompile_limit = 64
     options.out.mkdir(parents=True, exist_ok=True)
-    return full(options, device) if options.full else named(options, device)
+    options.budget = BUDGETS[options.step] if options.budget is None else options.budget
+    steps = {"check": check, "profile": profile, "cells": cells, "full": full}
+    return steps[options.step](options, device)
 
 
-def named(options: argparse.Namespace, device: str) -> int:
-    """Check, then time the named cells until the budget is spent."""
-    from benchmarks import checks, ladder
+def check(options: argparse.Namespace, device: str) -> int:
+    """Compare operators and models with float64, and look for races."""
+    from benchmarks import checks
+
+    started = time.monotonic()
+    report = {**_about(device), "checks": []}
+    path = _path(options, "check", report)
+    # Each process compiles, the GPU hardly works. On a CPU they would fight over the cores.
+    processes = min(16, os.cpu_count() or 1) if device == "cuda" else 1
+    for row in checks.run_all(device, processes):
+        report["checks"].append(row)
+        _write(path, report)
+    failed = [row["name"] for row in report["checks"] if not row["passed"]]
+    print(
+        f"\n{len(report['checks']) - len(failed)} passed, {len(failed)} failed {failed or ''} in "
+        f"{time.monotonic() - started:.0f} s; written to {path}"
+    )
+    return 1 if failed else 0
+
+
+def profile(options: argparse.Namespace, device: str) -> int:
+    """Write down every kernel of a training step of four models, in both strategies."""
+    from benchmarks import profiling
     from motet.cli import measure
 
     deadline = time.monotonic() + options.budget
     report = _about(device)
-    path = options.out / f"gpu-{_stem(report)}.json"
-    report["checks"] = checks.run_all(device)
-    report["roof"] = (roof := measure.measure_roof(device, quick=options.small))._asdict()
+    path = _path(options, "profile", report)
+    roof = measure.measure_roof(device, quick=options.small)
+    report |= {"roof": roof._asdict(), "rows": []}
     print(roof, flush=True)
-    cells = ladder.named_cells(small=options.small)
-    report |= {"cells": [], "operators": [], "not_reached": [cell.name for cell in cells]}
-    settings = _settings(options, device)
-    for number, cell in enumerate(cells):
+    for row in profiling.profiles(roof, small=options.small):
+        report["rows"].append(row)
+        print(*profiling.lines(row), sep="\n", flush=True)
         _write(path, report)
         if time.monotonic() > deadline:
+            print("\nstopped: no time left")
             break
-        row = _measured(cell, settings, roof, launches=number < 8)
-        report["cells"].append(row)
-        report["not_reached"].remove(cell.name)
-    if not report["not_reached"] and time.monotonic() < deadline:
-        report["operators"] = list(_operators(device, small=options.small))
+    print(f"\nwritten to {path}")
+    return 0
+
+
+def cells(options: argparse.Namespace, device: str) -> int:
+    """Time the named cells: first what says most of each, then the rest, until time is spent."""
+    from benchmarks import ladder
+    from motet.cli import measure
+
+    deadline = time.monotonic() + options.budget
+    report = _about(device)
+    path = _path(options, "cells", report)
+    report["roof"] = (roof := measure.measure_roof(device, quick=options.small))._asdict()
+    print(roof, flush=True)
+    named = ladder.named_cells(small=options.small)
+    rows = {
+        cell.name: {"cell": cell.name, **ladder.planned(cell, device), "contenders": {}}
+        for cell in named
+    }
+    report |= {"cells": list(rows.values()), "demands": [], "operators": [], "not_reached": []}
+    left = [(cell, who) for who in (ladder.FIRST, ladder.LAST) for cell in named]
+    allowed: dict[str, dict[str, float]] = {cell.name: {} for cell in named}
+    settings = _settings(options, device)
+    while left and time.monotonic() < deadline:
+        cell, contenders = left.pop(0)
+        row = rows[cell.name]
+        first = contenders is ladder.FIRST
+        if not first:  # so that these, too, are compared in one run with what a user gets
+            contenders = {ladder.USUAL: ladder.FIRST[ladder.USUAL], **contenders}
+        found = _measured(cell, contenders, settings, roof, allowed[cell.name], launches=first)
+        row["contenders"] = {**found, **row["contenders"]}  # what was measured first stays
+        print(*ladder.lines({**row, "contenders": found}), sep="\n", flush=True)
+        report["demands"] = list(ladder.demands(report["cells"]))
+        report["not_reached"] = [f"{c.name}: {', '.join(who)}" for c, who in left]
+        _write(path, report)
+    if not left:
+        report["operators"] = list(_operators(device, deadline, small=options.small))
+    report["rivals"] = _rivals(device, deadline, small=options.small)
     _write(path, report)
-    failed = [check["name"] for check in report["checks"] if not check["passed"]]
-    failed += [name for row in report["cells"] for name in _faults(row)]
+    failed = [name for row in report["cells"] for name in _faults(row)]
     failed += [row["name"] for row in report["operators"] if "ms" not in row]
-    print(f"\n{len(failed)} failed {failed or ''}; {len(report['not_reached'])} cells not reached; "
-          f"written to {path}")  # fmt: skip
+    for row in report["demands"]:
+        print(json.dumps(row))
+    print(
+        f"\n{len(failed)} failed {failed or ''}; {len(left)} parts not reached; written to {path}"
+    )
     return 1 if failed else 0
 
 
@@ -84,14 +145,18 @@ def full(options: argparse.Namespace, device: str) -> int:
 
     deadline = time.monotonic() + options.budget
     about = _about(device)
-    path = options.out / f"gpu-full-{_stem(about)}.jsonl"
+    path = _path(options, "full", about).with_suffix(".jsonl")
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {row["cell"] for row in known}
     roof = measure.measure_roof(device, quick=options.small)
     left = [cell for cell in ladder.grid(small=options.small) if cell.name not in done]
     settings, failed = _settings(options, device), 0
+    everyone = {**ladder.FIRST, **ladder.LAST}
     while left and time.monotonic() < deadline:
-        row = _measured(left.pop(0), settings, roof, launches=False)
+        cell = left.pop(0)
+        row = {"cell": cell.name, **ladder.planned(cell, device)}
+        row["contenders"] = _measured(cell, everyone, settings, roof, {}, launches=False)
+        print(*ladder.lines(row), sep="\n", flush=True)
         failed += bool(_faults(row))
         with path.open("a") as file:
             file.write(json.dumps({**about, "roof": roof._asdict(), **row}) + "\n")
@@ -99,41 +164,48 @@ def full(options: argparse.Namespace, device: str) -> int:
     return 1 if failed else 0
 
 
-def _measured(cell: Any, settings: Any, roof: Any, *, launches: bool) -> dict[str, Any]:
-    """Measure a cell; one that raises is a row with its reason."""
+def _measured(
+    cell: Any,
+    contenders: Mapping[str, Any],
+    settings: Any,
+    roof: Any,
+    allowed: dict[str, float],
+    *,
+    launches: bool,
+) -> dict[str, dict[str, Any]]:
+    """Measure a cell; where that raises, every contender says why."""
     import torch
     from benchmarks import ladder
 
     try:
-        row = ladder.measure_cell(cell, settings, roof, launches=launches)
-    except Exception as error:  # such as no memory for the rungs together
-        row = {"cell": cell.name, "rungs": {}, "failed": " ".join(str(error).split())[:300]}
-        print(f"\n{cell.name}: {row['failed']}", flush=True)
-    else:
-        print(*ladder.lines(row), sep="\n", flush=True)
-    if settings.device == "cuda":
-        torch.cuda.empty_cache()
-    return row
+        return ladder.measure_cell(cell, contenders, settings, roof, allowed, launches=launches)
+    except Exception as error:  # such as no memory for the contenders together
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return {name: {"failed": reason, "fault": True} for name in contenders}
+    finally:
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _faults(row: dict[str, Any]) -> list[str]:
     """Return what is wrong with a cell."""
-    if "failed" in row:
-        return [row["cell"]]
-    return [f"{row['cell']}: {name}" for name, own in row["rungs"].items() if own.get("fault")]
+    return [f"{row['cell']}: {who}" for who, own in row["contenders"].items() if own.get("fault")]
 
 
-def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
-    """Yield rows of what is not on the ladder: both merges, LegoBlock, LegoMerge."""
+def _operators(device: str, deadline: float, *, small: bool) -> Iterator[dict[str, Any]]:
+    """Yield rows of what is not among the cells: both merges, LegoBlock, LegoMerge."""
     from benchmarks.cells import lego_cells, merge_cells
     from motet import _error_floors
     from motet.cli import measure
 
-    for make, sizes in (
+    makers: tuple[tuple[Callable[..., Any], tuple[int, ...]], ...] = (
         (merge_cells, (1000,) if small else (8 * 17 * 126, 1 << 24)),
         (partial(lego_cells, graphs=device == "cuda"), (20,) if small else (500, 15_000)),
-    ):
+    )
+    for make, sizes in makers:
         for size in sizes:
+            if time.monotonic() > deadline:
+                return
             for cell in make(device, size):
                 row = {"name": cell.name, "error": cell.error(cell.run)}
                 if row["error"] < _error_floors.FAULT:
@@ -144,12 +216,35 @@ def _operators(device: str, *, small: bool) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def _rivals(device: str, deadline: float, *, small: bool) -> list[dict[str, Any]]:
+    """Return other libraries' attention on the same keys and values, as far as they are here."""
+    from benchmarks import bench_latent_attention as rivals
+    from motet.cli import bench, measure
+
+    who = rivals.ATTENTIONS | (rivals.ON_CUDA if device == "cuda" else {})
+    functions = {name: f for name, f in who.items() if name not in rivals.COMPILED}
+    rows: list[dict[str, Any]] = []
+    batches = ((20, 20), (1, 20, 9)) if small else ((15_000,) * 8, bench.RAGGED)
+    for lengths in batches:
+        if time.monotonic() > deadline:
+            break
+        inputs = rivals.inputs_of(measure.CONFIGS["blca"], lengths, "bf16", device)
+        name = f"blca {bench.shape_name(lengths)}"
+        rows += rivals.attention_rows(name, inputs, "bf16", functions, 3 if small else 9)
+    return rows
+
+
 def _settings(options: argparse.Namespace, device: str) -> Any:
     from benchmarks.ladder import Settings
 
     compile_s = options.compile_budget if device == "cuda" and not options.small else 0.0
-    rounds = 3 if options.small else 15
-    return Settings(device, rounds=rounds, published=options.published, compile_s=compile_s)
+    return Settings(
+        device,
+        rounds=3 if options.small else 15,
+        seconds=1.5,
+        published=options.published,
+        compile_s=compile_s,
+    )
 
 
 def _about(device: str) -> dict[str, Any]:
@@ -161,9 +256,9 @@ def _about(device: str) -> dict[str, Any]:
     return facts
 
 
-def _stem(facts: dict[str, Any]) -> str:
+def _path(options: argparse.Namespace, step: str, facts: dict[str, Any]) -> Path:
     device = facts["device"].replace(" ", "-") if "cuda" in facts else "cpu"
-    return f"{device}-{facts['revision']}"
+    return options.out / f"gpu-{step}-{device}-{facts['revision']}.json"
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
@@ -174,18 +269,18 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("step", choices=tuple(BUDGETS), help="what to do")
     parser.add_argument("--out", type=Path, required=True, help="folder for the file")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs it as a smoke test"
     )
     parser.add_argument("--small", action="store_true", help="sizes that only show that it works")
-    parser.add_argument("--full", action="store_true", help="the whole grid, resumable")
     parser.add_argument(
-        "--budget", type=float, default=500.0, metavar="SECONDS",
-        help="no cell begins later (default: %(default)s)",
+        "--budget", type=float, metavar="SECONDS",
+        help=f"nothing begins later (default: {BUDGETS})",
     )  # fmt: skip
     parser.add_argument(
-        "--compile-budget", type=float, default=90.0, metavar="SECONDS",
+        "--compile-budget", type=float, default=30.0, metavar="SECONDS",
         help="of it for torch.compile (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--published", type=Path, metavar="DIR", help="the authors' checkout")

@@ -2,12 +2,13 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
+from torch import Tensor
 
 from ..kernels.plan import Strategy
 from .measure import (
@@ -61,14 +62,13 @@ def measure(cell: Cell, dtype: str, device: str, roof: Roof, *, quick: bool) -> 
     """Return a row of the table: errors, and where they are in bounds times and peak memory."""
     planned = cell.plan(dtype, device)
     own = cast(Strategy, planned.strategy)  # these cells have more than one token
-    strategies: dict[str, Strategy] = {"motet": own, "reference": "reference"}
     row: dict[str, Any] = {"cell": cell.name, "dtype": dtype, "strategy": own}
     row["predicted_ms"] = 1e3 * planned.cost.seconds
     try:
-        row["error"], row["allowed_error"] = _errors(cell, dtype, device, strategies)
+        row["error"], row["allowed_error"] = _errors(cell, dtype, device)
         if not row["error"]["motet"] <= row["allowed_error"]:
             return row | {"failed": f"error {row['error']['motet']:.1e} is out of bounds"}
-        times, row["peak_mib"] = _times_and_peaks(cell, dtype, device, strategies, quick=quick)
+        times, row["peak_mib"] = _times_and_peaks(cell, dtype, device, quick=quick)
     except RuntimeError as error:  # no memory, above all
         return row | {"failed": " ".join(str(error).split())}
     row["ms"] = {name: timing._asdict() for name, timing in times.items()}
@@ -77,33 +77,47 @@ def measure(cell: Cell, dtype: str, device: str, roof: Roof, *, quick: bool) -> 
     return row | {"roof_share": 1e3 * least / times["motet"].median}
 
 
-def _errors(
-    cell: Cell, dtype: str, device: str, strategies: Mapping[str, Strategy]
-) -> tuple[dict[str, float], float]:
-    small = Workload(cell.shortened(2000 if device == "cuda" else 300), dtype, device)
-    gold = small.gold()
-    errors = {name: relative_error(small.run(s), gold) for name, s in strategies.items()}
+def _contenders(work: Workload) -> dict[str, Callable[[], list[Tensor]]]:
+    """Return what is compared: on a GPU the graph that `motet train` replays, and eager mode."""
+    eager, literal = work.run, partial(work.run, "reference")
+    if work.device != "cuda":
+        return {"motet": eager, "reference": literal}
+    return {"motet": work.graphed(), "eager": eager, "reference": literal}
+
+
+def _errors(cell: Cell, dtype: str, device: str) -> tuple[dict[str, float], float]:
+    """Return the errors, and what they may be; on a CPU, where float64 is slow, of short bags."""
+    work = Workload(cell if device == "cuda" else cell.shortened(300), dtype, device)
+    gold = work.gold()
+    errors = {}
+    for name, run in _contenders(work).items():
+        if device == "cuda":  # a graph is replayed from the third run on
+            run()
+            run()
+        errors[name] = relative_error(run(), gold)
     return errors, 2 * errors["reference"] + FLOOR[dtype]
 
 
 def _times_and_peaks(
-    cell: Cell, dtype: str, device: str, strategies: Mapping[str, Strategy], *, quick: bool
+    cell: Cell, dtype: str, device: str, *, quick: bool
 ) -> tuple[dict[str, Timing], dict[str, float]]:
     work = Workload(cell, dtype, device)
-    runs = {name: partial(work.run, strategy) for name, strategy in strategies.items()}
-    times = in_turns(runs, device, rounds=3 if quick else 15)
     if device == "cuda":
-        return times, {name: cuda_peak(run, work.tokens) for name, run in runs.items()}
+        peaks, runs = {}, _contenders(work)
+        for name, run in runs.items():  # the graph's pool is taken in its first runs
+            peaks[name] = cuda_peak(lambda run=run: [run() for _ in range(3)], work.tokens)
+        return in_turns(runs, device, rounds=3 if quick else 15), peaks
+    times = in_turns(_contenders(work), device, rounds=3 if quick else 15)
     if sys.platform == "win32":  # which does not say
         return times, {}
-    del work, runs
-    threads = torch.get_num_threads()
+    del work
+    threads, strategies = torch.get_num_threads(), {"motet": None, "reference": "reference"}
     return times, {
         name: in_child(threads, _memory_of, cell, dtype, s) for name, s in strategies.items()
     }
 
 
-def _memory_of(cell: Cell, dtype: str, strategy: Strategy) -> float:
+def _memory_of(cell: Cell, dtype: str, strategy: Strategy | None) -> float:
     """Return the growth by a batch and a run on it, after a small one that loads the libraries."""
     Workload(cell.shortened(16), dtype, "cpu").run(strategy)
     return growth(lambda: Workload(cell, dtype, "cpu").run(strategy))
@@ -125,12 +139,12 @@ def main(
     facts = about(chosen)
     print(_header(facts), file=shown)
     roof = measure_roof(chosen, quick=quick)
-    print(f"{roof}\n{_EXPLAINED[chosen]}\n\n{_line(_TITLES)}", file=shown, flush=True)
+    print(f"{roof}\n{_EXPLAINED[chosen]}\n\n{_titles(chosen)}", file=shown, flush=True)
     rows = []
     for cell in cells(chosen, quick=quick):
         for name in DTYPES if dtype is None else (dtype,):
             rows.append(measure(cell, name, chosen, roof, quick=quick))
-            _show(rows[-1], shown)
+            _show(rows[-1], chosen, shown)
     text = json.dumps({**facts, "quick": quick, "roof": roof._asdict(), "rows": rows}, indent=1)
     if path is not None:
         path.write_text(text + "\n")
@@ -149,50 +163,64 @@ def _header(facts: Mapping[str, Any]) -> str:
 
 _EXPLAINED = {
     device: (
-        "ms: median (quartiles), in turns with the reference, the literal equation in torch; x: "
-        "reference / ms.\nroof: share of what was measured above, for tokens read once (twice in a "
-        f"step) and the strategy's FLOP.\nMiB: {memory}, data included.\nerror: norm of "
-        "logits or gradients against float64, relative, on short bags; no time where it is too "
-        "large."
+        "ms: median (quartiles), in turns with the reference, the literal equation in torch"
+        f"{more}; x: reference / ms.\nroof: share of what was measured above, for tokens read "
+        f"once (twice in a step) and the strategy's FLOP.\nMiB: {memory}, data included.\n"
+        f"error: norm of logits or gradients against float64, relative{short}; no time where it is "
+        "too large."
     )
-    for device, memory in (
-        ("cpu", "peak resident memory of a fresh process, growth"),
-        ("cuda", "peak of torch's allocations on the GPU"),
+    for device, memory, more, short in (
+        ("cpu", "peak resident memory of a fresh process, growth", "", ", on short bags"),
+        (
+            "cuda",
+            "peak of torch's allocations on the GPU",
+            ", and with eager mode; ms is that of a CUDA graph, copy of the batch included",
+            "",
+        ),
     )
 }
-_TITLES = (
-    "cell", "dtype", "strategy", "ms", "reference ms", "x", "predicted ms", "roof", "MiB",
-    "reference", "error", "reference",
-)  # fmt: skip
-_WIDTHS = (24, 5, 9, 24, 24, 6, 13, 6, 8, 9, 8, 9)
 
 
-def _line(texts: Sequence[str]) -> str:
+def _columns(device: str) -> dict[str, tuple[int, Callable[[Mapping[str, Any]], str]]]:
+    """Return title to width and text of the columns."""
+
+    def time_of(who: str) -> tuple[int, Callable[[Mapping[str, Any]], str]]:
+        return 24, lambda row: str(Timing(**row["ms"][who]))
+
+    def peak_of(who: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda row: f"{row['peak_mib'][who]:.0f}" if row["peak_mib"] else "-"
+
+    return {
+        "ms": time_of("motet"),
+        **({"eager ms": time_of("eager")} if device == "cuda" else {}),
+        "reference ms": time_of("reference"),
+        "x": (6, lambda row: f"{row['ratio']:.2f}"),
+        "predicted ms": (13, lambda row: figures(row["predicted_ms"])),
+        "roof": (6, lambda row: f"{row['roof_share']:.0%}"),
+        "MiB": (8, peak_of("motet")),
+        "reference MiB": (13, peak_of("reference")),
+        "error": (8, lambda row: f"{row['error']['motet']:.0e}"),
+        "reference error": (15, lambda row: f"{row['error']['reference']:.0e}"),
+    }
+
+
+def _start(cell: str, dtype: str, strategy: str) -> str:
+    return f"{cell:24} {dtype:5} {strategy:9}"
+
+
+def _titles(device: str) -> str:
     padded = [
-        f"{text:{width}}" if i < 5 else f"{text:>{width}}"
-        for i, (text, width) in enumerate(zip(texts, _WIDTHS, strict=True))
+        f"{title:{width}}" if width == 24 else f"{title:>{width}}"
+        for title, (width, _) in _columns(device).items()
     ]
-    return " ".join(padded).rstrip()
+    return " ".join([_start("cell", "dtype", "strategy"), *padded]).rstrip()
 
 
-def _show(row: Mapping[str, Any], file: TextIO) -> None:
-    start = (row["cell"], row["dtype"], row["strategy"])
+def _show(row: Mapping[str, Any], device: str, file: TextIO) -> None:
+    start = _start(row["cell"], row["dtype"], row["strategy"])
     if "failed" in row:
-        print(f"{row['cell']:24} {row['dtype']:5} {row['strategy']:9} {row['failed']}", file=file)
+        print(f"{start} {row['failed']}", file=file, flush=True)
         return
-    both = ("motet", "reference")
-    print(
-        _line(
-            (
-                *start,
-                *(str(Timing(**row["ms"][name])) for name in both),
-                f"{row['ratio']:.2f}",
-                f"{figures(row['predicted_ms'])}",
-                f"{row['roof_share']:.0%}",
-                *(f"{row['peak_mib'][name]:.0f}" if row["peak_mib"] else "-" for name in both),
-                *(f"{row['error'][name]:.0e}" for name in both),
-            )
-        ),
-        file=file,
-        flush=True,
-    )
+    texts = [(width, text(row)) for width, text in _columns(device).values()]
+    padded = [f"{text:{width}}" if width == 24 else f"{text:>{width}}" for width, text in texts]
+    print(" ".join([start, *padded]).rstrip(), file=file, flush=True)

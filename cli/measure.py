@@ -27,8 +27,11 @@ from torch import Tensor
 
 from .. import _error_floors
 from ..fusion.context import jagged
+from ..fusion.graphs import CudaGraphs, StepGraphs
 from ..fusion.healnet import HEALNet
 from ..fusion.modalities import Bag
+from ..fusion.patients import Batch, Ragged
+from ..fusion.statistics import token_statistics
 from ..kernels.backends import Backend
 from ..kernels.plan import Plan, Strategy, plan
 
@@ -129,7 +132,32 @@ class Workload:
         if not self.cell.step:
             return [logits]
         parameters = list(model.parameters())
-        return list(torch.autograd.grad(logits.square().sum(), parameters))
+        return list(torch.autograd.grad(squares(logits, {}), parameters))
+
+    def graphed(self) -> Callable[[], list[Tensor]]:
+        """Return what does the same as one CUDA graph, as `motet train` does on a GPU.
+
+        The batch is copied to where the graph reads it; the statistics of its tokens are known.
+        """
+        inputs, options = (batch := batch_of(self.tokens, self.offsets)).arguments()
+        autocast = None if self.dtype == "fp32" else torch.bfloat16
+        parameters = list(self.model.parameters())
+        if self.cell.step:
+            steps = StepGraphs(self.model, squares, autocast=autocast)
+
+            def run() -> list[Tensor]:
+                steps(batch)
+                return [p.grad for p in parameters if p.grad is not None]
+
+            return run
+        graphs = CudaGraphs(self.model)
+
+        def predict() -> list[Tensor]:
+            half = autocast is not None
+            with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=half):
+                return [graphs(inputs, statistics=options["statistics"])]
+
+        return predict
 
     def bags(self, tokens: Tensor) -> Tensor:
         """Return tokens [T, D] as [B, N, D], jagged where lengths differ."""
@@ -148,6 +176,17 @@ class Workload:
         wide.dtype, wide.tokens = "fp32", self.tokens.double()  # "fp32": no autocast
         wide.model = copy.deepcopy(self.model).double()
         return wide
+
+
+def batch_of(values: Tensor, offsets: Tensor) -> Batch:
+    """Return bags as the loader of `motet train` hands them out on a GPU, with statistics."""
+    statistics = Ragged(token_statistics(values), offsets)
+    return Batch({"wsi": Ragged(values, offsets)}, {}, {}, {}, {"wsi": statistics})
+
+
+def squares(logits: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+    """A loss that needs no target."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).square().sum()
 
 
 def relative_error(own: Sequence[Tensor], gold: Sequence[Tensor]) -> float:

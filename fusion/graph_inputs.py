@@ -173,6 +173,7 @@ def _bags(modality: Any, name: str, parts: Mapping[str, Ragged], like: Tensor) -
         raise ValueError(f"{what}: expected a tensor for {modality}, got ragged bags")
     check_tensor(x.values, what, like)
     shapes = {"x": modality.features, "coords": modality.coords}
+    shapes["statistics"] = 2 if "statistics" in parts else 0
     for part, width in shapes.items():
         shape = tuple(parts[part].values.shape) if part in parts else (len(x.values), 0)
         if shape != (len(x.values), width):

@@ -241,7 +241,13 @@ class CudaGraphs:
         return self._graphs.model
 
     def __call__(
-        self, inputs: Any, *, masks: Any = None, present: Any = None, coords: Any = None
+        self,
+        inputs: Any,
+        *,
+        masks: Any = None,
+        present: Any = None,
+        coords: Any = None,
+        statistics: Any = None,
     ) -> Tensor:
         """Predict logits [B, out_features]; arguments and errors as of HEALNet.forward.
 
@@ -257,7 +263,12 @@ class CudaGraphs:
                 "CudaGraphs: expected to be called under torch.no_grad(), since it has no "
                 "gradients; motet.StepGraphs has"
             )
-        options = {"masks": masks, "present": present, "coords": coords}
+        options = {
+            "masks": masks,
+            "present": present,
+            "coords": coords,
+            "statistics": statistics,
+        }
         # The static tensors are written to in other calls, in which inference mode may be off.
         with torch.inference_mode(False), torch.no_grad():
             why = graphs.never or now.hooks
@@ -275,9 +286,8 @@ class CudaGraphs:
             graphs.fall_back(why)
             if isinstance(model, LegoBlock):
                 (x,) = inputs.values() if isinstance(inputs, Mapping) else inputs
-                named = {"mask": masks, "present": present, "coords": coords}
-                options = {key: _only(value) for key, value in named.items()}
-                return model(x, **options)
+                options["mask"] = options.pop("masks")
+                return model(x, **{key: _only(value) for key, value in options.items()})
             return model(inputs, **options)
 
     def report(self) -> list[dict[str, Any]]:

@@ -271,7 +271,7 @@ class HEALNet(nn.Module):
             present: name to bool [B], False where the row misses the modality; or a sequence.
             coords: name to coordinates, for a `Bag` that has them; or a sequence.
             statistics: name to what `motet.token_statistics` returns of a `Bag`'s tensor, where it
-                is known; or a sequence. The results are the same but for rounding.
+                is known; or a sequence.
             return_latents: return the last latents too.
             return_attention: return the attention weights too, before dropout; without a
                 gradient, unless `strategy="reference"`.
@@ -290,14 +290,9 @@ class HEALNet(nn.Module):
             TypeError: something that is not a tensor.
         """
         batches = read_all(
-            self.modalities,
-            inputs,
-            masks=masks,
-            present=present,
-            coords=coords,
-            statistics=statistics,
-            like=self.latents,
-        )
+            self.modalities, inputs,
+            masks=masks, present=present, coords=coords, statistics=statistics, like=self.latents,
+        )  # fmt: skip
         keys = self.prepare(batches, strategy=strategy, backend=backend)
         attention = {name: [] for name in keys} if return_attention else None
 

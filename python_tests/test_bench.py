@@ -49,6 +49,22 @@ def test_bench_prints_json() -> None:
         assert row["cell"] in run.stderr  # where the table goes when JSON is printed
 
 
+def test_a_gpu_has_a_column_for_eager_mode(capsys) -> None:
+    timing = {"median": 1.0, "low": 0.9, "high": 1.2, "rounds": 3}
+    row = {
+        "cell": "blca 8x15000 step", "dtype": "bf16", "strategy": "cached", "ratio": 7.0,
+        "ms": dict.fromkeys(("motet", "eager", "reference"), timing), "predicted_ms": 0.8,
+        "roof_share": 0.3, "peak_mib": {"motet": 700.0, "eager": 650.0, "reference": 2800.0},
+        "error": {"motet": 1e-2, "eager": 1e-2, "reference": 8e-3},
+    }  # fmt: skip
+    for device, columns in (("cpu", 2), ("cuda", 3)):
+        bench._show(row, device, sys.stdout)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.count("1.00 (0.900 to 1.20)") == columns
+        assert ("eager ms" in bench._titles(device)) == (device == "cuda")
+        assert len(line) == len(bench._titles(device))
+
+
 def test_bench_has_no_time_for_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = bench.cells("cpu", quick=True)[0]
     roof = measure.Roof(1e9, 1e9, {"fp32": 1e9, "bf16": 1e9})
@@ -149,7 +165,7 @@ def test_scaling(script, tmp_path: Path) -> None:
     ("name", "said"), [("bench_healnet", "bench_healnet"), ("gpu", "make gpu")]
 )
 def test_a_folder_without_the_authors_code(script, capsys, tmp_path, name: str, said: str) -> None:
-    own = ["--device", "cpu", "--out", tmp_path] if name == "gpu" else ["--threads", 1]
+    own = ["cells", "--device", "cpu", "--out", tmp_path] if name == "gpu" else ["--threads", 1]
     assert script(name, "--published", tmp_path, *own) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{said}: --published: expected a clone of konst-int-i/healnet, got ")

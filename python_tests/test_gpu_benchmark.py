@@ -28,39 +28,115 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return of
 
 
+MEASURED = {"reference bf16", "planned bf16", "folded bf16", "reference fp32"}
+
+
 def assert_measured(cell: dict) -> None:
-    timed = {name: rung for name, rung in cell["rungs"].items() if "failed" not in rung}
-    assert set(timed) == {"reference fp32", "reference bf16", "folded bf16", "planned bf16"}
-    for rung in timed.values():
-        assert rung["ms"]["median"] > 0
-        assert rung["error"] <= rung["allowed"] < 0.1
-    absent = [rung for rung in cell["rungs"].values() if "failed" in rung]
-    assert not any(rung["fault"] for rung in absent)
-    assert {"needs CUDA", "no --published DIR"} <= {rung["failed"] for rung in absent}
+    timed = {who: own for who, own in cell["contenders"].items() if "failed" not in own}
+    assert set(timed) == MEASURED
+    for own in timed.values():
+        assert own["ms"]["median"] > 0
+        assert own["error"] <= own["allowed"] < 0.1
+    absent = [own for own in cell["contenders"].values() if "failed" in own]
+    assert not any(own["fault"] for own in absent)
+    assert {"needs CUDA", "no --published DIR"} <= {own["failed"] for own in absent}
 
 
-def test_the_same_on_a_cpu(tmp_path: Path) -> None:
-    """As `make gpu` runs it."""
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--small"]
-    done = subprocess.run(
-        [*command, "--out", tmp_path], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("gpu-cpu-*.json")
+def report_of(tmp_path: Path, step: str, *more: str) -> dict:
+    """Run a step as `make` runs it, on a CPU."""
+    script = ROOT / "benchmarks" / "gpu.py"
+    command = [sys.executable, script, step, "--device", "cpu", "--small", "--out", tmp_path, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob(f"gpu-{step}-cpu-*.json")
     report = json.loads(path.read_text())
     assert {"torch", "revision", "native", "date"} <= report.keys()
-    assert len(report["checks"]) == 34
+    return report
+
+
+def test_the_checks_on_a_cpu(tmp_path: Path) -> None:
+    report = report_of(tmp_path, "check")
+    assert len(report["checks"]) == 41
     assert all(check["passed"] for check in report["checks"])
+
+
+def test_the_profile_on_a_cpu(tmp_path: Path) -> None:
+    report = report_of(tmp_path, "profile")
+    *models, products = report["rows"]
+    assert len(models) == 8
+    for row in models:
+        assert row["gpu_us"] == pytest.approx(sum(own["us"] for own in row["kernels"]))
+        shares = [own["roof_share"] for own in row["kernels"] if "roof_share" in own]
+        assert len(shares) == (row["strategy"] == "cached")  # a CPU has none of the kernels
+    assert {"128", "136", "512"} <= products["products"].keys()
+
+
+def test_the_cells_on_a_cpu(tmp_path: Path) -> None:
+    report = report_of(tmp_path, "cells")
     assert len(report["cells"]) == 9
     assert report["not_reached"] == []
     for cell in report["cells"]:
         assert_measured(cell)
     assert len(report["operators"]) == 5
     assert all(row["error"] < 1e-4 for row in report["operators"])
+    assert len(report["rivals"]) == 8
+
+
+def test_what_says_most_comes_first(run, tmp_path: Path, monkeypatch) -> None:
+    """Where time is short, every cell has the first contenders before one has the others."""
+    ladder, measured = import_module("benchmarks.ladder"), []
+
+    def measure_cell(cell, contenders, *_, **__) -> dict:
+        measured.append((cell.name, set(contenders)))
+        return {}
+
+    monkeypatch.setattr(ladder, "measure_cell", measure_cell)
+    monkeypatch.setattr(import_module("benchmarks.gpu"), "_operators", lambda *_, **__: ())
+    monkeypatch.setattr(import_module("benchmarks.gpu"), "_rivals", lambda *_, **__: [])
+    assert run("cells", "--device", "cpu", "--small", "--out", tmp_path) == 0
+    cells = [cell.name for cell in ladder.named_cells(small=True)]
+    assert [name for name, _ in measured] == cells * 2
+    assert all(who == set(ladder.FIRST) for _, who in measured[: len(cells)])
+    assert all(who == {ladder.USUAL, *ladder.LAST} for _, who in measured[len(cells) :])
+
+
+def test_no_time_left_is_no_failure(run, tmp_path: Path) -> None:
+    assert run("cells", "--device", "cpu", "--small", "--budget", 0, "--out", tmp_path) == 0
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["cells"]
+
+
+def test_demands_are_compared_with_what_was_measured() -> None:
+    ladder = import_module("benchmarks.ladder")
+
+    def row(name: str, ours: float, theirs: float) -> dict:
+        own = {"ms": {"median": ours}, "roof_share": 0.4 / ours, "peak_mib": 250}
+        return {"cell": name, "contenders": {
+            "planned bf16, graph": own,
+            "published bf16": {"ms": {"median": theirs}, "peak_mib": 1000},
+        }}  # fmt: skip
+
+    names = ("blca 8x15000 step", "kirp 8 ragged step", "blca 8x500 step", "blca 8x500 forward")
+    found = list(ladder.demands([row(name, 2.0, 14.0) for name in names]))
+    assert [own["cell"] for own in found] == list(names[:3])
+    equal, ragged, short = found
+    assert equal["roofs"] == pytest.approx(5.0)
+    assert equal["roofs_allowed"] == equal["times_demanded"] == 5.0
+    assert equal["times_published"] == pytest.approx(7.0)
+    assert equal["peak_share"] == pytest.approx(0.25)
+    assert ragged["times_demanded"] == 10.0
+    assert short["ms_allowed"] == 1.0
+
+
+def test_the_page_says_what_the_files_say(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    performance = import_module("benchmarks.performance")
+    page = performance.PAGE.read_text()
+    assert performance.with_tables(page) == page, "run `python benchmarks/performance.py`"
 
 
 def test_the_grid_goes_on_where_it_stopped(run, capsys, tmp_path: Path) -> None:
-    arguments = ("--full", "--device", "cpu", "--small", "--out", tmp_path, "--budget")
+    arguments = ("full", "--device", "cpu", "--small", "--out", tmp_path, "--budget")
     assert run(*arguments, 0) == 0
     assert not list(tmp_path.iterdir())
     assert run(*arguments, 60) == 0
@@ -80,7 +156,7 @@ def test_the_grid_goes_on_where_it_stopped(run, capsys, tmp_path: Path) -> None:
 def test_without_a_gpu_it_is_one_line(run, capsys, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert run("--out", tmp_path) == 2
+    assert run("cells", "--out", tmp_path) == 2
     assert capsys.readouterr().err == "make gpu: --device: torch finds no CUDA device here\n"
 
 
@@ -91,11 +167,23 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_cache, "CudaCapture", lambda device: FakeCapture())
     monkeypatch.setattr(graph_cache, "on_triton", lambda *_: True)
     monkeypatch.setattr(graph_cache.GraphCache, "_check_device", lambda self: None)
-    for cell in ladder.named_cells(small=True)[:4]:
-        work = measure.Workload(cell, "fp32", "cpu")
-        run = ladder._graphed(work)
-        for _ in range(3):
+    monkeypatch.setattr(ladder, "check_device", lambda *_: None)
+    roof = measure.Roof(1e12, 1e12, {"fp32": 1e14, "bf16": 1e15})
+    named = ladder.named_cells(small=True)
+    for cell in (*named[:4], named[-1]):  # forward and steps, equal and ragged bags, dropout
+        work = measure.Workload(cell._replace(dropout=0.0), "fp32", "cpu")
+        run = work.graphed()
+        for _ in range(3):  # without a graph, captured, replayed
             assert measure.relative_error(run(), work.gold()) < 1e-5
+        own = "planned bf16, graph"
+        found = ladder.measure_cell(
+            cell, {own: ladder.FIRST[own]}, ladder.Settings("cpu", rounds=3), roof, {}
+        )[own]
+        assert found["error"] <= found["allowed"] < 0.1
+        assert found["roof_share"] > 0
+    for model in ("HEALNet", "LegoBlock"):
+        error, allowed = import_module("benchmarks.model_checks").step_graph(model, "cpu")
+        assert error <= allowed < 1e-4
     made = cells.lego_cells("cpu", 20, graphs=True)
     assert [cell.name.partition(", ")[2] for cell in made] == ["", "", "", *["CUDA graph"] * 2]
     for cell in made[-2:]:

@@ -35,6 +35,7 @@ from motet.kernels.harmonic_merge import operator as merge
 from motet.kernels.latent_attention import operator as attention
 from motet.kernels.lego_pass import operator as lego
 from motet.kernels.plan import Strategy
+from motet.kernels.row_statistics import operator as rows
 from triton.runtime.interpreter import InterpretedFunction
 
 OWN: dict[str, Callable[..., Any]] = {
@@ -51,6 +52,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "latent_attention_kv_backward": attention._backward_of_kv,
     "lego_pass": lego._forward,
     "lego_pass_backward": lego._backward_of,
+    "row_statistics": rows._forward,
 }
 FREE = ("detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "_unsafe_view")
 ROWS, PATCHES, WIDTH = 8, 300, 2048
@@ -70,6 +72,8 @@ class Launches(TorchDispatchMode):
                 return OWN[name](*args)
         if not (func.is_view or name in FREE or name.startswith("_record_function")):
             self.found.append(name)
+        if func is torch.ops.aten.mm.dtype:  # which CUDA alone has
+            return args[0].to(args[2]) @ args[1].to(args[2])
         return func(*args, **(kwargs or {}))
 
 
@@ -91,7 +95,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(merge, "native", lambda: None)
     # These read offsets of CPU tensors.
     monkeypatch.setattr(attention, "check_offsets", lambda *_, **__: None)
-    for operator in (absorbed, context):
+    for operator in (absorbed, context, rows):
         monkeypatch.setattr(operator, "check_rows", lambda *_, **__: None)
     monkeypatch.setattr(
         attention_forms, "plan", lambda *a, **own: plan(*a, **(own | {"device": "H200"}))

@@ -54,8 +54,7 @@ def absorbed_attention(
         queries: [B, R, D + P], R = heads x latents; their dtype is that of the products.
         x: [T, D] tokens.
         offsets: int64 [B + 1]: bag b owns tokens offsets[b] to offsets[b + 1].
-        positions, statistics: as in context_kv. The gradient of tokens behind the last bag is
-            undefined.
+        positions, statistics: as in context_kv; gradients behind the last bag are undefined.
         counts: [T], how many tokens each of `x` stands for, as in latent_attention.
         eps: ε.
         dropout_p: probability of dropping an attention weight, in [0, 1); 0 with `counts`.

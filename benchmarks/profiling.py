@@ -1,0 +1,175 @@
+"""Where the time of a training step goes on a GPU: `make gpu-profile`.
+
+For every kernel its time and launches per step, and for those that read the tokens, or what is as
+long as the tokens, the bytes and FLOP that they need at least: with them the share of the roof
+(the larger of bytes over bandwidth and FLOP over matrix rate, both measured in the same run).
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import motet
+import torch
+from benchmarks.model_checks import STRATEGIES
+from motet.cli import measure
+from motet.kernels import context_kv
+from motet.kernels.plan import Strategy
+from torch.profiler import ProfilerActivity, profile
+
+STEPS = 5
+LIBRARY = "the longest product of a library"
+"""That of the gradient of the weights, once a step."""
+_PRODUCT = re.compile("gemm|nvjet|cutlass|aten::mm")
+
+
+class Work(NamedTuple):
+    """What a kernel needs at least, per launch."""
+
+    bytes: float
+    flop: float
+
+    def seconds(self, roof: measure.Roof) -> float:
+        return max(self.bytes / max(roof.read, roof.copy), self.flop / roof.products["bf16"])
+
+
+def works(cell: measure.Cell, strategy: Strategy) -> dict[str, Work]:
+    """Return what the kernels of a step on tokens in half precision need, by name."""
+    tokens, width, c = sum(cell.lengths), cell.width, cell.config
+    inner, rows = 2 * c.heads * c.head_dim, c.heads * c.latents  # K and V; queries
+    asked = rows if strategy == "absorbed" else inner
+    product = Work(2.0 * tokens * (width + asked), 2.0 * tokens * width * asked)
+    scores = Work(2.0 * tokens * rows, 0.0)
+    attention = 2.0 * tokens * inner * c.latents  # q k and p v, K and V once
+    return {
+        "row_statistics_kernel": Work(2.0 * tokens * width, 0.0),
+        "project_kernel": product,
+        "pool_kernel": product,
+        "attend_kernel": Work(2.0 * tokens * inner, attention),
+        "attend_backward_kernel": Work(4.0 * tokens * inner, 2.5 * attention),
+        "softmax_statistics_kernel": scores,
+        "softmax_weights_kernel": Work(2 * scores.bytes, 0.0),
+        "softmax_gradient_kernel": Work(3 * scores.bytes, 0.0),
+        LIBRARY: product,
+    }
+
+
+def profiles(roof: measure.Roof, *, small: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield a row for every model and strategy, and for the products that decide between them."""
+    lengths, width = ((40,) * 2, 64) if small else ((15_000,) * 8, 2048)
+    for name, config in measure.CONFIGS.items():
+        cell = measure.Cell(name, config, lengths, step=True, width=width)
+        for strategy in STRATEGIES:
+            yield {"model": name, "strategy": strategy, **profiled(cell, strategy, roof)}
+    yield {"products": dict(products(sum(lengths), width))}
+
+
+def profiled(cell: measure.Cell, strategy: Strategy, roof: measure.Roof) -> dict[str, Any]:
+    """Return the kernels of a training step in bf16 on tokens with known statistics."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    work = measure.Workload(cell, "bf16", device)
+    inputs, options = measure.batch_of(work.tokens, work.offsets).arguments()
+    optimiser = torch.optim.Adam(work.model.parameters(), lr=1e-6, fused=True)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            logits: Any = work.model(inputs, statistics=options["statistics"], strategy=strategy)
+        measure.squares(logits, {}).backward()
+        optimiser.step()
+
+    for _ in range(3):
+        step()
+    needed, rows = works(cell, strategy), kernels_of(step)
+    library = max((own for own in rows if _PRODUCT.search(own["kernel"])), default=None,
+                  key=lambda own: own["us"] / own["launches"])  # fmt: skip
+    for own in rows:
+        work = needed.get(own["kernel"])
+        if own is library and strategy == "cached":
+            work = needed[LIBRARY]
+        if work is not None and own["us"]:
+            count = 1 if own is library else own["launches"]
+            own |= {"bytes": work.bytes, "flop": work.flop}
+            own["roof_share"] = 1e6 * work.seconds(roof) * count / own["us"]
+    return {"gpu_us": sum(own["us"] for own in rows), "kernels": rows}
+
+
+def kernels_of(step: Callable[[], None]) -> list[dict[str, Any]]:
+    """Return what runs on the device in a step: name, microseconds and launches, longest first."""
+    gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    with profile(activities=activities, record_shapes=True) as profiler:
+        for _ in range(STEPS):
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in profiler.events() or ():
+        if gpu and event.device_type.name == "CUDA":
+            own = found[_short(event.name)]
+            own[0] += event.self_device_time_total
+            own[1] += 1
+        elif not gpu and event.name.startswith(("aten::", "motet::")):
+            own = found[event.name]
+            own[0] += event.self_cpu_time_total
+            own[1] += 1
+    rows = [
+        {"kernel": name, "us": us / STEPS, "launches": count / STEPS}
+        for name, (us, count) in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def _short(name: str) -> str:
+    """Return a kernel's name without its template's arguments."""
+    return re.sub(r"[<(].*", "", name.removeprefix("void "))[:80]
+
+
+def products(tokens: int, width: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the times of products with the tokens, ours and the libraries'.
+
+    At the widths between which "cached" and "absorbed" are decided, in milliseconds.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = {"device": device, "dtype": torch.bfloat16}
+    x = torch.randn(tokens, width, **half)
+    statistics = motet.kernels.row_statistics(x)
+    bags = 8 if tokens % 8 == 0 else 1
+    for columns in (128, 136, 144, 192, 256, 512):
+        weight = torch.randn(columns, width, **half)
+        grad = torch.randn(tokens, columns, **half)
+        runs: dict[str, Callable[[], Any]] = {
+            "context_kv": lambda w=weight: context_kv(x, w, statistics=statistics),
+            "mm": lambda w=weight: x @ w.t(),
+            "dW by mm": lambda g=grad: g.t() @ x,
+            "pool by bmm": lambda g=grad: (
+                g.unflatten(0, (bags, -1)).mT @ x.unflatten(0, (bags, -1))
+            ),
+        }
+        if device == "cuda":
+            runs["dW by mm, fp32"] = lambda g=grad: torch.mm(g.t(), x, out_dtype=torch.float32)
+            ends = torch.arange(1, bags + 1, device=device, dtype=torch.int32) * (tokens // bags)
+            runs["pool by grouped_mm"] = lambda g=grad, e=ends: _grouped(g, x, e)
+        times = measure.in_turns(runs, device, rounds=5, seconds=1.0)
+        yield str(columns), {name: timing.median for name, timing in times.items()}
+
+
+def _grouped(grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.grouped_mm(grad.t(), x, offs=ends)
+
+
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    """Yield a row as text."""
+    if "products" in row:
+        yield "\nproducts with the tokens, ms"
+        for columns, times in row["products"].items():
+            said = ", ".join(f"{name} {ms:.3f}" for name, ms in times.items())
+            yield f"  {columns:>4} columns: {said}"
+        return
+    launches = sum(own["launches"] for own in row["kernels"])
+    yield f"\n{row['model']} {row['strategy']}: {row['gpu_us']:.0f} us, {launches:.0f} launches"
+    for own in row["kernels"][:12]:
+        share = f"{own['roof_share']:6.0%} of the roof" if "roof_share" in own else ""
+        line = f"  {own['us']:9.1f} us {own['launches']:5.1f} x {own['kernel']:50} {share}"
+        yield line.rstrip()
