@@ -45,7 +45,8 @@ class Batch:
     """Mean and variance of every token, where the bags keep them."""
 
     def to(self, device: Any, **options: Any) -> Self:
-        """Move the batch; Lightning calls this."""
+        """Move the batch; Lightning calls this. A GPU copies pinned memory by itself."""
+        options.setdefault("non_blocking", torch.device(device).type == "cuda")
         return self._each(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> Self:

@@ -32,7 +32,7 @@ from .lego_block import LegoBlock
 from .lego_fuse import LegoFuse
 from .lego_merge import LegoMerge
 from .objectives import Objective
-from .patients import Batch, Patients
+from .patients import CACHE_BYTES, Batch, Patients
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
@@ -129,9 +129,8 @@ def train(
         FloatingPointError: a loss of the epoch is not finite, in training or on validation.
         ValueError: nobody to train on or to validate with.
     """
-    for name, part in (("patients", patients), ("validation", validation)):
-        if not len(part):
-            raise ValueError(f"{name}: expected at least 1, got 0")
+    _check_not_empty(patients=patients, validation=validation)
+    patients, validation = ready_for_gpu(patients, validation, settings)
     loader = _loader(patients, settings, share=True)
     # Validation runs whole on every process, so that all agree when to stop.
     checking = _loader(validation, settings, share=False)
@@ -159,6 +158,12 @@ def train(
     return fit.history
 
 
+def _check_not_empty(**parts: Patients) -> None:
+    for name, part in parts.items():
+        if not len(part):
+            raise ValueError(f"{name}: expected at least 1, got 0")
+
+
 def _world() -> int:
     """Return the number of processes under torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -173,6 +178,28 @@ def graphs_for(model: nn.Module, objective: Objective, settings: Training) -> St
     return StepGraphs(model, objective.loss, l1=settings.l1)
 
 
+def ready_for_gpu(
+    patients: Patients, validation: Patients, settings: Training
+) -> tuple[Patients, Patients]:
+    """Return both with their ReadyBags; as they are where there is no GPU.
+
+    Bags stay on the GPU as long as they take no more than a quarter and an eighth of what is free
+    there. Processes that read ahead hand them out in main memory.
+    """
+    if not torch.cuda.is_available():
+        return patients, validation
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    free = torch.cuda.mem_get_info(device)[0]
+    rooms = free // 4, free // 8
+    if settings.workers:
+        device, rooms = torch.device("cpu"), (CACHE_BYTES, CACHE_BYTES)
+    dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(settings.precision)
+    return tuple(
+        part.ready_for(device, dtype or torch.float32, room)
+        for part, room in zip((patients, validation), rooms, strict=True)
+    )  # pyright: ignore[reportReturnType]
+
+
 def _loader(patients: Patients, settings: Training, *, share: bool) -> DataLoader:
     """Read batches ahead; True for `share` hands out this process's share, in a drawn order."""
     sampler = None
@@ -185,6 +212,7 @@ def _loader(patients: Patients, settings: Training, *, share: bool) -> DataLoade
         num_workers=settings.workers,
         persistent_workers=settings.workers > 0,  # they keep the bags that they have read
         collate_fn=_whole,
+        pin_memory=torch.cuda.is_available(),  # for what is not on the GPU already
     )
 
 
@@ -214,16 +242,20 @@ def _trainer(settings: Training, best: "_BestWeights", last: Path | None) -> lig
 
 @torch.no_grad()
 def predict_logits(model: nn.Module, patients: Patients, *, batch_size: int = 16) -> Tensor:
-    """Return the logits [n, K] of a model in evaluation mode, where the model is.
+    """Return the logits [n, K] of a model in evaluation mode, computed on a GPU where there is one.
 
-    A patient's depend on nobody else: batches only save memory.
+    A patient's depend on nobody else: batches only save memory. The model stays where it is.
     """
     model.eval()
-    if not len(patients):
-        raise ValueError("patients: expected at least 1, got 0")
-    device = next(model.parameters()).device
+    _check_not_empty(patients=patients)
+    home = next(model.parameters()).device
+    there = torch.device("cuda") if torch.cuda.is_available() else home
     batches = DataLoader(patients, batch_size, collate_fn=_whole)
-    return torch.cat([logits_of(model, batch.to(device)).cpu() for batch in batches])
+    model.to(there)
+    try:
+        return torch.cat([logits_of(model, batch.to(there)).cpu() for batch in batches])
+    finally:
+        model.to(home)
 
 
 class _Fit(lightning.LightningModule):

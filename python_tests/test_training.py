@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import motet
 import numpy as np
@@ -17,7 +18,14 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from motet.fusion import training
 from motet.fusion.objectives import Classification, CoxSurvival, DiscreteSurvival
-from motet.fusion.patients import Bags, Patients, modalities_of
+from motet.fusion.patients import (
+    CACHE_BYTES,
+    Bags,
+    Batch,
+    Patients,
+    ReadyBags,
+    modalities_of,
+)
 from motet.fusion.preprocessing import fit_scaling
 from motet.fusion.training import History, Training, predict_logits, train
 
@@ -206,7 +214,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[motet.StepGraphs]:
         made.append(motet.StepGraphs(model, objective.loss, l1=settings.l1, capture=FakeCapture()))
         return made[-1]
 
+    def ready(patients, validation, settings):
+        dtype = torch.bfloat16 if settings.precision == "bf16-mixed" else torch.float32
+        cpu = torch.device("cpu")
+        return tuple(part.ready_for(cpu, dtype, 1 << 20) for part in (patients, validation))
+
     monkeypatch.setattr(training, "graphs_for", graphs_for)
+    monkeypatch.setattr(training, "ready_for_gpu", ready)
     return made
 
 
@@ -276,6 +290,43 @@ def test_steps_are_graphs_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training.graphs_for(torch.nn.Linear(2, 2), NLL, settings) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert training.graphs_for(model, NLL, settings) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_bags_are_made_ready_for_a_gpu(precision: str, workers: int, monkeypatch) -> None:
+    patients = Patients.of(MODALITIES, SCALING, IDS, NLL.target(TIMES, EVENTS))
+    settings = Training(precision=precision, workers=workers)
+    assert training.ready_for_gpu(patients, patients, settings) == (patients, patients)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 9000))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    ready = training.ready_for_gpu(patients, patients, settings)
+    dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(precision, torch.float32)
+    device = torch.device("cpu" if workers else "cuda:3")  # other processes cannot use the GPU
+    rooms = (CACHE_BYTES,) * 2 if workers else (2000, 1000)
+    for part, room in zip(ready, rooms, strict=True):
+        bags = part.bags["labs"]
+        assert isinstance(bags, ReadyBags)
+        assert (bags.dtype, bags.device, bags.limit) == (dtype, device, room)
+
+
+def test_predictions_are_made_on_a_gpu(monkeypatch) -> None:
+    """Model and batches go there, the model comes back."""
+    patients = Patients.of(MODALITIES, SCALING, IDS)
+    expected, model = training.predict_logits(model_of(), patients), model_of()
+    went: list[tuple[str, str]] = []
+
+    def to(self: Any, device: torch.device) -> Any:
+        went.append((type(self).__name__, str(device)))
+        return self
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(Batch, "to", to)
+    assert torch.equal(training.predict_logits(model, patients, batch_size=64), expected)
+    batches = -(-len(IDS) // 64)
+    assert went == [("HEALNet", "cuda"), *[("Batch", "cuda")] * batches, ("HEALNet", "cpu")]
 
 
 def test_several_processes_train_one_model(tmp_path: Path) -> None:
