@@ -25,6 +25,7 @@ from motet.kernels import (
     latent_attention,
     slerp,
 )
+from motet.kernels.absorbed_attention.gather import absorbed_gather
 from motet.kernels.absorbed_attention.reference import absorbed_attention_reference
 from motet.kernels.context_kv.reference import context_kv_reference
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
@@ -94,6 +95,8 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
             yield f"latent_attention dropout {title}", partial(_dropout, *on)
             yield f"attention_weights {title}", partial(_weights, *on)
             yield f"absorbed_attention {title}", partial(_absorbed, *on)
+            yield f"absorbed_gather {title}", partial(_gathered, *on)
+            yield f"absorbed_gather shared {title}", partial(_gathered, *on, shared=True)
         for shape in ((1, 17, 63), (8, 16, 103)):  # as released, and the widest heads
             own = partial(_attention, device, backend, torch.bfloat16, shape=shape)
             yield f"latent_attention {'x'.join(map(str, shape))} {backend} bf16", own
@@ -271,6 +274,29 @@ def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, flo
     return _compare(own, literal, (queries,), dtype)
 
 
+def _gathered(
+    device: str, backend: Any, dtype: torch.dtype, *, shared: bool = False
+) -> tuple[float, float]:
+    """Compare what heads gather with the same in torch, the queries being one bag's if `shared`."""
+    lengths = (300, 0, 20, 530)
+    q = torch.randn(1 if shared else len(lengths), 25, 2, 63, device=device).transpose(1, 2)
+    weights, shifts = torch.randn(4, 63, 208, device=device) / 14, torch.randn(4, 63, device=device)
+    x = torch.randn(sum(lengths), 203, device=device).to(dtype)
+    positions, offsets = torch.randn(sum(lengths), 5, device=device), _offsets(lengths, device)
+
+    def gathered(backend: Any) -> Callable[..., list[Tensor]]:
+        def run(q: Tensor, *folded: Tensor) -> list[Tensor]:
+            own = x.double() if q.dtype == torch.float64 else x
+            out = absorbed_gather(
+                q, *folded, own, offsets, positions=positions, scale=0.25, backend=backend
+            )
+            return [out.to(q.dtype)]
+
+        return run
+
+    return _compare(gathered(backend), gathered("eager"), (q, weights, shifts), dtype)
+
+
 def _absorbed_dropout(device: str, backend: Any) -> tuple[float, float]:
     """Compare the gradient under dropout with a central difference, the mask being the seed's."""
     queries = torch.randn(2, 50, 200, device=device) / 14
@@ -299,21 +325,24 @@ def _alone(device: str, backend: Any) -> tuple[float, float]:
     grad = torch.randn_like(q)
     x = torch.randn(sum(lengths), 200, device=device)
     weight = torch.randn(1, 96, 200, device=device)
+    folded = torch.randn(16, 16, 200, device=device) / 14, torch.randn(16, 16, device=device)
 
     def found(bags: slice, rows: slice, offsets: Tensor) -> list[Tensor]:
         query, key, value = (part.clone().requires_grad_() for part in (q[bags], k[rows], v[rows]))
         out = latent_attention(query, key, value, offsets, backend=backend)
         gradients = torch.autograd.grad(out, (query, key, value), grad[bags])
         projected = context_kv(x[rows], weight, offsets=offsets, backend=backend)[0]
-        return [out.detach(), *gradients, projected]
+        gathered = absorbed_gather(query, *folded, x[rows], offsets, scale=0.25, backend=backend)
+        gradients += torch.autograd.grad(gathered, query, grad[bags])
+        return [out.detach(), *gradients, gathered.detach(), projected]
 
     together = found(slice(None), slice(None), offsets)
     differences = []
     for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
         bag, rows = slice(b, b + 1), slice(start, stop)
         alone = found(bag, rows, _offsets(lengths[bag], device))
-        own = [part[place] for part, place in zip(together, (bag, bag, rows, rows, rows),
-                                                  strict=True)]  # fmt: skip
+        places = (bag, bag, rows, rows, bag, bag, rows)
+        own = [part[place] for part, place in zip(together, places, strict=True)]
         differences += [(a - o).abs().max().item() for a, o in zip(alone, own, strict=True)]
     return max(differences), 0.0
 

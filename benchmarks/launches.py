@@ -102,9 +102,31 @@ def absorbed(
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
         counts = torch.empty(256) if counted else None
         statistics = torch.empty(256), torch.empty(256)
-        rest = (*statistics, 1e-5, dropout, seed)
-        pooled, mass, *made = kernels.attend(queries, x, p, offsets, counts, *rest)
-        kernels.attend_backward(pooled, mass, pooled, mass, x, p, offsets, counts, *made, *rest)
+        tokens = kernels.Tokens(x, p, offsets, counts, *statistics, 1e-5, dropout, seed)
+        made = kernels.attend(queries, tokens)
+        kernels.attend_backward(made.pooled, made.mass, made, tokens)
+
+    return run
+
+
+def gathered(
+    dtype: str, heads: int, latents: int, width: int, *, channels: int = 0, shared: bool = False,
+    q_dtype: str | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """Return what calls the launchers of absorbed_attention for heads of `width` at one size."""
+
+    def run() -> None:
+        kernels, own = absorbed_launchers, {"dtype": BITS[dtype]}
+        x, offsets = torch.empty(256, 2048, **own), torch.arange(3)
+        p = torch.empty(128, channels) if channels else None
+        one = torch.empty(256)
+        tokens = kernels.Tokens(x, p, offsets, None, one, one, 1e-5, 0.0, None)
+        weights = torch.empty(2 * heads, width, 2048 + channels, **own)
+        folded = kernels.Weights(weights, weights.new_empty(2 * heads, width))
+        size = 1 if shared else 2, latents, heads, width
+        q = torch.empty(size, dtype=BITS[q_dtype or dtype]).transpose(1, 2)
+        out, made = kernels.gather(q, folded, tokens, 0.25)
+        kernels.gather_backward(out, q, folded, made, tokens, 0.25)
 
     return run
 
@@ -233,6 +255,16 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         name = f"absorbed {dtype} {rows} queries counts"
         yield name, absorbed(dtype, rows, dropout=0, counted=True)
 
+    # TCGA as released, and 8x64.
+    sizes = [(1, 25, 16), (1, 17, 63), (1, 17, 27), (1, 16, 103), (8, 25, 16), (8, 64, 64)]
+    for heads, latents, width in sizes:
+        for dtype in ("bf16", "fp32"):
+            name = f"gathered {dtype} {heads}x{width} c{latents}"
+            yield name, gathered(dtype, heads, latents, width)
+            yield f"{name} shared", gathered(dtype, heads, latents, width, shared=True)
+    yield "gathered bf16 1x63 c17 coordinates", gathered("bf16", 1, 17, 63, channels=5)
+    yield "gathered bf16 1x256 c256", gathered("bf16", 1, 256, 256)
+
     for count in (2, 3, 8):
         yield f"merge of {count}", merge(count)
 
@@ -283,6 +315,8 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
             absorbed(dtype, 17, dropout=0, channels=0, counted=True),
         )
         yield f"form: absorbed {dtype} positions, dropout", absorbed(dtype, 17, dropout=0.1)
+        yield f"form: gathered {dtype}", gathered(dtype, 2, 17, 16, channels=5, q_dtype="fp32")
+        yield f"form: gathered {dtype} shared", gathered(dtype, 2, 17, 16, shared=True)
     for p_dtype in ("bf16", "fp16", "fp64"):
         yield (
             f"form: context bf16 with {p_dtype} positions",

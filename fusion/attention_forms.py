@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import choice
-from ..kernels import absorbed_attention, attention_weights, context_kv, plan, row_statistics
+from ..kernels import attention_weights, context_kv, plan, row_statistics
+from ..kernels.absorbed_attention.gather import absorbed_gather, ask, project_back
 from ..kernels.absorbed_attention.operator import absorbed_weights
 from ..kernels.backends import Backend, check_backend
 from ..kernels.latent_attention.operator import latent_attention_kv
@@ -115,19 +116,26 @@ class Absorbed:
         self.context, self.statistics = context, statistics
         self.backend: Backend = backend
         self.x, self.positions, self.offsets = packed
-        self._folded: dict[Attention, list[tuple[Tensor, ...]]] = {}
+        self._folded: dict[Attention, tuple[Tensor, Tensor]] = {}
 
     def attend(
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
-        asked = self._asked(attention, queries)
-        pooled, mass = (
-            part.unflatten(1, (attention.heads, -1))
-            for part in self._pooled(asked, attention, seed)
+        assert queries is not None
+        return absorbed_gather(
+            attention.split(queries),
+            *self._weights_of(attention),
+            self.x,
+            self.offsets,
+            scale=attention.scale,
+            positions=self.positions,
+            counts=self.context.packed_counts(),
+            statistics=self.statistics,
+            eps=attention.token_norm.eps,
+            dropout_p=attention.active_dropout,
+            seed=seed,
+            backend=self.backend,
         )
-        (_, weights), (_, shifts) = self._weights_of(attention)
-        values = torch.einsum("bhcw,hew->bhce", pooled, weights)
-        return torch.addcmul(values, mass[..., None], shifts[:, None])
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         weights = absorbed_weights(
@@ -144,37 +152,16 @@ class Absorbed:
     def _asked(self, attention: Attention, queries: Tensor | None) -> Tensor:
         """Return scale · Q W_k diag(γ), [B, H·C, W]. What β adds to a score, it adds to all."""
         assert queries is not None
-        (weights, _), _ = self._weights_of(attention)
-        q = attention.split(queries) * attention.scale
-        asked = torch.einsum("bhce,hew->bhcw", q, weights).flatten(1, 2)
+        weights, _ = self._weights_of(attention)
+        asked = ask(attention.split(queries), weights, attention.scale)
         return asked.expand(len(self.offsets) - 1, -1, -1)
 
-    def _weights_of(self, attention: Attention) -> list[tuple[Tensor, ...]]:
-        """Return K's and V's weights, [H, E, W] each, and shifts, made once for all layers."""
+    def _weights_of(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Return `Attention.folded`, made once for all layers."""
         if attention not in self._folded:
             dtype = _product_dtype(attention.to_kv.weight)
-            parts = attention.folded(0, dtype, self.backend)
-            self._folded[attention] = [
-                part.unflatten(0, (2, attention.heads)).unbind() for part in parts
-            ]
+            self._folded[attention] = attention.folded(0, dtype, self.backend)
         return self._folded[attention]
-
-    def _pooled(
-        self, asked: Tensor, attention: Attention, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the normalised tokens that each query gathers, [B, R, W], and their weight."""
-        return absorbed_attention(
-            asked,
-            self.x,
-            self.offsets,
-            positions=self.positions,
-            counts=self.context.packed_counts(),
-            statistics=self.statistics,
-            eps=attention.token_norm.eps,
-            dropout_p=attention.active_dropout,
-            seed=seed,
-            backend=self.backend,
-        )
 
 
 class AbsorbedTogether(Absorbed):
@@ -190,14 +177,15 @@ class AbsorbedTogether(Absorbed):
         tokens = context.joined()
         return cls(context, F.layer_norm(tokens, tokens.shape[-1:], eps=attention.token_norm.eps))
 
-    def _pooled(
-        self, asked: Tensor, attention: Attention, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        scores = asked @ self.normed.transpose(1, 2)
+    def attend(
+        self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
+    ) -> Tensor:
+        scores = self._asked(attention, queries) @ self.normed.transpose(1, 2)
         if self.context.counts is not None:
             scores = scores + self.context.counts.log()[:, None]
         weights = F.dropout(scores.softmax(-1), attention.active_dropout)
-        return weights @ self.normed, weights.sum(-1)
+        pooled, mass = weights @ self.normed, weights.sum(-1)
+        return project_back(pooled, mass, *self._weights_of(attention))
 
 
 class Together:

@@ -56,7 +56,7 @@ def report_of(tmp_path: Path, step: str, *more: str) -> dict:
 
 def test_the_checks_on_a_cpu(tmp_path: Path) -> None:
     report = report_of(tmp_path, "check")
-    assert len(report["checks"]) == 41
+    assert len(report["checks"]) == 47
     assert all(check["passed"] for check in report["checks"])
 
 

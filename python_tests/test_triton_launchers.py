@@ -33,6 +33,7 @@ from benchmarks.launches import (
     statistics_launchers,
 )
 from motet.kernels import attention_weights, backends, plan
+from motet.kernels.absorbed_attention import gather
 from motet.kernels.absorbed_attention import operator as absorbed
 from motet.kernels.context_kv import operator as context
 from motet.kernels.fold_norm import operator as fold
@@ -132,6 +133,19 @@ def absorb() -> None:
                 continue  # in torch, which reads the offsets
             absorbed._backward_of(pooled, mass, queries, x, places, offsets, *rest, of_rows)
     absorbed._takes_triton("triton", queries[:0])
+
+
+def gather_heads() -> None:
+    """Call what the dispatcher calls for absorbed_gather."""
+    x, offsets, seed = torch.empty(9, 32), torch.tensor([0, 4, 9]), torch.tensor([1])
+    q, counts = torch.empty(2, 5, 3, 4).transpose(1, 2), torch.empty(9, 2)[:, 0]
+    given = torch.empty(9, 2)
+    own = torch.empty(6, 4, 35), torch.empty(6, 4)
+    for of_bags in (counts, None):
+        tokens = (x, torch.empty(9, 3), offsets, of_bags, *given.unbind(1))
+        how = (0.3, 1e-5, *((0.0, None) if of_bags is not None else (0.1, seed)))
+        out, *made = gather._forward(q, *own, *tokens, *how)
+        gather._backward_of(out.mT.contiguous().mT, q, *own, *tokens, *made, *how)
 
 
 def project() -> None:
@@ -286,7 +300,16 @@ def test_every_line_that_only_a_gpu_runs(launched: list) -> None:
         with on_gpu():
             for cell in CELLS.values():
                 cell()
-        for call in (attend, absorb, project, fold_weights, update, launch_edges, choose):
+        for call in (
+            attend,
+            absorb,
+            gather_heads,
+            project,
+            fold_weights,
+            update,
+            launch_edges,
+            choose,
+        ):
             with on_gpu():
                 call()
             call()

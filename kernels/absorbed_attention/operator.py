@@ -171,12 +171,11 @@ def _forward(
 
     x, positions = rows_apart(x), None if positions is None else rows_apart(positions)
     mean, rstd = statistics_of(x, positions, mean, rstd, eps)
-    made = launchers.attend(
-        queries.contiguous(), x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed
-    )
+    tokens = launchers.Tokens.of(x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed)
+    made = launchers.attend(queries.contiguous(), tokens)
     if given:  # an operator returns no argument
         mean, rstd = x.new_empty(0, dtype=mean.dtype), x.new_empty(0, dtype=mean.dtype)
-    return *made, mean, rstd
+    return made.pooled, made.mass, made.scores, made.lse, mean, rstd
 
 
 def _backward_of(
@@ -210,11 +209,14 @@ def _backward_of(
     if fast and not of_rows:
         from . import triton as launchers
 
+        statistics = mean.contiguous(), rstd.contiguous()
+        tokens = launchers.Tokens.of(
+            x, positions, offsets, counts, *statistics, eps, dropout_p, seed
+        )
+        made = launchers.Attended(pooled, mass, scores, lse)
         dqueries = launchers.attend_backward(
-            grad_pooled.contiguous(), grad_mass.contiguous(), pooled, mass, rows_apart(x),
-            None if positions is None else rows_apart(positions), offsets, counts, scores, lse,
-            mean.contiguous(), rstd.contiguous(), eps, dropout_p, seed,
-        )  # fmt: skip
+            grad_pooled.contiguous(), grad_mass.contiguous(), made, tokens
+        )
         return dqueries, x.new_empty(0), x.new_empty(0)
     delta = (grad_pooled * pooled).sum(-1, dtype=lse.dtype) + grad_mass * mass
     kept = None
