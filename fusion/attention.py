@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention_weights, latent_attention
+from ..kernels import attention_weights
 from ..kernels.backends import Backend
 from ..kernels.fold_norm.operator import fold_norm
+from ..kernels.latent_attention.operator import latent_self_attention
 from ..kernels.lego_pass.weights import Asking
 from .context import Context
 
@@ -138,19 +139,18 @@ class Itself:
     def attend(
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
-        q, k, v = self._split(attention, queries)
+        assert queries is not None
+        qkv = queries.unflatten(-1, (3, attention.heads, -1))  # [B, C, 3, H, E]
         p, scale = attention.active_dropout, attention.scale
-        if q.is_cuda:  # the same bits in every run, and of a row in every batch
-            return latent_attention(
-                q, k, v, scale=scale, dropout_p=p, seed=seed, backend=self.backend
+        if qkv.is_cuda:  # the same bits in every run, and of a row in every batch
+            return latent_self_attention(
+                qkv, scale=scale, dropout_p=p, seed=seed, backend=self.backend
             )
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=scale)
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        q, k, _ = self._split(attention, queries)
-        return attention_weights(q, k, scale=attention.scale)
-
-    def _split(self, attention: Attention, queries: Tensor | None) -> tuple[Tensor, ...]:
-        """Return Q, K and V, [B, H, C, E] each."""
         assert queries is not None
-        return queries.unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        qkv = queries.unflatten(-1, (3, attention.heads, -1))
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind()
+        return attention_weights(q, k, scale=attention.scale)

@@ -76,8 +76,9 @@ class Cached:
     def attend(
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
+        assert queries is not None
         out, _ = latent_attention_kv(
-            self._split(attention, queries),
+            attention.split(queries),
             self.kv,
             self.offsets,
             counts=self.context.packed_counts(),
@@ -86,19 +87,15 @@ class Cached:
             seed=seed,
             backend=self.backend,
         )
-        return out[..., : attention.head_dim]
+        return out
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        q, k = self._split(attention, queries).detach(), self.kv[:, 0].detach()
+        assert queries is not None
+        q, k = attention.split(queries).detach(), self.kv[:, 0].detach()
+        q = F.pad(q, (0, k.shape[-1] - attention.head_dim))
+        q = q.expand(len(self.offsets) - 1, -1, -1, -1)
         weights = attention_weights(q, k, self.offsets, scale=attention.scale, backend=self.backend)
         return self.context.unpacked(weights)
-
-    def _split(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        assert queries is not None
-        q = attention.split(queries)
-        padding = self.kv.shape[-1] - attention.head_dim
-        q = F.pad(q, (0, padding)) if padding else q
-        return q.expand(len(self.offsets) - 1, -1, -1, -1)
 
 
 class Absorbed:

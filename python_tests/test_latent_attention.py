@@ -10,9 +10,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from motet.kernels import ragged as cuts
+from motet.kernels.backends import Backend
 from motet.kernels.dtypes import wide
 from motet.kernels.latent_attention import cpu, operator
-from motet.kernels.latent_attention.operator import latent_attention_kv
+from motet.kernels.latent_attention.operator import latent_attention_kv, latent_self_attention
 from motet.kernels.latent_attention.reference import latent_attention_reference
 from torch import Tensor
 from torch.library import opcheck
@@ -277,6 +278,49 @@ def test_tokens_behind_the_last_bag_belong_to_none() -> None:
         latent_attention(q, longer[:, 0], longer[:, 1], offsets)
 
 
+@pytest.mark.parametrize("lengths", [[4, 0, 9], [0, 0], []], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_shared_queries_and_padded_keys(lengths: list[int], dropout_p: float) -> None:
+    """Queries of one row are those of every bag; numbers behind a head's own are zero."""
+    _, k, v = ragged(lengths)
+    q, kv = torch.randn(1, 4, 3, 5, **WIDE).transpose(1, 2), torch.stack([k, v], 1)
+    options = {"scale": 0.3, "dropout_p": dropout_p}
+    options["seed"] = torch.tensor([5]) if dropout_p else None
+
+    def padded(q: Tensor, kv: Tensor) -> Tensor:
+        kv = torch.nn.functional.pad(kv, (0, 11))
+        return latent_attention_kv(q, kv, offsets_of(lengths), **options)[0]
+
+    def plain(q: Tensor, kv: Tensor) -> Tensor:
+        q = q.expand(len(lengths), -1, -1, -1)
+        return latent_attention_kv(q, kv, offsets_of(lengths), **options)[0]
+
+    mine, theirs = with_gradients(padded)(q, kv), with_gradients(plain)(q, kv)
+    for own, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(own, other, **EXACT)
+    with pytest.raises(ValueError, match="kv: expected rows of 5 numbers, or of 16, got"):
+        latent_attention_kv(q, kv.repeat(1, 1, 1, 2), offsets_of(lengths), **options)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_latents_attend_to_themselves(backend: Backend, dropout_p: float, monkeypatch) -> None:
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
+    qkv = torch.randn(2, 7, 3, 4, 5)
+    seed = torch.tensor([5]) if dropout_p else None
+
+    def itself(x: Tensor) -> Tensor:
+        return latent_self_attention(x, scale=0.3, dropout_p=dropout_p, seed=seed, backend=backend)
+
+    def apart(x: Tensor) -> Tensor:
+        q, k, v = x.permute(2, 0, 3, 1, 4).unbind()
+        return latent_attention(q, k, v, scale=0.3, dropout_p=dropout_p, seed=seed, backend=backend)
+
+    mine, theirs = with_gradients(itself)(qkv), with_gradients(apart)(qkv)
+    assert all(map(torch.equal, mine, theirs))
+    assert latent_self_attention(qkv.bfloat16(), scale=0.3).dtype == torch.float32
+
+
 def test_log_sum_exp() -> None:
     q, k, v = ragged([4, 0, 9])
     _, lse = latent_attention_kv(q, torch.stack([k, v], 1), offsets_of([4, 0, 9]), scale=0.3)
@@ -536,6 +580,18 @@ def test_registration(lengths: list[int], option: str | None) -> None:
         made = getattr(operators, op)(q, *tokens, offsets, counts, *options)
         backward = (torch.randn_like(q), q, *tokens, offsets, counts, *made, *options)
         opcheck(getattr(operators, f"{op}_backward"), backward)
+    q = q.new_zeros(4, 3, 5).transpose(0, 1)[None].clone().requires_grad_()
+    kv = torch.nn.functional.pad(kv, (0, 11)).requires_grad_()
+    opcheck(operators.latent_attention_kv, (q, kv, offsets, counts, *options))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_registration_of_self_attention(dropout_p: float) -> None:
+    qkv, operators = torch.randn(2, 4, 3, 2, 5), torch.ops.motet
+    options = (0.5, dropout_p, torch.tensor([5]) if dropout_p else None, "auto")
+    opcheck(operators.latent_self_attention, (qkv.clone().requires_grad_(), *options))
+    made = operators.latent_self_attention(qkv, *options)
+    opcheck(operators.latent_self_attention_backward, (made[0], qkv, *made, *options))
 
 
 def test_registration_dense() -> None:

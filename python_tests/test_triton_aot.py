@@ -23,7 +23,7 @@ TABLE = ROOT / "benchmarks" / "results" / "registers.json"
 SAMPLE = (
     "attention bf16 8x64 c64 dropout",
     "attention fp32 1x16 c25 dropout",
-    "attention bf16 1x64 c17 counts",
+    "attention bf16 1x63 c17 counts",
     "context bf16 2048+5 to 1x224",
     "context fp32 1024 to 1x128",
     "pass bf16 64x64",

@@ -63,10 +63,16 @@ def attention_inputs(lengths, heads, latents, width, dtype):
 
 
 def check_attention(q, kv, split, offsets, dropout_p, counts=None):
-    """Compare out, lse, dq, dk and dv; `split` makes k and v of the buffer."""
-    seed = 2**40 + 3
-    keep = dropout_mask(q, split(kv)[0], offsets, dropout_p, seed)
-    dout = torch.randn(q.shape).to(q.dtype)
+    """Compare out, lse, dq, dk and dv; `split` makes k and v of the buffer.
+
+    What their rows have more than those of q is zero, and so has its gradient to be.
+    """
+    seed, width = 2**40 + 3, q.shape[-1]
+    bags = len(q) if offsets is None else len(offsets) - 1
+    everyone = q.expand(bags, -1, -1, -1)
+    keep = dropout_mask(everyone, split(kv)[0], offsets, dropout_p, seed)
+    _, heads, latents, _ = q.shape
+    dout = torch.randn(bags, latents, heads, width).transpose(1, 2).to(q.dtype)
     empty = offsets.diff() == 0 if offsets is not None else torch.zeros(len(q), dtype=torch.bool)
 
     def fast(q, kv):
@@ -76,16 +82,18 @@ def check_attention(q, kv, split, offsets, dropout_p, counts=None):
         dkv = torch.zeros_like(kv)
         for part in split(dkv):
             part.fill_(torch.nan)
-        dq = attend_backward(
-            dout, q, k, v, offsets, counts, out, lse, SCALE, dropout_p, seed, *split(dkv)
+        dq = torch.full_like(q, torch.nan)
+        attend_backward(
+            dout, q, k, v, offsets, counts, out, lse, SCALE, dropout_p, seed, dq, *split(dkv)
         )
         return out, lse[~empty], dq, dkv
 
     def literal(q, kv):
         query, buffer = (x.detach().requires_grad_() for x in (q, kv))
         own = None if counts is None else counts.to(torch.promote_types(q.dtype, torch.float32))
+        k, v = (part[..., :width] for part in split(buffer))
         out, lse, _ = literal_attention(
-            query, *split(buffer), offsets, keep.to(q.dtype), dropout_p, own
+            query.expand(bags, -1, -1, -1), k, v, offsets, keep.to(q.dtype), dropout_p, own
         )
         grads = torch.autograd.grad(out, (query, buffer), dout.to(q.dtype))
         return out.detach(), lse[~empty].detach(), *grads
@@ -142,12 +150,25 @@ def test_attention_of_any_strides():
     check_attention(q, kv, lambda x: x.permute(0, 2, 1, 3)[..., 3:10].unbind(0), offsets, 0.0)
 
 
+@pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
+@pytest.mark.parametrize(
+    ("shared", "latents", "width"), [(True, 7, 27), (False, 20, 27), (True, 20, 16)]
+)
+def test_attention_of_shared_queries_and_padded_keys(shared, latents, width, dropout_p, counted):
+    """More latents than one launch takes backward, empty bags, slots that are left over."""
+    lengths = [*RAGGED, 0, 3]
+    q = torch.randn(1 if shared else len(lengths), latents, 2, width).transpose(1, 2)
+    kv = torch.randn(sum(lengths), 2, 2, width + -width % 16)
+    kv[..., width:] = 0
+    counts = 4 * torch.rand(sum(lengths)) if counted else None
+    check_attention(q, kv, unbound, offsets_of(lengths), dropout_p, counts)
+
+
 def test_attention_without_keys():
     q, kv, offsets = attention_inputs([0, 0], 2, 3, 4, torch.float32)
     out, lse = attend(q, *unbound(kv), offsets, None, SCALE, 0.0, 0)
-    dq = attend_backward(
-        q, q, *unbound(kv), offsets, None, out, lse, SCALE, 0.0, 0, *unbound(torch.empty_like(kv))
-    )
+    dq, dkv = torch.full_like(q, torch.nan), torch.empty_like(kv)
+    attend_backward(out, q, *unbound(kv), offsets, None, out, lse, SCALE, 0.0, 0, dq, *unbound(dkv))
     assert not out.any()
     assert not dq.any()
     assert lse.isneginf().all()
@@ -163,10 +184,8 @@ def test_a_bag_alone_is_the_bag_in_a_batch(counted):
     def run(q, kv, offsets, counts):
         k, v = unbound(kv)
         out, lse = attend(q, k, v, offsets, counts, SCALE, 0.0, 0)
-        dkv = torch.empty_like(kv)
-        dq = attend_backward(
-            torch.ones_like(out), q, k, v, offsets, counts, out, lse, SCALE, 0.0, 0, *unbound(dkv)
-        )
+        dq, dkv, ones = torch.empty_like(q), torch.empty_like(kv), torch.ones_like(out)
+        attend_backward(ones, q, k, v, offsets, counts, out, lse, SCALE, 0.0, 0, dq, *unbound(dkv))
         return out, lse, dq, dkv, weights(q, k, offsets, lse, SCALE, "mean")
 
     batch = run(q, kv, offsets, counts)

@@ -109,7 +109,16 @@ def attend() -> None:
         rest = (offsets, None, out, lse, 0.3, 0.1, seed, backend)
         attention._backward_of(out, q, *kv.unbind(1), *rest)
         attention._backward_of_kv(out, q, kv, *rest)
-        attention._backward_of_kv(out[:0], q[:0], kv, offsets[:1], *rest[1:])
+        attention._backward_of_kv(
+            out[:0], q[:1], kv, offsets[:1], None, out[:0], lse[:0], *rest[4:]
+        )
+        qkv = torch.empty(2, 5, 3, 3, 16)
+        rest = (0.3, 0.1, seed, backend)
+        attention._backward_of_self(*attention._forward_self(qkv, *rest)[:1], qkv, out, lse, *rest)
+        rest = (offsets, None, 0.3, 0.1, seed, backend)
+        out, _ = attention._forward_kv(q[:1], kv, *rest)
+        rest = (offsets, None, out, lse, 0.3, 0.1, seed, backend)
+        attention._backward_of_kv(out, q[:1], kv, *rest)
         for given in (lse, None):
             attention_weights(q, kv[:, 0], offsets, lse=given, reduce="mean", backend=backend)
     attention_weights(q, torch.empty(2, 3, 7, 16))

@@ -24,7 +24,7 @@ from motet.kernels.absorbed_attention.operator import absorbed_weights
 from motet.kernels.absorbed_attention.reference import absorbed_attention_reference
 from motet.kernels.context_kv.reference import context_kv_reference
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
-from motet.kernels.latent_attention.operator import latent_attention_kv
+from motet.kernels.latent_attention.operator import latent_attention_kv, latent_self_attention
 from motet.kernels.latent_attention.reference import latent_attention_reference
 from motet.kernels.row_statistics.reference import row_statistics_reference
 
@@ -74,6 +74,31 @@ def test_latent_attention(ragged: bool, counted: bool) -> None:
         lambda *t: latent_attention_reference(*t, offsets, counts=wide(t[0])),
         q, k, v,
     )  # fmt: skip
+
+
+def test_latent_attention_in_one_tensor() -> None:
+    """Queries that all bags share, and rows of K and V that are wider than the heads."""
+    q, kv = torch.randn(1, 7, 3, 27).transpose(1, 2), torch.randn(130, 2, 3, 27)
+
+    def apart(q: Tensor, kv: Tensor) -> Tensor:
+        q = q.expand(4, -1, -1, -1)
+        return latent_attention_reference(q, *kv.unbind(1), OFFSETS, scale=0.3)
+
+    def together(q: Tensor, kv: Tensor) -> Tensor:
+        kv = torch.nn.functional.pad(kv, (0, 5))
+        return latent_attention_kv(q, kv, OFFSETS, scale=0.3, **ON)[0]
+
+    check(together, apart, q, kv)
+    q.requires_grad_()
+    (dq,) = torch.autograd.grad(together(q, kv).sum(), q)
+    assert dq.stride() == q.stride()  # or it would be copied on its way back
+
+
+def test_latent_self_attention() -> None:
+    def apart(qkv: Tensor) -> Tensor:
+        return latent_attention_reference(*qkv.permute(2, 0, 3, 1, 4).unbind(), scale=0.3)
+
+    check(lambda x: latent_self_attention(x, scale=0.3, **ON), apart, torch.randn(4, 33, 3, 2, 27))
 
 
 @pytest.mark.parametrize("ragged", [True, False])

@@ -135,17 +135,19 @@ def backward_into(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-) -> Tensor:
-    """Fill dk and dv, return dq.
+) -> None:
+    """Fill dq, dk and dv.
 
     With A the weights and D = mask ∘ A those after dropout, O = D V: dV = Dᵀ dO, and with
     dA = mask ∘ (dO Vᵀ), dS = A ∘ (dA - rowsum(A ∘ dA)). That sum is rowsum(dO ∘ O) too, and the
     rows of A sum to 1, but not after rounding, which would be multiplied by what the keys have in
     common: so it is the mean of dA by A as it is here.
     """
-    dq, width = q.new_zeros(q.shape), q.shape[-1]
+    width = q.shape[-1]
+    dq.zero_()
     if offsets is not None:
         behind = slice(int(offsets[-1]), None)
         dk[behind], dv[behind] = 0, 0
@@ -171,7 +173,7 @@ def backward_into(
             part = torch.bmm(dscores.transpose(1, 2), own)
             dkeys[:, :, chunk] = part[..., :width].unflatten(0, dkeys.shape[:2])
         run.put(dq, own_dq[..., :width])
-    return dq.mul_(scale)
+    dq.mul_(scale)
 
 
 def weights(

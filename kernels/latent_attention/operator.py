@@ -1,5 +1,8 @@
 """Attention of a few latent queries to very many context tokens, per bag."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,8 +29,9 @@ _LIBRARY.define(
     "Tensor? counts, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, "
     "str backend) -> (Tensor, Tensor, Tensor)"
 )
-# The same with K and V in one tensor [T, 2, H, E], as one projection makes them: their gradient is
-# then written in place too, instead of being put together from two.
+# The same with K and V in one tensor [T, 2, H, P], as one projection makes them, or with Q, K and V
+# in one tensor [B, C, 3, H, E]: their gradient is then written in place too, instead of being put
+# together from two or three.
 _LIBRARY.define(
     "latent_attention_kv(Tensor q, Tensor kv, Tensor offsets, Tensor? counts, float scale, "
     "float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
@@ -36,6 +40,14 @@ _LIBRARY.define(
     "latent_attention_kv_backward(Tensor grad, Tensor q, Tensor kv, Tensor offsets, "
     "Tensor? counts, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, "
     "str backend) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "latent_self_attention(Tensor qkv, float scale, float dropout_p, Tensor? seed, str backend) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "latent_self_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, float scale, "
+    "float dropout_p, Tensor? seed, str backend) -> Tensor"
 )
 
 
@@ -112,26 +124,66 @@ def latent_attention_kv(
     seed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Compute latent_attention with K and V in one tensor [T, 2, H, E], as context_kv makes them.
+    """Compute latent_attention with K and V in one tensor, as context_kv makes them.
 
-    Tokens behind the last bag belong to none; their gradient is zero.
+    Args:
+        q: [B, H, C, E], or [1, H, C, E] for all bags.
+        kv: [T, 2, H, P], where P is E, or E and numbers that are zero up to the next multiple of
+            16, on which rows start where loads can be asynchronous. Tokens behind the last bag
+            belong to none; their gradient is zero, as is that of the numbers behind the Eth.
+        offsets, counts, scale, dropout_p, seed, backend: see latent_attention.
 
     Returns:
         [B, H, C, E] in float32 (float64), as sums are, for lego_pass to round; and the
         log-sum-exp of the scores [B, H, C], which attention_weights takes; it includes the counts,
         so that these weights are those of one token out of a key's.
     """
-    _check(q, kv[:, 0], offsets, v=kv[:, 1], whole=False)
+    bags, width = len(offsets) - 1, q.shape[-1]
+    k, v = kv[..., :width].unbind(1)
+    _check(q.expand(bags, -1, -1, -1), k, offsets, v=v, whole=False)
+    if kv.shape[-1] not in (width, width + -width % 16):
+        raise ValueError(
+            f"kv: expected rows of {width} numbers, or of {width + -width % 16}, got "
+            f"{tuple(kv.shape)}"
+        )
     seed = check_dropout(dropout_p, seed, q.device)
     check_counts(counts, kv.shape[:1], kv, dropout_p)
     refuse_forward_mode("latent_attention")
     if backend == "compile" and not dropout_p:
-        out = compiled(through_sdpa)(q, kv[:, 0], kv[:, 1], offsets, counts, scale)
-        return out, q.new_empty(0)
+        q = q.expand(bags, -1, -1, -1)
+        return compiled(through_sdpa)(q, k, v, offsets, counts, scale), q.new_empty(0)
     out, lse = torch.ops.motet.latent_attention_kv(
         q, kv, offsets, counts, scale, dropout_p, seed, backend
     )
     return out, lse
+
+
+def latent_self_attention(
+    qkv: Tensor,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Compute latent_attention of latents to themselves, with Q, K and V in one [B, C, 3, H, E].
+
+    Returns:
+        [B, H, C, E] in float32 (float64), as latent_attention_kv.
+    """
+    q, k, v = _queries_keys_values(qkv)
+    _check(q, k, None, v=v)
+    seed = check_dropout(dropout_p, seed, qkv.device)
+    refuse_forward_mode("latent_attention")
+    if backend == "compile" and not dropout_p:
+        return compiled(through_sdpa)(q, k, v, None, None, scale)
+    return torch.ops.motet.latent_self_attention(qkv, scale, dropout_p, seed, backend)[0]
+
+
+def _queries_keys_values(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views [B, H, C, E] of Q, K and V [B, C, 3, H, E]."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def attention_weights(
@@ -240,10 +292,14 @@ def _forward(
 
         q, k, v = map(rows_apart, (q, k, v))
         return launchers.attend(q, k, v, offsets, counts, scale, dropout_p, seed)
+    if offsets is not None:
+        q = q.expand(len(offsets) - 1, -1, -1, -1)
+    k, v = k[..., : q.shape[-1]], v[..., : q.shape[-1]]
     return cpu.forward(q, k, v, offsets, counts, scale, dropout_p, seed)
 
 
 def _backward_into(
+    results: tuple[Tensor, Tensor, Tensor],
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -256,29 +312,42 @@ def _backward_into(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
-    dk: Tensor,
-    dv: Tensor,
-) -> Tensor:
-    """Fill dk and dv, return dq."""
-    if not q.numel():  # nobody attends
-        dk.zero_()
-        dv.zero_()
-        return torch.empty_like(q)
+) -> None:
+    """Fill `results`: dq, dk and dv."""
+    if not out.numel():  # nobody attends
+        for result in results:
+            result.zero_()
+        return
     if _takes_triton(backend, q):
         from . import triton as launchers
 
         grad, q, k, v = map(rows_apart, (grad, q, k, v))
-        return launchers.attend_backward(
-            grad, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, dk, dv
+        launchers.attend_backward(
+            grad, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, *results
         )
-    return cpu.backward_into(grad, q, k, v, offsets, counts, lse, scale, dropout_p, seed, dk, dv)
+        return
+    dq, dk, dv = results
+    width, bags = q.shape[-1], len(out)
+    for result in (dk, dv):
+        result[..., width:] = 0
+    k, v, dk, dv = (x[..., :width] for x in (k, v, dk, dv))
+    own = dq if len(q) == bags else dq.new_empty(out.shape)
+    cpu.backward_into(
+        grad.to(q.dtype), q.expand(bags, -1, -1, -1), k, v, offsets, counts, lse, scale, dropout_p,
+        seed, own, dk, dv,
+    )  # fmt: skip
+    if own is not dq:
+        torch.sum(own, 0, keepdim=True, out=dq)
 
 
-def _backward_of(grad, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, backend):
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    dq = _backward_into(
-        grad, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, backend, dk, dv
-    )
+def _like_queries(q: Tensor) -> Tensor:
+    """Return where their gradient goes: it lies in memory as they do, so that nobody copies it."""
+    return torch.empty_like(rows_apart(q))
+
+
+def _backward_of(grad, q, k, v, *rest):
+    dq, dk, dv = _like_queries(q), k.new_empty(k.shape), v.new_empty(v.shape)
+    _backward_into((dq, dk, dv), grad, q, k, v, *rest)
     return dq, dk, dv
 
 
@@ -286,13 +355,21 @@ def _forward_kv(q, kv, *rest):
     return _forward(q, kv[:, 0], kv[:, 1], *rest)
 
 
-def _backward_of_kv(grad, q, kv, offsets, counts, out, lse, scale, dropout_p, seed, backend):
-    dkv = kv.new_empty(kv.shape)
-    dq = _backward_into(
-        grad, q, kv[:, 0], kv[:, 1], offsets, counts, out, lse, scale, dropout_p, seed, backend,
-        dkv[:, 0], dkv[:, 1],
-    )  # fmt: skip
+def _backward_of_kv(grad, q, kv, *rest):
+    dq, dkv = _like_queries(q), kv.new_empty(kv.shape)
+    _backward_into((dq, dkv[:, 0], dkv[:, 1]), grad, q, kv[:, 0], kv[:, 1], *rest)
     return dq, dkv
+
+
+def _forward_self(qkv, *rest):
+    q, k, v = _queries_keys_values(qkv)
+    return _forward(q, k, v, None, None, *rest)
+
+
+def _backward_of_self(grad, qkv, *rest):
+    dqkv, (q, k, v) = qkv.new_empty(qkv.shape), _queries_keys_values(qkv)
+    _backward_into(_queries_keys_values(dqkv), grad, q, k, v, None, None, *rest)
+    return dqkv
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -302,43 +379,62 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, seed, *output)
 
 
-def _backward(ctx, grad: Tensor | None, _: None):
-    if grad is None:
-        return (None,) * len(ctx.needs_input_grad)
-    *tensors, seed, out, lse = ctx.saved_tensors
-    packed = len(tensors) == 4  # q, kv, offsets and counts, instead of q, k, v and these two
-    operators = torch.ops.motet
-    run = operators.latent_attention_kv_backward if packed else operators.latent_attention_backward
-    grads = run(
-        grad.to(tensors[0].dtype), *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend
-    )
-    return (*grads, *[None] * 6)
+def _differentiated_by(operator: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * len(ctx.needs_input_grad)
+        if grad is None:
+            return nothing
+        *tensors, seed, out, lse = ctx.saved_tensors
+        run = getattr(torch.ops.motet, operator)
+        grads = run(grad, *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend)
+        grads = (grads,) if isinstance(grads, Tensor) else tuple(grads)
+        return grads + nothing[len(grads) :]
+
+    return backward
 
 
-def _fake(q, *rest):
-    full = wide(q.dtype)
-    return q.new_empty(q.shape, dtype=full), q.new_empty(q.shape[:3], dtype=full)
+def _fake(q, k, v, offsets, *rest):
+    full, bags = wide(q.dtype), len(q) if offsets is None else len(offsets) - 1
+    out = q.new_empty((bags, *q.shape[1:]), dtype=full)
+    return out, q.new_empty(out.shape[:3], dtype=full)
+
+
+def _fake_kv(q, kv, offsets, *rest):
+    return _fake(q, *kv.unbind(1), offsets)
+
+
+def _fake_self(qkv, *rest):
+    return _fake(*_queries_keys_values(qkv), None)
 
 
 def _fake_backward(grad, q, k, v, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _like_queries(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _fake_backward_kv(grad, q, kv, *rest):
-    return q.new_empty(q.shape), kv.new_empty(kv.shape)
+    return _like_queries(q), kv.new_empty(kv.shape)
+
+
+def _fake_backward_self(grad, qkv, *rest):
+    return qkv.new_empty(qkv.shape)
 
 
 for _name, _implementation, _fake_of in (
     ("latent_attention", _forward, _fake),
     ("latent_attention_backward", _backward_of, _fake_backward),
-    ("latent_attention_kv", _forward_kv, _fake),
+    ("latent_attention_kv", _forward_kv, _fake_kv),
     ("latent_attention_kv_backward", _backward_of_kv, _fake_backward_kv),
+    ("latent_self_attention", _forward_self, _fake_self),
+    ("latent_self_attention_backward", _backward_of_self, _fake_backward_self),
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"motet::{_name}", _fake_of, lib=_LIBRARY)
-for _name in ("latent_attention", "latent_attention_kv"):
+for _name in ("latent_attention", "latent_attention_kv", "latent_self_attention"):
     torch.library.register_autograd(
-        f"motet::{_name}", _backward, setup_context=_setup_context, lib=_LIBRARY
+        f"motet::{_name}",
+        _differentiated_by(f"{_name}_backward"),
+        setup_context=_setup_context,
+        lib=_LIBRARY,
     )
     refuse_second_derivative(_LIBRARY, _name)
 

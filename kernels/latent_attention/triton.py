@@ -48,8 +48,9 @@ def attend(
     """Return softmax(scale q k^T + log counts) v with dropout on the weights, and the log-sum-exp.
 
     Args:
-        q: [B, H, C, E], last stride 1.
-        k: [T, H, E] with `offsets`, else [B, H, N, E]; any strides, the last 1.
+        q: [B, H, C, E], or [1, H, C, E] for all bags, last stride 1.
+        k: [T, H, P] with `offsets`, else [B, H, N, P]; any strides, the last 1. P is E, or E and
+            numbers that are zero up to the next multiple of 16.
         v: like `k`.
         offsets: int64 [B + 1] on the device, or None.
         counts: fp32 [T] with `offsets`, else [B, N], how many tokens each key stands for; or None.
@@ -60,13 +61,13 @@ def attend(
     Returns:
         fp32 [B, H, C, E], zeros for an empty bag, and fp32 [B, H, C] before dropout, -inf for one.
     """
-    bags, heads, latents, width = q.shape
+    bags, (heads, latents, width) = _bags(k, offsets), q.shape[1:]
     blocks = _forward_blocks(q)
     slots = _slots(k, offsets, bags, blocks.chunk)
     own = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty(slots, heads, latents, width, **own)
+    partial = torch.empty(slots, heads, latents, k.shape[-1], **own)
     peak, total = (torch.empty(slots, heads, latents, **own) for _ in range(2))
-    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    out = torch.empty(bags, heads, latents, width, **own)
     lse = torch.empty(bags, heads, latents, **own)
     shared = _constants(q, offsets, blocks)
     counts = None if counts is None else counts.contiguous()
@@ -74,16 +75,17 @@ def attend(
         launch(
             attend_kernel, q, (slots * heads * cdiv(latents, blocks.block_c),),
             q, k, v, offsets, counts, partial, peak, total, _seed(seed, dropout_p, q),
-            *q.stride()[:3], *_strides(k, offsets), *_strides(v, offsets),
+            *_strides_of_queries(q, bags), *_strides(k, offsets), *_strides(v, offsets),
             bags, _keys(k, offsets), heads, scale, representable(dropout_p), **shared,
-            BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0, COUNTS=counts is not None,
+            PADDED=k.shape[-1], BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0,
+            COUNTS=counts is not None,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
     if out.numel():
         launch(
             combine_attend_kernel, q, (bags * heads * latents,),
             partial, peak, total, offsets, out, lse, _keys(k, offsets), heads,
-            1 / (1 - dropout_p), C=latents, E=width, CHUNK=blocks.chunk,
+            1 / (1 - dropout_p), C=latents, E=width, PADDED=k.shape[-1], CHUNK=blocks.chunk,
             BLOCK_E=blocks.block_e, RAGGED=offsets is not None, num_warps=4,
         )  # fmt: skip
     return out, lse
@@ -101,52 +103,48 @@ def attend_backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | int | None,
+    dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-) -> Tensor:
-    """Write the gradients of `attend` into `dk` and `dv`, all of them, and return that of `q`.
+) -> None:
+    """Write the gradients of `attend` into `dq`, `dk` and `dv`, all of them.
 
     Args:
-        dout: [B, H, C, E], the gradient of out.
+        dout: [B, H, C, E], the gradient of out, last stride 1.
         q, k, v, offsets, counts, scale, dropout_p, seed: as given to attend.
-        out, lse: what attend returned.
-        dk, dv: where to write, shaped like `k`, zeros behind the last bag; any strides, the last 1.
-
-    Returns:
-        [B, H, C, E] of q's dtype.
+        out, lse: what attend returned, not empty.
+        dq, dk, dv: where to write, shaped like `q` and `k`, zeros behind the last bag; any strides,
+            the last 1.
     """
-    bags, heads, latents, width = q.shape
+    bags, heads, latents, width = out.shape
     blocks = _backward_blocks(q, counted=counts is not None)
     slots = _slots(k, offsets, bags, blocks.chunk)
-    partial = torch.empty(slots, heads, latents, width, dtype=torch.float32, device=q.device)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    partial = torch.empty(slots, heads, latents, k.shape[-1], dtype=torch.float32, device=q.device)
     shared = _constants(q, offsets, blocks)
-    dout, counts = dout.contiguous(), None if counts is None else counts.contiguous()
-    # From the float32 result: what half precision rounds off it would be multiplied by the keys.
-    delta = (dout * out).sum(-1)
+    counts = None if counts is None else counts.contiguous()
     for c0 in range(0, latents if slots else 0, blocks.block_c):
         launch(
             attend_backward_kernel, q, (slots * heads,),
-            dout, q, k, v, offsets, counts, delta, lse, dk, dv, partial,
-            _seed(seed, dropout_p, q), *q.stride()[:3],
+            dout, q, k, v, offsets, counts, out, lse, dk, dv, partial,
+            _seed(seed, dropout_p, q), *dout.stride()[:3], *_strides_of_queries(q, bags),
             *_strides(k, offsets), *_strides(v, offsets),
             *_strides(dk, offsets), *_strides(dv, offsets),
             bags, _keys(k, offsets), heads, scale,
-            representable(dropout_p), 1 / (1 - dropout_p), c0, **shared,
+            representable(dropout_p), 1 / (1 - dropout_p), c0, **shared, PADDED=k.shape[-1],
             BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0, ADD=c0 > 0,
             COUNTS=counts is not None, num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )  # fmt: skip
-    if dq.numel():
-        behind = 0 if offsets is None else heads * cdiv(k.shape[0], blocks.chunk)
-        launch(
-            combine_dq_kernel, q, (bags * heads * latents + behind,),
-            partial, offsets, dq, dk, dv, *_strides(dk, offsets)[1:], *_strides(dv, offsets)[1:],
-            bags, _keys(k, offsets), k.shape[0], heads, scale, C=latents, E=width,
-            CHUNK=blocks.chunk, BLOCK_E=blocks.block_e, RAGGED=offsets is not None,
-            num_warps=4,
-        )  # fmt: skip
-    return dq
+    asking = len(q) * heads * latents
+    behind = 0 if offsets is None else heads * cdiv(k.shape[0], blocks.chunk)
+    launch(
+        combine_dq_kernel, q, (asking + behind,),
+        partial, offsets, dq, dk, dv, *dq.stride()[:3],
+        *_strides(dk, offsets)[1:], *_strides(dv, offsets)[1:],
+        bags, _keys(k, offsets), k.shape[0], slots, asking, heads, scale, C=latents, E=width,
+        PADDED=k.shape[-1], CHUNK=blocks.chunk, BLOCK_E=blocks.block_e,
+        RAGGED=offsets is not None, SHARED=len(q) < bags, num_warps=4,
+    )  # fmt: skip
 
 
 def weights(
@@ -227,8 +225,9 @@ def _blocks(q: Tensor, *, backward: bool, counted: bool = False) -> _Blocks:
     block_c = min(block_c, 16 if backward or block_e > 32 else 32)
     block_n = 16 if backward or block_e == 256 else 32
     warps = 4 if block_e <= (32 if backward else 64) else 8
-    # 4 and 8 warps spill once with dropout, on sm_80 and sm_100; 2 once with counts, on sm_100.
-    if backward and block_e == 16 and not counted:
+    # 4 and 8 warps spill once with dropout, on sm_80 and sm_100; 2 once with counts, on sm_100, and
+    # twice with dropout, on sm_90.
+    if backward and block_e == 16 and not counted and capability(q) != 90:
         warps = 2
     return _Blocks(chunk, block_c, block_n, block_e, warps, 2)
 
@@ -242,6 +241,10 @@ def _constants(q: Tensor, offsets: Tensor | None, blocks: _Blocks) -> dict[str, 
         "BLOCK_E": blocks.block_e,
         "RAGGED": offsets is not None,
     }
+
+
+def _bags(k: Tensor, offsets: Tensor | None) -> int:
+    return len(k) if offsets is None else len(offsets) - 1
 
 
 def _slots(k: Tensor, offsets: Tensor | None, bags: int, chunk: int) -> int:
@@ -258,6 +261,11 @@ def _keys(k: Tensor, offsets: Tensor | None) -> int:
 def _strides(x: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
     """Strides of bag, head and key."""
     return x.stride()[:3] if offsets is None else (0, x.stride(1), x.stride(0))
+
+
+def _strides_of_queries(q: Tensor, bags: int) -> tuple[int, ...]:
+    """Strides of bag, head and latent; all bags may have the same queries."""
+    return (q.stride(0) if len(q) == bags else 0, *q.stride()[1:3])
 
 
 def _seed(seed: Tensor | int | None, dropout_p: float, q: Tensor) -> Tensor | None:

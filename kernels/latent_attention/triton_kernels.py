@@ -41,15 +41,16 @@ def attend_kernel(
     q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, partial_ptr, peak_ptr, total_ptr, seed_ptr,
     q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n,
     n_bags, n_keys, H, scale, dropout_p,
-    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Reduce one chunk of keys for one head and up to BLOCK_C latents.
 
+    K and V have rows of PADDED numbers, zero from the Eth on, read for loads to be asynchronous.
     With s = scale q k^T + log counts over the chunk's keys n: peak = max_n s log2(e),
     total = sum_n 2^(s log2(e) - peak), partial = sum_n dropped 2^(s log2(e) - peak) v_n.
-    partial [slots, H, C, E], peak and total [slots, H, C].
+    partial [slots, H, C, PADDED], peak and total [slots, H, C].
     """
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -73,7 +74,7 @@ def attend_kernel(
     partial = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
     for n0 in range(0, length, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, n, k_n, n < length, E, BLOCK_E)
+        k = _load_rows(k_ptr, n, k_n, n < length, PADDED, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         if COUNTS:
             s += _log2_counts(counts_ptr, n, length)[None, :]
@@ -87,12 +88,12 @@ def attend_kernel(
                 seed, start + n0, head * C + c, bag.to(tl.int32), dropout_p, BLOCK_N
             )
             p = tl.where(kept, p, 0.0)
-        v = _load_rows(v_ptr, n, v_n, n < length, E, BLOCK_E)
+        v = _load_rows(v_ptr, n, v_n, n < length, PADDED, BLOCK_E)
         partial = partial * shrink[:, None]
         partial = tl.dot(p.to(v.dtype), v, partial, input_precision=PRECISION)
         peak = new_peak
     row = (slot.to(tl.int64) * H + head) * C
-    _store_rows(partial_ptr + row * E, c, E, c < C, partial, E, BLOCK_E)
+    _store_rows(partial_ptr + row * PADDED, c, PADDED, c < C, partial, PADDED, BLOCK_E)
     tl.store(peak_ptr + row + c, peak, mask=c < C)
     tl.store(total_ptr + row + c, total, mask=c < C)
 
@@ -100,8 +101,8 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["n_keys"])
 def combine_attend_kernel(
     partial_ptr, peak_ptr, total_ptr, offsets_ptr, out_ptr, lse_ptr, n_keys, H, undrop,
-    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
-    RAGGED: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add the chunks of one bag, head and latent in order.
 
@@ -122,7 +123,7 @@ def combine_attend_kernel(
         own_peak = tl.load(peak_ptr + at, mask=j < chunks, other=float("-inf"))
         own_total = tl.load(total_ptr + at, mask=j < chunks, other=0.0)
         mask = (j[:, None] < chunks) & (e[None, :] < E)
-        own = tl.load(partial_ptr + at[:, None] * E + e[None, :], mask=mask, other=0.0)
+        own = tl.load(partial_ptr + at[:, None] * PADDED + e[None, :], mask=mask, other=0.0)
         new_peak = tl.maximum(peak, tl.max(own_peak, 0))
         shrink = tl.exp2(peak - new_peak)
         factor = tl.exp2(own_peak - new_peak)
@@ -138,11 +139,12 @@ def combine_attend_kernel(
 
 @triton.jit(do_not_specialize=["n_bags", "n_keys", "c0"])
 def attend_backward_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, delta_ptr, lse_ptr, dk_ptr, dv_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr,
     partial_ptr, seed_ptr,
-    q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    dout_b, dout_h, dout_c, q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n,
+    dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     n_bags, n_keys, H, scale, dropout_p, undrop, c0,
-    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
@@ -150,14 +152,20 @@ def attend_backward_kernel(
 
     p = exp(scale q k^T + log counts - lse), dropped(p) = kept undrop p, dv = dropped(p)^T dout,
     ds = p (kept undrop dout v^T - delta) with delta = rowsum(dout out), which dropout has gone into
-    already, dk = scale ds^T q and partial = ds k [slots, H, C, E], for the latents c0 to
-    c0 + BLOCK_C. ADD: earlier launches have written dk and dv of the latents before c0.
+    already, dk = scale ds^T q and partial = ds k [slots, H, C, PADDED], for the latents c0 to
+    c0 + BLOCK_C. ADD: earlier launches have written dk and dv of the latents before c0. K, V and
+    their gradients have rows of PADDED numbers, of which those behind the Eth are zero. The partial
+    of a slot left over is zero, since that of queries that all bags share is the sum of all.
     """
     program = tl.program_id(0)
     head = program % H
     slot = program // H
     bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, CHUNK, RAGGED)
+    c = c0 + tl.arange(0, BLOCK_C)
+    partial_ptr += (slot.to(tl.int64) * H + head) * C * PADDED
     if start >= stop:
+        zero = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+        _store_rows(partial_ptr, c, PADDED, c < C, zero, PADDED, BLOCK_E)
         return
     first = origin + start
     k_ptr += bag * k_b + head * k_h + first * k_n
@@ -166,10 +174,9 @@ def attend_backward_kernel(
     dv_ptr += bag * dv_b + head * dv_h + first * dv_n
     q_ptr += bag * q_b + head * q_h
     row = (bag * H + head) * C
-    dout_ptr += row * E
-    delta_ptr += row
+    dout_ptr += bag * dout_b + head * dout_h
+    out_ptr += row * E
     lse_ptr += row
-    partial_ptr += (slot.to(tl.int64) * H + head) * C * E
     if COUNTS:
         counts_ptr += bag * n_keys + first
     length = stop - start
@@ -177,16 +184,16 @@ def attend_backward_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     bag = bag.to(tl.int32)
-    c = c0 + tl.arange(0, BLOCK_C)
     q = _load_rows(q_ptr, c, q_c, c < C, E, BLOCK_E)
-    dout = _load_rows(dout_ptr, c, E, c < C, E, BLOCK_E)
-    delta = tl.load(delta_ptr + c, mask=c < C, other=0.0)
+    dout = _load_rows(dout_ptr, c, dout_c, c < C, E, BLOCK_E).to(q.dtype)
+    # From the float32 result: what half precision rounds off it would be multiplied by the keys.
+    delta = tl.sum(dout.to(tl.float32) * _load_rows(out_ptr, c, E, c < C, E, BLOCK_E), 1)
     lse = tl.load(lse_ptr + c, mask=c < C, other=0.0) * LOG2_E
     dq = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
     for n0 in range(0, length, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, n, k_n, n < length, E, BLOCK_E)
-        v = _load_rows(v_ptr, n, v_n, n < length, E, BLOCK_E)
+        k = _load_rows(k_ptr, n, k_n, n < length, PADDED, BLOCK_E)
+        v = _load_rows(v_ptr, n, v_n, n < length, PADDED, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         if COUNTS:
             s += _log2_counts(counts_ptr, n, length)[None, :]
@@ -198,8 +205,8 @@ def attend_backward_kernel(
             dropped = tl.where(kept, p * undrop, 0.0)
         dv = tl.dot(tl.trans(dropped.to(v.dtype)), dout, input_precision=PRECISION)
         if ADD:
-            dv += _load_rows(dv_ptr, n, dv_n, n < length, E, BLOCK_E).to(tl.float32)
-        _store_rows(dv_ptr, n, dv_n, n < length, dv, E, BLOCK_E)
+            dv += _load_rows(dv_ptr, n, dv_n, n < length, PADDED, BLOCK_E).to(tl.float32)
+        _store_rows(dv_ptr, n, dv_n, n < length, dv, PADDED, BLOCK_E)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             dp = tl.where(kept, dp * undrop, 0.0)
@@ -207,10 +214,10 @@ def attend_backward_kernel(
         ds = tl.where(stop > 1, p * (dp - delta[:, None]), 0.0).to(k.dtype)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
         if ADD:
-            dk += _load_rows(dk_ptr, n, dk_n, n < length, E, BLOCK_E).to(tl.float32)
-        _store_rows(dk_ptr, n, dk_n, n < length, dk, E, BLOCK_E)
+            dk += _load_rows(dk_ptr, n, dk_n, n < length, PADDED, BLOCK_E).to(tl.float32)
+        _store_rows(dk_ptr, n, dk_n, n < length, dk, PADDED, BLOCK_E)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    _store_rows(partial_ptr, c, E, c < C, dq, E, BLOCK_E)
+    _store_rows(partial_ptr, c, PADDED, c < C, dq, PADDED, BLOCK_E)
 
 
 @triton.jit
@@ -231,39 +238,45 @@ def _zero_behind(
         _store_rows(dv_ptr, n, dv_n, n < length, zero, E, BLOCK_E)
 
 
-@triton.jit(do_not_specialize=["n_bags", "n_keys", "n_rows"])
+@triton.jit(do_not_specialize=["n_bags", "n_keys", "n_rows", "n_slots", "n_asking"])
 def combine_dq_kernel(
-    partial_ptr, offsets_ptr, dq_ptr, dk_ptr, dv_ptr, dk_h, dk_n, dv_h, dv_n,
-    n_bags, n_keys, n_rows, H, scale,
-    C: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
-    RAGGED: tl.constexpr,
+    partial_ptr, offsets_ptr, dq_ptr, dk_ptr, dv_ptr,
+    dq_b, dq_h, dq_c, dk_h, dk_n, dv_h, dv_n,
+    n_bags, n_keys, n_rows, n_slots, n_asking, H, scale,
+    C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr, RAGGED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Add the chunks of one bag, head and latent in order: dq = scale sum_j partial_j.
 
-    Of n_rows ragged keys, those behind the last bag get dk and dv of zero, by programs of their
-    own: they are rows of the product that gives the gradient of the weights.
+    SHARED: all bags have the same queries, and the chunks of all are added. The first n_asking
+    programs do so. Of n_rows ragged keys, those behind the last bag get dk and dv of zero, by
+    programs of their own: they are rows of the product that gives the gradient of the weights.
     """
     program = tl.program_id(0)
     BLOCK_J: tl.constexpr = 2048 // BLOCK_E
     if RAGGED:
-        behind = program - n_bags * H * C
+        behind = program - n_asking
         if behind >= 0:
             _zero_behind(
                 behind, offsets_ptr, dk_ptr, dv_ptr, dk_h, dk_n, dv_h, dv_n, n_bags, n_rows, H,
-                E, CHUNK, BLOCK_J, BLOCK_E,
+                PADDED, CHUNK, BLOCK_J, BLOCK_E,
             )  # fmt: skip
             return
-    bag = program // C // H
+    bag = (program // C // H).to(tl.int64)
     row = program % (C * H)
-    slot, chunks = chunks_of_bag(bag, offsets_ptr, n_keys, CHUNK, RAGGED)
+    if SHARED:
+        slot, chunks = bag * 0, n_slots
+    else:
+        slot, chunks = chunks_of_bag(bag, offsets_ptr, n_keys, CHUNK, RAGGED)
     e = tl.arange(0, BLOCK_E)
     dq = tl.zeros([BLOCK_E], tl.float32)
     for j0 in range(0, chunks, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         at = (slot + j) * (C * H) + row
         mask = (j[:, None] < chunks) & (e[None, :] < E)
-        dq += tl.sum(tl.load(partial_ptr + at[:, None] * E + e[None, :], mask=mask, other=0.0), 0)
-    at = program.to(tl.int64) * E + e
+        own = tl.load(partial_ptr + at[:, None] * PADDED + e[None, :], mask=mask, other=0.0)
+        dq += tl.sum(own, 0)
+    at = bag * dq_b + row // C * dq_h + row % C * dq_c + e
     tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=e < E)
 
 
