@@ -10,14 +10,15 @@ from motet.kernels.absorbed_attention import triton as absorbed_launchers
 from motet.kernels.context_kv import triton as context_launchers
 from motet.kernels.fold_norm import triton as fold_launchers
 from motet.kernels.harmonic_merge import triton as merge_launchers
+from motet.kernels.head import triton as head_launchers
 from motet.kernels.latent_attention import triton as attention_launchers
 from motet.kernels.lego_pass import triton as lego_launchers
 from motet.kernels.row_statistics import triton as statistics_launchers
 from motet.kernels.slerp import triton as slerp_launchers
 
 LAUNCHERS = (
-    absorbed_launchers, attention_launchers, context_launchers, fold_launchers, lego_launchers,
-    merge_launchers, slerp_launchers, statistics_launchers,
+    absorbed_launchers, attention_launchers, context_launchers, fold_launchers, head_launchers,
+    lego_launchers, merge_launchers, slerp_launchers, statistics_launchers,
 )  # fmt: skip
 BITS = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64
@@ -92,6 +93,21 @@ def fold(dtype: str, heads: int, width: int, *, model: str = "fp32") -> Callable
         gain, shift = torch.empty(2, 2048, **own).unbind()
         folded, bias = fold_launchers.fold(weight, gain, shift, padding, BITS[dtype])
         fold_launchers.fold_backward(folded, bias, weight, gain, shift)
+
+    return run
+
+
+def head(latents: int, dim: int, outputs: int, *, model: str = "fp32") -> Callable[[], None]:
+    """Return what calls every launcher of head at one size."""
+
+    def run() -> None:
+        own = {"dtype": BITS[model]}
+        gain, shift = torch.empty(2, dim, **own).unbind()
+        weight, bias = torch.empty(outputs, dim, **own), torch.empty(outputs, **own)
+        made = head_launchers.forward(
+            torch.empty(2, latents, dim, **own), gain, shift, weight, bias, 1e-5
+        )
+        head_launchers.backward(*made, gain, shift, weight, latents, BITS[model])
 
     return run
 
@@ -271,6 +287,10 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{name} shared", gathered(dtype, heads, latents, width, shared=True)
     yield "gathered bf16 1x63 c17 coordinates", gathered("bf16", 1, 17, 63, channels=5)
     yield "gathered bf16 1x256 c256", gathered("bf16", 1, 256, 256)
+    for latents, dim, outputs in ((25, 119, 4), (17, 126, 4), (17, 62, 4), (16, 65, 4)):
+        yield f"head {latents}x{dim} to {outputs}", head(latents, dim, outputs)
+    for model in ("bf16", "fp32"):
+        yield f"head {model} 256x256 to 1024", head(256, 256, 1024, model=model)
 
     for count in (2, 3, 8):
         yield f"merge of {count}", merge(count)
@@ -329,6 +349,7 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
             f"form: context bf16 with {p_dtype} positions",
             context_kv("bf16", 256, 2, 32, channels=5, p_dtype=p_dtype),
         )
+    yield "form: head", head(17, 64, 4)
     for dtype, model in (("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "bf16")):
         yield f"form: fold {dtype} of {model}", fold(dtype, 1, 27, model=model)
     # Under autocast, and models in half precision.

@@ -84,8 +84,8 @@ class Launch:
             return False  # the normalisation alone
         if given.get("W", 0) % 8:  # heads' weights whose rows begin anywhere
             return False
-        beside = ("centre", "combine", "fold", "merge", "products", "row", "scale", "softmax")
-        return not name.startswith(beside)
+        beside = "centre combine fold head merge products row scale softmax"
+        return not name.startswith(tuple(beside.split()))
 
 
 @dataclass(frozen=True)

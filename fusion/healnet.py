@@ -303,7 +303,7 @@ class HEALNet(nn.Module):
         rows = next(iter(batches.values())).rows
         how = How(strategy, backend)
         latents = self.fuse(rows, keys, how, watch if return_attention else None)
-        logits = latents if self.head is None else self.head(latents)
+        logits = latents if self.head is None else self.head(latents, backend=how.of_head)
         if not (return_latents or return_attention):
             return logits
         return HEALNetOutput(logits, latents if return_latents else None, attention)

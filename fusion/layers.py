@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import choice
+from ..kernels.backends import Backend
+from ..kernels.head.operator import head
 from .attention import Attention, Keys
 
 ShareWeights = bool | Literal["all-but-first"]
@@ -42,8 +44,7 @@ class FeedForward(nn.Module):
 class Head(nn.Module):
     """Take the mean over the latents, LayerNorm, Linear: [B, C, D] -> [B, out_features].
 
-    In its own dtype also under autocast: rounding a few rows and weights would take longer than to
-    multiply them.
+    In its own dtype also under autocast, see `kernels.head`.
 
     Args:
         dim: width D of the latents.
@@ -59,12 +60,13 @@ class Head(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.linear = nn.Linear(dim, out_features)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        mean, device = latents.mean(dim=1), latents.device.type
-        if not torch.is_autocast_enabled(device):
-            return self.linear(self.norm(mean))
-        with torch.autocast(device, enabled=False):
-            return self.linear(self.norm(mean.to(self.linear.weight.dtype)))
+    def forward(self, latents: Tensor, *, backend: Backend = "auto") -> Tensor:
+        """Return logits [B, out_features] of latents [B, C, D]; `backend` says who computes."""
+        norm, linear = self.norm, self.linear
+        return head(
+            latents, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps,
+            backend=backend,
+        )  # fmt: skip
 
 
 def update(attention: Attention, feed_forward: FeedForward, latents: Tensor, keys: Keys) -> Tensor:

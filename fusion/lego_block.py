@@ -259,7 +259,7 @@ class LegoBlock(nn.Module):
                 )
         how = self.how(strategy, backend)
         waves = self.encode(batch.rows, self.prepare(batch, how), how, latents)
-        logits = waves.real if self.head is None else self.head(waves.real)
+        logits = waves.real if self.head is None else self.head(waves.real, backend=how.of_head)
         return LegoOutput(logits, waves.joined()) if return_latents else logits
 
     def how(self, strategy: Strategy | None = None, backend: Backend = "auto") -> How:

@@ -106,10 +106,11 @@ class JoinedBlocks(nn.Module):
             statistics=statistics,
             like=like,
         )
-        latents = self.join(batches, self.how(strategy, backend))
+        how = self.how(strategy, backend)
+        latents = self.join(batches, how)
         # Contiguous, as a block alone has it: the head then rounds alike.
         real = latents.real.contiguous() if latents.is_complex() else latents
-        logits = real if self.head is None else self.head(real)
+        logits = real if self.head is None else self.head(real, backend=how.of_head)
         return LegoOutput(logits, latents) if return_latents else logits
 
     def how(self, strategy: Strategy | None = None, backend: Backend = "auto") -> How:

@@ -90,6 +90,11 @@ class How(NamedTuple):
     after a transform along the latents Re Z is even, and updates treat equal latents alike, unless
     dropout is active. Nor are equal rows of a spectrum as context told apart then."""
 
+    @property
+    def of_head(self) -> Backend:
+        """Who computes the head: torch after the literal loop, which has second derivatives."""
+        return "eager" if self.strategy == "reference" else self.backend
+
 
 class Step(NamedTuple):
     """One pass: which weights, what they attend to, and what a LegoBlock's transform asks for."""

@@ -38,6 +38,7 @@ from motet.kernels.absorbed_attention import operator as absorbed
 from motet.kernels.context_kv import operator as context
 from motet.kernels.fold_norm import operator as fold
 from motet.kernels.harmonic_merge import operator as merge
+from motet.kernels.head import operator as head
 from motet.kernels.latent_attention import operator as attention
 from motet.kernels.lego_pass import operator as lego
 from motet.kernels.plan import MACHINES
@@ -178,6 +179,13 @@ def fold_weights() -> None:
     fold._backward_of(*grads, weight, gain, shift)
 
 
+def predict() -> None:
+    """Call what the dispatcher calls for head."""
+    vectors, weight = torch.empty(2, 12).unbind(), torch.empty(4, 12)
+    made = head._forward(torch.empty(3, 5, 12), *vectors, weight, torch.empty(4), 1e-5)
+    head._backward_of(*made, *vectors, weight, 5, torch.bfloat16)
+
+
 def update() -> None:
     """Call what the dispatcher calls for lego_pass."""
     real, gathered = torch.empty(2, 5, 12), torch.empty(2, 2, 5, 6)
@@ -315,6 +323,7 @@ def test_every_line_that_only_a_gpu_runs(launched: list) -> None:
             gather_heads,
             project,
             fold_weights,
+            predict,
             update,
             launch_edges,
             choose,

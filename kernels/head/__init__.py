@@ -1,0 +1,1 @@
+"""The mean of the latents, a LayerNorm and a linear layer: from latents to logits."""
