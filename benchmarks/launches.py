@@ -160,7 +160,9 @@ def merge(count: int) -> Callable[[], None]:
     def run() -> None:
         latents = [torch.empty(256, dtype=torch.complex64) for _ in range(count)]
         for phase in ("principal", "circular"):
-            merge_launchers.merge(latents, [1 / count] * count, phase, latents[0])
+            weights = [1 / count] * count
+            merge_launchers.merge(latents, weights, phase, latents[0])
+            merge_launchers.merge_backward(latents[0], latents[0], latents, weights, phase)
         vectors = [torch.empty(256) for _ in range(count)]
         slerp_launchers.products(vectors)
         slerp_launchers.combine(vectors, torch.empty(count, dtype=torch.float64), vectors[0])

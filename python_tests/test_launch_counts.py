@@ -52,6 +52,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "head": head._forward,
     "head_backward": head._backward_of,
     "harmonic_merge": merge._forward,
+    "harmonic_merge_backward": merge._backward_of,
     "latent_attention": attention._forward,
     "latent_attention_backward": attention._backward_of,
     "latent_attention_kv": attention._forward_kv,
@@ -162,7 +163,7 @@ MOST = {"cached": 43, "absorbed": 59}
 
 
 OTHERS = {
-    "HEALNet with a table": 62, "HEALNet with self-attention": 103, "LegoMerge": 179,
+    "HEALNet with a table": 62, "HEALNet with self-attention": 103, "LegoMerge": 135,
     "LegoFuse": 117, "LegoBlock": 74,
 }  # fmt: skip
 

@@ -209,6 +209,7 @@ def merge_tensors() -> None:
             with mock.patch.object(slerp, "native", return_value=None):
                 slerp._forward(vectors[:count], count * [1 / count], backend)
     merge._forward(latents[:2], [0.5, 0.5], "principal", "auto")
+    merge._backward_of(latents[0], latents[1], latents[:2], [0.5, 0.5], "principal")
     slerp._forward(vectors[:2], [0.5, 0.5], "auto")
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 pytest.importorskip("triton", reason="triton is not installed; it comes with motet on Linux")
@@ -371,6 +372,29 @@ def test_harmonic_merge(count: int, phase: str) -> None:
     harmonic_merge([latents[0], out, *latents[2:]], weights, phase, out=out, **ON)
     assert torch.equal(out, harmonic_merge(latents, weights, phase, **ON))
     assert harmonic_merge([z[:0] for z in latents], phase=phase, **ON).shape == (0, 150)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("phase", ["principal", "circular"])
+def test_gradient_of_harmonic_merge_at_the_edges(phase: str) -> None:
+    """Zeros, what under- or overflows when squared; differentiated twice it is torch's."""
+    parts = torch.tensor([0.0, 1.0, -1.0, 1e-30, 1e30])
+    values = torch.complex(*torch.cartesian_prod(parts, parts).t())
+    latents = [z.contiguous().requires_grad_() for z in torch.cartesian_prod(values, values).t()]
+    merged = harmonic_merge(latents, phase=phase, **ON)
+    grad = torch.randn_like(merged.detach())
+    own = torch.autograd.grad(merged, latents, grad, retain_graph=True)
+    literal = torch.autograd.grad(merged, latents, grad, create_graph=True)
+    # Of phasors that cancel, rounding decides the phase.
+    sure = sum(torch.sgn(z.detach()) for z in latents).abs() > 0.1 if phase == "circular" else ...
+    for mine, theirs in zip(own, literal, strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine[sure], theirs.detach()[sure], rtol=2e-6, atol=1e-38)
+    assert literal[0].requires_grad
+    plain = [z.detach() for z in latents]
+    opcheck(
+        torch.ops.motet.harmonic_merge_backward, (grad, merged.detach(), plain, [0.5, 0.5], phase)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's numpy

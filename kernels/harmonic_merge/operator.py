@@ -22,6 +22,11 @@ _LIBRARY.define(
     "harmonic_merge_out(Tensor[] latents, float[] weights, str phase, Tensor(a!) out, "
     "str backend) -> ()"
 )
+# The Triton form alone.
+_LIBRARY.define(
+    "harmonic_merge_backward(Tensor grad, Tensor merged, Tensor[] latents, float[] weights, "
+    "str phase) -> Tensor[]"
+)
 
 
 def harmonic_merge(
@@ -117,15 +122,12 @@ def _forward(latents: list[Tensor], weights: list[float], phase: str, backend: s
 def _forward_out(
     latents: list[Tensor], weights: list[float], phase: str, out: Tensor, backend: str
 ) -> None:
-    latents = [z.detach().resolve_conj().resolve_neg().contiguous() for z in latents]
+    latents = [_plain(z) for z in latents]
     if backend == "auto" and out.device.type == "cpu":
         module = native()
         if module is not None:
             return run(module, latents, weights, phase, out.detach())
-    wrong = "" if out.dtype == torch.complex64 else f"takes complex64, got {out.dtype}"
-    if len(latents) > 8:
-        wrong = f"takes up to 8 tensors, got {len(latents)}"
-    if on_triton(backend, out.device.type, out.real.dtype, wrong) and len(latents) > 1:
+    if _takes_triton(latents, backend):
         from . import triton as launchers
 
         refuse_overlap("latents", latents, out)
@@ -134,23 +136,58 @@ def _forward_out(
         out.copy_(harmonic_merge_reference(latents, weights, phase))
 
 
+def _plain(z: Tensor) -> Tensor:
+    """Return a contiguous tensor that holds what reading z gives."""
+    return z.detach().resolve_conj().resolve_neg().contiguous()
+
+
+def _takes_triton(latents: list[Tensor], backend: str) -> bool:
+    first = latents[0]
+    wrong = "" if first.dtype == torch.complex64 else f"takes complex64, got {first.dtype}"
+    if len(latents) > 8:
+        wrong = f"takes up to 8 tensors, got {len(latents)}"
+    return on_triton(backend, first.device.type, first.dtype.to_real(), wrong) and len(latents) > 1
+
+
+def _backward_of(
+    grad: Tensor, merged: Tensor, latents: list[Tensor], weights: list[float], phase: str
+) -> list[Tensor]:
+    from . import triton as launchers
+
+    parts = [_plain(z) for z in latents]
+    return launchers.merge_backward(_plain(grad), _plain(merged), parts, weights, phase)
+
+
+def _fake_backward(
+    grad: Tensor, merged: Tensor, latents: list[Tensor], weights: list[float], phase: str
+) -> list[Tensor]:
+    return [z.new_empty(z.shape) for z in latents]
+
+
 def _fake(latents: list[Tensor], weights: list[float], phase: str, backend: str) -> Tensor:
     return torch.empty(latents[0].shape, dtype=latents[0].dtype, device=latents[0].device)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    latents, ctx.weights, ctx.phase, _ = inputs
+    latents, ctx.weights, ctx.phase, ctx.backend = inputs
     ctx.save_for_backward(output, *latents)
 
 
 def _backward(ctx, grad: Tensor):
     merged, *latents = ctx.saved_tensors
-    return gradient(grad, merged, latents, ctx.weights, ctx.phase), None, None, None
+    # torch's operators where a second derivative may follow.
+    if not torch.is_grad_enabled() and _takes_triton(latents, ctx.backend):
+        operator = torch.ops.motet.harmonic_merge_backward
+    else:
+        operator = gradient
+    return operator(grad, merged, latents, ctx.weights, ctx.phase), None, None, None
 
 
 _LIBRARY.impl("harmonic_merge", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("harmonic_merge_out", _forward_out, "CompositeExplicitAutograd")
+_LIBRARY.impl("harmonic_merge_backward", _backward_of, "CompositeExplicitAutograd")
 torch.library.register_fake("motet::harmonic_merge", _fake, lib=_LIBRARY)
+torch.library.register_fake("motet::harmonic_merge_backward", _fake_backward, lib=_LIBRARY)
 torch.library.register_fake(
     "motet::harmonic_merge_out",
     lambda latents, weights, phase, out, backend: None,

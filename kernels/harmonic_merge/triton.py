@@ -1,4 +1,4 @@
-"""Launches the Triton kernel of harmonic_merge: any number of complex64 tensors, each read once.
+"""Launches the Triton kernels of harmonic_merge: any number of complex64 tensors, each read once.
 
 It is bound by memory, so that the phases are taken by polynomials for two equal weights too, where
 the C++ gets by with square roots.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..launch import cdiv, launch
-from .triton_kernels import merge_kernel
+from .triton_kernels import merge_backward_kernel, merge_kernel
 
 BLOCK = 512
 
@@ -26,3 +26,18 @@ def merge(latents: Sequence[Tensor], weights: Sequence[float], phase: str, out: 
         parts, tuple(weights), torch.view_as_real(out), size,
         CIRCULAR=phase == "circular", BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+def merge_backward(
+    grad: Tensor, merged: Tensor, latents: Sequence[Tensor], weights: Sequence[float], phase: str
+) -> list[Tensor]:
+    """Return the gradients of contiguous complex64 tensors, given that of their merge."""
+    grads, size = [torch.empty_like(z) for z in latents], merged.numel()
+    if size:
+        parts, own = (tuple(torch.view_as_real(z) for z in given) for given in (latents, grads))
+        launch(
+            merge_backward_kernel, merged, (cdiv(size, BLOCK),),
+            torch.view_as_real(grad), torch.view_as_real(merged), parts, tuple(weights), own, size,
+            CIRCULAR=phase == "circular", BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return grads

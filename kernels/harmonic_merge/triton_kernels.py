@@ -1,4 +1,4 @@
-"""The Triton kernel of harmonic_merge; triton.py says how it is launched."""
+"""The Triton kernels of harmonic_merge; triton.py says how they are launched."""
 
 import triton
 import triton.language as tl
@@ -42,6 +42,51 @@ def merge_kernel(parts, weights, out, size, CIRCULAR: tl.constexpr, BLOCK: tl.co
     re = tl.where(base == 0, 0.0, mean * cos)
     im = tl.where(base == 0, 0.0, mean * sin)
     tl.store(out + pairs, tl.join(re, im), mask=inside[:, None])
+
+
+@triton.jit
+def merge_backward_kernel(
+    grad, merged, parts, weights, grads, size, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write the gradients of all inputs; gradient.py has the equation."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    pairs = at[:, None] * 2 + tl.arange(0, 2)[None, :]
+    re, im = tl.split(tl.load(grad + pairs, mask=inside[:, None], other=0.0))
+    mean, cos, sin = _polar(merged + pairs, inside)
+    along = re * cos + im * sin  # Re(p), Im(p) of p = conj(grad) exp(i phi)
+    across = re * sin - im * cos
+    x = tl.zeros((BLOCK,), tl.float32)
+    y = tl.zeros((BLOCK,), tl.float32)
+    if CIRCULAR:
+        for j in tl.static_range(len(parts)):
+            _, cos, sin = _polar(parts[j] + pairs, inside)
+            x += weights[j] * cos
+            y += weights[j] * sin
+    square = x * x + y * y
+    for j in tl.static_range(len(parts)):
+        length, cos, sin = _polar(parts[j] + pairs, inside)
+        turning = weights[j]
+        if CIRCULAR:
+            share = weights[j] * (cos * x + sin * y)
+            turning = tl.div_rn(share, tl.where(square == 0, 1.0, square))
+        ratio = tl.div_rn(mean, tl.where(length == 0, 1.0, length))
+        a = weights[j] * along * ratio * ratio
+        b = -turning * across * ratio
+        own = tl.join(cos * a - sin * b, cos * b + sin * a)
+        tl.store(grads[j] + pairs, own, mask=inside[:, None])
+
+
+@triton.jit
+def _polar(pointer, inside):
+    """Load complex numbers; return |z| and the parts of z / |z|, 0 at 0."""
+    re, im = tl.split(tl.load(pointer, mask=inside[:, None], other=0.0))
+    high = _larger(tl.abs(re), tl.abs(im))
+    safe = tl.where(high == 0, 1.0, high)
+    slope = tl.div_rn(_smaller(tl.abs(re), tl.abs(im)), safe)
+    length = tl.sqrt_rn(1 + slope * slope)
+    cos = tl.div_rn(tl.div_rn(re, safe), length)
+    return high * length, cos, tl.div_rn(tl.div_rn(im, safe), length)
 
 
 @triton.jit
