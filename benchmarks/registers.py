@@ -84,7 +84,7 @@ class Launch:
             return False  # the normalisation alone
         if given.get("W", 0) % 8:  # heads' weights whose rows begin anywhere
             return False
-        beside = "centre combine fold head merge products row scale softmax"
+        beside = "centre combine fold head_backward head_kernel merge products row scale softmax"
         return not name.startswith(tuple(beside.split()))
 
 
