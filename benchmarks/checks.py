@@ -16,6 +16,7 @@ import torch
 from benchmarks.model_checks import Check, full_length_checks, model_checks
 from motet import _error_floors
 from motet.cli import measure
+from motet.fusion.capture import CudaCapture
 from motet.io.encoders.torch_encoder import Setup, TorchEncoder, Transform
 from motet.kernels import (
     absorbed_attention,
@@ -460,19 +461,14 @@ def _patches_there(device: str) -> tuple[float, float]:
 
 
 def captured(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-    """Return a run as the replay of a CUDA graph; its results are overwritten by the next."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # what is compiled or drawn once is not captured
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    """Return a run as the replay of a CUDA graph; its results are overwritten by the next.
+
+    Captured as motet's own graphs are, so that a failure leaves nothing behind.
+    """
+    recording = CudaCapture(torch.device("cuda"))(run, [])
 
     def replay() -> list[Tensor]:
-        graph.replay()
-        return results
+        recording.replay()
+        return recording.result
 
     return replay

@@ -77,39 +77,44 @@ def measure(cell: Cell, dtype: str, device: str, roof: Roof, *, quick: bool) -> 
     return row | {"roof_share": 1e3 * least / times["motet"].median}
 
 
-def _contenders(work: Workload) -> dict[str, Callable[[], list[Tensor]]]:
-    """Return what is compared: on a GPU the graph that `motet train` replays, and eager mode."""
-    eager, literal = work.run, partial(work.run, "reference")
-    if work.device != "cuda":
-        return {"motet": eager, "reference": literal}
-    return {"motet": work.graphed(), "eager": eager, "reference": literal}
+def _contenders(work: Workload) -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
+    """Return what makes what is compared: on a GPU the graph of `motet train`, and eager mode."""
+    made = {"motet": lambda: work.run, "reference": lambda: partial(work.run, "reference")}
+    return (
+        made if work.device != "cuda" else {**made, "motet": work.graphed, "eager": made["motet"]}
+    )
 
 
 def _errors(cell: Cell, dtype: str, device: str) -> tuple[dict[str, float], float]:
     """Return the errors, and what they may be; on a CPU, where float64 is slow, of short bags."""
     work = Workload(cell if device == "cuda" else cell.shortened(300), dtype, device)
     gold = work.gold()
-    errors = {}
-    for name, run in _contenders(work).items():
-        if device == "cuda":  # a graph is replayed from the third run on
-            run()
-            run()
-        errors[name] = relative_error(run(), gold)
+    errors = {who: relative_error(make()(), gold) for who, make in _contenders(work).items()}
     return errors, 2 * errors["reference"] + FLOOR[dtype]
 
 
 def _times_and_peaks(
     cell: Cell, dtype: str, device: str, *, quick: bool
 ) -> tuple[dict[str, Timing], dict[str, float]]:
-    work = Workload(cell, dtype, device)
+    work, rounds = Workload(cell, dtype, device), 3 if quick else 15
+    runs: dict[str, Callable[[], list[Tensor]]] = {}
+    peaks: dict[str, float] = {}
+
+    def begin(who: str, make: Callable[[], Callable[[], list[Tensor]]]) -> None:
+        runs[who] = make()  # a graph takes its memory here
+        runs[who]()
+
+    for who, make in _contenders(work).items():
+        if device == "cuda":
+            peaks[who] = cuda_peak(partial(begin, who, make), work.tokens)
+        else:
+            begin(who, make)
+    times = in_turns(runs, device, rounds=rounds)
     if device == "cuda":
-        peaks, runs = {}, _contenders(work)
-        for name, run in runs.items():  # the graph's pool is taken in its first runs
-            peaks[name] = cuda_peak(lambda run=run: [run() for _ in range(3)], work.tokens)
-        return in_turns(runs, device, rounds=3 if quick else 15), peaks
-    times = in_turns(_contenders(work), device, rounds=3 if quick else 15)
+        return times, peaks
     if sys.platform == "win32":  # which does not say
         return times, {}
+    runs.clear()
     del work
     threads, strategies = torch.get_num_threads(), {"motet": None, "reference": "reference"}
     return times, {

@@ -138,26 +138,34 @@ class Workload:
         """Return what does the same as one CUDA graph, as `motet train` does on a GPU.
 
         The batch is copied to where the graph reads it; the statistics of its tokens are known.
+        Sizes are captured when they come a second time, which is here.
+
+        Raises:
+            RuntimeError: there is no graph, so that eager mode would be measured in its name.
         """
         inputs, options = (batch := batch_of(self.tokens, self.offsets)).arguments()
         autocast = None if self.dtype == "fp32" else torch.bfloat16
         parameters = list(self.model.parameters())
+        half = autocast is not None
         if self.cell.step:
-            steps = StepGraphs(self.model, squares, autocast=autocast)
+            graphs = steps = StepGraphs(self.model, squares, autocast=autocast)
 
             def run() -> list[Tensor]:
                 steps(batch)
                 return [p.grad for p in parameters if p.grad is not None]
 
-            return run
-        graphs = CudaGraphs(self.model)
+        else:
+            graphs = predict = CudaGraphs(self.model)
 
-        def predict() -> list[Tensor]:
-            half = autocast is not None
-            with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=half):
-                return [graphs(inputs, statistics=options["statistics"])]
+            def run() -> list[Tensor]:
+                with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=half):
+                    return [predict(inputs, statistics=options["statistics"])]
 
-        return predict
+        for _ in range(2):
+            run()
+        if refused := [row["why"] for row in graphs.report() if row["how"] == "eager"]:
+            raise RuntimeError(f"no graph: {refused[0]}")
+        return run
 
     def bags(self, tokens: Tensor) -> Tensor:
         """Return tokens [T, D] as [B, N, D], jagged where lengths differ."""

@@ -173,7 +173,7 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     for cell in (*named[:4], named[-1]):  # forward and steps, equal and ragged bags, dropout
         work = measure.Workload(cell._replace(dropout=0.0), "fp32", "cpu")
         run = work.graphed()
-        for _ in range(3):  # without a graph, captured, replayed
+        for _ in range(3):  # replays
             assert measure.relative_error(run(), work.gold()) < 1e-5
         own = "planned bf16, graph"
         found = ladder.measure_cell(
@@ -181,6 +181,9 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         )[own]
         assert found["error"] <= found["allowed"] < 0.1
         assert found["roof_share"] > 0
+    work.model.head.register_forward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="no graph: hooks would"):
+        work.graphed()  # eager mode is not measured in its name
     for model in ("HEALNet", "LegoBlock"):
         error, allowed = import_module("benchmarks.model_checks").step_graph(model, "cpu")
         assert error <= allowed < 1e-4
