@@ -41,7 +41,7 @@ from triton.runtime.jit import create_function_from_signature
 sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
 
 from benchmarks.launches import CELLS, LAUNCHERS
-from benchmarks.races import races, uses_wgmma
+from benchmarks.loops import detours, races, uses_wgmma
 
 # Shared memory that one program may have, in bytes.
 CHIPS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -122,9 +122,10 @@ def launches(chip: int, cells: dict[str, Callable[[], object]] | None = None) ->
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(JITFunction, "run", record))
             for module in LAUNCHERS:
-                if hasattr(module, "capability"):
-                    patch = mock.patch.object(module, "capability", return_value=chip)
-                    patches.enter_context(patch)
+                for name, value in (("capability", chip), ("multiprocessors", 132)):
+                    if hasattr(module, name):
+                        patch = mock.patch.object(module, name, return_value=value)
+                        patches.enter_context(patch)
             run()
         for launch in own:
             recorded.setdefault(launch.key(), launch)
@@ -182,11 +183,14 @@ def _compiled_number(index: int) -> Compiled:
     return compiled(_recorded[index])
 
 
-def _races_of_number(index: int) -> tuple[bool, list[str]]:
-    """Return whether a launch has asynchronous products, and its races."""
+def _loops_of_number(index: int) -> tuple[bool, list[str]]:
+    """Return whether a launch has asynchronous products, and what is wrong with its loops."""
     launch, form = _recorded[index], ttgir(_recorded[index])
     name = f"{launch.function.__name__} for {launch.name} on sm_{launch.chip}"
-    return uses_wgmma(form), [f"{name}: {race}" for race in races(form)]
+    wrong = races(form)
+    if "_tma_" in launch.function.__name__:
+        wrong += detours(form)
+    return uses_wgmma(form), [f"{name}: {text}" for text in wrong]
 
 
 def faults(result: Compiled, launch: Launch) -> list[str]:
@@ -259,7 +263,11 @@ def _chosen(arguments: argparse.Namespace) -> list[Launch]:
         # Small sizes, which are soon compiled; the merges have one size.
         cells = {name: run for name, run in CELLS.items() if name.startswith(("form", "merge"))}
         return [launch for chip in arguments.chip for launch in fewest(launches(chip, cells))]
-    return [launch for chip in arguments.chip for launch in launches(chip, cells)]
+    found = [launch for chip in arguments.chip for launch in launches(chip, cells)]
+    if arguments.kernel is not None:
+        own = [launch for launch in found if launch.function.__name__ == arguments.kernel]
+        return [launch for launch in own if not launch.name.startswith("form")]
+    return found
 
 
 def main() -> None:
@@ -269,8 +277,9 @@ def main() -> None:
     parser.add_argument("--only", help="the one size to compile, by its name in the table")
     parser.add_argument("--forms", action="store_true", help="compile only so many launches that "
                         "every optional pointer of every kernel is None and is given")  # fmt: skip
-    parser.add_argument("--races", action="store_true", help="say which launches for sm_90 refill "
-                        "memory that a product still reads, as JSON")  # fmt: skip
+    parser.add_argument("--kernel", help="the one kernel to compile, as far as sizes are run")
+    parser.add_argument("--loops", action="store_true", help="say which launches for sm_90 refill "
+                        "memory that a product still reads, or take detours, as JSON")  # fmt: skip
     parser.add_argument("--chip", type=int, nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--keys", action="store_true", help="say what would be compiled, as JSON")
     arguments = parser.parse_args()
@@ -285,14 +294,11 @@ def main() -> None:
         # Forked, so that processes share what was recorded; launches do not pickle.
         _recorded.extend(found)
         with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
-            if arguments.races:
-                told = list(pool.imap(_races_of_number, range(len(found))))
-                wgmma, wrong = (
-                    sum(uses for uses, _ in told),
-                    [race for _, own in told for race in own],
-                )
-                said = {"triton": triton.__version__, "wgmma": wgmma, "races": wrong}
-                print(json.dumps(said))
+            if arguments.loops:
+                told = list(pool.imap(_loops_of_number, range(len(found))))
+                wrong = [text for _, own in told for text in own]
+                wgmma = sum(uses for uses, _ in told)
+                print(json.dumps({"triton": triton.__version__, "wgmma": wgmma, "wrong": wrong}))
                 return
             wrong = _write_table(pool, found, arguments.out)
     if wrong:

@@ -135,15 +135,18 @@ def test_every_kernel_compiles_with_every_pointer_none_and_given(version, tmp_pa
 
 
 @pytest.mark.parametrize("version", ["newest", OLDEST])
-def test_no_copy_goes_where_a_product_still_reads(version, tmp_path):
-    """Of every launch on Hopper, in both Tritons: whether one schedules copies too early."""
+def test_loops_on_hopper_neither_race_nor_take_detours(version, tmp_path):
+    """Of every launch, in both Tritons: no copy goes where a product still reads.
+
+    And where the tensor memory accelerator copies, nothing goes through registers on the way.
+    """
     triton = None if version == "newest" else oldest_triton()
-    told = run(SCRIPT, "--races", "--chip", "90", tmp_path=tmp_path, triton=triton)
+    told = run(SCRIPT, "--loops", "--chip", "90", tmp_path=tmp_path, triton=triton)
     assert not told.returncode, told.stderr
     found = json.loads(told.stdout)
     assert version in ("newest", found["triton"])
     assert found["wgmma"] > 100
-    assert not found["races"], "\n".join(found["races"])
+    assert not found["wrong"], "\n".join(found["wrong"])
 
 
 RACE = """
@@ -153,7 +156,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 sys.path.insert(0, {root!r})
-from benchmarks.races import races, uses_wgmma
+from benchmarks.loops import detours, races, uses_wgmma
 
 
 @triton.jit
@@ -178,7 +181,7 @@ for sums in (True, False):
     options = dict(num_warps=8, num_stages=3)
     form = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
     assert uses_wgmma(form)
-    print(races(form))
+    print(races(form), detours(form))
 """
 
 
@@ -192,7 +195,10 @@ def test_the_gate_sees_a_race(version, tmp_path):
     assert not told.returncode, told.stderr
     racing, clean = told.stdout.splitlines()
     assert "2 buffers, 2 copies ahead, 1 products pending" in racing
-    assert clean == "[]"
+    assert "local_load in every step" in racing
+    assert clean.startswith("[] ")
+    assert "not copied by the tensor memory accelerator" in clean
+    assert "local_load" not in clean
 
 
 def test_the_gate_sees_a_fault(tmp_path):
