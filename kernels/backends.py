@@ -63,6 +63,11 @@ def capability(x: Tensor) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(x: Tensor) -> int:
+    """Return how many programs of the largest kind run at a time; 3 in the interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
 def refuse_second_derivative(library: torch.library.Library, operator: str) -> None:
     """Make differentiating an operator's backward an error; torch would take it for zero."""
 

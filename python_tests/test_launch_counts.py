@@ -99,8 +99,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
     monkeypatch.setattr(backends, "_why_not", lambda *_: "")
     for launchers in LAUNCHERS:
-        if hasattr(launchers, "capability"):
-            monkeypatch.setattr(launchers, "capability", lambda _: 90)
+        for name, value in (("capability", 90), ("multiprocessors", 132)):
+            if hasattr(launchers, name):
+                monkeypatch.setattr(launchers, name, lambda _, value=value: value)
     monkeypatch.setattr(merge, "native", lambda: None)
     # These read offsets of CPU tensors.
     monkeypatch.setattr(attention, "check_offsets", lambda *_, **__: None)

@@ -86,6 +86,7 @@ def test_the_table_shows_no_faults(table):
     """No spills, shared memory within the chip's, asynchronous copies and matrix units in use."""
     multiply = {row["kernel"] for row in table["rows"] if row["multiplies"]}
     names = "asking_backward attend attend_backward mean_weights pass pool project update_backward"
+    names += " pool_tma project_tma"
     own = "gradients head_gradients to_heads to_tokens weights"
     assert multiply == {f"{name}_kernel" for name in f"{names} {own}".split()}
     limits = {80: 163, 90: 227, 100: 227}
@@ -147,6 +148,18 @@ def test_loops_on_hopper_neither_race_nor_take_detours(version, tmp_path):
     assert version in ("newest", found["triton"])
     assert found["wgmma"] > 100
     assert not found["wrong"], "\n".join(found["wrong"])
+
+
+@pytest.mark.parametrize("kernel", ["project_tma_kernel", "pool_tma_kernel"])
+def test_what_only_newer_chips_run_does_not_spill_in_the_oldest_triton(kernel, tmp_path):
+    """The table shows the newest; a GPU's torch brings the oldest."""
+    out = tmp_path / "registers.json"
+    options = "--kernel", kernel, "--chip", "90", "100", "--out", str(out)
+    compiled = run(SCRIPT, *options, tmp_path=tmp_path, triton=oldest_triton())
+    assert not compiled.returncode, compiled.stderr
+    fresh = json.loads(out.read_text())
+    assert fresh["triton"] == OLDEST
+    assert len(fresh["rows"]) >= 10
 
 
 RACE = """

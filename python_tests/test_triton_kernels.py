@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, against literal torch in float64.
+"""The Triton kernels of latent_attention in Triton's interpreter, against literal torch in float64.
 
 The interpreter multiplies bf16 by its raw bits and takes no notice of tf32, so half precision is
 float16 here; what only a GPU shows is left to `make gpu`.
@@ -16,21 +16,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 from motet.kernels import dropout
-from motet.kernels.context_kv import triton as context_launchers
-from motet.kernels.context_kv import triton_kernels as context_kernels
-from motet.kernels.context_kv.triton import Side, centre, pool, project, weight_gradient
 from motet.kernels.dropout import dropout_mask
 from motet.kernels.latent_attention import triton as attention_launchers
 from motet.kernels.latent_attention import triton_kernels as attention_kernels
 from motet.kernels.latent_attention.triton import attend, attend_backward, weights
 from motet.kernels.ragged import count_slots
-from motet.kernels.row_statistics.triton import forward as row_statistics
 from triton.runtime.interpreter import InterpretedFunction
 
 from .conftest import assert_as_good_as, offsets_of
 
 SCALE = 0.3
-EPS = 1e-5
 RAGGED = [300, 0, 1, 530]
 pytestmark = pytest.mark.usefixtures("_poisoned")
 
@@ -267,274 +262,6 @@ def test_weights(latents, ragged):
     assert_as_good_as(fast, literal, q, k, v)
 
 
-def rows_of(count, width, ratio, dtype):
-    """Rows of mean/SD `ratio`; inf: constant. The first columns lie apart, as outliers do."""
-    if ratio == float("inf") or not count:
-        return (torch.arange(count)[:, None] * 7.3 - 20).repeat(1, width).to(dtype)
-    x = torch.randn(count, width)
-    x[:, : width // 16] += 6
-    x = (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True).clamp(min=1e-3)
-    return ((x + ratio) * torch.logspace(-1, 2, count)[:, None]).to(dtype)
-
-
-def normalised(x, p, dtype):
-    z = x.to(dtype)
-    if p is not None:
-        z = torch.cat([z, p.to(dtype).repeat(len(x) // len(p), 1)], 1)
-    return z, torch.nn.functional.layer_norm(z, z.shape[1:], eps=EPS)
-
-
-def literal_project(x, p, weight, bias, offsets, dtype):
-    _, zhat = normalised(x, p, dtype)
-    weight = weight.to(dtype)
-    if offsets is None:
-        y = zhat @ weight.mT
-        return y if bias is None else y + bias.to(dtype)[:, None]
-    return torch.cat(
-        [
-            zhat[slice(*bag)] @ weight[s].mT + (0 if bias is None else bias[s].to(dtype))
-            for s, bag in enumerate(pairwise(offsets.tolist()))
-        ]
-    )
-
-
-def context(rows, width, channels, sets, outputs, ratio=0.0, dtype=torch.float32, positions=None):
-    p = torch.randn(positions or rows, channels) if channels else None
-    total = width + channels
-    weight = (torch.randn(sets, outputs, total) / total**0.5).to(dtype)
-    return rows_of(rows, width, ratio, dtype), p, weight, torch.randn(sets, outputs).to(dtype)
-
-
-def check_statistics(x, p):
-    mean, rstd = row_statistics(x, p, EPS)
-    gold, _ = normalised(x, p, torch.float64)
-    size = gold.square().mean(1).sqrt()
-    assert ((mean - gold.mean(1)).abs() <= 1e-6 * size).all()
-    expected = (gold.var(1, correction=0) + EPS) ** -0.5
-    torch.testing.assert_close(rstd.double(), expected, rtol=2e-6, atol=0)
-    return mean, rstd
-
-
-def projected(x, p, weight, bias, offsets):
-    centred, _ = centre(weight, x.shape[1], None)
-    return project(x, p, centred, bias, offsets, *row_statistics(x, p, EPS), EPS)
-
-
-def check_project(x, p, weight, bias, offsets):
-    def literal(weight):
-        return literal_project(x, p, weight, bias, offsets, weight.dtype)
-
-    check_statistics(x, p)
-    y = projected(x, p, weight, bias, offsets)
-    assert y.dtype == weight.dtype
-    assert_as_good_as(lambda weight: y, literal, weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("width", "channels"), [(37, 0), (150, 5), (5000, 3), (1, 0), (3, 70)])
-def test_statistics_of_rows_far_from_zero(width, channels, dtype):
-    """As good as torch's, which rounds once, with a mean a thousand standard deviations off."""
-    p = torch.randn(20, channels) if channels else None
-    for ratio in (0, 1000):
-        x = rows_of(20, width, ratio, torch.float32) if width > 3 else torch.randn(20, width)
-        x = (x / x.abs().max() * 1e4).to(dtype)
-        check_statistics(x, p)
-    constant = torch.full((20, width), 0.1).to(dtype)
-    mean, rstd = row_statistics(constant, None, EPS)
-    assert torch.equal(rstd, torch.full_like(rstd, EPS).rsqrt())
-    torch.testing.assert_close(mean, constant[:, 0].float())
-
-
-def test_statistics_do_not_see_other_rows():
-    x, p, *_ = context(150, 70, 5, 1, 1, 1)
-    for own in (slice(0, 1), slice(13, 14), slice(13, 150)):
-        alone, batch = row_statistics(x[own], p[own], EPS), row_statistics(x, p, EPS)
-        assert all(torch.equal(a, b[own]) for a, b in zip(alone, batch, strict=True))
-
-
-@pytest.mark.parametrize("ratio", [0, 1, 10, 100, float("inf")])
-@pytest.mark.parametrize(("width", "channels"), [(37, 0), (150, 5), (512, 0)])
-def test_project_is_as_good_as_torch_at_any_mean(width, channels, ratio):
-    check_project(*context(40, width, channels, 1, 24, ratio), None)
-
-
-@pytest.mark.parametrize(
-    ("width", "channels", "sets", "outputs", "rows"),
-    [(6, 0, 1, 1, 3), (37, 3, 5, 12, 70), (64, 5, 2, 70, 65), (1, 0, 1, 4, 2), (33, 64, 1, 8, 5)],
-)
-def test_project_of_awkward_sizes(width, channels, sets, outputs, rows):
-    check_project(*context(rows, width, channels, sets, outputs, 1), None)
-
-
-def test_project_without_bias_of_a_strided_context_with_shared_positions():
-    wide, p, weight, _ = context(90, 70, 5, 2, 6, 1, positions=30)
-    x = wide[:, 3:67]
-    check_project(x, p, weight[..., 6:].contiguous(), None, None)
-
-
-def test_project_in_half_precision():
-    for ratio in (0, 1, 10, 100, float("inf")):
-        for scale in (1, 100):
-            x, *rest = context(70, 100, 5, 2, 24, ratio, torch.float16)
-            check_project((x.float() / x.abs().max() * 600 * scale).half(), *rest, None)
-    x, _, weight, bias = context(70, 100, 0, 2, 24, float("inf"), torch.float16)
-    y = projected(x, None, weight, bias, None)
-    assert torch.equal(y, bias[:, None].expand_as(y))
-
-
-def test_project_mixes_dtypes():
-    x, p, weight, bias = context(40, 64, 5, 1, 16, 10)
-    check_project(x, p, weight.half(), bias.half(), None)
-    check_project(x.half(), p, weight, bias, None)
-
-
-@pytest.mark.parametrize("lengths", [RAGGED, [1], [64, 64, 0, 0, 65]])
-def test_project_grouped(lengths):
-    rows = sum(lengths)
-    x, p, weight, bias = context(rows, 37, 5, len(lengths), 20, 1)
-    offsets = offsets_of(lengths)
-    check_project(x, p, weight, bias, offsets)
-    batch = projected(x, p, weight, bias, offsets)
-    for g, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        own = slice(start, stop)
-        alone = projected(
-            x[own], p[own], weight[g : g + 1], bias[g : g + 1], torch.tensor([0, stop - start])
-        )
-        assert torch.equal(alone, batch[own])
-
-
-def test_a_row_does_not_see_its_neighbours():
-    x, p, weight, bias = context(50, 100, 0, 1, 8, 0)
-    y = projected(x, p, weight, bias, None)
-    other = torch.cat([rows_of(13, 100, 100, torch.float32), x])
-    again = projected(other, p, weight, bias, None)
-    assert torch.equal(y, again[:, 13:])
-
-
-def literal_pool(a, x, p, offsets, dtype):
-    _, zhat = normalised(x, p, dtype)
-    a = a.to(dtype)
-    if offsets is None:
-        return a.mT @ zhat
-    return torch.stack([a[slice(*b)].mT @ zhat[slice(*b)] for b in pairwise(offsets.tolist())])
-
-
-def side_of(a, x, p, mean, rstd, offsets):
-    """What the kernels that make a sum up beside the product with x."""
-    channels = 0 if p is None else p.shape[1]
-    rows = a.float()
-    factors = mean.new_ones(len(x)) if not context_launchers.scaled(x, a.dtype) else rstd
-    parts = [(rows / factors[:, None])[..., None]]
-    if p is not None:
-        places = p.repeat(len(x) // len(p), 1)
-        if not context_launchers.scaled(x, a.dtype):
-            places = (places - mean[:, None]) * rstd[:, None]
-        parts.append(rows[..., None] * places[:, None])
-    terms = torch.cat(parts, -1)
-    chunk = context_launchers.SIDE_CHUNK
-    sums = torch.full((count_slots(len(x), len(offsets) - 1, chunk), *terms.shape[1:]), torch.nan)
-    for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        for j, own in enumerate(terms[start:stop].split(chunk) if stop > start else ()):
-            sums[start // chunk + b + j] = own.sum(0)
-    return Side(sums, channels)
-
-
-def check_pool(a, x, p, offsets):
-    mean, rstd = row_statistics(x, p, EPS)
-    weights = a
-    if context_launchers.scaled(x, a.dtype):
-        weights = (a.float() * rstd[:, None]).to(a.dtype)
-    side = side_of(weights, x, p, mean, rstd, offsets)
-    out = a.new_empty(len(offsets) - 1, a.shape[1], x.shape[1] + side.channels)
-    sums = a.new_empty(out.shape[:2])
-    pool(weights, x, mean, rstd, offsets, side, out, sums, None)
-
-    def literal(a):
-        total = [a[slice(*bag)].sum(0) for bag in pairwise(offsets.tolist())]
-        return literal_pool(a, x, p, offsets, a.dtype), torch.stack(total)
-
-    assert_as_good_as(lambda a: (out, sums), literal, a)
-    return out
-
-
-@pytest.fixture(params=["scaled", "normalised"])
-def pooling(request, monkeypatch):
-    """How half precision pools: as bf16 does, or as float16, which here stands for both."""
-    half = (torch.float16,) if request.param == "scaled" else ()
-    monkeypatch.setattr(context_launchers, "_SCALED", half)
-
-
-@pytest.mark.usefixtures("pooling")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("ratio", [0, 1, 10, 100])
-def test_pool_is_as_good_as_torch_at_any_mean(ratio, dtype):
-    x = rows_of(200, 70, ratio, dtype)
-    p = torch.randn(50, 3)
-    for places in (None, p):
-        check_pool(torch.randn(200, 5).to(dtype), x, places, torch.tensor([0, 200]))
-
-
-@pytest.mark.parametrize(
-    ("width", "channels", "outputs", "positions"),
-    [(37, 5, 70, 60), (6, 0, 1, None), (130, 3, 16, 600)],
-)
-def test_pool_of_bags(width, channels, outputs, positions):
-    x, p, *_ = context(600, width, channels, 1, 1, 1, positions=positions)
-    a = torch.randn(600, outputs)
-    offsets = offsets_of([20, 0, 1, 579])
-    batch = check_pool(a, x, p, offsets)
-    assert not batch[1].any()
-    own = slice(21, 600)
-    shared = p if p is None else p.repeat(600 // len(p), 1)[own]
-    alone = check_pool(a[own], x[own], shared, torch.tensor([0, 579]))
-    assert torch.equal(alone[0], batch[3])
-
-
-def check_weight_gradient(grad, x, p):
-    mean, rstd = check_statistics(x, p)
-
-    def fast(grad):
-        return weight_gradient(grad, x, p, mean, rstd, EPS)
-
-    def literal(grad):
-        return literal_pool(grad, x, p, None, grad.dtype), grad.sum(1)
-
-    assert_as_good_as(fast, literal, grad)
-
-
-def test_gradient_of_the_weights():
-    """Of several sets at once, over several chunks, from strided rows."""
-    x, p, *_ = context(1100, 40, 4, 1, 1, 1, positions=550)
-    check_weight_gradient(torch.randn(3, 1100, 22), x[:, 5:], p)
-
-
-@pytest.mark.usefixtures("pooling")
-@pytest.mark.parametrize("ratio", [0, 1, 10, 100, float("inf")])
-def test_gradient_of_the_weights_in_half_precision(ratio):
-    x, p, *_ = context(150, 70, 5, 1, 1, ratio, torch.float16, positions=50)
-    for places in (None, p):
-        check_weight_gradient(torch.randn(2, 150, 12).half(), x, places)
-
-
-def test_fp16_has_room_for_the_gradients_of_large_rows():
-    """Times 1 / SD they would be subnormal."""
-    x = (torch.randn(150, 70) * 1e4).clamp(-6e4, 6e4).half()
-    check_weight_gradient((torch.randn(1, 150, 12) / 100).half(), x, None)
-
-
-def test_nothing_comes_of_nothing():
-    x, p, weight, bias = context(0, 6, 3, 2, 4)
-    y, mean, rstd = projected(x, p, weight, bias, None), *row_statistics(x, p, EPS)
-    assert (y.shape, mean.shape, rstd.shape) == ((2, 0, 4), (0,), (0,))
-    for half in (False, True):
-        inputs = (y, x, p) if not half else (y.bfloat16(), x.bfloat16(), p)
-        dweight, dbias = weight_gradient(*inputs, mean, rstd, EPS)
-        assert (dweight.shape, dbias.shape) == ((2, 4, 9), (2, 4))
-        assert not dweight.any()
-        assert not dbias.any()
-    check_pool(y[0], x, None, torch.zeros(4, dtype=torch.int64))
-
-
 def test_slots_suffice_for_any_bags():
     """No bag's chunks reach into the next bag's slots, and none beyond the bound."""
     for lengths in torch.randint(0, 40, (200, 7)).tolist():
@@ -547,4 +274,3 @@ def test_slots_suffice_for_any_bags():
 
 def test_the_kernels_are_interpreted():
     assert isinstance(attention_kernels.attend_kernel, InterpretedFunction)
-    assert isinstance(context_kernels.project_kernel, InterpretedFunction)

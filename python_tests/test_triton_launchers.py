@@ -69,6 +69,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
     cuda.current_device.return_value = 0
     cuda.get_device_capability.return_value = (9, 0)
     cuda.get_device_properties.return_value.name = "NVIDIA H200"
+    cuda.get_device_properties.return_value.multi_processor_count = 132
     guarded = mock.Mock(entered=0)
 
     def enter(*_: object) -> None:
@@ -223,6 +224,15 @@ def launch_edges() -> None:
             grad, own = torch.empty(2, rows, outputs, dtype=dtype), x[:rows].to(dtype)
             context_launchers.weight_gradient(grad, own, None, one[:rows], one[:rows], 1e-5)
     context_launchers.centre(torch.empty(2, 0, 32), 32, None)
+    for chip in ((8, 0), (10, 0)):
+        with mock.patch.object(torch.cuda, "get_device_capability", return_value=chip):
+            CELLS["absorbed fp32 136 queries dropout"]()
+            CELLS["absorbed bf16 136 queries"]()
+    # A last turn that is better whole than in halves.
+    x, weight = (torch.empty(rows, 32, dtype=torch.bfloat16) for rows in (210 * 256, 128))
+    centred, _ = context_launchers.centre(weight[None], 32, None)
+    one = torch.empty(len(x))
+    context_launchers.project(x, None, centred, None, None, one, one, 1e-5)
     statistics_launchers.forward(x[:0], None, 1e-5)
     nothing = torch.empty(0, dtype=torch.complex64)
     merge_launchers.merge([nothing, nothing], [0.5, 0.5], "principal", nothing)

@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..backends import capability
+from ..backends import capability, multiprocessors
 from ..launch import cdiv, launch, next_power_of_2
 from ..ragged import count_slots
+from .blocks import HALF, HOPPER, SINGLE, TMA, WIDE, Columns, columns_of
+from .tma_kernels import pool_tma_kernel, project_tma_kernel
 from .triton_kernels import (
     centre_weights_kernel,
     combine_pool_kernel,
@@ -107,7 +110,7 @@ def project(
     """Return weight zhat + bias, reading x from memory once.
 
     Programs that share rows are neighbours in the grid and read them through the second-level
-    cache: 128 outputs, on Hopper 256, fit in one program's registers, and 1,648 are needed.
+    cache: some 256 outputs at most fit in one program's registers, and 1,648 are needed.
 
     Args:
         x: [T, D], last stride 1.
@@ -122,27 +125,101 @@ def project(
     Returns:
         [S, T, O], or [T, O] with offsets, of weight's dtype.
     """
-    weight, weight_p, weight_sum = centred
-    rows, width = x.shape
-    sets, outputs, channels = weight_p.shape
-    grouped = offsets is not None
-    direct = x.dtype == weight.dtype and x.dtype in _DIRECT
-    columns = outputs if grouped else sets * outputs
-    block_t, block_o, block_d = _project_blocks(x, weight, columns, direct=direct)
-    y = weight.new_empty((rows, outputs) if grouped else (sets, rows, outputs))
-    slots = count_slots(rows, sets, block_t) if grouped else cdiv(rows, block_t)
+    (sets, outputs, _), rows = centred.weight_p.shape, x.shape[0]
+    y = centred.weight.new_empty((rows, outputs) if offsets is not None else (sets, rows, outputs))
     if rows and y.numel():
-        launch(
-            project_kernel, x, (slots * cdiv(columns, block_o),),
-            x, p, weight, weight_p, weight_sum, bias, offsets, mean, rstd, y,
-            x.stride(0), 0 if p is None else p.stride(0), sets, rows, 0 if grouped else rows,
-            1 if p is None else p.shape[0], eps,
-            COLUMNS=columns, OUTPUTS=outputs, D=width, P=channels,
-            BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_D=block_d,
-            BLOCK_P=max(16, next_power_of_2(channels)), GROUPED=grouped, DIRECT=direct,
-            num_warps=8 if block_t * block_o > 64 * 64 else 4, num_stages=3,
-        )  # fmt: skip
+        by_tma = _direct(x, centred.weight) and _tma(x, centred.weight)
+        # For sm_100 Triton 3.7.1 does not compile the second product that positions make.
+        by_tma = by_tma and (p is None or capability(x) == 90)
+        run = _project_by_tma if by_tma else _project_by_pointers
+        run(x, p, centred, bias, offsets, mean, rstd, eps, y)
     return y
+
+
+def _project_by_pointers(
+    x: Tensor,
+    p: Tensor | None,
+    centred: Centred,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    y: Tensor,
+) -> None:
+    """Write the result of `project` to y."""
+    weight, weight_p, weight_sum = centred
+    (rows, width), (sets, outputs, channels) = x.shape, weight_p.shape
+    grouped = offsets is not None
+    columns = outputs if grouped else sets * outputs
+    half = weight.element_size() == 2 and x.element_size() == 2
+    # On sm_100 two blocks spill (2 stores).
+    block = columns_of(columns, HALF if half and capability(x) <= 90 else SINGLE)
+    block_t, block_d = (128, 64) if half else (64, 32)
+    slots = count_slots(rows, sets, block_t) if grouped else cdiv(rows, block_t)
+    launch(
+        project_kernel, x, (slots * cdiv(columns, block.width),),
+        x, p, weight, weight_p, weight_sum, bias, offsets, mean, rstd, y,
+        x.stride(0), 0 if p is None else p.stride(0), sets, rows, 0 if grouped else rows,
+        1 if p is None else p.shape[0], eps,
+        COLUMNS=columns, OUTPUTS=outputs, D=width, P=channels,
+        BLOCK_T=block_t, BLOCK_O=block.main, REST=block.rest, BLOCK_D=block_d,
+        BLOCK_P=max(16, next_power_of_2(channels)), GROUPED=grouped, DIRECT=_direct(x, weight),
+        num_warps=8 if block_t * block.main > 64 * 64 else 4, num_stages=3,
+    )  # fmt: skip
+
+
+def _project_by_tma(
+    x: Tensor,
+    p: Tensor | None,
+    centred: Centred,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    y: Tensor,
+) -> None:
+    """Write the result of `project` to y."""
+    weight, weight_p, weight_sum = centred
+    (rows, width), (sets, outputs, channels) = x.shape, weight_p.shape
+    grouped = offsets is not None
+    columns = outputs if grouped else sets * outputs
+    chip = capability(x)
+    block = columns_of(columns, HOPPER if chip == 90 else HALF)
+    block_t, stages = _long_side(block, chip), 3 if block.main >= 128 and block.rest == 16 else 4
+    slots = count_slots(rows, sets, block_t) if grouped else cdiv(rows, block_t)
+    tiles = cdiv(columns, block.width)
+    programs, whole, halves = _waves(slots, tiles, multiprocessors(x))
+    weights = weight.flatten(0, 1)
+    launch(
+        project_tma_kernel, x, (programs,),
+        TensorDescriptor.from_tensor(x, [block_t, 64]),
+        TensorDescriptor.from_tensor(x, [block_t // 2, 64]),
+        TensorDescriptor.from_tensor(weights, [block.main, 64]),
+        TensorDescriptor.from_tensor(weights, [block.rest, 64]) if block.rest else None,
+        p, weight_p, weight_sum, bias, offsets, mean, rstd, y,
+        0 if p is None else p.stride(0), sets, rows, 0 if grouped else rows,
+        1 if p is None else p.shape[0], eps, whole, halves,
+        COLUMNS=columns, OUTPUTS=outputs, D=width, P=channels, BLOCK_T=block_t,
+        BLOCK_O=block.main, REST=block.rest, BLOCK_D=64,
+        BLOCK_P=max(16, next_power_of_2(channels)), GROUPED=grouped,
+        BAGS=max(16, next_power_of_2(sets)), num_warps=8, num_stages=stages,
+    )  # fmt: skip
+
+
+def _waves(slots: int, tiles: int, programs: int) -> tuple[int, int, int]:
+    """Return the programs that compute `tiles` tiles of each slot of rows, and what of them.
+
+    That is how many tiles are computed whole, in turns, and how many halves of those left, at most
+    one per program: 938 tiles on 132 multiprocessors take 7 turns and a half, not 8.
+    """
+    total = slots * tiles
+    whole = total // programs * programs // tiles * tiles
+    halves = 2 * (total - whole)
+    if halves > programs:
+        whole, halves = total, 0
+    return min(programs, max(whole, halves)), whole, halves
 
 
 def weight_gradient(
@@ -215,18 +292,64 @@ def pool(
     if not out.numel():
         return
     partial = x.new_empty(slots, columns, width, dtype=torch.float32)
+    if slots:
+        by_tma = scaled(x, a.dtype) and a.ndim == 2 and _tma(x, a)
+        (_pool_by_tma if by_tma else _pool_by_pointers)(a, x, mean, rstd, offsets, partial, chunk)
+    _combine(partial, side, offsets, chunk, rows, rows, out, sums, mean_token)
+
+
+def _pool_by_pointers(
+    a: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    offsets: Tensor | None,
+    partial: Tensor,
+    chunk: int,
+) -> None:
+    """Write what each chunk of rows adds up to."""
+    (slots, columns, width), bags = partial.shape, 1 if offsets is None else len(offsets) - 1
+    half = a.element_size() == 2 and x.element_size() == 2
+    plain = scaled(x, a.dtype)  # operands that nothing is done to
     # Triton takes no notice of strides that 8 divides but not 16, such as 200 outputs'.
     unit = 8 if a.stride(-2) % 8 == 0 else 1
-    if slots:
-        grid, blocks = _pool_blocks(a, x, columns, slots)
-        launch(
-            pool_kernel, x, grid,
-            a, x, mean, rstd, offsets, partial, a.stride(0) if a.ndim == 3 else 0,
-            a.stride(-2) // unit, x.stride(0), bags, 0 if offsets is not None else rows,
-            A_UNIT=unit, COLUMNS=columns, OUTPUTS=a.shape[-1], D=width, CHUNK=chunk,
-            RAGGED=offsets is not None, SCALED=scaled(x, a.dtype), **blocks,
-        )  # fmt: skip
-    _combine(partial, side, offsets, chunk, rows, rows, out, sums, mean_token)
+    block = columns_of(columns, HALF if plain else SINGLE)
+    if not plain and capability(x) > 90:  # 128 outputs spill (2 stores)
+        block = Columns(min(64, block.main), 0)
+    block_d = 32 if width <= 32 else 128 if plain and width > 64 else 64
+    launch(
+        pool_kernel, x, (slots * cdiv(width, block_d) * cdiv(columns, block.width),),
+        a, x, mean, rstd, offsets, partial, a.stride(0) if a.ndim == 3 else 0,
+        a.stride(-2) // unit, x.stride(0), bags, 0 if offsets is not None else len(x), slots,
+        A_UNIT=unit, COLUMNS=columns, OUTPUTS=a.shape[-1], D=width, CHUNK=chunk,
+        BLOCK_T=64 if half else 32, BLOCK_O=block.main, REST=block.rest, BLOCK_D=block_d,
+        RAGGED=offsets is not None, SCALED=plain,
+        num_warps=8 if block_d * block.main > 64 * 64 else 4, num_stages=3,
+    )  # fmt: skip
+
+
+def _pool_by_tma(
+    a: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    offsets: Tensor | None,
+    partial: Tensor,
+    chunk: int,
+) -> None:
+    """Write what each chunk of rows adds up to, of a [T, O] that has been multiplied by rstd."""
+    (slots, columns, width), bags = partial.shape, 1 if offsets is None else len(offsets) - 1
+    block = columns_of(columns, HOPPER if capability(x) == 90 else WIDE)
+    block_d = _long_side(block, capability(x))
+    launch(
+        pool_tma_kernel, x, (slots * cdiv(width, block_d) * cdiv(columns, block.width),),
+        TensorDescriptor.from_tensor(a, [64, block.main]),
+        TensorDescriptor.from_tensor(a, [64, block.rest]) if block.rest else None,
+        TensorDescriptor.from_tensor(x, [64, block_d]),
+        offsets, partial, bags, 0 if offsets is not None else len(x), slots,
+        COLUMNS=columns, D=width, CHUNK=chunk, BLOCK_T=64, BLOCK_O=block.main, REST=block.rest,
+        BLOCK_D=block_d, RAGGED=offsets is not None, num_warps=8, num_stages=4,
+    )  # fmt: skip
 
 
 def _combine(
@@ -266,39 +389,22 @@ def _row_warps(width: int) -> int:
     return min(16, max(1, next_power_of_2(width) // 256))
 
 
-def _project_blocks(
-    x: Tensor, weight: Tensor, columns: int, *, direct: bool
-) -> tuple[int, int, int]:
-    """Return the rows, outputs and channels of a step of project_kernel."""
-    # 256 outputs spill on sm_80 (2 stores) and sm_100 (16), where operands pass through registers.
-    widest = 256 if direct and capability(x) == 90 else 128
-    block_o = _output_block(columns, widest)
-    if weight.element_size() > 2 or x.element_size() > 2:
-        return 64, block_o, 32
-    return 128, block_o, 64
+def _direct(x: Tensor, weight: Tensor) -> bool:
+    """Return whether x goes to the matrix units as it lies in memory."""
+    return x.dtype == weight.dtype and x.dtype in _DIRECT
 
 
-def _output_block(columns: int, widest: int) -> int:
-    """Return the block that reads least from cache, 128 rows and its own columns per program."""
-    if columns <= 64:
-        return max(16, next_power_of_2(columns))
-    blocks = [block for block in (64, 128, 256) if block <= widest]
-    return min(blocks, key=lambda block: cdiv(columns, block) * (128 + block))
+def _tma(*tensors: Tensor) -> bool:
+    """Return whether the tensor memory accelerator reads these: rows that begin at 16 bytes."""
+    if capability(tensors[0]) not in TMA:
+        return False
+    rows = [x.stride(-2) * x.element_size() for x in tensors]
+    return all(x.data_ptr() % 16 == 0 for x in tensors) and all(row % 16 == 0 for row in rows)
 
 
-def _pool_blocks(
-    a: Tensor, x: Tensor, columns: int, slots: int
-) -> tuple[tuple[int], dict[str, int]]:
-    """Return the grid of pool_kernel, and the blocks of a step."""
-    width = x.shape[1]
-    half = a.element_size() == 2 and x.element_size() == 2
-    # 128 outputs that do not fill the last block spill in float32 on sm_100 (2 stores).
-    block_o = _output_block(columns, 128 if half or capability(x) <= 90 else 64)
-    block_d, stages = 64 if width > 32 else 32, 3
-    if scaled(x, a.dtype) and width > 64:
-        # Operands that nothing is done to leave the registers to the sums.
-        hopper = capability(x) == 90 and width > 128
-        block_d, stages = (256, 4) if hopper else (128, 3)
-    blocks = {"BLOCK_T": 64 if half else 32, "BLOCK_O": block_o, "BLOCK_D": block_d}
-    blocks |= {"num_warps": 8 if block_d * block_o > 64 * 64 else 4, "num_stages": stages}
-    return (slots * cdiv(width, block_d) * cdiv(columns, block_o),), blocks
+def _long_side(block: Columns, capability: int) -> int:
+    """Return the rows of a program, or its channels, beside its outputs, with 8 warps.
+
+    As many as registers hold sums of: the more, the less is read from the second-level cache.
+    """
+    return 256 if capability == 90 and block.width <= 144 else 128

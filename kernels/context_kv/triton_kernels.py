@@ -44,45 +44,24 @@ def centre_weights_kernel(
         tl.store(delta_ptr + row, tl.sum(weight * pooled, 0) + of_mass)
 
 
-@triton.jit(do_not_specialize=["n_bags", "n_total", "n_rows", "n_positions"])
-def project_kernel(
-    x_ptr, p_ptr, weight_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr, offsets_ptr,
-    mean_ptr, rstd_ptr, y_ptr, x_t, p_t, n_bags, n_total, n_rows, n_positions, eps,
-    COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+@triton.jit
+def finish_projection(
+    acc, column, row, valid, t, bag, mean, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr, rstd_ptr,
+    y_ptr, p_t, n_total, n_positions, eps,
+    COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
     GROUPED: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """y[s, t, o] = sum_w weight[s, o, w] zhat[t, w] + bias[s, o] for BLOCK_T rows of one bag.
+    """Make y of a tile acc = x weight^T of rows t + row and columns `column`, and store it.
 
-    The weights are centred: centre_weights_kernel. DIRECT: rstd (weight z - mean sum_w weight[w])
-    + bias with z as it lies in memory, where the sum is what rounding left. Otherwise the mean is
-    subtracted before the product. weight [S O, D], weight_p [S O, P], y [S, T, O].
+    The positions' product is added. DIRECT: x and p went in as they lie in memory, and what their
+    mean adds to the product is taken off: mean times the sum of the weights, which are centred, so
+    that the sum is only what rounding left. Then rstd, and the bias.
     """
-    program = tl.program_id(0)
-    tiles: tl.constexpr = (COLUMNS + BLOCK_O - 1) // BLOCK_O
-    slot = program // tiles
-    bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_rows, BLOCK_T, GROUPED)
-    if start >= stop:
-        return
-    row = tl.arange(0, BLOCK_T)
-    valid = row < stop - start
-    t = origin + start
-    x_ptr += t * x_t
-    column = program % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
     wanted = column < COLUMNS
     set_row = column
     if GROUPED:
-        weight_ptr += bag * OUTPUTS * D
         weight_p_ptr += bag * OUTPUTS * P
         set_row = column + bag.to(tl.int32) * OUTPUTS
-    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    mean = tl.load(mean_ptr + t + row, mask=valid, other=0.0)
-    for d0 in range(0, D, BLOCK_D):
-        z = load_tile(x_ptr, row, x_t, valid, d0, D, BLOCK_D)
-        w = load_tile(weight_ptr, column, D, wanted, d0, D, BLOCK_D)
-        if not DIRECT:
-            z = _deviations(z, mean, d0, D, BLOCK_D).to(w.dtype)
-        acc = tl.dot(z, tl.trans(w), acc, input_precision=PRECISION)
     if P > 0:
         position = ((t + row) % n_positions).to(tl.int64)
         z = load_tile(p_ptr, position, p_t, valid, 0, P, BLOCK_P)
@@ -101,6 +80,62 @@ def project_kernel(
         offset = (column // OUTPUTS).to(tl.int64) * n_total * OUTPUTS + column % OUTPUTS
     pointer = y_ptr + t * OUTPUTS + row[:, None] * OUTPUTS + offset[None, :]
     tl.store(pointer, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & wanted[None, :])
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_total", "n_rows", "n_positions"])
+def project_kernel(
+    x_ptr, p_ptr, weight_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr, offsets_ptr,
+    mean_ptr, rstd_ptr, y_ptr, x_t, p_t, n_bags, n_total, n_rows, n_positions, eps,
+    COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, GROUPED: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """y[s, t, o] = sum_w weight[s, o, w] zhat[t, w] + bias[s, o] for BLOCK_T rows of one bag.
+
+    The weights are centred: centre_weights_kernel. DIRECT: rstd (weight z - mean sum_w weight[w])
+    + bias with z as it lies in memory. Otherwise the mean is subtracted before the product. A
+    program has BLOCK_O outputs, and REST more beside them. weight [S O, D], weight_p [S O, P],
+    y [S, T, O].
+    """
+    program = tl.program_id(0)
+    WIDTH: tl.constexpr = BLOCK_O + REST
+    tiles: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
+    slot = program // tiles
+    bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_rows, BLOCK_T, GROUPED)
+    if start >= stop:
+        return
+    row = tl.arange(0, BLOCK_T)
+    valid = row < stop - start
+    t = origin + start
+    x_ptr += t * x_t
+    if GROUPED:
+        weight_ptr += bag * OUTPUTS * D
+    column = program % tiles * WIDTH + tl.arange(0, BLOCK_O)
+    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+    if REST > 0:
+        beside = program % tiles * WIDTH + BLOCK_O + tl.arange(0, REST)
+        rest = tl.zeros([BLOCK_T, REST], tl.float32)
+    mean = tl.load(mean_ptr + t + row, mask=valid, other=0.0)
+    for d0 in range(0, D, BLOCK_D):
+        z = load_tile(x_ptr, row, x_t, valid, d0, D, BLOCK_D)
+        w = load_tile(weight_ptr, column, D, column < COLUMNS, d0, D, BLOCK_D)
+        if not DIRECT:
+            z = _deviations(z, mean, d0, D, BLOCK_D).to(w.dtype)
+        acc = tl.dot(z, tl.trans(w), acc, input_precision=PRECISION)
+        if REST > 0:
+            w = load_tile(weight_ptr, beside, D, beside < COLUMNS, d0, D, BLOCK_D)
+            rest = tl.dot(z, tl.trans(w), rest, input_precision=PRECISION)
+    finish_projection(
+        acc, column, row, valid, t, bag, mean, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
+        rstd_ptr, y_ptr, p_t, n_total, n_positions, eps, COLUMNS, OUTPUTS, P, BLOCK_P, GROUPED,
+        DIRECT,
+    )  # fmt: skip
+    if REST > 0:
+        finish_projection(
+            rest, beside, row, valid, t, bag, mean, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
+            rstd_ptr, y_ptr, p_t, n_total, n_positions, eps, COLUMNS, OUTPUTS, P, BLOCK_P, GROUPED,
+            DIRECT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -173,12 +208,35 @@ def scale_gradient_kernel(
     store_side(side_ptr, slot, column, sums, places, start, stop, COLUMNS, P, BLOCK_P)
 
 
-@triton.jit(do_not_specialize=["n_bags", "n_rows"])
+@triton.jit
+def pool_program(
+    n_slots, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Return a program's slot, its first channel of x, and its first output.
+
+    Slots go from the last to the first: the rows that a projection read last are still in the
+    second-level cache, and those that are read here last are read first by the next projection.
+    """
+    program = tl.program_id(0)
+    o_tiles: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
+    d_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    slot = n_slots - 1 - program // (o_tiles * d_tiles)
+    return slot, program // o_tiles % d_tiles * BLOCK_D, program % o_tiles * WIDTH
+
+
+@triton.jit
+def store_pooled(partial_ptr, acc, slot, column, d, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """partial[slot, column, d] = acc[column, d]."""
+    out = partial_ptr + (slot.to(tl.int64) * COLUMNS + column[:, None]) * D + d[None, :]
+    tl.store(out, acc, mask=(column < COLUMNS)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_rows", "n_slots"])
 def pool_kernel(
     a_ptr, x_ptr, mean_ptr, rstd_ptr, offsets_ptr, partial_ptr, a_s, a_units, x_t, n_bags, n_rows,
-    A_UNIT: tl.constexpr,
+    n_slots, A_UNIT: tl.constexpr,
     COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """partial[slot, o, d] = sum_t a[t, o] (x[t, d] - mean[t]) rstd[t] over one chunk of rows.
@@ -186,15 +244,12 @@ def pool_kernel(
     SCALED: sum_t a[t, o] x[t, d], both as they lie in memory: a has been multiplied by rstd, and
     the mean is taken off the sums (combine_pool_kernel). a [S, T, O], partial [slots, S O, D].
     """
-    program = tl.program_id(0)
-    o_tiles: tl.constexpr = (COLUMNS + BLOCK_O - 1) // BLOCK_O
-    d_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    slot = program // (o_tiles * d_tiles)
+    WIDTH: tl.constexpr = BLOCK_O + REST
+    slot, d0, first_column = pool_program(n_slots, COLUMNS, WIDTH, D, BLOCK_D)
     _, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_rows, CHUNK, RAGGED)
     if start >= stop:
         return
-    d0 = program // o_tiles % d_tiles * BLOCK_D
-    column = program % o_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    column = first_column + tl.arange(0, BLOCK_O)
     first = origin + start
     length = stop - start
     a_t = a_units * A_UNIT
@@ -206,6 +261,9 @@ def pool_kernel(
     if OUTPUTS < COLUMNS:
         a_column = (column // OUTPUTS).to(tl.int64) * a_s + column % OUTPUTS
     acc = tl.zeros([BLOCK_O, BLOCK_D], tl.float32)
+    if REST > 0:  # never with sets: OUTPUTS is COLUMNS
+        beside = first_column + BLOCK_O + tl.arange(0, REST)
+        rest = tl.zeros([REST, BLOCK_D], tl.float32)
     for t0 in range(0, length, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         valid = t < length
@@ -217,9 +275,14 @@ def pool_kernel(
             rstd = tl.load(rstd_ptr + t, mask=valid, other=0.0)
             x = (_deviations(x, mean, d0, D, BLOCK_D) * rstd[:, None]).to(a.dtype)
         acc = tl.dot(tl.trans(a), x, acc, input_precision=PRECISION)
+        if REST > 0:
+            mask = valid[:, None] & (beside < COLUMNS)[None, :]
+            a = tl.load(a_ptr + t[:, None] * a_t + beside[None, :], mask=mask, other=0.0)
+            rest = tl.dot(tl.trans(a), x, rest, input_precision=PRECISION)
     d = d0 + tl.arange(0, BLOCK_D)
-    out = partial_ptr + (slot.to(tl.int64) * COLUMNS + column[:, None]) * D + d[None, :]
-    tl.store(out, acc, mask=(column < COLUMNS)[:, None] & (d < D)[None, :])
+    store_pooled(partial_ptr, acc, slot, column, d, COLUMNS, D)
+    if REST > 0:
+        store_pooled(partial_ptr, rest, slot, beside, d, COLUMNS, D)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_side"])
