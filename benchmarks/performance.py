@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from motet.cli import bench, measure
-from motet.kernels.plan import MACHINES
+from motet.kernels.chips import CHIPS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -79,7 +79,7 @@ def _roof(timed: dict[str, dict[str, Any]]) -> str:
 
 
 def _predicted() -> Iterator[str]:
-    names = [name for name in MACHINES if name != "H200"]
+    names = [name for name in CHIPS if name != "H200"]
     yield f"| training step, ms | {' | '.join(f'{name}, predicted' for name in names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for name, config in measure.CONFIGS.items():

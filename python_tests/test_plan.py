@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import timeit
 from typing import Any
 
 import motet
@@ -9,7 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from motet.kernels.plan import MACHINES, Cost, Machine, cpu_machine
+from motet.kernels.chips import CHIPS
+from motet.kernels.gpu_cost import padded_columns
+from motet.kernels.plan import Machine, cpu_machine
+from motet.kernels.work import Cost
 
 plan = motet.kernels.plan
 
@@ -46,7 +50,7 @@ def test_short_bags_are_not_absorbed(machine: Machine) -> None:
     assert planned(1600, training=True, device=machine, **sizes).strategy == "cached"
 
 
-@pytest.mark.parametrize("device", MACHINES)
+@pytest.mark.parametrize("device", CHIPS)
 def test_gpus_are_known_by_name_without_one_at_hand(device: str) -> None:
     for name in ("25x16", "17x27"):
         chosen = planned(120_000, device=device, dtype=torch.bfloat16, **TCGA[name][1])
@@ -75,7 +79,7 @@ sizes = st.fixed_dictionaries(
         "head_dim": st.integers(1, 128),
         "layers": st.integers(1, 8),
         "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-        "device": st.sampled_from([*CPUS, *MACHINES]),
+        "device": st.sampled_from([*CPUS, *CHIPS]),
         "training": st.booleans(),
         "dropout": st.sampled_from([0.0, 0.1]),
         "weights": st.booleans(),
@@ -99,8 +103,80 @@ def test_the_least_predicted_time_is_chosen_and_grows_with_the_tokens(
         assert chosen.cost.seconds == fastest
         for cost in chosen.costs.values():
             assert min(dataclasses.astuple(cost)) > 0
-    for name, field in itertools.product(STRATEGIES, ("flop", "bytes", "seconds")):
+    for name, field in itertools.product(STRATEGIES, ("flop", "bytes", "seconds", "graph_seconds")):
         assert getattr(small.costs[name], field) <= getattr(large.costs[name], field)
+
+
+def test_a_graph_may_choose_otherwise_than_eager_mode() -> None:
+    """Eager mode takes the fewest launches while Python is what everything waits for."""
+    options = {"training": True, "dtype": torch.bfloat16, "device": "H200"} | TCGA["16x103"][1]
+    eager, graph = (planned(16_000, graph=graph, **options) for graph in (False, True))
+    assert (eager.strategy, graph.strategy) == ("cached", "absorbed")
+    assert eager.costs == graph.costs
+    for chosen, field in ((eager, "seconds"), (graph, "graph_seconds")):
+        assert getattr(chosen.cost, field) == min(
+            getattr(chosen.costs[name], field) for name in ("cached", "absorbed")
+        )
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("tokens", [100, 10_000, 1_000_000])
+def test_eager_mode_waits_for_python_or_for_the_gpu(tokens: int, training: bool) -> None:
+    for cost in planned(tokens, device="H200", training=training).costs.values():
+        longer = max(cost.host_seconds, cost.graph_seconds)
+        assert longer <= cost.seconds <= cost.host_seconds + cost.graph_seconds
+
+
+# As test_launch_counts.py counts them: cached and absorbed, by layers and sets of weights.
+LAUNCHES = {
+    (1, 1): (33, 37), (2, 1): (44, 59), (3, 1): (54, 81), (5, 1): (74, 125),
+    (2, 2): (49, 59), (3, 3): (62, 81), (5, 5): (88, 125),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "sets"), LAUNCHES)
+def test_launches_are_those_of_a_training_step_of_healnet(layers: int, sets: int) -> None:
+    size = {"layers": layers, "weight_sets": sets, "device": "H200", "training": True}
+    costs, dropping = planned(**size).costs, planned(**size, dropout=0.1).costs
+    known = planned(**size, statistics=True).costs
+    for name, count in zip(("cached", "absorbed"), LAUNCHES[layers, sets], strict=True):
+        assert costs[name].launches == count
+        assert dropping[name].launches == count + 1
+        assert known[name].launches == count - 1
+        assert known[name].bytes == costs[name].bytes - 30_000 * 2048 * 4
+
+
+def test_blocks_of_outputs_are_paid_for_whole() -> None:
+    """17 latents and 8 heads ask 136 queries: blocks of 128 and 16, not 256."""
+    for outputs, hopper, ampere in (
+        (1, 16, 16), (64, 64, 64), (65, 80, 80), (128, 128, 128), (136, 144, 144),
+        (200, 256, 256), (256, 256, 256), (512, 512, 512), (1024, 1024, 1024),
+    ):  # fmt: skip
+        assert (padded_columns(outputs, 90), padded_columns(outputs, 80)) == (hopper, ampere)
+    for outputs in range(1, 2000):
+        for capability in (80, 90, 100):
+            assert outputs <= padded_columns(outputs, capability) < outputs + 272
+
+
+def test_a_chip_says_which_of_its_numbers_are_measured() -> None:
+    for name, chip in CHIPS.items():
+        measured = "measured" if name == "H200" else "predicted"
+        assert chip.name == name
+        for field in ("bandwidth", "matrix", "launch_s", "softmax_gradient_kernel"):
+            assert chip.source(field) == measured
+        assert chip.source("shared_bytes") == "data sheet"
+        assert chip.source("project_kernel") == "predicted"  # written anew since
+        assert all(0 < share <= 1 for share in chip.shares.values())
+    slow = dataclasses.replace(CHIPS["H200"], name="mine", shares={"project_kernel": 0.01})
+    chosen = planned(device=slow)
+    assert chosen.machine == "mine"
+    assert chosen.cost.graph_seconds > planned(device="H200").cost.graph_seconds
+
+
+def test_a_plan_is_quick() -> None:
+    """Every forward pass asks for one: tens of microseconds, and loosely tested."""
+    times = timeit.repeat(lambda: planned(device="H200", training=True), number=10, repeat=9)
+    assert min(times) / 10 < 1e-3
 
 
 @pytest.mark.parametrize("strategy", ["cached", "absorbed"])

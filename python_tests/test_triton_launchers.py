@@ -35,13 +35,13 @@ from benchmarks.launches import (
 from motet.kernels import attention_weights, backends, plan
 from motet.kernels.absorbed_attention import gather
 from motet.kernels.absorbed_attention import operator as absorbed
+from motet.kernels.chips import CHIPS
 from motet.kernels.context_kv import operator as context
 from motet.kernels.fold_norm import operator as fold
 from motet.kernels.harmonic_merge import operator as merge
 from motet.kernels.head import operator as head
 from motet.kernels.latent_attention import operator as attention
 from motet.kernels.lego_pass import operator as lego
-from motet.kernels.plan import MACHINES
 from motet.kernels.row_statistics import operator as statistics_operator
 from motet.kernels.slerp import operator as slerp
 from triton.runtime.interpreter import InterpretedFunction
@@ -250,7 +250,7 @@ def choose() -> None:
         plan(300, 64, **sizes, device="cuda")
     with pytest.raises(ValueError, match="device: expected one of 'cpu', 'cuda'"):
         plan(300, 64, **sizes, device="abacus")
-    plan(300, 64, **sizes, device=MACHINES["B200"])
+    plan(300, 64, **sizes, device=CHIPS["B200"])
     plan(300, 64, **sizes, device="A100")
     assert backends.on_triton("auto", "cuda", torch.bfloat16)
     assert not backends.on_triton("auto", "cuda", torch.float64)

@@ -1,0 +1,244 @@
+"""What a pass costs on a GPU: the kernels that it launches, and their times added up.
+
+The launches are those of HEALNet with one modality, forward, or a training step with its loss and
+Adam; python_tests/test_launch_counts.py counts the same without a GPU, and a test compares.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from .chips import Chip
+from .work import Cost, Sizes, absorbed, cached, literal
+
+# Columns of outputs that one program may compute: powers of 2, alone or with a narrow one beside.
+_WIDTHS = (16, 32, 64, 80, 128, 144)
+_BLACKWELL = (*_WIDTHS, 256)
+_HOPPER = (*_BLACKWELL, 160, 192, 272)
+
+
+def padded_columns(outputs: int, capability: int) -> int:
+    """Return how many outputs of a product are computed for `outputs`, blocks' ends included."""
+    widths = _HOPPER if capability == 90 else _BLACKWELL if capability > 90 else _WIDTHS
+    _, width = min((-(-outputs // width) * (128 + width), width) for width in widths)
+    return -(-outputs // width) * width
+
+
+class Launch(NamedTuple):
+    """Launches of one kernel; all but `times` is of one of them."""
+
+    kernel: str
+    times: int
+    bytes: float = 0.0
+    flop: float = 0.0
+    """Executed, so those of padded blocks."""
+    scores: float = 0.0
+    """Exponentials."""
+    drawn: float = 0.0
+    """Dropout decisions."""
+    large: bool = False
+    """Whether it takes its time from the tokens; what follows the last such one is short."""
+
+    def least(self, chip: Chip, dtype: torch.dtype) -> float:
+        """Return the seconds of one launch at its roof."""
+        return max(
+            self.bytes / chip.bandwidth, self.flop / chip.matrix[dtype],
+            self.scores / chip.exponentials,
+        )  # fmt: skip
+
+    def seconds(self, chip: Chip, dtype: torch.dtype) -> float:
+        """Return the seconds of one launch, in a CUDA graph or behind another."""
+        fixed = chip.latencies.get(self.kernel, chip.launch_s)
+        least = self.least(chip, dtype) / chip.share(self.kernel)
+        return fixed + least + self.drawn / chip.random_numbers
+
+
+class Times(NamedTuple):
+    """Seconds of a pass."""
+
+    eager: float
+    graph: float
+    host: float
+    launches: int
+
+
+def times_of(launches: Iterable[Launch], chip: Chip, dtype: torch.dtype) -> Times:
+    """Return the time of launches that come in this order.
+
+    In a graph they follow each other. In eager mode Python starts them, and the GPU has the last
+    large one still to do when Python is done: max(host, graph - last) + last.
+    """
+    graph, last, count = 0.0, 0.0, 0
+    for own in launches:
+        seconds = own.seconds(chip, dtype)
+        graph += own.times * seconds
+        count += own.times
+        if own.large:
+            last = seconds
+    host = chip.host_s + chip.host_launch_s * count
+    return Times(max(host, graph - last) + last, graph, host, count)
+
+
+def gpu_costs(s: Sizes, chip: Chip, dtype: torch.dtype) -> dict[str, Cost]:
+    """Return the cost of every strategy."""
+    return {
+        "cached": _cost(_cached(s, chip), cached(s).flop, chip, dtype),
+        "absorbed": _cost(_absorbed(s, chip), absorbed(s).flop, chip, dtype),
+        "reference": _cost(_literal(s), literal(s).flop, chip, dtype),
+    }
+
+
+def launches_of(strategy: str, s: Sizes, chip: Chip) -> list[Launch]:
+    """Return what "cached", "absorbed" or "reference" launches."""
+    if strategy == "reference":
+        return _literal(s)
+    return _cached(s, chip) if strategy == "cached" else _absorbed(s, chip)
+
+
+def single_cost(s: Sizes, chip: Chip, dtype: torch.dtype) -> Cost:
+    """Return the cost where no bag has more than one token: of their values, and the latents."""
+    flop = 2.0 * s.tokens * s.width * s.inner * s.sets * (2 if s.training else 1)
+    moved = float(s.itemsize * (s.tokens + s.inner * s.sets) * s.width)
+    launches = [*_latents(s), Launch("mm", 2 if s.training else 1, moved, flop, large=True)]
+    return _cost(launches, flop, chip, dtype)
+
+
+def _cost(launches: list[Launch], flop: float, chip: Chip, dtype: torch.dtype) -> Cost:
+    times = times_of(launches, chip, dtype)
+    moved = sum(own.times * own.bytes for own in launches)
+    return Cost(flop, moved, times.eager, times.graph, times.host, times.launches)
+
+
+def _latents(s: Sizes, sums: int = 0, joins: int = 0) -> list[Launch]:
+    """Return what is between attentions, behind the last, and around them in torch.
+
+    Args:
+        sums: of gradients, for every layer whose weights another layer has too.
+        joins: of tensors into one, in a training step.
+    """
+    found = [
+        Launch("pass_kernel", s.layers + 1), Launch("fold_kernel", s.sets),
+        Launch("head_kernel", 1),
+        # Joins of weights and shifts, the numbers of rows and their product; random numbers.
+        Launch("torch", 2 * s.sets + 2 + s.dropout),
+    ]  # fmt: skip
+    if s.training:
+        found += [
+            Launch("gradients_kernel", s.layers + 1), Launch("update_backward_kernel", s.layers),
+            Launch("asking_backward_kernel", s.layers), Launch("fold_backward_kernel", s.sets),
+            Launch("head_backward_kernel", 1),
+            # The loss, its gradient, Adam, sums of gradients.
+            Launch("torch", 8 + sums * (s.layers - s.sets) + joins),
+        ]  # fmt: skip
+    return found
+
+
+def _product(s: Sizes, outputs: int, rows: int, width: int, chip: Chip) -> float:
+    """Return the FLOP of a product with the tokens, of which a program has rows and width.
+
+    No product is done sooner than one program: as if all multiprocessors were at work until then.
+    """
+    padded = padded_columns(outputs, chip.capability)
+    program = 2.0 * rows * width * min(padded, 256)
+    return max(2.0 * s.tokens * s.width * padded, chip.multiprocessors * program)
+
+
+def _statistics(s: Sizes) -> list[Launch]:
+    if s.statistics:
+        return []
+    return [Launch("row_statistics_kernel", 1, s.tokens * s.width * s.itemsize)]
+
+
+def _blocks(latents: int) -> int:
+    """Return the latents of a head that are computed: a power of 2, from 16 to 64, or blocks."""
+    return max(16, 1 << (latents - 1).bit_length()) if latents <= 64 else -(-latents // 64) * 64
+
+
+def _cached(s: Sizes, chip: Chip) -> list[Launch]:
+    """K and V of all layers by one product, dK and dV of all layers in one pass."""
+    x = float(s.tokens * s.width * s.itemsize)
+    wide = 2 * s.heads * (-(-s.head_dim // 16) * 16)  # of K and V, rows on 32 bytes
+    columns = wide * s.sets
+    kv = float(s.tokens * wide * s.itemsize)
+    rows = s.tokens * s.heads * _blocks(s.latents)
+    score = 1.0 * rows * wide / s.heads  # FLOP of one product with K or V
+    drawn = float(s.tokens * s.rows) if s.dropout else 0.0
+    product = 2.0 * s.tokens * s.width
+    several = s.sets > 1  # whose weights and shifts are stacked
+    found = [
+        *_latents(s, 2, several + (s.layers > s.sets)), *_statistics(s),
+        Launch("torch", 2 * several), Launch("centre_weights_kernel", 1),
+        Launch("project_kernel", 1, x + kv * s.sets,
+               _product(s, columns, 128, s.width, chip), large=True),
+        Launch("combine_attend_kernel", s.layers),
+        Launch("attend_kernel", s.layers, kv, 2 * score, rows, drawn, True),
+    ]  # fmt: skip
+    if s.weights:
+        given = float(s.tokens * s.rows * s.itemsize)
+        found.append(Launch("weights_kernel", s.layers, kv / 2 + given, score, rows))
+    if s.training:
+        own = s.layers / s.sets
+        found += [
+            Launch("combine_dq_kernel", s.layers),
+            Launch("attend_dq_kernel", s.layers, kv, 3 * score, rows, drawn),
+            Launch("attend_dkv_kernel", s.sets, 2 * kv, 4 * score * own, rows * own, drawn * own),
+            Launch("scale_gradient_kernel", 1, 2 * kv * s.sets), Launch("combine_pool_kernel", 1),
+            Launch("mm", 1, x + kv * s.sets, product * columns, large=True),
+        ]  # fmt: skip
+        if s.tokens_need_grad:
+            found.append(Launch("mm", 1, 2 * x + kv * s.sets, product * columns, large=True))
+    return found
+
+
+def _absorbed(s: Sizes, chip: Chip) -> list[Launch]:
+    """Scores and weights of every layer's queries, which are as wide as the tokens."""
+    passes = 2 * s.layers if s.training else s.layers
+    x, scores = float(s.tokens * s.width * s.itemsize), float(s.tokens * s.rows * s.itemsize)
+    scored = _product(s, s.rows, 128, s.width, chip)
+    heads = 2.0 * s.bags * s.rows * s.head_dim * s.width  # FLOP of one product of the heads
+    asked = float(s.bags * s.rows * s.width * s.itemsize + s.inner * s.width * s.itemsize)
+    chunk = max(512, min(16384, 1 << (16 * s.rows - 1).bit_length()))
+    partial = 4.0 * (s.tokens // chunk + s.bags) * s.rows * s.width
+    pooled = _product(s, s.rows, min(chunk, -(-s.tokens // s.bags)), min(s.width, 256), chip)
+    count, drawn = float(s.tokens * s.rows), float(s.tokens * s.rows) if s.dropout else 0.0
+    found = [
+        *_latents(s, 4), *_statistics(s),
+        Launch("to_tokens_kernel", passes, asked, heads),
+        Launch("project_kernel", passes, x + scores, scored),
+        Launch("softmax_statistics_kernel", s.layers, scores, 0.0, count),
+        Launch("softmax_weights_kernel", s.layers, 2 * scores, 0.0, count, drawn),
+        Launch("combine_pool_kernel", passes, partial),
+        Launch("to_heads_kernel", passes, asked, heads),
+        Launch("pool_kernel", passes, x + scores + partial, pooled, large=True),
+    ]  # fmt: skip
+    if s.weights:
+        found.append(Launch("torch", s.layers, 2 * scores))
+    if s.training:
+        found += [
+            Launch("softmax_gradient_kernel", s.layers, 3 * scores, 0.0, count, drawn),
+            Launch("head_gradients_kernel", s.layers, 2 * asked, 2 * heads),
+        ]  # fmt: skip
+        if s.tokens_need_grad:
+            found.append(Launch("mm", 2 * s.layers, 2 * x + scores, scored, large=True))
+    return found
+
+
+def _literal(s: Sizes) -> list[Launch]:
+    """The equation in torch's operators; their number is what an H200 started, at depth 2 and 5."""
+    x, kv = float(s.tokens * s.width), 2.0 * s.tokens * s.inner
+    rows = s.tokens * s.rows
+    product, score = 2.0 * s.tokens * s.width * 2 * s.inner, 2.0 * rows * s.head_dim
+    step = 2 if s.training else 1
+    found = [
+        # Normalised in float32, and cast.
+        Launch("torch", s.sets * step, x * (2 * s.itemsize + 8)),
+        Launch("mm", s.sets * (3 if s.training else 1), (x + kv) * s.itemsize, product),
+        Launch("mm", 2 * s.layers * (3 if s.training else 1), (kv / 2 + rows) * s.itemsize, score),
+        Launch("torch", s.layers * step, rows * (2 * s.itemsize + 8), 0.0, rows,
+               float(rows) if s.dropout else 0.0, True),
+    ]  # fmt: skip
+    if s.weights:
+        found.append(Launch("torch", s.layers, rows * s.itemsize))
+    started = 78 + 69 * s.layers if s.training else 31 + 23 * s.layers
+    return [*found, Launch("torch", max(0, started - sum(own.times for own in found)))]
