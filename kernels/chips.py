@@ -66,11 +66,11 @@ class Chip:
     """Share of its roof that a kernel reaches, by name."""
     latencies: Mapping[str, float]
     """Seconds of a launch, where they are more than `launch_s`, by the kernel's name."""
-    launch_s: float = 3.4e-6
+    launch_s: float = 3.3e-6
     """Seconds of a small launch in a CUDA graph, or behind another that runs."""
     host_launch_s: float = 49e-6
     """Seconds that Python needs for one launch in eager mode, autograd and autocast included."""
-    host_s: float = 1.28e-3
+    host_s: float = 1.26e-3
     """Seconds that Python needs for a pass besides, whatever its size."""
     measured: frozenset[str] = frozenset()
 
@@ -112,7 +112,7 @@ def _chip(
         torch.float64: _REACHED_MATRIX * double,
     }
     units = 16 * ghz * 1e9 * multiprocessors  # special function units: 16 a clock
-    drawn = 4.0e11 * multiprocessors * ghz / (132 * 1.8)  # as fitted on an H200
+    drawn = 2.9e11 * multiprocessors * ghz / (132 * 1.8)  # as fitted on an H200
     return Chip(
         name, capability, multiprocessors, l2_mib << 20, shared_kib << 10,
         _REACHED_BANDWIDTH * bandwidth, matrix, units, drawn,

@@ -171,9 +171,9 @@ def plan(
         >>> print(motet.kernels.plan(120_000, 2048, bags=8, latents=25, heads=8, head_dim=16,
         ...                          layers=2, dtype=torch.bfloat16, device="H200"))
         cached on H200, backend auto: least predicted time
-        * cached        128.90 GFLOP    1.167 GB     2.092 ms predicted; graph 0.517, 16 launches
-          absorbed      393.64 GFLOP    3.208 GB     2.721 ms predicted; graph 1.463, 24 launches
-          reference     254.73 GFLOP    4.393 GB     5.197 ms predicted; graph 2.334, 77 launches
+        * cached        128.90 GFLOP    1.167 GB     2.072 ms predicted; graph 0.515, 16 launches
+          absorbed      393.64 GFLOP    3.208 GB     2.701 ms predicted; graph 1.461, 24 launches
+          reference     254.73 GFLOP    4.393 GB     5.177 ms predicted; graph 2.326, 77 launches
     """
     choice("strategy", strategy, (None, *get_args(Strategy)))
     check_backend(backend)
