@@ -60,8 +60,9 @@ claims: $(INSTALLED)
 	done
 
 # On the GPU at hand, each useful alone, each a JSON file in $(RESULTS): all checks (under 90 s),
-# the kernels of a training step (60 s), 40 cells (200 s), the whole grid (again goes on where it
-# stopped). Uses the environment that is active, since GPU machines bring their own torch.
+# the kernels of a training step, which fails where one is slower than demanded or than with another
+# Triton (60 s), 40 cells (200 s), the whole grid (again goes on where it stopped). Uses the
+# environment that is active, since GPU machines bring their own torch.
 # PUBLISHED=DIR, a clone of konst-int-i/healnet, adds the authors' code.
 GPU = $(PYTHON) benchmarks/gpu.py $(1) --out $(RESULTS) $(if $(PUBLISHED),--published $(PUBLISHED))
 gpu-check: gpu-install

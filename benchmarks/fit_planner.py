@@ -24,7 +24,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
 
 from benchmarks import ladder, launches_7918d87
-from motet.cli.measure import Cell
+from motet.cli.measure import CONFIGS, Cell
 from motet.kernels.chips import CHIPS, DEMANDED, Chip
 from motet.kernels.gpu_cost import Launch, launches_of, times_of
 from motet.kernels.work import Sizes
@@ -102,19 +102,32 @@ def read(path: Path) -> Figures:
         unknown = launches_7918d87.FITTED
     else:
         beside = path.with_name(path.name.replace("gpu-cells", "gpu-profile"))
-        shares = shares_of(json.loads(beside.read_text())) if beside.exists() else {}
+        shares = shares_of(json.loads(beside.read_text()), chip) if beside.exists() else {}
         unknown = tuple(name for name in DEMANDED if name not in shares)
     return Figures(dataclasses.replace(chip, shares={**chip.shares, **shares}), runs, unknown)
 
 
-def shares_of(profile: Mapping[str, Any]) -> dict[str, float]:
-    """Return the share of the roof that each kernel reaches in a gpu-profile file."""
-    return _mean_shares(
-        (own["role"], own["roof_share"])
-        for row in profile["rows"]
-        for own in row.get("kernels", ())
-        if "roof_share" in own
-    )
+def shares_of(profile: Mapping[str, Any], chip: Chip) -> dict[str, float]:
+    """Return the share of the roof that each kernel reaches in a gpu-profile file.
+
+    Of the roof of what the planner takes a launch to be: padded blocks and partial sums count.
+    """
+    found: list[tuple[str, float]] = []
+    for row in profile["rows"]:
+        if "kernels" not in row:
+            continue
+        cell = Cell(row["model"], CONFIGS[row["model"]], tuple(row["lengths"]), step=True)
+        contender = Contender(row["strategy"], False, statistics=True)
+        launched = listed(profile["revision"], chip, cell, row["strategy"], contender)
+        least = defaultdict(float)
+        for own in launched:
+            least[own.kernel] += 1e6 * own.times * own.least(chip, torch.bfloat16)
+        found += [
+            (own["role"], least[own["role"]] / own["us"])
+            for own in row["kernels"]
+            if own.get("role") in chip.shares and least[own["role"]]
+        ]
+    return _mean_shares(found)
 
 
 def _mean_shares(found: Iterable[tuple[str, float]]) -> dict[str, float]:

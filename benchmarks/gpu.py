@@ -7,8 +7,8 @@
 
 Runs in the environment that is active, since GPU machines bring their own torch. The file is
 written again after each row, so that a machine that is taken away leaves what it did. Every time
-has its error beside it, and what is too wrong has no time: a failed check, or a time withheld,
-makes the exit code 1.
+has its error beside it, and what is too wrong has no time: a failed check, a time withheld, or a
+kernel that is slower than demanded or than with another Triton makes the exit code 1.
 """
 
 import argparse
@@ -89,8 +89,13 @@ def profile(options: argparse.Namespace, device: str) -> int:
         if time.monotonic() > deadline:
             print("\nstopped: no time left")
             break
-    print(f"\nwritten to {path}")
-    return 0
+    report["faults"] = list(profiling.too_slow(report["rows"])) if device == "cuda" else []
+    before = profiling.earlier(report, ROOT / "benchmarks" / "results")
+    if before is not None:
+        report["faults"] += profiling.slower_than(before, report)
+    _write(path, report)
+    print(*report["faults"], f"\nwritten to {path}", sep="\n")
+    return 1 if report["faults"] else 0
 
 
 def cells(options: argparse.Namespace, device: str) -> int:

@@ -2,12 +2,15 @@
 
 For every kernel its time and launches per step, and for those that read the tokens, or what is as
 long as the tokens, the bytes and FLOP that they need at least: with them the share of the roof
-(the larger of bytes over bandwidth and FLOP over matrix rate, both measured in the same run).
+(the larger of bytes over bandwidth and FLOP over matrix rate, both measured in the same run). The
+shares are compared with those that are demanded, the times with those of another Triton.
 """
 
+import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import motet
@@ -15,12 +18,21 @@ import torch
 from benchmarks.model_checks import STRATEGIES
 from motet.cli import measure
 from motet.kernels import context_kv
+from motet.kernels.chips import DEMANDED
 from motet.kernels.plan import Strategy
 from torch.profiler import ProfilerActivity, profile
 
 STEPS = 5
-LIBRARY = "the longest product of a library"
-"""That of the gradient of the weights, once a step."""
+LONG = 8000
+"""Tokens of a bag from which on shares of the roof are demanded."""
+SLOWER = 1.1
+"""Times as long as with another Triton, from which on a kernel is named."""
+# Of the demanded ones, what each strategy launches; "mm" is the longest product of a library, that
+# of the gradient of the weights, once a step.
+LAUNCHED = {
+    "cached": ("project_kernel", "attend_kernel", "dq_kernel", "dkv_kernel", "mm"),
+    "absorbed": ("project_kernel", "pool_kernel"),
+}
 _PRODUCT = re.compile("gemm|nvjet|cutlass|aten::mm")
 
 
@@ -35,24 +47,35 @@ class Work(NamedTuple):
 
 
 def works(cell: measure.Cell, strategy: Strategy) -> dict[str, Work]:
-    """Return what the kernels of a step on tokens in half precision need, by name."""
+    """Return what the kernels of a step on tokens in half precision need, by role.
+
+    K and V have rows of a multiple of 16 numbers, as they are given to the kernels.
+    """
     tokens, width, c = sum(cell.lengths), cell.width, cell.config
-    inner, rows = 2 * c.heads * c.head_dim, c.heads * c.latents  # K and V; queries
+    inner = 2 * c.heads * (-(-c.head_dim // 16) * 16)  # of K and V
+    rows = c.heads * c.latents  # queries
     asked = rows if strategy == "absorbed" else inner
     product = Work(2.0 * tokens * (width + asked), 2.0 * tokens * width * asked)
     scores = Work(2.0 * tokens * rows, 0.0)
-    attention = 2.0 * tokens * inner * c.latents  # q k and p v, K and V once
+    kv, attention = 2.0 * tokens * inner, 1.0 * tokens * inner * c.latents  # of one product
     return {
         "row_statistics_kernel": Work(2.0 * tokens * width, 0.0),
         "project_kernel": product,
         "pool_kernel": product,
-        "attend_kernel": Work(2.0 * tokens * inner, attention),
-        "attend_backward_kernel": Work(4.0 * tokens * inner, 2.5 * attention),
+        "attend_kernel": Work(kv, 2 * attention),
+        "dq_kernel": Work(kv, 3 * attention),
+        "dkv_kernel": Work(2 * kv, 4 * attention * c.depth),
+        "scale_gradient_kernel": Work(2 * kv, 0.0),
         "softmax_statistics_kernel": scores,
         "softmax_weights_kernel": Work(2 * scores.bytes, 0.0),
         "softmax_gradient_kernel": Work(3 * scores.bytes, 0.0),
-        LIBRARY: product,
+        "mm": product,
     }
+
+
+def role_of(kernel: str) -> str:
+    """Return what the planner calls a kernel: the one that reads by TMA has a name of its own."""
+    return kernel.replace("_tma_kernel", "_kernel")
 
 
 def profiles(roof: measure.Roof, *, small: bool = False) -> Iterator[dict[str, Any]]:
@@ -61,7 +84,8 @@ def profiles(roof: measure.Roof, *, small: bool = False) -> Iterator[dict[str, A
     for name, config in measure.CONFIGS.items():
         cell = measure.Cell(name, config, lengths, step=True, width=width)
         for strategy in STRATEGIES:
-            yield {"model": name, "strategy": strategy, **profiled(cell, strategy, roof)}
+            found = profiled(cell, strategy, roof)
+            yield {"model": name, "strategy": strategy, "lengths": lengths, **found}
     yield {"products": dict(products(sum(lengths), width))}
 
 
@@ -85,14 +109,60 @@ def profiled(cell: measure.Cell, strategy: Strategy, roof: measure.Roof) -> dict
     library = max((own for own in rows if _PRODUCT.search(own["kernel"])), default=None,
                   key=lambda own: own["us"] / own["launches"])  # fmt: skip
     for own in rows:
-        work = needed.get(own["kernel"])
-        if own is library and strategy == "cached":
-            work = needed[LIBRARY]
-        if work is not None and own["us"]:
-            count = 1 if own is library else own["launches"]
-            own |= {"bytes": work.bytes, "flop": work.flop}
+        role = "mm" if own is library and strategy == "cached" else role_of(own["kernel"])
+        if role in needed and own["us"]:
+            work, count = needed[role], 1 if role == "mm" else own["launches"]
+            own |= {"role": role, "bytes": work.bytes, "flop": work.flop}
             own["roof_share"] = 1e6 * work.seconds(roof) * count / own["us"]
     return {"gpu_us": sum(own["us"] for own in rows), "kernels": rows}
+
+
+def too_slow(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the kernels that reach less of the roof than is demanded, on long bags."""
+    for row in rows:
+        if "products" in row or min(row["lengths"]) < LONG:
+            continue
+        shares = {own["role"]: own["roof_share"] for own in row["kernels"] if "role" in own}
+        for role in LAUNCHED[row["strategy"]]:
+            where = f"{row['model']} {row['strategy']}: {role}"
+            if role not in shares:
+                yield f"{where} was not launched"
+            elif shares[role] < DEMANDED[role]:
+                yield f"{where} reaches {shares[role]:.0%} of the roof, not {DEMANDED[role]:.0%}"
+
+
+def slower_than(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the kernels that take longer than in another report, per launch.
+
+    Of those that are a hundredth of the step or more; shorter ones vary by as much.
+    """
+
+    def times(report: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+        return {
+            (row["model"], row["strategy"], own["kernel"]): own["us"] / own["launches"]
+            for row in report["rows"]
+            for own in row.get("kernels", ())
+            if own["us"] >= 0.01 * row["gpu_us"]
+        }
+
+    known = times(before)
+    for key, us in times(now).items():
+        if us > SLOWER * known.get(key, us):
+            model, strategy, kernel = key
+            yield (
+                f"{model} {strategy}: {kernel} takes {us:.1f} us, {us / known[key] - 1:.0%} more "
+                f"than with Triton {before['triton']}"
+            )
+
+
+def earlier(report: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """Return the newest profile of the same GPU with another Triton, or None."""
+    found = [json.loads(path.read_text()) for path in folder.glob("gpu-profile-*.json")]
+    found = [
+        own for own in found
+        if own["device"] == report["device"] and own["triton"] != report["triton"]
+    ]  # fmt: skip
+    return max(found, key=lambda own: own["date"], default=None)
 
 
 def kernels_of(step: Callable[[], None]) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ DEMANDED = {
     "project_kernel": 0.75,
     "pool_kernel": 0.65,
     "attend_kernel": 0.60,
-    "attend_dq_kernel": 0.60,
-    "attend_dkv_kernel": 0.60,
+    "dq_kernel": 0.60,
+    "dkv_kernel": 0.60,
     "mm": 0.70,
 }
 # Shares that benchmarks/fit_planner.py found in what an H200 did at revision 7918d87. Launches and

@@ -181,8 +181,8 @@ def _cached(s: Sizes, chip: Chip) -> list[Launch]:
         own = s.layers / s.sets
         found += [
             Launch("combine_dq_kernel", s.layers),
-            Launch("attend_dq_kernel", s.layers, kv, 3 * score, rows, drawn),
-            Launch("attend_dkv_kernel", s.sets, 2 * kv, 4 * score * own, rows * own, drawn * own),
+            Launch("dq_kernel", s.layers, kv, 3 * score, rows, drawn),
+            Launch("dkv_kernel", s.sets, 2 * kv, 4 * score * own, rows * own, drawn * own),
             Launch("scale_gradient_kernel", 1, 2 * kv * s.sets), Launch("combine_pool_kernel", 1),
             Launch("mm", 1, x + kv * s.sets, product * columns, large=True),
         ]  # fmt: skip

@@ -52,6 +52,19 @@ def test_what_the_library_calls_measured_is_what_the_fit_finds(planner) -> None:
     assert known.matrix[torch.bfloat16] == pytest.approx(roof["products"]["bf16"])
 
 
+def profile_of(planner, chip):
+    """Yield what `make gpu-profile` would say of a chip."""
+    for strategy in ("cached", "absorbed"):
+        cell = planner.Cell("kirp", planner.CONFIGS["kirp"], (15_000,) * 8, step=True)
+        contender = planner.Contender(strategy, False, statistics=True)
+        yield {"model": "kirp", "strategy": strategy, "lengths": cell.lengths, "kernels": [
+            {"kernel": own.kernel, "role": own.kernel, "launches": own.times,
+             "us": 1e6 * own.times * own.least(chip, torch.bfloat16) / chip.share(own.kernel)}
+            for own in planner.listed("made", chip, cell, strategy, contender)
+            if own.kernel in DEMANDED
+        ]}  # fmt: skip
+
+
 @pytest.mark.parametrize("profiled", [False, True])
 def test_it_finds_the_numbers_that_times_were_made_with(
     planner, tmp_path: Path, profiled: bool
@@ -76,9 +89,9 @@ def test_it_finds_the_numbers_that_times_were_made_with(
     path = tmp_path / "gpu-cells-NVIDIA-H200-made.json"
     path.write_text(json.dumps(report))
     if profiled:
-        kernels = [{"role": name, "roof_share": share} for name, share in own.items()]
         beside = tmp_path / "gpu-profile-NVIDIA-H200-made.json"
-        beside.write_text(json.dumps({"rows": [{"kernels": kernels}, {"products": {}}]}))
+        rows = [*profile_of(planner, made), {"products": {}}]
+        beside.write_text(json.dumps({"revision": "made", "rows": rows}))
     figures = planner.read(path)
     assert bool(figures.unknown) == (not profiled)
     found = planner.fitted(figures, figures.runs)

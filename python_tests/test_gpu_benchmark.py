@@ -71,6 +71,86 @@ def test_the_profile_on_a_cpu(tmp_path: Path) -> None:
     assert {"128", "136", "512"} <= products["products"].keys()
 
 
+def profile_row(strategy: str, shares: dict[str, float], **more) -> dict:
+    """Return a row of a profile, of kernels that take 100 us in two launches."""
+    kernels = [
+        {"kernel": name, "role": role, "us": 100.0, "launches": 2, "roof_share": share}
+        for name, share in shares.items()
+        for role in [import_module("benchmarks.profiling").role_of(name)]
+    ]
+    kernels.append({"kernel": "memcpy", "us": 4.0, "launches": 1})
+    return {
+        "model": "blca", "strategy": strategy, "lengths": [15_000] * 8, "gpu_us": 504.0,
+        "kernels": kernels, **more,
+    }  # fmt: skip
+
+
+CACHED = {"project_tma_kernel": 0.8, "attend_kernel": 0.6, "dq_kernel": 0.61, "dkv_kernel": 0.62,
+          "mm": 0.7}  # fmt: skip
+
+
+def test_kernels_below_their_share_of_the_roof_are_named(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    profiling = import_module("benchmarks.profiling")
+    good = [profile_row("cached", CACHED), {"products": {}},
+            profile_row("absorbed", {"project_kernel": 0.75, "pool_tma_kernel": 0.65})]  # fmt: skip
+    assert list(profiling.too_slow(good)) == []
+    worse = {**CACHED, "dkv_kernel": 0.45}
+    del worse["project_tma_kernel"]
+    rows = [profile_row("cached", worse), profile_row("cached", {}, lengths=[500] * 8)]
+    assert list(profiling.too_slow(rows)) == [
+        "blca cached: project_kernel was not launched",
+        "blca cached: dkv_kernel reaches 45% of the roof, not 60%",
+    ]
+    for strategy, demanded in profiling.LAUNCHED.items():
+        cell = measure.Cell("", measure.CONFIGS["blca"], (15_000,) * 8, True)
+        assert set(demanded) <= profiling.works(cell, strategy).keys()
+
+
+def test_kernels_slower_than_with_another_triton_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    profiling = import_module("benchmarks.profiling")
+    facts = {"device": "NVIDIA H200", "date": "2026-12-01"}
+    now = {**facts, "triton": "3.8.0", "rows": [profile_row("cached", CACHED)]}
+    assert profiling.earlier(now, tmp_path) is None
+    for i, (device, triton, us) in enumerate((
+        ("NVIDIA H200", "3.6.0", 99.0), ("NVIDIA H200", "3.7.1", 90.0),
+        ("NVIDIA H200", "3.8.0", 1.0), ("NVIDIA B200", "3.7.1", 1.0),
+    )):  # fmt: skip
+        row = profile_row("cached", CACHED)
+        row["kernels"][1]["us"] = us
+        row["kernels"][2] |= {"us": 45.5, "launches": 1}  # 9 % less, which may vary
+        row["kernels"][-1]["us"] = 2.0  # too short to tell
+        report = {"device": device, "triton": triton, "date": f"2026-11-2{i}", "rows": [row]}
+        (tmp_path / f"gpu-profile-{i}.json").write_text(json.dumps(report))
+    before = profiling.earlier(now, tmp_path)
+    assert before["triton"] == "3.7.1"
+    assert list(profiling.slower_than(before, now)) == [
+        "blca cached: attend_kernel takes 50.0 us, 11% more than with Triton 3.7.1"
+    ]
+    assert list(profiling.slower_than(now, now)) == []
+
+
+def test_a_slow_kernel_fails_the_profile(run, capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    profiling, gpu = import_module("benchmarks.profiling"), import_module("benchmarks.gpu")
+    roof = measure.Roof(1e12, 1e12, {"bf16": 1e15})
+    monkeypatch.setattr(measure, "choose_device", lambda *_: "cuda")
+    monkeypatch.setattr(measure, "measure_roof", lambda *_, **__: roof)
+    facts = {"device": "NVIDIA H200", "cuda": "13", "triton": "3.8.0", "revision": "made"}
+    monkeypatch.setattr(gpu, "_about", lambda _: dict(facts, date="2026-12-01"))
+    monkeypatch.setattr(profiling, "lines", lambda row: ())
+    for share, code in ((0.8, 0), (0.5, 1)):
+        rows = [profile_row("cached", {**CACHED, "attend_kernel": share})]
+        monkeypatch.setattr(profiling, "profiles", lambda *_, rows=rows, **__: rows)
+        assert run("profile", "--out", tmp_path) == code
+        report = json.loads((tmp_path / "gpu-profile-NVIDIA-H200-made.json").read_text())
+        assert report["triton"] == "3.8.0"
+        faults = ["blca cached: attend_kernel reaches 50% of the roof, not 60%"] * code
+        assert report["faults"] == faults
+        assert all(fault in capsys.readouterr().out for fault in faults)
+
+
 def test_the_cells_on_a_cpu(tmp_path: Path) -> None:
     report = report_of(tmp_path, "cells")
     assert len(report["cells"]) == 9
