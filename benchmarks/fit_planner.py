@@ -92,7 +92,7 @@ def read(path: Path) -> Figures:
         for row in report["cells"]
         for who, contender in CONTENDERS.items()
         if "ms" in (own := row["contenders"].get(who, {}))
-        and (strategy := contender.strategy or row["strategy"])
+        and (strategy := contender.strategy or _planned(row, contender.graph))
     ]  # fmt: skip
     if report["revision"] == launches_7918d87.REVISION:
         shares: Mapping[str, float] = _mean_shares(
@@ -105,6 +105,11 @@ def read(path: Path) -> Figures:
         shares = shares_of(json.loads(beside.read_text()), chip) if beside.exists() else {}
         unknown = tuple(name for name in DEMANDED if name not in shares)
     return Figures(dataclasses.replace(chip, shares={**chip.shares, **shares}), runs, unknown)
+
+
+def _planned(row: Mapping[str, Any], graph: bool) -> str:
+    """Return the strategy that was planned; formerly a graph had that of eager mode."""
+    return row.get("graph_strategy", row["strategy"]) if graph else row["strategy"]
 
 
 def shares_of(profile: Mapping[str, Any], chip: Chip) -> dict[str, float]:

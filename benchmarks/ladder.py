@@ -170,7 +170,7 @@ def measure_cell(
             fit[name] = run
     works.forget_golds()
     times = measure.in_turns(fit, settings.device, rounds=settings.rounds, seconds=settings.seconds)
-    flop = cell.plan("bf16", settings.device).cost.flop
+    flop = cell.plan("bf16", settings.device, graph=True).cost.flop  # the headline's
     for name, timing in times.items():
         own, dtype = rows[name], contenders[name].dtype
         own["ms"] = timing._asdict()
@@ -181,9 +181,13 @@ def measure_cell(
 
 
 def planned(cell: measure.Cell, device: str) -> dict[str, Any]:
-    """Return what the planner says of a cell."""
+    """Return what the planner says of a cell: eagerly, and as a graph on known statistics."""
     chosen = cell.plan("bf16", device)
-    return {"strategy": chosen.strategy, "predicted_ms": 1e3 * chosen.cost.seconds}
+    graph = cell.plan("bf16", device, graph=True, statistics=True)
+    return {
+        "strategy": chosen.strategy, "predicted_ms": 1e3 * chosen.seconds,
+        "graph_strategy": graph.strategy, "predicted_graph_ms": 1e3 * graph.seconds,
+    }  # fmt: skip
 
 
 def check_device(contender: Contender, device: str) -> None:
@@ -398,7 +402,10 @@ def launches_of(run: Callable[[], object]) -> int | None:
 
 def lines(row: Mapping[str, Any]) -> Iterator[str]:
     """Yield a cell as text."""
-    yield f"\n{row['cell']}: {row['strategy']}, predicted {row['predicted_ms']:.3f} ms"
+    yield (
+        f"\n{row['cell']}: predicted {row['strategy']} {row['predicted_ms']:.3f} ms, as a graph "
+        f"{row['graph_strategy']} {row['predicted_graph_ms']:.3f} ms"
+    )
     for name, own in row["contenders"].items():
         if "failed" in own:
             yield f"  {name:26} {own['failed'][:120]}"

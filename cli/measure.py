@@ -33,6 +33,7 @@ from ..fusion.modalities import Bag
 from ..fusion.patients import Batch, Ragged
 from ..fusion.statistics import token_statistics
 from ..kernels.backends import Backend
+from ..kernels.chips import Chip
 from ..kernels.plan import Plan, Strategy, plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,8 +76,15 @@ class Cell(NamedTuple):
         """Return the cell with short bags and without dropout, whose error can be taken."""
         return self._replace(lengths=tuple(min(n, tokens) for n in self.lengths), dropout=0.0)
 
-    def plan(self, dtype: str, device: str, strategy: Strategy | None = None) -> Plan:
-        """Return what HEALNet plans for this batch."""
+    def plan(
+        self,
+        dtype: str,
+        device: str | Chip,
+        *,
+        graph: bool = False,
+        statistics: bool = False,
+    ) -> Plan:
+        """Return what HEALNet plans for this batch, on tokens of known statistics or others."""
         return plan(
             sum(self.lengths),
             self.width,
@@ -89,7 +97,8 @@ class Cell(NamedTuple):
             device=device,
             training=self.step,
             dropout=self.dropout,
-            strategy=strategy,
+            statistics=statistics,
+            graph=graph,
         )
 
 

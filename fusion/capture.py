@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.plan import for_graphs
+
 # Runs before a capture: kernels are compiled, and libraries set up, at the first of them.
 WARM_UPS = 3
 # Why nothing more is captured on a device, by its number. A failure concerns the whole process: the
@@ -85,7 +87,7 @@ class CudaCapture:
         gc.collect()
         gc.disable()
         try:
-            with torch.cuda.device(self.index):
+            with torch.cuda.device(self.index), for_graphs():
                 self._warm_up(run, state, generator)
                 # The workspaces that the capture finds would not belong to the graph's pool, and
                 # those that it leaves do.

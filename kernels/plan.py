@@ -1,5 +1,7 @@
 """Which way to compute latent-query cross-attention, decided from sizes alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -91,6 +93,11 @@ class Plan:
     def cost(self) -> Cost:
         return self.costs[self.strategy]
 
+    @property
+    def seconds(self) -> float:
+        """What decided: of a graph or of eager mode."""
+        return self.cost.graph_seconds if self.graph else self.cost.seconds
+
     def __str__(self) -> str:
         lines = [f"{self.strategy} on {self.machine}, backend {self.backend}: {self.reason}"]
         for name, cost in self.costs.items():
@@ -103,6 +110,20 @@ class Plan:
                 line += f"; graph {1e3 * cost.graph_seconds:.3f}, {cost.launches} launches"
             lines.append(line)
         return "\n".join(lines)
+
+
+_for_graphs = False
+
+
+@contextmanager
+def for_graphs() -> Iterator[None]:
+    """Let `plan` choose for a CUDA graph: around a capture, and around the runs before it."""
+    global _for_graphs
+    former, _for_graphs = _for_graphs, True
+    try:
+        yield
+    finally:
+        _for_graphs = former
 
 
 def plan(
@@ -123,7 +144,7 @@ def plan(
     weights: bool = False,
     tokens_need_grad: bool = False,
     statistics: bool = False,
-    graph: bool = False,
+    graph: bool | None = None,
     strategy: Strategy | None = None,
     backend: Backend = "auto",
 ) -> Plan:
@@ -156,7 +177,7 @@ def plan(
         weights: whether the attention weights are wanted as well.
         tokens_need_grad: whether the tokens come from something that is trained.
         statistics: whether those of the tokens are known, which a GPU reads them for otherwise.
-        graph: choose for a CUDA graph instead of eager mode.
+        graph: whether to choose for a CUDA graph instead of eager mode; None if one is captured.
         strategy: "cached", "absorbed" or "reference" instead of the cheapest, where there is a
             choice: degenerate cases come first.
         backend: "auto", "triton", "compile" or "eager".
@@ -184,6 +205,7 @@ def plan(
     )  # fmt: skip
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {' or '.join(map(str, DTYPES))}, got {dtype}")
+    graph = _for_graphs if graph is None else graph
     sizes = Sizes(
         tokens, width, bags, latents, heads, head_dim, layers, weight_sets, dtype.itemsize,
         training, bool(training and dropout), weights, tokens_need_grad, statistics,

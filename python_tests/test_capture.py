@@ -141,9 +141,14 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 def test_a_capture(cuda: Cuda) -> None:
     mean = torch.zeros(2)
 
+    def planned_for_graphs() -> bool:
+        sizes = {"bags": 8, "latents": 5, "heads": 2, "head_dim": 8, "layers": 2}
+        return motet.kernels.plan(300, 64, **sizes, device="H200").graph
+
     def run() -> Tensor:
         cuda.said.append("run")
         cuda.kernel()
+        assert planned_for_graphs()  # in the runs before, too: they compile what is captured
         mean.add_(1)
         return mean * 2
 
@@ -158,6 +163,7 @@ def test_a_capture(cuda: Cuda) -> None:
     assert cuda.current is cuda.default
     assert gc.isenabled()
     assert own.refused == ""
+    assert not planned_for_graphs()
     recording.replay()
     assert cuda.said[-1] == "replay"
     own.forget()
