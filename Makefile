@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test test-cpus lint bench claims gpu gpu-check gpu-profile gpu-full gpu-install soak sanitize \
-	clean
+.PHONY: demo test test-cpus lint bench claims cost-growth gpu gpu-check gpu-profile gpu-full \
+	gpu-install soak sanitize clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ lint: $(INSTALLED)
 # The quick benchmarks, each with its error beside it.
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,stddev,rounds --benchmark-group-by=group
+
+# How the cost of a step grows with patches and modalities: measured here, predicted for an H200.
+cost-growth: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost_growth.py
 
 # What the paper claims, put to the test (docs/claims.md), on the cohorts whose data are there:
 # about an hour. The same again goes on where it stopped.
