@@ -56,7 +56,7 @@ def report_of(tmp_path: Path, step: str, *more: str) -> dict:
 
 def test_the_checks_on_a_cpu(tmp_path: Path) -> None:
     report = report_of(tmp_path, "check")
-    assert len(report["checks"]) == 47
+    assert len(report["checks"]) == 49
     assert all(check["passed"] for check in report["checks"])
 
 
@@ -191,21 +191,23 @@ def test_demands_are_compared_with_what_was_measured() -> None:
 
     def row(name: str, ours: float, theirs: float) -> dict:
         own = {"ms": {"median": ours}, "roof_share": 0.4 / ours, "peak_mib": 250}
-        return {"cell": name, "contenders": {
-            "planned bf16, graph": own,
+        return {"cell": name, "graph_strategy": "absorbed", "contenders": {
+            "planned bf16, static graph": own,
             "published bf16": {"ms": {"median": theirs}, "peak_mib": 1000},
         }}  # fmt: skip
 
-    names = ("blca 8x15000 step", "kirp 8 ragged step", "blca 8x500 step", "blca 8x500 forward")
+    names = ("blca 8x15000 step", "brca 8x15000 forward", "kirp 8 ragged step", "blca 8x500 step")
     found = list(ladder.demands([row(name, 2.0, 14.0) for name in names]))
     assert [own["cell"] for own in found] == list(names[:3])
-    equal, ragged, short = found
-    assert equal["roofs"] == pytest.approx(5.0)
-    assert equal["roofs_allowed"] == equal["times_demanded"] == 5.0
-    assert equal["times_published"] == pytest.approx(7.0)
-    assert equal["peak_share"] == pytest.approx(0.25)
-    assert ragged["times_demanded"] == 10.0
-    assert short["ms_allowed"] == 1.0
+    step, forward, ragged = found
+    assert step["roofs"] == pytest.approx(5.0)
+    assert (step["roofs_allowed"], step["times_demanded"]) == (2.7, 9.0)
+    assert step["times_published"] == pytest.approx(7.0)
+    assert step["peak_share"] == pytest.approx(0.25)
+    assert forward["roofs_allowed"] == 2.6
+    assert "times_demanded" not in forward
+    assert ragged["times_demanded"] == 25.0
+    assert "roofs" not in ragged
 
 
 def test_the_page_says_what_the_files_say(monkeypatch) -> None:
