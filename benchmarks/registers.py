@@ -42,9 +42,8 @@ sys.path.append(str(Path(__file__).parent.parent))  # where a script does not lo
 
 from benchmarks.launches import CELLS, LAUNCHERS
 from benchmarks.loops import detours, races, uses_wgmma
+from motet.kernels.chips import SHARED_BYTES
 
-# Shared memory that one program may have, in bytes.
-CHIPS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESULT = Path(__file__).parent / "results" / "registers.json"
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
 
@@ -198,8 +197,8 @@ def faults(result: Compiled, launch: Launch) -> list[str]:
     wrong = []
     if result.spill_stores and not launch.name.startswith("form"):  # sizes that nobody runs
         wrong.append(f"{result.spill_stores} spill stores")
-    if result.shared_bytes > CHIPS[result.chip]:
-        wrong.append(f"{result.shared_bytes} bytes of shared memory > {CHIPS[result.chip]}")
+    if result.shared_bytes > SHARED_BYTES[result.chip]:
+        wrong.append(f"{result.shared_bytes} bytes of shared memory > {SHARED_BYTES[result.chip]}")
     if launch.multiplies() and not result.async_copies:
         wrong.append("no asynchronous copies")
     if launch.multiplies() and not result.matrix_instructions:
@@ -280,7 +279,9 @@ def main() -> None:
     parser.add_argument("--kernel", help="the one kernel to compile, as far as sizes are run")
     parser.add_argument("--loops", action="store_true", help="say which launches for sm_90 refill "
                         "memory that a product still reads, or take detours, as JSON")  # fmt: skip
-    parser.add_argument("--chip", type=int, nargs="+", default=list(CHIPS), choices=list(CHIPS))
+    parser.add_argument(
+        "--chip", type=int, nargs="+", default=list(SHARED_BYTES), choices=list(SHARED_BYTES)
+    )
     parser.add_argument("--keys", action="store_true", help="say what would be compiled, as JSON")
     arguments = parser.parse_args()
     found = _chosen(arguments)

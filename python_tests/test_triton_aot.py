@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from motet.kernels.chips import SHARED_BYTES
 
 from .conftest import IN_CI, ROOT
 
@@ -89,11 +90,10 @@ def test_the_table_shows_no_faults(table):
     names += " pool_tma project_tma"
     own = "gradients head_gradients to_heads to_tokens weights"
     assert multiply == {f"{name}_kernel" for name in f"{names} {own}".split()}
-    limits = {80: 163, 90: 227, 100: 227}
     for row in table["rows"]:
         if not row["name"].startswith("form"):  # sizes that nobody runs
             assert row["spill_stores"] == 0, row
-        assert row["shared_bytes"] <= limits[row["chip"]] * 1024, row
+        assert row["shared_bytes"] <= SHARED_BYTES[row["chip"]], row
         assert row["races"] == 0, row
         if row["multiplies"]:
             assert row["async_copies"] > 0, row
