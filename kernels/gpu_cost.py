@@ -10,19 +10,8 @@ from typing import NamedTuple
 import torch
 
 from .chips import Chip
+from .context_kv.blocks import padded_columns, pool_chunk
 from .work import Cost, Sizes, absorbed, cached, literal
-
-# Columns of outputs that one program may compute: powers of 2, alone or with a narrow one beside.
-_WIDTHS = (16, 32, 64, 80, 128, 144)
-_BLACKWELL = (*_WIDTHS, 256)
-_HOPPER = (*_BLACKWELL, 160, 192, 272)
-
-
-def padded_columns(outputs: int, capability: int) -> int:
-    """Return how many outputs of a product are computed for `outputs`, blocks' ends included."""
-    widths = _HOPPER if capability == 90 else _BLACKWELL if capability > 90 else _WIDTHS
-    _, width = min((-(-outputs // width) * (128 + width), width) for width in widths)
-    return -(-outputs // width) * width
 
 
 class Launch(NamedTuple):
@@ -198,7 +187,7 @@ def _absorbed(s: Sizes, chip: Chip) -> list[Launch]:
     scored = _product(s, s.rows, 128, s.width, chip)
     heads = 2.0 * s.bags * s.rows * s.head_dim * s.width  # FLOP of one product of the heads
     asked = float(s.bags * s.rows * s.width * s.itemsize + s.inner * s.width * s.itemsize)
-    chunk = max(512, min(16384, 1 << (16 * s.rows - 1).bit_length()))
+    chunk = pool_chunk(s.rows)
     partial = 4.0 * (s.tokens // chunk + s.bags) * s.rows * s.width
     pooled = _product(s, s.rows, min(chunk, -(-s.tokens // s.bags)), min(s.width, 256), chip)
     count, drawn = float(s.tokens * s.rows), float(s.tokens * s.rows) if s.dropout else 0.0

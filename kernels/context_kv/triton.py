@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..backends import capability, multiprocessors
 from ..launch import cdiv, launch, next_power_of_2
 from ..ragged import count_slots
-from .blocks import HALF, HOPPER, SINGLE, TMA, WIDE, Columns, columns_of
+from .blocks import HALF, HOPPER, SINGLE, TMA, WIDE, Columns, columns_of, pool_chunk
 from .tma_kernels import pool_tma_kernel, project_tma_kernel
 from .triton_kernels import (
     centre_weights_kernel,
@@ -270,9 +270,7 @@ def pool(
 ) -> None:
     """Write sum_t a[t] zhat[t]^T over the rows t of each bag, added up in fp32, in a fixed order.
 
-    Rows are cut in chunks of 16 times the number of outputs, 512 to 16,384 rows, so that the
-    partial results take an eighth of a 16-bit x at most (a fifth for 1,648 outputs), and one more
-    result per bag.
+    Each chunk of rows (`pool_chunk`) is pooled by itself.
 
     Args:
         a: [T, O], or [S, T, O] with one bag; its dtype is the one to work in. It has been
@@ -287,7 +285,7 @@ def pool(
     rows, width = x.shape
     columns = a.shape[-1] * (a.shape[0] if a.ndim == 3 else 1)
     bags = 1 if offsets is None else offsets.shape[0] - 1
-    chunk = max(512, min(16384, next_power_of_2(16 * columns)))
+    chunk = pool_chunk(columns)
     slots = cdiv(rows, chunk) if offsets is None else count_slots(rows, bags, chunk)
     if not out.numel():
         return
