@@ -181,6 +181,11 @@ def modality_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if (row["bags"], row["patches"]) == (8, patches)]
 
 
+def size(rows: list[dict[str, Any]]) -> str:
+    """Return the size of the modalities of rows, as a legend has it."""
+    return f"8 bags of {rows[0]['patches']:,}"
+
+
 def digest(found: dict[str, Any]) -> str:
     """Return what a picture says of the numbers that it was drawn from."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
@@ -194,37 +199,46 @@ def draw(found: dict[str, Any]) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     (cpu, gpu), (cpu_modalities, gpu_modalities) = figure.subplots(2, 2)
     for bags, colour in zip(BAGS, ("tab:blue", "tab:orange"), strict=True):
+        batch = "1 bag" if bags == 1 else f"{bags} bags"
         own = [r for r in found["cpu"] if (r["bags"], r["modalities"]) == (bags, 1)]
         x = [row["patches"] for row in own]
         for who, style in (("motet", "o-"), ("literal", "s:")):
             y = [row["ms"][who]["median"] for row in own]
-            cpu.plot(x, y, style, color=colour, markersize=4, label=f"{who}, {bags} x")
+            cpu.plot(x, y, style, color=colour, markersize=4, label=f"{who}, {batch}")
         own = [r for r in found["h200"] if (r["bags"], r["modalities"]) == (bags, 1)]
         y = [row["predicted_ms"] for row in own]
-        gpu.plot([row["patches"] for row in own], y, color=colour, label=f"predicted, {bags} x")
+        gpu.plot([row["patches"] for row in own], y, color=colour, label=f"predicted, {batch}")
         for who, mark in (("planned bf16, static graph", "^"), ("planned bf16", "x")):
             there = [row for row in own if who in row.get("measured_ms", {})]
-            label = f"7918d87 measured, {'graph' if 'graph' in who else 'eager'}, {bags} x"
+            how = "graph" if "graph" in who else "eager"
+            label = f"{how} at 7918d87, {batch}"
             y = [row["measured_ms"][who] for row in there]
             gpu.plot([row["patches"] for row in there], y, mark, color=colour, label=label)
     own = modality_rows(found["cpu"])
     x = [row["modalities"] for row in own]
     for who, style in (("motet", "o-"), ("literal", "s:")):
         y = [row["ms"][who]["median"] for row in own]
-        cpu_modalities.plot(x, y, style, markersize=4, label=f"{who}, 8 x {own[0]['patches']}")
+        cpu_modalities.plot(x, y, style, markersize=4, label=f"{who}, {size(own)}")
     own = modality_rows(found["h200"])
     y = [row["predicted_ms"] for row in own]
-    gpu_modalities.plot(
-        [row["modalities"] for row in own], y, label=f"predicted, 8 x {own[0]['patches']}"
+    gpu_modalities.plot([row["modalities"] for row in own], y, label=f"predicted, {size(own)}")
+    titles = (
+        "one core of a CPU, small model",
+        "H200, BLCA, bf16: predicted, and measured before",
     )
-    titles = ("one core of a CPU, small model", "H200, BLCA, bfloat16, predicted")
     for axes, title in zip((cpu, gpu), titles, strict=True):
-        axes.set(title=title, xlabel="patches of a bag")
-    for axes in (cpu_modalities, gpu_modalities):
-        axes.set(xlabel="modalities")
+        axes.set(title=title)
     for axes in figure.axes:
-        axes.set(xscale="log", yscale="log", ylabel="ms of a training step")
-        axes.legend(fontsize=7, loc="lower right")
+        patches = axes in (cpu, gpu)
+        axes.set(xscale="log", yscale="log", ylabel="ms of a training step",
+                 xlabel="patches of a bag" if patches else "modalities")  # fmt: skip
+        ticks = PATCHES[::2] if patches else MODALITIES
+        axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        # Above the curves, beside the points that an older revision took.
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (10 if axes is gpu else 3))
+        axes.legend(fontsize=7, loc="upper left", ncols=2 if axes is gpu else 1)
         axes.grid(True, which="major", alpha=0.3)
     with mpl.rc_context({"svg.hashsalt": "motet", "svg.fonttype": "none"}):
         figure.savefig(PICTURE, metadata={"Date": None, "Description": digest(found)})
