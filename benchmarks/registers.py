@@ -71,7 +71,7 @@ class Launch:
     def key(self) -> str:
         """What the machine code depends on, in few letters."""
         source, options = self.source()
-        shape = [options[k] for k in ("num_warps", "num_stages")]
+        shape = [options[k] for k in ("num_warps", "num_stages", "maxnreg") if options[k]]
         parts = (source.signature, sorted(source.constants.items()), sorted(source.attrs), shape)
         return hashlib.sha256(f"{self.function.__name__} {parts}".encode()).hexdigest()[:12]
 

@@ -57,7 +57,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
     found = []
 
     def record(self, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        shapes = ("num_warps", "num_stages", "maxnreg")
+        options = {name: kwargs.pop(name) for name in shapes if kwargs.get(name) is not None}
+        kwargs.pop("maxnreg", None)
         bound = inspect.signature(self.fn).bind(*args, **kwargs)  # as Triton would
         assert all(isinstance(size, int) and size > 0 for size in grid), grid
         assert all(isinstance(value, int) for value in options.values()), options
@@ -228,6 +230,7 @@ def launch_edges() -> None:
         with mock.patch.object(torch.cuda, "get_device_capability", return_value=chip):
             CELLS["absorbed fp32 136 queries dropout"]()
             CELLS["absorbed bf16 136 queries"]()
+            CELLS["gathered fp32 8x63 c17"]()
     # A last turn that is better whole than in halves.
     x, weight = (torch.empty(rows, 32, dtype=torch.bfloat16) for rows in (210 * 256, 128))
     centred, _ = context_launchers.centre(weight[None], 32, None)

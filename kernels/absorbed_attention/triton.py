@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import capability
 from ..context_kv.triton import (
     SIDE_CHUNK,
     Centred,
@@ -252,6 +253,8 @@ def _to_tokens(
     block_c, block_e = _latents(latents, weight), _channels(width)
     # Numbers of a tile of the weight, and of the result: wide tiles make a row in few steps.
     room = 16384 if weight.element_size() == 2 else 4096
+    if weight.element_size() > 2 and capability(rows) > 90:  # else 7 stores spill for heads of 63
+        room = 2048
     block_w = max(16, min(256, room // block_e, room // block_c))
     launch(
         to_tokens_kernel, rows, (bags * heads * cdiv(latents, block_c),),
