@@ -12,6 +12,7 @@ from motet.kernels.fold_norm import triton as fold_launchers
 from motet.kernels.harmonic_merge import triton as merge_launchers
 from motet.kernels.head import triton as head_launchers
 from motet.kernels.latent_attention import triton as attention_launchers
+from motet.kernels.latent_attention.records import like_record
 from motet.kernels.lego_pass import triton as lego_launchers
 from motet.kernels.row_statistics import triton as statistics_launchers
 from motet.kernels.slerp import triton as slerp_launchers
@@ -27,12 +28,12 @@ BITS = {
 
 def attention(
     dtype: str, heads: int, latents: int, width: int, *, dropout: float, ragged: bool,
-    counted: bool = False, shared: bool = False,
+    counted: bool = False, shared: bool = False, layers: int = 1,
 ) -> Callable[[], None]:  # fmt: skip
     """Return what calls every launcher of latent_attention at one size.
 
     Ragged keys have rows of a multiple of 16 numbers. True for `shared`: all bags have the same
-    queries.
+    queries. As many `layers` attend to them.
     """
 
     def run() -> None:
@@ -52,8 +53,11 @@ def attention(
         given = (q, k, v, offsets, counts)
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
         out, lse = kernels.attend(*given, 0.25, dropout, seed)
-        dq = torch.empty_like(q)
-        kernels.attend_backward(out, *given, out, lse, 0.25, dropout, seed, dq, dk, dv)
+        record = like_record(out)
+        rest = (out, lse, 0.25, dropout, seed, torch.empty_like(q), record)
+        kernels.query_gradient(out, *given, *rest)
+        records = record[:, :, None].repeat(1, 1, layers, 1, 1)
+        kernels.kv_gradient(records, *given[1:], width, 0.25, dropout, dk, dv)
         q = torch.empty(2, heads, latents, k.shape[-1], **own)
         for reduce in (None, "mean"):
             kernels.weights(q, k, offsets, lse, 0.25, reduce)
@@ -222,8 +226,8 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
     # (heads, latents, width): TCGA as released, as in the paper (8 heads) where the blocks differ,
     # and 8x64.
     sizes = [
-        (1, 25, 16), (1, 17, 63), (1, 17, 27), (1, 16, 103), (8, 25, 128), (8, 16, 80),
-        (8, 64, 64), (8, 256, 64),
+        (1, 25, 16), (1, 17, 63), (1, 17, 27), (1, 16, 103), (8, 25, 16), (8, 17, 27),
+        (8, 25, 128), (8, 16, 80), (8, 64, 64), (8, 256, 64),
     ]  # fmt: skip
     for heads, latents, width in sizes:
         for dtype in ("bf16", "fp32"):
@@ -231,8 +235,10 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
                 name = f"attention {dtype} {heads}x{width} c{latents}"
                 yield (
                     f"{name} dropout" if dropout else name,
-                    attention(dtype, heads, latents, width, dropout=dropout, ragged=True),
-                )
+                    attention(
+                        dtype, heads, latents, width, dropout=dropout, ragged=True, layers=2
+                    ),
+                )  # fmt: skip
     yield "attention bf16 8x64 c64 dense", attention("bf16", 8, 64, 64, dropout=0, ragged=False)
     yield (
         "attention fp16 8x64 c64 dropout",

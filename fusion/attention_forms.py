@@ -16,6 +16,7 @@ from ..kernels.absorbed_attention.gather import absorbed_gather, ask, project_ba
 from ..kernels.absorbed_attention.operator import absorbed_weights
 from ..kernels.backends import Backend, check_backend
 from ..kernels.latent_attention.operator import latent_attention_kv
+from ..kernels.latent_attention.records import kv_records
 from ..kernels.latent_attention.reference import latent_attention_reference
 from ..kernels.one_token.operator import one_token_values
 from ..kernels.plan import Strategy
@@ -60,10 +61,17 @@ class Cached:
     asks = True
 
     def __init__(
-        self, context: Context, offsets: Tensor, kv: Tensor, backend: Backend = "auto"
+        self,
+        context: Context,
+        offsets: Tensor,
+        kv: Tensor,
+        backend: Backend = "auto",
+        layers: int = 1,
     ) -> None:
         self.context, self.offsets, self.kv = context, offsets, kv
         self.backend: Backend = backend
+        self._layers = layers
+        self._records: list[Tensor] = []
 
     @classmethod
     def of(
@@ -77,16 +85,18 @@ class Cached:
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
         assert queries is not None
+        q, counts, scale = attention.split(queries), self.context.packed_counts(), attention.scale
+        p, backend = attention.active_dropout, self.backend
+        if not self._records:  # those of all layers at the first; should more ask, one for each
+            made = kv_records(
+                q, self.kv, self.offsets, layers=self._layers, counts=counts, scale=scale,
+                dropout_p=p, backend=backend,
+            )  # fmt: skip
+            self._records, self._layers = list(made), 1
         out, _ = latent_attention_kv(
-            attention.split(queries),
-            self.kv,
-            self.offsets,
-            counts=self.context.packed_counts(),
-            scale=attention.scale,
-            dropout_p=attention.active_dropout,
-            seed=seed,
-            backend=self.backend,
-        )
+            q, self.kv, self.offsets, counts=counts, scale=scale, dropout_p=p, seed=seed,
+            backend=backend, record=self._records.pop() if self._records else None,
+        )  # fmt: skip
         return out
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
@@ -252,7 +262,7 @@ def prepare(
     attentions: Sequence[Attention],
     *,
     latents: int,
-    layers: int = 1,
+    layers: Sequence[int] | None = None,
     strategy: Strategy | None = None,
     backend: Backend = "auto",
 ) -> list[Keys]:
@@ -262,7 +272,7 @@ def prepare(
         context: the tokens of a batch.
         attentions: one per weight set, alike but for their weights.
         latents: C, how many will attend.
-        layers: how many will ask, at least one per weight set.
+        layers: how many will ask each of them; None for one each.
         strategy, backend: see `kernels.plan`; None for the planned strategy.
     """
     choice("strategy", strategy, (None, *get_args(Strategy)))
@@ -271,12 +281,12 @@ def prepare(
         return [Literal(context, attention) for attention in attentions]
     if context.single:
         return [OneToken.of(context, attention, latents) for attention in attentions]
-    first = attentions[0]
+    first, layers = attentions[0], layers or [1] * len(attentions)
     x, positions, offsets = packed = context.packed()
     bags, weight, eps = len(offsets) - 1, first.to_kv.weight, first.token_norm.eps
     chosen = _planned(
         x, bags, first, strategy, backend,
-        latents=latents, layers=layers, weight_sets=len(attentions),
+        latents=latents, layers=sum(layers), weight_sets=len(attentions),
     )  # fmt: skip
     # Short bags go into one product, at the price of their own bits: 50 patches at a time take
     # twice the time of one product, most of it to read the weights.
@@ -297,7 +307,8 @@ def prepare(
             return [Together(context, attention) for attention in attentions]
         return [Cached.of(context, offsets, own, backend) for own in attentions]
     kv = _kv_of_all_layers(packed, attentions, statistics, bag_by_bag=not short, backend=backend)
-    return [Cached(context, offsets, own, backend) for own in kv]
+    each = zip(kv, layers, strict=True)
+    return [Cached(context, offsets, own, backend, asked) for own, asked in each]
 
 
 def _planned(

@@ -338,7 +338,7 @@ class HEALNet(nn.Module):
                 context,
                 [cast(FusionLayer, layer).attention_to(name) for layer in self.layers],
                 latents=len(self.latents),
-                layers=len(self.order),
+                layers=[self.order.count(index) for index in range(len(self.layers))],
                 strategy=strategy,
                 backend=backend,
             )

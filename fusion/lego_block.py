@@ -287,10 +287,15 @@ class LegoBlock(nn.Module):
     def attend_to(self, context: Context, how: How) -> list[Keys]:
         """Read what `context` returned once; return what each set of weights attends to."""
         attentions = [layer.attention for layer in self.sets]
-        return self._prepared(context, attentions, how, layers=len(self.order))
+        asked = [self.order.count(index) for index in range(len(attentions))]
+        return self._prepared(context, attentions, how, asked)
 
     def _prepared(
-        self, context: Context, attentions: Sequence[Attention], how: How, layers: int = 1
+        self,
+        context: Context,
+        attentions: Sequence[Attention],
+        how: How,
+        layers: Sequence[int] | None = None,
     ) -> list[Keys]:
         rows = self.transform.rows
         return prepare(

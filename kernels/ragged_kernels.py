@@ -5,6 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
+def _bag_of_slot(slot, offsets_ptr, n_bags, CHUNK: tl.constexpr):
+    """Return the last bag whose first slot is not behind `slot`."""
+    before = 0
+    for b0 in range(0, n_bags, 128):
+        b = b0 + tl.arange(0, 128)
+        first = tl.load(offsets_ptr + b, mask=b < n_bags, other=0) // CHUNK + b
+        before += tl.sum(((first <= slot) & (b < n_bags)).to(tl.int32), 0)
+    return (before - 1).to(tl.int64)
+
+
+@triton.jit
 def chunk_of_slot(
     slot, offsets_ptr, n_bags, n_rows, CHUNK: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
@@ -16,12 +27,7 @@ def chunk_of_slot(
     their own.
     """
     if RAGGED:
-        before = 0
-        for b0 in range(0, n_bags, 128):
-            b = b0 + tl.arange(0, 128)
-            first = tl.load(offsets_ptr + b, mask=b < n_bags, other=0) // CHUNK + b
-            before += tl.sum(((first <= slot) & (b < n_bags)).to(tl.int32), 0)
-        bag = (before - 1).to(tl.int64)
+        bag = _bag_of_slot(slot, offsets_ptr, n_bags, CHUNK)
         origin = tl.load(offsets_ptr + bag)
         length = (tl.load(offsets_ptr + bag + 1) - origin).to(tl.int32)
         start = (slot - origin // CHUNK - bag).to(tl.int32) * CHUNK
@@ -31,6 +37,17 @@ def chunk_of_slot(
         origin = bag * 0
         length = n_rows
         start = slot % chunks * CHUNK
+    return bag, origin, start, tl.minimum(start + CHUNK, length)
+
+
+@triton.jit
+def chunk_of_any_row(slot, offsets_ptr, n_bags, n_rows, CHUNK: tl.constexpr):
+    """Do as chunk_of_slot, with the rows behind the last bag, up to n_rows, as one bag more."""
+    bag = _bag_of_slot(slot, offsets_ptr, n_bags + 1, CHUNK)
+    origin = tl.load(offsets_ptr + bag)
+    end = tl.load(offsets_ptr + bag + 1, mask=bag < n_bags, other=0)
+    length = (tl.where(bag < n_bags, end, n_rows) - origin).to(tl.int32)
+    start = (slot - origin // CHUNK - bag).to(tl.int32) * CHUNK
     return bag, origin, start, tl.minimum(start + CHUNK, length)
 
 

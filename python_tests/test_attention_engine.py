@@ -167,7 +167,7 @@ def test_what_is_chosen(strategy, monkeypatch: pytest.MonkeyPatch) -> None:
         Attention(12, 6, heads=2, head_dim=4).double(),
         Attention(12, 6, heads=2, head_dim=4).double(),
     ]
-    several = Context(torch.randn(3, 9, 6, **WIDE))
+    several = Context(torch.randn(3, 5, 6, **WIDE))
     one = Context(torch.randn(3, 1, 6, **WIDE), single=True)
 
     def kinds(context: Context, strategy) -> set[type]:

@@ -574,15 +574,18 @@ def test_registration(lengths: list[int], option: str | None) -> None:
     counts = counts_of(sum(lengths)) if option == "counts" else None
     options = (0.5, *((0.5, torch.tensor([5])) if option == "dropout" else (0.0, None)), "auto")
     operators = torch.ops.motet
-    for op, tokens in (("latent_attention", (k, v)), ("latent_attention_kv", (kv,))):
+    for op, tokens, more in (
+        ("latent_attention", (k, v), ()),
+        ("latent_attention_kv", (kv,), (None,)),
+    ):
         args = [t.clone().requires_grad_() for t in (q, *tokens)]
-        opcheck(getattr(operators, op), (*args, offsets, counts, *options))
-        made = getattr(operators, op)(q, *tokens, offsets, counts, *options)
+        opcheck(getattr(operators, op), (*args, offsets, counts, *options, *more))
+        made = getattr(operators, op)(q, *tokens, offsets, counts, *options, *more)
         backward = (torch.randn_like(q), q, *tokens, offsets, counts, *made, *options)
-        opcheck(getattr(operators, f"{op}_backward"), backward)
+        opcheck(getattr(operators, f"{op}_backward"), (*backward, *map(bool, more)))
     q = q.new_zeros(4, 3, 5).transpose(0, 1)[None].clone().requires_grad_()
     kv = torch.nn.functional.pad(kv, (0, 11)).requires_grad_()
-    opcheck(operators.latent_attention_kv, (q, kv, offsets, counts, *options))
+    opcheck(operators.latent_attention_kv, (q, kv, offsets, counts, *options, None))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])

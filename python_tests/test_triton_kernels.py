@@ -19,7 +19,8 @@ from motet.kernels import dropout
 from motet.kernels.dropout import dropout_mask
 from motet.kernels.latent_attention import triton as attention_launchers
 from motet.kernels.latent_attention import triton_kernels as attention_kernels
-from motet.kernels.latent_attention.triton import attend, attend_backward, weights
+from motet.kernels.latent_attention.records import like_record
+from motet.kernels.latent_attention.triton import attend, kv_gradient, query_gradient, weights
 from motet.kernels.ragged import count_slots
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -98,6 +99,16 @@ def check_attention(q, kv, split, offsets, dropout_p, counts=None):
 
 def unbound(kv):
     return kv.unbind(1)
+
+
+def attend_backward(dout, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, *results):
+    """Write dq, dk and dv of one layer."""
+    own, *rest = results
+    record = like_record(dout)
+    given = (out, lse, scale, dropout_p, seed, own, record)
+    query_gradient(dout, q, k, v, offsets, counts, *given)
+    assert record.isfinite().all() or lse.isneginf().any()
+    kv_gradient(record[:, :, None], k, v, offsets, counts, q.shape[-1], scale, dropout_p, *rest)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

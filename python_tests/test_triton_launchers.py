@@ -41,6 +41,7 @@ from motet.kernels.fold_norm import operator as fold
 from motet.kernels.harmonic_merge import operator as merge
 from motet.kernels.head import operator as head
 from motet.kernels.latent_attention import operator as attention
+from motet.kernels.latent_attention import records
 from motet.kernels.lego_pass import operator as lego
 from motet.kernels.row_statistics import operator as statistics_operator
 from motet.kernels.slerp import operator as slerp
@@ -112,19 +113,22 @@ def attend() -> None:
         out, _ = attention._forward(q, *kv.unbind(1), *rest)
         rest = (offsets, None, out, lse, 0.3, 0.1, seed, backend)
         attention._backward_of(out, q, *kv.unbind(1), *rest)
-        attention._backward_of_kv(out, q, kv, *rest)
-        attention._backward_of_kv(
-            out[:0], q[:1], kv, offsets[:1], None, out[:0], lse[:0], *rest[4:]
-        )
+        for recorded in (False, True)[: 2 if q.is_meta else 1]:
+            attention._backward_of_kv(out, q, kv, *rest, recorded)
+            nobody = (out[:0], q[:1], kv, offsets[:1], None, out[:0], lse[:0])
+            attention._backward_of_kv(*nobody, *rest[4:], recorded)
         qkv = torch.empty(2, 5, 3, 3, 16)
         rest = (0.3, 0.1, seed, backend)
         attention._backward_of_self(*attention._forward_self(qkv, *rest)[:1], qkv, out, lse, *rest)
         rest = (offsets, None, 0.3, 0.1, seed, backend)
-        out, _ = attention._forward_kv(q[:1], kv, *rest)
-        rest = (offsets, None, out, lse, 0.3, 0.1, seed, backend)
+        out, _ = attention._forward_kv(q[:1], kv, *rest, None)
+        rest = (offsets, None, out, lse, 0.3, 0.1, seed, backend, False)
         attention._backward_of_kv(out, q[:1], kv, *rest)
         for given in (lse, None):
             attention_weights(q, kv[:, 0], offsets, lse=given, reduce="mean", backend=backend)
+    made = records._forward(kv, offsets, None, 2, 5, 16)
+    for own in (made, made[:0]):
+        records._backward_of(own, kv, offsets, None, 16, 0.3, 0.1)
     attention_weights(q, torch.empty(2, 3, 7, 16))
 
 

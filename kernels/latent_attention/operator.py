@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from ..._checks import choice
-from ..backends import Backend, check_backend, compiled, on_triton, refuse_second_derivative
-from ..checks import check_counts, check_offsets, refuse_forward_mode
+from ..backends import Backend, check_backend, compiled, refuse_second_derivative
+from ..checks import check_counts, refuse_forward_mode
 from ..dropout import check_dropout
 from ..dtypes import wide
 from ..layout import rows_apart
 from ..ragged import padded, slices_of
 from . import cpu
+from .checks import check_attention, check_lse
 from .cpu import Reduce, through_sdpa
+from .records import like_record, record_width, takes_triton
 from .reference import scale_of, softmax_weights
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
@@ -34,12 +36,12 @@ _LIBRARY.define(
 # together from two or three.
 _LIBRARY.define(
     "latent_attention_kv(Tensor q, Tensor kv, Tensor offsets, Tensor? counts, float scale, "
-    "float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
+    "float dropout_p, Tensor? seed, str backend, Tensor? record) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "latent_attention_kv_backward(Tensor grad, Tensor q, Tensor kv, Tensor offsets, "
     "Tensor? counts, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed, "
-    "str backend) -> (Tensor, Tensor)"
+    "str backend, bool recorded) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "latent_self_attention(Tensor qkv, float scale, float dropout_p, Tensor? seed, str backend) "
@@ -100,7 +102,7 @@ def latent_attention(
         >>> motet.kernels.latent_attention(q, k, v, offsets=torch.tensor([0, 50, 70])).shape
         torch.Size([2, 8, 25, 16])
     """
-    _check(q, k, offsets, v=v)
+    check_attention(q, k, offsets, v=v)
     check_backend(backend)
     seed = check_dropout(dropout_p, seed, q.device)
     check_counts(counts, k.shape[::2] if offsets is None else k.shape[:1], k, dropout_p)
@@ -119,6 +121,7 @@ def latent_attention_kv(
     offsets: Tensor,
     *,
     counts: Tensor | None = None,
+    record: Tensor | None = None,
     scale: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -131,6 +134,8 @@ def latent_attention_kv(
         kv: [T, 2, H, P], where P is E, or E and numbers that are zero up to the next multiple of
             16, on which rows start where loads can be asynchronous. Tokens behind the last bag
             belong to none; their gradient is zero, as is that of the numbers behind the Eth.
+        record: one of those that kv_records made of `kv`, for this call alone; the gradient goes to
+            `kv` through it. None for a gradient of this call's own.
         offsets, counts, scale, dropout_p, seed, backend: see latent_attention.
 
     Returns:
@@ -140,7 +145,7 @@ def latent_attention_kv(
     """
     bags, width = len(offsets) - 1, q.shape[-1]
     k, v = kv[..., :width].unbind(1)
-    _check(q.expand(bags, -1, -1, -1), k, offsets, v=v, whole=False)
+    check_attention(q.expand(bags, -1, -1, -1), k, offsets, v=v, whole=False)
     if kv.shape[-1] not in (width, width + -width % 16):
         raise ValueError(
             f"kv: expected rows of {width} numbers, or of {width + -width % 16}, got "
@@ -148,12 +153,15 @@ def latent_attention_kv(
         )
     seed = check_dropout(dropout_p, seed, q.device)
     check_counts(counts, kv.shape[:1], kv, dropout_p)
+    expected = (bags, *q.shape[1:3], record_width(width))
+    if record is not None and record.shape != expected:
+        raise ValueError(f"record: expected {expected}, got {tuple(record.shape)}")
     refuse_forward_mode("latent_attention")
     if backend == "compile" and not dropout_p:
         q = q.expand(bags, -1, -1, -1)
         return compiled(through_sdpa)(q, k, v, offsets, counts, scale), q.new_empty(0)
     out, lse = torch.ops.motet.latent_attention_kv(
-        q, kv, offsets, counts, scale, dropout_p, seed, backend
+        q, kv, offsets, counts, scale, dropout_p, seed, backend, record
     )
     return out, lse
 
@@ -172,7 +180,7 @@ def latent_self_attention(
         [B, H, C, E] in float32 (float64), as latent_attention_kv.
     """
     q, k, v = _queries_keys_values(qkv)
-    _check(q, k, None, v=v)
+    check_attention(q, k, None, v=v)
     seed = check_dropout(dropout_p, seed, qkv.device)
     refuse_forward_mode("latent_attention")
     if backend == "compile" and not dropout_p:
@@ -224,10 +232,10 @@ def attention_weights(
         >>> motet.kernels.attention_weights(q, k, reduce="mean").shape
         torch.Size([2, 50])
     """
-    _check(q, k, offsets)
+    check_attention(q, k, offsets)
     check_backend(backend)
     choice("reduce", reduce, (None, "mean"))
-    _check_lse(lse, q)
+    check_lse(lse, q)
     if lse is None and reduce is None:
         return _differentiable_weights(q, k, offsets, scale)
     with torch.no_grad():
@@ -236,24 +244,12 @@ def attention_weights(
             lse = torch.ops.motet.latent_attention(*arguments)[1]
             assert lse is not None
         factor = scale_of(q, scale)
-        if _takes_triton(backend, q):
+        if takes_triton(backend, q):
             from . import triton as launchers
 
             q, k = rows_apart(q), rows_apart(k)
             return launchers.weights(q, k, offsets, lse.contiguous(), factor, reduce)
         return cpu.weights(q, k, offsets, lse, factor, reduce)
-
-
-def _check_lse(lse: Tensor | None, q: Tensor) -> None:
-    if lse is None:
-        return
-    if not isinstance(lse, Tensor):
-        raise TypeError(f"lse: expected a tensor, got {type(lse).__name__}")
-    if (lse.shape, lse.dtype, lse.device) != (q.shape[:3], wide(q.dtype), q.device):
-        raise ValueError(
-            f"lse: expected {tuple(q.shape[:3])} {wide(q.dtype)} on {q.device}, got "
-            f"{tuple(lse.shape)} {lse.dtype} on {lse.device}"
-        )
 
 
 def _differentiable_weights(
@@ -271,11 +267,6 @@ def _differentiable_weights(
     return torch.cat(bags, dim=-1).permute(2, 0, 1) if bags else k.new_empty(0, *q.shape[1:3])
 
 
-def _takes_triton(backend: str, q: Tensor) -> bool:
-    too_wide = "takes heads of up to 256 numbers" if q.shape[-1] > 256 else ""
-    return on_triton(backend, q.device.type, q.dtype, too_wide)
-
-
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -287,7 +278,7 @@ def _forward(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if _takes_triton(backend, q):
+    if takes_triton(backend, q):
         from . import triton as launchers
 
         q, k, v = map(rows_apart, (q, k, v))
@@ -318,13 +309,16 @@ def _backward_into(
         for result in results:
             result.zero_()
         return
-    if _takes_triton(backend, q):
+    if takes_triton(backend, q):
         from . import triton as launchers
 
+        dq, dk, dv = results
         grad, q, k, v = map(rows_apart, (grad, q, k, v))
-        launchers.attend_backward(
-            grad, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, *results
-        )
+        record = like_record(grad)
+        own = (out, lse, scale, dropout_p, seed, dq, record)
+        launchers.query_gradient(grad, q, k, v, offsets, counts, *own)
+        own = (q.shape[-1], scale, dropout_p, dk, dv)
+        launchers.kv_gradient(record[:, :, None], k, v, offsets, counts, *own)
         return
     dq, dk, dv = results
     width, bags = q.shape[-1], len(out)
@@ -351,14 +345,29 @@ def _backward_of(grad, q, k, v, *rest):
     return dq, dk, dv
 
 
-def _forward_kv(q, kv, *rest):
+def _forward_kv(q, kv, offsets, counts, scale, dropout_p, seed, backend, record):
+    rest = (offsets, counts, scale, dropout_p, seed, backend)
     return _forward(q, kv[:, 0], kv[:, 1], *rest)
 
 
-def _backward_of_kv(grad, q, kv, *rest):
-    dq, dkv = _like_queries(q), kv.new_empty(kv.shape)
-    _backward_into((dq, dkv[:, 0], dkv[:, 1]), grad, q, kv[:, 0], kv[:, 1], *rest)
-    return dq, dkv
+def _backward_of_kv(
+    grad, q, kv, offsets, counts, out, lse, scale, dropout_p, seed, backend, recorded
+):
+    """Return the gradient of q, and that of kv, or what a record takes for its own."""
+    dq, own = _like_queries(q), (out, lse, scale, dropout_p, seed)
+    if not recorded:
+        dkv = kv.new_empty(kv.shape)
+        results, (k, v) = (dq, dkv[:, 0], dkv[:, 1]), kv.unbind(1)
+        _backward_into(results, grad, q, k, v, offsets, counts, *own, backend)
+        return dq, dkv
+    record = like_record(grad)
+    if not grad.numel():  # nobody attends
+        return dq.zero_(), record
+    from . import triton as launchers
+
+    grad, q, k, v = map(rows_apart, (grad, q, kv[:, 0], kv[:, 1]))
+    launchers.query_gradient(grad, q, k, v, offsets, counts, *own, dq, record)
+    return dq, record
 
 
 def _forward_self(qkv, *rest):
@@ -393,6 +402,23 @@ def _differentiated_by(operator: str) -> Callable[..., Any]:
     return backward
 
 
+def _setup_context_kv(ctx, inputs, output) -> None:
+    *inputs, record = inputs
+    ctx.recorded = record is not None
+    _setup_context(ctx, inputs, output)
+
+
+def _backward_kv(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 7
+    if grad is None:
+        return None, None, *nothing
+    *tensors, seed, out, lse = ctx.saved_tensors
+    dq, other = torch.ops.motet.latent_attention_kv_backward(
+        grad, *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend, ctx.recorded
+    )
+    return (dq, None, *nothing[1:], other) if ctx.recorded else (dq, other, *nothing)
+
+
 def _fake(q, k, v, offsets, *rest):
     full, bags = wide(q.dtype), len(q) if offsets is None else len(offsets) - 1
     out = q.new_empty((bags, *q.shape[1:]), dtype=full)
@@ -412,7 +438,7 @@ def _fake_backward(grad, q, k, v, *rest):
 
 
 def _fake_backward_kv(grad, q, kv, *rest):
-    return _like_queries(q), kv.new_empty(kv.shape)
+    return _like_queries(q), like_record(grad) if rest[-1] else kv.new_empty(kv.shape)
 
 
 def _fake_backward_self(grad, qkv, *rest):
@@ -429,50 +455,12 @@ for _name, _implementation, _fake_of in (
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"motet::{_name}", _fake_of, lib=_LIBRARY)
-for _name in ("latent_attention", "latent_attention_kv", "latent_self_attention"):
+for _name, _setup, _derivative in (
+    ("latent_attention", _setup_context, _differentiated_by("latent_attention_backward")),
+    ("latent_attention_kv", _setup_context_kv, _backward_kv),
+    ("latent_self_attention", _setup_context, _differentiated_by("latent_self_attention_backward")),
+):
     torch.library.register_autograd(
-        f"motet::{_name}",
-        _differentiated_by(f"{_name}_backward"),
-        setup_context=_setup_context,
-        lib=_LIBRARY,
+        f"motet::{_name}", _derivative, setup_context=_setup, lib=_LIBRARY
     )
     refuse_second_derivative(_LIBRARY, _name)
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    offsets: Tensor | None,
-    v: Tensor | None = None,
-    *,
-    whole: bool = True,
-) -> None:
-    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    if q.ndim != 4:
-        raise ValueError(f"q: expected [B, H, C, E], got {tuple(q.shape)}")
-    batch, heads, _, width = q.shape
-    ragged = offsets is not None
-    expected = ("T", heads, width) if ragged else (batch, heads, "N", width)
-    fits = (
-        k.ndim == 3 and k.shape[1:] == (heads, width)
-        if ragged
-        else k.ndim == 4 and (*k.shape[:2], k.shape[3]) == (batch, heads, width)
-    )
-    if not fits:
-        text = ", ".join(map(str, expected))
-        raise ValueError(f"k: expected [{text}] for q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v is not None and v.shape != k.shape:
-        raise ValueError(f"v: expected the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    for name, tensor in named.items():
-        if (tensor.dtype, tensor.device) != (q.dtype, q.device):
-            raise ValueError(
-                f"{name}: expected {q.dtype} on {q.device} as q, got {tensor.dtype} on "
-                f"{tensor.device}"
-            )
-    if offsets is not None:
-        check_offsets(offsets, len(k), k.device, batch, whole=whole)

@@ -15,10 +15,11 @@ from ..dropout import representable
 from ..launch import cdiv, launch, next_power_of_2
 from ..ragged import count_slots
 from .triton_kernels import (
-    attend_backward_kernel,
     attend_kernel,
     combine_attend_kernel,
     combine_dq_kernel,
+    dkv_kernel,
+    dq_kernel,
     mean_weights_kernel,
     weights_kernel,
 )
@@ -91,7 +92,7 @@ def attend(
     return out, lse
 
 
-def attend_backward(
+def query_gradient(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -103,48 +104,81 @@ def attend_backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | int | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    result: Tensor,
+    record: Tensor,
 ) -> None:
-    """Write the gradients of `attend` into `dq`, `dk` and `dv`, all of them.
+    """Write the gradient of `attend` with respect to q, and what that of k and v needs of q.
 
     Args:
         dout: [B, H, C, E], the gradient of out, last stride 1.
         q, k, v, offsets, counts, scale, dropout_p, seed: as given to attend.
         out, lse: what attend returned, not empty.
-        dq, dk, dv: where to write, shaped like `q` and `k`, zeros behind the last bag; any strides,
-            the last 1.
+        result: where the gradient goes, shaped like `q`, last stride 1.
+        record: where what `kv_gradient` needs goes, fp32 [B, H, C, record_width(E)], contiguous.
     """
     bags, heads, latents, width = out.shape
-    blocks = _backward_blocks(q, counted=counts is not None)
+    blocks = _dq_blocks(q, counted=counts is not None)
     slots = _slots(k, offsets, bags, blocks.chunk)
     partial = torch.empty(slots, heads, latents, k.shape[-1], dtype=torch.float32, device=q.device)
-    shared = _constants(q, offsets, blocks)
-    counts = None if counts is None else counts.contiguous()
-    for c0 in range(0, latents if slots else 0, blocks.block_c):
+    if slots:
         launch(
-            attend_backward_kernel, q, (slots * heads,),
-            dout, q, k, v, offsets, counts, out, lse, dk, dv, partial,
-            _seed(seed, dropout_p, q), *dout.stride()[:3], *_strides_of_queries(q, bags),
+            dq_kernel, q, (slots * heads * cdiv(latents, blocks.block_c),),
+            dout, q, k, v, offsets, None if counts is None else counts.contiguous(), out, lse,
+            partial, record, _seed(seed, dropout_p, q),
+            *dout.stride()[:3], *_strides_of_queries(q, bags),
             *_strides(k, offsets), *_strides(v, offsets),
-            *_strides(dk, offsets), *_strides(dv, offsets),
-            bags, _keys(k, offsets), heads, scale,
-            representable(dropout_p), 1 / (1 - dropout_p), c0, **shared, PADDED=k.shape[-1],
-            BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0, ADD=c0 > 0,
-            COUNTS=counts is not None, num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
+            bags, _keys(k, offsets), heads, scale, representable(dropout_p), 1 / (1 - dropout_p),
+            **_constants(q, offsets, blocks), PADDED=k.shape[-1], BLOCK_N=blocks.block_n,
+            DROPOUT=dropout_p > 0, COUNTS=counts is not None,
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
-    asking = len(q) * heads * latents
-    behind = 0 if offsets is None else heads * cdiv(k.shape[0], blocks.chunk)
     launch(
-        combine_dq_kernel, q, (asking + behind,),
-        partial, offsets, dq, dk, dv, *dq.stride()[:3],
-        *_strides(dk, offsets)[1:], *_strides(dv, offsets)[1:],
-        bags, _keys(k, offsets), k.shape[0], slots, asking, heads, scale, C=latents, E=width,
-        PADDED=k.shape[-1], CHUNK=blocks.chunk, BLOCK_E=blocks.block_e,
+        combine_dq_kernel, q, (len(q) * heads * latents,),
+        partial, offsets, result, *result.stride()[:3], _keys(k, offsets), slots, heads, scale,
+        C=latents, E=width, PADDED=k.shape[-1], CHUNK=blocks.chunk, BLOCK_E=blocks.block_e,
         RAGGED=offsets is not None, SHARED=len(q) < bags, num_warps=4,
     )  # fmt: skip
+
+
+def kv_gradient(
+    records: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor | None,
+    counts: Tensor | None,
+    width: int,
+    scale: float,
+    dropout_p: float,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Write the gradients with respect to k and v of all layers that attended to them.
+
+    Args:
+        records: fp32 [B, H, L, C, record_width(E)], contiguous, what `query_gradient` wrote for
+            every layer; zeros for one whose result nobody differentiates.
+        k, v, offsets, counts, scale, dropout_p: as given to attend.
+        width: E.
+        dk, dv: where to write, shaped like `k`, zeros behind the last bag; any strides, the last 1.
+    """
+    bags, heads, layers, latents, _ = records.shape
+    blocks = _dkv_blocks(k, width, layers * latents)
+    if offsets is None:
+        slots = bags * cdiv(k.shape[2], blocks.block_n)
+    else:  # the rows behind the last bag are one bag more
+        slots = count_slots(k.shape[0], bags + 1, blocks.block_n)
+    if slots:
+        launch(
+            dkv_kernel, k, (slots * heads,),
+            records, k, v, offsets, None if counts is None else counts.contiguous(), dk, dv,
+            *_strides(k, offsets), *_strides(v, offsets),
+            *_strides(dk, offsets), *_strides(dv, offsets),
+            bags, _keys(k, offsets), k.shape[0], layers * latents, heads, scale,
+            representable(dropout_p), 1 / (1 - dropout_p), C=latents, E=width,
+            PADDED=k.shape[-1], BLOCK_C=blocks.block_c, BLOCK_N=blocks.block_n,
+            BLOCK_E=blocks.block_e, RAGGED=offsets is not None, DROPOUT=dropout_p > 0,
+            COUNTS=counts is not None, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        )  # fmt: skip
 
 
 def weights(
@@ -192,44 +226,54 @@ def weights(
 
 
 def _forward_blocks(q: Tensor) -> _Blocks:
-    return _blocks(q, backward=False)
-
-
-def _backward_blocks(q: Tensor, *, counted: bool) -> _Blocks:
-    return _blocks(q, backward=True, counted=counted)
-
-
-def _blocks(q: Tensor, *, backward: bool, counted: bool = False) -> _Blocks:
     """Choose blocks that spill no register on sm_80, sm_90 or sm_100 (benchmarks/registers.py)."""
     _, heads, latents, width = q.shape
-    block_e = max(16, next_power_of_2(width))
+    block_e = _block_e(width)
     block_c = max(16, min(64, next_power_of_2(latents)))
-    # A bag of 15,000 patches and one head fills 59 of 132 multiprocessors with chunks of 256.
-    chunk = 256 if heads <= 2 and latents <= 64 else 512
     if q.element_size() == 2:
-        if not backward:
-            # 64 keys spill for heads of 32 (4 to 10 stores on sm_80 and sm_90).
-            block_n = 32 if block_e in (32, 256) else 64
-            warps, stages = 8 if block_e == 256 else 4, 2 if block_e <= 32 else 3
-            return _Blocks(chunk, block_c, block_n, block_e, warps, stages)
-        # Otherwise 1 to 54 stores spill, most of them on sm_80.
-        chip = capability(q)
-        hopper = chip == 90
-        block_c = min(block_c, 64 if hopper and block_e <= 64 else 32)
-        block_n = 64 if block_c < 64 and block_e <= (128 if hopper else 64) else 32
-        # With counts 4 warps spill twice for heads of 64 on sm_100.
-        widest = 64 if chip == 90 or (chip > 90 and not counted) else 32
-        warps = 8 if block_c == 64 or block_e > widest else 4
-        return _Blocks(chunk, block_c, block_n, block_e, warps, 2)
+        # 64 keys spill for heads of 32 (4 to 10 stores on sm_80 and sm_90).
+        block_n = 32 if block_e in (32, 256) else 64
+        warps, stages = 8 if block_e == 256 else 4, 2 if block_e <= 32 else 3
+        return _Blocks(_chunk(heads, latents), block_c, block_n, block_e, warps, stages)
     # tf32x3 keeps two parts of every operand in registers.
-    block_c = min(block_c, 16 if backward or block_e > 32 else 32)
-    block_n = 16 if backward or block_e == 256 else 32
-    warps = 4 if block_e <= (32 if backward else 64) else 8
-    # 4 and 8 warps spill once with dropout, on sm_80 and sm_100; 2 once with counts, on sm_100, and
-    # twice with dropout, on sm_90.
-    if backward and block_e == 16 and not counted and capability(q) != 90:
-        warps = 2
-    return _Blocks(chunk, block_c, block_n, block_e, warps, 2)
+    block_c = min(block_c, 16 if block_e > 32 else 32)
+    block_n = 16 if block_e == 256 else 32
+    return _Blocks(_chunk(heads, latents), block_c, block_n, block_e, 4 if block_e <= 64 else 8, 2)
+
+
+def _dq_blocks(q: Tensor, *, counted: bool) -> _Blocks:
+    _, heads, latents, width = q.shape
+    block_e, chip = _block_e(width), capability(q)
+    if q.element_size() == 2:
+        # 64 latents take 255 registers on sm_80, and spill with counts on sm_100.
+        tall = block_e <= 64 and (chip == 90 or (chip > 90 and not counted))
+        block_c = max(16, min(64 if tall else 32, next_power_of_2(latents)))
+        block_n, warps = 64 if block_e <= 128 else 32, 4 if block_e <= 64 else 8
+    else:
+        block_c, block_n, warps = 16, 16, 4 if block_e <= 32 else 8
+    return _Blocks(_chunk(heads, latents), block_c, block_n, block_e, warps, 2)
+
+
+def _dkv_blocks(k: Tensor, width: int, latents: int) -> _Blocks:
+    """A program takes one block of keys and all latents of all layers."""
+    block_e = _block_e(width)
+    block_c = 16 if -latents % 32 >= 16 else 32
+    if k.element_size() == 2:
+        # 64 keys and heads of 64 spill 24 times with dropout on sm_80.
+        small = block_e == 256 or (block_e == 64 and capability(k) < 90)
+        block_n, warps = 32 if small else 64, 4 if block_e <= 64 else 8
+    else:
+        block_c, block_n, warps = 16, 32 if block_e <= 32 else 16, 4 if block_e <= 64 else 8
+    return _Blocks(block_n, block_c, block_n, block_e, warps, 2)
+
+
+def _block_e(width: int) -> int:
+    return max(16, next_power_of_2(width))
+
+
+def _chunk(heads: int, latents: int) -> int:
+    # A bag of 15,000 patches and one head fills 59 of 132 multiprocessors with chunks of 256.
+    return 256 if heads <= 2 and latents <= 64 else 512
 
 
 def _constants(q: Tensor, offsets: Tensor | None, blocks: _Blocks) -> dict[str, int | bool]:

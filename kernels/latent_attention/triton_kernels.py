@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..dropout_kernels import kept_weights
-from ..ragged_kernels import chunk_of_slot, chunks_of_bag
+from ..ragged_kernels import chunk_of_any_row, chunk_of_slot, chunks_of_bag
 from ..tile_kernels import PRECISION
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -137,58 +137,76 @@ def combine_attend_kernel(
     tl.store(lse_ptr + at + tl.arange(0, 1), (peak + tl.log2(total)) * LN_2)
 
 
-@triton.jit(do_not_specialize=["n_bags", "n_keys", "c0"])
-def attend_backward_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, out_ptr, lse_ptr, dk_ptr, dv_ptr,
-    partial_ptr, seed_ptr,
+@triton.jit
+def _store_record(
+    records_ptr, row, valid, q, dout, lse, delta, seed, E: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """Write what dkv_kernel needs of latents: q and dout, then lse, delta and the seed's 4 words.
+
+    A row of a record has 2 R + 8 numbers, R the next multiple of 16 from E on, the last two zero.
+    """
+    R: tl.constexpr = (E + 15) // 16 * 16
+    _store_rows(records_ptr, row, 2 * R + 8, valid, q, R, BLOCK_E)
+    _store_rows(records_ptr + R, row, 2 * R + 8, valid, dout, R, BLOCK_E)
+    i = tl.arange(0, 8)
+    word = (seed >> (16 * tl.minimum(tl.maximum(i - 2, 0), 3)).to(tl.int64)) & 0xFFFF
+    tail = tl.where(i < 6, word, 0).to(tl.float32)[None, :]
+    tail = tl.where(i[None, :] == 0, lse[:, None], tail)
+    tail = tl.where(i[None, :] == 1, delta[:, None], tail)
+    _store_rows(records_ptr + 2 * R, row, 2 * R + 8, valid, tail, 8, 8)
+
+
+@triton.jit
+def _seed_of(tail_ptr, valid):
+    """Return the seeds [BLOCK_C] that records hold in words of 16 bits."""
+    seed = tl.load(tail_ptr + 2, mask=valid, other=0.0).to(tl.int64)
+    seed |= tl.load(tail_ptr + 3, mask=valid, other=0.0).to(tl.int64) << 16
+    seed |= tl.load(tail_ptr + 4, mask=valid, other=0.0).to(tl.int64) << 32
+    return seed | (tl.load(tail_ptr + 5, mask=valid, other=0.0).to(tl.int64) << 48)
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_keys"])
+def dq_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, out_ptr, lse_ptr, partial_ptr,
+    records_ptr, seed_ptr,
     dout_b, dout_h, dout_c, q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n,
-    dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
-    n_bags, n_keys, H, scale, dropout_p, undrop, c0,
+    n_bags, n_keys, H, scale, dropout_p, undrop,
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr, COUNTS: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Own one chunk of keys of one head: write its dk and dv, and its part of dq / scale.
+    """Write the part of dq / scale that one chunk of keys has, for one head and BLOCK_C latents.
 
-    p = exp(scale q k^T + log counts - lse), dropped(p) = kept undrop p, dv = dropped(p)^T dout,
-    ds = p (kept undrop dout v^T - delta) with delta = rowsum(dout out), which dropout has gone into
-    already, dk = scale ds^T q and partial = ds k [slots, H, C, PADDED], for the latents c0 to
-    c0 + BLOCK_C. ADD: earlier launches have written dk and dv of the latents before c0. K, V and
-    their gradients have rows of PADDED numbers, of which those behind the Eth are zero. The partial
-    of a slot left over is zero, since that of queries that all bags share is the sum of all.
+    p = exp(scale q k^T + log counts - lse), ds = p (kept undrop dout v^T - delta) with
+    delta = rowsum(dout out), which dropout has gone into already, and partial = ds k
+    [slots, H, C, PADDED], zero for a slot left over, since that of queries that all bags share is
+    the sum of all. The programs of a bag's first chunk write its records [B, H, C, .].
     """
     program = tl.program_id(0)
-    head = program % H
-    slot = program // H
+    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    head = program // tiles % H
+    slot = program // tiles // H
     bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, CHUNK, RAGGED)
-    c = c0 + tl.arange(0, BLOCK_C)
-    partial_ptr += (slot.to(tl.int64) * H + head) * C * PADDED
-    if start >= stop:
-        zero = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
-        _store_rows(partial_ptr, c, PADDED, c < C, zero, PADDED, BLOCK_E)
-        return
+    c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = (bag * H + head) * C
+    q = _load_rows(q_ptr + bag * q_b + head * q_h, c, q_c, c < C, E, BLOCK_E)
+    dout = _load_rows(dout_ptr + bag * dout_b + head * dout_h, c, dout_c, c < C, E, BLOCK_E)
+    dout = dout.to(q.dtype)
+    # From the float32 result: what half precision rounds off it would be multiplied by the keys.
+    out = _load_rows(out_ptr + row * E, c, E, c < C, E, BLOCK_E)
+    delta = tl.sum(dout.to(tl.float32) * out, 1)
+    lse = tl.load(lse_ptr + row + c, mask=c < C, other=0.0) * LOG2_E
+    seed = tl.full([1], 0, tl.int64)
+    if DROPOUT:
+        seed = tl.load(seed_ptr + tl.arange(0, 1))
+    if start == 0:
+        _store_record(records_ptr, row + c, c < C, q, dout, lse, delta, seed, E, BLOCK_E)
     first = origin + start
     k_ptr += bag * k_b + head * k_h + first * k_n
     v_ptr += bag * v_b + head * v_h + first * v_n
-    dk_ptr += bag * dk_b + head * dk_h + first * dk_n
-    dv_ptr += bag * dv_b + head * dv_h + first * dv_n
-    q_ptr += bag * q_b + head * q_h
-    row = (bag * H + head) * C
-    dout_ptr += bag * dout_b + head * dout_h
-    out_ptr += row * E
-    lse_ptr += row
     if COUNTS:
         counts_ptr += bag * n_keys + first
     length = stop - start
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-    bag = bag.to(tl.int32)
-    q = _load_rows(q_ptr, c, q_c, c < C, E, BLOCK_E)
-    dout = _load_rows(dout_ptr, c, dout_c, c < C, E, BLOCK_E).to(q.dtype)
-    # From the float32 result: what half precision rounds off it would be multiplied by the keys.
-    delta = tl.sum(dout.to(tl.float32) * _load_rows(out_ptr, c, E, c < C, E, BLOCK_E), 1)
-    lse = tl.load(lse_ptr + c, mask=c < C, other=0.0) * LOG2_E
     dq = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
     for n0 in range(0, length, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
@@ -197,71 +215,32 @@ def attend_backward_kernel(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         if COUNTS:
             s += _log2_counts(counts_ptr, n, length)[None, :]
-        p = tl.exp2(s - lse[:, None])
-        p = tl.where((c < C)[:, None] & (n < length)[None, :], p, 0.0)
-        dropped = p
-        if DROPOUT:
-            kept = kept_weights(seed, start + n0, head * C + c, bag, dropout_p, BLOCK_N)
-            dropped = tl.where(kept, p * undrop, 0.0)
-        dv = tl.dot(tl.trans(dropped.to(v.dtype)), dout, input_precision=PRECISION)
-        if ADD:
-            dv += _load_rows(dv_ptr, n, dv_n, n < length, PADDED, BLOCK_E).to(tl.float32)
-        _store_rows(dv_ptr, n, dv_n, n < length, dv, PADDED, BLOCK_E)
+        p = tl.where(n[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
+            kept = kept_weights(
+                seed[:, None], start + n0, head * C + c, bag.to(tl.int32), dropout_p, BLOCK_N
+            )
             dp = tl.where(kept, dp * undrop, 0.0)
         # The weight of a bag's only key is 1 whatever q and k are; rounding would leave 1e-6.
         ds = tl.where(stop > 1, p * (dp - delta[:, None]), 0.0).to(k.dtype)
-        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
-        if ADD:
-            dk += _load_rows(dk_ptr, n, dk_n, n < length, PADDED, BLOCK_E).to(tl.float32)
-        _store_rows(dk_ptr, n, dk_n, n < length, dk, PADDED, BLOCK_E)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    partial_ptr += (slot.to(tl.int64) * H + head) * C * PADDED
     _store_rows(partial_ptr, c, PADDED, c < C, dq, PADDED, BLOCK_E)
 
 
-@triton.jit
-def _zero_behind(
-    program, offsets_ptr, dk_ptr, dv_ptr, dk_h, dk_n, dv_h, dv_n, n_bags, n_rows, H,
-    E: tl.constexpr, CHUNK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Write zeros into dk and dv of one head, of one chunk of the keys behind the last bag."""
-    head = program % H
-    first = tl.load(offsets_ptr + n_bags) + (program // H).to(tl.int64) * CHUNK
-    length = tl.minimum(n_rows - first, CHUNK).to(tl.int32)
-    dk_ptr += head * dk_h + first * dk_n
-    dv_ptr += head * dv_h + first * dv_n
-    zero = tl.zeros([BLOCK_J, BLOCK_E], tl.float32)
-    for n0 in range(0, length, BLOCK_J):
-        n = n0 + tl.arange(0, BLOCK_J)
-        _store_rows(dk_ptr, n, dk_n, n < length, zero, E, BLOCK_E)
-        _store_rows(dv_ptr, n, dv_n, n < length, zero, E, BLOCK_E)
-
-
-@triton.jit(do_not_specialize=["n_bags", "n_keys", "n_rows", "n_slots", "n_asking"])
+@triton.jit(do_not_specialize=["n_bags", "n_keys", "n_slots"])
 def combine_dq_kernel(
-    partial_ptr, offsets_ptr, dq_ptr, dk_ptr, dv_ptr,
-    dq_b, dq_h, dq_c, dk_h, dk_n, dv_h, dv_n,
-    n_bags, n_keys, n_rows, n_slots, n_asking, H, scale,
+    partial_ptr, offsets_ptr, dq_ptr, dq_b, dq_h, dq_c, n_keys, n_slots, H, scale,
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_E: tl.constexpr, RAGGED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Add the chunks of one bag, head and latent in order: dq = scale sum_j partial_j.
 
-    SHARED: all bags have the same queries, and the chunks of all are added. The first n_asking
-    programs do so. Of n_rows ragged keys, those behind the last bag get dk and dv of zero, by
-    programs of their own: they are rows of the product that gives the gradient of the weights.
+    SHARED: all bags have the same queries, and the chunks of all are added.
     """
     program = tl.program_id(0)
     BLOCK_J: tl.constexpr = 2048 // BLOCK_E
-    if RAGGED:
-        behind = program - n_asking
-        if behind >= 0:
-            _zero_behind(
-                behind, offsets_ptr, dk_ptr, dv_ptr, dk_h, dk_n, dv_h, dv_n, n_bags, n_rows, H,
-                PADDED, CHUNK, BLOCK_J, BLOCK_E,
-            )  # fmt: skip
-            return
     bag = (program // C // H).to(tl.int64)
     row = program % (C * H)
     if SHARED:
@@ -278,6 +257,73 @@ def combine_dq_kernel(
         dq += tl.sum(own, 0)
     at = bag * dq_b + row // C * dq_h + row % C * dq_c + e
     tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=e < E)
+
+
+@triton.jit(do_not_specialize=["n_bags", "n_keys", "n_rows", "n_latents"])
+def dkv_kernel(
+    records_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, dk_ptr, dv_ptr,
+    k_b, k_h, k_n, v_b, v_h, v_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    n_bags, n_keys, n_rows, n_latents, H, scale, dropout_p, undrop,
+    C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """Write dk and dv of BLOCK_N keys of one head, from the records of all layers' latents.
+
+    With p and ds as in dq_kernel, dv = (kept undrop p)^T dout and dk = scale ds^T q, summed over
+    the n_latents = L C rows of records [B, H, L C, .] in order. A row of zeros adds nothing: its
+    dout and its delta are zero. Of n_rows ragged keys, those behind the last bag get zeros: they
+    are rows of the product that gives the gradient of the weights.
+    """
+    program = tl.program_id(0)
+    head = program % H
+    slot = program // H
+    if RAGGED:
+        bag, origin, start, stop = chunk_of_any_row(slot, offsets_ptr, n_bags, n_rows, BLOCK_N)
+    else:
+        bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, BLOCK_N, RAGGED)
+    if start >= stop:
+        return
+    first = origin + start
+    n = tl.arange(0, BLOCK_N)
+    valid = n < stop - start
+    k = _load_rows(k_ptr + bag * k_b + head * k_h + first * k_n, n, k_n, valid, PADDED, BLOCK_E)
+    v = _load_rows(v_ptr + bag * v_b + head * v_h + first * v_n, n, v_n, valid, PADDED, BLOCK_E)
+    if COUNTS:
+        raised = _log2_counts(counts_ptr + bag * n_keys + first, n, stop - start)
+    R: tl.constexpr = (E + 15) // 16 * 16
+    records_ptr += (bag * H + head) * n_latents * (2 * R + 8)
+    dk = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    for r0 in range(0, tl.where(bag < n_bags, n_latents, 0), BLOCK_C):
+        r = r0 + tl.arange(0, BLOCK_C)
+        asks = r < n_latents
+        q = _load_rows(records_ptr, r, 2 * R + 8, asks, R, BLOCK_E).to(k.dtype)
+        dout = _load_rows(records_ptr + R, r, 2 * R + 8, asks, R, BLOCK_E).to(k.dtype)
+        tail_ptr = records_ptr + 2 * R + r * (2 * R + 8)
+        lse = tl.load(tail_ptr, mask=asks, other=0.0)
+        delta = tl.load(tail_ptr + 1, mask=asks, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
+        if COUNTS:
+            s += raised[:, None]
+        p = tl.exp2(s - lse[None, :])
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        dropped = p
+        if DROPOUT:
+            seed = _seed_of(tail_ptr, asks)[:, None]
+            row = head * C + r % C
+            kept = kept_weights(seed, start, row, bag.to(tl.int32), dropout_p, BLOCK_N)
+            kept = tl.trans(kept)
+            dropped = tl.where(kept, p * undrop, 0.0)
+            dp = tl.where(kept, dp * undrop, 0.0)
+        dv = tl.dot(dropped.to(k.dtype), dout, dv, input_precision=PRECISION)
+        # The weight of a bag's only key is 1 whatever q and k are; rounding would leave 1e-6.
+        ds = tl.where(stop > 1, p * (dp - delta[None, :]), 0.0).to(k.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    dk_ptr += bag * dk_b + head * dk_h + first * dk_n
+    dv_ptr += bag * dv_b + head * dv_h + first * dv_n
+    _store_rows(dk_ptr, n, dk_n, valid, dk * scale, PADDED, BLOCK_E)
+    _store_rows(dv_ptr, n, dv_n, valid, dv, PADDED, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["n_bags", "n_keys"])
