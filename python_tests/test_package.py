@@ -203,6 +203,7 @@ TRITON = (
 LONG_FUNCTIONS = {
     "io.tiling.tile_slides.tile_slides": "documents 23 arguments, which are those of `motet tile`",
     "kernels.plan.plan": "documents 14 arguments and what it weighs",
+    "kernels.latent_attention.triton_kernels.attend_kernel": TRITON,
     "kernels.latent_attention.triton_kernels.dkv_kernel": TRITON,
     "kernels.latent_attention.triton_kernels.dq_kernel": TRITON,
     "kernels.lego_pass.triton_kernels.pass_kernel": TRITON,

@@ -121,6 +121,9 @@ def attend_backward(dout, q, k, v, offsets, counts, out, lse, scale, dropout_p, 
         ([70, 5], 1, 130, 16, torch.float32),
         ([600, 0, 1], 2, 17, 16, torch.float16),
         ([0, 1], 1, 3, 200, torch.float32),
+        ([300, 0, 1, 40], 4, 7, 16, torch.float32),  # four heads a program
+        ([70, 5], 8, 20, 27, torch.float16),
+        ([70, 5], 4, 33, 16, torch.float32),  # and one, for more latents
     ],
 )
 def test_attention_ragged(lengths, heads, latents, width, dtype, dropout_p):
@@ -158,13 +161,23 @@ def test_attention_of_any_strides():
 
 @pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
 @pytest.mark.parametrize(
-    ("shared", "latents", "width"), [(True, 7, 27), (False, 20, 27), (True, 20, 16)]
+    ("shared", "heads", "latents", "width", "dtype"),
+    [
+        (True, 2, 7, 27, torch.float32),
+        (False, 2, 20, 27, torch.float32),
+        (True, 2, 20, 16, torch.float32),
+        (True, 4, 5, 27, torch.float16),
+        (False, 4, 20, 9, torch.float32),
+    ],
 )
-def test_attention_of_shared_queries_and_padded_keys(shared, latents, width, dropout_p, counted):
-    """More latents than one launch takes backward, empty bags, slots that are left over."""
-    lengths = [*RAGGED, 0, 3]
-    q = torch.randn(1 if shared else len(lengths), latents, 2, width).transpose(1, 2)
-    kv = torch.randn(sum(lengths), 2, 2, width + -width % 16)
+def test_attention_of_shared_queries_and_padded_keys(
+    shared, heads, latents, width, dtype, dropout_p, counted
+):
+    """More latents than one program takes, empty bags, slots that are left over."""
+    lengths = [*RAGGED, 0, 3] if heads == 2 else [70, 0, 3]
+    q = torch.randn(1 if shared else len(lengths), latents, heads, width, dtype=dtype)
+    q = q.transpose(1, 2)
+    kv = torch.randn(sum(lengths), 2, heads, width + -width % 16, dtype=dtype)
     kv[..., width:] = 0
     counts = 4 * torch.rand(sum(lengths)) if counted else None
     check_attention(q, kv, unbound, offsets_of(lengths), dropout_p, counts)
@@ -182,9 +195,9 @@ def test_attention_without_keys():
     assert [x.shape for x in nobody] == [(0, 2, 3, 4), (0, 2, 3)]
 
 
-@pytest.mark.parametrize("counted", [False, True])
-def test_a_bag_alone_is_the_bag_in_a_batch(counted):
-    q, kv, offsets = attention_inputs(RAGGED, 2, 3, 16, torch.float32)
+@pytest.mark.parametrize(("heads", "counted"), [(2, False), (2, True), (4, False)])
+def test_a_bag_alone_is_the_bag_in_a_batch(heads, counted):
+    q, kv, offsets = attention_inputs(RAGGED, heads, 3, 16, torch.float32)
     counts = 4 * torch.rand(sum(RAGGED)) if counted else None
 
     def run(q, kv, offsets, counts):

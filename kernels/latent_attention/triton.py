@@ -1,8 +1,9 @@
 """Launches the Triton kernels of latent_attention: few queries, very many ragged keys, no atomics.
 
 Keys are worked off in chunks of a fixed length, counted from the start of each bag. A program
-reduces one chunk for one head and writes a partial result; a second kernel adds the partial results
-of a bag in order. So a bag alone gives what it gives in any batch, bit for bit.
+reduces one chunk for one head, or four narrow ones, and writes a partial result; a second kernel
+adds the partial results of a bag in order. So a bag alone gives what it gives in any batch, bit for
+bit. The gradient of K and V takes no sum over programs: one owns its keys, for all layers.
 """
 
 from typing import NamedTuple
@@ -34,6 +35,8 @@ class _Blocks(NamedTuple):
     block_e: int
     num_warps: int
     num_stages: int
+    heads: int = 1
+    """Heads that a program takes."""
 
 
 def attend(
@@ -74,12 +77,12 @@ def attend(
     counts = None if counts is None else counts.contiguous()
     if slots:
         launch(
-            attend_kernel, q, (slots * heads * cdiv(latents, blocks.block_c),),
+            attend_kernel, q, (slots * heads // blocks.heads * cdiv(latents, blocks.block_c),),
             q, k, v, offsets, counts, partial, peak, total, _seed(seed, dropout_p, q),
             *_strides_of_queries(q, bags), *_strides(k, offsets), *_strides(v, offsets),
             bags, _keys(k, offsets), heads, scale, representable(dropout_p), **shared,
             PADDED=k.shape[-1], BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0,
-            COUNTS=counts is not None,
+            COUNTS=counts is not None, HEADS=blocks.heads,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
     if out.numel():
@@ -122,14 +125,14 @@ def query_gradient(
     partial = torch.empty(slots, heads, latents, k.shape[-1], dtype=torch.float32, device=q.device)
     if slots:
         launch(
-            dq_kernel, q, (slots * heads * cdiv(latents, blocks.block_c),),
+            dq_kernel, q, (slots * heads // blocks.heads * cdiv(latents, blocks.block_c),),
             dout, q, k, v, offsets, None if counts is None else counts.contiguous(), out, lse,
             partial, record, _seed(seed, dropout_p, q),
             *dout.stride()[:3], *_strides_of_queries(q, bags),
             *_strides(k, offsets), *_strides(v, offsets),
             bags, _keys(k, offsets), heads, scale, representable(dropout_p), 1 / (1 - dropout_p),
             **_constants(q, offsets, blocks), PADDED=k.shape[-1], BLOCK_N=blocks.block_n,
-            DROPOUT=dropout_p > 0, COUNTS=counts is not None,
+            DROPOUT=dropout_p > 0, COUNTS=counts is not None, HEADS=blocks.heads,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
     launch(
@@ -228,52 +231,73 @@ def weights(
 def _forward_blocks(q: Tensor) -> _Blocks:
     """Choose blocks that spill no register on sm_80, sm_90 or sm_100 (benchmarks/registers.py)."""
     _, heads, latents, width = q.shape
-    block_e = _block_e(width)
+    block_e, taken = _block_e(width), _heads(q)
+    chunk = _chunk(heads // taken, latents)
     block_c = max(16, min(64, next_power_of_2(latents)))
     if q.element_size() == 2:
         # 64 keys spill for heads of 32 (4 to 10 stores on sm_80 and sm_90).
-        block_n = 32 if block_e in (32, 256) else 64
-        warps, stages = 8 if block_e == 256 else 4, 2 if block_e <= 32 else 3
-        return _Blocks(_chunk(heads, latents), block_c, block_n, block_e, warps, stages)
+        block_n = 32 if taken > 1 or block_e in (32, 256) else 64
+        # 4 warps spill once for heads of 128 with dropout.
+        warps, stages = 8 if block_e >= 128 else 4, 2 if block_e <= 32 else 3
+        return _Blocks(chunk, block_c, block_n, block_e, warps, stages, taken)
     # tf32x3 keeps two parts of every operand in registers.
     block_c = min(block_c, 16 if block_e > 32 else 32)
-    block_n = 16 if block_e == 256 else 32
-    return _Blocks(_chunk(heads, latents), block_c, block_n, block_e, 4 if block_e <= 64 else 8, 2)
+    block_n = 16 if taken > 1 or block_e == 256 else 32
+    return _Blocks(chunk, block_c, block_n, block_e, 4 if block_e <= 64 else 8, 2, taken)
 
 
 def _dq_blocks(q: Tensor, *, counted: bool) -> _Blocks:
     _, heads, latents, width = q.shape
-    block_e, chip = _block_e(width), capability(q)
+    block_e, taken, chip = _block_e(width), _heads(q), capability(q)
+    chunk = _chunk(heads // taken, latents)
     if q.element_size() == 2:
         # 64 latents take 255 registers on sm_80, and spill with counts on sm_100.
         tall = block_e <= 64 and (chip == 90 or (chip > 90 and not counted))
         block_c = max(16, min(64 if tall else 32, next_power_of_2(latents)))
-        block_n, warps = 64 if block_e <= 128 else 32, 4 if block_e <= 64 else 8
+        block_n = 512 // block_e if taken > 1 else 64 if block_e <= 128 else 32
+        warps = 4 if block_e <= 64 else 8
     else:
         block_c, block_n, warps = 16, 16, 4 if block_e <= 32 else 8
-    return _Blocks(_chunk(heads, latents), block_c, block_n, block_e, warps, 2)
+    return _Blocks(chunk, block_c, block_n, block_e, warps, 2, taken)
 
 
 def _dkv_blocks(k: Tensor, width: int, latents: int) -> _Blocks:
-    """A program takes one block of keys and all latents of all layers."""
+    """A program takes one block of keys of one head, and all latents of all layers.
+
+    It reads these latents for every block: the larger the block, the less often.
+    """
     block_e = _block_e(width)
     block_c = 16 if -latents % 32 >= 16 else 32
     if k.element_size() == 2:
         # 64 keys and heads of 64 spill 24 times with dropout on sm_80.
         small = block_e == 256 or (block_e == 64 and capability(k) < 90)
-        block_n, warps = 32 if small else 64, 4 if block_e <= 64 else 8
+        block_n = 128 if block_e <= 32 else 32 if small else 64
+        warps = 4 if block_e == 64 else 8
     else:
-        block_c, block_n, warps = 16, 32 if block_e <= 32 else 16, 4 if block_e <= 64 else 8
+        block_c, block_n, warps = 16, 32 if block_e == 16 else 16, 4 if block_e <= 64 else 8
     return _Blocks(block_n, block_c, block_n, block_e, warps, 2)
+
+
+def _heads(q: Tensor) -> int:
+    """Return how many heads a program takes: 4 narrow ones of few latents, a warp for each.
+
+    Alone, such a head's rows are pieces of 32 or 64 bytes, and two of four warps would compute the
+    same 16 of 32 latents.
+    """
+    _, heads, latents, width = q.shape
+    narrow = _block_e(width) * q.element_size() <= 64
+    return 4 if narrow and latents <= 32 and heads % 4 == 0 else 1
 
 
 def _block_e(width: int) -> int:
     return max(16, next_power_of_2(width))
 
 
-def _chunk(heads: int, latents: int) -> int:
-    # A bag of 15,000 patches and one head fills 59 of 132 multiprocessors with chunks of 256.
-    return 256 if heads <= 2 and latents <= 64 else 512
+def _chunk(programs: int, latents: int) -> int:
+    """Return the keys of a chunk, for which so many programs start side by side, at 64 latents."""
+    # A bag of 15,000 patches fills 59 of 132 multiprocessors with chunks of 256 and one program for
+    # each, 118 with two.
+    return 256 if programs <= 2 and latents <= 64 else 512
 
 
 def _constants(q: Tensor, offsets: Tensor | None, blocks: _Blocks) -> dict[str, int | bool]:

@@ -31,6 +31,81 @@ def _store_rows(base, row, stride, valid, value, E: tl.constexpr, BLOCK_E: tl.co
 
 
 @triton.jit
+def _load_heads(
+    base, head_stride, row, stride, valid, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Load rows of one head, [BLOCK, BLOCK_E], or of several, [HEADS, BLOCK, BLOCK_E].
+
+    One head stays a matrix: only products of matrices become Hopper's own.
+    """
+    if HEADS == 1:
+        value = _load_rows(base, row, stride, valid, E, BLOCK_E)
+    else:
+        h, e = tl.arange(0, HEADS), tl.arange(0, BLOCK_E)
+        # In the order of memory: neighbouring threads read neighbouring heads of a row.
+        pointer = base + row[:, None, None] * stride + h[None, :, None] * head_stride
+        mask = valid[:, None, None]
+        if E != BLOCK_E:
+            mask &= e[None, None, :] < E
+        value = tl.load(pointer + e[None, None, :], mask=mask, other=0.0)
+        value = tl.permute(value, (1, 0, 2))
+    return value
+
+
+@triton.jit
+def _store_heads(
+    base, head_stride, row, stride, valid, value, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Store what _load_heads loads."""
+    if HEADS == 1:
+        _store_rows(base, row, stride, valid, value, E, BLOCK_E)
+    else:
+        h, e = tl.arange(0, HEADS), tl.arange(0, BLOCK_E)
+        pointer = base + row[:, None, None] * stride + h[None, :, None] * head_stride
+        mask = valid[:, None, None] & (e[None, None, :] < E)
+        value = tl.permute(value.to(base.dtype.element_ty), (1, 0, 2))
+        tl.store(pointer + e[None, None, :], value, mask=mask)
+
+
+@triton.jit
+def _of_heads(column, head_stride, HEADS: tl.constexpr):
+    """Return where numbers [BLOCK] of one head or [HEADS, BLOCK] of several lie."""
+    return column if HEADS == 1 else tl.arange(0, HEADS)[:, None] * head_stride + column[None, :]
+
+
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, HEADS: tl.constexpr):
+    if HEADS == 1:
+        zeros = tl.zeros([BLOCK, BLOCK_E], tl.float32)
+    else:
+        zeros = tl.zeros([HEADS, BLOCK, BLOCK_E], tl.float32)
+    return zeros
+
+
+@triton.jit
+def _transposed(x):
+    """Return x [.., M, N] as [.., N, M]."""
+    return tl.trans(x) if len(x.shape) == 2 else tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
+def _kept(
+    seed, n0, row, bag, dropout_p, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Return which weights [BLOCK_C, BLOCK_N] or [HEADS, BLOCK_C, BLOCK_N] are kept."""
+    if HEADS == 1:
+        kept = kept_weights(seed, n0, row, bag, dropout_p, BLOCK_N)
+    else:
+        row = tl.reshape(row, [HEADS * BLOCK_C])
+        kept = kept_weights(seed, n0, row, bag, dropout_p, BLOCK_N)
+        kept = tl.reshape(kept, [HEADS, BLOCK_C, BLOCK_N])
+    return kept
+
+
+@triton.jit
 def _log2_counts(base, n, length):
     """Return log2 of the counts of keys n, which raise their scores; 0 from `length` on."""
     return tl.log2(tl.load(base + n, mask=n < length, other=1.0))
@@ -43,9 +118,9 @@ def attend_kernel(
     n_bags, n_keys, H, scale, dropout_p,
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Reduce one chunk of keys for one head and up to BLOCK_C latents.
+    """Reduce one chunk of keys for HEADS heads and up to BLOCK_C latents.
 
     K and V have rows of PADDED numbers, zero from the Eth on, read for loads to be asynchronous.
     With s = scale q k^T + log counts over the chunk's keys n: peak = max_n s log2(e),
@@ -54,13 +129,13 @@ def attend_kernel(
     """
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    head = program // tiles % H
-    slot = program // tiles // H
+    head = program // tiles % (H // HEADS) * HEADS
+    slot = program // tiles // (H // HEADS)
     bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, CHUNK, RAGGED)
     if start >= stop:
         return
     c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    q = _load_rows(q_ptr + bag * q_b + head * q_h, c, q_c, c < C, E, BLOCK_E)
+    q = _load_heads(q_ptr + bag * q_b + head * q_h, q_h, c, q_c, c < C, E, BLOCK_E, HEADS)
     first = origin + start
     k_ptr += bag * k_b + head * k_h + first * k_n
     v_ptr += bag * v_b + head * v_h + first * v_n
@@ -69,33 +144,35 @@ def attend_kernel(
     length = stop - start
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    peak = tl.full([BLOCK_C], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    partial = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+    partial = _zeros(BLOCK_C, BLOCK_E, HEADS)
+    total = tl.sum(partial, -1)
+    peak = total + float("-inf")
     for n0 in range(0, length, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, n, k_n, n < length, PADDED, BLOCK_E)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        k = _load_heads(k_ptr, k_h, n, k_n, n < length, PADDED, BLOCK_E, HEADS)
+        s = tl.dot(q, _transposed(k), input_precision=PRECISION) * (scale * LOG2_E)
         if COUNTS:
             s += _log2_counts(counts_ptr, n, length)[None, :]
         s = tl.where(n[None, :] < length, s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1))
+        new_peak = tl.maximum(peak, tl.max(s, -1))
         shrink = tl.exp2(peak - new_peak)
-        p = tl.exp2(s - new_peak[:, None])
-        total = total * shrink + tl.sum(p, 1)
+        p = tl.exp2(s - tl.expand_dims(new_peak, -1))
+        total = total * shrink + tl.sum(p, -1)
         if DROPOUT:
-            kept = kept_weights(
-                seed, start + n0, head * C + c, bag.to(tl.int32), dropout_p, BLOCK_N
-            )
+            at = head * C + _of_heads(c, C, HEADS)
+            kept = _kept(seed, start + n0, at, bag.to(tl.int32), dropout_p, BLOCK_C, BLOCK_N, HEADS)
             p = tl.where(kept, p, 0.0)
-        v = _load_rows(v_ptr, n, v_n, n < length, PADDED, BLOCK_E)
-        partial = partial * shrink[:, None]
+        v = _load_heads(v_ptr, v_h, n, v_n, n < length, PADDED, BLOCK_E, HEADS)
+        partial = partial * tl.expand_dims(shrink, -1)
         partial = tl.dot(p.to(v.dtype), v, partial, input_precision=PRECISION)
         peak = new_peak
     row = (slot.to(tl.int64) * H + head) * C
-    _store_rows(partial_ptr + row * PADDED, c, PADDED, c < C, partial, PADDED, BLOCK_E)
-    tl.store(peak_ptr + row + c, peak, mask=c < C)
-    tl.store(total_ptr + row + c, total, mask=c < C)
+    _store_heads(
+        partial_ptr + row * PADDED, C * PADDED, c, PADDED, c < C, partial, PADDED, BLOCK_E, HEADS
+    )
+    at, valid = row + _of_heads(c, C, HEADS), _of_heads(c, 0, HEADS) < C
+    tl.store(peak_ptr + at, peak, mask=valid)
+    tl.store(total_ptr + at, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["n_keys"])
@@ -139,21 +216,23 @@ def combine_attend_kernel(
 
 @triton.jit
 def _store_record(
-    records_ptr, row, valid, q, dout, lse, delta, seed, E: tl.constexpr, BLOCK_E: tl.constexpr
+    records_ptr, c, q, dout, lse, delta, seed,
+    C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Write what dkv_kernel needs of latents: q and dout, then lse, delta and the seed's 4 words.
 
     A row of a record has 2 R + 8 numbers, R the next multiple of 16 from E on, the last two zero.
     """
     R: tl.constexpr = (E + 15) // 16 * 16
-    _store_rows(records_ptr, row, 2 * R + 8, valid, q, R, BLOCK_E)
-    _store_rows(records_ptr + R, row, 2 * R + 8, valid, dout, R, BLOCK_E)
+    W: tl.constexpr = 2 * R + 8
+    _store_heads(records_ptr, C * W, c, W, c < C, q, R, BLOCK_E, HEADS)
+    _store_heads(records_ptr + R, C * W, c, W, c < C, dout, R, BLOCK_E, HEADS)
     i = tl.arange(0, 8)
     word = (seed >> (16 * tl.minimum(tl.maximum(i - 2, 0), 3)).to(tl.int64)) & 0xFFFF
     tail = tl.where(i < 6, word, 0).to(tl.float32)[None, :]
-    tail = tl.where(i[None, :] == 0, lse[:, None], tail)
-    tail = tl.where(i[None, :] == 1, delta[:, None], tail)
-    _store_rows(records_ptr + 2 * R, row, 2 * R + 8, valid, tail, 8, 8)
+    tail = tl.where(i[None, :] == 0, tl.expand_dims(lse, -1), tail)
+    tail = tl.where(i[None, :] == 1, tl.expand_dims(delta, -1), tail)
+    _store_heads(records_ptr + 2 * R, C * W, c, W, c < C, tail, 8, 8, HEADS)
 
 
 @triton.jit
@@ -173,9 +252,9 @@ def dq_kernel(
     n_bags, n_keys, H, scale, dropout_p, undrop,
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr,
+    RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Write the part of dq / scale that one chunk of keys has, for one head and BLOCK_C latents.
+    """Write the part of dq / scale that one chunk of keys has, for HEADS heads, BLOCK_C latents.
 
     p = exp(scale q k^T + log counts - lse), ds = p (kept undrop dout v^T - delta) with
     delta = rowsum(dout out), which dropout has gone into already, and partial = ds k
@@ -184,49 +263,52 @@ def dq_kernel(
     """
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    head = program // tiles % H
-    slot = program // tiles // H
+    head = program // tiles % (H // HEADS) * HEADS
+    slot = program // tiles // (H // HEADS)
     bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_keys, CHUNK, RAGGED)
     c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     row = (bag * H + head) * C
-    q = _load_rows(q_ptr + bag * q_b + head * q_h, c, q_c, c < C, E, BLOCK_E)
-    dout = _load_rows(dout_ptr + bag * dout_b + head * dout_h, c, dout_c, c < C, E, BLOCK_E)
-    dout = dout.to(q.dtype)
+    q = _load_heads(q_ptr + bag * q_b + head * q_h, q_h, c, q_c, c < C, E, BLOCK_E, HEADS)
+    dout_ptr += bag * dout_b + head * dout_h
+    dout = _load_heads(dout_ptr, dout_h, c, dout_c, c < C, E, BLOCK_E, HEADS).to(q.dtype)
     # From the float32 result: what half precision rounds off it would be multiplied by the keys.
-    out = _load_rows(out_ptr + row * E, c, E, c < C, E, BLOCK_E)
-    delta = tl.sum(dout.to(tl.float32) * out, 1)
-    lse = tl.load(lse_ptr + row + c, mask=c < C, other=0.0) * LOG2_E
-    seed = tl.full([1], 0, tl.int64)
+    out = _load_heads(out_ptr + row * E, C * E, c, E, c < C, E, BLOCK_E, HEADS)
+    delta = tl.sum(dout.to(tl.float32) * out, -1)
+    at, valid = _of_heads(c, C, HEADS), _of_heads(c, 0, HEADS) < C
+    lse = tl.load(lse_ptr + row + at, mask=valid, other=0.0) * LOG2_E
+    seed = bag * 0
     if DROPOUT:
-        seed = tl.load(seed_ptr + tl.arange(0, 1))
+        seed = tl.load(seed_ptr)
     if start == 0:
-        _store_record(records_ptr, row + c, c < C, q, dout, lse, delta, seed, E, BLOCK_E)
+        records_ptr += row * (2 * ((E + 15) // 16 * 16) + 8)
+        _store_record(records_ptr, c, q, dout, lse, delta, seed, C, E, BLOCK_E, HEADS)
     first = origin + start
     k_ptr += bag * k_b + head * k_h + first * k_n
     v_ptr += bag * v_b + head * v_h + first * v_n
     if COUNTS:
         counts_ptr += bag * n_keys + first
     length = stop - start
-    dq = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+    dq = _zeros(BLOCK_C, BLOCK_E, HEADS)
     for n0 in range(0, length, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, n, k_n, n < length, PADDED, BLOCK_E)
-        v = _load_rows(v_ptr, n, v_n, n < length, PADDED, BLOCK_E)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        k = _load_heads(k_ptr, k_h, n, k_n, n < length, PADDED, BLOCK_E, HEADS)
+        v = _load_heads(v_ptr, v_h, n, v_n, n < length, PADDED, BLOCK_E, HEADS)
+        s = tl.dot(q, _transposed(k), input_precision=PRECISION) * (scale * LOG2_E)
         if COUNTS:
             s += _log2_counts(counts_ptr, n, length)[None, :]
-        p = tl.where(n[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        p = tl.where(n[None, :] < length, tl.exp2(s - tl.expand_dims(lse, -1)), 0.0)
+        dp = tl.dot(dout, _transposed(v), input_precision=PRECISION)
         if DROPOUT:
-            kept = kept_weights(
-                seed[:, None], start + n0, head * C + c, bag.to(tl.int32), dropout_p, BLOCK_N
-            )
+            kept = _kept(
+                seed, start + n0, head * C + at, bag.to(tl.int32), dropout_p, BLOCK_C, BLOCK_N,
+                HEADS,
+            )  # fmt: skip
             dp = tl.where(kept, dp * undrop, 0.0)
         # The weight of a bag's only key is 1 whatever q and k are; rounding would leave 1e-6.
-        ds = tl.where(stop > 1, p * (dp - delta[:, None]), 0.0).to(k.dtype)
+        ds = tl.where(stop > 1, p * (dp - tl.expand_dims(delta, -1)), 0.0).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     partial_ptr += (slot.to(tl.int64) * H + head) * C * PADDED
-    _store_rows(partial_ptr, c, PADDED, c < C, dq, PADDED, BLOCK_E)
+    _store_heads(partial_ptr, C * PADDED, c, PADDED, c < C, dq, PADDED, BLOCK_E, HEADS)
 
 
 @triton.jit(do_not_specialize=["n_bags", "n_keys", "n_slots"])
