@@ -144,10 +144,12 @@ def test_attention_with_counts(lengths, latents, width, dtype):
     check_attention(q, kv, unbound, offsets, 0.0, (4 * torch.rand(2 * sum(lengths)))[::2])
 
 
+@pytest.mark.parametrize("keys", [40, 600])
 @pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
-def test_attention_dense(dropout_p, counted):
-    q, kv = torch.randn(2, 3, 9, 16), torch.randn(2, 300, 2, 3, 16)
-    counts = 4 * torch.rand(300, 2).t() if counted else None
+def test_attention_dense(dropout_p, counted, keys):
+    """Of one chunk, which nothing is added to, and of several."""
+    q, kv = torch.randn(2, 9, 3, 16).transpose(1, 2), torch.randn(2, keys, 2, 3, 16)
+    counts = 4 * torch.rand(keys, 2).t() if counted else None
     check_attention(q, kv, lambda x: x.permute(0, 2, 3, 1, 4).unbind(1), None, dropout_p, counts)
 
 

@@ -69,10 +69,13 @@ def attend(
     blocks = _forward_blocks(q)
     slots = _slots(k, offsets, bags, blocks.chunk)
     own = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty(slots, heads, latents, k.shape[-1], **own)
-    peak, total = (torch.empty(slots, heads, latents, **own) for _ in range(2))
     out = torch.empty(bags, heads, latents, width, **own)
     lse = torch.empty(bags, heads, latents, **own)
+    whole = _whole(q, k, offsets, blocks)
+    partial, peak, total = out, lse, lse
+    if not whole:
+        partial = torch.empty(slots, heads, latents, k.shape[-1], **own)
+        peak, total = (torch.empty(slots, heads, latents, **own) for _ in range(2))
     shared = _constants(q, offsets, blocks)
     counts = None if counts is None else counts.contiguous()
     if slots:
@@ -80,12 +83,13 @@ def attend(
             attend_kernel, q, (slots * heads // blocks.heads * cdiv(latents, blocks.block_c),),
             q, k, v, offsets, counts, partial, peak, total, _seed(seed, dropout_p, q),
             *_strides_of_queries(q, bags), *_strides(k, offsets), *_strides(v, offsets),
-            bags, _keys(k, offsets), heads, scale, representable(dropout_p), **shared,
+            bags, _keys(k, offsets), heads, scale, representable(dropout_p),
+            1 / (1 - dropout_p), **shared, WHOLE=whole,
             PADDED=k.shape[-1], BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0,
             COUNTS=counts is not None, HEADS=blocks.heads,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
-    if out.numel():
+    if out.numel() and not whole:
         launch(
             combine_attend_kernel, q, (bags * heads * latents,),
             partial, peak, total, offsets, out, lse, _keys(k, offsets), heads,
@@ -122,19 +126,25 @@ def query_gradient(
     bags, heads, latents, width = out.shape
     blocks = _dq_blocks(q, counted=counts is not None)
     slots = _slots(k, offsets, bags, blocks.chunk)
-    partial = torch.empty(slots, heads, latents, k.shape[-1], dtype=torch.float32, device=q.device)
+    partial, whole = result, _whole(q, k, offsets, blocks)
+    if not whole:
+        size = slots, heads, latents, k.shape[-1]
+        partial = torch.empty(size, dtype=torch.float32, device=q.device)
     if slots:
         launch(
             dq_kernel, q, (slots * heads // blocks.heads * cdiv(latents, blocks.block_c),),
             dout, q, k, v, offsets, None if counts is None else counts.contiguous(), out, lse,
             partial, record, _seed(seed, dropout_p, q),
             *dout.stride()[:3], *_strides_of_queries(q, bags),
-            *_strides(k, offsets), *_strides(v, offsets),
+            *_strides(k, offsets), *_strides(v, offsets), *result.stride()[:3],
             bags, _keys(k, offsets), heads, scale, representable(dropout_p), 1 / (1 - dropout_p),
+            WHOLE=whole,
             **_constants(q, offsets, blocks), PADDED=k.shape[-1], BLOCK_N=blocks.block_n,
             DROPOUT=dropout_p > 0, COUNTS=counts is not None, HEADS=blocks.heads,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
+    if whole:
+        return
     launch(
         combine_dq_kernel, q, (len(q) * heads * latents,),
         partial, offsets, result, *result.stride()[:3], _keys(k, offsets), slots, heads, scale,
@@ -319,6 +329,11 @@ def _slots(k: Tensor, offsets: Tensor | None, bags: int, chunk: int) -> int:
     if offsets is None:
         return bags * cdiv(k.shape[2], chunk)
     return count_slots(k.shape[0], bags, chunk)
+
+
+def _whole(q: Tensor, k: Tensor, offsets: Tensor | None, blocks: _Blocks) -> bool:
+    """Return whether every bag is one chunk, and nothing is left to add: latents to themselves."""
+    return offsets is None and 0 < k.shape[2] <= blocks.chunk and k.shape[-1] == q.shape[-1]
 
 
 def _keys(k: Tensor, offsets: Tensor | None) -> int:

@@ -115,17 +115,19 @@ def _log2_counts(base, n, length):
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, partial_ptr, peak_ptr, total_ptr, seed_ptr,
     q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n,
-    n_bags, n_keys, H, scale, dropout_p,
+    n_bags, n_keys, H, scale, dropout_p, undrop,
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr, HEADS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Reduce one chunk of keys for HEADS heads and up to BLOCK_C latents.
 
     K and V have rows of PADDED numbers, zero from the Eth on, read for loads to be asynchronous.
     With s = scale q k^T + log counts over the chunk's keys n: peak = max_n s log2(e),
     total = sum_n 2^(s log2(e) - peak), partial = sum_n dropped 2^(s log2(e) - peak) v_n.
-    partial [slots, H, C, PADDED], peak and total [slots, H, C].
+    partial [slots, H, C, PADDED], peak and total [slots, H, C]. WHOLE: every bag is one chunk, and
+    what combine_attend_kernel makes of it is written there, out and lse for partial and peak.
     """
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -166,13 +168,17 @@ def attend_kernel(
         partial = partial * tl.expand_dims(shrink, -1)
         partial = tl.dot(p.to(v.dtype), v, partial, input_precision=PRECISION)
         peak = new_peak
+    if WHOLE:
+        partial = partial * tl.expand_dims(undrop / total, -1)
+        peak = (peak + tl.log2(total)) * LN_2
     row = (slot.to(tl.int64) * H + head) * C
     _store_heads(
         partial_ptr + row * PADDED, C * PADDED, c, PADDED, c < C, partial, PADDED, BLOCK_E, HEADS
     )
     at, valid = row + _of_heads(c, C, HEADS), _of_heads(c, 0, HEADS) < C
     tl.store(peak_ptr + at, peak, mask=valid)
-    tl.store(total_ptr + at, total, mask=valid)
+    if not WHOLE:
+        tl.store(total_ptr + at, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["n_keys"])
@@ -249,17 +255,20 @@ def dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, offsets_ptr, counts_ptr, out_ptr, lse_ptr, partial_ptr,
     records_ptr, seed_ptr,
     dout_b, dout_h, dout_c, q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n,
+    dq_b, dq_h, dq_c,
     n_bags, n_keys, H, scale, dropout_p, undrop,
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr, HEADS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Write the part of dq / scale that one chunk of keys has, for HEADS heads, BLOCK_C latents.
 
     p = exp(scale q k^T + log counts - lse), ds = p (kept undrop dout v^T - delta) with
     delta = rowsum(dout out), which dropout has gone into already, and partial = ds k
     [slots, H, C, PADDED], zero for a slot left over, since that of queries that all bags share is
-    the sum of all. The programs of a bag's first chunk write its records [B, H, C, .].
+    the sum of all. WHOLE: every bag is one chunk, and partial is dq. The programs of a bag's first
+    chunk write its records [B, H, C, .].
     """
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -307,8 +316,12 @@ def dq_kernel(
         # The weight of a bag's only key is 1 whatever q and k are; rounding would leave 1e-6.
         ds = tl.where(stop > 1, p * (dp - tl.expand_dims(delta, -1)), 0.0).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    partial_ptr += (slot.to(tl.int64) * H + head) * C * PADDED
-    _store_heads(partial_ptr, C * PADDED, c, PADDED, c < C, dq, PADDED, BLOCK_E, HEADS)
+    if WHOLE:
+        partial_ptr += bag * dq_b + head * dq_h
+        _store_heads(partial_ptr, dq_h, c, dq_c, c < C, dq * scale, E, BLOCK_E, HEADS)
+    else:
+        partial_ptr += (slot.to(tl.int64) * H + head) * C * PADDED
+        _store_heads(partial_ptr, C * PADDED, c, PADDED, c < C, dq, PADDED, BLOCK_E, HEADS)
 
 
 @triton.jit(do_not_specialize=["n_bags", "n_keys", "n_slots"])
