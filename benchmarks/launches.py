@@ -344,6 +344,7 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
             context_kv(dtype, 256, 2, 32, channels=5, grouped=True, biased=False),
         )
         yield f"form: context {dtype} bias", context_kv(dtype, 256, 2, 32)
+        yield f"form: context {dtype} in two blocks", context_kv(dtype, 256, 2, 40)
         for x_dtype in ("bf16", "fp16", "fp32"):
             if x_dtype != dtype:
                 yield (
@@ -355,6 +356,7 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
             absorbed(dtype, 17, dropout=0, channels=0, counted=True),
         )
         yield f"form: absorbed {dtype} positions, dropout", absorbed(dtype, 17, dropout=0.1)
+        yield f"form: absorbed {dtype} in two blocks", absorbed(dtype, 80, dropout=0, channels=0)
         yield f"form: gathered {dtype}", gathered(dtype, 2, 17, 16, channels=5, q_dtype="fp32")
         yield f"form: gathered {dtype} shared", gathered(dtype, 2, 17, 16, shared=True)
     for p_dtype in ("bf16", "fp16", "fp64"):

@@ -5,6 +5,7 @@ from the planner. A test compares the page with what this prints.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ SHOWN = {
     "planned bf16, graph": "motet, graph",
     "planned bf16, static graph": "motet, static graph",
 }
+# Models, and the sizes of their kernels in benchmarks/launches.py.
+COMPILED = (
+    ("blca", "context bf16 2048 to 1x256"), ("blca", "attention bf16 8x16 c25"),
+    ("kirp", "context bf16 2048 to 1x512"), ("kirp", "attention bf16 8x27 c17"),
+    ("brca", "gathered bf16 8x63 c17"), ("ucec", "gathered bf16 8x103 c16"),
+)  # fmt: skip
 
 
 def main() -> int:
@@ -62,6 +69,7 @@ def tables() -> Iterator[str]:
     for kind in ("step", "forward"):
         yield from _predicted(kind == "step")
     yield from _demanded()
+    yield from _compiled()
 
 
 def _measured(cells: list[dict[str, Any]]) -> Iterator[str]:
@@ -168,6 +176,31 @@ def _before() -> dict[str, str]:
         if all("ms" in one for one in own):
             found[row["cell"]] = ", ".join(measure.figures(one["ms"]["median"]) for one in own)
     return found
+
+
+def _compiled() -> Iterator[str]:
+    """Yield what the compiler made of the kernels that take the time, from registers.json."""
+    table = json.loads((ROOT / "benchmarks" / "results" / "registers.json").read_text())
+    yield "\n### Compiled, not run\n"
+    yield (
+        f"What Triton {table['triton']} makes of the kernels that take the time, in bfloat16 "
+        "(`python benchmarks/registers.py`); matrix instructions and asynchronous copies as they "
+        "stand in the code. A100 is sm_80, H100 and H200 sm_90, B200 sm_100.\n"
+    )
+    yield (
+        "| model | kernel | chip | warps | buffers | registers | spills | shared KiB | "
+        "matrix instructions | asynchronous copies |"
+    )
+    yield "|---" * 10 + "|"
+    for model, cell in COMPILED:
+        for row in table["rows"]:
+            if row["name"] == cell and re.match(r"(project|pool|attend|dq|dkv)_", row["kernel"]):
+                yield (
+                    f"| {model} | {row['kernel']} | sm_{row['chip']} | {row['warps']} | "
+                    f"{row['stages']} | {row['registers']} | {row['spill_stores']} | "
+                    f"{row['shared_bytes'] / 1024:.0f} | {row['matrix_instructions']} | "
+                    f"{row['async_copies']} |"
+                )
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import JITFunction
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
 
@@ -235,10 +236,10 @@ def sources() -> dict[str, str]:
 
 
 def forms(launch: Launch) -> set[tuple[str, str, str]]:
-    """Return kernel, parameter and "None" or "given", of every tensor or None."""
+    """Return kernel, parameter and "None" or "given", of every tensor, its descriptor, or None."""
     found = set()
     for name, value in zip(launch.function.arg_names, launch.arguments, strict=True):
-        if value is None or isinstance(value, torch.Tensor):
+        if value is None or isinstance(value, torch.Tensor | TensorDescriptor):
             kind = "None" if value is None else "given"
             found.add((launch.function.__name__, name, kind))
     return found
