@@ -335,16 +335,23 @@ def test_tiles_come_by_tma_where_rows_begin_at_16_bytes(chip, monkeypatch):
 
     monkeypatch.setattr(context_launchers, "launch", record)
     monkeypatch.setattr(context_launchers, "_SCALED", (torch.float16,))
+    x, _, weight, _ = context(20, 40, 0, 1, 24, 1, torch.float16)
     # The weights are contiguous, so that their rows are as long as the tokens are wide.
-    for start, width, *aligned in ((0, 40, 1, 1), (0, 37, 0, 1), (4, 36, 0, 0), (8, 32, 1, 1)):
-        x, _, weight, _ = context(20, 40, 0, 1, 24, 1, torch.float16)
-        own, offsets = x[:, start : start + width], torch.tensor([0, 20])
-        y = projected(own, None, weight[..., :width].contiguous(), None, offsets)
+    for own, *aligned in (
+        (x, True, True),
+        (x[:, :37], False, True),
+        (x[:, 4:], False, False),
+        (x[:, 8:], True, True),
+        (x[:1].expand(20, -1), False, False),
+        (x.flatten().as_strided((20, 40), (8, 1)), False, False),
+    ):
+        offsets = torch.tensor([0, 20])
+        y = projected(own, None, weight[..., : own.shape[1]].contiguous(), None, offsets)
         check_pool(y, own, None, offsets)
         kernels = [name for name in names if name.startswith(("project", "pool"))]
         assert [name.endswith("_tma_kernel") for name in kernels[-2:]] == [
-            bool(own and chip) for own in aligned
-        ], (start, width)
+            by_tma and chip > 0 for by_tma in aligned
+        ], (own.shape, own.stride())
 
 
 def test_turns_compute_every_tile_once_and_end_together():

@@ -395,11 +395,15 @@ def _direct(x: Tensor, weight: Tensor) -> bool:
 
 
 def _tma(*tensors: Tensor) -> bool:
-    """Return whether the tensor memory accelerator reads these: rows that begin at 16 bytes."""
+    """Return whether the tensor memory accelerator reads these: rows apart, each on 16 bytes."""
     if capability(tensors[0]) not in TMA:
         return False
-    rows = [x.stride(-2) * x.element_size() for x in tensors]
-    return all(x.data_ptr() % 16 == 0 for x in tensors) and all(row % 16 == 0 for row in rows)
+    return all(
+        x.data_ptr() % 16 == 0
+        and x.stride(-2) * x.element_size() % 16 == 0
+        and x.stride(-2) >= x.shape[-1]
+        for x in tensors
+    )
 
 
 def _long_side(block: Columns, capability: int) -> int:
