@@ -1,7 +1,9 @@
 """The public operators and HEALNet on their Triton kernels, run by Triton's interpreter."""
 
 import os
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 pytest.importorskip("triton", reason="triton is not installed; it comes with motet on Linux")
 
 import motet
+from benchmarks.launches import LAUNCHERS, context_launchers
 from motet.kernels import (
     absorbed_attention,
     attention_weights,
@@ -349,6 +352,43 @@ def test_healnet(strategy: str, share: bool) -> None:
         partial(gradients, strategy="reference"),
         *inputs,
     )
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's numpy
+@pytest.mark.parametrize("strategy", ["cached", "absorbed"])
+def test_healnet_with_the_kernels_of_hopper(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision, as bf16 is pooled; 8 heads of 17 latents take two blocks of outputs."""
+    launched = set()
+    for launchers in LAUNCHERS:
+        if hasattr(launchers, "capability"):
+            monkeypatch.setattr(launchers, "capability", lambda _: 90)
+        monkeypatch.setattr(launchers, "launch", partial(record, launched, launchers.launch))
+    monkeypatch.setattr(context_launchers, "_SCALED", (torch.float16,))
+    model = motet.HEALNet(
+        {"wsi": motet.Bag(64)}, out_features=4, num_latents=17, latent_dim=40, heads=8, head_dim=12
+    )
+    weights = {name: parameter.half() for name, parameter in model.named_parameters()}
+    bags = [torch.randn(300, 64).half(), torch.randn(130, 64).half()]
+
+    def logits(backend: str, how: str) -> Function:
+        def run(*parameters: Tensor) -> Tensor:
+            dtype = parameters[0].dtype
+            x = torch.nested.nested_tensor([x.to(dtype) for x in bags], layout=torch.jagged)
+            own = dict(zip(weights, parameters, strict=True))
+            call = {"strategy": how, "backend": backend}
+            return torch.func.functional_call(model, own, ({"wsi": x},), call).float()
+
+        return with_gradients(run)
+
+    assert_as_good_as(logits("triton", strategy), logits("eager", "reference"), *weights.values())
+    expected = {"project_tma_kernel", "pool_tma_kernel" if strategy == "absorbed" else "dkv_kernel"}
+    assert expected <= launched
+
+
+def record(launched: set[str], launch: Callable[..., None], kernel: Any, *rest: Any, **how: Any):
+    """Note the name of a kernel, and launch it."""
+    launched.add(kernel.__name__)
+    launch(kernel, *rest, **how)
 
 
 @pytest.mark.parametrize("phase", ["principal", "circular"])
