@@ -27,7 +27,7 @@ from .context import Context
 class OneToken:
     """At most one token in every row: its weight is 1 whatever Q and K are, so V is all it takes.
 
-    What rows without a token get, the values of zeros, an update drops.
+    For rows without a token V is made of zeros; the update of their latents does not take it.
     """
 
     asks = False
