@@ -193,7 +193,7 @@ def plan(
         ...                          layers=2, dtype=torch.bfloat16, device="H200"))
         cached on H200, backend auto: least predicted time
         * cached        128.90 GFLOP    1.167 GB     2.072 ms predicted; graph 0.515, 16 launches
-          absorbed      393.64 GFLOP    3.136 GB     2.701 ms predicted; graph 1.443, 24 launches
+          absorbed      393.64 GFLOP    3.208 GB     2.701 ms predicted; graph 1.461, 24 launches
           reference     254.73 GFLOP    4.393 GB     5.177 ms predicted; graph 2.326, 77 launches
     """
     choice("strategy", strategy, (None, *get_args(Strategy)))
