@@ -187,7 +187,10 @@ def _project_by_tma(
     columns = outputs if grouped else sets * outputs
     chip = capability(x)
     block = columns_of(columns, HOPPER if chip == 90 else HALF)
-    block_t, stages = _long_side(block, chip), 3 if block.main >= 128 and block.rest == 16 else 4
+    block_t = _long_side(block, chip)
+    # Four buffers of 144 outputs and 256 rows, or of 272 and 128, leave no shared memory for the
+    # way of the results.
+    stages = 3 if block.main >= 128 and block.rest == 16 else 4
     slots = count_slots(rows, sets, block_t) if grouped else cdiv(rows, block_t)
     tiles = cdiv(columns, block.width)
     programs, whole, halves = _waves(slots, tiles, multiprocessors(x))
