@@ -1,6 +1,6 @@
 """Launches the Triton kernels of latent_attention: few queries, very many ragged keys, no atomics.
 
-Keys are worked off in chunks of a fixed length, counted from the start of each bag. A program
+Keys are processed in chunks of a fixed length, counted from the start of each bag. A program
 reduces one chunk for one head, or four narrow ones, and writes a partial result; a second kernel
 adds the partial results of a bag in order. So a bag alone gives what it gives in any batch, bit for
 bit. The gradient of K and V takes no sum over programs: one owns its keys, for all layers.
