@@ -35,7 +35,7 @@ SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU
 	OPENBLAS_CORETYPE=Prescott MOTET_SIMD=16 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-sse
 NUMERIC := $(addprefix python_tests/test_,$(addsuffix .py,absorbed_attention attention_engine \
 	context_kv healnet harmonic_merge latent_attention lego lego_engine one_token resample slerp \
-	stain_planes triton_kernels triton_lego_pass triton_operators))
+	stain_planes triton_context_kv triton_kernels triton_kv_records triton_lego_pass triton_operators))
 NUMBERS := "not compile and not registration and not memory and not fuzz"
 test-cpus: $(INSTALLED)
 	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -k $(NUMBERS) $(NUMERIC)
