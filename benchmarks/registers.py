@@ -297,7 +297,8 @@ def main() -> None:
         _recorded.extend(found)
         with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
             if arguments.loops:
-                told = list(pool.imap(_loops_of_number, range(len(found))))
+                products = [i for i, launch in enumerate(found) if launch.multiplies()]
+                told = list(pool.imap(_loops_of_number, products))
                 wrong = [text for _, own in told for text in own]
                 wgmma = sum(uses for uses, _ in told)
                 print(json.dumps({"triton": triton.__version__, "wgmma": wgmma, "wrong": wrong}))

@@ -17,7 +17,15 @@ pytest.importorskip("triton")
 
 from motet.kernels.context_kv import tma_kernels
 from motet.kernels.context_kv import triton as context_launchers
-from motet.kernels.context_kv.blocks import HALF, HOPPER, SINGLE, WIDE, columns_of, padded_columns
+from motet.kernels.context_kv.blocks import (
+    HALF,
+    HOPPER,
+    SINGLE,
+    WIDE,
+    columns_of,
+    padded_columns,
+    pool_chunk,
+)
 from motet.kernels.context_kv.triton import Side, centre, pool, project, weight_gradient
 from motet.kernels.ragged import count_slots
 from motet.kernels.row_statistics.triton import forward as row_statistics
@@ -373,6 +381,11 @@ def test_a_program_has_its_outputs_and_few_more(allowed):
         assert all(not part & (part - 1) for part in own)
         programs = -(-outputs // own.width)
         assert (programs - 1) * own.width < outputs <= programs * own.width
+
+
+def test_pooled_chunks_are_powers_of_2():
+    chunks = [pool_chunk(outputs) for outputs in (0, 1, 16, 17, 128, 136, 200, 512, 1648)]
+    assert chunks == [512, 512, 512, 512, 4096, 4096, 4096, 16384, 16384]
 
 
 def test_136_outputs_cost_144():

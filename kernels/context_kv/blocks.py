@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ..launch import cdiv
+from ..launch import cdiv, next_power_of_2
 
 # Compute capabilities whose kernels read tiles by the tensor memory accelerator (TMA).
 TMA = (90, 100, 103)
@@ -52,4 +52,4 @@ def pool_chunk(outputs: int) -> int:
     to a quarter of what reading the tokens in 16 bits does. Chunks depend on nothing else: a bag
     alone is cut as it is in any batch.
     """
-    return max(512, min(16384, 1 << (32 * outputs).bit_length() - 1))
+    return max(512, min(16384, next_power_of_2(32 * outputs + 1) // 2))
