@@ -214,10 +214,12 @@ def _project_by_tma(
 
 
 def _waves(slots: int, tiles: int, programs: int) -> tuple[int, int, int]:
-    """Return the programs that compute `tiles` tiles of each slot of rows, and what of them.
+    """Divide tiles of rows and outputs among programs: `tiles` for each slot of rows.
 
-    That is how many tiles are computed whole, in turns, and how many halves of those left, at most
-    one per program: 938 tiles on 132 multiprocessors take 7 turns and a half, not 8.
+    Returns:
+        How many programs to launch, how many tiles they compute whole, one after the other, and how
+        many halves of tiles are left after these, at most one for each program. 938 tiles on 132
+        multiprocessors take 7 turns and a half, not 8.
     """
     total = slots * tiles
     whole = total // programs * programs // tiles * tiles
