@@ -9,9 +9,13 @@
 namespace motet {
 namespace {
 
+// Before loops of constant length, so that arrays they index are registers.
+#define MOTET_UNROLL _Pragma("GCC unroll 16")
+
 constexpr std::size_t unit = 16;  // columns that one thread takes, whole packs of any width
 
-// Calls use(0), ..., use(N - 1), each with a constant, so that arrays they index are registers.
+// Calls use(0), ..., use(N - 1), each with a constant: where a loop, even if unrolled, would
+// compute addresses more slowly, or where the constant is an argument of a template.
 template <std::size_t N, typename Use>
 MOTET_INLINE void unrolled(Use use) {
     [&]<std::size_t... I>(std::index_sequence<I...>) MOTET_LAMBDA {
@@ -92,25 +96,32 @@ struct Forward : Row<T, Bytes> {
                           Pack* sums) const {
         Pack total[R][W];
         const std::size_t k = p.inputs;
-        const auto each = [&](auto use) MOTET_LAMBDA {
-            unrolled<R>([&](auto r) MOTET_LAMBDA {
-                unrolled<W>([&](auto j) MOTET_LAMBDA { use(total[r][j], sums[j * R + r], r, j); });
-            });
-        };
         const auto multiply = [&](auto load) MOTET_LAMBDA {
             Pack weights[W];
             unrolled<W>([&](auto j) MOTET_LAMBDA { weights[j] = load(w + j * k); });
-            each([&](Pack& own, Pack&, auto r, auto j) MOTET_LAMBDA { own += x[r] * weights[j]; });
+            MOTET_UNROLL
+            for (std::size_t r = 0; r < R; ++r) {
+                MOTET_UNROLL
+                for (std::size_t j = 0; j < W; ++j) total[r][j] += x[r] * weights[j];
+            }
             x += R;
         };
-        each([&](Pack& own, Pack& kept, auto, auto) MOTET_LAMBDA { own = at ? kept : Pack{}; });
+        MOTET_UNROLL
+        for (std::size_t r = 0; r < R; ++r) {
+            MOTET_UNROLL
+            for (std::size_t j = 0; j < W; ++j) total[r][j] = at ? sums[j * R + r] : Pack{};
+        }
         std::size_t i = at;
         for (; i + lanes <= stop; i += lanes) {
             unrolled<W>([&](auto j) MOTET_LAMBDA { __builtin_prefetch(w + (W + j) * k + i); });
             multiply([&](const T* row) MOTET_LAMBDA { return this->load(row + i); });
         }
         if (i < stop) multiply([&](const T* row) MOTET_LAMBDA { return this->last(row); });
-        each([&](Pack& own, Pack& kept, auto, auto) MOTET_LAMBDA { kept = own; });
+        MOTET_UNROLL
+        for (std::size_t r = 0; r < R; ++r) {
+            MOTET_UNROLL
+            for (std::size_t j = 0; j < W; ++j) sums[j * R + r] = total[r][j];
+        }
     }
 
     template <std::size_t R>
