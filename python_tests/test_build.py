@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .conftest import ROOT
 
@@ -57,6 +59,19 @@ def has_native(wheel: Path) -> bool:
         built = {Path(name).parent for name in archive.namelist() if "/_C." in name}
     assert built in ({Path("motet/kernels"), Path("motet/io")}, set())
     return bool(built)
+
+
+def test_conda_and_citation_say_what_pip_is_told() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    recipe = yaml.safe_load((ROOT / "recipe" / "recipe.yaml").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    renamed = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    wanted = [f"python {project['requires-python']}"]
+    for dependency in project["dependencies"]:
+        name, floor = dependency.split(">=")
+        wanted.append(f"{renamed.get(name, name.lower())} >={floor}")
+    assert sorted(recipe["requirements"]["run"]) == sorted(wanted)
+    assert recipe["context"]["version"] == citation["version"] == project["version"]
 
 
 # What CMake finds on a machine without a compiler: nothing that runs.

@@ -1,0 +1,27 @@
+# The exact versions that the tests run with. On a CPU:
+#   docker build -t motet .
+#   docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" motet demo --out runs/demo
+# On NVIDIA GPUs:
+#   docker build -t motet --build-arg TORCH=cu130 .
+#   docker run --rm --gpus all motet doctor
+FROM python:3.11-slim
+
+# The compiler stays: Triton on a GPU and torch.compile call it when they run.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+
+# torch first: it is by far the largest layer, and changes seldom.
+ARG TORCH=cpu
+COPY constraints.txt /tmp/
+ENV PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/tmp/constraints.txt
+RUN pip install torch --extra-index-url https://download.pytorch.org/whl/${TORCH}
+COPY . /tmp/motet
+RUN MOTET_REQUIRE_NATIVE=1 pip wheel --no-deps --wheel-dir /tmp/wheels /tmp/motet \
+    && pip install "$(echo /tmp/wheels/motet-*.whl)[ot,wsi]" \
+    && rm -rf /tmp/motet /tmp/wheels
+
+# Any user may run it: what matplotlib, Triton and torch keep goes where all may write.
+ENV HOME=/tmp
+WORKDIR /data
+ENTRYPOINT ["motet"]
+CMD ["doctor"]
