@@ -28,7 +28,8 @@ class CMakeBuild(build_ext):
                 raise
             print(
                 f"motet: its C++ was not built ({error}). The package works without it, "
-                "more slowly; with a C++20 compiler installed, run pip again.",
+                "more slowly; with a C++20 compiler installed, repeat pip install with "
+                "--force-reinstall --no-deps --no-cache-dir.",
                 file=sys.stderr,
             )
 

@@ -7,7 +7,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-CURE = "install a C++20 compiler, then `pip install --force-reinstall --no-deps .` in the checkout"
+CURE = (
+    "install a C++20 compiler, then repeat pip install with "
+    "--force-reinstall --no-deps --no-cache-dir"
+)
 
 try:
     from . import _C as _module  # pyright: ignore[reportAttributeAccessIssue]
