@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 import torch
 from motet.io import FeatureStore, StoreError, tile_slides
 from motet.io.store.format import FLAGS
+from motet.io.store.leases import Leases
+from motet.io.store.source import Source
 from motet.io.tiling.pipeline import Settings
 from motet.io.tiling.workers import _own_gpu, run_here
 from numpy.typing import NDArray
@@ -340,6 +343,33 @@ class Quiet(Overflowing):
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         return np.full((len(pixels), 2), 0.5, np.float32)
+
+
+class Failing(Quiet):
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        time.sleep(1)  # until all that comes before has nothing left to do but to wait
+        raise OSError("no encoder any more")
+
+
+def test_an_error_ends_a_worker_that_others_hold_slides_from(cohort: Path, tmp_path: Path) -> None:
+    held = Leases(tmp_path / "leases").take(Source(cohort / "slide-1.tif", "slide-1.tif").key)
+    assert held is not None
+    raised: list[OSError] = []
+
+    def run() -> None:
+        try:
+            slides = [cohort / f"slide-{i}.tif" for i in range(2)]
+            how = {**HOW, "encoder": Failing(), "downsample": 8, "batch": 1000}
+            tile_slides(slides, tmp_path, workers=0, **how)
+        except OSError as error:
+            raised.append(error)
+
+    worker = threading.Thread(target=run, daemon=True)  # so that a hang fails, and ends
+    with held:
+        worker.start()
+        worker.join(20)
+        assert not worker.is_alive()
+    assert "no encoder any more" in str(raised[0])
 
 
 def test_another_specification_is_refused(cohort: Path, undisturbed: Path) -> None:

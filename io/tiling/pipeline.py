@@ -155,25 +155,37 @@ class _Worker:
                     closing(Ahead(self._prepared(), 1, "open")) as prepared,
                     closing(Ahead(self._decoded(prepared), 2, "decode")) as decoded,
                 ):
-                    waiting = time.perf_counter()
-                    for job, what in decoded:
-                        waited = time.perf_counter() - waiting
-                        if isinstance(what, PatchBatch):
-                            self._embed(job, what, waited)
-                        elif what == "end" and not job.failed:
-                            finished.append(committer.submit(self._commit, job))
-                        elif isinstance(what, BaseException) and not job.failed:
-                            self._fail(job, what)
-                        while len(finished) > 1 or (finished and finished[0].done()):
-                            finished.pop(0).result()
-                        waiting = time.perf_counter()
+                    try:
+                        self._consume(decoded, committer, finished)
+                    finally:
+                        # Before any thread is waited for: one may wait for what others work on.
+                        self.stopped.set()
             finally:
-                self.stopped.set()
                 committer.shutdown()
                 for job in list(self.under_way):  # something stopped all of them
                     self._leave(job)
         for future in finished:
             future.result()
+
+    def _consume(
+        self,
+        decoded: Ahead[Step],
+        committer: ThreadPoolExecutor,
+        finished: list[Future[None]],
+    ) -> None:
+        """Embed what is decoded, and hand what is whole to the committer."""
+        waiting = time.perf_counter()
+        for job, what in decoded:
+            waited = time.perf_counter() - waiting
+            if isinstance(what, PatchBatch):
+                self._embed(job, what, waited)
+            elif what == "end" and not job.failed:
+                finished.append(committer.submit(self._commit, job))
+            elif isinstance(what, BaseException) and not job.failed:
+                self._fail(job, what)
+            while len(finished) > 1 or (finished and finished[0].done()):
+                finished.pop(0).result()
+            waiting = time.perf_counter()
 
     def _prepared(self) -> Iterator[Job]:
         """Open one after the other the slides that are to be done, as their leases are had."""
