@@ -29,19 +29,22 @@ class Check(NamedTuple):
 # Distribution and the oldest version that motet works with, as in pyproject.toml.
 REQUIRED = (
     ("numpy", "2"),
-    ("pandas", "2.2"),
+    ("pandas", "3"),
+    ("pillow", "11"),
     ("safetensors", "0.5"),
-    ("scikit-learn", "1.6"),
-    ("scikit-survival", "0.24"),
+    ("scikit-learn", "1.9.1"),
+    ("scikit-survival", "0.28"),
     ("scipy", "1.14"),
     ("matplotlib", "3.9"),
     ("tqdm", "4.66"),
     ("filelock", "3.16"),
-    ("pyarrow", "18"),
+    ("pyarrow", "22"),
     ("pydantic", "2.10"),
     ("PyYAML", "6"),
     ("zarr", "3.1"),
-    ("lightning", "2.6"),
+    ("numcodecs", "0.14"),
+    ("google-crc32c", "1.6"),
+    ("lightning", "2.6.6"),
     ("torch", "2.10"),
 )
 # Distribution, what is not there without it, and the cure.

@@ -3,11 +3,14 @@
 import ast
 import doctest
 import inspect
+import itertools
 import re
 import subprocess
 import sys
+import tomllib
 from enum import EnumType
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import motet
@@ -234,6 +237,26 @@ def test_signatures_of_experiments_are_short() -> None:
                 arguments = [one for one in arguments if one.arg not in ("self", "cls")]
                 arguments += [one for one in (a.vararg, a.kwarg) if one is not None]
                 assert len(arguments) <= 6, f"{MODULES[name]}:{node.lineno}: {node.name}"
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    """What comes only because another library asks for it today may be gone tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *itertools.chain.from_iterable(extras.values())]
+    known = {re.split(r"[>\[;]", each)[0].lower() for each in asked}
+    installed = packages_distributions()
+    imported: set[str] = set()
+    for path in (path for path in SOURCES if path.stem != "setup"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                imported.add(node.module.split(".")[0])
+    for name in imported - sys.stdlib_module_names - {"motet"}:
+        for distribution in installed[name]:
+            # pydantic and its core are always of one release.
+            assert distribution.lower().replace("_core", "") in known, name
 
 
 def test_csrc_knows_nothing_of_torch() -> None:
