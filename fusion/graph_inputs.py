@@ -201,12 +201,12 @@ def given_of(model: Model, batches: Mapping[str, Batch]) -> dict[str, Given] | s
     if isinstance(model, HEALNet):
         contexts = model.contexts(batches)
         return {name: Given.of_context(own, pack=True) for name, own in contexts.items()}
-    how, given = model.how(), {}
+    options, given = model.pass_options(), {}
     merges = isinstance(model, LegoMerge)
     for name, batch in batches.items():
         block = _block(model, name)
         if block.encoder is None:
-            given[name] = Given.of_context(block.context(batch, how), pack=not merges)
+            given[name] = Given.of_context(block.context(batch, options), pack=not merges)
         elif batch.keep is None and batch.offsets is None:
             given[name] = Given.of_fields(Batch, batch._asdict())
         else:
@@ -223,15 +223,15 @@ def latents_from(model: Model, rows: int, read: Mapping[str, Context | Batch]) -
     if isinstance(model, HEALNet):
         contexts = {name: own for name, own in read.items() if isinstance(own, Context)}
         return model.fuse(rows, model.attend_to(contexts))
-    how = model.how()
+    options = model.pass_options()
     keys: dict[str, list[Keys]] = {}
     for name, own in read.items():
         block = _block(model, name)
-        context = block.context(own, how) if isinstance(own, Batch) else own
-        keys[name] = block.attend_to(context, how)
+        context = block.context(own, options) if isinstance(own, Batch) else own
+        keys[name] = block.attend_to(context, options)
     if isinstance(model, LegoBlock):
-        return model.encode(rows, keys["x"], how).real
-    return model.fuse(rows, keys, how)
+        return model.encode(rows, keys["x"], options).real
+    return model.fuse(rows, keys, options)
 
 
 def why_never(model: Model) -> str:

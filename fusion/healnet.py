@@ -25,7 +25,7 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
-from .passes import How, Step, run_steps
+from .passes import PassOptions, Step, run_steps
 
 
 class HEALNetOutput(NamedTuple):
@@ -301,9 +301,9 @@ class HEALNet(nn.Module):
                 attention[name].append(batches[name].spread(weights, context))
 
         rows = next(iter(batches.values())).rows
-        how = How(strategy, backend)
-        latents = self.fuse(rows, keys, how, watch if return_attention else None)
-        logits = latents if self.head is None else self.head(latents, backend=how.of_head)
+        options = PassOptions(strategy, backend)
+        latents = self.fuse(rows, keys, options, watch if return_attention else None)
+        logits = latents if self.head is None else self.head(latents, backend=options.head_backend)
         if not (return_latents or return_attention):
             return logits
         return HEALNetOutput(logits, latents if return_latents else None, attention)
@@ -349,18 +349,18 @@ class HEALNet(nn.Module):
         self,
         rows: int,
         keys: Mapping[str, Sequence[Keys]],
-        how: How | None = None,
+        options: PassOptions | None = None,
         watch: Callable[[str, Tensor, Context], None] | None = None,
     ) -> Tensor:
         """Update the latents of `rows` rows, layer after layer; return the last, [B, C, D].
 
-        `keys` are what `prepare` returned, for the same `how` (None: as planned). `watch` is given
-        every update's modality, attention weights and context.
+        `keys` are what `prepare` returned for the same `options` (None: as planned). `watch` is
+        called after every update with its modality, attention weights and context.
         """
-        how = How() if how is None else how
+        options = PassOptions() if options is None else options
         start, steps = self.latents[None], []
         names: list[str | None] = []
-        itself = Itself(start, how.backend)
+        itself = Itself(start, options.backend)
         for index in self.order:
             layer = cast(FusionLayer, self.layers[index])
             for name in self.modalities:
@@ -374,6 +374,6 @@ class HEALNet(nn.Module):
             if watch is not None and name is not None:
                 watch(name, step.keys.weights(step.attention, queries), step.keys.context)
 
-        if how.strategy == "reference":
+        if options.strategy == "reference":
             start = start.expand(rows, -1, -1)
-        return run_steps(start, steps, None, how, None if watch is None else watched).real
+        return run_steps(start, steps, None, options, None if watch is None else watched).real

@@ -30,7 +30,7 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
-from .passes import How, LegoLayer, Step, Transform, Waves, run_steps
+from .passes import LegoLayer, PassOptions, Step, Transform, Waves, run_steps
 
 
 class LegoOutput(NamedTuple):
@@ -257,50 +257,54 @@ class LegoBlock(nn.Module):
                     f"latents: expected {shape} or {(batch.rows, *shape)}, got "
                     f"{tuple(latents.shape)}"
                 )
-        how = self.how(strategy, backend)
-        waves = self.encode(batch.rows, self.prepare(batch, how), how, latents)
-        logits = waves.real if self.head is None else self.head(waves.real, backend=how.of_head)
+        options = self.pass_options(strategy, backend)
+        waves = self.encode(batch.rows, self.prepare(batch, options), options, latents)
+        logits = (
+            waves.real if self.head is None else self.head(waves.real, backend=options.head_backend)
+        )
         return LegoOutput(logits, waves.joined()) if return_latents else logits
 
-    def how(self, strategy: Strategy | None = None, backend: Backend = "auto") -> How:
+    def pass_options(
+        self, strategy: Strategy | None = None, backend: Backend = "auto"
+    ) -> PassOptions:
         """Return how the block's passes are run; arguments as of `forward`."""
         even = self.transform.axes == (-2,) and strategy != "reference"
-        return How(strategy, backend, even and not any(layer.drops for layer in self.sets))
+        return PassOptions(strategy, backend, even and not any(layer.drops for layer in self.sets))
 
-    def prepare(self, batch: Batch, how: How) -> list[Keys]:
+    def prepare(self, batch: Batch, options: PassOptions) -> list[Keys]:
         """Encode a batch and read the context once; return what each set of weights attends to.
 
         An encoder with weights of its own for every pass makes that what each pass attends to.
         """
         if not self.encodes_every_pass:
-            return self.attend_to(self.context(batch, how), how)
+            return self.attend_to(self.context(batch, options), options)
         attentions = [layer.attention for layer in self.sets]
         return [
-            self._prepared(self._context(batch, index, how.half), [attentions[own]], how)[0]
+            self._prepared(self._context(batch, index, options.half), [attentions[own]], options)[0]
             for index, own in enumerate(self.order)
         ]
 
-    def context(self, batch: Batch, how: How) -> Context:
+    def context(self, batch: Batch, options: PassOptions) -> Context:
         """Encode a batch; return what all passes attend to."""
-        return self._context(batch, None, how.half)
+        return self._context(batch, None, options.half)
 
-    def attend_to(self, context: Context, how: How) -> list[Keys]:
+    def attend_to(self, context: Context, options: PassOptions) -> list[Keys]:
         """Read what `context` returned once; return what each set of weights attends to."""
         attentions = [layer.attention for layer in self.sets]
         asked = [self.order.count(index) for index in range(len(attentions))]
-        return self._prepared(context, attentions, how, asked)
+        return self._prepared(context, attentions, options, asked)
 
     def _prepared(
         self,
         context: Context,
         attentions: Sequence[Attention],
-        how: How,
+        options: PassOptions,
         layers: Sequence[int] | None = None,
     ) -> list[Keys]:
         rows = self.transform.rows
         return prepare(
-            context, attentions, latents=rows // 2 + 1 if how.half else rows, layers=layers,
-            strategy=how.strategy, backend=how.backend,
+            context, attentions, latents=rows // 2 + 1 if options.half else rows, layers=layers,
+            strategy=options.strategy, backend=options.backend,
         )  # fmt: skip
 
     def steps(self, keys: Sequence[Keys]) -> list[Step]:
@@ -318,24 +322,24 @@ class LegoBlock(nn.Module):
         ]
 
     def encode(
-        self, rows: int, keys: Sequence[Keys], how: How, latents: Tensor | None = None
+        self, rows: int, keys: Sequence[Keys], options: PassOptions, latents: Tensor | None = None
     ) -> Waves:
         """Run all passes; return the last spectrum, [B, C, D] each.
 
         Args:
             rows: B.
-            keys: what `prepare` returned for `how`.
-            how: see there.
+            keys: what `prepare` returned for `options`.
+            options: see there.
             latents: real [C, D] or [B, C, D] to start from; None means the block's own.
         """
         *steps, last = self.steps(keys)
         steps.append(last._replace(forget=False))  # the last pass returns what it found
         start = self.latents if latents is None else latents
-        if how.strategy == "reference":
+        if options.strategy == "reference":
             start = start.expand(rows, -1, -1)
         elif start.ndim == 2:
             start = start[None]
-        return self._spread(rows, run_steps(start, steps, self.transform, how))
+        return self._spread(rows, run_steps(start, steps, self.transform, options))
 
     def untouched(self, rows: int) -> Waves:
         """Return the spectrum of rows without the modality, [rows, C, D] each: no update."""

@@ -14,7 +14,7 @@ from .layers import Head
 from .lego_block import LegoBlock
 from .lego_heads import HeadMethod, merge_heads
 from .lego_joined import JoinedBlocks
-from .passes import How, run_steps
+from .passes import PassOptions, run_steps
 
 Mode = Literal["stack", "weave", "upstream-weave"]
 
@@ -81,13 +81,13 @@ class LegoFuse(JoinedBlocks):
             self.latents = nn.Parameter(first.latents.detach().clone())
         self.config = self._config(head, mode=mode, weights=dict(self.weights), depth=depth)
 
-    def join(self, batches: Mapping[str, Batch], how: How) -> Tensor:
+    def join(self, batches: Mapping[str, Batch], options: PassOptions) -> Tensor:
         if self.mode == "upstream-weave":
-            return self._upstream_weave(batches, how)
-        return super().join(batches, how)
+            return self._upstream_weave(batches, options)
+        return super().join(batches, options)
 
-    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
-        return (self._stack if self.mode == "stack" else self._weave)(rows, keys, how)
+    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
+        return (self._stack if self.mode == "stack" else self._weave)(rows, keys, options)
 
     def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
         """Return a model with one more modality; what was fine-tuned is kept, the head too.
@@ -118,7 +118,7 @@ class LegoFuse(JoinedBlocks):
             bigger.latents.data.copy_(self.latents)
         return bigger.train(self.training)
 
-    def _stack(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
+    def _stack(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         blocks = self._blocks()
         latents: Tensor | None = None
         started: Tensor | None = None  # bool [B]; None for every row, once there are latents
@@ -126,7 +126,7 @@ class LegoFuse(JoinedBlocks):
             start = latents
             if latents is not None and started is not None:
                 start = torch.where(started[:, None, None], latents, blocks[name].latents)
-            real = blocks[name].encode(rows, own, how, start).real
+            real = blocks[name].encode(rows, own, options, start).real
             updated = own[0].context.nonempty
             if updated is None:
                 latents, started = real, None
@@ -139,7 +139,7 @@ class LegoFuse(JoinedBlocks):
         assert latents is not None
         return latents
 
-    def _weave(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
+    def _weave(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         assert self.latents is not None
         blocks = {name: self._blocks()[name] for name in keys}
         passes = {
@@ -155,10 +155,10 @@ class LegoFuse(JoinedBlocks):
             if index < len(own)
         ]
         transform = next(iter(blocks.values())).transform
-        start = self.latents.expand(rows if how.strategy == "reference" else 1, -1, -1)
-        return run_steps(start, steps, transform, how).real.expand(rows, -1, -1)
+        start = self.latents.expand(rows if options.strategy == "reference" else 1, -1, -1)
+        return run_steps(start, steps, transform, options).real.expand(rows, -1, -1)
 
-    def _upstream_weave(self, batches: Mapping[str, Batch], how: How) -> Tensor:
+    def _upstream_weave(self, batches: Mapping[str, Batch], options: PassOptions) -> Tensor:
         assert self.latents is not None
         blocks = self._blocks()
         rows = next(iter(batches.values())).rows
@@ -176,8 +176,8 @@ class LegoFuse(JoinedBlocks):
                 layer = blocks[name].sets[0]
                 context = Context(tokens[name], single=tokens[name].shape[1] == 1)
                 (keys,) = prepare(
-                    context, [layer.attention], latents=latents.shape[1], strategy=how.strategy,
-                    backend=how.backend,
+                    context, [layer.attention], latents=latents.shape[1], strategy=options.strategy,
+                    backend=options.backend,
                 )  # fmt: skip
                 latents = layer(latents, keys)
         return latents

@@ -16,7 +16,7 @@ from .layers import Head
 from .lego_block import LegoBlock, LegoOutput
 from .lego_heads import HeadMethod, merge_heads
 from .modalities import Modality, check_names
-from .passes import How
+from .passes import PassOptions
 
 
 class JoinedBlocks(nn.Module):
@@ -106,29 +106,31 @@ class JoinedBlocks(nn.Module):
             statistics=statistics,
             like=like,
         )
-        how = self.how(strategy, backend)
-        latents = self.join(batches, how)
+        options = self.pass_options(strategy, backend)
+        latents = self.join(batches, options)
         # Contiguous, as a block alone has it: the head then rounds alike.
         real = latents.real.contiguous() if latents.is_complex() else latents
-        logits = real if self.head is None else self.head(real, backend=how.of_head)
+        logits = real if self.head is None else self.head(real, backend=options.head_backend)
         return LegoOutput(logits, latents) if return_latents else logits
 
-    def how(self, strategy: Strategy | None = None, backend: Backend = "auto") -> How:
+    def pass_options(
+        self, strategy: Strategy | None = None, backend: Backend = "auto"
+    ) -> PassOptions:
         """Return how the passes of all blocks are run; arguments as of `forward`."""
-        hows = [block.how(strategy, backend) for block in self._blocks().values()]
-        return How(strategy, backend, all(how.half for how in hows))
+        each = [block.pass_options(strategy, backend) for block in self._blocks().values()]
+        return PassOptions(strategy, backend, all(options.half for options in each))
 
-    def join(self, batches: Mapping[str, Batch], how: How) -> Tensor:
+    def join(self, batches: Mapping[str, Batch], options: PassOptions) -> Tensor:
         """Return the joint latents [B, C, D] of the modalities that there are."""
         rows = next(iter(batches.values())).rows
-        return self.fuse(rows, self.prepare(batches, how), how)
+        return self.fuse(rows, self.prepare(batches, options), options)
 
-    def prepare(self, batches: Mapping[str, Batch], how: How) -> dict[str, list[Keys]]:
+    def prepare(self, batches: Mapping[str, Batch], options: PassOptions) -> dict[str, list[Keys]]:
         """Encode and read every modality once; return what its block attends to."""
         blocks = self._blocks()
-        return {name: blocks[name].prepare(batch, how) for name, batch in batches.items()}
+        return {name: blocks[name].prepare(batch, options) for name, batch in batches.items()}
 
-    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
+    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         """Return the joint latents [B, C, D] of B rows; `keys` are what `prepare` returned."""
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ from .layers import Head
 from .lego_block import LegoBlock
 from .lego_heads import HeadMethod
 from .lego_joined import JoinedBlocks
-from .passes import How
+from .passes import PassOptions
 
 Method = Literal["harmonic", "mean", "sum", "product", "upstream-harmonic"]
 
@@ -76,9 +76,11 @@ class LegoMerge(JoinedBlocks):
         self.phase: Literal["principal", "circular"] = phase
         self.config = self._config(head, method=method, weights=dict(self.weights), phase=phase)
 
-    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], how: How) -> Tensor:
+    def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         blocks = self._blocks()
-        latents = {name: blocks[name].encode(rows, own, how).joined() for name, own in keys.items()}
+        latents = {
+            name: blocks[name].encode(rows, own, options).joined() for name, own in keys.items()
+        }
         updated = {name: own[0].context.nonempty for name, own in keys.items()}
         if not rows or self.has_all(keys):
             return self._merge(list(latents), list(latents.values()))

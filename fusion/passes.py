@@ -79,7 +79,7 @@ class Transform(nn.Module):
         return Waves(*spectrum(latents, self.axes, half=half, own=self.self_conjugate))
 
 
-class How(NamedTuple):
+class PassOptions(NamedTuple):
     """How passes are run; the results are the same but for rounding."""
 
     strategy: Strategy | None = None
@@ -91,7 +91,7 @@ class How(NamedTuple):
     dropout is active. Nor are equal rows of a spectrum as context told apart then."""
 
     @property
-    def of_head(self) -> Backend:
+    def head_backend(self) -> Backend:
         """Who computes the head: torch after the literal loop, which has second derivatives."""
         return "eager" if self.strategy == "reference" else self.backend
 
@@ -114,7 +114,7 @@ def run_steps(
     start: Tensor,
     steps: Sequence[Step],
     transform: Transform | None,
-    how: How,
+    options: PassOptions,
     watch: Watch | None = None,
 ) -> Waves:
     """Run passes on real latents [B or 1, C, D]; return the last spectrum, all C rows of it.
@@ -122,11 +122,11 @@ def run_steps(
     Between passes the inverse transform and the next transform cancel: that of `start` is the only
     one. Without a transform, the spectrum is the latents themselves.
     """
-    if how.strategy == "reference":
+    if options.strategy == "reference":
         return run_literally(start, steps, transform, watch)
     axes, rows, waves = (), None, Waves(start, None)
     if transform is not None:
-        axes, rows, waves = transform.axes, transform.rows, transform(start, half=how.half)
+        axes, rows, waves = transform.axes, transform.rows, transform(start, half=options.half)
     # What passes have in common is made once.
     updates = _shared(steps, lambda s: (s.attention, s.feed_forward), _update_of)
     askings = _shared(steps, lambda s: (s.attention, s.keys.asks), _asking_of)
@@ -135,7 +135,7 @@ def run_steps(
     (real, imaginary), first = waves, steps[0]
     real, imaginary, queries = lego_pass(
         real, imaginary=imaginary, axes=axes if first.normalise else (), rows=rows,
-        scaled=first.rows, asking=askings[0], backend=how.backend,
+        scaled=first.rows, asking=askings[0], backend=options.backend,
     )  # fmt: skip
     for index, step in enumerate(steps):
         if watch is not None:
@@ -158,10 +158,10 @@ def run_steps(
             rows=rows,
             scaled=None if following is None else following.rows,
             asking=None if following is None else askings[index + 1],
-            backend=how.backend,
+            backend=options.backend,
         )
     waves = Waves(real, imaginary)
-    return Waves(*whole(*waves, rows)) if how.half and rows is not None else waves
+    return Waves(*whole(*waves, rows)) if options.half and rows is not None else waves
 
 
 def run_literally(

@@ -7,7 +7,7 @@ import motet
 import pytest
 import torch
 from motet.fusion.context import jagged
-from motet.fusion.passes import How
+from motet.fusion.passes import PassOptions
 from motet.kernels.lego_pass.spectrum import (
     AXES,
     column_scale,
@@ -97,7 +97,7 @@ def test_shared_weights_and_strategies(fft: Any, share: Any) -> None:
 @pytest.mark.parametrize("fft", FFTS)
 def test_half_of_a_spectrum_serves_for_all_of_it(fft: Any, strategy: str, tokens: int) -> None:
     block = block_of((8, 5), fft=fft, depth=2, context="spectrum", normalise=True)
-    assert block.how().half == (fft == "latents")
+    assert block.pass_options().half == (fft == "latents")
     assert_literal(block, torch.randn(3, tokens, 6, **WIDE).requires_grad_(), strategy)
 
 
@@ -167,28 +167,28 @@ def test_joined_models(kind: str, fft: Any) -> None:
 def test_a_weave_takes_halves_only_where_all_blocks_can(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = joined_blocks("latents", ff_dropout=0.5)
     fused = motet.LegoFuse(blocks, mode="weave")
-    asked: list[How] = []
+    asked: list[PassOptions] = []
     plain = motet.LegoBlock.prepare
 
-    def prepare(self: motet.LegoBlock, batch: Any, how: How) -> Any:
-        asked.append(how)
-        return plain(self, batch, how)
+    def prepare(self: motet.LegoBlock, batch: Any, options: PassOptions) -> Any:
+        asked.append(options)
+        return plain(self, batch, options)
 
     monkeypatch.setattr(motet.LegoBlock, "prepare", prepare)
     fused(joined_inputs())
     fused.blocks["b"].train()
     fused(joined_inputs())
-    assert [how.half for how in asked] == [True] * 3 + [False] * 3
+    assert [options.half for options in asked] == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize("dropout", ["attn_dropout", "ff_dropout"])
 def test_dropout_ends_halves_and_keeps_the_mean(dropout: str) -> None:
     block = block_of((6, 5), fft="latents", depth=1, **{dropout: 0.3})
     x = torch.randn(2, 5, 6, **WIDE)
-    assert block.how().half
+    assert block.pass_options().half
     expected = block(x, return_latents=True).latents
     block.train()
-    assert not block.how().half
+    assert not block.pass_options().half
     with torch.no_grad():
         draws = torch.stack([block(x, return_latents=True).latents.real for _ in range(600)])
     moved = draws[:, :, 1] != draws[:, :, -1]
