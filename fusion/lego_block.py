@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._checks import choice, integer, positive, rate
 from ..kernels.backends import Backend
 from ..kernels.checks import same_kind
-from ..kernels.lego_pass.spectrum import AXES, normalised, real_spectrum
+from ..kernels.lego_pass.spectrum import AXES, compute_real_spectrum, normalise_columns
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .attention_forms import prepare
@@ -30,7 +30,7 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
-from .passes import LegoLayer, PassOptions, Step, Transform, Waves, run_steps
+from .passes import LegoLayer, PassOptions, Spectrum, Step, Transform, run_steps
 
 
 class LegoOutput(NamedTuple):
@@ -258,11 +258,13 @@ class LegoBlock(nn.Module):
                     f"{tuple(latents.shape)}"
                 )
         options = self.pass_options(strategy, backend)
-        waves = self.encode(batch.rows, self.prepare(batch, options), options, latents)
+        spectrum = self.encode(batch.rows, self.prepare(batch, options), options, latents)
         logits = (
-            waves.real if self.head is None else self.head(waves.real, backend=options.head_backend)
+            spectrum.real
+            if self.head is None
+            else self.head(spectrum.real, backend=options.head_backend)
         )
-        return LegoOutput(logits, waves.joined()) if return_latents else logits
+        return LegoOutput(logits, spectrum.joined()) if return_latents else logits
 
     def pass_options(
         self, strategy: Strategy | None = None, backend: Backend = "auto"
@@ -323,7 +325,7 @@ class LegoBlock(nn.Module):
 
     def encode(
         self, rows: int, keys: Sequence[Keys], options: PassOptions, latents: Tensor | None = None
-    ) -> Waves:
+    ) -> Spectrum:
         """Run all passes; return the last spectrum, [B, C, D] each.
 
         Args:
@@ -341,22 +343,22 @@ class LegoBlock(nn.Module):
             start = start[None]
         return self._spread(rows, run_steps(start, steps, self.transform, options))
 
-    def untouched(self, rows: int) -> Waves:
+    def untouched(self, rows: int) -> Spectrum:
         """Return the spectrum of rows without the modality, [rows, C, D] each: no update."""
         real, imaginary = self.transform(self.latents[None])
         if self.transform.axes and self.normalise:
-            real, imaginary = normalised(real, imaginary, self.transform.axes)
+            real, imaginary = normalise_columns(real, imaginary, self.transform.axes)
         if not self.track_imaginary and len(self.order) > 1:
             imaginary = None
-        return self._spread(rows, Waves(real, imaginary))
+        return self._spread(rows, Spectrum(real, imaginary))
 
-    def _spread(self, rows: int, waves: Waves) -> Waves:
+    def _spread(self, rows: int, spectrum: Spectrum) -> Spectrum:
         """Return waves of `rows` rows, with an imaginary part if there is a transform."""
-        real, imaginary = waves
+        real, imaginary = spectrum
         if self.transform.axes and imaginary is None:
             imaginary = torch.zeros_like(real)
         shape = (rows, -1, -1)
-        return Waves(real.expand(shape), None if imaginary is None else imaginary.expand(shape))
+        return Spectrum(real.expand(shape), None if imaginary is None else imaginary.expand(shape))
 
     @property
     def encodes_every_pass(self) -> bool:
@@ -377,11 +379,11 @@ class LegoBlock(nn.Module):
         if not (self.spectral_context and axes):
             return context
         if context.offsets is None:
-            tokens, counts = real_spectrum(context.joined(), axes, half=half)
+            tokens, counts = compute_real_spectrum(context.joined(), axes, half=half)
             if counts is not None:
                 counts = counts.expand(tokens.shape[:2])
             return Context(tokens, single=context.single, counts=counts, present=context.present)
-        bags = [real_spectrum(bag, axes, half=half) for bag in context.rows() if len(bag)]
+        bags = [compute_real_spectrum(bag, axes, half=half) for bag in context.rows() if len(bag)]
         tokens = torch.cat([context.joined()[:0], *(bag for bag, _ in bags)])
         if not half:
             return Context(tokens, offsets=context.offsets)

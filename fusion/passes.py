@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from ..kernels.backends import Backend
 from ..kernels.lego_pass.operator import lego_pass
-from ..kernels.lego_pass.spectrum import AXES, fourier, self_conjugate, spectrum, whole
+from ..kernels.lego_pass.spectrum import (
+    AXES,
+    compute_spectrum,
+    fourier,
+    restore_rows,
+    self_conjugate,
+)
 from ..kernels.lego_pass.weights import Asking, Update
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
@@ -42,7 +48,7 @@ class LegoLayer(nn.Module):
         return self.attention.active_dropout > 0 or self.feed_forward.active_dropout > 0
 
 
-class Waves(NamedTuple):
+class Spectrum(NamedTuple):
     """Latents in the frequency domain; without a transform, the latents themselves."""
 
     real: Tensor
@@ -67,16 +73,18 @@ class Transform(nn.Module):
             "self_conjugate", self_conjugate(rows, columns, self.axes), persistent=False
         )
 
-    def forward(self, latents: Tensor, *, half: bool = False) -> Waves:
+    def forward(self, latents: Tensor, *, half: bool = False) -> Spectrum:
         """Return the spectrum of real latents, its first C // 2 + 1 rows if `half`."""
         if not self.axes:
-            return Waves(latents, None)
+            return Spectrum(latents, None)
         if latents.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"dtype: expected float32 or float64 for the transform of a LegoBlock, got "
                 f"{latents.dtype}; for half precision use torch.autocast"
             )
-        return Waves(*spectrum(latents, self.axes, half=half, own=self.self_conjugate))
+        return Spectrum(
+            *compute_spectrum(latents, self.axes, half=half, real_at=self.self_conjugate)
+        )
 
 
 class PassOptions(NamedTuple):
@@ -116,7 +124,7 @@ def run_steps(
     transform: Transform | None,
     options: PassOptions,
     watch: Watch | None = None,
-) -> Waves:
+) -> Spectrum:
     """Run passes on real latents [B or 1, C, D]; return the last spectrum, all C rows of it.
 
     Between passes the inverse transform and the next transform cancel: that of `start` is the only
@@ -124,15 +132,15 @@ def run_steps(
     """
     if options.strategy == "reference":
         return run_literally(start, steps, transform, watch)
-    axes, rows, waves = (), None, Waves(start, None)
+    axes, rows, spectrum = (), None, Spectrum(start, None)
     if transform is not None:
-        axes, rows, waves = transform.axes, transform.rows, transform(start, half=options.half)
+        axes, rows, spectrum = transform.axes, transform.rows, transform(start, half=options.half)
     # What passes have in common is made once.
     updates = _shared(steps, lambda s: (s.attention, s.feed_forward), _update_of)
     askings = _shared(steps, lambda s: (s.attention, s.keys.asks), _asking_of)
     present = _shared(steps, lambda s: id(s.keys.context), lambda s: s.keys.context.nonempty)
     seeds = _seeds(steps, start)
-    (real, imaginary), first = waves, steps[0]
+    (real, imaginary), first = spectrum, steps[0]
     real, imaginary, queries = lego_pass(
         real, imaginary=imaginary, axes=axes if first.normalise else (), rows=rows,
         scaled=first.rows, asking=askings[0], backend=options.backend,
@@ -160,26 +168,28 @@ def run_steps(
             asking=None if following is None else askings[index + 1],
             backend=options.backend,
         )
-    waves = Waves(real, imaginary)
-    return Waves(*whole(*waves, rows)) if options.half and rows is not None else waves
+    spectrum = Spectrum(real, imaginary)
+    return (
+        Spectrum(*restore_rows(*spectrum, rows)) if options.half and rows is not None else spectrum
+    )
 
 
 def run_literally(
     start: Tensor, steps: Sequence[Step], transform: Transform | None, watch: Watch | None = None
-) -> Waves:
+) -> Spectrum:
     """Run passes on real latents [B, C, D] as the papers say; arguments as of run_steps."""
     axes, latents = () if transform is None else transform.axes, start
-    waves = Waves(latents, None)
+    spectrum = Spectrum(latents, None)
     forgotten = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     for index, step in enumerate(steps):
         if transform is None or not axes:
             if watch is not None:
                 watch(index, step.attention.queries(latents))
             latents = update(step.attention, step.feed_forward, latents, step.keys)
-            waves = Waves(latents, None)
+            spectrum = Spectrum(latents, None)
             continue
         if index:
-            latents = fourier(waves.joined(), axes, inverse=True)
+            latents = fourier(spectrum.joined(), axes, inverse=True)
         everyone = torch.ones_like(forgotten)
         rows = everyone if step.rows is None else step.rows
         if step.normalise:
@@ -193,8 +203,8 @@ def run_literally(
         if step.forget:
             forgotten = forgotten | rows
             imaginary = _without(imaginary, rows)
-        waves = Waves(real, imaginary)
-    return waves
+        spectrum = Spectrum(real, imaginary)
+    return spectrum
 
 
 def _shared(

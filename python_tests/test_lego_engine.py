@@ -11,10 +11,10 @@ from motet.fusion.passes import PassOptions
 from motet.kernels.lego_pass.spectrum import (
     AXES,
     column_scale,
-    real_spectrum,
+    compute_real_spectrum,
+    compute_spectrum,
+    restore_rows,
     self_conjugate,
-    spectrum,
-    whole,
 )
 from torch import Tensor, nn
 
@@ -224,7 +224,7 @@ def test_spectrum(fft: Any, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, **WIDE)
     axes = AXES[fft]
     z = torch.fft.fftn(x, dim=axes)
-    real, imaginary = spectrum(x, axes)
+    real, imaginary = compute_spectrum(x, axes)
     torch.testing.assert_close(torch.complex(real, imaginary), z, rtol=0, atol=1e-12)
     own = self_conjugate(*shape[-2:], axes)
     assert not imaginary[..., own].any()
@@ -233,9 +233,9 @@ def test_spectrum(fft: Any, shape: tuple[int, ...]) -> None:
     )
     if fft == "latents":
         rows = shape[-2]
-        half = spectrum(x, axes, half=True)
+        half = compute_spectrum(x, axes, half=True)
         assert half[0].shape[-2] == rows // 2 + 1
-        for part, full in zip(whole(*half, rows), (real, imaginary), strict=True):
+        for part, full in zip(restore_rows(*half, rows), (real, imaginary), strict=True):
             torch.testing.assert_close(part, full, rtol=0, atol=1e-12)
         torch.testing.assert_close(
             column_scale(*half, axes, rows), column_scale(real, imaginary, axes, rows)
@@ -249,10 +249,10 @@ def test_spectrum(fft: Any, shape: tuple[int, ...]) -> None:
 def test_spectrum_of_tokens(fft: Any, count: int) -> None:
     x = torch.randn(2, count, 5, **WIDE)
     expected = torch.fft.fftn(x, dim=AXES[fft]).real
-    real, counts = real_spectrum(x, AXES[fft])
+    real, counts = compute_real_spectrum(x, AXES[fft])
     assert counts is None
     torch.testing.assert_close(real, expected, rtol=0, atol=1e-12)
-    half, counts = real_spectrum(x, AXES[fft], half=True)
+    half, counts = compute_real_spectrum(x, AXES[fft], half=True)
     if fft != "latents":
         assert counts is None
         return

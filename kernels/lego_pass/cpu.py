@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dropout import keep_mask
-from .spectrum import normalised
+from .spectrum import normalise_columns
 from .weights import Asking, Update
 
 
@@ -30,7 +30,7 @@ def update_and_ask(
         if present is not None:
             x = torch.where(present[:, None, None], x, real)
     if axes:
-        x, imaginary = normalised(x, imaginary, axes, rows, scaled)
+        x, imaginary = normalise_columns(x, imaginary, axes, rows, scaled)
     return x, imaginary, None if asking is None else ask(x, asking)
 
 

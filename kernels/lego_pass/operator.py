@@ -11,7 +11,7 @@ from ..checks import refuse_forward_mode
 from ..dropout import check_dropout
 from ..layout import rows_apart
 from .cpu import ask, update_and_ask
-from .spectrum import AXES, normalised, scale_shape
+from .spectrum import AXES, normalise_columns, scale_shape
 from .weights import Asking, Update
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
@@ -213,7 +213,7 @@ def _on_triton(
             x, _, _ = _on_triton(
                 real, gathered, update, None, present, snn, dropout_p, seed, (), rows, None, None
             )
-        x, imaginary = normalised(x, imaginary, axes, rows, scaled)
+        x, imaginary = normalise_columns(x, imaginary, axes, rows, scaled)
         return x, imaginary, None if asking is None else ask(x, asking)
     weights = update if asking is None else asking
     if weights is None and not axes:

@@ -1,9 +1,10 @@
 """The spectrum of latents and tokens, and its normalisation, without transforms in between.
 
-A pass transforms the latents, updates the real part and transforms back; the next pass begins with
-the transform of that. Between passes F(F⁻¹ z) = z, so one transform of the first latents is all it
-takes (`spectrum`), and the loop carries Re z and Im z as two real tensors. Dividing the latents by
-their norm along the transformed axes before a transform is, by Parseval, a factor per column of z.
+A pass transforms the latents, updates the real part and transforms back; the next pass transforms
+the result again. Between two passes F(F⁻¹ z) = z, so only the first latents are transformed
+(`compute_spectrum`), and the loop keeps Re z and Im z as two real tensors. Dividing the latents by
+their norm along the transformed axes before a transform multiplies each column of z by a factor
+(Parseval's theorem).
 """
 
 import math
@@ -26,8 +27,8 @@ def scale_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(1 if i - 3 in axes else n for i, n in enumerate(shape)) if axes else (0,)
 
 
-def spectrum(
-    latents: Tensor, axes: tuple[int, ...], *, half: bool = False, own: Tensor | None = None
+def compute_spectrum(
+    latents: Tensor, axes: tuple[int, ...], *, half: bool = False, real_at: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return Re F and Im F of real latents [..., C, D].
 
@@ -38,13 +39,13 @@ def spectrum(
         latents: float32 or float64.
         axes: along which to transform, of AXES, not empty.
         half: of a transform along the latents alone, return rows 0 to C // 2, [..., C // 2 + 1, D];
-            the others follow from these (`whole`).
-        own: what `self_conjugate` gives, where it is at hand.
+            the others follow from these (`restore_rows`).
+        real_at: the result of `self_conjugate`; None to compute it.
     """
-    if own is None:
-        own = self_conjugate(latents.shape[-2], latents.shape[-1], axes, latents.device)
+    if real_at is None:
+        real_at = self_conjugate(latents.shape[-2], latents.shape[-1], axes, latents.device)
     z = torch.fft.rfft(latents, dim=-2) if half else fourier(latents, axes)
-    return z.real, z.imag.masked_fill(own[: z.shape[-2]], 0)
+    return z.real, z.imag.masked_fill(real_at[: z.shape[-2]], 0)
 
 
 def fourier(x: Tensor, axes: tuple[int, ...], *, inverse: bool = False) -> Tensor:
@@ -61,8 +62,8 @@ def self_conjugate(
     marks = torch.ones(rows, columns, dtype=torch.bool, device=device)
     for axis in axes:
         frequency = torch.arange(marks.shape[axis], device=device)
-        own = frequency == -frequency % len(frequency)
-        marks &= own[:, None] if axis == -2 else own
+        is_real = frequency == -frequency % len(frequency)
+        marks &= is_real[:, None] if axis == -2 else is_real
     return marks
 
 
@@ -80,7 +81,7 @@ def _cosines(tokens: Tensor) -> Tensor:
     return period[n[: count // 2 + 1, None] * n % count]
 
 
-def real_spectrum(
+def compute_real_spectrum(
     tokens: Tensor, axes: tuple[int, ...], *, half: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return Re F of real tokens [..., N, D] along `axes`, and how many rows each one stands for.
@@ -95,7 +96,7 @@ def real_spectrum(
         else:
             real = torch.fft.rfft(tokens, dim=-2).real
         if not half:
-            return whole(real, None, count)[0], None
+            return restore_rows(real, None, count)[0], None
         counts = torch.full((real.shape[-2],), 2, dtype=real.dtype, device=real.device)
         counts[:1].fill_(1)
         if count % 2 == 0:
@@ -104,7 +105,7 @@ def real_spectrum(
     return fourier(tokens, axes).real, None
 
 
-def whole(real: Tensor, imaginary: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
+def restore_rows(real: Tensor, imaginary: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
     """Return all `rows` rows of a spectrum from its first rows // 2 + 1: Re is even, Im odd."""
     mirrored = rows - real.shape[-2]
     if not mirrored:
@@ -143,7 +144,7 @@ def column_scale(
     return (total / n).clamp_min(torch.finfo(total.dtype).tiny).rsqrt()
 
 
-def normalised(
+def normalise_columns(
     real: Tensor,
     imaginary: Tensor | None,
     axes: tuple[int, ...],
