@@ -51,7 +51,7 @@ class Capture(Protocol):
         """
         ...
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Begin anew: the graphs that there were have been dropped."""
         ...
 
@@ -112,7 +112,7 @@ class CudaCapture:
                 gc.enable()
         return Recording(graph.replay, result, grown / 2**20)
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Begin anew: the graphs that there were have been dropped, and their memory with them."""
         self.pool = torch.cuda.graph_pool_handle()  # torch gives a pool back with its last graph
 

@@ -235,7 +235,7 @@ class GraphCache:
         if any(entry.recording for entry in self._entries.values()):
             for entry in self._entries.values():
                 entry.recording = None
-            self.capture.forget()
+            self.capture.release()
 
 
 _GLOBAL_HOOKS = (

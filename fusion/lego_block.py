@@ -335,7 +335,7 @@ class LegoBlock(nn.Module):
             latents: real [C, D] or [B, C, D] to start from; None means the block's own.
         """
         *steps, last = self.steps(keys)
-        steps.append(last._replace(forget=False))  # the last pass returns what it found
+        steps.append(last._replace(drop_imaginary=False))  # the last pass returns what it found
         start = self.latents if latents is None else latents
         if options.strategy == "reference":
             start = start.expand(rows, -1, -1)

@@ -112,7 +112,7 @@ class Step(NamedTuple):
     keys: Keys
     normalise: bool = False
     """Whether latents are divided by their norm before the transform."""
-    forget: bool = False
+    drop_imaginary: bool = False
     """Whether Im Z is zero from the next pass on."""
     rows: Tensor | None = None
     """Bool [B], the rows that these two are for; None for all."""
@@ -149,9 +149,9 @@ def run_steps(
         if watch is not None:
             watch(index, queries)
         gathered = step.keys.attend(step.attention, queries, seeds[2 * index])
-        forgetting = step.rows
-        if step.forget and imaginary is not None:
-            imaginary = None if forgetting is None else _without(imaginary, forgetting)
+        dropping = step.rows
+        if step.drop_imaginary and imaginary is not None:
+            imaginary = None if dropping is None else _without(imaginary, dropping)
         following = steps[index + 1] if index + 1 < len(steps) else None
         real, imaginary, queries = lego_pass(
             real,
@@ -180,7 +180,7 @@ def run_literally(
     """Run passes on real latents [B, C, D] as the papers say; arguments as of run_steps."""
     axes, latents = () if transform is None else transform.axes, start
     spectrum = Spectrum(latents, None)
-    forgotten = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    dropped = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     for index, step in enumerate(steps):
         if transform is None or not axes:
             if watch is not None:
@@ -190,7 +190,7 @@ def run_literally(
             continue
         if index:
             latents = fourier(spectrum.joined(), axes, inverse=True)
-        everyone = torch.ones_like(forgotten)
+        everyone = torch.ones_like(dropped)
         rows = everyone if step.rows is None else step.rows
         if step.normalise:
             norm = torch.linalg.vector_norm(latents, dim=axes, keepdim=True)
@@ -198,10 +198,10 @@ def run_literally(
             latents = torch.where(rows[:, None, None], shrunk, latents)
         z = fourier(latents, axes)
         # Exactly zero in theory; rounding noise would decide the phase of a merge.
-        imaginary = _without(z.imag.masked_fill(transform.self_conjugate, 0), forgotten)
+        imaginary = _without(z.imag.masked_fill(transform.self_conjugate, 0), dropped)
         real = update(step.attention, step.feed_forward, z.real, step.keys)
-        if step.forget:
-            forgotten = forgotten | rows
+        if step.drop_imaginary:
+            dropped = dropped | rows
             imaginary = _without(imaginary, rows)
         spectrum = Spectrum(real, imaginary)
     return spectrum

@@ -30,7 +30,7 @@ class FakeCapture:
             result = run()
         return Recording(lambda: _write(result, run()), result, 1.5)
 
-    def forget(self) -> None:
+    def release(self) -> None:
         self.forgotten += 1
 
 

@@ -166,7 +166,7 @@ def test_a_capture(cuda: Cuda) -> None:
     assert not planned_for_graphs()
     recording.replay()
     assert cuda.said[-1] == "replay"
-    own.forget()
+    own.release()
     assert own.pool != first
 
 
