@@ -127,7 +127,7 @@ class Keys(Protocol):
         ...
 
 
-class Itself:
+class LatentKeys:
     """The latents themselves: what latent self-attention attends to."""
 
     asks = True

@@ -24,7 +24,7 @@ from .attention import Attention, Keys
 from .context import Context
 
 
-class OneToken:
+class OneTokenKeys:
     """At most one token in every row: its weight is 1 whatever Q and K are, so V is all it takes.
 
     For rows without a token V is made of zeros; the update of their latents does not take it.
@@ -36,7 +36,7 @@ class OneToken:
         self.context, self.v, self.latents = context, v, latents  # v: [B, H, 1, E]
 
     @classmethod
-    def of(cls, context: Context, attention: Attention, latents: int) -> "OneToken":
+    def of(cls, context: Context, attention: Attention, latents: int) -> "OneTokenKeys":
         """Project the tokens of a context that has at most one per row, for C latents."""
         v = one_token_values(attention.token_norm(context.joined()), attention.to_kv.weight)
         return cls(context, attention.split(v), latents)
@@ -55,7 +55,7 @@ class OneToken:
         return self.context.without_missing(ones)
 
 
-class Cached:
+class CachedKeys:
     """K and V [T, 2, H, E] of a layer, from the one product that makes those of all layers."""
 
     asks = True
@@ -76,7 +76,7 @@ class Cached:
     @classmethod
     def of(
         cls, context: Context, offsets: Tensor, attention: Attention, backend: Backend
-    ) -> "Cached":
+    ) -> "CachedKeys":
         """Project packed tokens for one layer, as the equation says."""
         kv = attention.to_kv(attention.token_norm(context.joined()))
         return cls(context, offsets, kv.unflatten(-1, (2, attention.heads, -1)), backend)
@@ -108,7 +108,7 @@ class Cached:
         return self.context.unpacked(weights)
 
 
-class Absorbed:
+class AbsorbedKeys:
     """The tokens themselves; the projections are taken into the queries and the pooled tokens."""
 
     asks = True
@@ -171,7 +171,7 @@ class Absorbed:
         return self._folded[attention]
 
 
-class AbsorbedTogether(Absorbed):
+class BatchedAbsorbedKeys(AbsorbedKeys):
     """The same of short bags of one length, normalised once: a product each for all bags."""
 
     def __init__(self, context: Context, normed: Tensor) -> None:
@@ -179,7 +179,7 @@ class AbsorbedTogether(Absorbed):
         self.normed = normed  # [B, N, W]
 
     @classmethod
-    def of(cls, context: Context, attention: Attention) -> "AbsorbedTogether":
+    def of(cls, context: Context, attention: Attention) -> "BatchedAbsorbedKeys":
         """Normalise the tokens of a dense context, which is the same for every attention."""
         tokens = context.joined()
         return cls(context, F.layer_norm(tokens, tokens.shape[-1:], eps=attention.token_norm.eps))
@@ -195,7 +195,7 @@ class AbsorbedTogether(Absorbed):
         return project_back(pooled, mass, *self._weights_of(attention))
 
 
-class Together:
+class BatchedKeys:
     """K and V of one layer, of short bags of one length: a product each for all bags."""
 
     asks = True
@@ -228,7 +228,7 @@ class Together:
         return scores.softmax(-1)
 
 
-class Literal:
+class ReferenceKeys:
     """Every layer on its own, as the equation says: what the other forms are tested against."""
 
     asks = True
@@ -278,9 +278,9 @@ def prepare(
     choice("strategy", strategy, (None, *get_args(Strategy)))
     check_backend(backend)
     if strategy == "reference":
-        return [Literal(context, attention) for attention in attentions]
+        return [ReferenceKeys(context, attention) for attention in attentions]
     if context.single:
-        return [OneToken.of(context, attention, latents) for attention in attentions]
+        return [OneTokenKeys.of(context, attention, latents) for attention in attentions]
     first, layers = attentions[0], layers or [1] * len(attentions)
     x, positions, offsets = packed = context.packed()
     bags, weight, eps = len(offsets) - 1, first.to_kv.weight, first.token_norm.eps
@@ -296,19 +296,19 @@ def prepare(
     statistics = context.packed_statistics(eps)
     if chosen == "absorbed":
         if small and context.offsets is None:
-            return [AbsorbedTogether.of(context, first)] * len(attentions)
+            return [BatchedAbsorbedKeys.of(context, first)] * len(attentions)
         if statistics is None and x.is_cuda and backend in ("auto", "triton"):
             # Once, not in every layer; a CPU has them from normalising the rows all the same.
             statistics = row_statistics(x, positions=positions, eps=eps, backend=backend)
-        return [Absorbed(context, packed, statistics, backend)] * len(attentions)
+        return [AbsorbedKeys(context, packed, statistics, backend)] * len(attentions)
     if small and len(x) <= len(weight):
         # Then the tokens are less to normalise for each layer than the weights are to fold.
         if context.offsets is None:
-            return [Together(context, attention) for attention in attentions]
-        return [Cached.of(context, offsets, own, backend) for own in attentions]
+            return [BatchedKeys(context, attention) for attention in attentions]
+        return [CachedKeys.of(context, offsets, own, backend) for own in attentions]
     kv = _kv_of_all_layers(packed, attentions, statistics, bag_by_bag=not short, backend=backend)
     each = zip(kv, layers, strict=True)
-    return [Cached(context, offsets, own, backend, asked) for own, asked in each]
+    return [CachedKeys(context, offsets, own, backend, asked) for own, asked in each]
 
 
 def _planned(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._checks import choice, integer, positive, rate
 from ..kernels.backends import Backend
 from ..kernels.plan import Strategy
-from .attention import Attention, Itself, Keys
+from .attention import Attention, Keys, LatentKeys
 from .attention_forms import prepare
 from .context import Batch, Context, read_all
 from .layers import (
@@ -99,11 +99,12 @@ class FusionLayer(nn.Module):
         """Return the update from a modality."""
         return Step(self.attention_to(name), cast(FeedForward, self.feed_forward[name]), keys)
 
-    def steps_to_itself(self, itself: Itself) -> list[Step]:
+    def self_attention_steps(self, latent_keys: LatentKeys) -> list[Step]:
         """Return the updates of latent self-attention."""
         pairs = zip(self.self_attention, self.self_feed_forward, strict=True)
         return [
-            Step(cast(Attention, attend), cast(FeedForward, feed), itself) for attend, feed in pairs
+            Step(cast(Attention, attend), cast(FeedForward, feed), latent_keys)
+            for attend, feed in pairs
         ]
 
 
@@ -360,12 +361,12 @@ class HEALNet(nn.Module):
         options = PassOptions() if options is None else options
         start, steps = self.latents[None], []
         names: list[str | None] = []
-        itself = Itself(start, options.backend)
+        latent_keys = LatentKeys(start, options.backend)
         for index in self.order:
             layer = cast(FusionLayer, self.layers[index])
             for name in self.modalities:
                 own = [layer.step(name, keys[name][index])] if name in keys else []
-                again = layer.steps_to_itself(itself)
+                again = layer.self_attention_steps(latent_keys)
                 steps += own + again
                 names += [name] * len(own) + [None] * len(again)
 

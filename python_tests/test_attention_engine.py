@@ -11,12 +11,12 @@ import pytest
 import torch
 from motet.fusion.attention import Attention
 from motet.fusion.attention_forms import (
-    Absorbed,
-    AbsorbedTogether,
-    Cached,
-    Literal,
-    OneToken,
-    Together,
+    AbsorbedKeys,
+    BatchedAbsorbedKeys,
+    BatchedKeys,
+    CachedKeys,
+    OneTokenKeys,
+    ReferenceKeys,
     prepare,
 )
 from motet.fusion.context import Context
@@ -173,23 +173,23 @@ def test_what_is_chosen(strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     def kinds(context: Context, strategy) -> set[type]:
         return {type(key) for key in prepare(context, attentions, latents=5, strategy=strategy)}
 
-    expected = {"cached": {Cached}, "absorbed": {Absorbed}}
+    expected = {"cached": {CachedKeys}, "absorbed": {AbsorbedKeys}}
     if strategy:
         assert kinds(several, strategy) == expected[strategy]
     else:
-        assert kinds(several, None) <= {Together, AbsorbedTogether}
+        assert kinds(several, None) <= {BatchedKeys, BatchedAbsorbedKeys}
         offsets = offsets_of([20, 0, 7])
         assert kinds(Context(torch.randn(27, 6, **WIDE), offsets=offsets), None) <= {
-            Cached,
-            Absorbed,
+            CachedKeys,
+            AbsorbedKeys,
         }
-        assert kinds(Context(torch.randn(3, 300, 6, **WIDE)), None) <= {Cached, Absorbed}
-    assert kinds(one, strategy) == {OneToken}
+        assert kinds(Context(torch.randn(3, 300, 6, **WIDE)), None) <= {CachedKeys, AbsorbedKeys}
+    assert kinds(one, strategy) == {OneTokenKeys}
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
-@pytest.mark.parametrize("form", [Together, AbsorbedTogether])
+@pytest.mark.parametrize("form", [BatchedKeys, BatchedAbsorbedKeys])
 def test_short_bags_together(form: Any, counted: bool, shared: bool) -> None:
     """Against the equation: what heads gather, the weights and all gradients."""
     attention = randomised(Attention(12, 6, heads=2, head_dim=4).double())
@@ -202,12 +202,12 @@ def test_short_bags_together(form: Any, counted: bool, shared: bool) -> None:
     def run(literal: bool, tokens: Tensor, queries: Tensor) -> list[Tensor]:
         context, asked = Context(tokens, counts=counts), queries
         if literal:
-            keys: Any = Literal(context, attention)
+            keys: Any = ReferenceKeys(context, attention)
             asked = queries.expand(3, -1, -1)
-        elif form is Together:
-            keys = Together(context, attention)
+        elif form is BatchedKeys:
+            keys = BatchedKeys(context, attention)
         else:
-            keys = AbsorbedTogether(context, torch.nn.functional.layer_norm(tokens, (6,)))
+            keys = BatchedAbsorbedKeys(context, torch.nn.functional.layer_norm(tokens, (6,)))
         out = keys.attend(attention, asked)
         grads = torch.autograd.grad(
             (out * out.detach().cos()).sum(), [tokens, queries, *parameters], retain_graph=True
@@ -231,7 +231,7 @@ def test_the_reference_is_literal_everywhere() -> None:
         Context(torch.randn(0, 6, **WIDE), offsets=offsets_of([0, 0, 0])),
     ):
         (keys,) = prepare(context, [attention], latents=latents.shape[-2], strategy="reference")
-        assert isinstance(keys, Literal)
+        assert isinstance(keys, ReferenceKeys)
 
 
 MODELS = 4
