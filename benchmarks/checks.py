@@ -32,7 +32,7 @@ from motet.kernels.context_kv.reference import context_kv_reference
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
 from motet.kernels.latent_attention.reference import latent_attention_reference
 from motet.kernels.lego_pass.operator import lego_pass
-from motet.kernels.lego_pass.weights import Asking, Update
+from motet.kernels.lego_pass.weights import QueryWeights, Update
 from torch import Tensor
 
 # Of norms, relative.
@@ -96,8 +96,8 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
             yield f"latent_attention dropout {title}", partial(_dropout, *on)
             yield f"attention_weights {title}", partial(_weights, *on)
             yield f"absorbed_attention {title}", partial(_absorbed, *on)
-            yield f"absorbed_gather {title}", partial(_gathered, *on)
-            yield f"absorbed_gather shared {title}", partial(_gathered, *on, shared=True)
+            yield f"absorbed_gather {title}", partial(_load_attended, *on)
+            yield f"absorbed_gather shared {title}", partial(_load_attended, *on, shared=True)
             yield f"a bag alone {title}, bit for bit", partial(_alone, *on)
         for shape in ((1, 17, 63), (8, 16, 103)):  # as released, and the widest heads
             own = partial(_attention, device, backend, torch.bfloat16, shape=shape)
@@ -275,7 +275,7 @@ def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, flo
     return _compare(own, literal, (queries,), dtype)
 
 
-def _gathered(
+def _load_attended(
     device: str, backend: Any, dtype: torch.dtype, *, shared: bool = False
 ) -> tuple[float, float]:
     """Compare what heads gather with the same in torch, the queries being one bag's if `shared`."""
@@ -285,7 +285,7 @@ def _gathered(
     x = torch.randn(sum(lengths), 203, device=device).to(dtype)
     positions, offsets = torch.randn(sum(lengths), 5, device=device), _offsets(lengths, device)
 
-    def gathered(backend: Any) -> Callable[..., list[Tensor]]:
+    def attended(backend: Any) -> Callable[..., list[Tensor]]:
         def run(q: Tensor, *folded: Tensor) -> list[Tensor]:
             own = x.double() if q.dtype == torch.float64 else x
             out = absorbed_gather(
@@ -295,7 +295,7 @@ def _gathered(
 
         return run
 
-    return _compare(gathered(backend), gathered("eager"), (q, weights, shifts), dtype)
+    return _compare(attended(backend), attended("eager"), (q, weights, shifts), dtype)
 
 
 def _absorbed_dropout(device: str, backend: Any) -> tuple[float, float]:
@@ -334,9 +334,9 @@ def _alone(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]
         out = latent_attention(query, key, value, offsets, backend=backend)
         gradients = torch.autograd.grad(out, (query, key, value), grad[bags])
         projected = context_kv(x[rows], weight, offsets=offsets, backend=backend)[0]
-        gathered = absorbed_gather(query, *folded, x[rows], offsets, scale=0.25, backend=backend)
-        gradients += torch.autograd.grad(gathered, query, grad[bags])
-        return [out.detach(), *gradients, gathered.detach(), projected]
+        attended = absorbed_gather(query, *folded, x[rows], offsets, scale=0.25, backend=backend)
+        gradients += torch.autograd.grad(attended, query, grad[bags])
+        return [out.detach(), *gradients, attended.detach(), projected]
 
     together = found(slice(None), slice(None), offsets)
     differences = []
@@ -397,7 +397,7 @@ def _lego_pass(
             with torch.autocast("cuda", dtype if half else torch.bfloat16, enabled=half):
                 found = lego_pass(
                     t[0], t[2], Update(*t[3:11]), imaginary=t[1], present=present, axes=axes,
-                    asking=Asking(*t[11:]), backend=backend,
+                    query_weights=QueryWeights(*t[11:]), backend=backend,
                 )  # fmt: skip
             return [x for x in found if x is not None]
 

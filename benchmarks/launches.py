@@ -136,7 +136,7 @@ def absorbed(
     return run
 
 
-def gathered(
+def attended(
     dtype: str, heads: int, latents: int, width: int, *, channels: int = 0, shared: bool = False,
     q_dtype: str | None = None,
 ) -> Callable[[], None]:  # fmt: skip
@@ -187,9 +187,9 @@ def lego_pass(
         optional: give Im Z, present, scaled and a seed.
         asked: give the weights of the next queries.
         wanted: give the gradients of Re Z, of Im Z and of the queries, where there are these.
-        shared: let all samples begin alike, and give one row per sample of what was gathered, in
+        shared: let all samples begin alike, and give one row per sample of what was attended, in
             the dtype of the products.
-        updated: give what was gathered.
+        updated: give what was attended.
     """
 
     def run() -> None:
@@ -197,26 +197,26 @@ def lego_pass(
         own = {"dtype": BITS[model]}
         real = torch.empty(1 if shared else 2, latents, dim, **own)
         imaginary = torch.empty_like(real) if optional and axes else None
-        gathered = update = None
+        attended = update = None
         if updated:
             kind = products if shared else torch.float32
-            gathered = torch.empty(2, 8, 1 if shared else latents, 64, dtype=kind)
+            attended = torch.empty(2, 8, 1 if shared else latents, 64, dtype=kind)
             update = torch.empty(12 * dim**2 + dim * inner + 12 * dim, **own)
-        asking = torch.empty((inner + 2) * dim, **own) if asked else None
+        query_weights = torch.empty((inner + 2) * dim, **own) if asked else None
         present, scaled = torch.ones(2, 2, dtype=torch.bool).unbind()
         seed = torch.zeros(1, dtype=torch.int64)
         rest = [
-            update, asking, *((present, scaled, seed) if optional else (None, None, None)),
+            update, query_weights, *((present, scaled, seed) if optional else (None, None, None)),
             0.1 if optional else 0.0, snn, axes, rows or latents, products,
         ]  # fmt: skip
-        x, y, queries, scale = kernels.forward(real, imaginary, gathered, *rest)
+        x, y, queries, scale = kernels.forward(real, imaginary, attended, *rest)
         y = None if imaginary is None else y
         of_real, of_imaginary, of_queries = (
             part if given else None for part, given in zip((x, y, queries), wanted, strict=True)
         )
         if not asked:
             of_queries = None
-        kernels.backward(of_real, of_imaginary, of_queries, x, y, scale, real, gathered, *rest)
+        kernels.backward(of_real, of_imaginary, of_queries, x, y, scale, real, attended, *rest)
 
     return run
 
@@ -295,11 +295,11 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
     ]  # fmt: skip
     for heads, latents, width in sizes:
         for dtype in ("bf16", "fp32"):
-            name = f"gathered {dtype} {heads}x{width} c{latents}"
-            yield name, gathered(dtype, heads, latents, width)
-            yield f"{name} shared", gathered(dtype, heads, latents, width, shared=True)
-    yield "gathered bf16 1x63 c17 coordinates", gathered("bf16", 1, 17, 63, channels=5)
-    yield "gathered bf16 1x256 c256", gathered("bf16", 1, 256, 256)
+            name = f"attended {dtype} {heads}x{width} c{latents}"
+            yield name, attended(dtype, heads, latents, width)
+            yield f"{name} shared", attended(dtype, heads, latents, width, shared=True)
+    yield "attended bf16 1x63 c17 coordinates", attended("bf16", 1, 17, 63, channels=5)
+    yield "attended bf16 1x256 c256", attended("bf16", 1, 256, 256)
     for latents, dim, outputs in ((25, 119, 4), (17, 126, 4), (17, 62, 4), (16, 65, 4)):
         yield f"head {latents}x{dim} to {outputs}", head(latents, dim, outputs)
     for model in ("bf16", "fp32"):
@@ -357,8 +357,8 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         yield f"form: absorbed {dtype} positions, dropout", absorbed(dtype, 17, dropout=0.1)
         yield f"form: absorbed {dtype} in two blocks", absorbed(dtype, 80, dropout=0, channels=0)
-        yield f"form: gathered {dtype}", gathered(dtype, 2, 17, 16, channels=5, q_dtype="fp32")
-        yield f"form: gathered {dtype} shared", gathered(dtype, 2, 17, 16, shared=True)
+        yield f"form: attended {dtype}", attended(dtype, 2, 17, 16, channels=5, q_dtype="fp32")
+        yield f"form: attended {dtype} shared", attended(dtype, 2, 17, 16, shared=True)
     for p_dtype in ("bf16", "fp16", "fp64"):
         yield (
             f"form: context bf16 with {p_dtype} positions",

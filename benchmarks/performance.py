@@ -35,9 +35,9 @@ COMPILED = (
     ("blca", "attention bf16 8x16 c25", ("attend", "dq", "dkv")),
     ("kirp", "context bf16 2048 to 1x512", ("project",)),
     ("kirp", "attention bf16 8x27 c17", ("attend", "dq", "dkv")),
-    ("brca", "gathered bf16 8x63 c17", ("project",)),
+    ("brca", "attended bf16 8x63 c17", ("project",)),
     ("brca", "absorbed bf16 136 queries", ("pool",)),
-    ("ucec", "gathered bf16 8x103 c16", ("project", "pool")),
+    ("ucec", "attended bf16 8x103 c16", ("project", "pool")),
 )
 
 

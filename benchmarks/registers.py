@@ -80,7 +80,7 @@ class Launch:
         """Whether matrix units and asynchronous copies are to be expected."""
         name = self.function.__name__
         given = dict(zip(self.function.arg_names, self.arguments, strict=True))
-        if name == "asking_backward_kernel" and given["dqueries_ptr"] is None:
+        if name == "query_backward_kernel" and given["dqueries_ptr"] is None:
             return False  # the normalisation alone
         if given.get("W", 0) % 8:  # heads' weights whose rows begin anywhere
             return False

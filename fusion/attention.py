@@ -10,7 +10,7 @@ from ..kernels import attention_weights
 from ..kernels.backends import Backend
 from ..kernels.fold_norm.operator import fold_norm
 from ..kernels.latent_attention.operator import latent_self_attention
-from ..kernels.lego_pass.weights import Asking
+from ..kernels.lego_pass.weights import QueryWeights
 from .context import Context
 
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         Returns:
             [B, C, D]; or [B, 1, D] where every latent gets the same.
         """
-        heads = keys.attend(self, self.queries(latents) if keys.asks else None)
+        heads = keys.attend(self, self.queries(latents) if keys.needs_queries else None)
         return F.leaky_relu(self.to_out(heads.transpose(1, 2).flatten(2)))
 
     def queries(self, latents: Tensor) -> Tensor:
@@ -70,12 +70,12 @@ class Attention(nn.Module):
         return q if self.norm_context is not None else torch.cat([q, self.to_kv(normed)], dim=-1)
 
     @property
-    def asking(self) -> Asking:
+    def query_weights(self) -> QueryWeights:
         """The weights of `queries`."""
         weight = self.to_q.weight
         if self.norm_context is None:
             weight = torch.cat([weight, self.to_kv.weight])
-        return Asking(self.norm.weight, self.norm.bias, weight)
+        return QueryWeights(self.norm.weight, self.norm.bias, weight)
 
     def split(self, x: Tensor) -> Tensor:
         """Return x [B, C, H·E] as [B, H, C, E]."""
@@ -110,7 +110,7 @@ class Keys(Protocol):
     """
 
     context: Context
-    asks: bool
+    needs_queries: bool
     """Whether the queries matter; if not, None does for them."""
 
     def attend(
@@ -130,7 +130,7 @@ class Keys(Protocol):
 class LatentKeys:
     """The latents themselves: what latent self-attention attends to."""
 
-    asks = True
+    needs_queries = True
 
     def __init__(self, latents: Tensor, backend: Backend = "auto") -> None:
         self.context = Context(latents)  # [1, C, D], of which only that it is dense matters

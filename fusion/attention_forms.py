@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import choice
 from ..kernels import attention_weights, context_kv, plan, row_statistics
-from ..kernels.absorbed_attention.gather import absorbed_gather, ask, project_back
+from ..kernels.absorbed_attention.gather import absorb_queries, absorbed_gather, project_back
 from ..kernels.absorbed_attention.operator import absorbed_weights
 from ..kernels.backends import Backend, check_backend
 from ..kernels.latent_attention.operator import latent_attention_kv
@@ -30,7 +30,7 @@ class OneTokenKeys:
     For rows without a token V is made of zeros; the update of their latents does not take it.
     """
 
-    asks = False
+    needs_queries = False
 
     def __init__(self, context: Context, v: Tensor, latents: int) -> None:
         self.context, self.v, self.latents = context, v, latents  # v: [B, H, 1, E]
@@ -58,7 +58,7 @@ class OneTokenKeys:
 class CachedKeys:
     """K and V [T, 2, H, E] of a layer, from the one product that makes those of all layers."""
 
-    asks = True
+    needs_queries = True
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class CachedKeys:
 class AbsorbedKeys:
     """The tokens themselves; the projections are taken into the queries and the pooled tokens."""
 
-    asks = True
+    needs_queries = True
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class AbsorbedKeys:
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         weights = absorbed_weights(
-            self._asked(attention, queries).detach(),
+            self._absorbed_queries(attention, queries).detach(),
             self.x.detach(),
             self.offsets,
             positions=self.positions,
@@ -156,12 +156,12 @@ class AbsorbedKeys:
         )
         return self.context.unpacked(weights.unflatten(1, (attention.heads, -1)))
 
-    def _asked(self, attention: Attention, queries: Tensor | None) -> Tensor:
+    def _absorbed_queries(self, attention: Attention, queries: Tensor | None) -> Tensor:
         """Return scale · Q W_k diag(γ), [B, H·C, W]. What β adds to a score, it adds to all."""
         assert queries is not None
         weights, _ = self._weights_of(attention)
-        asked = ask(attention.split(queries), weights, attention.scale)
-        return asked.expand(len(self.offsets) - 1, -1, -1)
+        absorbed = absorb_queries(attention.split(queries), weights, attention.scale)
+        return absorbed.expand(len(self.offsets) - 1, -1, -1)
 
     def _weights_of(self, attention: Attention) -> tuple[Tensor, Tensor]:
         """Return `Attention.folded`, made once for all layers."""
@@ -187,7 +187,7 @@ class BatchedAbsorbedKeys(AbsorbedKeys):
     def attend(
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
-        scores = self._asked(attention, queries) @ self.normed.transpose(1, 2)
+        scores = self._absorbed_queries(attention, queries) @ self.normed.transpose(1, 2)
         if self.context.counts is not None:
             scores = scores + self.context.counts.log()[:, None]
         weights = F.dropout(scores.softmax(-1), attention.active_dropout)
@@ -198,7 +198,7 @@ class BatchedAbsorbedKeys(AbsorbedKeys):
 class BatchedKeys:
     """K and V of one layer, of short bags of one length: a product each for all bags."""
 
-    asks = True
+    needs_queries = True
 
     def __init__(self, context: Context, attention: Attention) -> None:
         self.context = context
@@ -231,7 +231,7 @@ class BatchedKeys:
 class ReferenceKeys:
     """Every layer on its own, as the equation says: what the other forms are tested against."""
 
-    asks = True
+    needs_queries = True
 
     def __init__(self, context: Context, attention: Attention) -> None:
         self.context = context
@@ -308,7 +308,7 @@ def prepare(
         return [CachedKeys.of(context, offsets, own, backend) for own in attentions]
     kv = _kv_of_all_layers(packed, attentions, statistics, bag_by_bag=not short, backend=backend)
     each = zip(kv, layers, strict=True)
-    return [CachedKeys(context, offsets, own, backend, asked) for own, asked in each]
+    return [CachedKeys(context, offsets, own, backend, uses) for own, uses in each]
 
 
 def _planned(

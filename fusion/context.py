@@ -133,7 +133,7 @@ class Batch(NamedTuple):
         """Gather the tokens [I, N, D] of each row's items, those where `keep` [I, N] is True.
 
         Positions are [I, N, P], or [N, P] for all items alike; statistics [I, N, 2]. With one place
-        per row nothing is gathered: what `keep` leaves out is zero.
+        per row nothing is attended: what `keep` leaves out is zero.
         """
         items, per_item = tokens.shape[:2]
         count = self.items * per_item

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import integer, rate
-from .attention import Attention, Itself
+from .attention import Attention, LatentKeys
 from .layers import FeedForward, layer_order
 
 
@@ -160,7 +160,7 @@ class BagSelfAttention(nn.Module):
 
     def weave(self, x: Tensor) -> Tensor:
         """Return the tokens of the next round of a woven fusion."""
-        x = x + self.attention[0](x, Itself(x))
+        x = x + self.attention[0](x, LatentKeys(x))
         return x + self.feed_forward[0](x)
 
 

@@ -20,7 +20,7 @@ from ..kernels.lego_pass.spectrum import (
     restore_rows,
     self_conjugate,
 )
-from ..kernels.lego_pass.weights import Asking, Update
+from ..kernels.lego_pass.weights import QueryWeights, Update
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .layers import FeedForward, update
@@ -137,25 +137,25 @@ def run_steps(
         axes, rows, spectrum = transform.axes, transform.rows, transform(start, half=options.half)
     # What passes have in common is made once.
     updates = _shared(steps, lambda s: (s.attention, s.feed_forward), _update_of)
-    askings = _shared(steps, lambda s: (s.attention, s.keys.asks), _asking_of)
+    query_weights = _shared(steps, lambda s: (s.attention, s.keys.needs_queries), _query_weights_of)
     present = _shared(steps, lambda s: id(s.keys.context), lambda s: s.keys.context.nonempty)
     seeds = _seeds(steps, start)
     (real, imaginary), first = spectrum, steps[0]
     real, imaginary, queries = lego_pass(
         real, imaginary=imaginary, axes=axes if first.normalise else (), rows=rows,
-        scaled=first.rows, asking=askings[0], backend=options.backend,
+        scaled=first.rows, query_weights=query_weights[0], backend=options.backend,
     )  # fmt: skip
     for index, step in enumerate(steps):
         if watch is not None:
             watch(index, queries)
-        gathered = step.keys.attend(step.attention, queries, seeds[2 * index])
+        attended = step.keys.attend(step.attention, queries, seeds[2 * index])
         dropping = step.rows
         if step.drop_imaginary and imaginary is not None:
             imaginary = None if dropping is None else _without(imaginary, dropping)
         following = steps[index + 1] if index + 1 < len(steps) else None
         real, imaginary, queries = lego_pass(
             real,
-            gathered,
+            attended,
             updates[index],
             imaginary=imaginary,
             present=present[index],
@@ -165,7 +165,7 @@ def run_steps(
             axes=axes if following is not None and following.normalise else (),
             rows=rows,
             scaled=None if following is None else following.rows,
-            asking=None if following is None else askings[index + 1],
+            query_weights=None if following is None else query_weights[index + 1],
             backend=options.backend,
         )
     spectrum = Spectrum(real, imaginary)
@@ -229,8 +229,8 @@ def _update_of(step: Step) -> Update:
     )  # fmt: skip
 
 
-def _asking_of(step: Step) -> Asking | None:
-    return step.attention.asking if step.keys.asks else None
+def _query_weights_of(step: Step) -> QueryWeights | None:
+    return step.attention.query_weights if step.keys.needs_queries else None
 
 
 def _seeds(steps: Sequence[Step], like: Tensor) -> list[Tensor | None]:

@@ -36,7 +36,7 @@ _ANY_SHARE = 0.50
 _LATENCIES = {
     "pass_kernel": 12e-6,
     "update_backward_kernel": 12e-6,
-    "asking_backward_kernel": 7e-6,
+    "query_backward_kernel": 7e-6,
     "gradients_kernel": 7e-6,
 }
 

@@ -115,7 +115,7 @@ def _latents(s: Sizes, sums: int = 0, joins: int = 0) -> list[Launch]:
     if s.training:
         found += [
             Launch("gradients_kernel", s.layers + 1), Launch("update_backward_kernel", s.layers),
-            Launch("asking_backward_kernel", s.layers), Launch("fold_backward_kernel", s.sets),
+            Launch("query_backward_kernel", s.layers), Launch("fold_backward_kernel", s.sets),
             Launch("head_backward_kernel", 1),
             # The loss, its gradient, Adam, sums of gradients.
             Launch("torch", 8 + sums * (s.layers - s.sets) + joins),

@@ -183,7 +183,7 @@ def test_healnet(launches: Launches, name: str, strategy: Strategy, dropout: flo
     own = Counter(name for names in found.values() for name in names)
     # The first queries, and what follows each attention; one backward kernel less for each end.
     assert own["triton pass_kernel"] == own["triton gradients_kernel"] == 3
-    assert own["triton update_backward_kernel"] == own["triton asking_backward_kernel"] == 2
+    assert own["triton update_backward_kernel"] == own["triton query_backward_kernel"] == 2
     assert own["randint"] == (dropout > 0)  # for all masks of the step
     assert total <= MOST[strategy] + (dropout > 0)
 

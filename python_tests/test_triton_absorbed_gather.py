@@ -40,7 +40,7 @@ def inputs(
     return q, weights, torch.randn(2 * heads, width)
 
 
-def gathered(backend: str, x: Tensor, offsets: Tensor = OFFSETS, **options: Any):
+def attended(backend: str, x: Tensor, offsets: Tensor = OFFSETS, **options: Any):
     """Return a function of q, weights and shifts that works in their dtype, and its gradients."""
 
     def run(q: Tensor, weights: Tensor, shifts: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def assert_close(own: tuple[Tensor, ...], literal: tuple[Tensor, ...]) -> None:
 
 def check(args: tuple[Tensor, ...], x: Tensor, offsets: Tensor = OFFSETS, **options: Any) -> None:
     """Compare the output and all gradients with torch's, to 1e-5, and by what torch's have lost."""
-    own, literal = (gathered(backend, x, offsets, **options) for backend in ("triton", "eager"))
+    own, literal = (attended(backend, x, offsets, **options) for backend in ("triton", "eager"))
     assert_close(own(*args), literal(*args))
     assert_as_good_as(own, literal, *args)
 
@@ -97,7 +97,7 @@ def test_strides() -> None:
     check((q.contiguous(), weights, shifts), x)
     check((q.mT.contiguous().mT, weights.mT.contiguous().mT, shifts.t().contiguous().t()), x)
     pair = torch.stack(row_statistics_reference(x), 1).unbind(1)
-    own, given = (gathered("triton", x, statistics=own) for own in (None, pair))
+    own, given = (attended("triton", x, statistics=own) for own in (None, pair))
     assert_close(given(q, weights, shifts), own(q, weights, shifts))
 
 
@@ -117,13 +117,13 @@ def test_dropout_is_that_of_the_seed() -> None:
         pooled, mass = (torch.stack(part) for part in zip(*rows, strict=True))
         return gather.project_back(pooled, mass, weights, shifts)
 
-    own = gathered("triton", x, dropout_p=0.3, seed=seed)
+    own = attended("triton", x, dropout_p=0.3, seed=seed)
     assert_close(own(*args), with_gradients(literal)(*args))
     assert_as_good_as(own, with_gradients(literal), *args)
 
 
 def test_half_precision() -> None:
-    """At most twice the composition's error; what is gathered is not rounded.
+    """At most twice the composition's error; what is attended is not rounded.
 
     (The interpreter has no products in bfloat16.)
     """
@@ -198,7 +198,7 @@ def test_a_bag_alone_is_the_bag_in_a_batch(dropout_p: float) -> None:
 def test_rows_behind_the_last_bag_have_no_gradient() -> None:
     args, x = inputs(channels=37, bags=1), torch.randn(TOKENS, 37)
     padded = torch.cat([x, torch.full((70, 37), torch.nan)])
-    found = gathered("triton", padded)(*args), gathered("triton", x)(*args)
+    found = attended("triton", padded)(*args), attended("triton", x)(*args)
     assert all(map(torch.equal, *found))
 
 

@@ -86,7 +86,7 @@ def test_the_table_lists_every_shipped_configuration(table, tmp_path):
 def test_the_table_shows_no_faults(table):
     """No spills, shared memory within the chip's, asynchronous copies and matrix units in use."""
     multiply = {row["kernel"] for row in table["rows"] if row["multiplies"]}
-    names = "asking_backward attend dkv dq mean_weights pass pool project update_backward"
+    names = "query_backward attend dkv dq mean_weights pass pool project update_backward"
     names += " pool_tma project_tma"
     own = "gradients head_gradients to_heads to_tokens weights"
     assert multiply == {f"{name}_kernel" for name in f"{names} {own}".split()}

@@ -195,11 +195,11 @@ def predict() -> None:
 
 def update() -> None:
     """Call what the dispatcher calls for lego_pass."""
-    real, gathered = torch.empty(2, 5, 12), torch.empty(2, 2, 5, 6)
+    real, attended = torch.empty(2, 5, 12), torch.empty(2, 2, 5, 6)
     weights = torch.empty(12 * 12**2 + 12 * 12 + 12 * 12), torch.empty(12 * 12 + 2 * 12)
     rest = [*weights, None, None, None, 0.0, True, (), 5, real.dtype]
-    x, _, queries, scale = lego._forward(real, None, gathered, *rest)
-    lego._backward_of(x, None, queries, x, None, scale, real, gathered, *rest)
+    x, _, queries, scale = lego._forward(real, None, attended, *rest)
+    lego._backward_of(x, None, queries, x, None, scale, real, attended, *rest)
     none = [None, None, *rest[1:]]
     x, _, queries, scale = lego._forward(real, None, *none)
     lego._backward_of(x, None, queries, x, None, scale, real, *none)
@@ -234,7 +234,7 @@ def launch_edges() -> None:
         with mock.patch.object(torch.cuda, "get_device_capability", return_value=chip):
             CELLS["absorbed fp32 136 queries dropout"]()
             CELLS["absorbed bf16 136 queries"]()
-            CELLS["gathered fp32 8x63 c17"]()
+            CELLS["attended fp32 8x63 c17"]()
     # A last turn that is better whole than in halves.
     x, weight = (torch.empty(rows, 32, dtype=torch.bfloat16) for rows in (210 * 256, 128))
     centred, _ = context_launchers.centre(weight[None], 32, None)

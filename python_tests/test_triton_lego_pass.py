@@ -18,7 +18,7 @@ from motet.kernels.dropout import dropout_mask
 from motet.kernels.lego_pass import cpu, operator
 from motet.kernels.lego_pass import triton as launchers
 from motet.kernels.lego_pass.operator import lego_pass
-from motet.kernels.lego_pass.weights import Asking, Update
+from motet.kernels.lego_pass.weights import QueryWeights, Update
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
@@ -56,35 +56,41 @@ def drawn(*shape):
     return torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) > 1 else 3)
 
 
-def inputs(size, heads=(2, 5), *, one=False, shared=False, imaginary=True, asking=True):
-    """Return real, gathered, imaginary if any, and the weights."""
+def inputs(size, heads=(2, 5), *, one=False, shared=False, imaginary=True, query_weights=True):
+    """Return real, attended, imaginary if any, and the weights."""
     bags, latents, dim = size
     inner, first = heads[0] * heads[1], 1 if shared else bags
     real = torch.randn(first, latents, dim)
-    gathered = torch.randn(bags, heads[0], 1 if one else latents, heads[1])
+    attended = torch.randn(bags, heads[0], 1 if one else latents, heads[1])
     parts = [torch.randn(first, latents, dim)] if imaginary else []
     shapes = [
         (dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim), (dim,)
     ]  # fmt: skip
-    shapes += [(dim,), (dim,), (inner, dim)] if asking else []
-    return [real, gathered, *parts, *(drawn(*shape) for shape in shapes)]
+    shapes += [(dim,), (dim,), (inner, dim)] if query_weights else []
+    return [real, attended, *parts, *(drawn(*shape) for shape in shapes)]
 
 
 def weights_of(tensors):
-    return Update(*tensors[:8]), Asking(*tensors[8:]) if len(tensors) > 8 else None
+    return Update(*tensors[:8]), QueryWeights(*tensors[8:]) if len(tensors) > 8 else None
 
 
 def passing(backend, *, imaginary=True, autocast=None, **options):
     """Return lego_pass as a function of `inputs`."""
 
-    def run(real, gathered, *rest):
+    def run(real, attended, *rest):
         parts = {"imaginary": rest[0]} if imaginary else {}
         weights = rest[1:] if imaginary else rest
-        update, asking = weights_of(weights)
+        update, query_weights = weights_of(weights)
         low = autocast is not None and real.dtype != torch.float64
         with torch.autocast("cpu", autocast) if low else nullcontext():
             found = lego_pass(
-                real, gathered, update, asking=asking, backend=backend, **parts, **options
+                real,
+                attended,
+                update,
+                query_weights=query_weights,
+                backend=backend,
+                **parts,
+                **options,
             )
         return tuple(part for part in found if part is not None)
 
@@ -120,10 +126,11 @@ def test_sizes_that_are_shipped(latents, dim, axes, rows):
 
 @pytest.mark.parametrize("axes", [TWO_D, LATENTS, WIDTH, NONE])
 @pytest.mark.parametrize(
-    ("snn", "imaginary", "asking"), [(True, True, True), (False, False, True), (False, True, False)]
+    ("snn", "imaginary", "query_weights"),
+    [(True, True, True), (False, False, True), (False, True, False)],
 )
-def test_every_form(axes, snn, imaginary, asking):
-    args = inputs((3, 7, 13), imaginary=imaginary, asking=asking)
+def test_every_form(axes, snn, imaginary, query_weights):
+    args = inputs((3, 7, 13), imaginary=imaginary, query_weights=query_weights)
     check(args, imaginary=imaginary, axes=axes, snn=snn)
 
 
@@ -142,7 +149,7 @@ def test_sizes_between_blocks(size, axes):
     ("axes", "one", "shared"),
     [(LATENTS, True, False), (LATENTS, False, True), (NONE, True, True), (NONE, False, True)],
 )
-def test_one_gathered_row_and_shared_latents(axes, one, shared):
+def test_one_attended_row_and_shared_latents(axes, one, shared):
     check(inputs((3, 7, 13), one=one, shared=shared), axes=axes)
 
 
@@ -191,14 +198,14 @@ def test_dropout_in_torch():
 @pytest.mark.parametrize("imaginary", [True, False])
 @pytest.mark.parametrize("scaled", [None, [False, True, True]])
 def test_first_queries(axes, imaginary, scaled):
-    """Without what was gathered there is no update: latents are normalised, and ask."""
+    """Without what was attended there is no update: latents are normalised, and ask."""
     flags = None if scaled is None else torch.tensor(scaled)
 
-    def asking(backend):
+    def query_weights(backend):
         def run(real, other, *weights):
             found = lego_pass(
                 real, imaginary=other if imaginary else None, axes=axes, scaled=flags,
-                asking=Asking(*weights), backend=backend,
+                query_weights=QueryWeights(*weights), backend=backend,
             )  # fmt: skip
             return tuple(part for part in found if part is not None)
 
@@ -206,7 +213,9 @@ def test_first_queries(axes, imaginary, scaled):
 
     real, _, other, *weights = inputs((3, 7, 13), shared=True)
     args = (real, other, *weights[8:])
-    assert_as_good_as(with_gradients(asking("triton")), with_gradients(asking("eager")), *args)
+    assert_as_good_as(
+        with_gradients(query_weights("triton")), with_gradients(query_weights("eager")), *args
+    )
     bare = lego_pass(real, axes=axes, backend="triton")
     assert bare[1] is None
     assert bare[2] is None
@@ -249,15 +258,15 @@ def test_no_samples(axes):
 def test_any_strides():
     run, args = with_gradients(passing("triton", axes=TWO_D)), inputs((2, 5, 7), (2, 3))
     expected = run(*args)
-    for i in (0, 1, 7):  # real, gathered, the feed-forward's weights
+    for i in (0, 1, 7):  # real, attended, the feed-forward's weights
         for name, view in views_of(args[i]).items():
             found = run(*args[:i], view, *args[i + 1 :])
             assert all(map(torch.equal, found, expected)), (i, name)
     # As attention gives it: heads beside each other, cut from padded ones, one for all samples.
     apart = torch.randn(2, 5, 2, 8).transpose(1, 2)[..., :3]
-    for gathered in (apart, apart[:1].expand(2, -1, -1, -1), apart[:, :, :1].expand(-1, -1, 5, -1)):
-        plain = run(args[0], gathered.contiguous(), *args[2:])
-        assert all(map(torch.equal, run(args[0], gathered, *args[2:]), plain))
+    for attended in (apart, apart[:1].expand(2, -1, -1, -1), apart[:, :, :1].expand(-1, -1, 5, -1)):
+        plain = run(args[0], attended.contiguous(), *args[2:])
+        assert all(map(torch.equal, run(args[0], attended, *args[2:]), plain))
 
 
 def rounded(value):
@@ -347,14 +356,14 @@ def test_differentiable_once():
 @pytest.mark.parametrize("form", ["all", "few", "first queries"])
 def test_opcheck(form):
     full, axes = form == "all", LATENTS if form == "all" else NONE
-    real, gathered, imaginary, *weights = (
+    real, attended, imaginary, *weights = (
         a.requires_grad_() for a in inputs((2, 3, 4), (1, 2), one=not full, shared=form == "few")
     )
-    update, asking = (own.flat.detach().requires_grad_() for own in weights_of(weights))
+    update, query_weights = (own.flat.detach().requires_grad_() for own in weights_of(weights))
     flags, seed = torch.tensor([True, False]), torch.tensor([7])
     masks = (flags, flags, seed, 0.25) if full else (None, None, None, 0.0)
-    given = {"all": (gathered, update, asking), "few": (gathered, update, None)}
-    rest = (*given.get(form, (None, None, asking)), *masks, True, axes, 3, torch.float32)
+    given = {"all": (attended, update, query_weights), "few": (attended, update, None)}
+    rest = (*given.get(form, (None, None, query_weights)), *masks, True, axes, 3, torch.float32)
     carried = imaginary if axes else None
     opcheck(torch.ops.motet.lego_pass, (real, carried, *rest))
     with torch.no_grad():
@@ -369,9 +378,9 @@ def test_opcheck(form):
 def test_compiles_whole_for_any_number_of_samples():
     weights = inputs((1, 7, 13))[3:]
 
-    def run(real, gathered, imaginary):
+    def run(real, attended, imaginary):
         real, imaginary, queries = passing("triton", axes=TWO_D)(
-            real, gathered, imaginary, *weights
+            real, attended, imaginary, *weights
         )
         return 2 * real, imaginary, queries
 
@@ -430,7 +439,7 @@ def test_launches(monkeypatch):
     forward, backward = launches("triton", monkeypatch)
     assert forward == ["cat", "cat", "triton pass_kernel"]  # the weights, once for all passes
     assert backward == [
-        f"triton {name}_kernel" for name in ("asking_backward", "update_backward", "gradients")
+        f"triton {name}_kernel" for name in ("query_backward", "update_backward", "gradients")
     ]
     forward, backward = launches("eager", monkeypatch)
     assert (len(forward), len(backward)) == (21, 49)
@@ -440,17 +449,17 @@ def test_launches(monkeypatch):
     ("change", "error", "message"),
     [
         ({"real": torch.ones(7, 13)}, ValueError, r"real: expected .*\[B, C, D\], got"),
-        ({"real": torch.ones(2, 7, 13)}, ValueError, r"gathered: .* for real \(2, 7, 13\), got"),
-        ({"gathered": 3}, TypeError, "gathered: expected a tensor, got int"),
-        ({"gathered": None}, ValueError, "update: expected weights if .*, and None if it is not"),
-        ({"gathered": torch.ones(3, 2, 5, 5)}, ValueError, r"gathered: .*\[B, H, 1, E\]"),
-        ({"gathered": torch.ones(3, 2, 7, 6)}, ValueError, r"out_weight: .* \(13, 12\), got"),
+        ({"real": torch.ones(2, 7, 13)}, ValueError, r"attended: .* for real \(2, 7, 13\), got"),
+        ({"attended": 3}, TypeError, "attended: expected a tensor, got int"),
+        ({"attended": None}, ValueError, "update: expected weights if .*, and None if it is not"),
+        ({"attended": torch.ones(3, 2, 5, 5)}, ValueError, r"attended: .*\[B, H, 1, E\]"),
+        ({"attended": torch.ones(3, 2, 7, 6)}, ValueError, r"out_weight: .* \(13, 12\), got"),
         ({"imaginary": 3}, TypeError, "imaginary: expected a tensor, got int"),
         ({"present": [True]}, TypeError, "present: expected a tensor, got list"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
         ({"imaginary": torch.ones(2, 7, 13)}, ValueError, r"imaginary: expected \(3, 7, 13\), got"),
         ({"dropout_p": 0.5, "seed": 3}, TypeError, "seed: expected a tensor, got int"),
-        ({"update": None}, ValueError, "update: expected weights if gathered is given, and None"),
+        ({"update": None}, ValueError, "update: expected weights if attended is given, and None"),
         ({"present": torch.ones(3)}, ValueError, r"present: expected bool \[3\] on cpu, got"),
         ({"scaled": torch.ones(2) > 0}, ValueError, r"scaled: expected bool \[3\] on cpu, got"),
         ({"axes": (0,)}, ValueError, r"axes: expected one of .*, got \(0,\)"),
@@ -460,9 +469,9 @@ def test_launches(monkeypatch):
     ],
 )
 def test_what_does_not_fit(change, error, message):
-    real, gathered, imaginary, *weights = inputs((3, 7, 13))
+    real, attended, imaginary, *weights = inputs((3, 7, 13))
     given = {
-        "real": real, "gathered": gathered, "update": Update(*weights[:8]), "imaginary": imaginary,
+        "real": real, "attended": attended, "update": Update(*weights[:8]), "imaginary": imaginary,
         "axes": TWO_D, "backend": "triton",
     } | change  # fmt: skip
     with pytest.raises(error, match=message):
@@ -473,7 +482,7 @@ def test_what_does_not_fit(change, error, message):
 def test_weights_that_do_not_fit(index):
     args = inputs((3, 7, 13))
     names = [f"update.{field.name}" for field in fields(Update) if field.init]
-    names += [f"asking.{field.name}" for field in fields(Asking) if field.init]
+    names += [f"query_weights.{field.name}" for field in fields(QueryWeights) if field.init]
     args[3 + index] = args[3 + index][..., :-1]
     with pytest.raises(ValueError, match=f"{names[index]}: expected "):
         passing("triton")(*args)

@@ -69,9 +69,10 @@ def absorbed_gather(
         ValueError: as absorbed_attention; or sizes of q, weights and shifts that do not fit.
     """
     if not _takes_triton(q, weights, x, positions, offsets, backend):
-        asked = ask(q, weights, scale).expand(len(offsets) - 1, -1, -1)
+        absorbed = absorb_queries(q, weights, scale).expand(len(offsets) - 1, -1, -1)
         pooled, mass = absorbed_attention(
-            asked, x, offsets, positions=positions, counts=counts, statistics=statistics, eps=eps,
+            absorbed, x, offsets, positions=positions, counts=counts, statistics=statistics,
+            eps=eps,
             dropout_p=dropout_p, seed=seed, backend=backend,
         )  # fmt: skip
         return project_back(pooled, mass, weights, shifts)
@@ -88,7 +89,7 @@ def absorbed_gather(
     )[0]
 
 
-def ask(q: Tensor, weights: Tensor, scale: float) -> Tensor:
+def absorb_queries(q: Tensor, weights: Tensor, scale: float) -> Tensor:
     """Return scale · q W_k, [B, H·C, W], of q [B, H, C, E]."""
     of_keys, _ = weights.unflatten(0, (2, -1)).unbind()
     return torch.einsum("bhce,hew->bhcw", q * scale, of_keys).flatten(1, 2)
@@ -159,14 +160,14 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return what is gathered, and pooled, mass, scores and lse of absorbed_attention."""
+    """Return what is attended, and pooled, mass, scores and lse of absorbed_attention."""
     from . import triton as launchers
 
     statistics = mean.contiguous(), rstd.contiguous()
     tokens = launchers.Tokens.of(x, positions, offsets, counts, *statistics, eps, dropout_p, seed)
     own = launchers.Weights(weights.contiguous(), shifts.contiguous())
-    gathered, made = launchers.gather(rows_apart(q), own, tokens, scale)
-    return gathered, made.pooled, made.mass, made.scores, made.lse
+    attended, made = launchers.gather(rows_apart(q), own, tokens, scale)
+    return attended, made.pooled, made.mass, made.scores, made.lse
 
 
 def _backward_of(

@@ -236,7 +236,7 @@ def _to_tokens(
     Args:
         rows: [B, H, C, E], last stride 1.
         channels: P, the positional ones at the end of the W.
-        of: of the gradient of what is gathered, what was pooled and the shifts [H, E].
+        of: of the gradient of what is attended, what was pooled and the shifts [H, E].
 
     Returns:
         [B, H C, W] in parts; and, where `of` is given, the gradient of mass and

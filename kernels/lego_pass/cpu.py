@@ -6,12 +6,12 @@ from torch import Tensor
 
 from ..dropout import keep_mask
 from .spectrum import normalise_columns
-from .weights import Asking, Update
+from .weights import QueryWeights, Update
 
 
-def update_and_ask(
+def update_and_query(
     real: Tensor,
-    gathered: Tensor | None,
+    attended: Tensor | None,
     update: Update | None,
     imaginary: Tensor | None,
     present: Tensor | None,
@@ -21,28 +21,28 @@ def update_and_ask(
     axes: tuple[int, ...],
     rows: int | None,
     scaled: Tensor | None,
-    asking: Asking | None,
+    query_weights: QueryWeights | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return what lego_pass returns, of its arguments."""
     x = real
-    if gathered is not None and update is not None:
-        x = _updated(x, gathered, update, snn, dropout_p, seed)
+    if attended is not None and update is not None:
+        x = _updated(x, attended, update, snn, dropout_p, seed)
         if present is not None:
             x = torch.where(present[:, None, None], x, real)
     if axes:
         x, imaginary = normalise_columns(x, imaginary, axes, rows, scaled)
-    return x, imaginary, None if asking is None else ask(x, asking)
+    return x, imaginary, None if query_weights is None else compute_queries(x, query_weights)
 
 
 def _updated(
     real: Tensor,
-    gathered: Tensor,
+    attended: Tensor,
     update: Update,
     snn: bool,
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    flat = gathered.transpose(1, 2).flatten(2)
+    flat = attended.transpose(1, 2).flatten(2)
     if not torch.is_autocast_enabled(flat.device.type):
         flat = flat.to(real.dtype)
     x = real + F.leaky_relu(F.linear(flat, update.out_weight, update.out_bias))
@@ -61,7 +61,7 @@ def _updated(
     return x + out * keep_mask(seed, 0, out.shape, dropout_p, out)
 
 
-def ask(real: Tensor, asking: Asking) -> Tensor:
+def compute_queries(real: Tensor, query_weights: QueryWeights) -> Tensor:
     """Return the queries [..., C, Q] of latents [..., C, D]."""
-    normed = F.layer_norm(real, real.shape[-1:], asking.norm_weight, asking.norm_bias)
-    return F.linear(normed, asking.weight)
+    normed = F.layer_norm(real, real.shape[-1:], query_weights.norm_weight, query_weights.norm_bias)
+    return F.linear(normed, query_weights.weight)

@@ -47,12 +47,12 @@ def _gradient_of_vectors(
 @triton.jit(do_not_specialize=["n_rows", "n_programs", "n_askers"])
 def gradients_kernel(
     dupdate_ptr, dhidden_ptr, dout_ptr, dpre_ptr, normed_ptr, gated_ptr, flat_ptr, partial_ptr,
-    dasking_ptr, dqueries_ptr, asking_normed_ptr, asking_partial_ptr,
-    n_rows, n_programs, n_askers,
+    dquery_weights_ptr, dqueries_ptr, query_normed_ptr, query_partial_ptr,
+    n_rows, n_programs, n_query_programs,
     D: tl.constexpr, INNER: tl.constexpr, Q: tl.constexpr, ROOM: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of `Update.flat` and `Asking.flat`, each program one tile of one part.
+    """Write the gradients of `Update.flat` and `QueryWeights.flat`: a program, a tile of one part.
 
     Of what the two kernels before wrote, in rows of ROOM where it is as wide as the latents. Sums
     run over the rows in order, in fp32.
@@ -79,12 +79,12 @@ def gradients_kernel(
         vectors_ptr = dupdate_ptr + 12 * D * D + D * INNER
         _gradient_of_vectors(tile, partial_ptr, vectors_ptr, n_programs, 12 * D, BLOCK_V)
         tile -= (12 * D + BLOCK_V - 1) // BLOCK_V
-    if dasking_ptr is not None:
+    if dquery_weights_ptr is not None:
         _gradient_of_matrix(
-            tile, dqueries_ptr, asking_normed_ptr, dasking_ptr, n_rows, Q, D, Q, ROOM, DTYPE,
+            tile, dqueries_ptr, query_normed_ptr, dquery_weights_ptr, n_rows, Q, D, Q, ROOM, DTYPE,
             BLOCK_M, BLOCK_N, BLOCK_T,
         )  # fmt: skip
         tile -= (Q + BLOCK_M - 1) // BLOCK_M * across
         _gradient_of_vectors(
-            tile, asking_partial_ptr, dasking_ptr + Q * D, n_askers, 2 * D, BLOCK_V
+            tile, query_partial_ptr, dquery_weights_ptr + Q * D, n_query_programs, 2 * D, BLOCK_V
         )

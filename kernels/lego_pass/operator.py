@@ -10,20 +10,20 @@ from ..backends import Backend, check_backend, on_triton, refuse_second_derivati
 from ..checks import refuse_forward_mode
 from ..dropout import check_dropout
 from ..layout import rows_apart
-from .cpu import ask, update_and_ask
+from .cpu import compute_queries, update_and_query
 from .spectrum import AXES, normalise_columns, scale_shape
-from .weights import Asking, Update
+from .weights import QueryWeights, Update
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
 # The Triton form alone. The last result is the scale of `column_scale`, for the backward pass.
 _OF_PASS = (
-    "Tensor? gathered, Tensor? update, Tensor? asking, Tensor? present, Tensor? scaled, "
+    "Tensor? attended, Tensor? update, Tensor? query_weights, Tensor? present, Tensor? scaled, "
     "Tensor? seed, float dropout_p, bool snn, int[] axes, SymInt rows, ScalarType products"
 )
 _LIBRARY.define(
     f"lego_pass(Tensor real, Tensor? imaginary, {_OF_PASS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-# The gradients of real, imaginary, gathered, `Update.flat` and `Asking.flat`.
+# The gradients of real, imaginary, attended, `Update.flat` and `QueryWeights.flat`.
 _LIBRARY.define(
     "lego_pass_backward(Tensor? grad_real, Tensor? grad_imaginary, Tensor? grad_queries, "
     f"Tensor x, Tensor? y, Tensor scale, Tensor real, {_OF_PASS}) "
@@ -33,7 +33,7 @@ _LIBRARY.define(
 
 def lego_pass(
     real: Tensor,
-    gathered: Tensor | None = None,
+    attended: Tensor | None = None,
     update: Update | None = None,
     *,
     imaginary: Tensor | None = None,
@@ -44,10 +44,10 @@ def lego_pass(
     axes: tuple[int, ...] = (),
     rows: int | None = None,
     scaled: Tensor | None = None,
-    asking: Asking | None = None,
+    query_weights: QueryWeights | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    r"""Go from what one attention gathered to the queries of the next.
+    r"""Go from what one attention attended to the queries of the next.
 
     .. math::
         x &= \mathrm{Re} Z + \mathrm{LeakyReLU}(W_o h + b_o), \quad
@@ -61,7 +61,7 @@ def lego_pass(
 
     Args:
         real: [B, C, D], Re Z; or [1, C, D], shared by all rows.
-        gathered: [B, H, C, E] or [B, H, 1, E], what the heads gathered, in any dtype; None for no
+        attended: [B, H, C, E] or [B, H, 1, E], what the heads attended, in any dtype; None for no
             update, only what follows, and then no `update`, the weights.
         imaginary: Im Z, [B, C, D] or [1, C, D]; None for zero.
         present: bool [B], False where a row keeps its real part; None if none does.
@@ -72,7 +72,7 @@ def lego_pass(
         axes: along which Z is normalised, see AXES; () for no normalisation.
         rows: C of the whole spectrum where `real` holds its first rows // 2 + 1; None if all.
         scaled: bool [B], False where a row is not normalised; None if all are.
-        asking: the weights of the next queries, or queries, keys and values; None for none.
+        query_weights: the weights of the next queries, or queries, keys and values; None for none.
         backend: "auto", "triton" (latents of up to 256 numbers, up to 32 bits; differentiable
             once, in reverse mode), "compile" or "eager" (these two run the same operators here).
 
@@ -87,41 +87,41 @@ def lego_pass(
     """
     check_backend(backend)
     wide = "takes latents of up to 256 numbers" if real.shape[-1] > 256 else ""
-    rest = (present, snn, dropout_p, seed, axes, rows, scaled, asking)
+    rest = (present, snn, dropout_p, seed, axes, rows, scaled, query_weights)
     if backend != "compile" and on_triton(backend, real.device.type, real.dtype, wide):
-        return _on_triton(real, gathered, update, imaginary, *rest)
-    return update_and_ask(real, gathered, update, imaginary, *rest)
+        return _on_triton(real, attended, update, imaginary, *rest)
+    return update_and_query(real, attended, update, imaginary, *rest)
 
 
 def _check(
     real: Tensor,
-    gathered: Tensor | None,
+    attended: Tensor | None,
     update: Update | None,
     imaginary: Tensor | None,
     present: Tensor | None,
     axes: tuple[int, ...],
     rows: int | None,
     scaled: Tensor | None,
-    asking: Asking | None,
+    query_weights: QueryWeights | None,
 ) -> None:
-    if gathered is not None and not isinstance(gathered, Tensor):
-        raise TypeError(f"gathered: expected a tensor, got {type(gathered).__name__}")
+    if attended is not None and not isinstance(attended, Tensor):
+        raise TypeError(f"attended: expected a tensor, got {type(attended).__name__}")
     if real.ndim != 3 or not real.is_floating_point():
         raise ValueError(
             f"real: expected floating-point [B, C, D], got {real.dtype} {tuple(real.shape)}"
         )
     first, latents, dim = real.shape
-    shape = (first, 0, latents, 0) if gathered is None else gathered.shape
+    shape = (first, 0, latents, 0) if attended is None else attended.shape
     if len(shape) != 4 or first not in (1, shape[0]) or shape[2] not in (1, latents):
         raise ValueError(
-            f"gathered: expected [B, H, C, E] or [B, H, 1, E] for real {tuple(real.shape)}, got "
+            f"attended: expected [B, H, C, E] or [B, H, 1, E] for real {tuple(real.shape)}, got "
             f"{tuple(shape)}"
         )
-    if (gathered is None) != (update is None):
-        raise ValueError("update: expected weights if gathered is given, and None if it is not")
+    if (attended is None) != (update is None):
+        raise ValueError("update: expected weights if attended is given, and None if it is not")
     bags, device = shape[0], real.device
-    expected = [] if gathered is None else [("gathered", gathered, shape)]
-    expected += _expected_weights(update, asking, dim, shape[1] * shape[3])
+    expected = [] if attended is None else [("attended", attended, shape)]
+    expected += _expected_weights(update, query_weights, dim, shape[1] * shape[3])
     if imaginary is not None:
         for_all = isinstance(imaginary, Tensor) and imaginary.shape[:1] == (1,)
         expected.append(("imaginary", imaginary, (1 if for_all else bags, latents, dim)))
@@ -146,7 +146,7 @@ def _check(
 
 
 def _expected_weights(
-    update: Update | None, asking: Asking | None, dim: int, inner: int
+    update: Update | None, query_weights: QueryWeights | None, dim: int, inner: int
 ) -> list[tuple[str, Any, Sequence[int]]]:
     """Return names, tensors and shapes of the weights for latents of `dim` and H · E = inner."""
     flat, expected = (dim,), []
@@ -161,11 +161,11 @@ def _expected_weights(
             ("update.down_weight", update.down_weight, (dim, 4 * dim)),
             ("update.down_bias", update.down_bias, flat),
         ]
-    if asking is not None:
+    if query_weights is not None:
         expected += [
-            ("asking.norm_weight", asking.norm_weight, flat),
-            ("asking.norm_bias", asking.norm_bias, flat),
-            ("asking.weight", asking.weight, (asking.weight.shape[0], dim)),
+            ("query_weights.norm_weight", query_weights.norm_weight, flat),
+            ("query_weights.norm_bias", query_weights.norm_bias, flat),
+            ("query_weights.weight", query_weights.weight, (query_weights.weight.shape[0], dim)),
         ]
     return expected
 
@@ -185,7 +185,7 @@ def _check_flags(flags: dict[str, Tensor | None], bags: int, device: torch.devic
 
 def _on_triton(
     real: Tensor,
-    gathered: Tensor | None,
+    attended: Tensor | None,
     update: Update | None,
     imaginary: Tensor | None,
     present: Tensor | None,
@@ -195,43 +195,43 @@ def _on_triton(
     axes: tuple[int, ...],
     rows: int | None,
     scaled: Tensor | None,
-    asking: Asking | None,
+    query_weights: QueryWeights | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run the kernels; normalise and ask in torch where a sample is too large for one program."""
     scaled = scaled if axes else None
-    if gathered is None and isinstance(scaled, Tensor) and len(real) == 1:
+    if attended is None and isinstance(scaled, Tensor) and len(real) == 1:
         real = real.expand(len(scaled), -1, -1)  # alike until some are normalised, and some not
         imaginary = None if imaginary is None else imaginary.expand(len(scaled), -1, -1)
     # Before kernels that would read beyond what is there; torch's operators look themselves.
-    _check(real, gathered, update, imaginary, present, axes, rows, scaled, asking)
+    _check(real, attended, update, imaginary, present, axes, rows, scaled, query_weights)
     seed = check_dropout(dropout_p, seed, real.device)
     refuse_forward_mode("lego_pass")
     rows = rows or real.shape[1]
     if axes and -2 in axes and not _fits(real.shape[1], real.shape[2]):
         x = real
-        if gathered is not None:
+        if attended is not None:
             x, _, _ = _on_triton(
-                real, gathered, update, None, present, snn, dropout_p, seed, (), rows, None, None
+                real, attended, update, None, present, snn, dropout_p, seed, (), rows, None, None
             )
         x, imaginary = normalise_columns(x, imaginary, axes, rows, scaled)
-        return x, imaginary, None if asking is None else ask(x, asking)
-    weights = update if asking is None else asking
+        return x, imaginary, None if query_weights is None else compute_queries(x, query_weights)
+    weights = update if query_weights is None else query_weights
     if weights is None and not axes:
         return real, imaginary, None
-    if imaginary is not None and axes and gathered is not None and len(imaginary) != len(real):
+    if imaginary is not None and axes and attended is not None and len(imaginary) != len(real):
         imaginary, real = (
-            imaginary.expand(len(gathered), -1, -1),
-            real.expand(len(gathered), -1, -1),
+            imaginary.expand(len(attended), -1, -1),
+            real.expand(len(attended), -1, -1),
         )
     x, y, queries, _ = torch.ops.motet.lego_pass(
-        real, imaginary if axes else None, gathered, None if update is None else update.flat,
-        None if asking is None else asking.flat, present, scaled, seed, dropout_p, snn, axes, rows,
-        _products(real if weights is None else weights.norm_weight),
+        real, imaginary if axes else None, attended, None if update is None else update.flat,
+        None if query_weights is None else query_weights.flat, present, scaled, seed, dropout_p,
+        snn, axes, rows, _products(real if weights is None else weights.norm_weight),
     )  # fmt: skip
     return (
         x,
         y if axes and imaginary is not None else imaginary,
-        None if asking is None else queries,
+        None if query_weights is None else queries,
     )
 
 
@@ -253,14 +253,14 @@ def _fits(latents: int, dim: int) -> bool:
 
 
 def _forward(
-    real: Tensor, imaginary: Tensor | None, gathered: Tensor | None, *rest: Any
+    real: Tensor, imaginary: Tensor | None, attended: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from . import triton as launchers
 
-    imaginary, update, asking, present, scaled, seed = _contiguous((imaginary, *rest[:5]))
+    imaginary, update, query_weights, present, scaled, seed = _contiguous((imaginary, *rest[:5]))
     return launchers.forward(
-        real.contiguous(), imaginary, _apart(gathered), update, asking, present, scaled, seed,
-        *rest[5:],
+        real.contiguous(), imaginary, _apart(attended), update, query_weights, present, scaled,
+        seed, *rest[5:],
     )  # fmt: skip
 
 
@@ -272,21 +272,21 @@ def _backward_of(
     y: Tensor | None,
     scale: Tensor,
     real: Tensor,
-    gathered: Tensor | None,
+    attended: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     from . import triton as launchers
 
     of_real, of_imaginary, of_queries = _contiguous((grad_real, grad_imaginary, grad_queries))
-    update, asking, present, scaled, seed = _contiguous(rest[:5])
+    update, query_weights, present, scaled, seed = _contiguous(rest[:5])
     return launchers.backward(
-        of_real, of_imaginary, of_queries, x, y, scale, real.contiguous(), _apart(gathered),
-        update, asking, present, scaled, seed, *rest[5:],
+        of_real, of_imaginary, of_queries, x, y, scale, real.contiguous(), _apart(attended),
+        update, query_weights, present, scaled, seed, *rest[5:],
     )  # fmt: skip
 
 
-def _apart(gathered: Tensor | None) -> Tensor | None:
-    return None if gathered is None else rows_apart(gathered)
+def _apart(attended: Tensor | None) -> Tensor | None:
+    return None if attended is None else rows_apart(attended)
 
 
 def _contiguous(tensors: Sequence[Any]) -> list[Any]:
@@ -294,54 +294,68 @@ def _contiguous(tensors: Sequence[Any]) -> list[Any]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    real, imaginary, gathered, *rest = inputs
+    real, imaginary, attended, *rest = inputs
     x, y, _, scale = output
     ctx.mark_non_differentiable(scale)
     ctx.set_materialize_grads(False)
     *tensors, ctx.dropout_p, ctx.snn, ctx.axes, ctx.rows, ctx.products = rest
     y = None if imaginary is None else y
-    ctx.save_for_backward(x, y, scale, real, gathered, *tensors)
+    ctx.save_for_backward(x, y, scale, real, attended, *tensors)
 
 
 def _backward(ctx, grad_real, grad_imaginary, grad_queries, _):
-    _, y, _, _, gathered, update, asking, *_ = saved = ctx.saved_tensors
-    grad_queries = None if asking is None else grad_queries
-    dreal, dimaginary, dgathered, dupdate, dasking = torch.ops.motet.lego_pass_backward(
+    _, y, _, _, attended, update, query_weights, *_ = saved = ctx.saved_tensors
+    grad_queries = None if query_weights is None else grad_queries
+    dreal, dimaginary, dattended, dupdate, dquery_weights = torch.ops.motet.lego_pass_backward(
         grad_real, grad_imaginary, grad_queries, *saved, ctx.dropout_p, ctx.snn, ctx.axes, ctx.rows,
         ctx.products,
     )  # fmt: skip
     return (
         dreal,
         None if y is None else dimaginary,
-        None if gathered is None else dgathered,
+        None if attended is None else dattended,
         None if update is None else dupdate.to(update.dtype),
-        None if asking is None or grad_queries is None else dasking.to(asking.dtype),
+        None
+        if query_weights is None or grad_queries is None
+        else dquery_weights.to(query_weights.dtype),
         *[None] * 8,
     )
 
 
-def _fake(real, imaginary, gathered, update, asking, *rest):
+def _fake(real, imaginary, attended, update, query_weights, *rest):
     axes, products = rest[5], rest[7]
-    shape = (real.shape[0] if gathered is None else gathered.shape[0], *real.shape[1:])
-    asked = 0 if asking is None else asking.shape[0] // real.shape[2] - 2
+    shape = (real.shape[0] if attended is None else attended.shape[0], *real.shape[1:])
+    query_width = 0 if query_weights is None else query_weights.shape[0] // real.shape[2] - 2
     return (
         real.new_empty(shape),
         real.new_empty(0 if imaginary is None else shape),
-        real.new_empty((*shape[:2], asked) if asked else 0, dtype=products),
+        real.new_empty((*shape[:2], query_width) if query_width else 0, dtype=products),
         real.new_empty(scale_shape(shape, axes), dtype=torch.float32),
     )
 
 
 def _fake_backward(
-    grad_real, grad_imaginary, grad_queries, x, y, scale, real, gathered, update, asking, *rest
+    grad_real,
+    grad_imaginary,
+    grad_queries,
+    x,
+    y,
+    scale,
+    real,
+    attended,
+    update,
+    query_weights,
+    *rest,
 ):
     full = {"dtype": torch.float32}
     return (
         real.new_empty(real.shape),
         real.new_empty(0 if y is None else real.shape),
-        real.new_empty(0) if gathered is None else gathered.new_empty(gathered.shape),
+        real.new_empty(0) if attended is None else attended.new_empty(attended.shape),
         real.new_empty(0 if update is None else update.shape, **full),
-        real.new_empty(0 if asking is None or grad_queries is None else asking.shape, **full),
+        real.new_empty(
+            0 if query_weights is None or grad_queries is None else query_weights.shape, **full
+        ),
     )
 
 

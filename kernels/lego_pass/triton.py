@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of lego_pass: from what one attention gathered to the next queries.
+"""Launches the Triton kernels of lego_pass: from what one attention attended to the next queries.
 
 A program owns some rows of the latents, from the output projection to the queries; a hidden
 activation is never in memory. Where Z is normalised along the latents, its rows are those of one
@@ -21,7 +21,7 @@ from ..dropout import representable
 from ..launch import cdiv, launch, next_power_of_2
 from .gradients_kernels import gradients_kernel
 from .spectrum import scale_shape
-from .triton_kernels import asking_backward_kernel, pass_kernel, update_backward_kernel
+from .triton_kernels import pass_kernel, query_backward_kernel, update_backward_kernel
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Numbers of a vector that a program of gradients_kernel adds up.
@@ -55,9 +55,9 @@ class _Operands(NamedTuple):
 def forward(
     real: Tensor,
     imaginary: Tensor | None,
-    gathered: Tensor | None,
+    attended: Tensor | None,
     update: Tensor | None,
-    asking: Tensor | None,
+    query_weights: Tensor | None,
     present: Tensor | None,
     scaled: Tensor | None,
     seed: Tensor | None,
@@ -73,17 +73,21 @@ def forward(
         real: contiguous [B or 1, C, D]; a sample fits in a tile of 8,192 numbers, its sides rounded
             up to powers of 2, if its rows are normalised together.
         imaginary: like `real`, or None; not without axes.
-        gathered: [B, H, C or 1, E], last stride 1; None for no update.
-        update, asking: `Update.flat` and `Asking.flat`; None without gathered, without queries.
+        attended: [B, H, C or 1, E], last stride 1; None for no update.
+        update, query_weights: `Update.flat` and `QueryWeights.flat`; None without attended
+            and without queries.
         present, scaled, seed, dropout_p, snn, axes: contiguous, as given to lego_pass.
         rows: of the whole spectrum.
         products: dtype of the products.
     """
     latents, dim = real.shape[1:]
-    bags, asked = len(real if gathered is None else gathered), _asked(asking, dim)
+    bags, query_width = (
+        len(real if attended is None else attended),
+        _query_width(query_weights, dim),
+    )
     x = real.new_empty(bags, latents, dim)
     y = real.new_empty(0 if imaginary is None else x.shape)
-    queries = real.new_empty((bags, latents, asked) if asked else 0, dtype=products)
+    queries = real.new_empty((bags, latents, query_width) if query_width else 0, dtype=products)
     scale = real.new_empty(scale_shape(x.shape, axes), dtype=torch.float32)
     blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
     programs = _programs(bags, latents, axes, blocks)
@@ -92,10 +96,10 @@ def forward(
     if x.numel():
         launch(
             pass_kernel, x, (programs,),
-            real, imaginary, gathered, update, asking, present, scaled, seed,
-            x, y, queries, scale, normed, kept, *_strides(gathered), bags * latents,
-            **_normalising(axes, rows, latents, dim), **_dropping(dropout_p), **_heads(gathered),
-            Q=asked, SHARED=len(real) < bags, SNN=snn, BLOCK_K=blocks.block_k,
+            real, imaginary, attended, update, query_weights, present, scaled, seed,
+            x, y, queries, scale, normed, kept, *_strides(attended), bags * latents,
+            **_normalising(axes, rows, latents, dim), **_dropping(dropout_p), **_heads(attended),
+            Q=query_width, SHARED=len(real) < bags, SNN=snn, BLOCK_K=blocks.block_k,
             BLOCK_F=blocks.block_f, **_constants(blocks, latents, dim, products),
         )  # fmt: skip
     return x, y, queries, scale
@@ -109,9 +113,9 @@ def backward(
     y: Tensor | None,
     scale: Tensor,
     real: Tensor,
-    gathered: Tensor | None,
+    attended: Tensor | None,
     update: Tensor | None,
-    asking: Tensor | None,
+    query_weights: Tensor | None,
     present: Tensor | None,
     scaled: Tensor | None,
     seed: Tensor | None,
@@ -123,25 +127,25 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what motet::lego_pass_backward returns, of its arguments, contiguous as in forward."""
     dy = x.new_empty(0 if y is None else x.shape)
-    dx, of_asking, of_update = grad_real, None, None
-    if dx is None or grad_queries is not None or axes or gathered is None:
-        dx, of_asking = _before_asking(
-            grad_real, grad_imaginary, grad_queries, x, y, scale, dy, asking, scaled, axes, rows,
-            products,
+    dx, for_queries, for_update = grad_real, None, None
+    if dx is None or grad_queries is not None or axes or attended is None:
+        dx, for_queries = _query_backward(
+            grad_real, grad_imaginary, grad_queries, x, y, scale, dy, query_weights, scaled, axes,
+            rows, products,
         )  # fmt: skip
-    dreal, dgathered = dx.to(real.dtype), x.new_empty(0)
-    if gathered is not None:
+    dreal, dattended = dx.to(real.dtype), x.new_empty(0)
+    if attended is not None:
         assert update is not None
-        dreal, dgathered, of_update = _before_update(
-            dx, real, gathered, update, present, seed, dropout_p, snn, products
+        dreal, dattended, for_update = _update_backward(
+            dx, real, attended, update, present, seed, dropout_p, snn, products
         )
     if len(real) < len(x):
         dreal = dreal.sum(0, keepdim=True)
         dy = dy if y is None else dy.sum(0, keepdim=True)
-    return dreal, dy, dgathered, *_of_weights(x, of_update, of_asking, products)
+    return dreal, dy, dattended, *_of_weights(x, for_update, for_queries, products)
 
 
-def _before_asking(
+def _query_backward(
     grad_real: Tensor | None,
     grad_imaginary: Tensor | None,
     grad_queries: Tensor | None,
@@ -149,7 +153,7 @@ def _before_asking(
     y: Tensor | None,
     scale: Tensor,
     dy: Tensor,
-    asking: Tensor | None,
+    query_weights: Tensor | None,
     scaled: Tensor | None,
     axes: Sequence[int],
     rows: int,
@@ -157,29 +161,29 @@ def _before_asking(
 ) -> tuple[Tensor, _Operands | None]:
     """Go back through queries and normalisation: fill dy; return dx, and asking's operands."""
     bags, latents, dim = x.shape
-    asked = 0 if grad_queries is None else _asked(asking, dim)
-    blocks = _asking_blocks(latents if -2 in axes else 0, dim, products)
+    query_width = 0 if grad_queries is None else _query_width(query_weights, dim)
+    blocks = _query_blocks(latents if -2 in axes else 0, dim, products)
     programs = _programs(bags, latents, axes, blocks)
     dx = x.new_empty(x.shape, dtype=torch.float32)
-    normed = x.new_empty((bags * latents, _power(dim)) if asked else 0, dtype=products)
-    partial = x.new_empty((programs, 2 * dim) if asked else 0, dtype=torch.float32)
+    normed = x.new_empty((bags * latents, _power(dim)) if query_width else 0, dtype=products)
+    partial = x.new_empty((programs, 2 * dim) if query_width else 0, dtype=torch.float32)
     if x.numel():
         launch(
-            asking_backward_kernel, x, (programs,),
-            grad_real, grad_imaginary, grad_queries, x, y, scale, scaled, asking,
-            dx, dy, normed, partial, bags * latents, Q=asked,
+            query_backward_kernel, x, (programs,),
+            grad_real, grad_imaginary, grad_queries, x, y, scale, scaled, query_weights,
+            dx, dy, normed, partial, bags * latents, Q=query_width,
             **_normalising(axes, rows, latents, dim),
             **_constants(blocks, latents, dim, products),
         )  # fmt: skip
-    if grad_queries is None or asking is None:
+    if grad_queries is None or query_weights is None:
         return dx, None
-    return dx, _Operands(asking, [grad_queries], [normed], partial)
+    return dx, _Operands(query_weights, [grad_queries], [normed], partial)
 
 
-def _before_update(
+def _update_backward(
     dx: Tensor,
     real: Tensor,
-    gathered: Tensor,
+    attended: Tensor,
     update: Tensor,
     present: Tensor | None,
     seed: Tensor | None,
@@ -187,17 +191,17 @@ def _before_update(
     snn: bool,
     products: torch.dtype,
 ) -> tuple[Tensor, Tensor, _Operands]:
-    """Go back through the update: return the gradients of real, [B, C, D], and of gathered.
+    """Go back through the update: return the gradients of real, [B, C, D], and of attended.
 
     And the operands of the gradients of its weights.
     """
-    (bags, heads, _, width), (latents, dim) = gathered.shape, real.shape[1:]
-    count, one = bags * latents, gathered.shape[2] < latents
+    (bags, heads, _, width), (latents, dim) = attended.shape, real.shape[1:]
+    count, one = bags * latents, attended.shape[2] < latents
     blocks = _update_blocks(dim, products)
     programs = cdiv(count, blocks.block_c)
     dreal = real.new_empty(bags, latents, dim)
-    dgathered = gathered.new_empty(
-        (bags, heads, latents, width), dtype=torch.float32 if one else gathered.dtype
+    dattended = attended.new_empty(
+        (bags, heads, latents, width), dtype=torch.float32 if one else attended.dtype
     )
     room = (programs * blocks.block_c, _power(dim))
     normed, dout, dpre = (real.new_empty(room, dtype=products) for _ in range(3))
@@ -209,31 +213,31 @@ def _before_update(
     if count * dim:
         launch(
             update_backward_kernel, real, (programs,),
-            dx, real, gathered, update, present, seed,
-            dreal, dgathered, flat, normed, gated, dhidden, dout, dpre, partial, kept,
-            *_strides(gathered), count, **_dropping(dropout_p), **_heads(gathered),
+            dx, real, attended, update, present, seed,
+            dreal, dattended, flat, normed, gated, dhidden, dout, dpre, partial, kept,
+            *_strides(attended), count, **_dropping(dropout_p), **_heads(attended),
             SHARED=len(real) < bags, SNN=snn, BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f,
             **_constants(blocks, latents, dim, products),
         )  # fmt: skip
     if one:
-        dgathered = dgathered.sum(2, keepdim=True).to(gathered.dtype)
+        dattended = dattended.sum(2, keepdim=True).to(attended.dtype)
     operands = _Operands(update, [dhidden, dout, dpre], [normed, gated, flat], partial)
-    return dreal, dgathered, operands
+    return dreal, dattended, operands
 
 
 def _of_weights(
-    x: Tensor, of_update: _Operands | None, of_asking: _Operands | None, products: torch.dtype
+    x: Tensor, for_update: _Operands | None, for_queries: _Operands | None, products: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of Update.flat and Asking.flat, fp32; empty where there is none."""
     bags, latents, dim = x.shape
-    inner = 0 if of_update is None else of_update.right[2].shape[1]
-    asked = 0 if of_asking is None else of_asking.left[0].shape[2]
+    inner = 0 if for_update is None else for_update.right[2].shape[1]
+    query_width = 0 if for_queries is None else for_queries.left[0].shape[2]
     block_m, block_n, block_t = _gradient_blocks(products)
     # Of both, in the order in which the kernel takes them.
-    shapes = [[(8 * dim, dim), (dim, 4 * dim), (dim, inner)], [(asked, dim)]]
+    shapes = [[(8 * dim, dim), (dim, 4 * dim), (dim, inner)], [(query_width, dim)]]
     tiles, found, pointers, programs = 0, [], [], []
     for operands, matrices, vectors in zip(
-        (of_update, of_asking), shapes, (12 * dim, 2 * dim), strict=True
+        (for_update, for_queries), shapes, (12 * dim, 2 * dim), strict=True
     ):
         shape = 0 if operands is None else operands.weights.shape
         found.append(x.new_empty(shape, dtype=torch.float32))
@@ -248,11 +252,11 @@ def _of_weights(
     if tiles:
         launch(
             gradients_kernel, x, (tiles,), *pointers, bags * latents, *programs, D=dim,
-            INNER=inner, Q=asked, ROOM=_power(dim), DTYPE=_DTYPES[products], BLOCK_M=block_m,
+            INNER=inner, Q=query_width, ROOM=_power(dim), DTYPE=_DTYPES[products], BLOCK_M=block_m,
             BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_V=_VECTOR, num_warps=4, num_stages=2,
         )  # fmt: skip
-    dupdate, dasking = found
-    return dupdate, dasking
+    dupdate, dquery_weights = found
+    return dupdate, dquery_weights
 
 
 def _gradient_blocks(products: torch.dtype) -> tuple[int, int, int]:
@@ -274,7 +278,7 @@ def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
     return _Blocks(rows, block_k, 32, 64 if few else 32, 4 if few else 8, 2)
 
 
-def _asking_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
+def _query_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
     blocks = _pass_blocks(latents, dim, products)
     # fp32: 16 queries a step spill for 32 rows of 128 (one store on sm_80); 32 for rows of 256 (two
     # on sm_90).
@@ -298,20 +302,20 @@ def _programs(bags: int, latents: int, axes: Sequence[int], blocks: _Blocks) -> 
     return bags if -2 in axes else cdiv(bags * latents, blocks.block_c)
 
 
-def _asked(asking: Tensor | None, dim: int) -> int:
+def _query_width(query_weights: Tensor | None, dim: int) -> int:
     """Return Q of Asking.flat, [Q D + 2 D]."""
-    return 0 if asking is None else len(asking) // dim - 2
+    return 0 if query_weights is None else len(query_weights) // dim - 2
 
 
-def _strides(gathered: Tensor | None) -> tuple[int, int, int]:
+def _strides(attended: Tensor | None) -> tuple[int, int, int]:
     """Return the strides of bag, head and latent."""
-    if gathered is None:
+    if attended is None:
         return 0, 0, 0
-    return gathered.stride(0), gathered.stride(1), gathered.stride(2) * (gathered.shape[2] > 1)
+    return attended.stride(0), attended.stride(1), attended.stride(2) * (attended.shape[2] > 1)
 
 
-def _heads(gathered: Tensor | None) -> dict[str, int]:
-    heads, width = (0, 0) if gathered is None else (gathered.shape[1], gathered.shape[3])
+def _heads(attended: Tensor | None) -> dict[str, int]:
+    heads, width = (0, 0) if attended is None else (attended.shape[1], attended.shape[3])
     return {"H": heads, "E": width}
 
 

@@ -64,21 +64,21 @@ def _store_sum(partial_ptr, first, x, TOTAL: tl.constexpr, size, BLOCK: tl.const
 
 
 @triton.jit
-def _gathered(
-    gathered_ptr, out_ptr, flat_ptr, row, valid, b_stride, h_stride, c_stride,
+def _load_attended(
+    attended_ptr, out_ptr, flat_ptr, row, valid, b_stride, h_stride, c_stride,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Return out gathered; what was gathered goes to `flat_ptr` [B C, H E] if given."""
+    """Return out attended; what was attended goes to `flat_ptr` [B C, H E] if given."""
     tiles: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     d = tl.arange(0, BLOCK_D)
-    gathered_ptr += (row // C * b_stride + row % C * c_stride)[:, None]
+    attended_ptr += (row // C * b_stride + row % C * c_stride)[:, None]
     acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     for i in range(0, H * tiles):
         head = i // tiles
         e = i % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
         known = (e < E)[None, :]
-        at = gathered_ptr + head * h_stride + e[None, :]
+        at = attended_ptr + head * h_stride + e[None, :]
         h = tl.load(at, mask=valid[:, None] & known, other=0.0).to(DTYPE)
         at = out_ptr + d[:, None] * (H * E) + head * E + e[None, :]
         weight = tl.load(at, mask=(d < D)[:, None] & known, other=0.0).to(DTYPE)
@@ -210,7 +210,7 @@ def _hidden(
 
 @triton.jit
 def _updated(
-    real_ptr, gathered_ptr, update_ptr, seed_ptr, kept_ptr, normed_ptr, row, place, valid,
+    real_ptr, attended_ptr, update_ptr, seed_ptr, kept_ptr, normed_ptr, row, place, valid,
     b_stride, h_stride, c_stride, dropout_p, kept_scale,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, SNN: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -221,8 +221,8 @@ def _updated(
     Without one they are those at `place` of `real`.
     """
     bias_ptr = update_ptr + 12 * D * D + D * H * E
-    pre = _gathered(
-        gathered_ptr, update_ptr + 12 * D * D, None, row, valid, b_stride, h_stride, c_stride,
+    pre = _load_attended(
+        attended_ptr, update_ptr + 12 * D * D, None, row, valid, b_stride, h_stride, c_stride,
         C, D, H, E, DTYPE, BLOCK_C, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     pre += _load_vector(bias_ptr + 8 * D, 0, D, BLOCK_D)
@@ -250,7 +250,7 @@ def _updated(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def pass_kernel(
-    real_ptr, imaginary_ptr, gathered_ptr, update_ptr, asking_ptr, present_ptr, scaled_ptr,
+    real_ptr, imaginary_ptr, attended_ptr, update_ptr, query_weights_ptr, present_ptr, scaled_ptr,
     seed_ptr, x_ptr, y_ptr, queries_ptr, scale_ptr, normed_ptr, kept_ptr,
     b_stride, h_stride, c_stride, n_rows, count, dropout_p, kept_scale,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, Q: tl.constexpr,
@@ -260,20 +260,20 @@ def pass_kernel(
 ):  # fmt: skip
     """Update, normalise and ask, for the rows of a sample (ALONG_C) or BLOCK_C of all.
 
-    x = real + LeakyReLU(out gathered + out_bias); x += keep (down (value act(gate)) + down_bias);
-    s = 1 / sqrt(sum |Z|^2 / count); queries = ask LN(s x). No update without `gathered`; HALF: rows
+    x = real + LeakyReLU(out attended + out_bias); x += keep (down (value act(gate)) + down_bias);
+    s = 1 / sqrt(sum |Z|^2 / count); queries = ask LN(s x). No update without `attended`; HALF: rows
     of the whole of a spectrum of which C are here, 0 if all are. The weights are `Update.flat` and
-    `Asking.flat`.
+    `QueryWeights.flat`.
     """
     row, valid = _own_rows(n_rows, C, BLOCK_C, ALONG_C)
     place = row
     if SHARED:
         place = row % C
-    if gathered_ptr is None:
+    if attended_ptr is None:
         x = load_tile(real_ptr, place, D, valid, 0, D, BLOCK_D).to(tl.float32)
     else:
         x = _updated(
-            real_ptr, gathered_ptr, update_ptr, seed_ptr, kept_ptr, normed_ptr, row, place, valid,
+            real_ptr, attended_ptr, update_ptr, seed_ptr, kept_ptr, normed_ptr, row, place, valid,
             b_stride, h_stride, c_stride, dropout_p, kept_scale, C, D, H, E, SNN, DTYPE,
             BLOCK_C, BLOCK_D, BLOCK_K, BLOCK_E, BLOCK_F,
         )  # fmt: skip
@@ -297,8 +297,10 @@ def pass_kernel(
         if imaginary_ptr is not None:
             store_tile(y_ptr, row, valid, 0, y * scale, D, BLOCK_D)
     store_tile(x_ptr, row, valid, 0, x, D, BLOCK_D)
-    if asking_ptr is not None:
-        normed = _normed(_standardised(x, D, BLOCK_D)[0], asking_ptr + Q * D, D, BLOCK_D).to(DTYPE)
+    if query_weights_ptr is not None:
+        normed = _normed(_standardised(x, D, BLOCK_D)[0], query_weights_ptr + Q * D, D, BLOCK_D).to(
+            DTYPE
+        )
         tl.debug_barrier()
         tl.store(_room_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
         tl.debug_barrier()
@@ -307,14 +309,14 @@ def pass_kernel(
             query = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
             for k0 in range(0, D, BLOCK_K):
                 part = tl.load(_room_rows(normed_ptr, k0, BLOCK_C, BLOCK_D, BLOCK_K))
-                weight = load_tile(asking_ptr, q, D, q < Q, k0, D, BLOCK_K).to(DTYPE)
+                weight = load_tile(query_weights_ptr, q, D, q < Q, k0, D, BLOCK_K).to(DTYPE)
                 query = product(part, tl.trans(weight), query)
             store_tile(queries_ptr, row, valid, q0, query, Q, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def asking_backward_kernel(
-    dx_ptr, dy_ptr, dqueries_ptr, x_ptr, y_ptr, scale_ptr, scaled_ptr, asking_ptr,
+def query_backward_kernel(
+    dx_ptr, dy_ptr, dqueries_ptr, x_ptr, y_ptr, scale_ptr, scaled_ptr, query_weights_ptr,
     dx_before_ptr, dy_before_ptr, normed_ptr, partial_ptr, n_rows, count,
     C: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, HALF: tl.constexpr,
     ALONG_C: tl.constexpr, ALONG_D: tl.constexpr, DTYPE: tl.constexpr,
@@ -331,16 +333,16 @@ def asking_backward_kernel(
     dx = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     if dqueries_ptr is not None:
         normal, rstd = _standardised(x, D, BLOCK_D)
-        normed = _normed(normal, asking_ptr + Q * D, D, BLOCK_D)
+        normed = _normed(normal, query_weights_ptr + Q * D, D, BLOCK_D)
         store_tile(normed_ptr, row, valid, 0, normed, BLOCK_D, BLOCK_D)
         for q0 in range(0, Q, BLOCK_E):
             q = q0 + tl.arange(0, BLOCK_E)
-            weight = load_tile(asking_ptr, q, D, q < Q, 0, D, BLOCK_D).to(DTYPE)
+            weight = load_tile(query_weights_ptr, q, D, q < Q, 0, D, BLOCK_D).to(DTYPE)
             dquery = load_tile(dqueries_ptr, row, Q, valid, q0, Q, BLOCK_E).to(DTYPE)
             dx = product(dquery, weight, dx)
         _store_sum(partial_ptr, 0, dx * normal, 2 * D, D, BLOCK_D)
         _store_sum(partial_ptr, D, dx, 2 * D, D, BLOCK_D)
-        dx *= _load_vector(asking_ptr + Q * D, 0, D, BLOCK_D)
+        dx *= _load_vector(query_weights_ptr + Q * D, 0, D, BLOCK_D)
         dx = _standardised_backward(dx, normal, rstd, D, BLOCK_D)
     if dx_ptr is not None:
         dx += load_tile(dx_ptr, row, D, valid, 0, D, BLOCK_D)
@@ -383,8 +385,8 @@ def _updated_gradient(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def update_backward_kernel(
-    dx_ptr, real_ptr, gathered_ptr, update_ptr, present_ptr, seed_ptr,
-    dreal_ptr, dgathered_ptr, flat_ptr, normed_ptr, gated_ptr, dhidden_ptr, dout_ptr, dpre_ptr,
+    dx_ptr, real_ptr, attended_ptr, update_ptr, present_ptr, seed_ptr,
+    dreal_ptr, dattended_ptr, flat_ptr, normed_ptr, gated_ptr, dhidden_ptr, dout_ptr, dpre_ptr,
     partial_ptr, kept_ptr, b_stride, h_stride, c_stride, n_rows, dropout_p, kept_scale,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
     SHARED: tl.constexpr, SNN: tl.constexpr, DTYPE: tl.constexpr,
@@ -393,7 +395,7 @@ def update_backward_kernel(
 ):  # fmt: skip
     """Go back through the update of BLOCK_C rows, whatever their samples.
 
-    Written for the gradients of matrices: flat [B C, H E] (what was gathered), dpre (of its
+    Written for the gradients of matrices: flat [B C, H E] (what was attended), dpre (of its
     projection), normed, dhidden (values, then gates), gated, dout (of the feed-forward); partial
     [programs, 12 D]: sums over the rows of dhidden, dpre, of the LayerNorm's two vectors, of dout.
     """
@@ -402,8 +404,8 @@ def update_backward_kernel(
     if SHARED:
         place = row % C
     out_ptr, bias_ptr = update_ptr + 12 * D * D, update_ptr + 12 * D * D + D * H * E
-    pre = _gathered(
-        gathered_ptr, out_ptr, flat_ptr, row, valid, b_stride, h_stride, c_stride,
+    pre = _load_attended(
+        attended_ptr, out_ptr, flat_ptr, row, valid, b_stride, h_stride, c_stride,
         C, D, H, E, DTYPE, BLOCK_C, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     pre += _load_vector(bias_ptr + 8 * D, 0, D, BLOCK_D)
@@ -464,7 +466,7 @@ def update_backward_kernel(
     tl.store(_room_rows(dpre_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), dpre.to(DTYPE))
     tl.debug_barrier()
     tiles: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    dgathered_ptr += (row // C * C * H * E + row % C * E)[:, None]
+    dattended_ptr += (row // C * C * H * E + row % C * E)[:, None]
     for i in range(0, H * tiles):
         head = i // tiles
         e = i % tiles * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -476,5 +478,5 @@ def update_backward_kernel(
             at = out_ptr + k * (H * E) + head * E + e[None, :]
             weight = tl.load(at, mask=(k < D) & known, other=0.0).to(DTYPE)
             dh = product(part, weight, dh)
-        at = dgathered_ptr + head * (C * E) + e[None, :]
-        tl.store(at, dh.to(dgathered_ptr.dtype.element_ty), mask=valid[:, None] & known)
+        at = dattended_ptr + head * (C * E) + e[None, :]
+        tl.store(at, dh.to(dattended_ptr.dtype.element_ty), mask=valid[:, None] & known)

@@ -54,7 +54,7 @@ class Update(_Flat):
 
 
 @dataclass(eq=False)
-class Asking(_Flat):
+class QueryWeights(_Flat):
     """The weights that make the queries of an attention."""
 
     norm_weight: Tensor
