@@ -11,7 +11,7 @@ from functools import partial
 
 import motet
 import torch
-from motet.fusion.patients import Batch
+from motet.fusion.patients import PatientBatch
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
 from motet.kernels.slerp.reference import slerp_reference
 from torch import Tensor
@@ -96,7 +96,7 @@ def _graph_cells(name: str, block: motet.LegoBlock, bags: Tensor) -> list[Cell]:
     steps = motet.StepGraphs(block, lambda logits, _: logits.square().sum())
 
     def step(x: Tensor) -> Tensor:
-        steps(Batch({"x": x}, {}, {}, {}))
+        steps(PatientBatch({"x": x}, {}, {}, {}))
         return torch.cat([p.grad.flatten() for p in block.parameters() if p.grad is not None])
 
     def of(what: str, call: Callable[..., Tensor]) -> Cell:

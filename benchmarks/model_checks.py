@@ -10,7 +10,7 @@ import motet
 import torch
 from motet import _error_floors
 from motet.cli import measure
-from motet.fusion.patients import Batch
+from motet.fusion.patients import PatientBatch
 from motet.kernels.plan import Strategy
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def _full_length(cell: measure.Cell, device: str) -> tuple[float, float]:
     return max(errors), 2 * literal + measure.FLOOR["bf16"]
 
 
-def drawn(*lengths: int, width: int, device: str) -> Batch:
+def drawn(*lengths: int, width: int, device: str) -> PatientBatch:
     """Return a batch of random bags of these lengths."""
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
     return measure.batch_of(torch.randn(sum(lengths), width, device=device), offsets)
@@ -155,14 +155,14 @@ def step_graph(name: str, device: str) -> tuple[float, float]:
     return max(errors), _error_floors.MODEL["float32"]
 
 
-def _difference(graphs: motet.StepGraphs, eager: Any, batch: Batch) -> float:
+def _difference(graphs: motet.StepGraphs, eager: Any, batch: PatientBatch) -> float:
     """Return by how much loss and gradients differ from those of the same model in eager mode."""
     expected, loss = _eager_step(eager, batch), graphs(batch)
     own = [p.grad for p in graphs.model.parameters() if p.grad is not None]
     return measure.relative_error([loss, *own], expected)
 
 
-def _eager_step(model: Any, batch: Batch) -> list[Tensor]:
+def _eager_step(model: Any, batch: PatientBatch) -> list[Tensor]:
     model.zero_grad()
     inputs, options = batch.arguments()
     if isinstance(model, motet.LegoBlock):

@@ -30,7 +30,7 @@ from ..fusion.context import jagged
 from ..fusion.graphs import CudaGraphs, StepGraphs
 from ..fusion.healnet import HEALNet
 from ..fusion.modalities import Bag
-from ..fusion.patients import Batch, Ragged
+from ..fusion.patients import PatientBatch, Ragged
 from ..fusion.statistics import token_statistics
 from ..kernels.backends import Backend
 from ..kernels.chips import Chip
@@ -195,10 +195,10 @@ class Workload:
         return wide
 
 
-def batch_of(values: Tensor, offsets: Tensor) -> Batch:
+def batch_of(values: Tensor, offsets: Tensor) -> PatientBatch:
     """Return bags as the loader of `motet train` hands them out on a GPU, with statistics."""
     statistics = Ragged(token_statistics(values), offsets)
-    return Batch({"wsi": Ragged(values, offsets)}, {}, {}, {}, {"wsi": statistics})
+    return PatientBatch({"wsi": Ragged(values, offsets)}, {}, {}, {}, {"wsi": statistics})
 
 
 def squares(logits: Tensor, target: Mapping[str, Tensor]) -> Tensor:

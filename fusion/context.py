@@ -92,7 +92,7 @@ class Context(NamedTuple):
         return weights.masked_fill(~self.present[:, None, None, None], 0)
 
 
-class Batch(NamedTuple):
+class ModalityInput(NamedTuple):
     """One modality of a batch, checked."""
 
     x: Tensor
@@ -245,7 +245,7 @@ def read_all(
     coords: Any,
     statistics: Any = None,
     like: Tensor,
-) -> dict[str, Batch]:
+) -> dict[str, ModalityInput]:
     """Check the inputs of a model with several modalities; `like` has its dtype and device."""
     names = list(modalities)
     inputs = by_name(inputs, names, "inputs")
@@ -299,7 +299,7 @@ def read(
     coords: Any = None,
     statistics: Any = None,
     like: Tensor,
-) -> Batch:
+) -> ModalityInput:
     """Check one modality's tensor with what describes it."""
     name = names.x
     check_tensor(x, name, like)
@@ -332,7 +332,7 @@ def read(
         x = x.flatten(0, 1)
         coords = None if coords is None else coords.flatten(0, 1)
         statistics = None if statistics is None else statistics.flatten(0, 1)
-    return Batch(x, rows, per_row, keep, None, coords, statistics)
+    return ModalityInput(x, rows, per_row, keep, None, coords, statistics)
 
 
 def _per_token(
@@ -403,7 +403,7 @@ def _read_jagged(
     present: Any,
     coords: Tensor | None,
     statistics: Tensor | None,
-) -> Batch:
+) -> ModalityInput:
     name = names.x
     if not isinstance(modality, Bag):
         raise ValueError(f"{name}: expected {_expected_shape(modality)}, got a nested tensor")
@@ -433,7 +433,7 @@ def _read_jagged(
     if present is not None:
         _check_present(present, names, rows, x)
         keep = present.repeat_interleave(offsets.diff(), output_size=len(values))
-    return Batch(
+    return ModalityInput(
         values, rows, 1, keep, offsets, of_tokens.get(names.coords), of_tokens.get(names.statistics)
     )
 

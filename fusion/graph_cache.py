@@ -14,11 +14,11 @@ from torch.nn.modules import module as torch_module
 from .._checks import integer
 from ..kernels.backends import on_triton
 from .capture import Capture, CaptureError, CudaCapture, Recording
-from .context import Batch, Context
+from .context import Context, ModalityInput
 from .graph_inputs import Buffers, Given, Model, copy_all, why_never
 
 # Rows, what is read of each modality, and further tensors, to whatever the computation returns.
-Run = Callable[[int, Mapping[str, Context | Batch], dict[str, Tensor]], Any]
+Run = Callable[[int, Mapping[str, Context | ModalityInput], dict[str, Tensor]], Any]
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -244,8 +244,8 @@ _GLOBAL_HOOKS = (
 )  # fmt: skip
 
 
-def _rows(read: Context | Batch) -> int:
-    if isinstance(read, Batch):
+def _rows(read: Context | ModalityInput) -> int:
+    if isinstance(read, ModalityInput):
         return read.rows
     return len(read.tokens) if read.offsets is None else len(read.offsets) - 1
 

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from .attention import Keys
-from .context import Batch, Context, check_tensor, read_all
+from .context import Context, ModalityInput, check_tensor, read_all
 from .encoders import ABMIL, SNN
 from .healnet import HEALNet
 from .lego_block import LegoBlock
 from .lego_fuse import LegoFuse
 from .lego_merge import LegoMerge
 from .modalities import Bag, Modality
-from .patients import Batch as Patients
-from .patients import Ragged
+from .patients import PatientBatch, Ragged
 
 Model = HEALNet | LegoBlock | LegoMerge | LegoFuse
 # Shapes and dtypes of static tensors by name.
@@ -42,8 +41,8 @@ def bucket(tokens: int) -> int:
 class Given(NamedTuple):
     """What a graph is given of one modality."""
 
-    kind: type[Context] | type[Batch]
-    """A Context; or a Batch, where the encoder is in the graph too."""
+    kind: type[Context] | type[ModalityInput]
+    """A Context; or a ModalityInput, where the encoder is in the graph too."""
     tensors: dict[str, Tensor]
     """By field, as they came."""
     shapes: dict[str, tuple[int, ...]]
@@ -57,13 +56,15 @@ class Given(NamedTuple):
         dtypes = tuple(tensor.dtype for tensor in self.tensors.values())
         return self.kind, tuple(self.shapes.items()), dtypes, tuple(self.rest.items())
 
-    def made_of(self, tensors: Mapping[str, Tensor]) -> Context | Batch:
-        """Return the Context or the Batch with other tensors in it."""
+    def made_of(self, tensors: Mapping[str, Tensor]) -> Context | ModalityInput:
+        """Return the Context or the ModalityInput with other tensors in it."""
         fields: dict[str, Any] = {**self.rest, **tensors}
         return self.kind(**fields)
 
     @classmethod
-    def of_fields(cls, kind: type[Context] | type[Batch], fields: Mapping[str, Any]) -> "Given":
+    def of_fields(
+        cls, kind: type[Context] | type[ModalityInput], fields: Mapping[str, Any]
+    ) -> "Given":
         """Return tensors in the sizes that they have."""
         tensors = {name: x for name, x in fields.items() if isinstance(x, Tensor)}
         rest = {name: x for name, x in fields.items() if not isinstance(x, Tensor)}
@@ -136,12 +137,12 @@ def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
         torch._foreach_copy_(into, of)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def read_batches(model: Model, inputs: Any, options: Mapping[str, Any]) -> dict[str, Batch]:
+def read_batches(model: Model, inputs: Any, options: Mapping[str, Any]) -> dict[str, ModalityInput]:
     """Check a model's inputs; a LegoBlock takes a dict or a sequence too, of its one modality."""
     return read_all(_modalities(model), inputs, like=_like(model), **{"masks": None, **options})
 
 
-def read_patients(model: Model, patients: Patients) -> dict[str, Batch]:
+def read_patients(model: Model, patients: PatientBatch) -> dict[str, ModalityInput]:
     """Check a batch of patients; a LegoBlock calls its one modality "x".
 
     Ragged bags are taken as they are: to make a NestedTensor takes longer than all else here.
@@ -166,7 +167,7 @@ def read_patients(model: Model, patients: Patients) -> dict[str, Batch]:
     return {name: read[name] for name in modalities if name in read}
 
 
-def _bags(modality: Any, name: str, parts: Mapping[str, Ragged], like: Tensor) -> Batch:
+def _bags(modality: Any, name: str, parts: Mapping[str, Ragged], like: Tensor) -> ModalityInput:
     """Return ragged bags with what describes their tokens; for anything else raise."""
     x, what = parts["x"], f"inputs[{name!r}]"
     if not isinstance(modality, Bag):
@@ -181,7 +182,7 @@ def _bags(modality: Any, name: str, parts: Mapping[str, Ragged], like: Tensor) -
             raise ValueError(f"{said}: expected ({len(x.values)}, {width}), got {shape}")
     given: dict[str, Any] = {part: own.values for part, own in parts.items()}
     rest = {"keep": None, "coords": None, "rows": len(x.offsets) - 1, "items": 1}
-    return Batch(**{**rest, "offsets": x.offsets.long(), **given})
+    return ModalityInput(**{**rest, "offsets": x.offsets.long(), **given})
 
 
 def _as_x(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def _like(model: Model) -> Tensor:
     return model.latents if isinstance(model, LegoBlock) else next(model.parameters())
 
 
-def given_of(model: Model, batches: Mapping[str, Batch]) -> dict[str, Given] | str:
+def given_of(model: Model, batches: Mapping[str, ModalityInput]) -> dict[str, Given] | str:
     """Return what a graph of the model is given of a batch, or why there can be none."""
     if isinstance(model, HEALNet):
         contexts = model.contexts(batches)
@@ -208,7 +209,7 @@ def given_of(model: Model, batches: Mapping[str, Batch]) -> dict[str, Given] | s
         if block.encoder is None:
             given[name] = Given.of_context(block.context(batch, options), pack=not merges)
         elif batch.keep is None and batch.offsets is None:
-            given[name] = Given.of_fields(Batch, batch._asdict())
+            given[name] = Given.of_fields(ModalityInput, batch._asdict())
         else:
             return "an encoder takes ragged or missing bags one by one"
     if merges:
@@ -218,7 +219,7 @@ def given_of(model: Model, batches: Mapping[str, Batch]) -> dict[str, Given] | s
     return given
 
 
-def latents_from(model: Model, rows: int, read: Mapping[str, Context | Batch]) -> Tensor:
+def latents_from(model: Model, rows: int, read: Mapping[str, Context | ModalityInput]) -> Tensor:
     """Return the last latents of `rows` rows from what a graph is given."""
     if isinstance(model, HEALNet):
         contexts = {name: own for name, own in read.items() if isinstance(own, Context)}
@@ -227,7 +228,7 @@ def latents_from(model: Model, rows: int, read: Mapping[str, Context | Batch]) -
     keys: dict[str, list[Keys]] = {}
     for name, own in read.items():
         block = _block(model, name)
-        context = block.context(own, options) if isinstance(own, Batch) else own
+        context = block.context(own, options) if isinstance(own, ModalityInput) else own
         keys[name] = block.attend_to(context, options)
     if isinstance(model, LegoBlock):
         return model.encode(rows, keys["x"], options).real

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture
-from .context import Batch as Read
-from .context import Context
+from .context import Context, ModalityInput
 from .graph_cache import GraphCache, precision
 from .graph_inputs import Model, copy_all, given_of, latents_from, read_batches, read_patients
 from .lego_block import LegoBlock
-from .patients import Batch
+from .patients import PatientBatch
 
 Loss = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+def logits_of(model: nn.Module, batch: PatientBatch) -> Tensor:
     """Return the logits [B, K] of any of motet's models; a LegoBlock's batch has one modality."""
     inputs, options = batch.arguments()
     if isinstance(model, LegoBlock):
@@ -93,7 +92,7 @@ class StepGraphs:
     def model(self) -> Model:
         return self._graphs.model
 
-    def __call__(self, batch: Batch, *, scale: Tensor | None = None) -> Tensor:
+    def __call__(self, batch: PatientBatch, *, scale: Tensor | None = None) -> Tensor:
         """Return the loss of a batch, detached, on the device; leave the gradients in `.grad`.
 
         Nothing waits for the device, but where bags have to be cut: a spectrum as context, ragged
@@ -124,7 +123,7 @@ class StepGraphs:
                 key = (tuple(p.requires_grad for p in now.parameters), self._dtype())
 
                 def run(
-                    rows: int, read: Mapping[str, Context | Read], own: dict[str, Tensor]
+                    rows: int, read: Mapping[str, Context | ModalityInput], own: dict[str, Tensor]
                 ) -> Any:
                     factor = own.pop("", None)
                     return self._step(rows, read, own, factor, trained)
@@ -162,7 +161,7 @@ class StepGraphs:
     def _step(
         self,
         rows: int,
-        read: Mapping[str, Context | Read],
+        read: Mapping[str, Context | ModalityInput],
         target: dict[str, Tensor],
         scale: Tensor | None,
         trained: Sequence[nn.Parameter],
@@ -193,7 +192,7 @@ class StepGraphs:
         return loss.detach(), (True,) * len(trained)
 
     def _without_graph(
-        self, batch: Batch, scale: Tensor | None, trained: Sequence[nn.Parameter]
+        self, batch: PatientBatch, scale: Tensor | None, trained: Sequence[nn.Parameter]
     ) -> Tensor:
         device = self._graphs.device
         cast = nullcontext()
@@ -277,7 +276,9 @@ class CudaGraphs:
                 if not isinstance(given, str):
                     dtype = graphs.ambient()
 
-                    def run(rows: int, read: Mapping[str, Context | Read], _: Any) -> Tensor:
+                    def run(
+                        rows: int, read: Mapping[str, Context | ModalityInput], _: Any
+                    ) -> Tensor:
                         with precision(graphs.device, dtype):
                             return _logits(model, rows, read)
 
@@ -320,7 +321,7 @@ def _add_signs(
     )
 
 
-def _logits(model: Model, rows: int, read: Mapping[str, Context | Read]) -> Tensor:
+def _logits(model: Model, rows: int, read: Mapping[str, Context | ModalityInput]) -> Tensor:
     latents = latents_from(model, rows, read)
     real = latents.real.contiguous() if latents.is_complex() else latents
     return real if model.head is None else model.head(real)

@@ -10,7 +10,7 @@ from ..kernels.backends import Backend
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys, LatentKeys
 from .attention_forms import prepare
-from .context import Batch, Context, read_all
+from .context import Context, ModalityInput, read_all
 from .layers import (
     FeedForward,
     Head,
@@ -311,7 +311,7 @@ class HEALNet(nn.Module):
 
     def prepare(
         self,
-        batches: Mapping[str, Batch],
+        batches: Mapping[str, ModalityInput],
         *,
         strategy: Strategy | None = None,
         backend: Backend = "auto",
@@ -319,7 +319,7 @@ class HEALNet(nn.Module):
         """Read every context once; return what each set of weights attends to, by modality."""
         return self.attend_to(self.contexts(batches), strategy=strategy, backend=backend)
 
-    def contexts(self, batches: Mapping[str, Batch]) -> dict[str, Context]:
+    def contexts(self, batches: Mapping[str, ModalityInput]) -> dict[str, Context]:
         """Return the tokens of every modality; no weight takes part."""
         return {
             name: batch.context(self.modalities[name], self.positions)

@@ -19,7 +19,7 @@ from ..kernels.lego_pass.spectrum import AXES, compute_real_spectrum, normalise_
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .attention_forms import prepare
-from .context import Batch, Context, Names, check_tensor, offsets_of, read
+from .context import Context, ModalityInput, Names, check_tensor, offsets_of, read
 from .encoder_config import encoder_from_config, encoder_to_config, probe_encoder
 from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order
 from .modalities import (
@@ -273,7 +273,7 @@ class LegoBlock(nn.Module):
         even = self.transform.axes == (-2,) and strategy != "reference"
         return PassOptions(strategy, backend, even and not any(layer.drops for layer in self.sets))
 
-    def prepare(self, batch: Batch, options: PassOptions) -> list[Keys]:
+    def prepare(self, batch: ModalityInput, options: PassOptions) -> list[Keys]:
         """Encode a batch and read the context once; return what each set of weights attends to.
 
         An encoder with weights of its own for every pass makes that what each pass attends to.
@@ -286,7 +286,7 @@ class LegoBlock(nn.Module):
             for index, own in enumerate(self.order)
         ]
 
-    def context(self, batch: Batch, options: PassOptions) -> Context:
+    def context(self, batch: ModalityInput, options: PassOptions) -> Context:
         """Encode a batch; return what all passes attend to."""
         return self._context(batch, None, options.half)
 
@@ -369,7 +369,7 @@ class LegoBlock(nn.Module):
         """The sets of weights, of which `order` says which pass uses which."""
         return [cast(LegoLayer, layer) for layer in self.layers]
 
-    def _context(self, batch: Batch, layer: int | None, half: bool) -> Context:
+    def _context(self, batch: ModalityInput, layer: int | None, half: bool) -> Context:
         """Return what a pass attends to; `layer` for an encoder with weights per pass."""
         if self.encoder is None:
             context = batch.context(self.modality, self.positions)
@@ -395,7 +395,7 @@ class LegoBlock(nn.Module):
             counts=torch.cat(counts) if counts else None,
         )
 
-    def _encoded(self, batch: Batch, layer: int | None) -> Context:
+    def _encoded(self, batch: ModalityInput, layer: int | None) -> Context:
         """Encode each real item of the batch."""
         assert self.encoder is not None
         run = self.encoder if layer is None else partial(self.encoder, layer=layer)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._checks import choice, integer
 from .attention import Keys
 from .attention_forms import prepare
-from .context import Batch, Context
+from .context import Context, ModalityInput
 from .layers import Head
 from .lego_block import LegoBlock
 from .lego_heads import HeadMethod, merge_heads
@@ -81,7 +81,7 @@ class LegoFuse(JoinedBlocks):
             self.latents = nn.Parameter(first.latents.detach().clone())
         self.config = self._config(head, mode=mode, weights=dict(self.weights), depth=depth)
 
-    def join(self, batches: Mapping[str, Batch], options: PassOptions) -> Tensor:
+    def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> Tensor:
         if self.mode == "upstream-weave":
             return self._upstream_weave(batches, options)
         return super().join(batches, options)
@@ -158,7 +158,7 @@ class LegoFuse(JoinedBlocks):
         start = self.latents.expand(rows if options.strategy == "reference" else 1, -1, -1)
         return run_steps(start, steps, transform, options).real.expand(rows, -1, -1)
 
-    def _upstream_weave(self, batches: Mapping[str, Batch], options: PassOptions) -> Tensor:
+    def _upstream_weave(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> Tensor:
         assert self.latents is not None
         blocks = self._blocks()
         rows = next(iter(batches.values())).rows

@@ -11,7 +11,7 @@ from ..kernels.backends import Backend
 from ..kernels.checks import normalised_weights, same_kind
 from ..kernels.plan import Strategy
 from .attention import Keys
-from .context import Batch, read_all
+from .context import ModalityInput, read_all
 from .layers import Head
 from .lego_block import LegoBlock, LegoOutput
 from .lego_heads import HeadMethod, merge_heads
@@ -120,12 +120,14 @@ class JoinedBlocks(nn.Module):
         each = [block.pass_options(strategy, backend) for block in self._blocks().values()]
         return PassOptions(strategy, backend, all(options.half for options in each))
 
-    def join(self, batches: Mapping[str, Batch], options: PassOptions) -> Tensor:
+    def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> Tensor:
         """Return the joint latents [B, C, D] of the modalities that there are."""
         rows = next(iter(batches.values())).rows
         return self.fuse(rows, self.prepare(batches, options), options)
 
-    def prepare(self, batches: Mapping[str, Batch], options: PassOptions) -> dict[str, list[Keys]]:
+    def prepare(
+        self, batches: Mapping[str, ModalityInput], options: PassOptions
+    ) -> dict[str, list[Keys]]:
         """Encode and read every modality once; return what its block attends to."""
         blocks = self._blocks()
         return {name: blocks[name].prepare(batch, options) for name, batch in batches.items()}

@@ -33,7 +33,7 @@ class Ragged:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PatientBatch:
     """Inputs of some patients, in the form that models take, and their targets."""
 
     x: dict[str, Tensor | Ragged]
@@ -75,7 +75,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Patients(Dataset):
-    """Patients with scaled modalities and targets, handed out as a Batch.
+    """Patients with scaled modalities and targets, handed out as a PatientBatch.
 
     Args:
         ids: [n].
@@ -141,10 +141,10 @@ class Patients(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, row: int) -> Batch:
+    def __getitem__(self, row: int) -> PatientBatch:
         return self.__getitems__([row])
 
-    def __getitems__(self, rows: Sequence[int]) -> Batch:
+    def __getitems__(self, rows: Sequence[int]) -> PatientBatch:
         """Return a batch; torch's DataLoader calls this with a batch's row numbers."""
         index = torch.as_tensor(rows)
         x: dict[str, Tensor | Ragged] = {n: table[index] for n, table in self.tables.items()}
@@ -156,7 +156,7 @@ class Patients(Dataset):
                 coords[name] = at
             if of_tokens is not None:
                 statistics[name] = of_tokens
-        return Batch(
+        return PatientBatch(
             x,
             coords,
             {name: there for name, there in present.items() if not there.all()},

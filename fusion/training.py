@@ -32,7 +32,7 @@ from .lego_block import LegoBlock
 from .lego_fuse import LegoFuse
 from .lego_merge import LegoMerge
 from .objectives import Objective
-from .patients import CACHE_BYTES, Batch, Patients
+from .patients import CACHE_BYTES, PatientBatch, Patients
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
@@ -289,7 +289,7 @@ class _Fit(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.losses, self.started = [], time.perf_counter()
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def training_step(self, batch: PatientBatch, index: int) -> Tensor:
         seed = (self.settings.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
         torch.manual_seed(seed % 2**63)
         if self.graphs is None:
@@ -317,7 +317,7 @@ class _Fit(lightning.LightningModule):
         if self.settings.l1 and self.graphs is None:
             add_l1(self.trained, self.settings.l1)
 
-    def validation_step(self, batch: Batch, index: int) -> None:
+    def validation_step(self, batch: PatientBatch, index: int) -> None:
         self.checked.append((logits_of(self.model, batch), batch.target))
 
     def on_validation_epoch_end(self) -> None:
@@ -405,7 +405,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _whole(batch: Any) -> Batch:
+def _whole(batch: Any) -> PatientBatch:
     return batch
 
 

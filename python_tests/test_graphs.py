@@ -16,7 +16,7 @@ import pytest
 import torch
 from motet.fusion.graph_inputs import bucket
 from motet.fusion.graphs import logits_of
-from motet.fusion.patients import Batch, Ragged
+from motet.fusion.patients import PatientBatch, Ragged
 from torch import Tensor, nn
 
 from .conftest import randomised
@@ -50,7 +50,9 @@ def lego(kind: str, encoder: bool = False, **options: Any) -> nn.Module:
     return randomised(joined(blocks, **mode).double())
 
 
-def batch_of(*lengths: int, coords: bool = True, missing: bool = True, seed: int = 0) -> Batch:
+def batch_of(
+    *lengths: int, coords: bool = True, missing: bool = True, seed: int = 0
+) -> PatientBatch:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -61,7 +63,7 @@ def batch_of(*lengths: int, coords: bool = True, missing: bool = True, seed: int
     omic = draw(rows, 7)
     if missing:
         omic[~present] = torch.nan
-    return Batch(
+    return PatientBatch(
         {"omic": omic, "wsi": Ragged(draw(sum(lengths), 6), offsets)},
         {"wsi": Ragged(draw(sum(lengths), 2), offsets)} if coords else {},
         {"omic": present} if missing else {},
@@ -69,22 +71,22 @@ def batch_of(*lengths: int, coords: bool = True, missing: bool = True, seed: int
     )
 
 
-def only(batch: Batch, name: str) -> Batch:
-    return Batch({name: batch.x[name]}, {}, {}, batch.target)
+def only(batch: PatientBatch, name: str) -> PatientBatch:
+    return PatientBatch({name: batch.x[name]}, {}, {}, batch.target)
 
 
 def gradients_of(model: nn.Module) -> list[Tensor | None]:
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-def eager(model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+def eager(model: nn.Module, batch: PatientBatch) -> tuple[Tensor, list[Tensor | None]]:
     model.zero_grad()
     loss = loss_of(logits_of(model, batch), batch.target)
     loss.backward()
     return loss.detach(), gradients_of(model)
 
 
-def graphed(graphs: Any, batch: Batch, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
+def graphed(graphs: Any, batch: PatientBatch, **options: Any) -> tuple[Tensor, list[Tensor | None]]:
     loss = graphs(batch, **options)
     return loss, gradients_of(graphs.model)
 
@@ -98,7 +100,7 @@ def assert_same(a: tuple[Tensor, Any], b: tuple[Tensor, Any], within: float = 1e
 
 
 LENGTHS = ((9, 0, 30), (20, 18, 1), (0, 0, 40), (1, 80, 9))
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Batch], Batch]]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[PatientBatch], PatientBatch]]] = {
     "shared weights": (healnet, lambda batch: batch),
     "own weights": (lambda: healnet(share_weights=False, depth=3), lambda batch: batch),
     "a table alone": (lambda: lego("omic", fft="2d"), lambda batch: only(batch, "omic")),
@@ -188,7 +190,7 @@ def test_bags_that_are_said_to_be_missing() -> None:
     assert capture.captured == 1
 
 
-class Plain(Batch):
+class Plain(PatientBatch):
     """A batch whose bags are dense tensors."""
 
     def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -238,7 +240,7 @@ def test_what_has_a_graph_of_its_own() -> None:
     model, capture = healnet().train(), FakeCapture()
     graphs = motet.StepGraphs(model, loss_of, capture=capture)
 
-    def captured(batch: Batch | None = None, **options: Any) -> int:
+    def captured(batch: PatientBatch | None = None, **options: Any) -> int:
         before = capture.captured
         for _ in range(3):
             graphs(batch or batch_of(9, 0, 30), **options)
@@ -363,7 +365,7 @@ def test_a_capture_that_failed_elsewhere_ends_the_replays_here() -> None:
     assert graphs.report()[0]["how"] == "eager"
 
 
-def falls_back(model: nn.Module, batch: Batch, why: str, **options: Any) -> None:
+def falls_back(model: nn.Module, batch: PatientBatch, why: str, **options: Any) -> None:
     """Check that a step runs without a graph, says why once, and gives the same."""
     capture = FakeCapture()
     graphs = motet.StepGraphs(model, loss_of, capture=capture, **options)
@@ -426,13 +428,15 @@ def test_without_a_graph_l1_and_the_scale_count_all_the_same() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def single(batch: Batch) -> Batch:
+def single(batch: PatientBatch) -> PatientBatch:
     """Return a batch in float32."""
     (wsi, at) = (
         Ragged(part["wsi"].values.float(), part["wsi"].offsets) for part in (batch.x, batch.coords)
     )
     target = {name: value.float() for name, value in batch.target.items()}
-    return Batch({"omic": batch.x["omic"].float(), "wsi": wsi}, {"wsi": at}, batch.present, target)
+    return PatientBatch(
+        {"omic": batch.x["omic"].float(), "wsi": wsi}, {"wsi": at}, batch.present, target
+    )
 
 
 def test_autocast_is_asked_for_or_found() -> None:
@@ -574,4 +578,4 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="model: expected at least one trainable parameter"):
         motet.StepGraphs(healnet().requires_grad_(False), loss_of, capture=FakeCapture())(good)
     with pytest.raises(ValueError, match=r"inputs\['omic'\]: expected \[B, 7\], got \(3, 8\)"):
-        graphs(Batch({"omic": torch.randn(3, 8).double()}, {}, {}, {}))
+        graphs(PatientBatch({"omic": torch.randn(3, 8).double()}, {}, {}, {}))

@@ -21,7 +21,7 @@ from motet.fusion.objectives import Classification, CoxSurvival, DiscreteSurviva
 from motet.fusion.patients import (
     CACHE_BYTES,
     Bags,
-    Batch,
+    PatientBatch,
     Patients,
     ReadyBags,
     modalities_of,
@@ -323,10 +323,10 @@ def test_predictions_are_made_on_a_gpu(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    monkeypatch.setattr(Batch, "to", to)
+    monkeypatch.setattr(PatientBatch, "to", to)
     assert torch.equal(training.predict_logits(model, patients, batch_size=64), expected)
     batches = -(-len(IDS) // 64)
-    assert went == [("HEALNet", "cuda"), *[("Batch", "cuda")] * batches, ("HEALNet", "cpu")]
+    assert went == [("HEALNet", "cuda"), *[("PatientBatch", "cuda")] * batches, ("HEALNet", "cpu")]
 
 
 def test_several_processes_train_one_model(tmp_path: Path) -> None:

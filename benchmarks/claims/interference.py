@@ -10,7 +10,7 @@ import torch
 from motet.experiments import Run
 from motet.fusion.lego_merge import LegoMerge
 from motet.fusion.objectives import Objective
-from motet.fusion.patients import Batch, Patients
+from motet.fusion.patients import PatientBatch, Patients
 from motet.fusion.resampling import Estimate
 from motet.fusion.training import predict_logits
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ def _outputs(
         batch = patients.__getitems__(rows.tolist())
         if others is not None:
             other = others.__getitems__(rows.tolist())
-            batch = Batch(
+            batch = PatientBatch(
                 {**other.x, kept: batch.x[kept]},
                 {**other.coords, **{k: at for k, at in batch.coords.items() if k == kept}},
                 {},

@@ -92,7 +92,7 @@ def _read_blocks(
     images = _Images(slide, grid, {} if on_cpu else {"workers": workers, "device": device})
     memory = _Memory(batch, grid.tile_px, grid.tile_px, 3)
     at, firsts = grid.corners[wanted[blocks.order]], blocks.firsts.tolist()
-    opened: dict[int, _Batch] = {}
+    opened: dict[int, _BatchBuffer] = {}
 
     def fill(start: int, end: int) -> None:
         read = images.patches(blocks, start, end, at)
@@ -113,7 +113,9 @@ def _read_blocks(
                 for n in range(firsts[start] // batch, (firsts[end] - 1) // batch + 1):
                     if n not in opened:
                         rows = blocks.order[n * batch : (n + 1) * batch]
-                        opened[n] = _Batch(rows, memory.take() if on_cpu else None, memory.shape)
+                        opened[n] = _BatchBuffer(
+                            rows, memory.take() if on_cpu else None, memory.shape
+                        )
                 running.append((firsts[start], pool.submit(fill, start, end)))
             while running and running[0][0] < chosen + batch:
                 running.popleft()[1].result()
@@ -141,7 +143,7 @@ def _read_tiles(
     memory = _Memory(batch, side, side, 3)
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        opened = _Batch(rows, memory.take(), memory.shape)
+        opened = _BatchBuffer(rows, memory.take(), memory.shape)
         for nth, image in zip(range(len(rows)), images, strict=False):  # takes no image too many
             opened.put(nth, image, 0.0, 0.0, 1.0)
         yield opened.done()
@@ -299,7 +301,7 @@ class _Images:
         return whole
 
 
-class _Batch:
+class _BatchBuffer:
     """A batch that threads fill, each patch in a slot of its own."""
 
     def __init__(self, chosen: np.ndarray, pixels: Any, shape: tuple[int, ...]) -> None:
