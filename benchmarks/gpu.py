@@ -240,10 +240,10 @@ def _rivals(device: str, deadline: float, *, small: bool) -> list[dict[str, Any]
 
 
 def _settings(options: argparse.Namespace, device: str) -> Any:
-    from benchmarks.ladder import Settings
+    from benchmarks.ladder import LadderSettings
 
     compile_s = options.compile_budget if device == "cuda" and not options.small else 0.0
-    return Settings(
+    return LadderSettings(
         device,
         rounds=3 if options.small else 15,
         seconds=1.5,

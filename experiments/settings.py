@@ -16,7 +16,7 @@ MODELS = ("healnet", "lego", *BASELINES)
 
 # Chosen on validation parts of tcga_blca, tcga_kirp, hancock_os and breast_cancer, among some 20
 # settings of HEALNet and 30 of LegoBlocks; few of them differ by more than chance.
-RECIPES: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "healnet": {
         "num_latents": 16, "latent_dim": 32, "depth": 2, "heads": 1, "head_dim": 16,
         "attn_dropout": 0.5, "ff_dropout": 0.5, "epochs": 20, "max_lr": 0.001, "batch_size": 16,
@@ -71,7 +71,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a model, its training and its goal, from recipe and `--set`."""
+    """Settings of a model, its training and its goal, from `DEFAULTS` and `--set`."""
 
     model: dict[str, Any]
     training: Training
@@ -79,7 +79,7 @@ class Settings:
 
     @classmethod
     def of(cls, kind: str, changes: Mapping[str, Any], *, seed: int) -> "Settings":
-        """Apply changes to a model's recipe.
+        """Apply changes to a model's defaults.
 
         Raises:
             ValueError: an unknown setting, or a value outside its range.
@@ -88,7 +88,7 @@ class Settings:
         training = {f.name for f in fields(Training)} - {"seed"}
         goal = {f.name for f in fields(Goal)}
         known = set(options)
-        known |= training if kind in RECIPES else set()
+        known |= training if kind in DEFAULTS else set()
         known |= goal if kind in ("healnet", "lego") else set()
         for name in changes:
             if name not in known:
@@ -97,7 +97,7 @@ class Settings:
                 raise ValueError(f"--set: unknown setting {name!r} of {kind}{hint}")
             if not isinstance(changes[name], str | int | float | None):
                 raise ValueError(f"--set {name}: expected a number or a word, got {changes[name]}")
-        chosen = {**RECIPES.get(kind, {}), **changes}
+        chosen = {**DEFAULTS.get(kind, {}), **changes}
 
         def part(names: set[str]) -> dict[str, Any]:
             return {name: value for name, value in chosen.items() if name in names}

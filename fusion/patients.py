@@ -88,7 +88,7 @@ class Patients(Dataset):
     ids: tuple[str, ...]
     tables: dict[str, Tensor]
     present: dict[str, Tensor]
-    bags: dict[str, "Bags"]
+    bags: dict[str, "ScaledBags"]
     target: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -123,7 +123,7 @@ class Patients(Dataset):
                         f"modality {name!r}: expected {how.width} features per token, got "
                         f"{source.features}"
                     )
-                bags[name] = Bags(source, how)
+                bags[name] = ScaledBags(source, how)
                 continue
             if source is None:
                 x = np.zeros((len(ids), len(how.features)), np.float32)
@@ -165,9 +165,9 @@ class Patients(Dataset):
         )
 
     def ready_for(self, device: torch.device, dtype: torch.dtype, room: int) -> Self:
-        """Return these patients with their ReadyBags, of at most `room` bytes."""
+        """Return these patients with their DeviceBags, of at most `room` bytes."""
         limit = room // max(1, len(self.bags))
-        ready = {name: ReadyBags(bags, device, dtype, limit) for name, bags in self.bags.items()}
+        ready = {name: DeviceBags(bags, device, dtype, limit) for name, bags in self.bags.items()}
         return replace(self, bags=ready)
 
     def has(self, modality: str) -> Tensor:
@@ -199,7 +199,7 @@ class Tokens(NamedTuple):
     """Mean and variance of each of the values, [N, 2]."""
 
 
-class Bags:
+class ScaledBags:
     """Scaled bags of one modality, kept in memory up to a limit.
 
     Args:
@@ -261,7 +261,7 @@ class Bags:
         )
 
 
-class ReadyBags(Bags):
+class DeviceBags(ScaledBags):
     """Bags in the dtype of the products, with the statistics of their tokens, on a device.
 
     What is converted once need not be in every step: neither the rounding, nor the pass over the
@@ -275,7 +275,7 @@ class ReadyBags(Bags):
     """
 
     def __init__(
-        self, bags: Bags, device: torch.device, dtype: torch.dtype, limit: int = CACHE_BYTES
+        self, bags: ScaledBags, device: torch.device, dtype: torch.dtype, limit: int = CACHE_BYTES
     ) -> None:
         self.bags, self.device, self.dtype = bags, device, dtype
         super().__init__(bags.source, bags.scaling, limit)

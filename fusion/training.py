@@ -181,7 +181,7 @@ def graphs_for(model: nn.Module, objective: Objective, settings: Training) -> St
 def ready_for_gpu(
     patients: Patients, validation: Patients, settings: Training
 ) -> tuple[Patients, Patients]:
-    """Return both with their ReadyBags; as they are where there is no GPU.
+    """Return both with their DeviceBags; as they are where there is no GPU.
 
     Bags stay on the GPU as long as they take no more than a quarter and an eighth of what is free
     there. Processes that read ahead hand them out in main memory.

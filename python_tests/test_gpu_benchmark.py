@@ -259,7 +259,7 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
             assert measure.relative_error(run(), work.gold()) < 1e-5
         own = "planned bf16, graph"
         found = ladder.measure_cell(
-            cell, {own: ladder.FIRST[own]}, ladder.Settings("cpu", rounds=3), roof, {}
+            cell, {own: ladder.FIRST[own]}, ladder.LadderSettings("cpu", rounds=3), roof, {}
         )[own]
         assert found["error"] <= found["allowed"] < 0.1
         assert found["roof_share"] > 0

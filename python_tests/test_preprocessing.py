@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
-from motet.fusion.patients import Bags as PatientBags
+from motet.fusion.patients import ScaledBags as PatientBags
 from motet.fusion.preprocessing import (
     BagScaling,
     TableScaling,

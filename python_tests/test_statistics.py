@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from motet.fusion.context import jagged
-from motet.fusion.patients import Bags, Patients, ReadyBags
+from motet.fusion.patients import DeviceBags, Patients, ScaledBags
 from motet.fusion.preprocessing import BagScaling
 from motet.fusion.statistics import layer_norm_statistics
 from motet.io.cohorts.bags import Bags as CohortBags
@@ -194,14 +194,14 @@ def test_ready_bags_are_converted_once_as_far_as_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read: list[str] = []
-    getitem = Bags.__getitem__
+    getitem = ScaledBags.__getitem__
 
-    def watched(self: Bags, patient: str) -> Any:
-        if not isinstance(self, ReadyBags):
+    def watched(self: ScaledBags, patient: str) -> Any:
+        if not isinstance(self, DeviceBags):
             read.append(patient)
         return getitem(self, patient)
 
-    monkeypatch.setattr(Bags, "__getitem__", watched)
+    monkeypatch.setattr(ScaledBags, "__getitem__", watched)
     one = 5 * (6 * 2 + 2 * 4 + 2 * 4)  # p0 in bfloat16, its coordinates and its statistics
     ready = _patients().ready_for(torch.device("cpu"), torch.bfloat16, one)
     for _ in range(2):

@@ -20,7 +20,7 @@ from motet.io import FeatureStore, StoreError, tile_slides
 from motet.io.store.format import FLAGS
 from motet.io.store.leases import Leases
 from motet.io.store.source import Source
-from motet.io.tiling.pipeline import Settings
+from motet.io.tiling.pipeline import WorkerSettings
 from motet.io.tiling.workers import _own_gpu, run_here
 from numpy.typing import NDArray
 from PIL import Image
@@ -441,7 +441,7 @@ def test_a_slide_that_takes_the_process_with_it(
     for i in range(4):
         Image.fromarray(np.full((64, 64), 255, np.uint8)).save(masks / f"slide-{i}.png")
     (tmp_path / "faults.py").write_text(FAULTS)
-    settings = Settings(
+    settings = WorkerSettings(
         out=str(tmp_path / "store"), slides=slides, tiling={"downsample": 1, "tile_px": 64},
         encoder=f"faults:{fault}", masks=str(masks),
     )  # fmt: skip

@@ -21,9 +21,9 @@ from motet.fusion.objectives import Classification, CoxSurvival, DiscreteSurviva
 from motet.fusion.patients import (
     CACHE_BYTES,
     Bags,
+    DeviceBags,
     PatientBatch,
     Patients,
-    ReadyBags,
     modalities_of,
 )
 from motet.fusion.preprocessing import fit_scaling
@@ -307,7 +307,7 @@ def test_bags_are_made_ready_for_a_gpu(precision: str, workers: int, monkeypatch
     rooms = (CACHE_BYTES,) * 2 if workers else (2000, 1000)
     for part, room in zip(ready, rooms, strict=True):
         bags = part.bags["labs"]
-        assert isinstance(bags, ReadyBags)
+        assert isinstance(bags, DeviceBags)
         assert (bags.dtype, bags.device, bags.limit) == (dtype, device, room)
 
 

@@ -55,7 +55,7 @@ def _columns(section: Columns, tables: Tables, keep: set[str] | None, where: str
 
 def _chosen(section: Columns, tables: Tables, where: str) -> list[str]:
     """Return the columns of a modality: never the patient, its group, or the outcome."""
-    spec, frame = tables.spec, tables.whole(section.table)
+    spec, frame = tables.spec, tables.frame(section.table)
     barred = {tables.patient_column(section.table): "names the patient"}
     if spec.group:
         barred[spec.group] = "is the group"

@@ -158,7 +158,7 @@ class Events(Model):
     hours: Range
 
 
-class Keys(Model):
+class SlideColumn(Model):
     table: str
     column: str
 
@@ -167,7 +167,7 @@ class Stores(Model):
     bags: Names
     features: Annotated[int, Field(ge=1)] | None = None
     source: bool = False
-    keys: Keys | None = None
+    keys: SlideColumn | None = None
     encoder: str | None = None
 
 

@@ -137,7 +137,7 @@ class Tables:
     def __init__(self, spec: Spec, places: Places, *, empty: bool) -> None:
         self.spec, self.places, self.empty = spec, places, empty
         self._raw: dict[str, pd.DataFrame] = {}
-        self._whole: dict[str, pd.DataFrame] = {}
+        self._frames: dict[str, pd.DataFrame] = {}
         self._text = _text_columns(spec)
 
     def title(self, name: str) -> str:
@@ -145,9 +145,9 @@ class Tables:
         table = self.spec.tables[name]
         return f"table {name!r} ({listed(table.file or [f'sksurv {table.sksurv}'], 2)})"
 
-    def whole(self, name: str) -> pd.DataFrame:
+    def frame(self, name: str) -> pd.DataFrame:
         """Return a table with what is joined and derived."""
-        if name not in self._whole:
+        if name not in self._frames:
             table, frame = self.spec.tables[name], self._read(name)
             where = f"tables.{name}"
             if table.join:
@@ -159,12 +159,12 @@ class Tables:
                 )
                 value = hours_between(start, end) / HOURS[derive.unit]
                 frame = frame.assign(**{new: value.clip(upper=derive.at_most)})
-            self._whole[name] = frame
-        return self._whole[name]
+            self._frames[name] = frame
+        return self._frames[name]
 
     def column(self, name: str, column: str, where: str, frame: pd.DataFrame | None = None) -> str:
         """Return the name of a column that is there."""
-        frame = self.whole(name) if frame is None else frame
+        frame = self.frame(name) if frame is None else frame
         if column not in frame.columns:
             raise CohortError(
                 f"{where}: no column {column!r} in {self.title(name)}: "
@@ -181,12 +181,12 @@ class Tables:
         """Return the patient of each row, None where it has none."""
         table, where = self.spec.tables[name], f"tables.{name}"
         if not table.patients_of:
-            return texts(self.whole(name)[self.column(name, self.patient_column(name), where)])
+            return texts(self.frame(name)[self.column(name, self.patient_column(name), where)])
         ids = self.ids(table.patients_of)
-        if len(ids) != len(self.whole(name)):
+        if len(ids) != len(self.frame(name)):
             raise CohortError(
                 f"{where}.patients_of: expected one row per row of {table.patients_of!r} "
-                f"({len(ids)}), got {len(self.whole(name))}"
+                f"({len(ids)}), got {len(self.frame(name))}"
             )
         return ids
 
@@ -194,13 +194,13 @@ class Tables:
         """Return the rows that have a patient: index patient, these columns."""
         columns = [self.column(name, one, where) for one in columns]
         ids = self.ids(name)
-        part = self.whole(name)[columns].set_axis(pd.Index(ids, dtype=object))
+        part = self.frame(name)[columns].set_axis(pd.Index(ids, dtype=object))
         return part[ids.notna().to_numpy()]
 
     def wide(self, name: str, columns: Iterable[str], where: str) -> pd.DataFrame:
         """Return these columns with one row per patient."""
         columns = [self.column(name, one, where) for one in dict.fromkeys(columns)]
-        ids, part = self.ids(name), self.whole(name)[columns]
+        ids, part = self.ids(name), self.frame(name)[columns]
         nobody = part[ids.isna().to_numpy()].notna().any(axis=1)
         if nobody.any():
             raise CohortError(

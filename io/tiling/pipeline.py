@@ -51,7 +51,7 @@ FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkerSettings:
     """What a worker must know. Plain values, since it may be in another process or machine."""
 
     out: str
@@ -102,7 +102,7 @@ class Step(NamedTuple):
 
 
 def work(
-    settings: Settings,
+    settings: WorkerSettings,
     emit: Emit,
     *,
     encoder: Encoder | None = None,
@@ -126,7 +126,7 @@ def work(
 
 class _Worker:
     def __init__(
-        self, settings: Settings, emit: Emit, encoder: Encoder | None, turn: tuple[int, int]
+        self, settings: WorkerSettings, emit: Emit, encoder: Encoder | None, turn: tuple[int, int]
     ) -> None:
         from ..encoders.load_encoder import load_encoder
 

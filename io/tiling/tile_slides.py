@@ -13,7 +13,7 @@ from ..errors import listed
 if TYPE_CHECKING:
     from ..encoders.base import Encoder
     from ..store.source import Source
-    from .pipeline import Emit, Settings
+    from .pipeline import Emit, WorkerSettings
 
 
 class Tiled(NamedTuple):
@@ -125,12 +125,12 @@ def tile_slides(
         True
     """
     from ..store.write import attempts_at_failed
-    from .pipeline import Settings
+    from .pipeline import WorkerSettings
 
     tiling = _tiling(mpp, mag, downsample, tile_px, border, min_tissue)
     _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, elsewhere=bool(ray))
     chosen = _shard(_found(slides), shard)
-    settings = Settings(
+    settings = WorkerSettings(
         out=str(Path(out).absolute()),
         slides=[(str(source.path.absolute()), source.name) for source in chosen],
         tiling=tiling,
@@ -218,7 +218,7 @@ def _found(slides: str | PathLike[str] | Iterable[str | PathLike[str]]) -> list[
 
 
 def _run(
-    settings: Settings, encoder: str | Encoder, workers: int, ray: str | None, emit: Emit
+    settings: WorkerSettings, encoder: str | Encoder, workers: int, ray: str | None, emit: Emit
 ) -> None:
     """Work on a Ray cluster, in child processes, or in this one."""
     if ray is not None:

@@ -24,7 +24,7 @@ from ..errors import SlideError, StoreError
 from ..store.leases import Leases
 from ..store.source import Source
 from ..store.write import note_failure
-from .pipeline import Emit, Settings, work
+from .pipeline import Emit, WorkerSettings, work
 
 STALL_S = 600.0
 """After this long without a sign of life a worker is taken for hung."""
@@ -38,7 +38,9 @@ STOPS = (StoreError, ValueError, OSError, RuntimeError, MemoryError)
 Events = queue.Queue[tuple["_Child", dict[str, Any] | None]]
 
 
-def run_here(settings: Settings, workers: int, emit: Emit, *, stall_s: float = STALL_S) -> None:
+def run_here(
+    settings: WorkerSettings, workers: int, emit: Emit, *, stall_s: float = STALL_S
+) -> None:
     """Run workers in child processes until every slide is done or failed.
 
     Args:
@@ -92,7 +94,7 @@ def _unpacked(event: dict[str, Any]) -> Exception:
     return kind(*event["arguments"])
 
 
-def _after(child: _Child, settings: Settings, events: Events, emit: Emit) -> list[_Child]:
+def _after(child: _Child, settings: WorkerSettings, events: Events, emit: Emit) -> list[_Child]:
     """Say who follows a worker that ended; its slides one at a time, if it died of one of them.
 
     With one slide at a time, the next death tells which it was.
@@ -127,7 +129,7 @@ def _death(code: int) -> str:
     return f"ended with exit code {code} (see logs/worker-*.stderr)"
 
 
-def _blame(settings: Settings, key: str, name: str, how: str, emit: Emit) -> None:
+def _blame(settings: WorkerSettings, key: str, name: str, how: str, emit: Emit) -> None:
     path = next(path for path, known in settings.slides if known == name)
     error = SlideError(path, "unreadable", f"the process that read it {how}")
     lease = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s).take(key)
@@ -144,7 +146,7 @@ class _Child:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: WorkerSettings,
         turn: tuple[int, int],
         events: Events,
         *,
@@ -212,7 +214,7 @@ def _own_gpu(worker: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names[worker % len(names)]} if len(names) > 1 else {}
 
 
-def run_on_ray(settings: Settings, address: str, workers: int | None, emit: Emit) -> None:
+def run_on_ray(settings: WorkerSettings, address: str, workers: int | None, emit: Emit) -> None:
     """Run workers as tasks on a Ray cluster until every slide is done or failed.
 
     A task whose process or machine dies is started again by Ray; it finds what the others left.
@@ -270,7 +272,7 @@ def run_on_ray(settings: Settings, address: str, workers: int | None, emit: Emit
 
 
 def _task(settings: dict[str, Any], turn: tuple[int, int], events: Any) -> None:
-    work(Settings(**settings), events.put, turn=turn)
+    work(WorkerSettings(**settings), events.put, turn=turn)
 
 
 def main() -> int:
@@ -287,7 +289,7 @@ def main() -> int:
                 out.flush()
 
         try:
-            work(Settings(**settings), emit, turn=tuple(turn))
+            work(WorkerSettings(**settings), emit, turn=tuple(turn))
         except STOPS as error:
             emit(_packed(error))
             return 1
