@@ -3,9 +3,9 @@
     python benchmarks/fit_planner.py [benchmarks/results/gpu-cells-....json]
 
 Prints the numbers for kernels/chips.py, and how well a model without a cell predicts that cell. A
-gpu-profile file of the same GPU and revision gives the kernels' shares of the roof; what it does
-not have is found by relative least squares: first the GPU's part in what ran as one graph, then
-Python's part in what ran eagerly. Without it the shares of large kernels are found too.
+gpu-profile file of the same GPU and revision gives the kernels' shares of the roofline. What it
+does not have is fitted by relative least squares: first the GPU's part in what ran as one graph,
+then Python's part in what ran eagerly. Without it the shares of large kernels are found too.
 """
 
 import argparse
@@ -113,9 +113,9 @@ def _planned(row: Mapping[str, Any], graph: bool) -> str:
 
 
 def shares_of(profile: Mapping[str, Any], chip: Chip) -> dict[str, float]:
-    """Return the share of the roof that each kernel reaches in a gpu-profile file.
+    """Return the share of the roofline that each kernel reaches in a gpu-profile file.
 
-    Of the roof of what the planner takes a launch to be: padded blocks and partial sums count.
+    Of the roofline of what the planner takes a launch to be: padded blocks and partial sums count.
     """
     found: list[tuple[str, float]] = []
     for row in profile["rows"]:
@@ -136,7 +136,7 @@ def shares_of(profile: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def _mean_shares(found: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return the harmonic means by kernel: of times at the roof, that is."""
+    """Return the harmonic means by kernel: of times at the roofline, that is."""
     inverse: dict[str, list[float]] = defaultdict(list)
     for kernel, share in found:
         inverse[kernel].append(1 / share)

@@ -79,10 +79,10 @@ def profile(options: argparse.Namespace, device: str) -> int:
     deadline = time.monotonic() + options.budget
     report = _about(device)
     path = _path(options, "profile", report)
-    roof = measure.measure_roof(device, quick=options.small)
-    report |= {"roof": roof._asdict(), "rows": []}
-    print(roof, flush=True)
-    for row in profiling.profiles(roof, small=options.small):
+    roofline = measure.measure_roofline(device, quick=options.small)
+    report |= {"roofline": roofline._asdict(), "rows": []}
+    print(roofline, flush=True)
+    for row in profiling.profiles(roofline, small=options.small):
         report["rows"].append(row)
         print(*profiling.lines(row), sep="\n", flush=True)
         _write(path, report)
@@ -106,8 +106,10 @@ def cells(options: argparse.Namespace, device: str) -> int:
     deadline = time.monotonic() + options.budget
     report = _about(device)
     path = _path(options, "cells", report)
-    report["roof"] = (roof := measure.measure_roof(device, quick=options.small))._asdict()
-    print(roof, flush=True)
+    report["roofline"] = (
+        roofline := measure.measure_roofline(device, quick=options.small)
+    )._asdict()
+    print(roofline, flush=True)
     named = ladder.named_cells(small=options.small)
     rows = {
         cell.name: {"cell": cell.name, **ladder.planned(cell, device), "contenders": {}}
@@ -123,7 +125,7 @@ def cells(options: argparse.Namespace, device: str) -> int:
         first = contenders is ladder.FIRST
         if not first:  # so that these, too, are compared in one run with what a user gets
             contenders = {ladder.USUAL: ladder.FIRST[ladder.USUAL], **contenders}
-        found = _measured(cell, contenders, settings, roof, allowed[cell.name], launches=first)
+        found = _measured(cell, contenders, settings, roofline, allowed[cell.name], launches=first)
         row["contenders"] = {**found, **row["contenders"]}  # what was measured first stays
         print(*ladder.lines({**row, "contenders": found}), sep="\n", flush=True)
         report["demands"] = list(ladder.demands(report["cells"]))
@@ -153,18 +155,18 @@ def full(options: argparse.Namespace, device: str) -> int:
     path = _path(options, "full", about).with_suffix(".jsonl")
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {row["cell"] for row in known}
-    roof = measure.measure_roof(device, quick=options.small)
+    roofline = measure.measure_roofline(device, quick=options.small)
     left = [cell for cell in ladder.grid(small=options.small) if cell.name not in done]
     settings, failed = _settings(options, device), 0
     everyone = {**ladder.FIRST, **ladder.LAST}
     while left and time.monotonic() < deadline:
         cell = left.pop(0)
         row = {"cell": cell.name, **ladder.planned(cell, device)}
-        row["contenders"] = _measured(cell, everyone, settings, roof, {}, launches=False)
+        row["contenders"] = _measured(cell, everyone, settings, roofline, {}, launches=False)
         print(*ladder.lines(row), sep="\n", flush=True)
         failed += bool(_faults(row))
         with path.open("a") as file:
-            file.write(json.dumps({**about, "roof": roof._asdict(), **row}) + "\n")
+            file.write(json.dumps({**about, "roofline": roofline._asdict(), **row}) + "\n")
     print(f"\n{failed} cells with faults; {len(left)} left; written to {path}")
     return 1 if failed else 0
 
@@ -173,7 +175,7 @@ def _measured(
     cell: Any,
     contenders: Mapping[str, Any],
     settings: Any,
-    roof: Any,
+    roofline: Any,
     allowed: dict[str, float],
     *,
     launches: bool,
@@ -183,7 +185,7 @@ def _measured(
     from benchmarks import ladder
 
     try:
-        return ladder.measure_cell(cell, contenders, settings, roof, allowed, launches=launches)
+        return ladder.measure_cell(cell, contenders, settings, roofline, allowed, launches=launches)
     except Exception as error:  # such as no memory for the contenders together
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return {name: {"failed": reason, "fault": True} for name in contenders}

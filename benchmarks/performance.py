@@ -16,7 +16,7 @@ from motet.kernels.chips import CHIPS, Chip
 
 sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
 
-from benchmarks.ladder import ROOFS_ALLOWED
+from benchmarks.ladder import ROOFLINES_ALLOWED
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -65,9 +65,9 @@ def tables() -> Iterator[str]:
     yield "\n### Predicted, not measured\n"
     yield (
         "8 bags of 15,000 patches, bfloat16, statistics of the tokens known, the batch in its "
-        "place. The kernels of this revision have not run on a GPU yet: of their shares of the "
-        "roof those that are demanded are assumed, of launches and of Python what the H200 and its "
-        "host took at revision 7918d87, of other chips their data sheets."
+        "place. The kernels of this revision have not run on a GPU yet: they are assumed to reach "
+        "the demanded shares of the roofline; times of launches and of Python are those of the "
+        "H200 and its host at revision 7918d87, rates of other chips those of their data sheets."
     )
     for kind in ("step", "forward"):
         yield from _predicted(kind == "step")
@@ -78,13 +78,13 @@ def tables() -> Iterator[str]:
 def _measured(cells: list[dict[str, Any]]) -> Iterator[str]:
     titles = [title for who, title in SHOWN.items() if any(who in c["contenders"] for c in cells)]
     whose = {who: title for who, title in SHOWN.items() if title in titles}
-    yield f"| ms (error) | {' | '.join(titles)} | roof |"
+    yield f"| ms (error) | {' | '.join(titles)} | roofline |"
     yield "|---" * (len(titles) + 2) + "|"
     for cell in cells:
         timed = {who: cell["contenders"].get(who, {}) for who in whose}
         row = [_figure(own) for own in timed.values()]
         if any(figure != "-" for figure in row):
-            yield f"| {cell['cell']} | {' | '.join(row)} | {_roof(timed)} |"
+            yield f"| {cell['cell']} | {' | '.join(row)} | {_roofline(timed)} |"
 
 
 def _figure(own: dict[str, Any]) -> str:
@@ -93,11 +93,11 @@ def _figure(own: dict[str, Any]) -> str:
     return f"{measure.figures(own['ms']['median'])} ({own['error']:.0e})"
 
 
-def _roof(timed: dict[str, dict[str, Any]]) -> str:
+def _roofline(timed: dict[str, dict[str, Any]]) -> str:
     """Return the least time in ms, which every contender's share says."""
     for who, own in timed.items():
         if "ms" in own and "bf16" in who:
-            return measure.figures(own["ms"]["median"] * own["roof_share"])
+            return measure.figures(own["ms"]["median"] * own["roofline_share"])
     return "-"
 
 
@@ -108,11 +108,11 @@ class Prediction(NamedTuple):
     graph_ms: float
     eager_ms: float
     """Of the strategy that is best in eager mode."""
-    roof_ms: float
+    roofline_ms: float
 
     @property
-    def roofs(self) -> float:
-        return self.graph_ms / self.roof_ms
+    def rooflines(self) -> float:
+        return self.graph_ms / self.roofline_ms
 
 
 def predicted(cell: measure.Cell, chip: Chip) -> Prediction:
@@ -121,10 +121,10 @@ def predicted(cell: measure.Cell, chip: Chip) -> Prediction:
         cell.plan("bf16", chip, graph=graph, statistics=True) for graph in (True, False)
     )
     rates = {"bf16": chip.matrix[torch.bfloat16]}
-    roof = measure.Roof(chip.bandwidth, chip.bandwidth, rates)
+    roofline = measure.Roofline(chip.bandwidth, chip.bandwidth, rates)
     return Prediction(
         graph.strategy, 1e3 * graph.cost.graph_seconds, 1e3 * eager.cost.seconds,
-        1e3 * roof.seconds(cell, "bf16", graph.cost.flop),
+        1e3 * roofline.seconds(cell, "bf16", graph.cost.flop),
     )  # fmt: skip
 
 
@@ -136,13 +136,14 @@ def _predicted(step: bool) -> Iterator[str]:
     """Yield a table of all chips."""
     kind = "training step" if step else "forward"
     names = [f"{name}, predicted" for name in CHIPS]
-    yield f"\n| {kind}, ms: graph (times the roof), eager | {' | '.join(names)} |"
+    yield f"\n| {kind}, ms: graph (times the roofline), eager | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for name in measure.CONFIGS:
         row = [predicted(_slides(name, step=step), chip) for chip in CHIPS.values()]
         shown = [
-            f"{measure.figures(own.graph_ms)} ({own.roofs:.1f}), {measure.figures(own.eager_ms)}"
-            for own in row
+            f"{measure.figures(times.graph_ms)} ({times.rooflines:.1f}), "
+            f"{measure.figures(times.eager_ms)}"
+            for times in row
         ]
         yield f"| {name} | {' | '.join(shown)} |"
 
@@ -151,19 +152,19 @@ def _demanded() -> Iterator[str]:
     """Yield what is demanded of an H200, with what was measured of the kernels before."""
     before = _before()
     yield (
-        "\n| H200, a graph | strategy | roof, ms | predicted, ms | times the roof, predicted | "
-        "demanded | | measured at 7918d87: graph, eager |"
+        "\n| H200, a graph | strategy | roofline, ms | predicted, ms | "
+        "times the roofline, predicted | demanded | | measured at 7918d87: graph, eager |"
     )
     yield "|---" * 8 + "|"
     for name in measure.CONFIGS:
         for step in (True, False):
             own = predicted(_slides(name, step=step), CHIPS["H200"])
-            demanded = ROOFS_ALLOWED["step" if step else own.strategy]
-            verdict = "met" if own.roofs <= demanded else "missed"
+            demanded = ROOFLINES_ALLOWED["step" if step else own.strategy]
+            verdict = "met" if own.rooflines <= demanded else "missed"
             kind = "step" if step else "forward"
             yield (
-                f"| {name} {kind} | {own.strategy} | {measure.figures(own.roof_ms)} | "
-                f"{measure.figures(own.graph_ms)} | {own.roofs:.2f} | {demanded} | {verdict} | "
+                f"| {name} {kind} | {own.strategy} | {measure.figures(own.roofline_ms)} | "
+                f"{measure.figures(own.graph_ms)} | {own.rooflines:.2f} | {demanded} | {verdict} | "
                 f"{before.get(f'{name} 8x15000 {kind}', '-')} |"
             )
 

@@ -1,7 +1,7 @@
 """Where the time of a training step goes on a GPU: `make gpu-profile`.
 
 For every kernel its time and launches per step, and for those that read the tokens, or what is as
-long as the tokens, the bytes and FLOP that they need at least: with them the share of the roof
+long as the tokens, the bytes and FLOP that they need at least: with them the share of the roofline
 (the larger of bytes over bandwidth and FLOP over matrix rate, both measured in the same run). The
 shares are compared with those that are demanded, the times with those of another Triton.
 """
@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 STEPS = 5
 LONG = 8000
-"""Tokens of a bag from which on shares of the roof are demanded."""
+"""Tokens of a bag from which on shares of the roofline are demanded."""
 SLOWER = 1.1
 """Times as long as with another Triton, from which on a kernel is named."""
 # Of the demanded ones, what each strategy launches; "mm" is the longest product of a library, that
@@ -42,8 +42,10 @@ class Work(NamedTuple):
     bytes: float
     flop: float
 
-    def seconds(self, roof: measure.Roof) -> float:
-        return max(self.bytes / max(roof.read, roof.copy), self.flop / roof.products["bf16"])
+    def seconds(self, roofline: measure.Roofline) -> float:
+        return max(
+            self.bytes / max(roofline.read, roofline.copy), self.flop / roofline.products["bf16"]
+        )
 
 
 def works(cell: measure.Cell, strategy: Strategy) -> dict[str, Work]:
@@ -78,18 +80,18 @@ def role_of(kernel: str) -> str:
     return kernel.replace("_tma_kernel", "_kernel")
 
 
-def profiles(roof: measure.Roof, *, small: bool = False) -> Iterator[dict[str, Any]]:
+def profiles(roofline: measure.Roofline, *, small: bool = False) -> Iterator[dict[str, Any]]:
     """Yield a row for every model and strategy, and for the products that decide between them."""
     lengths, width = ((40,) * 2, 64) if small else ((15_000,) * 8, 2048)
     for name, config in measure.CONFIGS.items():
         cell = measure.Cell(name, config, lengths, step=True, width=width)
         for strategy in STRATEGIES:
-            found = profiled(cell, strategy, roof)
+            found = profiled(cell, strategy, roofline)
             yield {"model": name, "strategy": strategy, "lengths": lengths, **found}
     yield {"products": dict(products(sum(lengths), width))}
 
 
-def profiled(cell: measure.Cell, strategy: Strategy, roof: measure.Roof) -> dict[str, Any]:
+def profiled(cell: measure.Cell, strategy: Strategy, roofline: measure.Roofline) -> dict[str, Any]:
     """Return the kernels of a training step in bf16 on tokens with known statistics."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work = measure.Workload(cell, "bf16", device)
@@ -113,22 +115,23 @@ def profiled(cell: measure.Cell, strategy: Strategy, roof: measure.Roof) -> dict
         if role in needed and own["us"]:
             work, count = needed[role], 1 if role == "mm" else own["launches"]
             own |= {"role": role, "bytes": work.bytes, "flop": work.flop}
-            own["roof_share"] = 1e6 * work.seconds(roof) * count / own["us"]
+            own["roofline_share"] = 1e6 * work.seconds(roofline) * count / own["us"]
     return {"gpu_us": sum(own["us"] for own in rows), "kernels": rows}
 
 
 def too_slow(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the kernels that reach less of the roof than is demanded, on long bags."""
+    """Yield the kernels that reach less of the roofline than is demanded, on long bags."""
     for row in rows:
         if "products" in row or min(row["lengths"]) < LONG:
             continue
-        shares = {own["role"]: own["roof_share"] for own in row["kernels"] if "role" in own}
+        shares = {own["role"]: own["roofline_share"] for own in row["kernels"] if "role" in own}
         for role in LAUNCHED[row["strategy"]]:
             where = f"{row['model']} {row['strategy']}: {role}"
             if role not in shares:
                 yield f"{where} was not launched"
             elif shares[role] < DEMANDED[role]:
-                yield f"{where} reaches {shares[role]:.0%} of the roof, not {DEMANDED[role]:.0%}"
+                share, demanded = shares[role], DEMANDED[role]
+                yield f"{where} reaches {share:.0%} of the roofline, not {demanded:.0%}"
 
 
 def slower_than(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -240,6 +243,6 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
     launches = sum(own["launches"] for own in row["kernels"])
     yield f"\n{row['model']} {row['strategy']}: {row['gpu_us']:.0f} us, {launches:.0f} launches"
     for own in row["kernels"][:12]:
-        share = f"{own['roof_share']:6.0%} of the roof" if "roof_share" in own else ""
+        share = f"{own['roofline_share']:6.0%} of the roofline" if "roofline_share" in own else ""
         line = f"  {own['us']:9.1f} us {own['launches']:5.1f} x {own['kernel']:50} {share}"
         yield line.rstrip()

@@ -16,7 +16,7 @@ from .measure import (
     DTYPES,
     FLOOR,
     Cell,
-    Roof,
+    Roofline,
     Timing,
     Workload,
     about,
@@ -27,7 +27,7 @@ from .measure import (
     growth,
     in_child,
     in_turns,
-    measure_roof,
+    measure_roofline,
     relative_error,
 )  # fmt: skip
 
@@ -58,7 +58,9 @@ def shape_name(lengths: Sequence[int]) -> str:
     return f"{bags}x{lengths[0]}" if len(set(lengths)) == 1 else f"{bags} ragged"
 
 
-def measure(cell: Cell, dtype: str, device: str, roof: Roof, *, quick: bool) -> dict[str, Any]:
+def measure(
+    cell: Cell, dtype: str, device: str, roofline: Roofline, *, quick: bool
+) -> dict[str, Any]:
     """Return a row of the table: errors, and where they are in bounds times and peak memory."""
     gpu = device == "cuda"  # whose time is that of a graph, on tokens with known statistics
     planned = cell.plan(dtype, device, graph=gpu, statistics=gpu)
@@ -74,8 +76,8 @@ def measure(cell: Cell, dtype: str, device: str, roof: Roof, *, quick: bool) -> 
         return row | {"failed": " ".join(str(error).split())}
     row["ms"] = {name: timing._asdict() for name, timing in times.items()}
     row["ratio"] = times["reference"].median / times["motet"].median
-    least = roof.seconds(cell, dtype, planned.cost.flop)
-    return row | {"roof_share": 1e3 * least / times["motet"].median}
+    least = roofline.seconds(cell, dtype, planned.cost.flop)
+    return row | {"roofline_share": 1e3 * least / times["motet"].median}
 
 
 def _contenders(work: Workload) -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
@@ -144,14 +146,16 @@ def main(
     shown = sys.stderr if json_to == "-" else sys.stdout
     facts = about(chosen)
     print(_header(facts), file=shown)
-    roof = measure_roof(chosen, quick=quick)
-    print(f"{roof}\n{_EXPLAINED[chosen]}\n\n{_titles(chosen)}", file=shown, flush=True)
+    roofline = measure_roofline(chosen, quick=quick)
+    print(f"{roofline}\n{_EXPLAINED[chosen]}\n\n{_titles(chosen)}", file=shown, flush=True)
     rows = []
     for cell in cells(chosen, quick=quick):
         for name in DTYPES if dtype is None else (dtype,):
-            rows.append(measure(cell, name, chosen, roof, quick=quick))
+            rows.append(measure(cell, name, chosen, roofline, quick=quick))
             _show(rows[-1], chosen, shown)
-    text = json.dumps({**facts, "quick": quick, "roof": roof._asdict(), "rows": rows}, indent=1)
+    text = json.dumps(
+        {**facts, "quick": quick, "roofline": roofline._asdict(), "rows": rows}, indent=1
+    )
     if path is not None:
         path.write_text(text + "\n")
     elif json_to == "-":
@@ -202,7 +206,7 @@ def _columns(device: str) -> dict[str, tuple[int, Callable[[Mapping[str, Any]], 
         "reference ms": time_of("reference"),
         "x": (6, lambda row: f"{row['ratio']:.2f}"),
         "predicted ms": (13, lambda row: figures(row["predicted_ms"])),
-        "roof": (6, lambda row: f"{row['roof_share']:.0%}"),
+        "roofline": (8, lambda row: f"{row['roofline_share']:.0%}"),
         "MiB": (8, peak_of("motet")),
         "reference MiB": (13, peak_of("reference")),
         "error": (8, lambda row: f"{row['error']['motet']:.0e}"),

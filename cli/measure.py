@@ -326,7 +326,7 @@ def growth(run: Callable[[], object]) -> float:
     return (peak() - started) / unit
 
 
-class Roof(NamedTuple):
+class Roofline(NamedTuple):
     """What the device does at most, measured."""
 
     read: float
@@ -355,7 +355,7 @@ class Roof(NamedTuple):
         )
 
 
-def measure_roof(device: str, *, quick: bool = False) -> Roof:
+def measure_roofline(device: str, *, quick: bool = False) -> Roofline:
     """Measure bandwidth and matrix rates, the best of some rounds each.
 
     On CUDA float32 is the better of full products and a third of the TF32 rate, since three TF32
@@ -378,7 +378,7 @@ def measure_roof(device: str, *, quick: bool = False) -> Roof:
         third = 2 * side**3 / _best(partial(torch.mm, a, a), device) / 3
         torch.backends.cuda.matmul.allow_tf32 = False
         products["fp32"] = max(products["fp32"], third)
-    return Roof(size / summed, 2 * size / copied, products)
+    return Roofline(size / summed, 2 * size / copied, products)
 
 
 def _best(run: Callable[[], object], device: str) -> float:

@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
-# Shares of the roof that kernels are to reach at 8,000 tokens and more in a bag; the roof is the
-# larger of bytes over the bandwidth and FLOP over the matrix rate. `make gpu-profile` compares.
+# Shares of the roofline that kernels must reach with bags of 8,000 tokens or more. The time of the
+# roofline is the larger of bytes / bandwidth and FLOP / matrix rate. `make gpu-profile` compares.
 DEMANDED = {
     "project_kernel": 0.75,
     "pool_kernel": 0.65,
@@ -63,7 +63,7 @@ class Chip:
     random_numbers: float
     """Dropout decisions/s, on top of what a kernel does without."""
     shares: Mapping[str, float]
-    """Share of its roof that a kernel reaches, by name."""
+    """Share of its roofline that a kernel reaches, by name."""
     latencies: Mapping[str, float]
     """Seconds of a launch, where they are more than `launch_s`, by the kernel's name."""
     launch_s: float = 3.3e-6
@@ -75,7 +75,7 @@ class Chip:
     measured: frozenset[str] = frozenset()
 
     def share(self, kernel: str) -> float:
-        """Return the share of its roof that a kernel reaches."""
+        """Return the share of its roofline that a kernel reaches."""
         return self.shares.get(kernel, _ANY_SHARE)
 
     def source(self, name: str) -> Source:

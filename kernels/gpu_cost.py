@@ -30,7 +30,7 @@ class Launch(NamedTuple):
     """Whether it takes its time from the tokens; what follows the last such one is short."""
 
     def least(self, chip: Chip, dtype: torch.dtype) -> float:
-        """Return the seconds of one launch at its roof."""
+        """Return the seconds of one launch at its roofline."""
         return max(
             self.bytes / chip.bandwidth, self.flop / chip.matrix[dtype],
             self.scores / chip.exponentials,

@@ -36,7 +36,7 @@ def test_bench_prints_json() -> None:
     report = json.loads(run.stdout)
     assert {"device", "torch", "motet", "revision", "date"} <= report.keys()
     assert report["threads"] == 1
-    assert report["roof"]["read"] > 0
+    assert report["roofline"]["read"] > 0
     assert len(report["rows"]) == 6
     for row in report["rows"]:
         assert row["strategy"] in ("cached", "absorbed")
@@ -45,7 +45,7 @@ def test_bench_prints_json() -> None:
             assert 0 < timing["low"] <= timing["median"] <= timing["high"]
         assert row["ratio"] == row["ms"]["reference"]["median"] / row["ms"]["motet"]["median"]
         assert row["predicted_ms"] > 0
-        assert row["roof_share"] > 0
+        assert row["roofline_share"] > 0
         assert row["cell"] in run.stderr  # where the table goes when JSON is printed
 
 
@@ -54,7 +54,7 @@ def test_a_gpu_has_a_column_for_eager_mode(capsys) -> None:
     row = {
         "cell": "blca 8x15000 step", "dtype": "bf16", "strategy": "cached", "ratio": 7.0,
         "ms": dict.fromkeys(("motet", "eager", "reference"), timing), "predicted_ms": 0.8,
-        "roof_share": 0.3, "peak_mib": {"motet": 700.0, "eager": 650.0, "reference": 2800.0},
+        "roofline_share": 0.3, "peak_mib": {"motet": 700.0, "eager": 650.0, "reference": 2800.0},
         "error": {"motet": 1e-2, "eager": 1e-2, "reference": 8e-3},
     }  # fmt: skip
     for device, columns in (("cpu", 2), ("cuda", 3)):
@@ -67,10 +67,10 @@ def test_a_gpu_has_a_column_for_eager_mode(capsys) -> None:
 
 def test_bench_has_no_time_for_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = bench.cells("cpu", quick=True)[0]
-    roof = measure.Roof(1e9, 1e9, {"fp32": 1e9, "bf16": 1e9})
+    roofline = measure.Roofline(1e9, 1e9, {"fp32": 1e9, "bf16": 1e9})
     monkeypatch.setattr(bench, "relative_error", lambda own, gold: 0.1)
     monkeypatch.setitem(measure.FLOOR, "fp32", -0.15)
-    row = bench.measure(cell, "fp32", "cpu", roof, quick=True)
+    row = bench.measure(cell, "fp32", "cpu", roofline, quick=True)
     assert row["failed"] == "error 1.0e-01 is out of bounds"
     assert "ms" not in row
 
@@ -117,12 +117,12 @@ def test_relative_error_is_that_of_the_norms() -> None:
     assert measure.relative_error(own, gold) == pytest.approx(5 / math.hypot(3, 3))
 
 
-def test_roof_is_the_larger_of_traffic_and_products() -> None:
-    roof = measure.Roof(read=2e9, copy=1e9, products={"fp32": 1e9, "bf16": 1e12})
+def test_roofline_is_the_larger_of_traffic_and_products() -> None:
+    roofline = measure.Roofline(read=2e9, copy=1e9, products={"fp32": 1e9, "bf16": 1e12})
     cell = measure.Cell("", measure.CONFIGS["blca"], (500, 500), step=True, width=1000)
-    assert roof.seconds(cell, "bf16", 1e9) == 2 * 1e6 * 2 / 2e9  # read twice
-    assert roof.seconds(cell, "fp32", 1e9) == 1.0
-    assert roof.seconds(cell._replace(step=False), "bf16", 0) == 1e6 * 2 / 2e9
+    assert roofline.seconds(cell, "bf16", 1e9) == 2 * 1e6 * 2 / 2e9  # read twice
+    assert roofline.seconds(cell, "fp32", 1e9) == 1.0
+    assert roofline.seconds(cell._replace(step=False), "bf16", 0) == 1e6 * 2 / 2e9
 
 
 def test_contenders_run_in_turns() -> None:

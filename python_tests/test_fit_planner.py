@@ -47,9 +47,9 @@ def test_what_the_library_calls_measured_is_what_the_fit_finds(planner) -> None:
     softmax = "_softmax" if "_softmax" in found.shares else "softmax_gradient_kernel"
     assert known.source("softmax_gradient_kernel") == "measured"
     assert known.shares["softmax_gradient_kernel"] == pytest.approx(found.shares[softmax], rel=0.05)
-    roof = json.loads(FILES[0].read_text())["roof"]
-    assert known.bandwidth == pytest.approx(roof["copy"])
-    assert known.matrix[torch.bfloat16] == pytest.approx(roof["products"]["bf16"])
+    roofline = json.loads(FILES[0].read_text())["roofline"]
+    assert known.bandwidth == pytest.approx(roofline["copy"])
+    assert known.matrix[torch.bfloat16] == pytest.approx(roofline["products"]["bf16"])
 
 
 def profile_of(planner, chip):

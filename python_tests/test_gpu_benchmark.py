@@ -66,7 +66,7 @@ def test_the_profile_on_a_cpu(tmp_path: Path) -> None:
     assert len(models) == 8
     for row in models:
         assert row["gpu_us"] == pytest.approx(sum(own["us"] for own in row["kernels"]))
-        shares = [own["roof_share"] for own in row["kernels"] if "roof_share" in own]
+        shares = [own["roofline_share"] for own in row["kernels"] if "roofline_share" in own]
         assert len(shares) == (row["strategy"] == "cached")  # a CPU has none of the kernels
     assert {"128", "136", "512"} <= products["products"].keys()
 
@@ -74,7 +74,7 @@ def test_the_profile_on_a_cpu(tmp_path: Path) -> None:
 def profile_row(strategy: str, shares: dict[str, float], **more) -> dict:
     """Return a row of a profile, of kernels that take 100 us in two launches."""
     kernels = [
-        {"kernel": name, "role": role, "us": 100.0, "launches": 2, "roof_share": share}
+        {"kernel": name, "role": role, "us": 100.0, "launches": 2, "roofline_share": share}
         for name, share in shares.items()
         for role in [import_module("benchmarks.profiling").role_of(name)]
     ]
@@ -89,7 +89,7 @@ CACHED = {"project_tma_kernel": 0.8, "attend_kernel": 0.6, "dq_kernel": 0.61, "d
           "mm": 0.7}  # fmt: skip
 
 
-def test_kernels_below_their_share_of_the_roof_are_named(monkeypatch) -> None:
+def test_kernels_below_their_share_of_the_roofline_are_named(monkeypatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     profiling = import_module("benchmarks.profiling")
     good = [profile_row("cached", CACHED), {"products": {}},
@@ -100,7 +100,7 @@ def test_kernels_below_their_share_of_the_roof_are_named(monkeypatch) -> None:
     rows = [profile_row("cached", worse), profile_row("cached", {}, lengths=[500] * 8)]
     assert list(profiling.too_slow(rows)) == [
         "blca cached: project_kernel was not launched",
-        "blca cached: dkv_kernel reaches 45% of the roof, not 60%",
+        "blca cached: dkv_kernel reaches 45% of the roofline, not 60%",
     ]
     for strategy, demanded in profiling.LAUNCHED.items():
         cell = measure.Cell("", measure.CONFIGS["blca"], (15_000,) * 8, True)
@@ -134,9 +134,9 @@ def test_kernels_slower_than_with_another_triton_are_named(tmp_path: Path, monke
 def test_a_slow_kernel_fails_the_profile(run, capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     profiling, gpu = import_module("benchmarks.profiling"), import_module("benchmarks.gpu")
-    roof = measure.Roof(1e12, 1e12, {"bf16": 1e15})
+    roofline = measure.Roofline(1e12, 1e12, {"bf16": 1e15})
     monkeypatch.setattr(measure, "choose_device", lambda *_: "cuda")
-    monkeypatch.setattr(measure, "measure_roof", lambda *_, **__: roof)
+    monkeypatch.setattr(measure, "measure_roofline", lambda *_, **__: roofline)
     facts = {"device": "NVIDIA H200", "cuda": "13", "triton": "3.8.0", "revision": "made"}
     monkeypatch.setattr(gpu, "_about", lambda _: dict(facts, date="2026-12-01"))
     monkeypatch.setattr(profiling, "lines", lambda row: ())
@@ -146,7 +146,7 @@ def test_a_slow_kernel_fails_the_profile(run, capsys, tmp_path: Path, monkeypatc
         assert run("profile", "--out", tmp_path) == code
         report = json.loads((tmp_path / "gpu-profile-NVIDIA-H200-made.json").read_text())
         assert report["triton"] == "3.8.0"
-        faults = ["blca cached: attend_kernel reaches 50% of the roof, not 60%"] * code
+        faults = ["blca cached: attend_kernel reaches 50% of the roofline, not 60%"] * code
         assert report["faults"] == faults
         assert all(fault in capsys.readouterr().out for fault in faults)
 
@@ -190,7 +190,7 @@ def test_demands_are_compared_with_what_was_measured() -> None:
     ladder = import_module("benchmarks.ladder")
 
     def row(name: str, ours: float, theirs: float) -> dict:
-        own = {"ms": {"median": ours}, "roof_share": 0.4 / ours, "peak_mib": 250}
+        own = {"ms": {"median": ours}, "roofline_share": 0.4 / ours, "peak_mib": 250}
         return {"cell": name, "graph_strategy": "absorbed", "contenders": {
             "planned bf16, static graph": own,
             "published bf16": {"ms": {"median": theirs}, "peak_mib": 1000},
@@ -200,14 +200,14 @@ def test_demands_are_compared_with_what_was_measured() -> None:
     found = list(ladder.demands([row(name, 2.0, 14.0) for name in names]))
     assert [own["cell"] for own in found] == list(names[:3])
     step, forward, ragged = found
-    assert step["roofs"] == pytest.approx(5.0)
-    assert (step["roofs_allowed"], step["times_demanded"]) == (2.7, 9.0)
+    assert step["rooflines"] == pytest.approx(5.0)
+    assert (step["rooflines_allowed"], step["times_demanded"]) == (2.7, 9.0)
     assert step["times_published"] == pytest.approx(7.0)
     assert step["peak_share"] == pytest.approx(0.25)
-    assert forward["roofs_allowed"] == 2.6
+    assert forward["rooflines_allowed"] == 2.6
     assert "times_demanded" not in forward
     assert ragged["times_demanded"] == 25.0
-    assert "roofs" not in ragged
+    assert "rooflines" not in ragged
 
 
 def test_the_page_says_what_the_files_say(monkeypatch) -> None:
@@ -250,7 +250,7 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_cache, "on_triton", lambda *_: True)
     monkeypatch.setattr(graph_cache.GraphCache, "_check_device", lambda self: None)
     monkeypatch.setattr(ladder, "check_device", lambda *_: None)
-    roof = measure.Roof(1e12, 1e12, {"fp32": 1e14, "bf16": 1e15})
+    roofline = measure.Roofline(1e12, 1e12, {"fp32": 1e14, "bf16": 1e15})
     named = ladder.named_cells(small=True)
     for cell in (*named[:4], named[-1]):  # forward and steps, equal and ragged bags, dropout
         work = measure.Workload(cell._replace(dropout=0.0), "fp32", "cpu")
@@ -259,10 +259,10 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
             assert measure.relative_error(run(), work.gold()) < 1e-5
         own = "planned bf16, graph"
         found = ladder.measure_cell(
-            cell, {own: ladder.FIRST[own]}, ladder.LadderSettings("cpu", rounds=3), roof, {}
+            cell, {own: ladder.FIRST[own]}, ladder.LadderSettings("cpu", rounds=3), roofline, {}
         )[own]
         assert found["error"] <= found["allowed"] < 0.1
-        assert found["roof_share"] > 0
+        assert found["roofline_share"] > 0
     work.model.head.register_forward_hook(lambda *_: None)
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="no graph: hooks would"):
         work.graphed()  # eager mode is not measured in its name
