@@ -46,7 +46,7 @@ def bench_healnet(benchmark, cell: measure.Cell, who: str) -> None:
     work = measure.Workload(cell, "fp32", "cpu")
     strategy = None if who == "motet" else "reference"
     benchmark.group = cell.name
-    benchmark.extra_info["error"] = error = measure.relative_error(work.run(strategy), work.gold())
+    benchmark.extra_info["error"] = error = measure.relative_error(work.run(strategy), work.exact())
     assert error < measure.FLOOR["fp32"]
     benchmark.pedantic(work.run, (strategy,), rounds=5, warmup_rounds=1)
 
@@ -200,9 +200,9 @@ def errors_of(both: dict[str, nn.Module], tokens: int, *, equal: bool) -> dict[s
     wide = [x.double() for x in data]
     errors = {}
     for name, model in both.items():
-        gold = step(copy.deepcopy(model).double(), wide)
-        errors[name] = measure.relative_error(step(model, data), gold)
-        errors[f"{name} bf16"] = measure.relative_error(step(model, data, half=True), gold)
+        exact = step(copy.deepcopy(model).double(), wide)
+        errors[name] = measure.relative_error(step(model, data), exact)
+        errors[f"{name} bf16"] = measure.relative_error(step(model, data, half=True), exact)
     for suffix, floor in (("", measure.FLOOR["fp32"]), (" bf16", measure.FLOOR["bf16"])):
         error, allowed = errors[f"ours{suffix}"], 2 * errors[f"theirs{suffix}"] + floor
         if not error <= allowed:

@@ -257,10 +257,10 @@ def pytest_generate_tests(metafunc) -> None:
 def bench_latent_attention(benchmark, who: str, lengths: Sequence[int], backward: bool) -> None:
     inputs = inputs_of(measure.CONFIGS["blca"], lengths, "fp32", "cpu")
     grad = torch.randn_like(inputs.q)
-    gold = attend(reference, inputs.to(torch.float64), grad, backward=backward)
+    exact = attend(reference, inputs.to(torch.float64), grad, backward=backward)
     run = partial(attend, ATTENTIONS[who], inputs, grad, backward=backward)
     benchmark.group = f"{bench.shape_name(lengths)} {'both' if backward else 'forward'}"
-    benchmark.extra_info["error"] = error = measure.relative_error(run(), gold)
+    benchmark.extra_info["error"] = error = measure.relative_error(run(), exact)
     assert error < measure.FLOOR["fp32"]
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
@@ -268,10 +268,10 @@ def bench_latent_attention(benchmark, who: str, lengths: Sequence[int], backward
 def bench_context_kv(benchmark, who: str, backward: bool) -> None:
     inputs = projection_of(measure.CONFIGS["blca"], 1400, 512, "fp32", "cpu")
     grad = torch.randn(1400, len(inputs.weight))
-    gold = project_with(project_reference, inputs.to(torch.float64), grad, backward=backward)
+    exact = project_with(project_reference, inputs.to(torch.float64), grad, backward=backward)
     run = partial(project_with, PROJECTIONS[who], inputs, grad, backward=backward)
     benchmark.group = f"context_kv {'both' if backward else 'forward'}"
-    benchmark.extra_info["error"] = error = measure.relative_error(run(), gold)
+    benchmark.extra_info["error"] = error = measure.relative_error(run(), exact)
     assert error < measure.FLOOR["fp32"]
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
@@ -321,9 +321,9 @@ def tried(run: Callable[[], list[Tensor]]) -> tuple[str, list[Tensor]]:
         return lines[0][:160], []
 
 
-def error_of(run: Callable[[], list[Tensor]], gold: list[Tensor]) -> float | str:
+def error_of(run: Callable[[], list[Tensor]], exact: list[Tensor]) -> float | str:
     reason, found = tried(run)
-    return reason or measure.relative_error(found, gold)
+    return reason or measure.relative_error(found, exact)
 
 
 def attention_rows(
@@ -333,9 +333,9 @@ def attention_rows(
     grad = torch.randn_like(inputs.q)
     rows, device = [], inputs.q.device.type
     for backward in (False, True):
-        gold = attend(reference, inputs.to(torch.float64), grad, backward=backward)
+        exact = attend(reference, inputs.to(torch.float64), grad, backward=backward)
         errors = {
-            who: error_of(partial(attend, function, inputs, grad, backward=backward), gold)
+            who: error_of(partial(attend, function, inputs, grad, backward=backward), exact)
             for who, function in functions.items()
         }
         for dropout_p in (0.0, 0.1):
@@ -359,16 +359,16 @@ def projection_rows(
     rows = []
     for backward in (False, True):
         wide = inputs.to(torch.float64)
-        gold = project_with(project_reference, wide, grad, backward=backward)
+        exact = project_with(project_reference, wide, grad, backward=backward)
         runs: dict[str, Callable[[], list[Tensor]]] = {
             who: partial(project_with, function, inputs, grad, backward=backward)
             for who, function in functions.items()
         }
-        errors = {who: error_of(run, gold) for who, run in runs.items()}
+        errors = {who: error_of(run, exact) for who, run in runs.items()}
         reason, found = tried(partial(project_with, project_reference, inputs, grad,
                                       backward=backward))  # fmt: skip
         if not reason:
-            errors["reference"] = measure.relative_error(found, gold)
+            errors["reference"] = measure.relative_error(found, exact)
         passes = "forward + backward" if backward else "forward"
         title = f"context_kv {name} {dtype} {passes}"
         rows.append(measure_cell(title, runs, errors, device, dtype, rounds))

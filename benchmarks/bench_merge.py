@@ -117,14 +117,14 @@ def _row(
         "torch": lambda: expression(inputs),
     }
     few = [x[: 1 << 20] for x in inputs]
-    gold = reference([x.to(torch.complex128 if x.is_complex() else torch.float64) for x in few])
-    errors = {"motet": _error(ours(few), gold), "torch": _error(expression(few), gold)}
+    exact = reference([x.to(torch.complex128 if x.is_complex() else torch.float64) for x in few])
+    errors = {"motet": _error(ours(few), exact), "torch": _error(expression(few), exact)}
     if operator in published and len(inputs) == 2:
         theirs = published[operator]
         contenders["published"] = lambda: theirs(inputs)
         # Their harmonic mean is half of Eq. 4 at equal weights; their slerp is for unit vectors.
         if operator == "harmonic_merge":
-            errors["published"] = _error(2 * theirs(few), gold)
+            errors["published"] = _error(2 * theirs(few), exact)
         else:
             units = [x.double() / x.double().norm() for x in few]
             errors["published"] = _error(theirs([u.float() for u in units]), reference(units))
@@ -151,10 +151,10 @@ def _repeated(run: Callable[[], Tensor], calls: int) -> None:
         run()
 
 
-def _error(own: Tensor, gold: Tensor) -> float:
+def _error(own: Tensor, exact: Tensor) -> float:
     """Return the largest error: of an element for complex ones, of the largest for real ones."""
-    error = (own.to(gold.dtype) - gold).abs()
-    return (error / gold.abs() if gold.is_complex() else error / gold.abs().max()).max().item()
+    error = (own.to(exact.dtype) - exact).abs()
+    return (error / exact.abs() if exact.is_complex() else error / exact.abs().max()).max().item()
 
 
 def _figure(figures: dict[str, float], who: str) -> str:

@@ -115,13 +115,13 @@ def pixel_error(path: Path, tiles: NDArray[np.int32], some: int = 50) -> int:
     from openslide import OpenSlide
 
     worst = 0
-    with open_slide(path, reader="cucim") as slide, OpenSlide(path) as gold:
+    with open_slide(path, reader="cucim") as slide, OpenSlide(path) as exact:
         grid, wanted = _tissue(slide)
         wanted = wanted[:: max(1, len(wanted) // some)]
         for batch in read_patches(slide, grid, wanted, workers=WORKERS):
             for row, pixels in zip(batch.rows, batch.pixels, strict=True):
                 x, y = grid.coords[wanted[row]].tolist()
-                theirs = gold.read_region((x, y), 0, (TILE, TILE)).convert("RGB")
+                theirs = exact.read_region((x, y), 0, (TILE, TILE)).convert("RGB")
                 worst = max(worst, int(np.abs(np.asarray(theirs, int) - pixels).max()))
     return worst
 

@@ -1,4 +1,4 @@
-"""What is timed: named cells, each with its inputs, what runs, and its float64 gold.
+"""What is timed: named cells, each with its inputs, what runs, and its result in float64.
 
 For both merges and LegoBlock; HEALNet's cells are in motet.cli.measure. bench_*.py time those that
 suit a CPU; gpu.py times all of them on a GPU.
@@ -24,7 +24,7 @@ class Cell:
     name: str
     run: Callable[..., Tensor]
     arguments: tuple[Tensor, ...]
-    gold: Callable[[], Tensor]
+    exact: Callable[[], Tensor]
     rival: Callable[..., Tensor] | None = None
 
     def contenders(self) -> dict[str, Callable[[], Tensor]]:
@@ -35,11 +35,11 @@ class Cell:
         return found
 
     def error(self, run: Callable[..., Tensor]) -> float:
-        """Return the largest error of `run` against the gold, relative to the largest value."""
+        """Return the largest error of `run` against float64, relative to the largest value."""
         with torch.no_grad():
-            gold = self.gold()
-            own = run(*self.arguments).to(gold.dtype)
-            return ((own - gold).abs().max() / gold.abs().max()).item()
+            exact = self.exact()
+            own = run(*self.arguments).to(exact.dtype)
+            return ((own - exact).abs().max() / exact.abs().max()).item()
 
 
 def merge_cells(device: str, size: int) -> list[Cell]:
@@ -129,11 +129,11 @@ def _lego(
         )
         return torch.cat([g.flatten() for g in found])
 
-    def gold() -> Tensor:
+    def exact() -> Tensor:
         wide = copy.deepcopy(model).double()
         tensors = [x.double() for x in inputs]
         joined = isinstance(wide, motet.LegoMerge)
         return result(lambda *x: wide(x if joined else x[0]), wide, *tensors)
 
     literal = partial(result, partial(call, strategy="reference"), model) if rival else None
-    return Cell(name, partial(result, call, model), inputs, gold, literal)
+    return Cell(name, partial(result, call, model), inputs, exact, literal)

@@ -126,13 +126,13 @@ def _compare(
 ) -> tuple[float, float]:
     """Return the error of results and gradients, and what is allowed."""
     low = [x.detach().to(dtype) for x in tensors]
-    gold = _with_gradients(reference, [x.double() for x in low])
+    exact = _with_gradients(reference, [x.double() for x in low])
     own, literal = (_with_gradients(f, low) for f in (function, reference))
     if not all(x.isfinite().all() for x in own):
         return math.inf, 0.0
     return (
-        measure.relative_error(own, gold),
-        2 * measure.relative_error(literal, gold) + FLOOR[dtype],
+        measure.relative_error(own, exact),
+        2 * measure.relative_error(literal, exact) + FLOOR[dtype],
     )
 
 
@@ -241,8 +241,8 @@ def _dropout(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, floa
 def _weights(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
     q, k, _, offsets = _qkv(device, RAGGED, (8, 25, 16))
     q, k = q.to(dtype), k.to(dtype)
-    gold = attention_weights(q.double(), k.double(), offsets, backend="eager")
-    gold = [gold, gold.mean((1, 2))]
+    exact = attention_weights(q.double(), k.double(), offsets, backend="eager")
+    exact = [exact, exact.mean((1, 2))]
     sums = [
         torch.logsumexp(q[b].float() @ k[start:stop].float().permute(1, 2, 0) / 4, -1)
         for b, (start, stop) in enumerate(pairwise(offsets.tolist()))
@@ -250,8 +250,8 @@ def _weights(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, floa
     full = attention_weights(q, k, offsets, lse=torch.stack(sums), backend=backend)
     mean = attention_weights(q, k, offsets, reduce="mean", backend=backend)
     literal = attention_weights(q, k, offsets, backend="eager")
-    allowed = 2 * measure.relative_error([literal, literal.mean((1, 2))], gold) + 4 * FLOOR[dtype]
-    return measure.relative_error([full, mean], gold), allowed
+    allowed = 2 * measure.relative_error([literal, literal.mean((1, 2))], exact) + 4 * FLOOR[dtype]
+    return measure.relative_error([full, mean], exact), allowed
 
 
 def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
@@ -442,14 +442,14 @@ def _encoder(device: str, precision: str) -> tuple[float, float]:
     pixels = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8)
     x = pixels.permute(0, 3, 1, 2) / 255
     with torch.no_grad():
-        gold = model.double()(x.double())
+        exact = model.double()(x.double())
         model = model.float().to(device)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             literal = model(x.to(device))
     encoder = TorchEncoder("check", model, Transform(), Setup(device, precision))
     own = torch.from_numpy(encoder.encode(pixels.numpy()))
-    allowed = 2 * measure.relative_error([literal.double().cpu()], [gold]) + FLOOR[dtype]
-    return measure.relative_error([own.double()], [gold]), allowed
+    allowed = 2 * measure.relative_error([literal.double().cpu()], [exact]) + FLOOR[dtype]
+    return measure.relative_error([own.double()], [exact]), allowed
 
 
 def _patches_there(device: str) -> tuple[float, float]:

@@ -88,9 +88,9 @@ def measured() -> Iterator[dict[str, Any]]:
 
 def errors(bags: int, patches: int, count: int) -> dict[str, float]:
     """Return the errors of the gradients, on short bags, against the equation in float64."""
-    gold = step(bags, patches, count, "reference", torch.float64)()
+    exact = step(bags, patches, count, "reference", torch.float64)()
     return {
-        who: measure.relative_error(step(bags, patches, count, how)(), gold)
+        who: measure.relative_error(step(bags, patches, count, how)(), exact)
         for who, how in CONTENDERS.items()
     }
 

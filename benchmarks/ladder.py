@@ -168,7 +168,7 @@ def measure_cell(
             if launches and settings.device == "cuda":
                 own["launches"] = launches_of(run)
             fit[name] = run
-    works.forget_golds()
+    works.drop_exact_results()
     times = measure.in_turns(fit, settings.device, rounds=settings.rounds, seconds=settings.seconds)
     flop = cell.plan("bf16", settings.device, graph=True).cost.flop  # the headline's
     for name, timing in times.items():
@@ -202,7 +202,7 @@ class Works:
     def __init__(self, cell: measure.Cell, device: str) -> None:
         self.cell, self.device = cell, device
         self._works: dict[str, measure.Workload] = {}
-        self._golds: dict[str, list[Tensor]] = {}
+        self._exact_results: dict[str, list[Tensor]] = {}
         self._graphs: dict[str, Callable[[], list[Tensor]]] = {}
 
     def of(self, dtype: str) -> measure.Workload:
@@ -210,22 +210,22 @@ class Works:
             self._works[dtype] = measure.Workload(self.cell, dtype, self.device)
         return self._works[dtype]
 
-    def gold(self, dtype: str) -> list[Tensor]:
+    def exact(self, dtype: str) -> list[Tensor]:
         """Return the results in float64, without dropout."""
-        if dtype not in self._golds:
+        if dtype not in self._exact_results:
             with self._without_dropout(self.of(dtype).model):
-                self._golds[dtype] = self.of(dtype).gold()
-        return self._golds[dtype]
+                self._exact_results[dtype] = self.of(dtype).exact()
+        return self._exact_results[dtype]
 
-    def forget_golds(self) -> None:
+    def drop_exact_results(self) -> None:
         """Free their memory."""
-        self._golds.clear()
+        self._exact_results.clear()
 
     def literal_error(self, dtype: str) -> float:
         """Return the error of the literal equation."""
         work = self.of(dtype)
         with self._without_dropout(work.model):
-            return measure.relative_error(work.run("reference", "eager"), self.gold(dtype))
+            return measure.relative_error(work.run("reference", "eager"), self.exact(dtype))
 
     def error(self, contender: Contender, settings: LadderSettings) -> float:
         """Return a contender's error, without dropout."""
@@ -234,7 +234,7 @@ class Works:
             return self._published_error(contender, settings)
         with self._without_dropout(work.model):
             run = self.results(contender, settings)
-            return measure.relative_error(run(), self.gold(contender.dtype))
+            return measure.relative_error(run(), self.exact(contender.dtype))
 
     def results(self, contender: Contender, settings: LadderSettings) -> Callable[[], list[Tensor]]:
         """Return what computes the logits, or the gradients of a step."""

@@ -82,8 +82,8 @@ def _model(name: str, device: str) -> tuple[float, float]:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return [x.detach().cpu().clone() for x in (logits, *gradients)]
 
-    gold = outcome("cpu")
-    return measure.relative_error(outcome(device), gold), _error_floors.MODEL["float64"]
+    exact = outcome("cpu")
+    return measure.relative_error(outcome(device), exact), _error_floors.MODEL["float64"]
 
 
 def _same_bits(
@@ -124,9 +124,9 @@ def _other_bits(step: Callable[[], list[Tensor]], runs: int) -> float:
 def _full_length(cell: measure.Cell, device: str) -> tuple[float, float]:
     """Compare both strategies with float64, and allow twice what the literal equation errs."""
     work = measure.Workload(cell, "bf16", device)
-    gold = work.gold()
-    literal = measure.relative_error(work.run("reference", "eager"), gold)
-    errors = [measure.relative_error(work.run(strategy), gold) for strategy in STRATEGIES]
+    exact = work.exact()
+    literal = measure.relative_error(work.run("reference", "eager"), exact)
+    errors = [measure.relative_error(work.run(strategy), exact) for strategy in STRATEGIES]
     return max(errors), 2 * literal + measure.FLOOR["bf16"]
 
 

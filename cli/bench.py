@@ -91,8 +91,8 @@ def _contenders(work: Workload) -> dict[str, Callable[[], Callable[[], list[Tens
 def _errors(cell: Cell, dtype: str, device: str) -> tuple[dict[str, float], float]:
     """Return the errors, and what they may be; on a CPU, where float64 is slow, of short bags."""
     work = Workload(cell if device == "cuda" else cell.shortened(300), dtype, device)
-    gold = work.gold()
-    errors = {who: relative_error(make()(), gold) for who, make in _contenders(work).items()}
+    exact = work.exact()
+    errors = {who: relative_error(make()(), exact) for who, make in _contenders(work).items()}
     return errors, 2 * errors["reference"] + FLOOR[dtype]
 
 

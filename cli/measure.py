@@ -183,7 +183,7 @@ class Workload:
             return tokens.unflatten(0, (len(lengths), -1))
         return jagged(tokens, self.offsets)
 
-    def gold(self) -> list[Tensor]:
+    def exact(self) -> list[Tensor]:
         """Return the literal equation's results in float64."""
         return self.widened().run("reference", "eager")
 
@@ -206,9 +206,9 @@ def squares(logits: Tensor, target: Mapping[str, Tensor]) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).square().sum()
 
 
-def relative_error(own: Sequence[Tensor], gold: Sequence[Tensor]) -> float:
-    """Return ‖own - gold‖ / ‖gold‖ over all tensors together."""
-    pairs = list(zip(own, gold, strict=True))
+def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return ‖results - exact‖ / ‖exact‖ over all tensors together."""
+    pairs = list(zip(results, exact, strict=True))
     missed = math.hypot(*[(a.to(b.dtype) - b).norm().item() for a, b in pairs])
     return missed / math.hypot(*[b.norm().item() for _, b in pairs])
 

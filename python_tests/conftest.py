@@ -148,16 +148,16 @@ def assert_as_good_as(
     def widened(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return results_of(reference, *(a.to(WIDE.get(a.dtype, a.dtype)) for a in tensors))
 
-    results, gold = results_of(fast, *args), widened(args)
+    results, exact_results = results_of(fast, *args), widened(args)
     floors, errors = [], []
-    for own, exact in zip(results, gold, strict=True):
-        assert own.shape == exact.shape
-        real = own.real.dtype if own.is_complex() else own.dtype
+    for result, exact in zip(results, exact_results, strict=True):
+        assert result.shape == exact.shape
+        real = result.real.dtype if result.is_complex() else result.dtype
         floors.append(FLOOR[worked_in or real] * max(1, size(exact)))
-        errors.append(size(own - exact))
+        errors.append(size(result - exact))
     worst = [0.0] * len(results)
     for n, near in enumerate(neighbours(args)):
-        theirs, wide = results_of(reference, *near), widened(near) if n else gold
+        theirs, wide = results_of(reference, *near), widened(near) if n else exact_results
         found = [size(a - b) for a, b in zip(theirs, wide, strict=True)]
         worst = list(map(max, worst, found))
         allowed = [2 * w + floor for w, floor in zip(worst, floors, strict=True)]

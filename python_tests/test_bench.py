@@ -68,7 +68,7 @@ def test_a_gpu_has_a_column_for_eager_mode(capsys) -> None:
 def test_bench_has_no_time_for_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = bench.cells("cpu", quick=True)[0]
     roofline = measure.Roofline(1e9, 1e9, {"fp32": 1e9, "bf16": 1e9})
-    monkeypatch.setattr(bench, "relative_error", lambda own, gold: 0.1)
+    monkeypatch.setattr(bench, "relative_error", lambda own, exact: 0.1)
     monkeypatch.setitem(measure.FLOOR, "fp32", -0.15)
     row = bench.measure(cell, "fp32", "cpu", roofline, quick=True)
     assert row["failed"] == "error 1.0e-01 is out of bounds"
@@ -108,13 +108,13 @@ def test_a_workload_is_as_good_as_the_reference(step: bool) -> None:
         cell = measure.Cell("", measure.CONFIGS["blca"], lengths, step, width=24, dropout=0.5)
         assert cell.shortened(10).lengths == tuple(min(n, 10) for n in lengths)
         work = measure.Workload(cell.shortened(10), "fp32", "cpu")
-        assert measure.relative_error(work.run(), work.gold()) < 1e-5
+        assert measure.relative_error(work.run(), work.exact()) < 1e-5
 
 
 def test_relative_error_is_that_of_the_norms() -> None:
     own = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])]
-    gold = [torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([3.0]).double()]
-    assert measure.relative_error(own, gold) == pytest.approx(5 / math.hypot(3, 3))
+    exact = [torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([3.0]).double()]
+    assert measure.relative_error(own, exact) == pytest.approx(5 / math.hypot(3, 3))
 
 
 def test_roofline_is_the_larger_of_traffic_and_products() -> None:

@@ -256,7 +256,7 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         work = measure.Workload(cell._replace(dropout=0.0), "fp32", "cpu")
         run = work.graphed()
         for _ in range(3):  # replays
-            assert measure.relative_error(run(), work.gold()) < 1e-5
+            assert measure.relative_error(run(), work.exact()) < 1e-5
         own = "planned bf16, graph"
         found = ladder.measure_cell(
             cell, {own: ladder.FIRST[own]}, ladder.LadderSettings("cpu", rounds=3), roofline, {}

@@ -99,7 +99,7 @@ def anywhere(size: int, dtype: torch.dtype) -> Tensor:
     return torch.complex(*values)
 
 
-def gold(latents: list[Tensor], weights: list[float], phase: str) -> np.ndarray:
+def exact(latents: list[Tensor], weights: list[float], phase: str) -> np.ndarray:
     """Eq. 4 in the longest floating point that there is, which does not overflow on the way."""
     z = [x.numpy().astype(np.clongdouble) for x in latents]
     size = [np.hypot(x.real, x.imag) for x in z]
@@ -127,7 +127,7 @@ def test_over_the_whole_range(weights: list[float], phase: str) -> None:
         # Opposite, conjugate and mirrored phases: sums at 0 and at the branch cuts.
         a, b = latents[:2]
         b[:300], b[300:600], b[600:900] = -a[:300], a[300:600].conj(), -a[600:900].conj()
-        expected = gold(latents, weights, phase)
+        expected = exact(latents, weights, phase)
         got = harmonic_merge(latents, weights, phase)
         error = np.abs(got.numpy().astype(np.clongdouble) - expected)
         if phase == "circular":  # phasors that cancel have a phase that rounding decides

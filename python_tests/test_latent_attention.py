@@ -695,16 +695,16 @@ def test_attention_weights(lengths: list[int] | tuple[int, int], dtype: torch.dt
         offsets = offsets_of(lengths)
         q, k, _ = ragged(lengths, dtype)
     lse = torch.ops.motet.latent_attention(q, k, k, offsets, None, 0.7, 0.0, None, "eager")[1]
-    gold = literal_weights(q.double(), k.double(), offsets, 0.7)
+    exact = literal_weights(q.double(), k.double(), offsets, 0.7)
     close = {"rtol": 0, "atol": 4 * FLOOR[dtype]}
     for own_lse, backend in itertools.product((None, lse), ("auto", "eager", "compile")):
         options = {"scale": 0.7, "lse": own_lse, "backend": backend}
         full = attention_weights(q, k, offsets, **options)
         assert full.dtype == dtype
-        torch.testing.assert_close(full.double(), gold, **close)
+        torch.testing.assert_close(full.double(), exact, **close)
         mean = attention_weights(q, k, offsets, reduce="mean", **options)
         assert mean.dtype == lse.dtype
-        torch.testing.assert_close(mean.double(), gold.mean((1, 2)), **close)
+        torch.testing.assert_close(mean.double(), exact.mean((1, 2)), **close)
 
 
 @pytest.mark.usefixtures("_small_chunks")

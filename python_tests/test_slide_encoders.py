@@ -238,10 +238,10 @@ def test_torch_encoders() -> None:
     model = net().double().eval()
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255
     mean, std = torch.tensor([0.7, 0.5, 0.7])[:, None, None], torch.tensor([0.2, 0.3, 0.2])
-    gold = model((x - mean) / std[:, None, None]).detach().numpy()
+    exact = model((x - mean) / std[:, None, None]).detach().numpy()
     rows = encoder.encode(pixels)
     assert rows.dtype == np.float32
-    np.testing.assert_allclose(rows, gold, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows, exact, rtol=1e-4, atol=1e-5)
     assert np.array_equal(encoder.encode(pixels), rows)
     assert np.array_equal(encoder.encode(torch.from_numpy(pixels)), rows)
     alone = np.concatenate([encoder.encode(pixels[i : i + 1]) for i in range(5)])
@@ -261,10 +261,10 @@ def test_torch_encoders() -> None:
 @pytest.mark.parametrize(("precision", "error"), [("bf16", 2e-2), ("fp16", 3e-3)])
 def test_half_precision(precision: str, error: float) -> None:
     encoder, pixels = small(precision=precision), patches(8, 32, 32)
-    gold, rows = small().encode(pixels), encoder.encode(pixels)
+    exact, rows = small().encode(pixels), encoder.encode(pixels)
     assert encoder.precision == precision
     assert rows.dtype == np.float32
-    assert 0 < np.linalg.norm(rows - gold) < error * np.linalg.norm(gold)
+    assert 0 < np.linalg.norm(rows - exact) < error * np.linalg.norm(exact)
     # The weights are those of the checkpoint, whatever they are held in.
     assert encoder.weights == small().weights
 
@@ -383,11 +383,11 @@ def test_hf(folder: Path, name: str, px: int, special: int) -> None:
     with torch.no_grad():
         tokens = model(theirs).last_hidden_state
     first, mean = tokens[:, 0].numpy(), tokens[:, special:].mean(1).numpy()
-    for pool, gold in {"cls": first, "mean": mean, "cls+mean": np.hstack([first, mean])}.items():
+    for pool, exact in {"cls": first, "mean": mean, "cls+mean": np.hstack([first, mean])}.items():
         pooled = load_encoder(f"hf:{folder / name}?pool={pool}", device="cpu")
         assert pooled.id == f"hf:{name}?pool={pool}"
         assert pooled.weights == encoder.weights
-        np.testing.assert_allclose(pooled.encode(pixels), gold, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(pooled.encode(pixels), exact, rtol=1e-4, atol=1e-5)
     assert np.array_equal(
         encoder.encode(pixels), load_encoder(f"hf:{folder / name}").encode(pixels)
     )
@@ -506,8 +506,8 @@ def test_torchvision() -> None:
     model.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     x = torch.from_numpy(pixels[:, 4:36, 4:36]).permute(0, 3, 1, 2) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    gold = model((x - mean[:, None, None]) / std[:, None, None]).detach().numpy()
-    np.testing.assert_allclose(encoder.encode(pixels), gold, rtol=1e-4, atol=1e-5)
+    exact = model((x - mean[:, None, None]) / std[:, None, None]).detach().numpy()
+    np.testing.assert_allclose(encoder.encode(pixels), exact, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no such model: did you mean 'resnet50' or 'resnet18'"):
         load_encoder("torchvision:resnet5O")
 
@@ -618,8 +618,8 @@ def test_timm(asked: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> None:
     tokens = Tokens().forward_features(x).detach().numpy()
     np.testing.assert_allclose(encoder.encode(pixels), tokens[:, 0], rtol=1e-4, atol=1e-5)
     pooled = load_encoder("timm:hf-hub:paige-ai/Virchow2?pool=cls+mean", device="cpu")
-    gold = np.hstack([tokens[:, 0], tokens[:, 2:].mean(1)])
-    np.testing.assert_allclose(pooled.encode(pixels), gold, rtol=1e-4, atol=1e-5)
+    exact = np.hstack([tokens[:, 0], tokens[:, 2:].mean(1)])
+    np.testing.assert_allclose(pooled.encode(pixels), exact, rtol=1e-4, atol=1e-5)
     assert asked.pop()[1].keys() >= {"mlp_layer", "act_layer"}
     torch.save({k: v + 1 for k, v in Tokens().state_dict().items()}, tmp_path / "own.pth")
     own = load_encoder("timm:vit_small", weights=tmp_path / "own.pth", device="cpu")
@@ -674,7 +674,7 @@ def test_export(tmp_path: Path) -> None:
     pixels = patches(5, 32, 32)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     model = net().eval()
-    gold = model(x / 255).detach().numpy()
+    exact = model(x / 255).detach().numpy()
     some = torch.export.Dim("batch")
     dynamic = torch.export.export(model, (x[:2] / 255,), dynamic_shapes=({0: some},))
     fixed = torch.export.export(model, (x[:2] / 255,))
@@ -683,7 +683,7 @@ def test_export(tmp_path: Path) -> None:
         torch.export.save(program, tmp_path / f"{name}.pt2")
         encoder = load_encoder(f"export:{tmp_path / name}.pt2", device="cpu")
         assert (encoder.id, encoder.width, encoder.input_px) == (f"export:{name}.pt2", 16, 32)
-        np.testing.assert_allclose(encoder.encode(pixels), gold, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(encoder.encode(pixels), exact, rtol=1e-4, atol=1e-5)
         assert encoder.encode(patches(1, 40, 40)).shape == (1, 16)  # resized
     with pytest.raises(ValueError, match="^precision: export:fixed.pt2 computes in what"):
         load_encoder(f"export:{tmp_path / 'fixed.pt2'}", precision="bf16")

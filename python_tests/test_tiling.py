@@ -88,8 +88,8 @@ def test_features_are_those_of_the_patches(cohort: Path, undisturbed: Path) -> N
                 x, y = slide.coords[row]
                 pixels = source.read(0, int(x), int(y), side, side).astype(np.float64)
                 patch = pixels.reshape(64, 2, 64, 2, 3).mean((1, 3))
-                gold = encoder.encode(np.floor(patch + 0.5).astype(np.uint8)[None])[0]
-                np.testing.assert_allclose(slide.features[row], gold, rtol=2e-3, atol=2e-3)
+                exact = encoder.encode(np.floor(patch + 0.5).astype(np.uint8)[None])[0]
+                np.testing.assert_allclose(slide.features[row], exact, rtol=2e-3, atol=2e-3)
         assert slide.attrs["counts"]["patches"] == len(slide.coords) > 30, key
         order = np.lexsort((slide.coords[:, 0], slide.coords[:, 1]))
         assert (order == np.arange(len(order))).all()

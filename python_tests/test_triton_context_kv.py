@@ -89,10 +89,10 @@ def context(rows, width, channels, sets, outputs, ratio=0.0, dtype=torch.float32
 
 def check_statistics(x, p):
     mean, rstd = row_statistics(x, p, EPS)
-    gold, _ = normalised(x, p, torch.float64)
-    size = gold.square().mean(1).sqrt()
-    assert ((mean - gold.mean(1)).abs() <= 1e-6 * size).all()
-    expected = (gold.var(1, correction=0) + EPS) ** -0.5
+    exact, _ = normalised(x, p, torch.float64)
+    size = exact.square().mean(1).sqrt()
+    assert ((mean - exact.mean(1)).abs() <= 1e-6 * size).all()
+    expected = (exact.var(1, correction=0) + EPS) ** -0.5
     torch.testing.assert_close(rstd.double(), expected, rtol=2e-6, atol=0)
     return mean, rstd
 

@@ -141,8 +141,8 @@ def test_row_statistics(places: int | None) -> None:
     x, positions = 3 + torch.randn(130, 37), None if places is None else torch.randn(places, 5)
     own = row_statistics(x, positions=positions, **ON)
     wide = None if positions is None else positions.double()
-    gold = row_statistics_reference(x.double(), positions=wide)
-    for a, b in zip(own, gold, strict=True):
+    exact = row_statistics_reference(x.double(), positions=wide)
+    for a, b in zip(own, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
 
 
@@ -449,15 +449,15 @@ def test_harmonic_merge_over_the_whole_range() -> None:
     for phase in ("principal", "circular"):
         for weights in ([0.5, 0.5], [0.3, 0.7]):
             wide = [z.to(torch.complex128) for z in (a, b)]
-            gold = harmonic_merge_reference(wide, weights, phase)
+            exact = harmonic_merge_reference(wide, weights, phase)
             own = harmonic_merge([a, b], weights, phase, **ON).to(torch.complex128)
             unsure = torch.zeros_like(finite)
             if phase == "circular":  # phasors that cancel have a phase that rounding decides
                 sum_ = sum(w * z / z.abs() for w, z in zip(weights, wide, strict=True))
                 unsure = sum_.abs() < 0.1
-            fits = gold.abs() < torch.finfo(torch.float32).max
+            fits = exact.abs() < torch.finfo(torch.float32).max
             sure = finite & fits & ~unsure
-            error, size = (own - gold)[sure].abs(), gold[sure].abs()
+            error, size = (own - exact)[sure].abs(), exact[sure].abs()
             assert (error <= 2e-6 * size + 3e-45).all()
             # Else what torch's own elementary functions give in the same precision.
             literal = harmonic_merge_reference([a, b], weights, phase)
