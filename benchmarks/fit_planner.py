@@ -23,7 +23,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
 
-from benchmarks import ladder, launches_7918d87
+from benchmarks import grid, launches_7918d87
 from motet.cli.measure import CONFIGS, Cell
 from motet.kernels.chips import CHIPS, DEMANDED, Chip
 from motet.kernels.gpu_cost import Launch, launches_of, times_of
@@ -84,7 +84,7 @@ def read(path: Path) -> Figures:
     """Read a gpu-cells file, and the profile beside it."""
     report = json.loads(path.read_text())
     chip = next(chip for name, chip in CHIPS.items() if name in report["device"])
-    cells = {cell.name: cell for cell in ladder.named_cells()}
+    cells = {cell.name: cell for cell in grid.named_cells()}
     launched = partial(listed, report["revision"], chip)
     runs = [
         Run(row["cell"], who, strategy, contender.graph, own["ms"]["median"] / 1e3,

@@ -2,7 +2,7 @@
 
     make gpu-check      compiles all kernels, compares them with float64, and runs with each other
     make gpu-profile    where the time of a training step goes, kernel by kernel
-    make gpu            40 cells of benchmarks/ladder.py, the most telling contenders first
+    make gpu            40 cells of benchmarks/grid.py, the most telling contenders first
     make gpu-full       the whole grid, a line of a file per cell; again goes on where it stopped
 
 Runs in the environment that is active, since GPU machines bring their own torch. The file is
@@ -100,7 +100,7 @@ def profile(options: argparse.Namespace, device: str) -> int:
 
 def cells(options: argparse.Namespace, device: str) -> int:
     """Time the named cells: first what says most of each, then the rest, until time is spent."""
-    from benchmarks import ladder
+    from benchmarks import grid
     from motet.cli import measure
 
     deadline = time.monotonic() + options.budget
@@ -110,25 +110,25 @@ def cells(options: argparse.Namespace, device: str) -> int:
         roofline := measure.measure_roofline(device, quick=options.small)
     )._asdict()
     print(roofline, flush=True)
-    named = ladder.named_cells(small=options.small)
+    named = grid.named_cells(small=options.small)
     rows = {
-        cell.name: {"cell": cell.name, **ladder.planned(cell, device), "contenders": {}}
+        cell.name: {"cell": cell.name, **grid.planned(cell, device), "contenders": {}}
         for cell in named
     }
     report |= {"cells": list(rows.values()), "demands": [], "operators": [], "not_reached": []}
-    left = [(cell, who) for who in (ladder.FIRST, ladder.LAST) for cell in named]
+    left = [(cell, who) for who in (grid.FIRST, grid.LAST) for cell in named]
     allowed: dict[str, dict[str, float]] = {cell.name: {} for cell in named}
     settings = _settings(options, device)
     while left and time.monotonic() < deadline:
         cell, contenders = left.pop(0)
         row = rows[cell.name]
-        first = contenders is ladder.FIRST
+        first = contenders is grid.FIRST
         if not first:  # so that these, too, are compared in one run with what a user gets
-            contenders = {ladder.USUAL: ladder.FIRST[ladder.USUAL], **contenders}
+            contenders = {grid.USUAL: grid.FIRST[grid.USUAL], **contenders}
         found = _measured(cell, contenders, settings, roofline, allowed[cell.name], launches=first)
         row["contenders"] = {**found, **row["contenders"]}  # what was measured first stays
-        print(*ladder.lines({**row, "contenders": found}), sep="\n", flush=True)
-        report["demands"] = list(ladder.demands(report["cells"]))
+        print(*grid.lines({**row, "contenders": found}), sep="\n", flush=True)
+        report["demands"] = list(grid.demands(report["cells"]))
         report["not_reached"] = [f"{c.name}: {', '.join(who)}" for c, who in left]
         _write(path, report)
     if not left:
@@ -147,7 +147,7 @@ def cells(options: argparse.Namespace, device: str) -> int:
 
 def full(options: argparse.Namespace, device: str) -> int:
     """Time what is missing of the grid until the budget is spent."""
-    from benchmarks import ladder
+    from benchmarks import grid
     from motet.cli import measure
 
     deadline = time.monotonic() + options.budget
@@ -156,14 +156,14 @@ def full(options: argparse.Namespace, device: str) -> int:
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {row["cell"] for row in known}
     roofline = measure.measure_roofline(device, quick=options.small)
-    left = [cell for cell in ladder.grid(small=options.small) if cell.name not in done]
+    left = [cell for cell in grid.all_cells(small=options.small) if cell.name not in done]
     settings, failed = _settings(options, device), 0
-    everyone = {**ladder.FIRST, **ladder.LAST}
+    everyone = {**grid.FIRST, **grid.LAST}
     while left and time.monotonic() < deadline:
         cell = left.pop(0)
-        row = {"cell": cell.name, **ladder.planned(cell, device)}
+        row = {"cell": cell.name, **grid.planned(cell, device)}
         row["contenders"] = _measured(cell, everyone, settings, roofline, {}, launches=False)
-        print(*ladder.lines(row), sep="\n", flush=True)
+        print(*grid.lines(row), sep="\n", flush=True)
         failed += bool(_faults(row))
         with path.open("a") as file:
             file.write(json.dumps({**about, "roofline": roofline._asdict(), **row}) + "\n")
@@ -182,10 +182,10 @@ def _measured(
 ) -> dict[str, dict[str, Any]]:
     """Measure a cell; where that raises, every contender says why."""
     import torch
-    from benchmarks import ladder
+    from benchmarks import grid
 
     try:
-        return ladder.measure_cell(cell, contenders, settings, roofline, allowed, launches=launches)
+        return grid.measure_cell(cell, contenders, settings, roofline, allowed, launches=launches)
     except Exception as error:  # such as no memory for the contenders together
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return {name: {"failed": reason, "fault": True} for name in contenders}
@@ -242,10 +242,10 @@ def _rivals(device: str, deadline: float, *, small: bool) -> list[dict[str, Any]
 
 
 def _settings(options: argparse.Namespace, device: str) -> Any:
-    from benchmarks.ladder import LadderSettings
+    from benchmarks.grid import GridSettings
 
     compile_s = options.compile_budget if device == "cuda" and not options.small else 0.0
-    return LadderSettings(
+    return GridSettings(
         device,
         rounds=3 if options.small else 15,
         seconds=1.5,

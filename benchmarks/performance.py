@@ -16,7 +16,7 @@ from motet.kernels.chips import CHIPS, Chip
 
 sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
 
-from benchmarks.ladder import ROOFLINES_ALLOWED
+from benchmarks.grid import ROOFLINES_ALLOWED
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"

@@ -76,7 +76,7 @@ def test_it_finds_the_numbers_that_times_were_made_with(
         h200, shares={**h200.shares, **own}, launch_s=5e-6, host_launch_s=3e-5, host_s=2e-3
     )
     report = {"device": "NVIDIA H200", "revision": "made", "cells": []}
-    for cell in planner.ladder.named_cells():
+    for cell in planner.grid.named_cells():
         row = {"cell": cell.name, "strategy": "cached", "contenders": {}}
         for who, contender in planner.CONTENDERS.items():
             strategy = contender.strategy or ("cached", "absorbed")["brca" in cell.name]

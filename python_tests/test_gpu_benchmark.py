@@ -164,20 +164,20 @@ def test_the_cells_on_a_cpu(tmp_path: Path) -> None:
 
 def test_what_says_most_comes_first(run, tmp_path: Path, monkeypatch) -> None:
     """Where time is short, every cell has the first contenders before one has the others."""
-    ladder, measured = import_module("benchmarks.ladder"), []
+    grid, measured = import_module("benchmarks.grid"), []
 
     def measure_cell(cell, contenders, *_, **__) -> dict:
         measured.append((cell.name, set(contenders)))
         return {}
 
-    monkeypatch.setattr(ladder, "measure_cell", measure_cell)
+    monkeypatch.setattr(grid, "measure_cell", measure_cell)
     monkeypatch.setattr(import_module("benchmarks.gpu"), "_operators", lambda *_, **__: ())
     monkeypatch.setattr(import_module("benchmarks.gpu"), "_rivals", lambda *_, **__: [])
     assert run("cells", "--device", "cpu", "--small", "--out", tmp_path) == 0
-    cells = [cell.name for cell in ladder.named_cells(small=True)]
+    cells = [cell.name for cell in grid.named_cells(small=True)]
     assert [name for name, _ in measured] == cells * 2
-    assert all(who == set(ladder.FIRST) for _, who in measured[: len(cells)])
-    assert all(who == {ladder.USUAL, *ladder.LAST} for _, who in measured[len(cells) :])
+    assert all(who == set(grid.FIRST) for _, who in measured[: len(cells)])
+    assert all(who == {grid.USUAL, *grid.LAST} for _, who in measured[len(cells) :])
 
 
 def test_no_time_left_is_no_failure(run, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_no_time_left_is_no_failure(run, tmp_path: Path) -> None:
 
 
 def test_demands_are_compared_with_what_was_measured() -> None:
-    ladder = import_module("benchmarks.ladder")
+    grid = import_module("benchmarks.grid")
 
     def row(name: str, ours: float, theirs: float) -> dict:
         own = {"ms": {"median": ours}, "roofline_share": 0.4 / ours, "peak_mib": 250}
@@ -197,7 +197,7 @@ def test_demands_are_compared_with_what_was_measured() -> None:
         }}  # fmt: skip
 
     names = ("blca 8x15000 step", "brca 8x15000 forward", "kirp 8 ragged step", "blca 8x500 step")
-    found = list(ladder.demands([row(name, 2.0, 14.0) for name in names]))
+    found = list(grid.demands([row(name, 2.0, 14.0) for name in names]))
     assert [own["cell"] for own in found] == list(names[:3])
     step, forward, ragged = found
     assert step["rooflines"] == pytest.approx(5.0)
@@ -245,21 +245,21 @@ def test_without_a_gpu_it_is_one_line(run, capsys, tmp_path: Path) -> None:
 def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a capture that runs things again in place of CUDA's."""
     monkeypatch.syspath_prepend(ROOT)
-    ladder, cells = (import_module(f"benchmarks.{name}") for name in ("ladder", "cells"))
+    grid, cells = (import_module(f"benchmarks.{name}") for name in ("grid", "cells"))
     monkeypatch.setattr(graph_cache, "CudaCapture", lambda device: FakeCapture())
     monkeypatch.setattr(graph_cache, "on_triton", lambda *_: True)
     monkeypatch.setattr(graph_cache.GraphCache, "_check_device", lambda self: None)
-    monkeypatch.setattr(ladder, "check_device", lambda *_: None)
+    monkeypatch.setattr(grid, "check_device", lambda *_: None)
     roofline = measure.Roofline(1e12, 1e12, {"fp32": 1e14, "bf16": 1e15})
-    named = ladder.named_cells(small=True)
+    named = grid.named_cells(small=True)
     for cell in (*named[:4], named[-1]):  # forward and steps, equal and ragged bags, dropout
         work = measure.Workload(cell._replace(dropout=0.0), "fp32", "cpu")
         run = work.graphed()
         for _ in range(3):  # replays
             assert measure.relative_error(run(), work.exact()) < 1e-5
         own = "planned bf16, graph"
-        found = ladder.measure_cell(
-            cell, {own: ladder.FIRST[own]}, ladder.LadderSettings("cpu", rounds=3), roofline, {}
+        found = grid.measure_cell(
+            cell, {own: grid.FIRST[own]}, grid.GridSettings("cpu", rounds=3), roofline, {}
         )[own]
         assert found["error"] <= found["allowed"] < 0.1
         assert found["roofline_share"] > 0

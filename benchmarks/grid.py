@@ -58,7 +58,7 @@ LAST = {
 """The steps between, and what is only a reference."""
 
 
-class LadderSettings:
+class GridSettings:
     """What bounds a session on a device."""
 
     def __init__(
@@ -102,7 +102,7 @@ def named_cells(*, small: bool = False) -> list[measure.Cell]:
     ]  # fmt: skip
 
 
-def grid(*, small: bool = False) -> list[measure.Cell]:
+def all_cells(*, small: bool = False) -> list[measure.Cell]:
     """Return all cells of `make gpu-full`."""
     if small:
         return named_cells(small=True)
@@ -131,7 +131,7 @@ def _cell(
 def measure_cell(
     cell: measure.Cell,
     contenders: Mapping[str, Contender],
-    settings: LadderSettings,
+    settings: GridSettings,
     roofline: measure.Roofline,
     allowed: dict[str, float],
     *,
@@ -227,7 +227,7 @@ class Works:
         with self._without_dropout(work.model):
             return measure.relative_error(work.run("reference", "eager"), self.exact(dtype))
 
-    def error(self, contender: Contender, settings: LadderSettings) -> float:
+    def error(self, contender: Contender, settings: GridSettings) -> float:
         """Return a contender's error, without dropout."""
         work = self.of(contender.dtype)
         if contender.how == "published":
@@ -236,7 +236,7 @@ class Works:
             run = self.results(contender, settings)
             return measure.relative_error(run(), self.exact(contender.dtype))
 
-    def results(self, contender: Contender, settings: LadderSettings) -> Callable[[], list[Tensor]]:
+    def results(self, contender: Contender, settings: GridSettings) -> Callable[[], list[Tensor]]:
         """Return what computes the logits, or the gradients of a step."""
         check_device(contender, self.device)
         work = self.of(contender.dtype)
@@ -249,7 +249,7 @@ class Works:
             return captured(lambda: work.of(call, model))
         return lambda: work.of(call, model)
 
-    def timed(self, contender: Contender, settings: LadderSettings) -> Callable[[], object]:
+    def timed(self, contender: Contender, settings: GridSettings) -> Callable[[], object]:
         """Return what is timed: for a step with Adam, which leaves the weights as they are."""
         results = self.results(contender, settings)
         if not self.cell.step:
@@ -269,7 +269,7 @@ class Works:
         return step
 
     def _model_and_call(
-        self, contender: Contender, settings: LadderSettings
+        self, contender: Contender, settings: GridSettings
     ) -> tuple[nn.Module, Callable[[Tensor], Any]]:
         """Return a model, and what takes the bags to its logits."""
         work = self.of(contender.dtype)
@@ -300,7 +300,7 @@ class Works:
 
         return of_bags
 
-    def _published_error(self, contender: Contender, settings: LadderSettings) -> float:
+    def _published_error(self, contender: Contender, settings: GridSettings) -> float:
         """Compare their code with itself in float64, since its weights are its own."""
         work, model = self.of(contender.dtype), self._their_model(settings)
         with self._without_dropout(model):
@@ -315,7 +315,7 @@ class Works:
         yield
         model.train()
 
-    def _their_model(self, settings: LadderSettings) -> nn.Module:
+    def _their_model(self, settings: GridSettings) -> nn.Module:
         from benchmarks.published import published_healnet
 
         if settings.published is None:
@@ -363,7 +363,7 @@ def _reason_into(own: dict[str, Any], contender: Contender) -> Iterator[None]:
 
 
 @contextmanager
-def _time_box(contender: Contender, settings: LadderSettings) -> Iterator[None]:
+def _time_box(contender: Contender, settings: GridSettings) -> Iterator[None]:
     """Stop what is compiled by torch when the time for that is spent."""
     if contender.how != "compiled":
         yield
