@@ -259,11 +259,8 @@ class LegoBlock(nn.Module):
                 )
         options = self.pass_options(strategy, backend)
         spectrum = self.encode(batch.rows, self.prepare(batch, options), options, latents)
-        logits = (
-            spectrum.real
-            if self.head is None
-            else self.head(spectrum.real, backend=options.head_backend)
-        )
+        real = spectrum.real
+        logits = real if self.head is None else self.head(real, backend=options.head_backend)
         return LegoOutput(logits, spectrum.joined()) if return_latents else logits
 
     def pass_options(
