@@ -2,6 +2,7 @@
 
 import operator
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,12 @@ def data_path(*parts: str) -> Path:
             pytest.fail(f"{path} is missing; CI needs the shared data")
         pytest.skip(f"{path} is not on this machine; set MOTET_DATA to the shared data")
     return path
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Run code in a fresh process, away from the checkout; return what it printed."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
 
 
 def golden_path(name: str) -> Path:

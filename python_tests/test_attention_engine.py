@@ -34,7 +34,7 @@ from .conftest import (
     rows_of,
     with_gradients,
 )
-from .test_upstream import HEALNETS, TOLERANCE, load
+from .upstream_helpers import HEALNETS, TOLERANCE, load
 
 STRATEGIES = ["cached", "absorbed", None]
 NAMES = {None: "planned"}.get

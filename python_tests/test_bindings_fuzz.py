@@ -16,57 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.kernels import native
 
+from .bindings_helpers import LAYOUTS, REFUSALS, STRANGE, Carved, outcome
 from .conftest import ROOT
 
 _C = native.native()
 if _C is None:
     pytest.skip("motet.kernels._C is not built", allow_module_level=True)
 
-REFUSALS = (ValueError, TypeError, BufferError, OverflowError)
 # Most combinations are refused at once; a call takes a millisecond.
 fuzzed = settings(max_examples=6 * settings().max_examples)
-GUARD = 64  # bytes on both sides of every array
 KINDS = ["c8", "c16", "f4", "f8", ">c8", ">f4", "f2", "i4", "i2", "?", "S4", "c8,f4"]
-LAYOUTS = ["plain", "plain", "plain", "sliced", "reversed", "turned", "repeated", "unaligned"]
-STRANGE: list[Any] = [None, 3, "text", b"bytes", bytearray(8), memoryview(b"1234"), [1.0], object()]
-
-
-class Carved:
-    """An array in the middle of memory of its own, and what that memory held at first."""
-
-    def __init__(self, seed: int, kind: str, shape: tuple[int, ...], layout: str) -> None:
-        dtype = np.dtype(kind)
-        generator = np.random.default_rng(seed)
-        wide = (2, *shape) if layout in ("sliced", "reversed") else shape
-        count = int(np.prod(wide, dtype=int)) * dtype.itemsize
-        self.memory = generator.integers(0, 256, count + 2 * GUARD + 1, np.uint8)
-        start = GUARD + (layout == "unaligned")
-        # Numbers of ordinary size for most kinds that are taken; any bits for the others.
-        inner = self.memory[start : start + count]
-        if dtype.kind in "fc" and dtype.isnative and seed % 4:
-            numbers = generator.standard_normal(count // dtype.itemsize * (1 + (dtype.kind == "c")))
-            real = np.dtype(f"f{dtype.itemsize // (1 + (dtype.kind == 'c'))}")
-            inner[:] = np.frombuffer(numbers.astype(real).tobytes(), np.uint8)
-        array = inner.view(dtype).reshape(wide)
-        if layout == "sliced":
-            array = np.moveaxis(array.reshape(*shape, 2), -1, 0)[0] if shape else array[0]
-        elif layout == "reversed":
-            array = array[0][::-1] if shape else array[0]
-        elif layout == "turned":
-            array = array.T
-        elif layout == "repeated" and shape:
-            array = np.broadcast_to(array[:1], shape)
-        self.array, self.before = array, self.memory.copy()
-
-    def untouched(self) -> bool:
-        return np.array_equal(self.memory, self.before)
-
-    def changed_within(self) -> bool:
-        """Whether only the array itself changed."""
-        now, inner = self.memory.copy(), np.zeros(len(self.memory), bool)
-        start = self.array.__array_interface__["data"][0] - self.memory.ctypes.data
-        inner[start : start + self.array.nbytes] = True
-        return np.array_equal(now[~inner], self.before[~inner])
 
 
 shapes = st.one_of(
@@ -106,15 +65,6 @@ def operands(draw: st.DrawFn) -> tuple[list[Any], Any, list[Carved]]:
     elif choice == 4 and isinstance(out, np.ndarray):
         out.flags.writeable = False
     return inputs, out, made
-
-
-def outcome(call: Any, *arguments: Any) -> bool:
-    """Whether a call computed; what it raises must be a refusal."""
-    try:
-        call(*arguments)
-    except REFUSALS:
-        return False
-    return True
 
 
 def check(call: Any, inputs: list[Any], out: Any, made: list[Carved], *, alone: Any) -> None:

@@ -13,7 +13,7 @@ from motet.fusion import capture
 from motet.fusion.capture import WARM_UPS, CaptureError, CudaCapture
 from torch import Tensor
 
-from .test_graphs import batch_of, eager, graphed, healnet, loss_of
+from .graph_helpers import batch_of, eager, graphed, healnet, loss_of
 
 CUDA = torch.device("cuda", 0)
 

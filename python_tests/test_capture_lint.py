@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .capture_lint import CaptureLint
 from .fake_capture import FakeCapture
-from .test_graphs import MODELS, batch_of, lego, loss_of, only, rename
+from .graph_helpers import MODELS, batch_of, lego, loss_of, only, rename
 
 
 class LintingCapture(FakeCapture):

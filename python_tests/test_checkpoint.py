@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .conftest import randomised
-from .test_lego import blocks_of, inputs_of
+from .lego_helpers import blocks_of, inputs_of
 
 
 def healnet(**options) -> motet.HEALNet:

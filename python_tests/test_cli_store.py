@@ -9,7 +9,7 @@ import pytest
 from motet.cli import main
 from motet.io import FeatureStore
 
-from .test_store import GOLDEN
+from .store_helpers import GOLDEN
 
 Said = pytest.CaptureFixture[str]
 

@@ -22,7 +22,7 @@ from motet.io.store.source import described
 from motet.io.store.write import StoreWriter, note_failure
 
 from .conftest import ROOT
-from .test_store import TILING, Slide, numbers, put, spec, tree
+from .store_helpers import TILING, Slide, numbers, put, spec, tree
 
 
 @pytest.fixture

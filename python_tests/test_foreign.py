@@ -13,7 +13,7 @@ from motet.io import FeatureStore, StoreError, import_features
 from motet.io.errors import SlideError
 from motet.io.store.foreign import export, read_coords, read_trident
 
-from .test_store import numbers, tree
+from .store_helpers import numbers, tree
 
 PLACES = np.array([[512, 0], [1024, 512], [0, 1024]], np.int64)
 

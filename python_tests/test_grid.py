@@ -1,85 +1,16 @@
 """Where patches lie: resolution, level, borders, coordinates, on pyramids of all shapes."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from motet.io.errors import SlideError
-from motet.io.tiling.grid import MOST, Grid, Tiling, damaged_patches, make_grid
+from motet.io.tiling.grid import MOST, Tiling, damaged_patches, make_grid
 
-from .test_resample import noise
-
-
-class Level(NamedTuple):
-    width: int
-    height: int
-    downsample: float
-
-
-class ArraySlide:
-    """A slide in memory. What read_many yields is overwritten by the next item."""
-
-    path, reader, vendor = Path("made.svs"), "pillow", "made"
-
-    def __init__(
-        self,
-        levels: list[Level],
-        *,
-        tile_px: tuple[int, int] | None = (256, 256),
-        faults: tuple[tuple[int, int, int, int], ...] = (),
-    ) -> None:
-        self.levels, self.tile_px, self.faults = tuple(levels), tile_px, faults
-        self.pixels: dict[int, np.ndarray] = {}
-        self.reads: list[tuple[int, int, int, int]] = []
-
-    def image(self, level: int) -> np.ndarray:
-        if level not in self.pixels:
-            self.pixels[level] = noise(self.levels[level].height, self.levels[level].width, 3)
-        return self.pixels[level]
-
-    def damaged(self, level: int) -> np.ndarray:
-        return np.array(self.faults, np.int64).reshape(-1, 4)
-
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        self.reads.append((x, y, width, height))
-        for left, top, w, h in self.faults:
-            if x < left + w and left < x + width and y < top + h and top < y + height:
-                raise SlideError(self.path, "damaged", "made so")
-        result, image = np.full((height, width, 3), 255, np.uint8), self.image(level)
-        (y0, y1), (x0, x1) = (
-            (min(max(0, begin), side), min(max(0, begin + length), side))
-            for begin, length, side in ((y, height, len(image)), (x, width, image.shape[1]))
-        )
-        result[y0 - y : y1 - y, x0 - x : x1 - x] = image[y0:y1, x0:x1]
-        return result
-
-    def read_many(
-        self, level: int, corners: np.ndarray, width: int, height: int, *, workers: int = 1
-    ) -> Iterator[Any]:
-        assert corners.dtype == np.int64
-        buffer = np.empty((height, width, 3), np.uint8)
-        for x, y in corners.tolist():
-            try:
-                buffer[:] = self.read(level, x, y, width, height)
-            except SlideError as error:
-                yield error
-            else:
-                yield buffer
-            buffer[:] = 77
-
-
-def pyramid(width: int, height: int, *factors: float) -> ArraySlide:
-    """A slide with levels of these downsamples, sides rounded down."""
-    return ArraySlide([Level(int(width / f), int(height / f), float(f)) for f in factors])
-
-
-def grid_of(slide: Any, own_mpp: float | None = None, **tiling: Any) -> Grid:
-    return make_grid(slide, Tiling(**tiling), own_mpp)
+from .grid_helpers import ArraySlide, Level, grid_of, pyramid, slides, tilings
 
 
 def test_the_papers_patches_on_an_odd_slide() -> None:
@@ -211,29 +142,6 @@ def test_the_hash_of_a_tiling_is_of_its_values() -> None:
     assert Tiling(**json.loads(json.dumps(first.to_json()))) == first
     others = [Tiling(mpp=4), Tiling(downsample=4, tile_px=224), Tiling(downsample=4, border="pad")]
     assert len({tiling.hash for tiling in [first, *others]}) == 4
-
-
-@st.composite
-def slides(draw: st.DrawFn) -> ArraySlide:
-    """Pyramids of 1/4/16, of halves, of other factors, rounded up or down, or of one level."""
-    width, height = (draw(st.sampled_from([16, 255, 256, 4097, 4443, 1000, 771])) for _ in range(2))
-    levels = [Level(width, height, 1.0)]
-    for factor in draw(st.sampled_from([[], [4, 16], [2, 4, 8], [2.0005], [4], [3.7, 11.2], [32]])):
-        up = draw(st.booleans()) * (factor - 1)
-        own = [max(1, int((side + up) / factor)) for side in (width, height)]
-        true = factor if factor == int(factor) else (width / own[0] + height / own[1]) / 2
-        levels.append(Level(own[0], own[1], float(true)))
-    return ArraySlide(
-        levels, tile_px=draw(st.sampled_from([None, (256, 256), (240, 512), (64, 8)]))
-    )
-
-
-tilings = st.builds(
-    Tiling,
-    downsample=st.one_of(st.sampled_from([1.0, 2.0, 4.0, 16.0, 1.5, 2.004]), st.floats(1, 40)),
-    tile_px=st.sampled_from([1, 16, 30, 64, 100]),
-    border=st.sampled_from(["drop", "shift", "pad"]),
-)
 
 
 @given(slides(), tilings)

@@ -12,6 +12,7 @@ from motet.fusion.attention_forms import prepare
 from torch import Tensor, nn
 
 from .conftest import randomised
+from .lego_helpers import Convolution, block_of, blocks_of, inputs_of
 
 WIDE = {"dtype": torch.float64}
 TRANSFORMS = ["2d", "latents", "width", None]
@@ -30,15 +31,6 @@ class TokenMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x + x.mean(dim=1, keepdim=True))
-
-
-class Convolution(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolve = nn.Conv2d(3, 5, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x.movedim(-1, 1)).movedim(1, -1)
 
 
 class Narrow(nn.Module):
@@ -67,34 +59,6 @@ class FourTokens(nn.Module):
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None], -torch.inf)
         return scores.softmax(-1) @ x
-
-
-def block_of(modality: Any, encoder: nn.Module | None = None, seed: int = 0, **options: Any):
-    torch.manual_seed(seed)
-    options = {"num_latents": 6, "latent_dim": 5, "heads": 2, "head_dim": 4, **options}
-    return randomised(motet.LegoBlock(modality, encoder, out_features=3, **options).double(), seed)
-
-
-def blocks_of(count: int = 3, **options: Any) -> dict[str, motet.LegoBlock]:
-    parts = {
-        "omic": (motet.Tabular(7), motet.SNN(7, hidden=(8, 4))),
-        "wsi": (motet.Bag(6), motet.ABMIL(6, hidden=8, attention=5)),
-        "cells": (motet.Bag(4), None),
-        "mri": (motet.Grid(3, axes=2), Convolution()),
-    }
-    return {
-        name: block_of(modality, encoder, seed, **options)
-        for seed, (name, (modality, encoder)) in enumerate(list(parts.items())[:count])
-    }
-
-
-def inputs_of(rows: int, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"omic": (7,), "wsi": (9, 6), "cells": (5, 4), "mri": (4, 6, 3)}
-    return {
-        name: torch.randn(rows, *shape, generator=generator, **WIDE)
-        for name, shape in shapes.items()
-    }
 
 
 def literal(block: motet.LegoBlock, tokens: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ import doctest
 import inspect
 import itertools
 import re
-import subprocess
 import sys
 import tomllib
 from enum import EnumType
@@ -17,7 +16,7 @@ import motet
 import pytest
 import torch
 
-from .conftest import ROOT
+from .conftest import ROOT, run_python
 
 PARTS = ("fusion", "io", "kernels")
 FOLDERS = ("cli", "experiments", *PARTS)
@@ -27,15 +26,9 @@ SOURCES = sorted(
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def python(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
-    ).stdout
-
-
 @pytest.mark.parametrize("module", ["motet", "motet.io"])
 def test_imports_without_torch(module: str) -> None:
-    out = python(f"import {module}, sys; print('torch' in sys.modules, 'numpy' in sys.modules)")
+    out = run_python(f"import {module}, sys; print('torch' in sys.modules, 'numpy' in sys.modules)")
     assert out.split() == ["False", "False"]
 
 
@@ -44,7 +37,7 @@ def test_imports_in_under_100_ms() -> None:
 
     def once() -> float:
         code = "import time; t = time.perf_counter(); import motet; print(time.perf_counter() - t)"
-        return float(python(code))
+        return float(run_python(code))
 
     assert min(once() for _ in range(5)) < 0.1
 
@@ -237,6 +230,21 @@ def test_signatures_of_experiments_are_short() -> None:
                 arguments = [one for one in arguments if one.arg not in ("self", "cls")]
                 arguments += [one for one in (a.vararg, a.kwarg) if one is not None]
                 assert len(arguments) <= 6, f"{MODULES[name]}:{node.lineno}: {node.name}"
+
+
+def test_tests_import_no_other_test() -> None:
+    """What several tests need lies in conftest.py or in a module named after its topic."""
+    for path in sorted((ROOT / "python_tests").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+                modules = [node.module] if node.module else names
+            for module in modules:
+                where = f"{path}:{getattr(node, 'lineno', 0)}: {module}"
+                assert not module.split(".")[-1].startswith("test_"), where
 
 
 def test_what_is_imported_is_asked_for() -> None:

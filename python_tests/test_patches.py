@@ -17,8 +17,8 @@ from motet.io.tiling.grid import Grid, Tiling, damaged_patches, make_grid
 from motet.io.tiling.patches import PatchBatch, probe_decoder, read_patches
 from motet.io.tiling.resample import area_resample_reference
 
+from .grid_helpers import ArraySlide, Level, grid_of, pyramid, slides, tilings
 from .slides import draw_tissue
-from .test_grid import ArraySlide, Level, grid_of, pyramid, slides, tilings
 
 
 def read(slide: Any, grid: Grid, wanted: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:

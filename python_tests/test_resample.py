@@ -16,17 +16,12 @@ from motet.io import native
 from motet.io.tiling import resample
 from motet.io.tiling.resample import area_resample, area_resample_reference, area_resample_torch
 
+from .bindings_helpers import LAYOUTS, STRANGE, Carved, outcome
 from .conftest import ROOT
-from .test_bindings_fuzz import LAYOUTS, STRANGE, Carved, outcome
+from .grid_helpers import noise
 
 # What a mean may be off before it is rounded, and what below a half is a half still.
 EXACT, TIE = Fraction(1, 10**11), Fraction(1, 10**9)
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    """Grey levels of all sizes, many of them 0 and 255."""
-    generator = np.random.default_rng(seed)
-    return np.clip(generator.integers(-100, 356, shape), 0, 255).astype(np.uint8)
 
 
 def exact(image: np.ndarray, top: float, left: float, ratio: float) -> list[Fraction]:

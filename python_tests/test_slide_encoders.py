@@ -21,7 +21,7 @@ from motet.io.encoders.model_zoos import imported_transformers
 from motet.io.encoders.torch_encoder import Setup, TorchEncoder, Transform, hash_of, load_weights
 from torch import Tensor, nn
 
-from .test_package import python
+from .conftest import run_python
 
 
 def patches(*shape: int, seed: int = 0) -> np.ndarray:
@@ -813,6 +813,6 @@ def test_loading_imports_what_it_needs() -> None:
         "import motet.io.encoders.load_encoder, sys; "
         "print(*{'torch', 'transformers'} & {*sys.modules})"
     )
-    assert python(code).split() == []
+    assert run_python(code).split() == []
     code = code.replace("; print", "; motet.io.load_encoder('stain-stats'); print")
-    assert python(code).split() == []
+    assert run_python(code).split() == []

@@ -25,7 +25,7 @@ from motet.io.tiling.find_slides import dicom_series, find_slides
 from numpy.typing import NDArray
 from PIL import Image
 
-from .conftest import data_path
+from .conftest import data_path, run_python
 from .slides import draw_tissue, make_pyramid, reduce_by
 
 tifffile = pytest.importorskip("tifffile")
@@ -700,26 +700,19 @@ print(resident() - before, len(os.listdir("/proc/self/fd")))
 """
 
 
-def python(code: str, *arguments: str) -> list[float]:
-    out = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
-    )
-    return [float(number) for number in out.stdout.split()]
-
-
 @pytest.mark.parametrize("kind", ["cucim", "jpeg 2000", "jpeg 2000 ycbcr", "png"])
 def test_first_tile_within_half_a_second(
     kind: str, made: dict[str, tuple[Slide, list[Pixels]]]
 ) -> None:
     """Imports included, in a fresh process; the quickest of three. 0.15 s on an idle machine."""
     code = OPENING.format(path=str(made[kind][0].path))
-    assert min(python(code)[0] for _ in range(3)) < 0.5
+    assert min(float(run_python(code)) for _ in range(3)) < 0.5
 
 
 def test_memory_and_files_after_200_slides(made: dict[str, tuple[Slide, list[Pixels]]]) -> None:
     kinds = ("cucim", "deflate", "jpeg 2000 ycbcr", "png")
     paths = [str(made[kind][0].path) for kind in kinds]
-    grown, files = python(MANY.format(count=200 // len(paths)), *paths)
+    grown, files = map(float, run_python(MANY.format(count=200 // len(paths)), *paths).split())
     assert grown < 8
     assert files < 12
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from motet.io import load_encoder
 from motet.io.encoders import stain_stats
 
+from .bindings_helpers import LAYOUTS, STRANGE, Carved, outcome
 from .conftest import ROOT
-from .test_bindings_fuzz import LAYOUTS, STRANGE, Carved, outcome
 
 stain_planes: Any = stain_stats._native
 

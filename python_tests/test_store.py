@@ -1,6 +1,5 @@
 """Feature stores: the format by its golden copy and by zarr alone, reading, damage, speed."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,52 +17,13 @@ from motet.io.cohorts.bags import Bags
 from motet.io.store import write_slide
 from motet.io.store.array import StoredArray
 from motet.io.store.format import FLAGS
-from motet.io.store.source import described
 from motet.io.store.write import StoreWriter, note_failure
 
-from .conftest import MODELS
+from .store_helpers import GOLDEN, TILING, Slide, numbers, put, spec, tree
 
-GOLDEN = MODELS / "store-v1"
-TILING = {"border": "drop", "downsample": 4.0, "min_tissue": 0.1, "mpp": None, "tile_px": 256}
 TISSUE = [1.0, 0.8, 0.6, 0.4, 0.2]
 PLACES = [[0, 0], [1024, 0], [2048, 0], [0, 1024], [1024, 1024]]
 FLAGGED = [1, 2, 8, 4, 0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Slide:
-    """A source, as the commit protocol needs it."""
-
-    path: Path
-    name: str
-
-    @property
-    def key(self) -> str:
-        return f"{Path(self.name).stem}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
-
-
-def spec(name: str, width: int) -> dict[str, object]:
-    return {"id": name, "width": width, "weights": "none", "transform": "0", "precision": "fp32"}
-
-
-def numbers(n: int, width: int) -> np.ndarray:
-    """Features that float16 holds exactly."""
-    return (np.arange(n * width, dtype=np.float32).reshape(n, width) - 7) / 8
-
-
-def put(
-    writer: StoreWriter, source: Slide, features: np.ndarray, flags: list[int] | None = None,
-    **attrs: object,
-) -> None:  # fmt: skip
-    """Write a slide of made features."""
-    n, width = features.shape
-    states = np.asarray(flags or [0] * n, np.uint8)
-    rows = np.flatnonzero((states & 8) == 0)
-    places = np.stack([np.arange(n) % 7, np.arange(n) // 7], axis=1) * 256
-    told = attrs if "source" in attrs else {**described(source), **attrs}
-    with writer.begin(source.key, told, places, np.ones(n), states, None, None, width) as slide:
-        slide.write(rows[::-1], features[rows[::-1]])
-        slide.commit()
 
 
 @pytest.fixture
@@ -117,14 +77,6 @@ def write_golden(folder: Path) -> None:
     broken = Slide(Path("broken.svs"), "broken.svs")
     note_failure(writer.path, broken.key, broken, StoreError("not an image"), 2)
     FeatureStore(folder).write_manifest()
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_golden_store() -> None:

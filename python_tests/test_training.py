@@ -12,12 +12,11 @@ from typing import Any
 
 import motet
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from motet.fusion import training
-from motet.fusion.objectives import Classification, CoxSurvival, DiscreteSurvival
+from motet.fusion.objectives import Classification, CoxSurvival
 from motet.fusion.patients import (
     CACHE_BYTES,
     Bags,
@@ -26,68 +25,23 @@ from motet.fusion.patients import (
     Patients,
     modalities_of,
 )
-from motet.fusion.preprocessing import fit_scaling
-from motet.fusion.training import History, Training, predict_logits, train
+from motet.fusion.training import History, Training, predict_logits
 
-IDS = [f"p{i}" for i in range(130)]
-TRAIN, VALIDATION = IDS[:90], IDS[90:]
-
-
-class Labs:
-    """Bags of 1 to 6 tokens for most patients."""
-
-    features, coords, extent, names = 3, 1, 48.0, None
-
-    def __init__(self) -> None:
-        generator = np.random.default_rng(1)
-        self.bags = {
-            patient: generator.normal(size=(generator.integers(1, 7), 3)).astype(np.float32)
-            for patient in IDS[::2] + IDS[1::4]
-        }
-        self.reads = 0
-
-    def __contains__(self, patient: object) -> bool:
-        return patient in self.bags
-
-    def __getitem__(self, patient: str) -> tuple[np.ndarray, np.ndarray]:
-        self.reads += 1
-        x = self.bags[patient]
-        return x, np.arange(len(x), dtype=np.float32)[:, None]
-
-
-def omic() -> pd.DataFrame:
-    table = pd.DataFrame(
-        np.random.default_rng(0).normal(size=(len(IDS), 6)), index=IDS, columns=list("abcdef")
-    )
-    table.iloc[3] = np.nan
-    return table
-
-
-MODALITIES = {"omic": omic(), "labs": Labs()}
-TIMES = np.random.default_rng(2).exponential(np.exp(-omic()["a"].fillna(0))) + 0.01
-EVENTS = np.random.default_rng(3).random(len(IDS)) < 0.7
-SCALING = fit_scaling(MODALITIES, TRAIN)
-NLL = DiscreteSurvival.fit(TIMES[:90], EVENTS[:90], bins=4, alpha=0.4, weighted=True)
-
-
-def parts(objective=NLL, *outcome: np.ndarray) -> tuple[Patients, Patients]:
-    outcome = outcome or (TIMES, EVENTS)
-    every = Patients.of(MODALITIES, SCALING, IDS, objective.target(*outcome))
-    return every.take(torch.arange(90)), every.take(torch.arange(90, 130))
-
-
-def model_of(out_features: int = 4, seed: int = 0) -> motet.HEALNet:
-    torch.manual_seed(seed)
-    return motet.HEALNet(
-        modalities_of(SCALING), out_features=out_features, num_latents=4, latent_dim=8, heads=1,
-        head_dim=8, ff_dropout=0.2,
-    )  # fmt: skip
-
-
-def run(model, objective=NLL, data=None, **options) -> History:
-    where = {k: options.pop(k) for k in ("resume", "each_epoch") if k in options}
-    settings = Training(**{"epochs": 8, "max_lr": 0.01, "batch_size": 32, **options})
-    return train(model, objective, *(data or parts()), settings, **where)
+from .conftest import ROOT
+from .fake_capture import FakeCapture
+from .training_helpers import (
+    EVENTS,
+    IDS,
+    MODALITIES,
+    NLL,
+    SCALING,
+    TIMES,
+    Labs,
+    model_of,
+    omic,
+    parts,
+    run,
+)
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -206,8 +160,6 @@ def test_half_precision_keeps_its_losses_whole() -> None:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[motet.StepGraphs]:
     """Train as on a GPU, where steps are graphs; the capture runs them again."""
-    from .fake_capture import FakeCapture  # here, since a test runs this file as a script
-
     made: list[motet.StepGraphs] = []
 
     def graphs_for(model, objective, settings):
@@ -337,12 +289,10 @@ def test_several_processes_train_one_model(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(
         "import os, sys, torch\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import importlib.util as u\n"
-        f"spec = u.spec_from_file_location('t', {__file__!r})\n"
-        "t = u.module_from_spec(spec); spec.loader.exec_module(t)\n"
-        "model = t.model_of()\n"
-        "history = t.run(model, epochs=4)\n"
+        f"sys.path.append({str(ROOT)!r})\n"
+        "from python_tests.training_helpers import model_of, run\n"
+        "model = model_of()\n"
+        "history = run(model, epochs=4)\n"
         f"folder = {str(tmp_path)!r}\n"
         "torch.save((model.state_dict(), vars(history)), folder + '/' + os.environ['RANK'])\n"
     )
