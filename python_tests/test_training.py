@@ -19,10 +19,10 @@ from motet.fusion import training
 from motet.fusion.objectives import Classification, CoxSurvival
 from motet.fusion.patients import (
     CACHE_BYTES,
-    Bags,
     DeviceBags,
     PatientBatch,
     Patients,
+    ScaledBags,
     modalities_of,
 )
 from motet.fusion.training import History, Training, predict_logits
@@ -356,11 +356,11 @@ def test_batches_hold_who_misses_what() -> None:
 
 def test_bags_are_read_once_while_they_fit_in_memory() -> None:
     source = Labs()
-    small = Bags(source, SCALING["labs"])
+    small = ScaledBags(source, SCALING["labs"])
     for _ in range(3):
         small.take(IDS[:10:2])
     assert source.reads == 5
-    large = Bags(source, SCALING["labs"], limit=100)
+    large = ScaledBags(source, SCALING["labs"], limit=100)
     before = source.reads
     for _ in range(2):
         large.take(IDS[:20:2])

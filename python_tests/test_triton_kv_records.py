@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed; it comes with mot
 
 import motet
 from motet.fusion.attention import Attention
-from motet.fusion.attention_forms import Cached
+from motet.fusion.attention_forms import CachedKeys
 from motet.fusion.context import Context
 from motet.kernels.latent_attention import triton as launchers
 from motet.kernels.latent_attention.operator import latent_attention_kv
@@ -175,11 +175,11 @@ def test_compiles_whole() -> None:
         torch.testing.assert_close(made, expected, rtol=0, atol=1e-6)
 
 
-def keys_of(layers: int, **options: Any) -> tuple[Attention, Cached]:
+def keys_of(layers: int, **options: Any) -> tuple[Attention, CachedKeys]:
     attention = Attention(12, 6, heads=2, head_dim=16)
     kv = torch.randn(30, 2, 2, 16, requires_grad=True)
     context = Context(torch.randn(30, 6), offsets=offsets_of([10, 20]))
-    return attention, Cached(context, offsets_of([10, 20]), kv, layers=layers, **options)
+    return attention, CachedKeys(context, offsets_of([10, 20]), kv, layers=layers, **options)
 
 
 @pytest.mark.parametrize("asked", [2, 3, 5])
@@ -188,7 +188,7 @@ def test_asked_less_or_more_than_planned(asked: int) -> None:
     grads = []
     queries = torch.randn(asked, 2, 7, 32)
     for backend in ("triton", "eager"):
-        own = Cached(keys.context, keys.offsets, keys.kv, backend, 3)
+        own = CachedKeys(keys.context, keys.offsets, keys.kv, backend, 3)
         outs = [own.attend(attention, x) for x in queries]
         grads.append(torch.autograd.grad(torch.stack(outs).cos().sum(), keys.kv)[0])
     torch.testing.assert_close(*grads, rtol=0, atol=1e-5)
