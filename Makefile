@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test test-cpus lint bench claims cost-growth gpu gpu-check gpu-profile gpu-full \
-	gpu-install soak sanitize clean
+.PHONY: demo test test-cpus lint docs docs-links bench claims cost-growth gpu gpu-check gpu-profile \
+	gpu-full gpu-install soak sanitize clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,19 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/basedpyright
 	MOTET_REQUIRE_NATIVE=1 CMAKE_ARGS=-DCMAKE_COMPILE_WARNING_AS_ERROR=ON $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/lint .
+
+# The site, in build/docs: a warning, such as a link to nothing, is an error. What builds it is
+# installed here, so that tests need none of it, and by name, so that the C++ is not built again.
+DOCS := $(VENV)/.installed-docs
+REQUIRED := import tomllib; f = open("pyproject.toml", "rb"); \
+	print(*tomllib.load(f)["project"]["optional-dependencies"]["docs"])
+$(DOCS): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt $$($(BIN)/python -c '$(REQUIRED)')
+	touch $@
+docs: $(DOCS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going --quiet docs build/docs
+docs-links: $(DOCS)  # needs the network
+	$(BIN)/python -m sphinx -b linkcheck --quiet -D nb_execution_mode=off docs build/docs-links
 
 # The quick benchmarks, each with its error beside it.
 bench: $(INSTALLED)

@@ -148,7 +148,7 @@ def errors_of(both: dict[str, nn.Module], inputs: list[Tensor], *, step: bool) -
     theirs, ours = (run(model, doubles, step=False)[0] for model in wide.values())
     errors["difference"] = difference = measure.relative_error([ours], [theirs])
     # Where the imaginary part is zero in theory, the phase in their harmonic merge is that of
-    # rounding noise: see docs/upstream.md.
+    # rounding noise: see docs/how-to/authors-checkpoints.md.
     noisy = isinstance(both["ours"], motet.LegoMerge) and both["ours"].method != "sum"
     most = _error_floors.MODEL["float64"]
     if not (difference < most or noisy):

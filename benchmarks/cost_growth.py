@@ -3,7 +3,8 @@
     python benchmarks/cost_growth.py           measures this CPU, a small model: three minutes
     python benchmarks/cost_growth.py --draw    only predicts and draws again
 
-Writes benchmarks/results/cost-growth.json, docs/cost-growth.svg and a table of docs/performance.md:
+Writes benchmarks/results/cost-growth.json, docs/figures/cost-growth.svg and a table of
+docs/performance.md:
 measured on this CPU, beside the literal equation; predicted for an H200, as one graph; measured on
 an H200, of the kernels before. A test holds the three together, and the growth to be linear.
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "cost-growth.json"
-PICTURE = ROOT / "docs" / "cost-growth.svg"
+PICTURE = ROOT / "docs" / "figures" / "cost-growth.svg"
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks/cost_growth.py -->\n", "<!-- end of it -->\n"
 H200_CELLS = ROOT / "benchmarks" / "results" / "gpu-cells-NVIDIA-H200-7918d87.json"

@@ -44,7 +44,8 @@ def add_set(parser: argparse.ArgumentParser) -> None:
     """Add --set, read by `read_changes`."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-        help="a setting of the model, its training or its goal; may be repeated (docs/training.md)",
+        help="a setting of the model, its training or its goal; may be repeated "
+        "(docs/how-to/training.md)",
     )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ def add_tile(commands: Commands) -> None:
         "tile",
         help="cut slides into patches, embed them, and store the features",
         description="Cut slides into patches, embed those of tissue, and store the features "
-        "(docs/tiling.md). The same command again goes on where it stopped; commands at the same "
-        "time share the work. Exit code 3: some slides failed.",
+        "(docs/how-to/slides.md). The same command again goes on where it stopped; commands at "
+        "the same time share the work. Exit code 3: some slides failed.",
     )
     tile.add_argument(
         "slides", nargs="+", metavar="SLIDES",
@@ -32,7 +32,7 @@ def add_tile(commands: Commands) -> None:
     tile.add_argument(
         "--encoder", required=True,
         help="stain-stats (built in), torchvision:resnet50, timm:NAME, hf:REPO or folder, "
-        "export:FILE.pt2, or MODULE:CALLABLE (docs/encoders.md)",
+        "export:FILE.pt2, or MODULE:CALLABLE (docs/how-to/encoders.md)",
     )  # fmt: skip
     _add_patches(tile)
     _add_work(tile)

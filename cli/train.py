@@ -22,7 +22,7 @@ def add_train(commands: Commands) -> None:
         "same command again continues a run that was stopped.",
     )
     train.add_argument(
-        "cohort", help="a YAML file, or the name of a shipped cohort (docs/cohorts.md)"
+        "cohort", help="a YAML file, or the name of a shipped cohort (docs/how-to/tables.md)"
     )
     train.add_argument(
         "--model",
@@ -58,8 +58,9 @@ def add_merge(commands: Commands) -> None:
         "merge",
         help="join trained LegoBlocks with no training",
         description="Join trained LegoBlocks with no training (MM-Lego, Eq. 4). A recipe is a YAML "
-        "file that names blocks, their weights, method, phase and head (docs/legomerge.md): blocks "
-        "that are model files give a folder with model.safetensors, run folders give a run folder. "
+        "file that names blocks, their weights, method, phase and head "
+        "(docs/concepts/legomerge.md): blocks that are model files give a folder with "
+        "model.safetensors, run folders give a run folder. "
         "RUN ... is short for all blocks of some runs at equal weights. A card, README.md, says "
         "what was merged.",
     )

@@ -20,8 +20,8 @@ def predict_cohort(run: Run, cohort: Cohort) -> pd.DataFrame:
         cohort: patients, with all, some or one of the run's modalities.
 
     Returns:
-        A table: patient, modalities (those the patient has), seen (folds trained on a patient of
-        that id), then risk and survival by time, or probabilities by class.
+        A table of patient, modalities (those the patient has), seen (folds trained on a patient
+        of that id), then risk and survival by time, or probabilities by class.
 
     Raises:
         ValueError: a cohort without any of the run's modalities, or with other columns.

@@ -6,7 +6,7 @@
     folds/0/           model.safetensors, fitted.json (scaling, objective), predictions.csv and,
                        written last, done.json (history, seconds)
     predictions.csv    out of fold: all folds' predictions of their test parts
-    metrics.json       see docs/evaluation.md
+    metrics.json       see docs/concepts/evaluation.md
     README.md          of `motet merge`: the card, which names the parts
     log.txt
 

@@ -2,8 +2,8 @@
 
 Risks of differently trained folds are not comparable, so every pair of patients lies within one
 test part, and the pairs of all folds are pooled (`concordance`). Intervals come from resampling
-patients (`resampling`); the spread over folds is not one. docs/evaluation.md explains the figures
-and how far to trust them.
+patients (`resampling`); the spread over folds is not one. docs/concepts/evaluation.md explains the
+figures and how far to trust them.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def evaluate_survival(
         seed: of the draws.
 
     Returns:
-        Plain numbers, lists and dicts, ready for JSON; docs/evaluation.md lists them.
+        Plain numbers, lists and dicts, ready for JSON; docs/concepts/evaluation.md lists them.
 
     Raises:
         ValueError: no fold, no comparable pair, or a tau or horizon beyond parts or curves.
@@ -115,8 +115,9 @@ def evaluate_classes(
         seed: of the draws.
 
     Returns:
-        Plain numbers, lists and dicts, ready for JSON: with two classes `auc` of class 1, with more
-        `macro_auc`, the mean of one-versus-rest AUCs; docs/evaluation.md lists the rest.
+        Plain numbers, lists and dicts, ready for JSON. Two classes have `auc`, of class 1; more
+        have `macro_auc`, the mean of one-versus-rest AUCs. docs/concepts/evaluation.md lists the
+        rest.
 
     Raises:
         ValueError: no fold, folds of different K, or a class that no fold can tell from another.

@@ -163,7 +163,7 @@ class Grid:
         axes: number of axes. Each grid point is a token with its position on [-1, 1] per axis
             Fourier-encoded.
 
-    Input: [B, *sizes, channels], or [B, K, *sizes, channels] for K items per patient.
+    Input: `[B, *sizes, channels]`, or `[B, K, *sizes, channels]` for K items per patient.
 
     Raises:
         ValueError: an argument outside its range.

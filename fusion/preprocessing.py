@@ -130,7 +130,7 @@ class TableScaling:
                 kinds = ("numbers", "categories") if category else ("categories", "numbers")
                 raise ValueError(
                     f"expected {kinds[0]} in column {name!r}, as in training, got {kinds[1]}; see "
-                    "`categorical` in docs/cohorts.md"
+                    "`categorical` in docs/how-to/tables.md"
                 )
         numbers = frame[list(self.numbers)].to_numpy(float)
         numbers = np.where(np.isnan(numbers), np.asarray(self.fill), numbers)

@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """What decided: of a graph or of eager mode."""
+        """The predicted time by which it was chosen, of a CUDA graph or of eager mode."""
         return self.cost.graph_seconds if self.graph else self.cost.seconds
 
     def __str__(self) -> str:

@@ -5,6 +5,7 @@ import doctest
 import inspect
 import itertools
 import re
+import runpy
 import sys
 import tomllib
 from enum import EnumType
@@ -24,6 +25,8 @@ SOURCES = sorted(
     [*ROOT.glob("*.py"), *(path for part in FOLDERS for path in (ROOT / part).rglob("*.py"))]
 )
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Those whose commands and cells test_notebooks.py runs.
+NOTEBOOKS = [ROOT / "docs/getting-started.md", *sorted((ROOT / "docs/notebooks").glob("*.md"))]
 
 
 @pytest.mark.parametrize("module", ["motet", "motet.io"])
@@ -292,12 +295,15 @@ def test_public_names_are_lazy_listed_and_resolved() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    reference = (ROOT / "docs" / "api.md").read_text()
+    reference = (ROOT / "docs" / "api" / "index.md").read_text()
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     for name, thing in public_objects().items():
         text = inspect.getdoc(thing)
         assert text, name
         times = reference.count(f"`motet.{name}`")
-        assert times == 1, f"docs/api.md lists motet.{name} {times} times"
+        assert times == 1, f"docs/api/index.md lists motet.{name} {times} times"
+        entries = re.findall(rf"^\.\. \w+:: motet\.{re.escape(name)}\b", pages, re.MULTILINE)
+        assert len(entries) == 1, f"docs/api describes motet.{name} {len(entries)} times"
         if name == "cross_entropy" or name.endswith("Output"):  # torch's own; tuples
             continue
         if isinstance(thing, EnumType):
@@ -324,15 +330,20 @@ def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert runner.failures == 0
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+RUN = [path for path in DOCUMENTS if path not in NOTEBOOKS and "```python\n" in path.read_text()]
+
+
+def test_most_documents_have_something_to_run() -> None:
+    assert len(RUN) >= 20
+
+
+@pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block of a document, in order, in one namespace."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
         exec(compile(block, path.name, "exec"), names)
-    assert blocks or path.name in ("api.md", "install.md", "results.md")
 
 
 def test_documents_link_to_what_exists() -> None:
@@ -341,6 +352,14 @@ def test_documents_link_to_what_exists() -> None:
         prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", prose):
             assert (path.parent / target).exists(), f"{path} links to {target}"
+
+
+def test_figures_are_as_drawn() -> None:
+    folder = ROOT / "docs" / "figures"
+    figures = runpy.run_path(str(folder / "draw.py"))["FIGURES"]
+    assert len(figures) >= 7
+    for name, draw in figures.items():
+        assert (folder / name).read_text() == draw().svg(), f"{name}: run docs/figures/draw.py"
 
 
 def test_commands_in_the_readme_are_targets() -> None:

@@ -26,7 +26,7 @@ def load_cohort(
     data: str | os.PathLike[str] | None = None,
     outcome: bool = True,
 ) -> Cohort:
-    """Load a cohort from a YAML file (docs/cohorts.md says what stands in it).
+    """Load a cohort from a YAML file (docs/how-to/tables.md says what stands in it).
 
     Rows of patients without an outcome are left out; patients without a modality miss it. Nothing
     is imputed, scaled or filtered, for that belongs inside the training part of a split.

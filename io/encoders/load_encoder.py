@@ -37,7 +37,7 @@ def load_encoder(
     weights: str | os.PathLike[str] | None = None,
     compile: bool = False,
 ) -> Encoder:
-    """Load the encoder that a name stands for (docs/encoders.md lists the kinds).
+    """Load the encoder that a name stands for (docs/how-to/encoders.md lists the kinds).
 
     Args:
         name: "stain-stats", "torchvision:<name>", "timm:<name>", "hf:<repo or folder>",

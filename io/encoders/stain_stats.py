@@ -77,7 +77,7 @@ _scratch = _Scratch()
 
 
 class StainStats(Encoder):
-    """Describe a patch by its stains: docs/encoders.md lists the features."""
+    """Describe a patch by its stains: docs/how-to/encoders.md lists the features."""
 
     id = "stain-stats"
     weights = "none"

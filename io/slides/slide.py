@@ -181,7 +181,7 @@ class Slide(ABC):
             level: which.
 
         Returns:
-            int64 [k, 4]: x, y, width, height of each in px of that level, within its bounds.
+            x, y, width and height of each in px of that level, within its bounds, int64 [k, 4].
         """
         level = self._level(level)
         if self._tiff is None:

@@ -1,4 +1,4 @@
-"""The format on the disk (docs/store-format.md): names, JSON, flags."""
+"""The format on the disk (docs/reference/store-format.md): names, JSON, flags."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,120}")
 
 
 class FLAGS(IntFlag):
-    """What is known of a patch: bits of `flags`.
+    """The bits of `flags`, which say what is known of a patch.
 
     Args:
         values: the bits of several, added.
@@ -37,7 +37,7 @@ class FLAGS(IntFlag):
     PEN = 2
     BLUR = 4
     CORRUPT = 8
-    """Its pixels could not be decoded: it was not embedded, its features are NaN."""
+    """Its pixels could not be decoded. It was not embedded, and its features are NaN."""
 
 
 def flag_counts(flags: NDArray[np.uint8]) -> dict[str, int]:

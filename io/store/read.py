@@ -1,4 +1,4 @@
-"""A feature store, opened: which slides it holds, which failed (docs/store-format.md)."""
+"""A feature store, opened: which slides it holds, which failed (docs/reference/store-format.md)."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
 
     @property
     def failed(self) -> dict[str, dict[str, Any]]:
-        """Return what is known of the slides that failed: name, path, reason, message, attempts."""
+        """Return name, path, reason, message and attempts of every slide that failed, by key."""
         folder = self.path / "failed"
         names = names_in(folder)
         keys = [name.removesuffix(".json") for name in names if name.endswith(".json")]

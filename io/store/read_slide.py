@@ -38,7 +38,7 @@ class SlideFeatures:
         if meta.get("node_type") != "group" or not isinstance(attrs, dict):
             raise StoreError(f"{self.path}: expected a zarr group with attributes, got another")
         self.attrs: dict[str, Any] = attrs
-        """What is known of the slide: source, resolution, counts, status; docs/store-format.md."""
+        """Source, resolution, counts and status of the slide: docs/reference/store-format.md."""
 
     def __repr__(self) -> str:
         return f"SlideFeatures({self.key!r})"

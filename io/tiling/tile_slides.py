@@ -77,7 +77,7 @@ def tile_slides(
     Args:
         slides: files, folders (searched through), or lists of slides (.txt, or .csv with a column
             `path`).
-        out: folder of the store; its format is docs/store-format.md.
+        out: folder of the store; its format is docs/reference/store-format.md.
         encoder: name as `load_encoder` takes it, or an Encoder, which needs `workers=0`.
         mpp: size of a patch's pixel, micrometres. One of mpp, mag and downsample is needed.
         mag: the same as mpp=10/mag.

@@ -1,7 +1,8 @@
 """What of a thumbnail is tissue, what a pen has marked, what is out of focus.
 
 All is decided by colour and contrast of the slide's thumbnail alone, with numpy and scipy, so the
-same thumbnail gives the same masks. docs/tissue.md shows them on real tissue, with their errors.
+same thumbnail gives the same masks. docs/concepts/tissue.md shows them on real tissue, with their
+errors.
 """
 
 from __future__ import annotations

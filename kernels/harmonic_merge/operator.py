@@ -42,7 +42,7 @@ def harmonic_merge(
     .. math:: \frac{1}{\sum_i w_i / |z_i|} \exp\Big(i \sum_i w_i \arg z_i\Big)
 
     MM-Lego, Eq. 4, which is the case of two tensors at equal weights:
-    2|a||b| / (|a| + |b|) · exp(i (arg a + arg b) / 2). The result is zero where any input is
+    `2|a||b| / (|a| + |b|) · exp(i (arg a + arg b) / 2)`. The result is zero where any input is
     zero; one tensor alone is copied. Differentiable in `latents` in reverse mode; at zeros
     the gradient is zero.
 

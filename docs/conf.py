@@ -1,0 +1,100 @@
+"""How Sphinx builds the site: `make docs`. Building and viewing it need no network."""
+
+import re
+from typing import Any
+
+import motet
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.nodes import make_refnode
+
+project = "motet"
+author = "The motet developers"
+copyright = author
+version = release = motet.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["figures/README.md"]
+suppress_warnings = ["config.cache"]  # `html_math_renderer` below is a function
+
+html_theme = "furo"
+html_title = f"motet {version}"
+html_static_path: list[str] = []
+html_math_renderer = "mathml"
+html_copy_source = False
+html_show_sphinx = False
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+nb_execution_mode = "cache"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+
+default_role = "code"  # of docstrings, which set names in single backticks
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+nitpicky = True
+# Types of other projects, whose inventories a build without a network cannot read, and types in
+# signatures that are not public names of motet.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|numpy|np|pandas|pd|pathlib|os|collections|typing|nn|PIL|zarr)\b.*"),
+    ("py:class", r"motet\.(\w+\.)+\w+"),
+    ("py:class", "CohortSource|Floats|Image|Mask|NDArray|PathLike|Size|Tensor|Tiled"),
+]
+
+
+def setup(app: Sphinx) -> None:
+    """Add what is written below."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
+    app.add_post_transform(LinkPublicNames)
+
+
+def visit_math(translator: Any, node: nodes.math) -> None:
+    """Write a formula in a line."""
+    write_math(translator, node, as_block=False)
+
+
+def visit_math_block(translator: Any, node: nodes.math_block) -> None:
+    """Write a formula in a paragraph."""
+    write_math(translator, node, as_block=True)
+
+
+def write_math(translator: Any, node: nodes.Element, *, as_block: bool) -> None:
+    """Write a formula as MathML, which browsers show without a script."""
+    code = re.sub(r"\\[Bb]igg?[lr]?(?![a-zA-Z])", "", node.astext())  # brackets stretch without it
+    translator.body.append(tex2mathml(code, as_block=as_block))
+    raise nodes.SkipNode
+
+
+class LinkPublicNames(SphinxPostTransform):
+    """Make a link of every public name that stands in text, such as `motet.HEALNet`."""
+
+    default_priority = 5
+
+    def run(self, **_: Any) -> None:
+        names = self.env.domains.python_domain.objects
+        for node in list(self.document.findall(nodes.literal)):
+            entry = names.get(node.astext().partition("(")[0])
+            if entry is not None and not isinstance(node.parent, nodes.reference):
+                name = node.astext()
+                link = make_refnode(
+                    self.app.builder, self.env.docname, entry.docname, entry.node_id,
+                    node.deepcopy(), name,
+                )  # fmt: skip
+                node.replace_self(link)
