@@ -20,7 +20,6 @@ def check_backend(backend: str) -> None:
     choice("backend", backend, ("auto", "triton", "compile", "eager"))
 
 
-@torch.compiler.assume_constant_result  # torch.compile traces neither imports nor caches
 def on_triton(backend: str, device: str, dtype: torch.dtype, why_not: str = "") -> bool:
     """Return whether Triton computes tensors of this type of device and dtype, or torch.
 
@@ -36,6 +35,11 @@ def on_triton(backend: str, device: str, dtype: torch.dtype, why_not: str = "") 
     if reason and backend == "triton":
         raise ValueError(f"backend: 'triton' {reason}; 'auto' falls back to torch")
     return not reason
+
+
+# torch.compile traces neither imports nor caches. The decorator that sets this mark,
+# torch.compiler.assume_constant_result, would import the compiler: 1.4 s for every program.
+on_triton._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _why_not(device: str, dtype: torch.dtype) -> str:

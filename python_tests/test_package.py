@@ -16,6 +16,7 @@ from pathlib import Path
 import motet
 import pytest
 import torch
+from motet.kernels.backends import on_triton
 
 from .conftest import ROOT, run_python
 
@@ -43,6 +44,18 @@ def test_imports_in_under_100_ms() -> None:
         return float(run_python(code))
 
     assert min(once() for _ in range(5)) < 0.1
+
+
+def test_models_do_not_import_the_compiler_of_torch() -> None:
+    code = """
+import sys, torch, motet
+model = motet.HEALNet({"omic": motet.Tabular(8)}, out_features=2)
+model({"omic": torch.zeros(1, 8)})
+print("torch._dynamo" in sys.modules)
+"""
+    assert python(code).strip() == "False"
+    # Marked by hand for that reason, the function must be marked as torch does it.
+    assert vars(on_triton) == vars(torch.compiler.assume_constant_result(lambda: None))
 
 
 # The house: who may import whom, how long things may be
