@@ -265,7 +265,9 @@ def _no_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
         else:
             from . import interpreter
 
-            patch.setattr(interpreter.InterpreterBuilder, "create_dot", interpreter.create_dot)
+            builder = interpreter.InterpreterBuilder
+            patch.setattr(builder, "create_dot", interpreter.create_dot)
+            patch.setattr(builder, "create_splat", interpreter.create_splat)
         yield
 
 
