@@ -29,7 +29,7 @@ def refuse_overlap(name: str, tensors: Sequence[Tensor], out: Tensor) -> None:
     start, size = out.data_ptr(), out.numel() * out.itemsize
     for i, x in enumerate(tensors):
         if 0 < abs(x.data_ptr() - start) < size:
-            raise ValueError(f"out: expected memory apart from {name}[{i}], or {name}[{i}] itself")
+            raise ValueError(f"{name}[{i}]: expected memory apart from out, or out itself")
 
 
 def check_out(out: Tensor, tensors: Sequence[Tensor], name: str, lazily: str) -> None:

@@ -64,8 +64,8 @@ def status() -> str:
 @cache
 def _say_once() -> None:
     warnings.warn(
-        f"motet.kernels._C is not available ({_reason}): torch computes instead, which gives "
-        f"the same results more slowly. To build it: {CURE}.",
+        f"motet.kernels._C is not available ({_reason}): torch computes instead, more slowly, and "
+        f"results differ in their last digits. To build it: {CURE}.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -127,10 +127,10 @@ def _forward_out(
         module = native()
         if module is not None:
             return run(module, latents, weights, phase, out.detach())
+    refuse_overlap("latents", latents, out)
     if _takes_triton(latents, backend):
         from . import triton as launchers
 
-        refuse_overlap("latents", latents, out)
         launchers.merge(latents, weights, phase, out.detach())
     else:
         out.copy_(harmonic_merge_reference(latents, weights, phase))

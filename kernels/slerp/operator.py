@@ -111,12 +111,12 @@ def _forward_out(vectors: list[Tensor], weights: list[float], out: Tensor, backe
     wrong = "" if out.dtype == torch.float32 else f"takes float32, got {out.dtype}"
     if len(vectors) > 8:
         wrong = f"takes up to 8 vectors, got {len(vectors)}"
+    refuse_overlap("vectors", vectors, out)
     if not on_triton(backend, out.device.type, out.dtype, wrong):
         out.copy_(slerp_reference(vectors, weights))
         return
     from . import triton as launchers
 
-    refuse_overlap("vectors", vectors, out)
     cosines, _ = cosines_of(launchers.products(vectors).cpu())
     launchers.combine(vectors, slerp_coefficients(cosines, weights), out.detach())
 
