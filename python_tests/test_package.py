@@ -53,7 +53,7 @@ model = motet.HEALNet({"omic": motet.Tabular(8)}, out_features=2)
 model({"omic": torch.zeros(1, 8)})
 print("torch._dynamo" in sys.modules)
 """
-    assert python(code).strip() == "False"
+    assert run_python(code).strip() == "False"
     # Marked by hand for that reason, the function must be marked as torch does it.
     assert vars(on_triton) == vars(torch.compiler.assume_constant_result(lambda: None))
 
