@@ -1,6 +1,9 @@
-"""Captures work on a GPU as CUDA graphs, and leaves nothing behind where that fails.
+"""Capture work on a GPU as CUDA graphs; undo everything if a capture fails.
 
-`Capture` is what `graphs` asks for, so that tests can stand in for the GPU.
+While a graph is captured, launches are recorded, not run. The captured function must not wait for
+the device, must not copy from or to pageable host memory, and must not allocate outside the graph's
+memory pool. Random numbers come from the default generator, whose state torch registers with the
+graph. `Capture` is the interface that `graph_cache` uses, so that tests can do without a GPU.
 """
 
 import gc
@@ -13,51 +16,56 @@ from torch import Tensor
 
 from ..kernels.plan import for_graphs
 
-# Runs before a capture: kernels are compiled, and libraries set up, at the first of them.
+# Number of runs before a capture. The first one compiles kernels and sets up libraries, which a
+# capture does not permit.
 WARM_UPS = 3
-# Why nothing more is captured on a device, by its number. A failure concerns the whole process: the
-# graphs that it has draw their random numbers from the state of the generator that was given up.
+# By device index: why nothing more is captured there. A failure concerns the whole process, since
+# recovery replaces the state of the generator (`_recover`), and the graphs captured before it draw
+# their random numbers from the old state.
 _failures: dict[int, str] = {}
 
 
 class CaptureError(RuntimeError):
-    """A capture failed; everything is as it was before."""
+    """A capture failed; streams, generators and memory are as before."""
 
 
 class Recording(NamedTuple):
-    """What was captured."""
+    """A captured function."""
 
     replay: Callable[[], None]
-    """Runs it again, on whatever is in its tensors by then."""
+    """Runs the function again on the present contents of its static tensors."""
     result: Any
-    """What the captured function returned; every replay writes its tensors anew."""
+    """What the function returned; every replay overwrites its tensors."""
     mib: float
-    """By how much the memory of all graphs grew."""
+    """By how many MiB the memory of all graphs grew."""
 
 
 class Capture(Protocol):
-    """Captures a function's work."""
+    """Captures the work of a function."""
 
     @property
     def refused(self) -> str:
-        """Why nothing can be captured; empty if it can."""
+        """Why nothing can be captured; empty if captures are possible."""
         ...
 
     def __call__(self, run: Callable[[], Any], state: Sequence[Tensor]) -> Recording:
-        """Capture `run()`, which may change the tensors `state`: they are put back.
+        """Capture `run()`; the tensors `state`, which it may change, are restored afterwards.
 
         Raises:
-            CaptureError: it failed.
+            CaptureError: the capture failed.
         """
         ...
 
     def release(self) -> None:
-        """Begin anew: the graphs that there were have been dropped."""
+        """Take a new memory pool; called after all graphs have been dropped."""
         ...
 
 
 class CudaCapture:
-    """Capture on one device, all graphs in one pool of memory: no tensor of theirs outlives a call.
+    """Capture on one device.
+
+    All graphs share one memory pool, so their memory is that of the largest. This is safe since
+    callers copy every result before the next replay.
 
     Args:
         device: a CUDA device.
@@ -70,29 +78,31 @@ class CudaCapture:
 
     @property
     def refused(self) -> str:
-        """Why nothing can be captured; empty if it can."""
+        """Why nothing can be captured; empty if captures are possible."""
         return _failures.get(self.index, "")
 
     def __call__(self, run: Callable[[], Any], state: Sequence[Tensor]) -> Recording:
-        """Capture `run()`, which may change the tensors `state`: they are put back.
+        """Capture `run()`; the tensors `state`, which it may change, are restored afterwards.
 
         Raises:
-            CaptureError: it failed. Nothing more is captured on the device then.
+            CaptureError: the capture failed. Nothing more is captured on this device.
         """
         generator = torch.cuda.default_generators[self.index]
-        clean = generator.clone_state()
-        current, collects = torch.cuda.current_stream(self.index), gc.isenabled()
+        clean_state = generator.clone_state()
+        current, gc_was_on = torch.cuda.current_stream(self.index), gc.isenabled()
         graph = torch.cuda.CUDAGraph()
-        # A graph that is collected during the capture of another spoils that one.
+        # If the garbage collector frees an old graph during a capture, the capture fails.
         gc.collect()
         gc.disable()
         try:
             with torch.cuda.device(self.index), for_graphs():
                 self._warm_up(run, state, generator)
-                # The workspaces that the capture finds would not belong to the graph's pool, and
-                # those that it leaves do.
+                # cuBLAS keeps its workspaces for later calls. Those of the warm-up lie outside of
+                # the graph's pool, so the capture must not use them; those of the capture lie in
+                # it, so later calls must not use them. Both are cleared.
                 torch._C._cuda_clearCublasWorkspaces()
-                # In the mode "global" other threads, that of a data loader say, would spoil it.
+                # In the mode "global" a CUDA call of any other thread, such as a data loader's,
+                # would make the capture fail.
                 with torch.cuda.graph(
                     graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                 ):
@@ -101,42 +111,45 @@ class CudaCapture:
                 grown = torch.cuda.memory_reserved(self.index) - before
                 torch._C._cuda_clearCublasWorkspaces()
         except BaseException as error:
-            self._recover(current, generator, clean)
-            said = str(error).splitlines() or [""]
-            _failures[self.index] = f"a capture failed: {type(error).__name__}: {said[0]}"
+            self._recover(current, generator, clean_state)
+            lines = str(error).splitlines() or [""]
+            _failures[self.index] = f"a capture failed: {type(error).__name__}: {lines[0]}"
             if not isinstance(error, Exception):
                 raise
             raise CaptureError(self.refused) from error
         finally:
-            if collects:
+            if gc_was_on:
                 gc.enable()
         return Recording(graph.replay, result, grown / 2**20)
 
     def release(self) -> None:
-        """Begin anew: the graphs that there were have been dropped, and their memory with them."""
-        self.pool = torch.cuda.graph_pool_handle()  # torch gives a pool back with its last graph
+        """Take a new memory pool; called after all graphs have been dropped."""
+        self.pool = torch.cuda.graph_pool_handle()  # torch frees a pool with its last graph
 
     def _warm_up(
         self, run: Callable[[], Any], state: Sequence[Tensor], generator: torch.Generator
     ) -> None:
-        """Run it as the capture will; put back what that changed, random numbers included."""
-        drawn, kept = generator.get_state(), [tensor.clone() for tensor in state]
+        """Run it on the capture's stream; restore `state` and the generator afterwards."""
+        random_state, copies = generator.get_state(), [tensor.clone() for tensor in state]
         current = torch.cuda.current_stream(self.index)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             for _ in range(WARM_UPS):
                 run()
         current.wait_stream(self.stream)
-        generator.set_state(drawn)
-        for tensor, value in zip(state, kept, strict=True):
+        generator.set_state(random_state)
+        for tensor, value in zip(state, copies, strict=True):
             tensor.copy_(value)
 
-    def _recover(self, current: Any, generator: torch.Generator, clean: torch.Generator) -> None:
-        """Undo what a broken capture leaves, since torch's context manager gives up half-way."""
+    def _recover(
+        self, current: Any, generator: torch.Generator, clean_state: torch.Generator
+    ) -> None:
+        """Undo what a failed capture leaves; torch's context manager does only a part of it."""
         torch.cuda.set_stream(current)
-        # The old state may say for ever that it is being captured, and refuse to draw.
-        generator.graphsafe_set_state(clean)
-        with suppress(RuntimeError):  # which says that the capture had not begun, or had ended
+        # The old state may stay marked as "being captured", and would then refuse to draw.
+        generator.graphsafe_set_state(clean_state)
+        # RuntimeError: the capture had not begun to use the pool, or had ended.
+        with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self.index, self.pool)
-            torch._C._cuda_releasePool(self.index, self.pool)  # which its begin had taken
+            torch._C._cuda_releasePool(self.index, self.pool)  # taken at its beginning
         torch._C._cuda_clearCublasWorkspaces()

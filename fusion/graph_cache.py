@@ -1,4 +1,11 @@
-"""Graphs of one model by the sizes of its batches, in static tensors that they share."""
+"""The graphs of one model: one per set of sizes, all on the same static tensors.
+
+A call is looked up by its key: sizes, dtypes, training mode of every module, and what the caller
+adds (trained parameters, precision). The first call with a key runs without a graph, the second one
+is captured, all later ones replay. A graph holds the addresses of parameters, static tensors and
+results. So all graphs are dropped when parameters move, when a static tensor has to grow, and when
+a capture failed.
+"""
 
 import os
 import warnings
@@ -15,52 +22,55 @@ from .._checks import integer
 from ..kernels.backends import on_triton
 from .capture import Capture, CaptureError, CudaCapture, Recording
 from .context import Context, ModalityInput
-from .graph_inputs import Buffers, Given, Model, copy_all, why_never
+from .graph_inputs import GraphInput, Model, StaticTensors, copy_all, find_obstacle
 
-# Rows, what is read of each modality, and further tensors, to whatever the computation returns.
-Run = Callable[[int, Mapping[str, Context | ModalityInput], dict[str, Tensor]], Any]
+# The function that a graph captures: number of rows, static inputs of each modality and further
+# static tensors, to any result.
+Computation = Callable[[int, Mapping[str, Context | ModalityInput], dict[str, Tensor]], Any]
 
 
-def precision(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Return autocast to a dtype, or none at all, without its cache.
+def uncached_autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Return autocast to `dtype`, or autocast turned off if it is None; without its weight cache.
 
-    Weights that autocast has converted are kept for later; a graph cannot rely on them.
+    Autocast keeps converted weights until its outermost context ends. Memory that a graph reads
+    must outlive it, so a graph cannot use them: it converts the weights itself in every replay.
     """
     if dtype is None:
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, dtype, cache_enabled=False)
 
 
-class Now(NamedTuple):
-    """A model as a call finds it."""
+class ModelState(NamedTuple):
+    """What a call finds out about the model."""
 
     training: tuple[bool, ...]
-    """Of every module."""
+    """The training mode of every module."""
     parameters: list[nn.Parameter]
     moved: bool
-    """Whether parameters lie elsewhere than at the last call."""
+    """Whether the addresses of the parameters changed since the last call."""
     hooks: str
-    """Why hooks rule a graph out; empty without any."""
+    """Why hooks forbid a graph; empty without hooks."""
 
 
 @dataclass
-class _Entry:
-    """The calls of one key."""
+class _GraphEntry:
+    """The calls with one key and, once captured, their graph."""
 
     sizes: str
     calls: int = 0
     replays: int = 0
     recording: Recording | None = None
-    why: str = "sizes seen once are not captured"
+    reason: str = "sizes seen once are not captured"
+    """Why there is no graph (while `recording` is None)."""
 
 
 class GraphCache:
-    """Run computations of one model: at the first sight of their sizes as they are, then as graphs.
+    """Run computations of one model: without a graph at first, then as a CUDA graph per key.
 
     Args:
-        name: of whom warnings speak.
+        name: the class that warnings name.
         model: see `StepGraphs`.
-        max_graphs: how many keys are captured at most.
+        max_graphs: the largest number of graphs.
         capture: what captures, instead of CUDA.
 
     Raises:
@@ -77,22 +87,25 @@ class GraphCache:
                 f"{type(model).__name__}"
             )
         self.device = next(model.parameters()).device
-        self.name, self.model, self._given = name, model, capture
+        self.name, self.model, self._custom_capture = name, model, capture
         self._check_device()
         self.max_graphs = integer("max_graphs", max_graphs)
-        self.never = why_never(model)
+        self.never = find_obstacle(model)  # why nothing is ever captured; empty if it may be
         if capture is None and not on_triton("auto", "cuda", next(model.parameters()).dtype):
             self.never = "what torch computes instead of Triton waits for the lengths of bags"
         if os.environ.get("MOTET_CHECK") == "1":
             self.never = "MOTET_CHECK=1 looks at values"
         self.capture: Capture = capture or CudaCapture(self.device)
         self.fell_back: Counter[str] = Counter()
-        self._entries: dict[Any, _Entry] = {}
-        self._buffers = Buffers(self.device)
+        self._entries: dict[Any, _GraphEntry] = {}
+        self._static = StaticTensors(self.device)
         self._addresses: tuple[int, ...] = ()
 
-    def look(self) -> Now:
-        """Look at the model; drop all graphs if its parameters lie elsewhere than before."""
+    def inspect_model(self) -> ModelState:
+        """Return the state of the model; drop all graphs if its parameters moved.
+
+        Every call does this, so it is one pass over the modules.
+        """
         training: list[bool] = []
         parameters: dict[int, nn.Parameter] = {}
         hooked = any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
@@ -108,130 +121,138 @@ class GraphCache:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameters[id(parameter)] = parameter
-        every: list[Any] = list(parameters.values())
-        hooked = hooked or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in every)
-        addresses = tuple(parameter.data_ptr() for parameter in every)
+        distinct: list[Any] = list(parameters.values())
+        hooked = hooked or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in distinct)
+        addresses = tuple(parameter.data_ptr() for parameter in distinct)
         moved = addresses != self._addresses
         if moved:
-            self._drop()
+            self._drop_graphs()
             self._entries.clear()
             self._addresses = addresses
-            if every[0].device != self.device:
-                self.device = every[0].device
+            if distinct[0].device != self.device:
+                self.device = distinct[0].device
                 self._check_device()
-                self.capture = self._given or CudaCapture(self.device)
-            self._buffers = Buffers(self.device)
-        why = "hooks would not be called in a graph" if hooked else ""
-        return Now(tuple(training), every, moved, why)
+                self.capture = self._custom_capture or CudaCapture(self.device)
+            self._static = StaticTensors(self.device)
+        reason = "hooks would not be called in a graph" if hooked else ""
+        return ModelState(tuple(training), distinct, moved, reason)
 
-    def ambient(self) -> torch.dtype | None:
-        """Return the dtype of the autocast that holds here; None without one."""
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Return the dtype of the autocast context of the caller; None without one."""
         kind = self.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def call(
         self,
-        now: Now,
+        state: ModelState,
         key: tuple[Any, ...],
-        given: Mapping[str, Given],
-        more: Mapping[str, Tensor],
-        run: Run,
+        inputs: Mapping[str, GraphInput],
+        extra: Mapping[str, Tensor],
+        compute: Computation,
     ) -> Any:
-        """Return `run(rows, read, more)` of static tensors that these are copied to.
+        """Copy the inputs into static tensors; return `compute(rows, read, extra)` of these.
+
+        The first call with a key runs on the static tensors too, so that it gives the same bits as
+        a replay.
 
         Args:
-            now: what `look` returned.
-            key: what tells computations apart, other than sizes and modes.
-            given: of each modality.
-            more: further tensors, in their own sizes.
-            run: the computation, which waits for nothing and makes no shape of its values.
+            state: what `inspect_model` returned.
+            key: what tells computations apart, other than sizes and training modes.
+            inputs: of each modality.
+            extra: further tensors (targets, scale of the loss); their sizes are not rounded.
+            compute: the computation to capture. It must not wait for the device, nor derive a shape
+                from the values of a tensor: either makes a capture fail.
         """
-        wanted = {
-            (name, field): (shape, own.tensors[field].dtype)
-            for name, own in given.items()
-            for field, shape in own.shapes.items()
+        sizes = {
+            (name, field): (shape, x.tensors[field].dtype)
+            for name, x in inputs.items()
+            for field, shape in x.shapes.items()
         }
-        wanted |= {("", name): (tuple(x.shape), x.dtype) for name, x in more.items()}
-        if self._buffers.moves(wanted) or self.capture.refused:
-            self._drop()
-        self._buffers.fit(wanted)
-        static = {name: self._buffers.view(name, *size) for name, size in wanted.items()}
-        sources = [x for own in given.values() for x in own.tensors.values()]
+        sizes |= {("", name): (tuple(x.shape), x.dtype) for name, x in extra.items()}
+        # A graph whose static tensors move would read freed memory. After a failed capture the
+        # graphs of this process are dropped as well, see `capture`.
+        if self._static.must_grow(sizes) or self.capture.refused:
+            self._drop_graphs()
+        self._static.reserve(sizes)
+        static = {name: self._static.view(name, *size) for name, size in sizes.items()}
+        sources = [tensor for x in inputs.values() for tensor in x.tensors.values()]
         with torch.no_grad():
-            copy_all(static.values(), [*sources, *more.values()])
+            copy_all(static.values(), [*sources, *extra.values()])
         read = {
-            name: own.made_of({field: static[name, field] for field in own.tensors})
-            for name, own in given.items()
+            name: x.with_tensors({field: static[name, field] for field in x.tensors})
+            for name, x in inputs.items()
         }
         rows = _rows(next(iter(read.values())))
-        further = {name: static["", name] for name in more}
-        sizes = tuple((name, own.key) for name, own in given.items())
-        others = tuple((name, *wanted["", name]) for name in more)
-        whole = (*key, now.training, rows, sizes, others)
-        if whole not in self._entries:
-            self._entries[whole] = _Entry(_said(rows, given, now.training[0]))
-        return self._run(self._entries[whole], lambda: run(rows, read, dict(further)))
+        static_extra = {name: static["", name] for name in extra}
+        input_keys = tuple((name, x.key) for name, x in inputs.items())
+        extra_keys = tuple((name, *sizes["", name]) for name in extra)
+        full_key = (*key, state.training, rows, input_keys, extra_keys)
+        if full_key not in self._entries:
+            description = _describe_sizes(rows, inputs, state.training[0])
+            self._entries[full_key] = _GraphEntry(description)
+        entry = self._entries[full_key]
+        return self._replay_or_run(entry, lambda: compute(rows, read, dict(static_extra)))
 
-    def fall_back(self, why: str) -> None:
-        """Note that a call runs without a graph; warn the first time."""
-        if not self.fell_back[why]:
+    def note_fallback(self, reason: str) -> None:
+        """Count a call that runs without a graph; warn at the first one of each reason."""
+        if not self.fell_back[reason]:
             warnings.warn(
-                f"{self.name}: {why}; such calls run without a CUDA graph", RuntimeWarning,
+                f"{self.name}: {reason}; such calls run without a CUDA graph", RuntimeWarning,
                 stacklevel=3,
             )  # fmt: skip
-        self.fell_back[why] += 1
+        self.fell_back[reason] += 1
 
     def report(self) -> list[dict[str, Any]]:
-        """Return what is known of every key, and of the calls that have none."""
-        known = [
+        """Return one dict for every key, and one for every reason why calls had no key."""
+        by_key = [
             {
                 "sizes": entry.sizes,
                 "how": "graph" if entry.recording else "eager",
-                "why": "" if entry.recording else entry.why,
+                "why": "" if entry.recording else entry.reason,
                 "calls": entry.calls,
                 "replays": entry.replays,
                 "mib": entry.recording.mib if entry.recording else 0.0,
             }
             for entry in self._entries.values()
         ]
-        kept = {entry["why"] for entry in known}
-        return known + [
-            {"sizes": "", "how": "eager", "why": why, "calls": n, "replays": 0, "mib": 0.0}
-            for why, n in self.fell_back.items()
-            if why not in kept
+        reasons = {entry["why"] for entry in by_key}
+        return by_key + [
+            {"sizes": "", "how": "eager", "why": reason, "calls": n, "replays": 0, "mib": 0.0}
+            for reason, n in self.fell_back.items()
+            if reason not in reasons
         ]
 
     def _check_device(self) -> None:
-        if self._given is None and self.device.type != "cuda":
+        if self._custom_capture is None and self.device.type != "cuda":
             raise ValueError(f"model: expected it on a CUDA device, got {self.device}")
 
-    def _run(self, entry: _Entry, run: Callable[[], Any]) -> Any:
+    def _replay_or_run(self, entry: _GraphEntry, compute: Callable[[], Any]) -> Any:
         entry.calls += 1
         if entry.recording is None and entry.calls > 1:
-            self._record(entry, run)
+            self._record(entry, compute)
         if entry.recording is None:
-            return run()
+            return compute()
         entry.recording.replay()
         entry.replays += 1
         return entry.recording.result
 
-    def _record(self, entry: _Entry, run: Callable[[], Any]) -> None:
-        """Capture `run`, or note why it is not."""
+    def _record(self, entry: _GraphEntry, compute: Callable[[], Any]) -> None:
+        """Capture `compute`, or note why it is not captured."""
         if self.capture.refused:
-            entry.why = self.capture.refused
-        elif sum(own.recording is not None for own in self._entries.values()) >= self.max_graphs:
-            entry.why = f"more than {self.max_graphs} sizes"
+            entry.reason = self.capture.refused
+        elif sum(e.recording is not None for e in self._entries.values()) >= self.max_graphs:
+            entry.reason = f"more than {self.max_graphs} sizes"
         else:
             try:
-                entry.recording = self.capture(run, list(self.model.buffers()))
+                entry.recording = self.capture(compute, list(self.model.buffers()))
                 return
             except CaptureError as error:
-                self._drop()
-                entry.why = str(error)
-        self.fall_back(entry.why)
+                self._drop_graphs()
+                entry.reason = str(error)
+        self.note_fallback(entry.reason)
 
-    def _drop(self) -> None:
-        """Give up all graphs."""
+    def _drop_graphs(self) -> None:
+        """Give up all graphs, and with the last one the memory that they share."""
         if any(entry.recording for entry in self._entries.values()):
             for entry in self._entries.values():
                 entry.recording = None
@@ -250,10 +271,10 @@ def _rows(read: Context | ModalityInput) -> int:
     return len(read.tokens) if read.offsets is None else len(read.offsets) - 1
 
 
-def _said(rows: int, given: Mapping[str, Given], training: bool) -> str:
-    """Return the sizes of a key for people."""
+def _describe_sizes(rows: int, inputs: Mapping[str, GraphInput], training: bool) -> str:
+    """Return the sizes of a key in words, for `report`."""
     parts = []
-    for name, own in given.items():
-        shape = own.shapes["tokens" if own.kind is Context else "x"]
+    for name, graph_input in inputs.items():
+        shape = graph_input.shapes["tokens" if graph_input.kind is Context else "x"]
         parts.append(f"{name} {' x '.join(map(str, shape))}")
     return f"{rows} rows: {', '.join(parts)}{'' if training else ' (evaluation)'}"

@@ -1,8 +1,9 @@
-"""CUDA graphs of whole steps, for which a GPU otherwise waits on launches.
+"""Training and evaluation steps as CUDA graphs.
 
-A step is some hundred small kernels whatever the bags hold, as long as sizes are the same, and the
-host needs longer to launch them than the GPU to run them. A graph launches them all at once. Sizes
-are rounded up to buckets, so that ragged batches share graphs.
+A step is some hundred small kernels, and the host needs longer to launch them than the GPU to run
+them. A CUDA graph launches all of them at once. It can be replayed for every batch of the same
+sizes, since the kernels then do not depend on the batch. Sizes are rounded up to buckets, so that
+ragged batches share graphs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,15 @@ from torch import Tensor, nn
 
 from .capture import Capture
 from .context import Context, ModalityInput
-from .graph_cache import GraphCache, precision
-from .graph_inputs import Model, copy_all, given_of, latents_from, read_batches, read_patients
+from .graph_cache import GraphCache, uncached_autocast
+from .graph_inputs import (
+    Model,
+    compute_latents,
+    copy_all,
+    make_graph_inputs,
+    read_batches,
+    read_patients,
+)
 from .lego_block import LegoBlock
 from .patients import PatientBatch
 
@@ -36,25 +44,26 @@ def logits_of(model: nn.Module, batch: PatientBatch) -> Tensor:
 class StepGraphs:
     """Compute the loss of a batch and all gradients as one CUDA graph.
 
-    Everything that has weights is in it: projections, layers, head, loss, backward pass, L1. Sizes
-    that come a second time are captured, later calls with them replay the graph. Bags are packed
-    and their tokens rounded up to buckets (at most 6.25 %, or 127 tokens, more), so that ragged
-    batches share graphs; training and evaluation, frozen parameters and every precision of autocast
-    have their own. The first call with new sizes runs the same kernels on the same tensors.
+    The graph holds everything that has weights: projections, layers, head, loss, backward pass, L1.
+    The second call with the same sizes captures it, later calls replay it. The first call runs the
+    same kernels on the same tensors without a graph. Bags are packed and their number of tokens is
+    rounded up to a bucket (at most 6.25 % or 127 tokens more), so that ragged batches share graphs.
+    Training and evaluation, each set of frozen parameters and each precision of autocast have their
+    own graphs.
 
-    What cannot be captured runs as without: encoders other than SNN and ABMIL, and these two for
-    ragged, masked or missing bags; a LegoMerge whose rows miss modalities; hooks; several
-    processes; more than `max_graphs` sizes; all that comes after a capture that failed. A warning
-    says so once, `report` says how often.
+    Some calls cannot be captured and run without a graph: encoders other than SNN and ABMIL, and
+    these two for ragged, masked or missing bags; a LegoMerge whose rows miss modalities; hooks;
+    several processes; more than `max_graphs` sizes; every call after a capture that failed. A
+    warning says so once, and `report` counts them.
 
     Args:
         model: on a CUDA device. Its parameters may change in place, as optimisers change them;
             after a move or a conversion, graphs are captured anew.
-        loss: of logits [B, K] (float32 or float64) and a batch's targets; the `loss` of an
-            objective, or a function that never waits for the device.
-        autocast: dtype to compute in, as of torch.autocast; None for what holds where it is called.
-        l1: weight of `l1_penalty`, of which the gradient is added, not the value.
-        max_graphs: how many sizes are captured at most.
+        loss: a function of logits [B, K] (float32 or float64) and a batch's targets: the `loss` of
+            an objective, or another function that never waits for the device.
+        autocast: dtype of torch.autocast to compute in; None for the autocast of the caller.
+        l1: weight of `l1_penalty`; its gradient is added, its value is not part of the loss.
+        max_graphs: the largest number of sizes that are captured.
         capture: what captures, instead of CUDA.
 
     Raises:
@@ -63,9 +72,9 @@ class StepGraphs:
 
     Note:
         Gradients are written, not added: a call replaces those in `.grad`. They lie in the same
-        tensors from call to call; keep a clone. A parameter that takes no part in a batch, since
-        nobody has its modality, has None, as after a step without a graph (with L1, which concerns
-        it all the same, its own). The memory of the largest batch's step stays taken.
+        tensors from call to call; to keep one, clone it. If no patient of a batch has a modality,
+        the `.grad` of that modality's parameters is None, as after a step without a graph; with L1
+        it is the gradient of L1. The memory of the largest step stays reserved.
 
     Example:
         >>> model = motet.HEALNet({"wsi": motet.Bag(32)}, out_features=4)
@@ -95,8 +104,8 @@ class StepGraphs:
     def __call__(self, batch: PatientBatch, *, scale: Tensor | None = None) -> Tensor:
         """Return the loss of a batch, detached, on the device; leave the gradients in `.grad`.
 
-        Nothing waits for the device, but where bags have to be cut: a spectrum as context, ragged
-        bags for an encoder.
+        Nothing waits for the device, except where bags have to be cut apart: for a spectrum as
+        context, and for an encoder with ragged bags.
 
         Args:
             batch: of patients, on the model's device.
@@ -108,55 +117,57 @@ class StepGraphs:
             TypeError: something in the batch that is not a tensor.
         """
         graphs = self._graphs
-        now = graphs.look()
-        if now.moved:
+        state = graphs.inspect_model()
+        if state.moved:
             self._gradients.clear()
-        trained = [p for p in now.parameters if p.requires_grad]
+        trained = [p for p in state.parameters if p.requires_grad]
         if not trained:
             raise ValueError("model: expected at least one trainable parameter, got none")
-        why = graphs.never or now.hooks or _several_processes()
-        if not why:
-            with torch.no_grad(), self._precision():
-                given = given_of(self.model, read_patients(self.model, batch))
-            if not isinstance(given, str):
-                more = dict(batch.target) | ({} if scale is None else {"": scale})
-                key = (tuple(p.requires_grad for p in now.parameters), self._dtype())
+        reason = graphs.never or state.hooks or _several_processes()
+        if not reason:
+            with torch.no_grad(), self._autocast():
+                inputs = make_graph_inputs(self.model, read_patients(self.model, batch))
+            if not isinstance(inputs, str):
+                # "" is no name of a target, so the scale of the loss travels under it.
+                extra = dict(batch.target) | ({} if scale is None else {"": scale})
+                key = (tuple(p.requires_grad for p in state.parameters), self._dtype())
 
-                def run(
-                    rows: int, read: Mapping[str, Context | ModalityInput], own: dict[str, Tensor]
+                def compute(
+                    rows: int, read: Mapping[str, Context | ModalityInput], extra: dict[str, Tensor]
                 ) -> Any:
-                    factor = own.pop("", None)
-                    return self._step(rows, read, own, factor, trained)
+                    static_scale = extra.pop("", None)
+                    return self._step(rows, read, extra, static_scale, trained)
 
-                loss, written = graphs.call(now, key, given, more, run)
-                for parameter in now.parameters:
+                loss, has_gradient = graphs.call(state, key, inputs, extra, compute)
+                for parameter in state.parameters:
                     parameter.grad = None
-                for parameter, wrote in zip(trained, written, strict=True):
-                    parameter.grad = self._gradients[id(parameter)] if wrote else None
-                return loss.clone()
-            why = given
-        graphs.fall_back(why)
-        for parameter in now.parameters:
+                for parameter, has in zip(trained, has_gradient, strict=True):
+                    parameter.grad = self._gradients[id(parameter)] if has else None
+                return loss.clone()  # the next replay overwrites the static loss
+            reason = inputs
+        graphs.note_fallback(reason)
+        for parameter in state.parameters:
             parameter.grad = None
         return self._without_graph(batch, scale, trained)
 
     def report(self) -> list[dict[str, Any]]:
-        """Return, for all sizes that came: how they run, why, calls, replays, memory in MiB.
+        """Return one dict for all calls of the same sizes.
 
-        `sizes` is empty, and `why` says the reason, for calls that could not be captured at all.
+        `sizes`, `how` ("graph" or "eager"), `why` (the reason for "eager"), `calls`, `replays`, and
+        `mib`, the memory of the graph. `sizes` is empty for calls that cannot be captured at all.
         """
         return self._graphs.report()
 
     @property
     def fell_back(self) -> dict[str, int]:
-        """Why calls ran without a graph, other than being the first of their sizes; how many."""
+        """Number of calls without a graph by reason; first calls of new sizes are not counted."""
         return dict(self._graphs.fell_back)
 
     def _dtype(self) -> torch.dtype | None:
-        return self.autocast or self._graphs.ambient()
+        return self.autocast or self._graphs.autocast_dtype()
 
-    def _precision(self) -> torch.autocast:
-        return precision(self._graphs.device, self._dtype())
+    def _autocast(self) -> torch.autocast:
+        return uncached_autocast(self._graphs.device, self._dtype())
 
     def _step(
         self,
@@ -166,26 +177,31 @@ class StepGraphs:
         scale: Tensor | None,
         trained: Sequence[nn.Parameter],
     ) -> tuple[Tensor, tuple[bool, ...]]:
-        """Write all gradients; return the loss, and which parameters have one."""
+        """Write all gradients; return the loss, and for each parameter whether it has a gradient.
+
+        This is what a graph captures. autograd allocates gradients in the graph's memory pool,
+        which all graphs share and whose contents no call may rely on afterwards. So they are copied
+        to tensors outside of the pool, which all graphs of the model write (`_gradients`).
+        """
         with torch.enable_grad():
-            with self._precision():
+            with self._autocast():
                 logits = _widened(_logits(self.model, rows, read))
                 loss = self.loss(logits, target)
             scaled = loss if scale is None else loss * scale
-            with precision(self._graphs.device, None):
-                found = torch.autograd.grad(scaled, trained, allow_unused=True)
-        for parameter, gradient in zip(trained, found, strict=True):
+            with uncached_autocast(self._graphs.device, None):
+                gradients = torch.autograd.grad(scaled, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
             if id(parameter) not in self._gradients and (self.l1 or gradient is not None):
                 self._gradients[id(parameter)] = torch.zeros_like(parameter)
         pairs = [
             (self._gradients[id(parameter)], gradient)
-            for parameter, gradient in zip(trained, found, strict=True)
+            for parameter, gradient in zip(trained, gradients, strict=True)
             if gradient is not None
         ]
-        copy_all((into for into, _ in pairs), (gradient for _, gradient in pairs))
+        copy_all((target for target, _ in pairs), (gradient for _, gradient in pairs))
         if not self.l1:
-            return loss.detach(), tuple(gradient is not None for gradient in found)
-        for parameter, gradient in zip(trained, found, strict=True):
+            return loss.detach(), tuple(gradient is not None for gradient in gradients)
+        for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is None:
                 self._gradients[id(parameter)].zero_()
         _add_signs([self._gradients[id(p)] for p in trained], trained, self.l1, scale)
@@ -201,7 +217,7 @@ class StepGraphs:
         with torch.enable_grad():
             with cast:
                 loss = self.loss(logits_of(self.model, batch), batch.target)
-            with precision(device, None):
+            with uncached_autocast(device, None):
                 (loss if scale is None else loss * scale).backward()
         if self.l1:
             add_l1(trained, self.l1, scale)
@@ -209,14 +225,14 @@ class StepGraphs:
 
 
 class CudaGraphs:
-    """Call a model without gradients so that everything that has weights is one CUDA graph.
+    """Call a model without gradients, with everything that has weights as one CUDA graph.
 
-    Sizes, what is captured and what is not: as in `StepGraphs`, which trains.
+    `StepGraphs`, which is for training, says how sizes are rounded and what cannot be captured.
 
     Args:
         model: on a CUDA device. Its parameters may change in place; after a move or a conversion,
             graphs are captured anew.
-        max_graphs: how many sizes are captured at most.
+        max_graphs: the largest number of sizes that are captured.
         capture: what captures, instead of CUDA.
 
     Raises:
@@ -250,14 +266,14 @@ class CudaGraphs:
     ) -> Tensor:
         """Predict logits [B, out_features]; arguments and errors as of HEALNet.forward.
 
-        A LegoBlock, too, takes a dict or a sequence, of the one modality "x".
+        A LegoBlock takes a dict or a sequence as well, of its one modality "x".
 
         Raises:
-            RuntimeError: gradients are wanted: autograd is on, and a parameter is trained.
+            RuntimeError: autograd is on, and a parameter requires a gradient.
         """
         graphs, model = self._graphs, self.model
-        now = graphs.look()
-        if torch.is_grad_enabled() and any(p.requires_grad for p in now.parameters):
+        state = graphs.inspect_model()
+        if torch.is_grad_enabled() and any(p.requires_grad for p in state.parameters):
             raise RuntimeError(
                 "CudaGraphs: expected to be called under torch.no_grad(), since it has no "
                 "gradients; motet.StepGraphs has"
@@ -268,23 +284,24 @@ class CudaGraphs:
             "coords": coords,
             "statistics": statistics,
         }
-        # The static tensors are written to in other calls, in which inference mode may be off.
+        # A tensor made in inference mode can be written in inference mode only. The static tensors
+        # are written in later calls too, so they are made outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            why = graphs.never or now.hooks
-            if not why:
-                given = given_of(model, read_batches(model, inputs, options))
-                if not isinstance(given, str):
-                    dtype = graphs.ambient()
+            reason = graphs.never or state.hooks
+            if not reason:
+                graph_inputs = make_graph_inputs(model, read_batches(model, inputs, options))
+                if not isinstance(graph_inputs, str):
+                    dtype = graphs.autocast_dtype()
 
-                    def run(
+                    def compute(
                         rows: int, read: Mapping[str, Context | ModalityInput], _: Any
                     ) -> Tensor:
-                        with precision(graphs.device, dtype):
+                        with uncached_autocast(graphs.device, dtype):
                             return _logits(model, rows, read)
 
-                    return graphs.call(now, (dtype,), given, {}, run).clone()
-                why = given
-            graphs.fall_back(why)
+                    return graphs.call(state, (dtype,), graph_inputs, {}, compute).clone()
+                reason = graph_inputs
+            graphs.note_fallback(reason)
             if isinstance(model, LegoBlock):
                 (x,) = inputs.values() if isinstance(inputs, Mapping) else inputs
                 options["mask"] = options.pop("masks")
@@ -292,12 +309,15 @@ class CudaGraphs:
             return model(inputs, **options)
 
     def report(self) -> list[dict[str, Any]]:
-        """Return, for all sizes that came, what `StepGraphs.report` says."""
+        """Return what `StepGraphs.report` returns."""
         return self._graphs.report()
 
 
 def add_l1(parameters: Sequence[nn.Parameter], l1: float, scale: Tensor | None = None) -> None:
-    """Add the gradient of `l1 * l1_penalty` to `.grad`, at a fraction of what autograd takes."""
+    """Add the gradient of `l1 * l1_penalty`, that is l1 · sign(w), to the `.grad` of parameters.
+
+    A few launches serve all parameters; autograd would need several for each of them.
+    """
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:
@@ -322,18 +342,18 @@ def _add_signs(
 
 
 def _logits(model: Model, rows: int, read: Mapping[str, Context | ModalityInput]) -> Tensor:
-    latents = latents_from(model, rows, read)
+    latents = compute_latents(model, rows, read)
     real = latents.real.contiguous() if latents.is_complex() else latents
     return real if model.head is None else model.head(real)
 
 
 def _widened(logits: Tensor) -> Tensor:
-    """Return logits in which losses are taken: in full precision."""
+    """Return logits in float32 or wider, the precision in which losses are computed."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _only(value: Any) -> Any:
-    """Return what a dict or a sequence of one modality holds."""
+    """Return the one value of a dict or a sequence; None for None."""
     if value is None:
         return None
     return value.get("x") if isinstance(value, Mapping) else value[0]

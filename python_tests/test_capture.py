@@ -257,8 +257,8 @@ def test_a_model_on_cuda_is_captured_by_cuda(cuda: Cuda, monkeypatch: pytest.Mon
     assert steps._graphs.never == ""
     waits = "what torch computes instead of Triton waits for the lengths of bags"
     assert motet.CudaGraphs(model.double())._graphs.never == waits
-    steps._graphs.look()
+    steps._graphs.inspect_model()
     monkeypatch.setattr(torch.nn.Parameter, "device", property(lambda self: here), raising=False)
     model.latents.data = model.latents.data.clone()
     with pytest.raises(ValueError, match="model: expected it on a CUDA device, got cpu"):
-        steps._graphs.look()
+        steps._graphs.inspect_model()

@@ -84,7 +84,7 @@ def test_what_lies_behind_the_last_bag_does_not_matter() -> None:
     graphs = motet.StepGraphs(model, loss_of, capture=FakeCapture())
     found = []
     for filling in (1.0, 1.0, -3e5, 7e-9):
-        for flat in graphs._graphs._buffers._flat.values():
+        for flat in graphs._graphs._static._flat.values():
             if flat.is_floating_point():
                 flat.fill_(filling)
         found.append(graphed(graphs, batch_of(9, 0, 30)))
@@ -214,11 +214,11 @@ def test_larger_batches_take_the_place_of_graphs_and_their_memory() -> None:
     gc.collect()
     assert old() is None
     assert capture.forgotten == 1
-    flat = dict(graphs._graphs._buffers._flat)
+    flat = dict(graphs._graphs._static._flat)
     for batch in (small, large, small):
         assert_same(graphed(graphs, batch), eager(model, batch))
     assert capture.captured == 3
-    assert all(flat[name] is own for name, own in graphs._graphs._buffers._flat.items())
+    assert all(flat[name] is block for name, block in graphs._graphs._static._flat.items())
 
 
 def test_weights_that_move_are_captured_anew() -> None:
