@@ -1,4 +1,4 @@
-"""Latents attend to a context: the layer's weights, and what a form of keys and values offers."""
+"""Attention of latents to a context: the weights, and the interface of keys (`Keys`)."""
 
 from typing import Protocol
 
@@ -55,16 +55,16 @@ class Attention(nn.Module):
 
         Args:
             latents: [B, C, D].
-            keys: what this attention's layer prepared.
+            keys: made by `attention_forms.prepare` for this attention.
 
         Returns:
-            [B, C, D]; or [B, 1, D] where every latent gets the same.
+            [B, C, D]; or [B, 1, D] if the update is the same for every latent.
         """
         heads = keys.attend(self, self.queries(latents) if keys.needs_queries else None)
         return F.leaky_relu(self.to_out(heads.transpose(1, 2).flatten(2)))
 
     def queries(self, latents: Tensor) -> Tensor:
-        """Return Q [B, C, H·E] of latents [B, C, D], not scaled; of self-attention Q, K and V."""
+        """Return unscaled queries Q [B, C, H·E]; for self-attention Q, K and V [B, C, 3·H·E]."""
         normed = self.norm(latents)
         q = self.to_q(normed)
         return q if self.norm_context is not None else torch.cat([q, self.to_kv(normed)], dim=-1)
@@ -82,10 +82,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def folded(self, padding: int, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, Tensor]:
-        """Return K's and V's weights [2 H, E, W] and shifts [2 H, E] with the LayerNorm in them.
+        """Return the weights [2 H, E, W] and shifts [2 H, E] of K and V, LayerNorm included.
 
-        W = W₀ diag(γ) and b = W₀ β, so that what is left to do to a token is to normalise it. Each
-        head gets `padding` more outputs, which are zero.
+        With W = W₀ diag(γ) and b = W₀ β the gain γ and shift β of the LayerNorm are part of the
+        projection: a token only has to be normalised to mean 0 and variance 1. Each head gets
+        `padding` more outputs, which are zero.
         """
         norm, weight = self.token_norm, self.to_kv.weight.unflatten(0, (2 * self.heads, -1))
         return fold_norm(
@@ -94,7 +95,7 @@ class Attention(nn.Module):
 
     @property
     def token_norm(self) -> nn.LayerNorm:
-        """The LayerNorm of the context's tokens, which self-attention has not."""
+        """The LayerNorm of the context's tokens; self-attention has none."""
         assert self.norm_context is not None
         return self.norm_context
 
@@ -104,21 +105,21 @@ class Attention(nn.Module):
 
 
 class Keys(Protocol):
-    """What the latents of a batch attend to in one layer.
+    """What the latents of a batch attend to in one layer, in one of the forms of `attention_forms`.
 
-    Queries are [B, C, Q], or [1, C, Q] for all rows, as `Attention.queries` gives them.
+    Queries are [B, C, Q] as `Attention.queries` returns them, or [1, C, Q] for all rows.
     """
 
     context: Context
     needs_queries: bool
-    """Whether the queries matter; if not, None does for them."""
+    """Whether the result depends on the queries; if not, None is passed for them."""
 
     def attend(
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
-        """Return what each head gathers, [B, H, C or 1, E], float32 or wider if it sums in it.
+        """Return the weighted sums of values, [B, H, C or 1, E], in the dtype of the sums.
 
-        `seed` is what kernels draw dropout masks from, int64 [1]; None draws one.
+        `seed`, int64 [1], determines the dropout masks of the kernels; None draws a seed.
         """
         ...
 
@@ -128,12 +129,12 @@ class Keys(Protocol):
 
 
 class LatentKeys:
-    """The latents themselves: what latent self-attention attends to."""
+    """The keys of latent self-attention: the latents attend to themselves."""
 
     needs_queries = True
 
     def __init__(self, latents: Tensor, backend: Backend = "auto") -> None:
-        self.context = Context(latents)  # [1, C, D], of which only that it is dense matters
+        self.context = Context(latents)  # [1, C, D]; only used to tell that no row is empty
         self.backend: Backend = backend
 
     def attend(
@@ -142,7 +143,7 @@ class LatentKeys:
         assert queries is not None
         qkv = queries.unflatten(-1, (3, attention.heads, -1))  # [B, C, 3, H, E]
         p, scale = attention.active_dropout, attention.scale
-        if qkv.is_cuda:  # the same bits in every run, and of a row in every batch
+        if qkv.is_cuda:  # the same bits in every run, and for a row in every batch
             return latent_self_attention(
                 qkv, scale=scale, dropout_p=p, seed=seed, backend=self.backend
             )

@@ -1,6 +1,16 @@
-"""What a layer's latents attend to: keys and values, or the tokens themselves, in one of six forms.
+"""Six forms of keys: what the latents of a layer attend to, as keys and values or as tokens.
 
-`prepare` reads a context once per forward pass and makes a form for each set of weights.
+`prepare` reads a context once per forward pass, decides on a form, and returns the keys of every
+set of weights. All forms give the same results but for rounding; they differ in what is computed
+once per forward pass, once per set of weights, and once per layer.
+
+| form | is used for | computed per layer |
+| --- | --- | --- |
+| OneTokenKeys | at most one token per row | nothing: the weight of a single token is 1 |
+| CachedKeys | strategy "cached" | attention over K and V, which are made once |
+| AbsorbedKeys | strategy "absorbed" | queries times tokens; K and V never exist |
+| BatchedKeys, BatchedAbsorbedKeys | the same two, small equal bags on a CPU | batched products |
+| ReferenceKeys | strategy "reference" | the literal equation |
 """
 
 from collections.abc import Sequence
@@ -25,9 +35,11 @@ from .context import Context
 
 
 class OneTokenKeys:
-    """At most one token in every row: its weight is 1 whatever Q and K are, so V is all it takes.
+    """Keys of a context with at most one token per row.
 
-    For rows without a token V is made of zeros; the update of their latents does not take it.
+    With a single token the attention weight is always 1, so Q and K have no influence, and only V
+    is computed. Rows without a token hold zeros; their V is not used, since `update` and
+    `lego_pass` leave the latents of such rows as they are.
     """
 
     needs_queries = False
@@ -36,9 +48,9 @@ class OneTokenKeys:
         self.context, self.v, self.latents = context, v, latents  # v: [B, H, 1, E]
 
     @classmethod
-    def of(cls, context: Context, attention: Attention, latents: int) -> "OneTokenKeys":
-        """Project the tokens of a context that has at most one per row, for C latents."""
-        v = one_token_values(attention.token_norm(context.joined()), attention.to_kv.weight)
+    def project(cls, context: Context, attention: Attention, latents: int) -> "OneTokenKeys":
+        """Project the tokens to V, for C latents."""
+        v = one_token_values(attention.token_norm(context.with_positions()), attention.to_kv.weight)
         return cls(context, attention.split(v), latents)
 
     def attend(
@@ -47,8 +59,9 @@ class OneTokenKeys:
         p = attention.active_dropout
         if not p:
             return self.v
-        kept = self.v.new_ones(len(self.v), attention.heads, self.latents, 1)
-        return F.dropout(kept, p) * self.v
+        # Dropout is drawn for each latent, as for any other attention weight.
+        ones = self.v.new_ones(len(self.v), attention.heads, self.latents, 1)
+        return F.dropout(ones, p) * self.v
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         ones = self.v.new_ones(len(self.v), attention.heads, self.latents, 1)
@@ -56,7 +69,12 @@ class OneTokenKeys:
 
 
 class CachedKeys:
-    """K and V [T, 2, H, E] of a layer, from the one product that makes those of all layers."""
+    """K and V [T, 2, H, E] of one set of weights, made once for all layers that use it.
+
+    Gradients of K and V: each layer would add one of T · 2 · H · E numbers. On a GPU `kv_records`
+    returns one record per layer instead; the backward passes fill them, and the gradient of all
+    layers is computed from them at once.
+    """
 
     needs_queries = True
 
@@ -70,15 +88,15 @@ class CachedKeys:
     ) -> None:
         self.context, self.offsets, self.kv = context, offsets, kv
         self.backend: Backend = backend
-        self._layers = layers
+        self._layers = layers  # number of layers whose records are still to be made
         self._records: list[Tensor] = []
 
     @classmethod
-    def of(
+    def project(
         cls, context: Context, offsets: Tensor, attention: Attention, backend: Backend
     ) -> "CachedKeys":
-        """Project packed tokens for one layer, as the equation says."""
-        kv = attention.to_kv(attention.token_norm(context.joined()))
+        """Normalise and project packed tokens for one set of weights, by torch's operators."""
+        kv = attention.to_kv(attention.token_norm(context.with_positions()))
         return cls(context, offsets, kv.unflatten(-1, (2, attention.heads, -1)), backend)
 
     def attend(
@@ -87,12 +105,12 @@ class CachedKeys:
         assert queries is not None
         q, counts, scale = attention.split(queries), self.context.packed_counts(), attention.scale
         p, backend = attention.active_dropout, self.backend
-        if not self._records:  # those of all layers at the first; should more ask, one for each
-            made = kv_records(
+        if not self._records:  # the first call makes those of all layers; later calls one each
+            records = kv_records(
                 q, self.kv, self.offsets, layers=self._layers, counts=counts, scale=scale,
                 dropout_p=p, backend=backend,
             )  # fmt: skip
-            self._records, self._layers = list(made), 1
+            self._records, self._layers = list(records), 1
         out, _ = latent_attention_kv(
             q, self.kv, self.offsets, counts=counts, scale=scale, dropout_p=p, seed=seed,
             backend=backend, record=self._records.pop() if self._records else None,
@@ -109,7 +127,12 @@ class CachedKeys:
 
 
 class AbsorbedKeys:
-    """The tokens themselves; the projections are taken into the queries and the pooled tokens."""
+    """The tokens themselves as keys and values.
+
+    Q K^T = (Q W_k) X^T and weights · V = (weights · X) W_v^T: the projections are applied to the C
+    queries and to the C pooled tokens instead of to all N tokens. This takes more FLOP per layer
+    and less memory traffic, see docs/attention.md.
+    """
 
     needs_queries = True
 
@@ -131,7 +154,7 @@ class AbsorbedKeys:
         assert queries is not None
         return absorbed_gather(
             attention.split(queries),
-            *self._weights_of(attention),
+            *self._fold_weights(attention),
             self.x,
             self.offsets,
             scale=attention.scale,
@@ -157,14 +180,17 @@ class AbsorbedKeys:
         return self.context.unpacked(weights.unflatten(1, (attention.heads, -1)))
 
     def _absorbed_queries(self, attention: Attention, queries: Tensor | None) -> Tensor:
-        """Return scale · Q W_k diag(γ), [B, H·C, W]. What β adds to a score, it adds to all."""
+        """Return scale · Q W_k diag(γ), [B, H·C, W].
+
+        β adds the same number to all scores of a query, which the softmax does not change.
+        """
         assert queries is not None
-        weights, _ = self._weights_of(attention)
+        weights, _ = self._fold_weights(attention)
         absorbed = absorb_queries(attention.split(queries), weights, attention.scale)
         return absorbed.expand(len(self.offsets) - 1, -1, -1)
 
-    def _weights_of(self, attention: Attention) -> tuple[Tensor, Tensor]:
-        """Return `Attention.folded`, made once for all layers."""
+    def _fold_weights(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Return `Attention.folded`, computed once for all layers."""
         if attention not in self._folded:
             dtype = _product_dtype(attention.to_kv.weight)
             self._folded[attention] = attention.folded(0, dtype, self.backend)
@@ -172,16 +198,16 @@ class AbsorbedKeys:
 
 
 class BatchedAbsorbedKeys(AbsorbedKeys):
-    """The same of short bags of one length, normalised once: a product each for all bags."""
+    """AbsorbedKeys of small bags of one length: one product for all bags, tokens normalised."""
 
     def __init__(self, context: Context, normed: Tensor) -> None:
         super().__init__(context, context.packed(), None, "eager")
         self.normed = normed  # [B, N, W]
 
     @classmethod
-    def of(cls, context: Context, attention: Attention) -> "BatchedAbsorbedKeys":
-        """Normalise the tokens of a dense context, which is the same for every attention."""
-        tokens = context.joined()
+    def normalise(cls, context: Context, attention: Attention) -> "BatchedAbsorbedKeys":
+        """Normalise the tokens of a dense context, once for all attentions of the modality."""
+        tokens = context.with_positions()
         return cls(context, F.layer_norm(tokens, tokens.shape[-1:], eps=attention.token_norm.eps))
 
     def attend(
@@ -192,17 +218,17 @@ class BatchedAbsorbedKeys(AbsorbedKeys):
             scores = scores + self.context.counts.log()[:, None]
         weights = F.dropout(scores.softmax(-1), attention.active_dropout)
         pooled, mass = weights @ self.normed, weights.sum(-1)
-        return project_back(pooled, mass, *self._weights_of(attention))
+        return project_back(pooled, mass, *self._fold_weights(attention))
 
 
 class BatchedKeys:
-    """K and V of one layer, of short bags of one length: a product each for all bags."""
+    """K and V of one set of weights for small bags of one length: one product for all bags."""
 
     needs_queries = True
 
     def __init__(self, context: Context, attention: Attention) -> None:
         self.context = context
-        kv = attention.to_kv(attention.token_norm(context.joined()))
+        kv = attention.to_kv(attention.token_norm(context.with_positions()))
         kv = kv.unflatten(-1, (2, attention.heads, -1)).permute(2, 0, 3, 1, 4)
         self.k, self.v = kv.contiguous().flatten(1, 2)  # [B·H, N, E]
         counts = context.counts
@@ -229,13 +255,13 @@ class BatchedKeys:
 
 
 class ReferenceKeys:
-    """Every layer on its own, as the equation says: what the other forms are tested against."""
+    """The literal equation for every layer; the other forms are tested against it."""
 
     needs_queries = True
 
     def __init__(self, context: Context, attention: Attention) -> None:
         self.context = context
-        kv = attention.to_kv(attention.token_norm(context.joined()))
+        kv = attention.to_kv(attention.token_norm(context.with_positions()))
         k, v = kv.unflatten(-1, (2, attention.heads, -1)).unbind(-3)
         if context.offsets is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -266,52 +292,59 @@ def prepare(
     strategy: Strategy | None = None,
     backend: Backend = "auto",
 ) -> list[Keys]:
-    """Read a context once for all layers; return what each weight set attends to.
+    """Read a context once for all layers; return the keys of each set of weights.
 
     Args:
         context: the tokens of a batch.
-        attentions: one per weight set, alike but for their weights.
-        latents: C, how many will attend.
-        layers: how many will ask each of them; None for one each.
-        strategy, backend: see `kernels.plan`; None for the planned strategy.
+        attentions: one per set of weights, of the same sizes.
+        latents: number of latents C that will attend.
+        layers: the number of layers that use each set of weights; None for one each.
+        strategy, backend: see `kernels.plan`; None for the strategy that the plan chooses.
     """
     choice("strategy", strategy, (None, *get_args(Strategy)))
     check_backend(backend)
     if strategy == "reference":
         return [ReferenceKeys(context, attention) for attention in attentions]
     if context.single:
-        return [OneTokenKeys.of(context, attention, latents) for attention in attentions]
+        return [OneTokenKeys.project(context, attention, latents) for attention in attentions]
     first, layers = attentions[0], layers or [1] * len(attentions)
     x, positions, offsets = packed = context.packed()
     bags, weight, eps = len(offsets) - 1, first.to_kv.weight, first.token_norm.eps
-    chosen = _planned(
+    planned = _plan_strategy(
         x, bags, first, strategy, backend,
         latents=latents, layers=sum(layers), weight_sets=len(attentions),
     )  # fmt: skip
-    # Short bags go into one product, at the price of their own bits: 50 patches at a time take
-    # twice the time of one product, most of it to read the weights.
+    # `plan` has chosen between "cached" and "absorbed" from FLOP, bytes and launches. For bags of
+    # fewer than 256 tokens on average, two more decisions are made here, after the plan:
+    #
+    # 1. `short`: K and V of all bags come from one product instead of one product per bag. Per bag,
+    #    50 patches take twice the time of one product, most of it to read the weights again. The
+    #    price: a bag's last bits then depend on the other bags of its batch.
+    # 2. `small`: on a CPU, if the caller asks for no strategy, torch's operators compute the
+    #    planned strategy, since calling motet's own takes longer than such small products do.
     short = len(x) < 256 * bags
-    # Where starting our operators takes longer than torch's own do.
     small = short and strategy is None and not x.is_cuda and backend != "triton"
     statistics = context.packed_statistics(eps)
-    if chosen == "absorbed":
+    if planned == "absorbed":
         if small and context.offsets is None:
-            return [BatchedAbsorbedKeys.of(context, first)] * len(attentions)
+            return [BatchedAbsorbedKeys.normalise(context, first)] * len(attentions)
         if statistics is None and x.is_cuda and backend in ("auto", "triton"):
-            # Once, not in every layer; a CPU has them from normalising the rows all the same.
+            # Computed here once instead of in every layer. On a CPU the rows are normalised on
+            # their way into the product, which gives the statistics at no cost.
             statistics = row_statistics(x, positions=positions, eps=eps, backend=backend)
         return [AbsorbedKeys(context, packed, statistics, backend)] * len(attentions)
     if small and len(x) <= len(weight):
-        # Then the tokens are less to normalise for each layer than the weights are to fold.
+        # T tokens are normalised for each set of weights, or the 2·H·E rows of its weights are
+        # folded with the LayerNorm: here the tokens are fewer.
         if context.offsets is None:
             return [BatchedKeys(context, attention) for attention in attentions]
-        return [CachedKeys.of(context, offsets, own, backend) for own in attentions]
+        return [CachedKeys.project(context, offsets, a, backend) for a in attentions]
     kv = _kv_of_all_layers(packed, attentions, statistics, bag_by_bag=not short, backend=backend)
-    each = zip(kv, layers, strict=True)
-    return [CachedKeys(context, offsets, own, backend, uses) for own, uses in each]
+    pairs = zip(kv, layers, strict=True)
+    return [CachedKeys(context, offsets, kv_of_set, backend, uses) for kv_of_set, uses in pairs]
 
 
-def _planned(
+def _plan_strategy(
     x: Tensor,
     bags: int,
     attention: Attention,
@@ -322,7 +355,7 @@ def _planned(
     layers: int,
     weight_sets: int,
 ) -> str:
-    """Return the strategy that `plan` chooses for tokens [T, D] and what attends to them."""
+    """Return the strategy that `plan` chooses for tokens [T, D]."""
     return plan(
         len(x),
         attention.to_kv.in_features,
@@ -350,24 +383,26 @@ def _kv_of_all_layers(
     bag_by_bag: bool,
     backend: Backend,
 ) -> Sequence[Tensor]:
-    """Return K and V [T, 2, H, E] for each attention, all from one product with the tokens.
+    """Return K and V [T, 2, H, E] of each attention, all from one product with the tokens.
 
-    True for `bag_by_bag` gives each bag the bits that it has alone.
+    If `bag_by_bag` is True, each bag gets the same bits as if it were alone in the batch.
     """
     x, positions, offsets = packed
     first = attentions[0]
-    # Rows of K and V on 32-byte boundaries, without which no load on a GPU is asynchronous.
+    # Each head's row of K and V begins at a multiple of 32 bytes: GPUs load asynchronously only
+    # from aligned addresses.
     padding = -first.head_dim % 16 if x.is_cuda else 0
     dtype = _product_dtype(first.to_kv.weight)
-    parts = [attention.folded(padding, dtype, backend) for attention in attentions]
-    weights, biases = (_stacked(part) for part in zip(*parts, strict=True))
+    folded = [attention.folded(padding, dtype, backend) for attention in attentions]
+    weights, biases = (_stacked(tensors) for tensors in zip(*folded, strict=True))
     y = context_kv(
         x, weights.flatten(1, 2), biases.flatten(1), positions=positions,
         offsets=offsets if bag_by_bag else None, statistics=statistics,
         eps=first.token_norm.eps, backend=backend,
     )  # fmt: skip
     y = y.unflatten(2, (2, first.heads, -1))
-    # One set is a view; of several, unbinding collects the gradients without sums over zeros.
+    # `unbind` has one backward pass that stacks the gradients; indexing y[i] would give each set a
+    # gradient of the size of y, mostly zeros, to be summed. One set needs only a view.
     return [y.squeeze(0)] if len(attentions) == 1 else y.unbind(0)
 
 
@@ -376,7 +411,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype in which torch would multiply by a weight, autocast considered."""
+    """Return the dtype in which torch multiplies by this weight under the present autocast."""
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
         return torch.get_autocast_dtype(device)

@@ -1,9 +1,10 @@
-"""From what the caller passes to the tokens that the latents attend to.
+"""Turn the tensors of the caller into contexts: the tokens that the latents attend to.
 
-A batch of one modality is checked once (`read`), and becomes a `Context`: dense where every row has
-the same number of real tokens, else packed with offsets. A missing modality is an empty bag, so
-that padding, missing rows and ragged bags are one thing from here on; but where no row has a second
-token, all rows keep a place, so that the shape does not depend on who is missing.
+`read` checks a batch of one modality, and `ModalityInput.make_context` makes a `Context` of it.
+A context is dense, [B, N, D], if every row has N real tokens; otherwise it is packed, [T, D], with
+offsets. A missing modality is an empty bag. So padding, missing rows and ragged bags are the same
+from here on. One exception: if no row has more than one token, the context stays dense, [B, 1, D],
+with zeros in rows without a token. Its shape then does not depend on which rows miss the modality.
 """
 
 import logging
@@ -15,50 +16,51 @@ import torch
 from torch import Tensor
 
 from ..kernels.dtypes import wide
-from .modalities import Bag, Modality, Positions, Tabular
+from .modalities import Bag, Modality, Positions, Tabular, input_shape
 from .statistics import layer_norm_statistics
 
 T = TypeVar("T")
 
 
 class Context(NamedTuple):
-    """Tokens that a batch of latents attends to."""
+    """The tokens that a batch of latents attends to."""
 
     tokens: Tensor
-    """[B, N, D]; or [T, D] with offsets. Without their positions."""
+    """[B, N, D]; or [T, D] with offsets. Positions not included."""
     positions: Tensor | None = None
-    """[N, P], which every row shares; or [B, N, P]; or [T, P] with offsets. None without any."""
+    """Encoded positions: [N, P], the same in all rows; or [B, N, P]; or [T, P] with offsets."""
     offsets: Tensor | None = None
-    """int64 [B + 1]: row b owns tokens offsets[b] to offsets[b + 1]. None if dense."""
+    """int64 [B + 1]: the tokens of row b are offsets[b] to offsets[b + 1]. None if dense."""
     single: bool = False
-    """Whether it is known that no row has a second token; then the context is dense."""
+    """True if no row has more than one token; the context is then dense."""
     counts: Tensor | None = None
-    """[B, N], or [T] with offsets: how many tokens each one stands for. None for one."""
+    """[B, N], or [T] with offsets: the number of equal tokens that each token stands for (adds its
+    logarithm to the attention score). None if each counts once."""
     statistics: Tensor | None = None
     """[B, N, 2], or [T, 2] with offsets: mean and variance of each of `tokens`; None if unknown."""
     present: Tensor | None = None
-    """Bool [B], of a dense context with one token per row: False where the row has none and holds
-    zeros instead. None if every row has its own."""
+    """Bool [B], only of a dense context with one token per row: False for rows that hold zeros in
+    place of a token. None if every row has a token."""
 
     @property
     def nonempty(self) -> Tensor | None:
-        """Bool [B], whether a row has a token; None if every row has."""
+        """Bool [B], whether a row has a token; None if every row has one."""
         return self.present if self.offsets is None else self.offsets.diff() > 0
 
     def rows(self) -> list[Tensor]:
         """Return the tokens of each row of a packed context, [N_b, D] each."""
         assert self.offsets is not None
-        return list(self.joined().split(self.offsets.diff().tolist()))
+        return list(self.with_positions().split(self.offsets.diff().tolist()))
 
-    def joined(self) -> Tensor:
-        """Return the tokens with their positions, [B, N, D + P] or [T, D + P]."""
+    def with_positions(self) -> Tensor:
+        """Return tokens and positions concatenated, [B, N, D + P] or [T, D + P]."""
         if self.positions is None:
             return self.tokens
         positions = self.positions.expand(*self.tokens.shape[:-1], -1)
         return torch.cat([self.tokens, positions.to(self.tokens.dtype)], dim=-1)
 
     def packed(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return all tokens [T, D], their positions [T or N, P], and offsets [B + 1]."""
+        """Return all tokens [T, D], positions [T, P] (or shared [N, P]), and offsets [B + 1]."""
         if self.offsets is not None:
             return self.tokens, self.positions, self.offsets
         rows, count = self.tokens.shape[:2]
@@ -73,14 +75,14 @@ class Context(NamedTuple):
         return None if self.counts is None else self.counts.flatten()
 
     def packed_statistics(self, eps: float) -> tuple[Tensor, Tensor] | None:
-        """Return mean and 1 / sqrt(variance + eps) of all tokens with their positions, [T] each."""
+        """Return mean and 1 / sqrt(variance + eps) of all tokens, [T] each; None if unknown."""
         if self.statistics is None:
             return None
         x, positions, _ = self.packed()
         return layer_norm_statistics(self.statistics.view(-1, 2), x.shape[1], positions, eps)
 
     def unpacked(self, weights: Tensor) -> Tensor:
-        """Return weights [T, H, C] as [B, H, C, N] for a dense context, else as they are."""
+        """Return weights [T, H, C] as [B, H, C, N] if the context is dense, else unchanged."""
         if self.offsets is not None:
             return weights
         return weights.unflatten(0, self.tokens.shape[:2]).permute(0, 2, 3, 1)
@@ -93,7 +95,7 @@ class Context(NamedTuple):
 
 
 class ModalityInput(NamedTuple):
-    """One modality of a batch, checked."""
+    """The checked input of one modality of a batch."""
 
     x: Tensor
     """[I, ...] items of the modality's shape, I = B·K; or [T, D], the values of a jagged tensor."""
@@ -104,36 +106,38 @@ class ModalityInput(NamedTuple):
     keep: Tensor | None
     """Bool, which tokens are real: [I, N], or [T] if jagged. None if all are."""
     offsets: Tensor | None
-    """int64 [B + 1] of the caller's jagged tensor, else None."""
+    """int64 [B + 1], the offsets of a jagged tensor; None if x is dense."""
     coords: Tensor | None
     """Coordinates in the layout of x."""
     statistics: Tensor | None = None
     """Mean and variance of the tokens, [..., 2] in the layout of x."""
 
-    def context(self, modality: Modality, positions: Positions) -> Context:
-        """Turn the batch into tokens and their positions."""
-        tokens, places = modality.tokenise(self.x, positions, self.coords)
+    def make_context(self, modality: Modality, positions: Positions) -> Context:
+        """Return the tokens and their encoded positions."""
+        tokens, encoded = modality.tokenise(self.x, positions, self.coords)
         if self.offsets is None:
-            return self.pack(tokens, self.keep, places, self.statistics)
+            return self.pack_tokens(tokens, self.keep, encoded, self.statistics)
         if self.keep is None:
-            return Context(tokens, places, self.offsets, statistics=self.statistics)
-        kept = offsets_of(self.keep.long())  # how many real tokens lie before each
-        places, statistics = (
-            None if part is None else part[self.keep] for part in (places, self.statistics)
+            return Context(tokens, encoded, self.offsets, statistics=self.statistics)
+        # Entry t is the number of real tokens before token t: it maps old offsets to new ones.
+        real_before = offsets_of(self.keep.long())
+        encoded, statistics = (
+            None if part is None else part[self.keep] for part in (encoded, self.statistics)
         )
-        return Context(tokens[self.keep], places, kept[self.offsets], statistics=statistics)
+        return Context(tokens[self.keep], encoded, real_before[self.offsets], statistics=statistics)
 
-    def pack(
+    def pack_tokens(
         self,
         tokens: Tensor,
         keep: Tensor | None,
         positions: Tensor | None = None,
         statistics: Tensor | None = None,
     ) -> Context:
-        """Gather the tokens [I, N, D] of each row's items, those where `keep` [I, N] is True.
+        """Return the context of tokens [I, N, D]: those of each row's items where `keep` is True.
 
-        Positions are [I, N, P], or [N, P] for all items alike; statistics [I, N, 2]. With one place
-        per row nothing is attended: what `keep` leaves out is zero.
+        The context is packed; dense if `keep` [I, N] is None, or if there is one token per row:
+        rows without it then hold zeros. Positions are [I, N, P], or [N, P] for all items alike;
+        statistics are [I, N, 2].
         """
         items, per_item = tokens.shape[:2]
         count = self.items * per_item
@@ -156,7 +160,7 @@ class ModalityInput(NamedTuple):
         )
         return Context(tokens[keep], positions, offsets_of(keep.sum(1)), statistics=statistics)
 
-    def spread(self, weights: Tensor, context: Context) -> Tensor:
+    def restore_layout(self, weights: Tensor, context: Context) -> Tensor:
         """Return attention weights in the caller's layout.
 
         Args:
@@ -181,8 +185,8 @@ class ModalityInput(NamedTuple):
         return full.permute(0, 2, 3, 1)
 
 
-class Names(NamedTuple):
-    """What the caller called the parts of one modality; errors name them so."""
+class ArgumentNames(NamedTuple):
+    """The names of the arguments that describe one modality, for error messages."""
 
     x: str = "x"
     mask: str = "mask"
@@ -191,9 +195,10 @@ class Names(NamedTuple):
     statistics: str = "statistics"
 
     @classmethod
-    def of(cls, modality: str) -> Self:
-        whole = ("inputs", "masks", "present", "coords", "statistics")
-        return cls(*(f"{part}[{modality!r}]" for part in whole))
+    def for_modality(cls, modality: str) -> Self:
+        """Return the names for a model with several modalities: inputs['wsi'] and so on."""
+        arguments = ("inputs", "masks", "present", "coords", "statistics")
+        return cls(*(f"{argument}[{modality!r}]" for argument in arguments))
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
@@ -203,34 +208,34 @@ def offsets_of(lengths: Tensor) -> Tensor:
 
 def jagged(values: Tensor, offsets: Tensor) -> Tensor:
     """Return the jagged NestedTensor [B, j, ...] of values [T, ...]."""
-    # torch 2.13 logs a warning meant for its own developers at the first call.
+    # At the first call torch 2.13 logs a warning that concerns its developers only.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     return torch.nested.nested_tensor_from_jagged(values, offsets)
 
 
 def by_name(
-    values: Mapping[str, T] | Sequence[T] | None, names: Sequence[str], what: str
+    values: Mapping[str, T] | Sequence[T] | None, names: Sequence[str], argument: str
 ) -> dict[str, T]:
-    """Return `values` as a dict over known names, None left out; a sequence follows `names`."""
+    """Return `values` as a dict without None; a sequence has one value per name, in their order."""
     if values is None:
         return {}
     if isinstance(values, Mapping):
         unknown = [name for name in values if name not in names]
         if unknown:
             raise ValueError(
-                f"{what}: unknown modality {unknown[0]!r}; this model has {', '.join(names)}"
+                f"{argument}: unknown modality {unknown[0]!r}; this model has {', '.join(names)}"
             )
         items = dict(values)
     elif isinstance(values, Sequence) and not isinstance(values, str):
         if len(values) != len(names):
             raise ValueError(
-                f"{what}: expected {len(names)} entries, one for each of {', '.join(names)}, got "
-                f"{len(values)}"
+                f"{argument}: expected {len(names)} entries, one for each of {', '.join(names)}, "
+                f"got {len(values)}"
             )
         items = dict(zip(names, values, strict=True))
     else:
         raise TypeError(
-            f"{what}: expected a dict of modality name to tensor, or a sequence in the order "
+            f"{argument}: expected a dict of modality name to tensor, or a sequence in the order "
             f"{', '.join(names)}, got {type(values).__name__}"
         )
     return {name: value for name, value in items.items() if value is not None}
@@ -248,6 +253,7 @@ def read_all(
 ) -> dict[str, ModalityInput]:
     """Check the inputs of a model with several modalities; `like` has its dtype and device."""
     names = list(modalities)
+    arguments = {name: ArgumentNames.for_modality(name) for name in names}
     inputs = by_name(inputs, names, "inputs")
     masks = by_name(masks, names, "masks")
     present = by_name(present, names, "present")
@@ -261,7 +267,7 @@ def read_all(
         name: read(
             modalities[name],
             inputs[name],
-            names=Names.of(name),
+            names=arguments[name],
             mask=masks.get(name),
             present=present.get(name),
             coords=coords.get(name),
@@ -275,15 +281,15 @@ def read_all(
     if len(set(sizes.values())) > 1:
         raise ValueError(f"inputs: expected one batch size, got {sizes}")
     rows = next(iter(sizes.values()))
-    # What is said of modalities that all rows miss has to make sense too.
+    # Masks, coordinates and so on of a modality without a tensor are checked as well.
     for name in masks.keys() - inputs.keys():
-        _check_bool(masks[name], Names.of(name).mask, like)
+        _check_bool(masks[name], arguments[name].mask, like)
     for name in coords.keys() - inputs.keys():
-        check_tensor(coords[name], Names.of(name).coords, like)
+        check_tensor(coords[name], arguments[name].coords, like)
     for name in statistics.keys() - inputs.keys():
-        _check_statistics(modalities[name], statistics[name], Names.of(name), like)
+        _check_statistics(modalities[name], statistics[name], arguments[name], like)
     for name in present.keys() - inputs.keys():
-        _check_present(present[name], Names.of(name), rows, like)
+        _check_present(present[name], arguments[name], rows, like)
         if present[name].any():
             raise ValueError(f"present[{name!r}]: says present, but inputs has no {name!r}")
     return batches
@@ -293,14 +299,14 @@ def read(
     modality: Modality,
     x: Any,
     *,
-    names: Names,
+    names: ArgumentNames,
     mask: Any = None,
     present: Any = None,
     coords: Any = None,
     statistics: Any = None,
     like: Tensor,
 ) -> ModalityInput:
-    """Check one modality's tensor with what describes it."""
+    """Check the tensor of one modality and the tensors that describe its tokens."""
     name = names.x
     check_tensor(x, name, like)
     _check_coords(modality, coords, names, like)
@@ -310,12 +316,12 @@ def read(
 
     items = x.ndim == modality.item_ndim + 2  # [B, K, ...]: K items per row
     if (x.ndim != modality.item_ndim + 1 and not items) or x.shape[-1] != modality.channels:
-        raise ValueError(f"{name}: expected {_expected_shape(modality)}, got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected {input_shape(modality)}, got {tuple(x.shape)}")
     rows, per_row = x.shape[0], x.shape[1] if items else 1
-    for part, width, called in _per_token(modality, coords, statistics, names):
+    for part, width, argument in _per_token(modality, coords, statistics, names):
         if part.is_nested or tuple(part.shape) != (*x.shape[:-1], width):
             got = "a nested tensor" if part.is_nested else tuple(part.shape)
-            raise ValueError(f"{called}: expected {(*x.shape[:-1], width)}, got {got}")
+            raise ValueError(f"{argument}: expected {(*x.shape[:-1], width)}, got {got}")
 
     count = math.prod(modality.token_shape(x))
     keep = None
@@ -336,30 +342,32 @@ def read(
 
 
 def _per_token(
-    modality: Modality, coords: Tensor | None, statistics: Tensor | None, names: Names
+    modality: Modality, coords: Tensor | None, statistics: Tensor | None, names: ArgumentNames
 ) -> list[tuple[Tensor, int, str]]:
-    """Return what is given for each token: a tensor, how many numbers a token has, its name."""
+    """Return the per-token tensors: tensor, its numbers per token, name of its argument."""
     axes = modality.coords if isinstance(modality, Bag) else 0
-    given = [(coords, axes, names.coords), (statistics, 2, names.statistics)]
-    return [(part, width, name) for part, width, name in given if part is not None]
+    parts = [(coords, axes, names.coords), (statistics, 2, names.statistics)]
+    return [(part, width, name) for part, width, name in parts if part is not None]
 
 
-def _check_coords(modality: Modality, coords: Any, names: Names, like: Tensor) -> None:
-    """Raise unless coordinates are there where the modality has them, and in a fitting dtype."""
+def _check_coords(modality: Modality, coords: Any, names: ArgumentNames, like: Tensor) -> None:
+    """Raise unless coordinates are passed exactly if the modality has them, in a fitting dtype."""
     if isinstance(modality, Bag) and modality.coords:
         if coords is None:
             raise ValueError(
                 f"{names.coords}: expected {modality.coords} coordinates per token, got none"
             )
-        # Half precision cannot hold pixels: such models take coordinates in float32 too.
+        # Half precision has too few digits for pixels: such models take float32 coordinates too.
         single = isinstance(coords, Tensor) and coords.dtype == torch.float32
         check_tensor(coords, names.coords, like.float() if single and like.itemsize == 2 else like)
     elif coords is not None:
         raise ValueError(f"{names.coords}: expected none for {modality}, got a value")
 
 
-def _check_statistics(modality: Modality, statistics: Any, names: Names, like: Tensor) -> None:
-    """Raise unless statistics are a tensor as `token_statistics` makes it, of a Bag's tokens."""
+def _check_statistics(
+    modality: Modality, statistics: Any, names: ArgumentNames, like: Tensor
+) -> None:
+    """Raise unless statistics are None, or for a Bag a tensor as `token_statistics` returns it."""
     if statistics is None:
         return
     if not isinstance(modality, Bag):
@@ -377,9 +385,9 @@ def _check_statistics(modality: Modality, statistics: Any, names: Names, like: T
 
 
 def _kept_by_mask(modality: Modality, x: Tensor, mask: Any, name: str, *, items: bool) -> Tensor:
-    """Return bool [I, N], which tokens a mask says are real; [I, 1] where it is of whole items.
+    """Return the mask as bool [I, N], or as [I, 1] if it masks whole items.
 
-    True for `items`: x is [B, K, ...], K items per row.
+    `items` is True if x is [B, K, ...] with K items per row.
     """
     _check_bool(mask, name, x)
     leading = tuple(x.shape[: 2 if items else 1])
@@ -391,14 +399,14 @@ def _kept_by_mask(modality: Modality, x: Tensor, mask: Any, name: str, *, items:
     if tuple(mask.shape) not in allowed:
         expected = " or ".join(map(str, dict.fromkeys(allowed))) or "none (use present)"
         raise ValueError(f"{name}: expected {expected}, got {tuple(mask.shape)}")
-    of_items = items and tuple(mask.shape) == leading
-    return mask.reshape(math.prod(leading), 1 if of_items else count)
+    masks_items = items and tuple(mask.shape) == leading
+    return mask.reshape(math.prod(leading), 1 if masks_items else count)
 
 
 def _read_jagged(
     modality: Modality,
     x: Tensor,
-    names: Names,
+    names: ArgumentNames,
     mask: Any,
     present: Any,
     coords: Tensor | None,
@@ -406,35 +414,36 @@ def _read_jagged(
 ) -> ModalityInput:
     name = names.x
     if not isinstance(modality, Bag):
-        raise ValueError(f"{name}: expected {_expected_shape(modality)}, got a nested tensor")
+        raise ValueError(f"{name}: expected {input_shape(modality)}, got a nested tensor")
     if mask is not None:
         raise ValueError(f"{names.mask}: expected none, since a nested tensor has no padding")
     values, offsets = _jagged_parts(x, name)
     if values.ndim != 2 or values.shape[-1] != modality.features:
         raise ValueError(
-            f"{name}: expected {_expected_shape(modality)}, got a nested tensor with values of "
+            f"{name}: expected {input_shape(modality)}, got a nested tensor with values of "
             f"shape {tuple(values.shape)}"
         )
     rows = len(offsets) - 1
-    of_tokens = {}
-    for part, width, called in _per_token(modality, coords, statistics, names):
+    per_token = {}
+    for part, width, argument in _per_token(modality, coords, statistics, names):
         if not part.is_nested:
-            raise ValueError(f"{called}: expected a nested tensor as {name} is, got a dense one")
-        own, other = _jagged_parts(part, called)
-        # On a GPU comparing values would wait for it; the shapes are compared all the same.
-        same = other.shape == offsets.shape and (other.is_cuda or torch.equal(offsets, other))
-        if own.shape != (len(values), width) or not same:
+            raise ValueError(f"{argument}: expected a nested tensor as {name} is, got a dense one")
+        part_values, part_offsets = _jagged_parts(part, argument)
+        # On a GPU only the shapes are compared: comparing values would wait for the device.
+        same_bags = part_offsets.shape == offsets.shape
+        same_bags = same_bags and (x.is_cuda or torch.equal(offsets, part_offsets))
+        if part_values.shape != (len(values), width) or not same_bags:
             raise ValueError(
-                f"{called}: expected {width} numbers for each token of {name}, got values of shape "
-                f"{tuple(own.shape)}"
+                f"{argument}: expected {width} numbers for each token of {name}, got values of "
+                f"shape {tuple(part_values.shape)}"
             )
-        of_tokens[called] = own
+        per_token[argument] = part_values
     keep = None
     if present is not None:
         _check_present(present, names, rows, x)
         keep = present.repeat_interleave(offsets.diff(), output_size=len(values))
     return ModalityInput(
-        values, rows, 1, keep, offsets, of_tokens.get(names.coords), of_tokens.get(names.statistics)
+        values, rows, 1, keep, offsets, per_token.get(names.coords), per_token.get(names.statistics)
     )
 
 
@@ -461,17 +470,8 @@ def _jagged_parts(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return values, offsets
 
 
-def _expected_shape(modality: Modality) -> str:
-    width = modality.channels
-    if isinstance(modality, Tabular):
-        return f"[B, {width}]"
-    if isinstance(modality, Bag):
-        return f"[B, N, {width}] or jagged [B, j, {width}]"
-    return f"[B, {', '.join(f'size {i + 1}' for i in range(modality.axes))}, {width}]"
-
-
 def check_tensor(x: Any, name: str, like: Tensor) -> None:
-    """Raise unless x is a tensor of the device and dtype of `like` (or autocast sees to it)."""
+    """Raise unless x is a tensor with the device of `like` and its dtype (or one for autocast)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {type(x).__name__}")
     if x.device != like.device:
@@ -492,7 +492,7 @@ def _check_bool(x: Any, name: str, like: Tensor) -> None:
         raise ValueError(f"{name}: expected device {like.device} as the model, got {x.device}")
 
 
-def _check_present(present: Any, names: Names, rows: int, like: Tensor) -> None:
+def _check_present(present: Any, names: ArgumentNames, rows: int, like: Tensor) -> None:
     _check_bool(present, names.present, like)
     if present.shape != (rows,):
         raise ValueError(f"{names.present}: expected ({rows},), got {tuple(present.shape)}")

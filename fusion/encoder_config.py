@@ -1,4 +1,4 @@
-"""The encoder of a LegoBlock: what a file says of it, and what it returns, found by running it."""
+"""The encoder of a LegoBlock: its configuration in a file, and the width of its output."""
 
 import inspect
 from typing import Any
@@ -19,7 +19,7 @@ _ENCODERS: dict[str, type[nn.Module]] = {
 
 
 def encoder_to_config(encoder: nn.Module | None) -> dict[str, Any] | None:
-    """Return what a file says of an encoder: of the papers' ones, how to build them."""
+    """Return the configuration of an encoder; for encoders of motet, enough to build them again."""
     if encoder is None:
         return None
     name = f"motet.{type(encoder).__name__}"
@@ -32,7 +32,7 @@ def encoder_to_config(encoder: nn.Module | None) -> dict[str, Any] | None:
 def encoder_from_config(
     config: dict[str, Any] | None, encoder: nn.Module | None
 ) -> nn.Module | None:
-    """Return the encoder that was passed in, or else the papers' encoder that the config names."""
+    """Return `encoder` if the caller passed one, else build the encoder that the config names."""
     if config is None:
         if encoder is not None:
             raise ValueError("encoders: expected none, since the block has none")
@@ -51,10 +51,10 @@ def encoder_from_config(
 
 
 def probe_encoder(encoder: Any, modality: Modality, width: int | None) -> tuple[int, bool]:
-    """Run an encoder once on zeros; return the width of its output, and whether it pads bags.
+    """Run an encoder once on zeros; return the width of its output, and whether bags are padded.
 
-    A bag is padded for an encoder that takes a mask and returns one token per bag; of one that
-    returns several it could not be told which of them stem from padding.
+    Bags are padded if the encoder takes a mask and returns one token per bag. If it returns several
+    tokens, nothing tells which of them come from padding; bags are then encoded one by one.
     """
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder: expected a torch.nn.Module or None, got {encoder!r}")
@@ -62,13 +62,15 @@ def probe_encoder(encoder: Any, modality: Modality, width: int | None) -> tuple[
         raise ValueError("encoder: expected None for a Bag with coords, which the tokens carry")
     sizes = {Tabular: (), Bag: (2,), Grid: (32,) * (modality.item_ndim - 1)}
     shape = sizes[type(modality)]
-    like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
-    zeros = torch.zeros(1, *shape, modality.channels, dtype=like.dtype, device=like.device)
+    parameter = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
+    zeros = torch.zeros(
+        1, *shape, modality.channels, dtype=parameter.dtype, device=parameter.device
+    )
     modes = {module: module.training for module in encoder.modules()}
     try:
         with torch.no_grad():
             out = encoder.eval()(zeros)
-        found, pools = int(out.shape[-1]), out.ndim <= 2
+        output_width, one_token = int(out.shape[-1]), out.ndim <= 2
     except Exception as error:
         if width is None:
             raise ValueError(
@@ -79,6 +81,6 @@ def probe_encoder(encoder: Any, modality: Modality, width: int | None) -> tuple[
     finally:
         for module, mode in modes.items():
             module.training = mode
-    if width is not None and width != found:
-        raise ValueError(f"encoder_dim: expected {found}, the encoder's output, got {width}")
-    return found, pools and "mask" in inspect.signature(encoder.forward).parameters
+    if width is not None and width != output_width:
+        raise ValueError(f"encoder_dim: expected {output_width}, the encoder's output, got {width}")
+    return output_width, one_token and "mask" in inspect.signature(encoder.forward).parameters

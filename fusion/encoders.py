@@ -96,8 +96,8 @@ class ABMIL(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool x [B, N, features] to [B, attention]; mask bool [B, N], True for real.
 
-        What is masked is not read, NaN included. A bag without a real token is pooled as if it had
-        N tokens of zeros.
+        Masked tokens have no influence, even if they are NaN. A bag without a real token is pooled
+        as N tokens of zeros.
         """
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0)
@@ -109,11 +109,11 @@ class ABMIL(nn.Module):
 
 
 class BagSelfAttention(nn.Module):
-    """What the authors' LegoBlock puts in place of an absent encoder; made by `from_upstream`.
+    """The layer that the authors' LegoBlock uses if it has no encoder; made by `from_upstream`.
 
     Note:
-        In the authors' forward pass only the feed-forward acts, with weights per layer; in their
-        woven fusion the attention acts as well. Both are kept.
+        The authors' forward pass uses only its feed-forward, with weights per layer; their woven
+        fusion uses its attention as well. Both are kept.
 
     Args:
         features: width of the tokens.
@@ -159,7 +159,7 @@ class BagSelfAttention(nn.Module):
         return x + self.feed_forward[self.order[layer]](x)
 
     def weave(self, x: Tensor) -> Tensor:
-        """Return the tokens of the next round of a woven fusion."""
+        """Return the tokens for the next round of a woven fusion."""
         x = x + self.attention[0](x, LatentKeys(x))
         return x + self.feed_forward[0](x)
 
@@ -168,8 +168,8 @@ class UpstreamEncoder(nn.Module):
     """Call an encoder as the authors' LegoBlock does; made by `from_upstream`.
 
     Note:
-        Their block passes `[x]` first, which their own SNN and MILAttentionNet expect, and x where
-        the encoder does not take a list.
+        Their block calls the encoder with `[x]`, which their SNN and MILAttentionNet expect. If the
+        encoder does not take a list, it calls it with x.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -183,5 +183,5 @@ class UpstreamEncoder(nn.Module):
             return self.module(x)
 
     def weave(self, x: Tensor) -> Tensor:
-        """Return the tokens of the next round of a woven fusion."""
+        """Return the tokens for the next round of a woven fusion."""
         return self.module(x) + x

@@ -227,14 +227,16 @@ def make_graph_inputs(
     and bags are packed.
     """
     if isinstance(model, HEALNet):
-        contexts = model.contexts(batches)
+        contexts = model.make_contexts(batches)
         return {n: GraphInput.from_context(context, pack=True) for n, context in contexts.items()}
     options, inputs = model.pass_options(), {}
     merges = isinstance(model, LegoMerge)
     for name, batch in batches.items():
         block = _block(model, name)
         if block.encoder is None:
-            inputs[name] = GraphInput.from_context(block.context(batch, options), pack=not merges)
+            inputs[name] = GraphInput.from_context(
+                block.make_context(batch, options), pack=not merges
+            )
         elif batch.keep is None and batch.offsets is None:
             inputs[name] = GraphInput.from_fields(ModalityInput, batch._asdict())
         else:
@@ -255,7 +257,7 @@ def compute_latents(model: Model, rows: int, read: Mapping[str, Context | Modali
     keys: dict[str, list[Keys]] = {}
     for name, value in read.items():
         block = _block(model, name)
-        context = block.context(value, options) if isinstance(value, ModalityInput) else value
+        context = block.make_context(value, options) if isinstance(value, ModalityInput) else value
         keys[name] = block.attend_to(context, options)
     if isinstance(model, LegoBlock):
         return model.encode(rows, keys["x"], options).real

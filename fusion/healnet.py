@@ -25,19 +25,19 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
-from .passes import PassOptions, Step, run_steps
+from .passes import Pass, PassOptions, run_passes
 
 
 class HEALNetOutput(NamedTuple):
-    """What HEALNet returns when more than logits is asked for."""
+    """What HEALNet returns if latents or attention are requested."""
 
     logits: Tensor
     """[B, out_features]."""
     latents: Tensor | None
-    """[B, C, D], the last latents, if asked for."""
+    """[B, C, D], the last latents; None if not requested."""
     attention: dict[str, list[Tensor]] | None
-    """By modality, one entry per layer, [B, H, C, N] (for a jagged input jagged [B, j, H, C]), zero
-    at tokens that are not real; modalities without a tensor are left out. None if not asked for."""
+    """By modality, one entry per layer: [B, H, C, N] (for a jagged input jagged [B, j, H, C]), zero
+    at tokens that are not real. Modalities without a tensor are left out. None if not requested."""
 
 
 class FusionLayer(nn.Module):
@@ -95,15 +95,15 @@ class FusionLayer(nn.Module):
     def attention_to(self, name: str) -> Attention:
         return cast(Attention, self.attention[name])
 
-    def step(self, name: str, keys: Keys) -> Step:
-        """Return the update from a modality."""
-        return Step(self.attention_to(name), cast(FeedForward, self.feed_forward[name]), keys)
+    def make_pass(self, name: str, keys: Keys) -> Pass:
+        """Return the pass that updates the latents from a modality."""
+        return Pass(self.attention_to(name), cast(FeedForward, self.feed_forward[name]), keys)
 
-    def self_attention_steps(self, latent_keys: LatentKeys) -> list[Step]:
-        """Return the updates of latent self-attention."""
+    def make_self_attention_passes(self, latent_keys: LatentKeys) -> list[Pass]:
+        """Return the passes of latent self-attention."""
         pairs = zip(self.self_attention, self.self_feed_forward, strict=True)
         return [
-            Step(cast(Attention, attend), cast(FeedForward, feed), latent_keys)
+            Pass(cast(Attention, attend), cast(FeedForward, feed), latent_keys)
             for attend, feed in pairs
         ]
 
@@ -118,9 +118,9 @@ class HEALNet(nn.Module):
     for each modality m in turn, in every layer; then a head on the mean latent. ψ adds the
     attention to S and passes the sum through a gated self-normalising feed-forward.
 
-    A modality whose key is absent or None, or which `present` says is absent in a row, or whose bag
-    is empty, skips its update for that row: the three are the same thing. Latent self-attention
-    still runs. A row without any modality is predicted from S_0.
+    A row misses a modality if its key is absent or None, if `present` is False for the row, or if
+    its bag is empty; the three are the same. The update from that modality is then skipped for that
+    row. Latent self-attention still runs. A row without any modality is predicted from S_0.
 
     Args:
         modalities: name to `Tabular`, `Bag` or `Grid`; updates follow the dict's order.
@@ -147,11 +147,11 @@ class HEALNet(nn.Module):
 
     Raises:
         ValueError: an argument outside its range.
-        TypeError: a modality that is none.
+        TypeError: something that is not a modality.
 
     Note:
-        `torch.compile(fullgraph=True)` takes dense inputs; ragged, masked and partly missing ones
-        have shapes that depend on data, at which it breaks the graph.
+        `torch.compile(fullgraph=True)` needs dense inputs without masks. Ragged, masked and partly
+        missing inputs have shapes that depend on data, which break its graph.
 
     Note:
         The authors' code divides the scores by a further temperature of 0.5, draws S_0 from N(0, 1)
@@ -218,7 +218,7 @@ class HEALNet(nn.Module):
         self._build(self.config)
 
     def _build(self, config: dict[str, Any]) -> None:
-        """Draw the weights; in another order, a seed would give another model."""
+        """Draw the weights. Their order is fixed: in another order, a seed gives another model."""
         width, share_weights = config["latent_dim"], config["share_weights"]
         self.latents = initial_latents(config["num_latents"], width, config["latent_init"])
         self.order = layer_order(config["depth"], share_weights)
@@ -271,19 +271,18 @@ class HEALNet(nn.Module):
                 sequence. Without one, all tokens of a dense tensor are real.
             present: name to bool [B], False where the row misses the modality; or a sequence.
             coords: name to coordinates, for a `Bag` that has them; or a sequence.
-            statistics: name to what `motet.token_statistics` returns of a `Bag`'s tensor, where it
-                is known; or a sequence.
+            statistics: name to the result of `motet.token_statistics` on a `Bag`'s tensor, if it
+                was computed before; or a sequence.
             return_latents: return the last latents too.
             return_attention: return the attention weights too, before dropout; without a
                 gradient, unless `strategy="reference"`.
-            strategy: how contexts are attended to, instead of what `motet.kernels.plan` chooses:
-                "cached", "absorbed", or "reference" for the literal equation. The results are the
-                same but for rounding.
-            backend: who computes: "auto", "triton", "compile" or "eager".
+            strategy: "cached", "absorbed", or "reference" for the literal equation; None for the
+                one that `motet.kernels.plan` chooses. The results differ by rounding only.
+            backend: "auto", "triton", "compile" or "eager".
 
         Returns:
             Logits [B, out_features] (latents [B, C, D] for a model without a head); a
-            `HEALNetOutput` if latents or attention were asked for.
+            `HEALNetOutput` if latents or attention are requested.
 
         Raises:
             ValueError: an unknown modality, no tensor at all, or shapes, dtypes or devices that do
@@ -299,7 +298,7 @@ class HEALNet(nn.Module):
 
         def watch(name: str, weights: Tensor, context: Context) -> None:
             if attention is not None:
-                attention[name].append(batches[name].spread(weights, context))
+                attention[name].append(batches[name].restore_layout(weights, context))
 
         rows = next(iter(batches.values())).rows
         options = PassOptions(strategy, backend)
@@ -316,13 +315,13 @@ class HEALNet(nn.Module):
         strategy: Strategy | None = None,
         backend: Backend = "auto",
     ) -> dict[str, list[Keys]]:
-        """Read every context once; return what each set of weights attends to, by modality."""
-        return self.attend_to(self.contexts(batches), strategy=strategy, backend=backend)
+        """Read every context once; return the keys of each set of weights, by modality."""
+        return self.attend_to(self.make_contexts(batches), strategy=strategy, backend=backend)
 
-    def contexts(self, batches: Mapping[str, ModalityInput]) -> dict[str, Context]:
-        """Return the tokens of every modality; no weight takes part."""
+    def make_contexts(self, batches: Mapping[str, ModalityInput]) -> dict[str, Context]:
+        """Return the tokens of every modality; no weights are used."""
         return {
-            name: batch.context(self.modalities[name], self.positions)
+            name: batch.make_context(self.modalities[name], self.positions)
             for name, batch in batches.items()
         }
 
@@ -333,7 +332,7 @@ class HEALNet(nn.Module):
         strategy: Strategy | None = None,
         backend: Backend = "auto",
     ) -> dict[str, list[Keys]]:
-        """Read what `contexts` returned; return what each set of weights attends to."""
+        """Return the keys of each set of weights; `contexts` are those of `make_contexts`."""
         return {
             name: prepare(
                 context,
@@ -355,26 +354,27 @@ class HEALNet(nn.Module):
     ) -> Tensor:
         """Update the latents of `rows` rows, layer after layer; return the last, [B, C, D].
 
-        `keys` are what `prepare` returned for the same `options` (None: as planned). `watch` is
-        called after every update with its modality, attention weights and context.
+        `keys` are those that `prepare` returned for the same `options`; None for the planned ones.
+        `watch` is called once per cross-attention with its modality, attention weights and context.
         """
         options = PassOptions() if options is None else options
-        start, steps = self.latents[None], []
+        start, passes = self.latents[None], []
         names: list[str | None] = []
         latent_keys = LatentKeys(start, options.backend)
         for index in self.order:
             layer = cast(FusionLayer, self.layers[index])
             for name in self.modalities:
-                own = [layer.step(name, keys[name][index])] if name in keys else []
-                again = layer.self_attention_steps(latent_keys)
-                steps += own + again
-                names += [name] * len(own) + [None] * len(again)
+                # A modality that no row has gets no pass, but self-attention follows all the same.
+                cross = [layer.make_pass(name, keys[name][index])] if name in keys else []
+                to_latents = layer.make_self_attention_passes(latent_keys)
+                passes += cross + to_latents
+                names += [name] * len(cross) + [None] * len(to_latents)
 
         def watched(index: int, queries: Tensor | None) -> None:
-            name, step = names[index], steps[index]
+            name, keys, attention = names[index], passes[index].keys, passes[index].attention
             if watch is not None and name is not None:
-                watch(name, step.keys.weights(step.attention, queries), step.keys.context)
+                watch(name, keys.weights(attention, queries), keys.context)
 
         if options.strategy == "reference":
             start = start.expand(rows, -1, -1)
-        return run_steps(start, steps, None, options, None if watch is None else watched).real
+        return run_passes(start, passes, None, options, None if watch is None else watched).real

@@ -1,4 +1,4 @@
-"""The parts that HEALNet and MM-Lego share: gated feed-forward, update, head, layer sharing."""
+"""Parts of HEALNet and of LegoBlocks: gated feed-forward, update, head, sharing of weights."""
 
 from typing import Literal
 
@@ -44,7 +44,7 @@ class FeedForward(nn.Module):
 class Head(nn.Module):
     """Take the mean over the latents, LayerNorm, Linear: [B, C, D] -> [B, out_features].
 
-    In its own dtype also under autocast, see `kernels.head`.
+    Autocast does not change its dtype, see `kernels.head`.
 
     Args:
         dim: width D of the latents.
@@ -61,7 +61,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(dim, out_features)
 
     def forward(self, latents: Tensor, *, backend: Backend = "auto") -> Tensor:
-        """Return logits [B, out_features] of latents [B, C, D]; `backend` says who computes."""
+        """Return logits [B, out_features] of latents [B, C, D]; `backend` as of `HEALNet`."""
         norm, linear = self.norm, self.linear
         return head(
             latents, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps,
@@ -70,7 +70,7 @@ class Head(nn.Module):
 
 
 def update(attention: Attention, feed_forward: FeedForward, latents: Tensor, keys: Keys) -> Tensor:
-    """Update latents [B, C, D] from a context; rows without a token keep theirs."""
+    """Update latents [B, C, D] from a context; rows without a token keep their latents."""
     updated = attention(latents, keys) + latents
     updated = feed_forward(updated) + updated
     nonempty = keys.context.nonempty
@@ -80,7 +80,7 @@ def update(attention: Attention, feed_forward: FeedForward, latents: Tensor, key
 
 
 def layer_order(depth: int, share_weights: ShareWeights) -> list[int]:
-    """Return which set of weights each of `depth` layers uses."""
+    """Return the index of the set of weights of each of `depth` layers."""
     choice("share_weights", share_weights, (True, False, "all-but-first"))
     if share_weights == "all-but-first":
         return [min(i, 1) for i in range(depth)]

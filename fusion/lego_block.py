@@ -1,7 +1,7 @@
 """LegoBlock: one modality, learned in the frequency domain (MM-Lego).
 
-The loop of transform, update and inverse transform is carried as the spectrum alone (`run_steps`);
-`strategy="reference"` computes it literally (`run_literally`).
+The equations transform, update and transform back in every pass. `run_passes` carries only the
+spectrum from pass to pass; `strategy="reference"` computes the literal loop (`run_literally`).
 """
 
 import copy
@@ -19,7 +19,7 @@ from ..kernels.lego_pass.spectrum import AXES, compute_real_spectrum, normalise_
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .attention_forms import prepare
-from .context import Context, ModalityInput, Names, check_tensor, offsets_of, read
+from .context import ArgumentNames, Context, ModalityInput, check_tensor, offsets_of, read
 from .encoder_config import encoder_from_config, encoder_to_config, probe_encoder
 from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order
 from .modalities import (
@@ -30,11 +30,11 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
-from .passes import LegoLayer, PassOptions, Spectrum, Step, Transform, run_steps
+from .passes import LegoLayer, Pass, PassOptions, Spectrum, Transform, run_passes
 
 
 class LegoOutput(NamedTuple):
-    """What the Lego models return when latents are asked for."""
+    """What the Lego models return if latents are requested."""
 
     logits: Tensor
     """[B, out_features]."""
@@ -50,19 +50,19 @@ class LegoBlock(nn.Module):
         h = g(X), \quad Z = \mathcal F(L), \quad
         \mathrm{Re} Z \leftarrow \psi(\mathrm{Re} Z, \, h), \quad L \leftarrow \mathcal F^{-1}(Z)
 
-    `depth` times, the last inverse left out; a head on the mean of Re Z. ψ is cross-attention
-    followed by a gated feed-forward, as in HEALNet; Im Z is carried along. Blocks of one
+    `depth` times, without the last inverse; then a head on the mean of Re Z. ψ is cross-attention
+    followed by a gated feed-forward, as in HEALNet; Im Z is carried along. Blocks with the same
     `num_latents`, `latent_dim`, `fft` and `out_features` fit together in LegoMerge and LegoFuse,
-    whatever their encoders.
+    whatever their encoders are.
 
     Args:
         modality: `Tabular`, `Bag` or `Grid`.
-        encoder: any module, or None for none. It is given what the caller passes, [I, ...], items
-            of one patient (visits, slides) as rows of their own, and returns [I, W] (one token) or
-            [I, ..., W] (tokens). Ragged or masked bags are each encoded alone, so that padding
-            cannot change a prediction; but an encoder that returns one token per bag and whose
-            `forward` takes a `mask` (bool [I, N], True for real) is given them padded with zeros,
-            together. Missing items are never encoded.
+        encoder: any module, or None. Its input is the caller's tensor as [I, ...], with every item
+            of a patient (visit, slide) as a row; it returns [I, W] (one token) or [I, ..., W]
+            (tokens). Ragged or masked bags are encoded one by one, so that padding cannot change a
+            prediction. An encoder that returns one token per bag and whose `forward` takes a `mask`
+            (bool [I, N], True for real) gets all bags at once instead, padded with zeros. Missing
+            items are never encoded.
         out_features: width of the logits; None for a block without a head.
         num_latents: number of latents C.
         latent_dim: their width D.
@@ -78,18 +78,19 @@ class LegoBlock(nn.Module):
             transform along the same axes, taken over each bag's own length.
         normalise: divide the latents by their norm along the transformed axes before each
             transform.
-        track_imaginary: carry the imaginary part; if False, it is zero from the second pass on.
+        track_imaginary: carry the imaginary part Im Z; if False, it is zero from the second pass
+            on.
         snn: gate the feed-forward with SELU instead of GELU.
         temperature: divides the attention scores, on top of sqrt(head_dim).
         latent_init: "normal", N(0, 1), or "uniform", U(0, 1).
         num_freq_bands, max_freq, fourier_encode: positions of grids and coordinates, as in HEALNet;
             used without an encoder.
-        encoder_dim: width W of the encoder's output; needed only where running the encoder on zeros
-            at construction cannot tell it.
+        encoder_dim: width W of the encoder's output. Needed only if it cannot be found by running
+            the encoder on zeros, which the constructor does.
 
     Raises:
         ValueError: an argument outside its range, or an encoder whose width cannot be found.
-        TypeError: a modality or an encoder that is none.
+        TypeError: something that is not a modality or not an encoder.
 
     Note:
         The residuals and the feed-forward in ψ are those of the authors' code. Their code also
@@ -156,12 +157,12 @@ class LegoBlock(nn.Module):
             "fourier_encode": fourier_encode,
         }
         _check_choices(self.config)
-        self.token_dim, self.pads_bags = self._look_at_tokens(encoder_dim)
+        self.token_dim, self.pads_bags = self._find_token_dim(encoder_dim)
         self.config["encoder_dim"] = None if encoder is None else self.token_dim
         self._build(self.config)
 
-    def _look_at_tokens(self, encoder_dim: int | None) -> tuple[int, bool]:
-        """Return the width of the tokens to attend to, and whether the encoder pads bags."""
+    def _find_token_dim(self, encoder_dim: int | None) -> tuple[int, bool]:
+        """Return the width of the context's tokens, and whether the encoder takes padded bags."""
         if self.encoder is not None:
             return probe_encoder(self.encoder, self.modality, encoder_dim)
         if encoder_dim is not None:
@@ -169,7 +170,7 @@ class LegoBlock(nn.Module):
         return self.modality.token_dim(self.positions), False
 
     def _build(self, config: dict[str, Any]) -> None:
-        """Draw the weights; in another order, a seed would give another model."""
+        """Draw the weights. Their order is fixed: in another order, a seed gives another model."""
         width = config["latent_dim"]
         self.fft = config["fft"]
         self.transform = Transform(self.fft, config["num_latents"], width)
@@ -197,7 +198,7 @@ class LegoBlock(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], encoder: nn.Module | None = None) -> Self:
-        """Build an untrained block from `block.config`; a copy is made of an encoder passed in."""
+        """Build an untrained block from `block.config`, with a copy of `encoder`."""
         modality = modality_from_config(config["modality"])
         encoder = encoder_from_config(config["encoder"], copy.deepcopy(encoder))
         return cls(**{**config, "modality": modality, "encoder": encoder})
@@ -222,18 +223,18 @@ class LegoBlock(nn.Module):
             mask: bool, True for real tokens, [B, N] or in the shape of a grid.
             present: bool [B], False where the row misses the modality: its latents get no update.
             coords: coordinates, for a `Bag` that has them.
-            statistics: what `motet.token_statistics` returns of a `Bag`'s tensor, where it is
-                known. Not used where an encoder or a transform makes other tokens of these.
-            latents: real [C, D] or [B, C, D] to start from instead of the block's own.
+            statistics: the result of `motet.token_statistics` on a `Bag`'s tensor, if it was
+                computed before. Not used if an encoder or a transform changes the tokens.
+            latents: real [C, D] or [B, C, D] to start from; None for the block's parameter.
             return_latents: return the last latents too.
-            strategy: how the context is attended to, instead of what `motet.kernels.plan` chooses:
-                "cached", "absorbed", or "reference" for the literal loop, transforms included. The
-                results are the same but for rounding.
-            backend: who computes: "auto", "triton", "compile" or "eager".
+            strategy: "cached", "absorbed", or "reference" for the literal loop, transforms
+                included; None for the one that `motet.kernels.plan` chooses. The results differ by
+                rounding only.
+            backend: "auto", "triton", "compile" or "eager".
 
         Returns:
             Logits [B, out_features] (real latents [B, C, D] for a block without a head); a
-            `LegoOutput` if latents were asked for.
+            `LegoOutput` if latents are requested.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit.
@@ -242,7 +243,7 @@ class LegoBlock(nn.Module):
         batch = read(
             self.modality,
             x,
-            names=Names(),
+            names=ArgumentNames(),
             mask=mask,
             present=present,
             coords=coords,
@@ -261,39 +262,41 @@ class LegoBlock(nn.Module):
         spectrum = self.encode(batch.rows, self.prepare(batch, options), options, latents)
         real = spectrum.real
         logits = real if self.head is None else self.head(real, backend=options.head_backend)
-        return LegoOutput(logits, spectrum.joined()) if return_latents else logits
+        return LegoOutput(logits, spectrum.to_complex()) if return_latents else logits
 
     def pass_options(
         self, strategy: Strategy | None = None, backend: Backend = "auto"
     ) -> PassOptions:
-        """Return how the block's passes are run; arguments as of `forward`."""
+        """Return the options of the block's passes; arguments as of `forward`."""
         even = self.transform.axes == (-2,) and strategy != "reference"
         return PassOptions(strategy, backend, even and not any(layer.drops for layer in self.sets))
 
     def prepare(self, batch: ModalityInput, options: PassOptions) -> list[Keys]:
-        """Encode a batch and read the context once; return what each set of weights attends to.
+        """Encode a batch and read the context once; return the keys of each set of weights.
 
-        An encoder with weights of its own for every pass makes that what each pass attends to.
+        If the encoder has weights for every pass, return the keys of each pass instead.
         """
         if not self.encodes_every_pass:
-            return self.attend_to(self.context(batch, options), options)
+            return self.attend_to(self.make_context(batch, options), options)
         attentions = [layer.attention for layer in self.sets]
         return [
-            self._prepared(self._context(batch, index, options.half), [attentions[own]], options)[0]
-            for index, own in enumerate(self.order)
+            self._make_keys(
+                self._make_context(batch, index, options.half), [attentions[weight_set]], options
+            )[0]
+            for index, weight_set in enumerate(self.order)
         ]
 
-    def context(self, batch: ModalityInput, options: PassOptions) -> Context:
-        """Encode a batch; return what all passes attend to."""
-        return self._context(batch, None, options.half)
+    def make_context(self, batch: ModalityInput, options: PassOptions) -> Context:
+        """Encode a batch; return the context of all passes."""
+        return self._make_context(batch, None, options.half)
 
     def attend_to(self, context: Context, options: PassOptions) -> list[Keys]:
-        """Read what `context` returned once; return what each set of weights attends to."""
+        """Return the keys of each set of weights; `context` is that of `make_context`."""
         attentions = [layer.attention for layer in self.sets]
-        asked = [self.order.count(index) for index in range(len(attentions))]
-        return self._prepared(context, attentions, options, asked)
+        uses = [self.order.count(index) for index in range(len(attentions))]
+        return self._make_keys(context, attentions, options, uses)
 
-    def _prepared(
+    def _make_keys(
         self,
         context: Context,
         attentions: Sequence[Attention],
@@ -306,18 +309,18 @@ class LegoBlock(nn.Module):
             strategy=options.strategy, backend=options.backend,
         )  # fmt: skip
 
-    def steps(self, keys: Sequence[Keys]) -> list[Step]:
-        """Return the block's passes; `keys` are what `prepare` returned."""
-        asked = range(len(self.order)) if self.encodes_every_pass else self.order
+    def make_passes(self, keys: Sequence[Keys]) -> list[Pass]:
+        """Return the block's passes; `keys` are those that `prepare` returned."""
+        key_index = range(len(self.order)) if self.encodes_every_pass else self.order
         return [
-            Step(
-                self.sets[own].attention,
-                self.sets[own].feed_forward,
+            Pass(
+                self.sets[weight_set].attention,
+                self.sets[weight_set].feed_forward,
                 keys[index],
                 self.normalise,
                 not self.track_imaginary,
             )
-            for own, index in zip(self.order, asked, strict=True)
+            for weight_set, index in zip(self.order, key_index, strict=True)
         ]
 
     def encode(
@@ -327,30 +330,30 @@ class LegoBlock(nn.Module):
 
         Args:
             rows: B.
-            keys: what `prepare` returned for `options`.
-            options: see there.
-            latents: real [C, D] or [B, C, D] to start from; None means the block's own.
+            keys: those that `prepare` returned for the same `options`.
+            options: see `pass_options`.
+            latents: real [C, D] or [B, C, D] to start from; None for the block's parameter.
         """
-        *steps, last = self.steps(keys)
-        steps.append(last._replace(drop_imaginary=False))  # the last pass returns what it found
+        *passes, last = self.make_passes(keys)
+        passes.append(last._replace(drop_imaginary=False))  # it returns the Im Z that it received
         start = self.latents if latents is None else latents
         if options.strategy == "reference":
             start = start.expand(rows, -1, -1)
         elif start.ndim == 2:
             start = start[None]
-        return self._spread(rows, run_steps(start, steps, self.transform, options))
+        return self._expand_rows(rows, run_passes(start, passes, self.transform, options))
 
     def untouched(self, rows: int) -> Spectrum:
-        """Return the spectrum of rows without the modality, [rows, C, D] each: no update."""
+        """Return the spectrum of rows that miss the modality, [rows, C, D] each: no update."""
         real, imaginary = self.transform(self.latents[None])
         if self.transform.axes and self.normalise:
             real, imaginary = normalise_columns(real, imaginary, self.transform.axes)
         if not self.track_imaginary and len(self.order) > 1:
             imaginary = None
-        return self._spread(rows, Spectrum(real, imaginary))
+        return self._expand_rows(rows, Spectrum(real, imaginary))
 
-    def _spread(self, rows: int, spectrum: Spectrum) -> Spectrum:
-        """Return waves of `rows` rows, with an imaginary part if there is a transform."""
+    def _expand_rows(self, rows: int, spectrum: Spectrum) -> Spectrum:
+        """Return a spectrum of `rows` rows; with a transform, Im Z is a tensor, not None."""
         real, imaginary = spectrum
         if self.transform.axes and imaginary is None:
             imaginary = torch.zeros_like(real)
@@ -363,49 +366,53 @@ class LegoBlock(nn.Module):
 
     @property
     def sets(self) -> list[LegoLayer]:
-        """The sets of weights, of which `order` says which pass uses which."""
+        """The sets of weights; pass i uses set `order[i]`."""
         return [cast(LegoLayer, layer) for layer in self.layers]
 
-    def _context(self, batch: ModalityInput, layer: int | None, half: bool) -> Context:
-        """Return what a pass attends to; `layer` for an encoder with weights per pass."""
+    def _make_context(self, batch: ModalityInput, layer: int | None, half: bool) -> Context:
+        """Return the context of a pass; `layer` is its index if the encoder has weights per pass.
+
+        If `half` is True, the spectrum of a bag has only N // 2 + 1 rows: the others mirror them,
+        so a row counts twice, except those that are their own mirror image.
+        """
         if self.encoder is None:
-            context = batch.context(self.modality, self.positions)
+            context = batch.make_context(self.modality, self.positions)
         else:
-            context = self._encoded(batch, layer)
+            context = self._encode_items(batch, layer)
         axes = self.transform.axes
         if not (self.spectral_context and axes):
             return context
         if context.offsets is None:
-            tokens, counts = compute_real_spectrum(context.joined(), axes, half=half)
+            tokens, counts = compute_real_spectrum(context.with_positions(), axes, half=half)
             if counts is not None:
                 counts = counts.expand(tokens.shape[:2])
             return Context(tokens, single=context.single, counts=counts, present=context.present)
         bags = [compute_real_spectrum(bag, axes, half=half) for bag in context.rows() if len(bag)]
-        tokens = torch.cat([context.joined()[:0], *(bag for bag, _ in bags)])
+        tokens = torch.cat([context.with_positions()[:0], *(bag for bag, _ in bags)])
         if not half:
             return Context(tokens, offsets=context.offsets)
         lengths = context.offsets.diff()
-        counts = [own for _, own in bags if own is not None]
+        counts = [bag_counts for _, bag_counts in bags if bag_counts is not None]
         return Context(
             tokens,
             offsets=offsets_of(torch.where(lengths > 0, lengths // 2 + 1, 0)),
             counts=torch.cat(counts) if counts else None,
         )
 
-    def _encoded(self, batch: ModalityInput, layer: int | None) -> Context:
-        """Encode each real item of the batch."""
+    def _encode_items(self, batch: ModalityInput, layer: int | None) -> Context:
+        """Encode the real items of the batch; return their tokens as a context."""
         assert self.encoder is not None
         run = self.encoder if layer is None else partial(self.encoder, layer=layer)
         if batch.offsets is None and batch.keep is None:
-            return batch.pack(self._tokens(run(batch.x), len(batch.x)), None)
+            return batch.pack_tokens(self._as_tokens(run(batch.x), len(batch.x)), None)
 
         if batch.offsets is not None or isinstance(self.modality, Bag):
             if batch.offsets is None:
                 assert batch.keep is not None
                 bags = [x[keep] for x, keep in zip(batch.x, batch.keep, strict=True)]
             else:
-                bags = batch.context(self.modality, self.positions).rows()
-            tokens, lengths = self._encoded_bags(bags, run)
+                bags = batch.make_context(self.modality, self.positions).rows()
+            tokens, lengths = self._encode_bags(bags, run)
         else:
             assert batch.keep is not None
             real = batch.keep.all(1)
@@ -417,28 +424,28 @@ class LegoBlock(nn.Module):
             tokens = batch.x.new_empty(0, self.token_dim)
             lengths = real.long()
             if real.any():
-                encoded = self._tokens(run(batch.x[real]), int(real.sum()))
+                encoded = self._as_tokens(run(batch.x[real]), int(real.sum()))
                 tokens, lengths = encoded.flatten(0, 1), lengths * encoded.shape[1]
         lengths = lengths.reshape(batch.rows, batch.items).sum(1)
         if bool((lengths <= 1).all()):
             present = lengths > 0
-            places = tokens.new_zeros(batch.rows, 1, tokens.shape[1])
-            tokens = places.index_put((present,), tokens[:, None])
+            zeros = tokens.new_zeros(batch.rows, 1, tokens.shape[1])
+            tokens = zeros.index_put((present,), tokens[:, None])
             return Context(tokens, single=True, present=present)
         return Context(tokens, offsets=offsets_of(lengths))
 
-    def _encoded_bags(self, bags: list[Tensor], run: Any) -> tuple[Tensor, Tensor]:
-        """Encode bags [N_i, F]: return all tokens [T, W] and how many each bag has, int64 [I]."""
+    def _encode_bags(self, bags: list[Tensor], run: Any) -> tuple[Tensor, Tensor]:
+        """Encode bags [N_i, F]: return all tokens [T, W] and the number in each bag, int64 [I]."""
         assert self.encoder is not None
-        full = [bag for bag in bags if len(bag)]
+        nonempty = [bag for bag in bags if len(bag)]
         encoded: list[Tensor] = []
-        if full and self.pads_bags:
-            padded = nn.utils.rnn.pad_sequence(full, batch_first=True)
-            sizes = torch.tensor([len(bag) for bag in full], device=padded.device)
+        if nonempty and self.pads_bags:
+            padded = nn.utils.rnn.pad_sequence(nonempty, batch_first=True)
+            sizes = torch.tensor([len(bag) for bag in nonempty], device=padded.device)
             mask = torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]
-            encoded = list(self._tokens(run(padded, mask=mask), len(full)))
-        elif full:
-            encoded = [self._tokens(run(bag[None]), 1)[0] for bag in full]
+            encoded = list(self._as_tokens(run(padded, mask=mask), len(nonempty)))
+        elif nonempty:
+            encoded = [self._as_tokens(run(bag[None]), 1)[0] for bag in nonempty]
         counts = iter(map(len, encoded))
         lengths = [next(counts) if len(bag) else 0 for bag in bags]
         empty = self.latents.new_empty(0, self.token_dim)
@@ -446,13 +453,13 @@ class LegoBlock(nn.Module):
             lengths, dtype=torch.int64, device=empty.device
         )
 
-    def _tokens(self, encoded: Any, items: int) -> Tensor:
-        """Bring an encoder's output into the shape [items, N, W]."""
+    def _as_tokens(self, encoded: Any, items: int) -> Tensor:
+        """Check an encoder's output and return it in the shape [items, N, W]."""
         if not isinstance(encoded, Tensor):
             raise TypeError(
                 f"encoder: expected it to return a tensor, got {type(encoded).__name__}"
             )
-        if encoded.ndim == 1 and items == 1:  # encoders that squeeze a batch of one
+        if encoded.ndim == 1 and items == 1:  # some encoders squeeze a batch of one
             encoded = encoded[None]
         if encoded.ndim < 2 or len(encoded) != items or encoded.shape[-1] != self.token_dim:
             raise ValueError(

@@ -14,7 +14,7 @@ from .layers import Head
 from .lego_block import LegoBlock
 from .lego_heads import HeadMethod, merge_heads
 from .lego_joined import JoinedBlocks
-from .passes import PassOptions, run_steps
+from .passes import PassOptions, run_passes
 
 Mode = Literal["stack", "weave", "upstream-weave"]
 
@@ -22,19 +22,20 @@ Mode = Literal["stack", "weave", "upstream-weave"]
 class LegoFuse(JoinedBlocks):
     r"""Join trained blocks in one network, for a few epochs of fine-tuning (MM-Lego, section 3.4).
 
-    "stack": the blocks run one after the other; the first that a row has starts from its own
-    latents, each further one from the real part of the latents before it, L_{m+1} = Re Z_m.
-    "weave": one latent array passes the first layer of every block, then the second, and so on,
-    each pass the transform, update and inverse of that block; it starts from a parameter of the
-    model, a copy of the first block's latents, and the head sees its transform.
+    "stack": the blocks run one after the other. The first block starts from its latents; each
+    further block starts from the real part of the block before it, L_{m+1} = Re Z_m.
+    "weave": one latent array runs through the first layer of every block, then through the second
+    layers, and so on; each pass is the transform, update and inverse transform of its block. The
+    array starts from a parameter of the model, a copy of the first block's latents, and the head
+    reads its transform.
 
-    A block whose modality a row misses is skipped for that row. A row without any modality is
-    predicted from S_0, the first block's latents (stack) or the model's (weave).
+    If a row misses a modality, its block is skipped for that row. A row without any modality is
+    predicted from the first block's latents (stack) or from the model's (weave).
 
     Args:
         blocks: name to trained LegoBlock, one or more, copied.
         mode: "stack", "weave", or "upstream-weave" (the authors' code).
-        head: how the heads are merged to begin with, as in LegoMerge; or a `Head`.
+        head: how the heads are merged before fine-tuning, as in LegoMerge; or a `Head`.
         weights: one positive number per block for the head; None means equal.
         depth: rounds of a weave; None means the depth of the deepest block.
 
@@ -90,16 +91,16 @@ class LegoFuse(JoinedBlocks):
         return (self._stack if self.mode == "stack" else self._weave)(rows, keys, options)
 
     def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
-        """Return a model with one more modality; what was fine-tuned is kept, the head too.
+        """Return a model with one more modality; all fine-tuned weights are kept.
 
         Args:
             name: the new modality, run last.
             block: its trained block, copied.
-            weight: the share in (0, 1) of the block's head in the new head, which is interpolated
-                between the model's and the block's; None means 1 / (M + 1).
+            weight: the new head is interpolated between the model's and the block's; the share of
+                the block's head, in (0, 1). None means 1 / (M + 1).
 
         Raises:
-            ValueError: a name that the model has, or a block or weight that does not fit.
+            ValueError: a name that the model already has, or a block or weight that does not fit.
         """
         blocks, weights = self._with_block(name, block), self._weights_with(name, weight)
         head: HeadMethod | Head = self.config["head"]
@@ -121,13 +122,15 @@ class LegoFuse(JoinedBlocks):
     def _stack(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         blocks = self._blocks()
         latents: Tensor | None = None
-        started: Tensor | None = None  # bool [B]; None for every row, once there are latents
-        for name, own in keys.items():
+        # Bool [B]: the rows that a block has updated so far; None for all rows, once `latents` is
+        # a tensor. The other rows still have to start from the latents of the next block.
+        started: Tensor | None = None
+        for name, block_keys in keys.items():
             start = latents
             if latents is not None and started is not None:
                 start = torch.where(started[:, None, None], latents, blocks[name].latents)
-            real = blocks[name].encode(rows, own, options, start).real
-            updated = own[0].context.nonempty
+            real = blocks[name].encode(rows, block_keys, options, start).real
+            updated = block_keys[0].context.nonempty
             if updated is None:
                 latents, started = real, None
                 continue
@@ -142,21 +145,20 @@ class LegoFuse(JoinedBlocks):
     def _weave(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         assert self.latents is not None
         blocks = {name: self._blocks()[name] for name in keys}
-        passes = {
-            name: [
-                step._replace(rows=step.keys.context.nonempty) for step in block.steps(keys[name])
-            ]
+        # A row that misses the modality of a pass must not be divided by its norm there either.
+        passes_of_block = [
+            [p._replace(rows=p.keys.context.nonempty) for p in block.make_passes(keys[name])]
             for name, block in blocks.items()
-        }
-        steps = [
-            own[index]
+        ]
+        passes = [
+            block_passes[index]
             for index in range(self.rounds)
-            for own in passes.values()
-            if index < len(own)
+            for block_passes in passes_of_block
+            if index < len(block_passes)
         ]
         transform = next(iter(blocks.values())).transform
         start = self.latents.expand(rows if options.strategy == "reference" else 1, -1, -1)
-        return run_steps(start, steps, transform, options).real.expand(rows, -1, -1)
+        return run_passes(start, passes, transform, options).real.expand(rows, -1, -1)
 
     def _upstream_weave(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> Tensor:
         assert self.latents is not None

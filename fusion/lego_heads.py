@@ -1,4 +1,4 @@
-"""Heads merged parameter by parameter: on a sphere, on a line, or with rows matched first."""
+"""Merge heads parameter by parameter: by slerp, linearly, or after optimal transport of rows."""
 
 import copy
 from collections.abc import Sequence
@@ -47,12 +47,15 @@ def merge_heads(heads: Sequence[Head], weights: Sequence[float], method: str = "
 
 
 def _matched_rows(target: Tensor, other: Tensor) -> Tensor:
-    """Transport the rows of `other` optimally to those of `target`, all of equal mass."""
+    """Return the rows of `other` in the order of those of `target` that they match best.
+
+    By optimal transport with equal masses and Euclidean distances.
+    """
     try:
         import ot
     except ImportError as error:
         raise ImportError("head='ot' needs POT: pip install POT") from error
     a, b = (t.reshape(len(t), -1).double().cpu().numpy() for t in (target, other))
     mass = np.ones(len(a))
-    moved = ot.emd(mass, mass, ot.dist(a, b, metric="euclidean")) @ b
-    return torch.from_numpy(moved).to(target).reshape(target.shape)
+    matched = ot.emd(mass, mass, ot.dist(a, b, metric="euclidean")) @ b
+    return torch.from_numpy(matched).to(target).reshape(target.shape)

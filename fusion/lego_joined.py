@@ -1,4 +1,4 @@
-"""What LegoMerge and LegoFuse share: the blocks by modality, and one head."""
+"""The base class of LegoMerge and LegoFuse: blocks by modality, and one head."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from .passes import PassOptions
 
 
 class JoinedBlocks(nn.Module):
-    """Blocks by modality, copied so that nothing done here changes the originals."""
+    """Blocks by modality. They are copied, so the originals do not change."""
 
     def __init__(self, blocks: Mapping[str, LegoBlock], head: str | Head, weights: Any) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class JoinedBlocks(nn.Module):
         else:
             heads = [b.head for b in blocks.values() if b.head is not None]
             self.head = merge_heads(heads, list(self.weights.values()), head)
-        # A parameter of the authors' classes that their computation does not use; kept by
-        # from_upstream so that to_upstream returns it.
+        # The authors' classes have a parameter that their computation does not use. `from_upstream`
+        # keeps it here, so that `to_upstream` can return it.
         self.register_buffer("upstream_latents", None)
         self.config: dict[str, Any] = {}
         self.train(any(block.training for block in blocks.values()))
@@ -57,7 +57,7 @@ class JoinedBlocks(nn.Module):
     def from_config(
         cls, config: dict[str, Any], encoders: Mapping[str, nn.Module] | None = None
     ) -> Self:
-        """Build an untrained model from `model.config`; copies are made of encoders passed in."""
+        """Build an untrained model from `model.config`, with copies of `encoders`."""
         if encoders is not None and not isinstance(encoders, Mapping):
             raise TypeError(
                 "encoders: expected a dict of modality name to module, got "
@@ -72,7 +72,8 @@ class JoinedBlocks(nn.Module):
             for name, block in config["blocks"].items()
         }
         options = {key: value for key, value in config.items() if key not in ("blocks", "size")}
-        # A plain head of the right size: nothing is merged only to be overwritten.
+        # A new head of the right size: merging heads would be work for nothing, since the caller
+        # overwrites all weights.
         head = options["head"] if config["size"] is None else Head(*config["size"])
         model = cls(blocks, **{**options, "head": head})
         model.config = config
@@ -90,11 +91,11 @@ class JoinedBlocks(nn.Module):
         strategy: Strategy | None = None,
         backend: Backend = "auto",
     ) -> Tensor | LegoOutput:
-        """Predict logits; arguments as in `HEALNet.forward`, the last three as in LegoBlock's.
+        """Predict logits; arguments as of `HEALNet.forward`, the last three as of LegoBlock's.
 
         Returns:
             Logits [B, out_features] (real latents [B, C, D] without a head); a `LegoOutput` if
-            latents were asked for.
+            latents are requested.
         """
         like = next(iter(self._blocks().values())).latents
         batches = read_all(
@@ -108,7 +109,7 @@ class JoinedBlocks(nn.Module):
         )
         options = self.pass_options(strategy, backend)
         latents = self.join(batches, options)
-        # Contiguous, as a block alone has it: the head then rounds alike.
+        # Contiguous, as in a single block: the head then gives the same bits.
         real = latents.real.contiguous() if latents.is_complex() else latents
         logits = real if self.head is None else self.head(real, backend=options.head_backend)
         return LegoOutput(logits, latents) if return_latents else logits
@@ -116,24 +117,24 @@ class JoinedBlocks(nn.Module):
     def pass_options(
         self, strategy: Strategy | None = None, backend: Backend = "auto"
     ) -> PassOptions:
-        """Return how the passes of all blocks are run; arguments as of `forward`."""
-        each = [block.pass_options(strategy, backend) for block in self._blocks().values()]
-        return PassOptions(strategy, backend, all(options.half for options in each))
+        """Return the options of the passes of all blocks; arguments as of `forward`."""
+        options = [block.pass_options(strategy, backend) for block in self._blocks().values()]
+        return PassOptions(strategy, backend, all(of_block.half for of_block in options))
 
     def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> Tensor:
-        """Return the joint latents [B, C, D] of the modalities that there are."""
+        """Return the joint latents [B, C, D] of the modalities in `batches`."""
         rows = next(iter(batches.values())).rows
         return self.fuse(rows, self.prepare(batches, options), options)
 
     def prepare(
         self, batches: Mapping[str, ModalityInput], options: PassOptions
     ) -> dict[str, list[Keys]]:
-        """Encode and read every modality once; return what its block attends to."""
+        """Encode and read every modality once; return the keys of its block."""
         blocks = self._blocks()
         return {name: blocks[name].prepare(batch, options) for name, batch in batches.items()}
 
     def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
-        """Return the joint latents [B, C, D] of B rows; `keys` are what `prepare` returned."""
+        """Return the joint latents [B, C, D] of `rows` rows; `keys` are those of `prepare`."""
         raise NotImplementedError
 
     def _config(self, head: str | Head, **fields: Any) -> dict[str, Any]:
@@ -152,7 +153,9 @@ class JoinedBlocks(nn.Module):
 
     def _with_block(self, name: str, block: LegoBlock) -> dict[str, LegoBlock]:
         if name in self._blocks():
-            raise ValueError(f"name: expected a new modality, got {name!r}, which the model has")
+            raise ValueError(
+                f"name: expected a new modality, got {name!r}, which the model already has"
+            )
         blocks = {**self._blocks(), name: block}
         _check_fit(blocks)
         return blocks
@@ -166,7 +169,7 @@ class JoinedBlocks(nn.Module):
 
 
 def _check_fit(blocks: Any) -> LegoBlock:
-    """Raise unless the blocks fit together; return the first."""
+    """Raise unless the blocks fit together; return the first block."""
     if isinstance(blocks, LegoBlock) or not isinstance(blocks, Mapping) or not blocks:
         raise ValueError(
             f"blocks: expected a dict of modality name to LegoBlock, not empty, got {blocks!r}"

@@ -1,4 +1,4 @@
-"""LegoMerge: trained LegoBlocks joined by a merge of their latents, without training (MM-Lego)."""
+"""LegoMerge: join trained LegoBlocks by merging their latents, without training (MM-Lego)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, Self, get_args
@@ -25,16 +25,17 @@ class LegoMerge(JoinedBlocks):
     .. math::
         \frac{1}{\sum_m w_m / |Z_m|} \exp\Big(i \sum_m w_m \arg Z_m\Big)
 
-    over the last complex latents Z_m of the blocks that a row has, weights renormalised over these;
-    logits from the real part through the merged head. A row without any modality is predicted from
-    the blocks' initial latents. One block alone gives what it gives unmerged.
+    over the last complex latents Z_m of the blocks whose modality a row has; their weights are
+    renormalised to sum to 1. The merged head computes logits from the real part. A row without any
+    modality is predicted from the blocks' initial latents. A row with one modality gets the latents
+    of that block unchanged.
 
     Args:
         blocks: name to trained LegoBlock, one or more, copied.
         method: "harmonic" (the paper), "mean" (weighted), "sum", "product", or "upstream-harmonic"
             (two blocks; the authors' code).
-        head: "slerp" (the paper), "linear", "ot" (rows of each further head matched to the first
-            by optimal transport, then averaged; needs POT); or a `Head` to use as it is.
+        head: "slerp" (the paper), "linear", or "ot" (the rows of each further head are matched to
+            those of the first by optimal transport, then averaged; needs POT); or a `Head`.
         weights: one positive number per block, a dict or in order, for harmonic and mean latents
             and for the head; None means equal.
         phase: how phases are averaged, "principal" or "circular"; see
@@ -79,9 +80,10 @@ class LegoMerge(JoinedBlocks):
     def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         blocks = self._blocks()
         latents = {
-            name: blocks[name].encode(rows, own, options).joined() for name, own in keys.items()
+            name: blocks[name].encode(rows, block_keys, options).to_complex()
+            for name, block_keys in keys.items()
         }
-        updated = {name: own[0].context.nonempty for name, own in keys.items()}
+        updated = {name: block_keys[0].context.nonempty for name, block_keys in keys.items()}
         if not rows or self.has_all(keys):
             return self._merge(list(latents), list(latents.values()))
         return self._merge_by_pattern(rows, latents, updated)
@@ -89,16 +91,16 @@ class LegoMerge(JoinedBlocks):
     def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
         """Return a model with one more modality, nothing retrained.
 
-        The head is merged anew from the heads that the blocks came with.
+        The head is merged anew from the heads of all blocks.
 
         Args:
             name: the new modality.
             block: its trained block, copied.
-            weight: its share in (0, 1), the others keeping their ratios; None means 1 / (M + 1).
+            weight: its share in (0, 1); the others keep their ratios. None means 1 / (M + 1).
 
         Raises:
-            ValueError: a name that the model has, a block or weight that does not fit, or a model
-                whose head was given rather than merged.
+            ValueError: a name that the model already has, a block or weight that does not fit, or a
+                model that was made with a `Head`, not with a way to merge heads.
         """
         if self.config["head"] == "given":
             raise ValueError("head: expected a merged head to add to, got a given one")
@@ -113,35 +115,42 @@ class LegoMerge(JoinedBlocks):
         return bigger.train(self.training)
 
     def has_all(self, keys: Mapping[str, Sequence[Keys]]) -> bool:
-        """Return whether it is known that no row misses a modality."""
-        known = all(own[0].context.nonempty is None for own in keys.values())
-        return known and len(keys) == len(self.blocks)
+        """Return True if no row misses a modality; False if rows do, or if only values can tell."""
+        complete = all(block_keys[0].context.nonempty is None for block_keys in keys.values())
+        return complete and len(keys) == len(self.blocks)
 
     def _merge_by_pattern(
         self, rows: int, latents: dict[str, Tensor], updated: dict[str, Tensor | None]
     ) -> Tensor:
-        """Merge rows that have the same blocks together."""
-        like = next(iter(latents.values()))
+        """Merge the latents of rows that miss modalities.
+
+        The weights and the number of tensors of a merge depend on which modalities a row has. Rows
+        with the same set of modalities (the same pattern) are merged together, one call each: with
+        M modalities at most 2^M calls, instead of one per row.
+        """
+        device = next(iter(latents.values())).device
         blocks = self._blocks()
-        has = torch.zeros(rows, len(blocks), dtype=torch.bool, device=like.device)
+        has = torch.zeros(rows, len(blocks), dtype=torch.bool, device=device)
         for i, name in enumerate(blocks):
             if name in latents:
-                own = updated[name]
-                has[:, i] = True if own is None else own
-        patterns, index = has.unique(dim=0, return_inverse=True)
+                nonempty = updated[name]
+                has[:, i] = True if nonempty is None else nonempty
+        patterns, pattern_of_row = has.unique(dim=0, return_inverse=True)  # waits for the GPU
         merged = None
         for i, pattern in enumerate(patterns.tolist()):
-            chosen = (index == i).nonzero().squeeze(1)
-            names = [name for name, there in zip(blocks, pattern, strict=True) if there]
-            parts = [latents[name][chosen] for name in names]
-            if not names:
+            index = (pattern_of_row == i).nonzero().squeeze(1)
+            names = [name for name, is_present in zip(blocks, pattern, strict=True) if is_present]
+            values = [latents[name][index] for name in names]
+            if not names:  # no modality at all: merge the initial latents of all blocks
                 names = list(blocks)
-                parts = [blocks[name].untouched(len(chosen)).joined() for name in names]
-            part = self._merge(names, parts)
+                values = [blocks[name].untouched(len(index)).to_complex() for name in names]
+            part = self._merge(names, values)
             if merged is None:
                 merged = part.new_zeros(rows, *part.shape[1:])
+            # A single real block gives real latents, a harmonic merge complex ones: the result is
+            # complex if any part is.
             merged = merged.to(torch.promote_types(merged.dtype, part.dtype))
-            merged = merged.index_copy(0, chosen, part.to(merged.dtype))
+            merged = merged.index_copy(0, index, part.to(merged.dtype))
         assert merged is not None
         return merged
 

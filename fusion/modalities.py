@@ -1,4 +1,4 @@
-"""What a modality looks like: its shapes, and how it becomes context tokens."""
+"""The three kinds of modality: shapes of their inputs, and how they become context tokens."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,9 +13,9 @@ from .._checks import choice, integer, positive
 
 @dataclass(frozen=True)
 class Positions:
-    """Fourier features of positions: sin and cos of π·scale·x for each scale, then x itself.
+    """Fourier features of positions: sin and cos of π · scale · x for each scale, then x itself.
 
-    The scales run linearly from 1 to max_freq / 2 in `num_freq_bands` steps, per axis.
+    Per axis there are `num_freq_bands` scales, evenly spaced from 1 to max_freq / 2.
     """
 
     num_freq_bands: int = 2
@@ -23,7 +23,7 @@ class Positions:
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        _plain(
+        _set_fields(
             self,
             num_freq_bands=integer("num_freq_bands", self.num_freq_bands),
             max_freq=positive("max_freq", self.max_freq),
@@ -53,7 +53,7 @@ class Tabular:
     Args:
         features: length of the row.
         tokens: "row", the row is one token; or "features", each feature is a token of one channel
-            with its position encoded, which gives attention per feature.
+            with its position encoded, which gives an attention weight per feature.
 
     Input: [B, features], or [B, K, features] for K items per patient (visits, samples).
 
@@ -72,7 +72,7 @@ class Tabular:
     item_ndim: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        _plain(self, features=integer("features", self.features))
+        _set_fields(self, features=integer("features", self.features))
         choice("tokens", self.tokens, ("row", "features"))
 
     @property
@@ -83,7 +83,8 @@ class Tabular:
         if self.tokens == "row":
             return self.features
         if not positions.enabled:
-            # A LayerNorm over one channel erases it, so the position is what carries the value.
+            # A LayerNorm over a single channel returns zero whatever the value is. Only together
+            # with its position does a feature keep its value.
             raise ValueError("fourier_encode: Tabular(tokens='features') needs True, got False")
         return 1 + positions.width(1)
 
@@ -106,11 +107,11 @@ class Bag:
         features: width of each vector.
         coords: number of coordinate axes per vector, 0 for none; e.g. 2 for patch positions, 1 for
             the time of a measurement. They are Fourier-encoded and joined to the vector.
-        extent: the length, in units of the coordinates, that is encoded as 1; take about the
-            largest in the cohort (e.g. 100_000 level-0 pixels, or 48 hours).
+        extent: the coordinate that is encoded as 1. Choose about the largest coordinate of the
+            cohort (e.g. 100_000 level-0 pixels, or 48 hours).
 
-    Input: a jagged NestedTensor [B, j, features]; or [B, N, features], all real unless a mask
-    [B, N] says otherwise; or [B, K, N, features] for K items per patient (several slides).
+    Input: a jagged NestedTensor [B, j, features]; or [B, N, features], with all tokens real unless
+    a mask [B, N] marks padding; or [B, K, N, features] for K items per patient (several slides).
     Coordinates have the same layout with `coords` in place of `features`.
 
     Raises:
@@ -129,7 +130,7 @@ class Bag:
     item_ndim: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        _plain(
+        _set_fields(
             self,
             features=integer("features", self.features),
             coords=integer("coords", self.coords, 0),
@@ -160,7 +161,7 @@ class Grid:
 
     Args:
         channels: values per grid point.
-        axes: number of axes. Each grid point is a token with its position on [-1, 1] per axis
+        axes: number of axes. Each grid point is a token; its position, in [-1, 1] on each axis, is
             Fourier-encoded.
 
     Input: `[B, *sizes, channels]`, or `[B, K, *sizes, channels]` for K items per patient.
@@ -178,7 +179,9 @@ class Grid:
     axes: int = 2
 
     def __post_init__(self) -> None:
-        _plain(self, channels=integer("channels", self.channels), axes=integer("axes", self.axes))
+        _set_fields(
+            self, channels=integer("channels", self.channels), axes=integer("axes", self.axes)
+        )
 
     @property
     def item_ndim(self) -> int:
@@ -205,6 +208,16 @@ _KINDS: dict[str, type[Tabular] | type[Bag] | type[Grid]] = {
 }
 
 
+def input_shape(modality: Modality) -> str:
+    """Return the shape of a modality's input in words, for error messages."""
+    width = modality.channels
+    if isinstance(modality, Tabular):
+        return f"[B, {width}]"
+    if isinstance(modality, Bag):
+        return f"[B, N, {width}] or jagged [B, j, {width}]"
+    return f"[B, {', '.join(f'size {i + 1}' for i in range(modality.axes))}, {width}]"
+
+
 def check_modalities(modalities: Any) -> None:
     """Raise unless `modalities` maps names to modalities."""
     if not isinstance(modalities, Mapping) or not modalities:
@@ -214,14 +227,14 @@ def check_modalities(modalities: Any) -> None:
         check_modality(f"modalities[{name!r}]", modality)
 
 
-def check_modality(what: str, modality: Any) -> None:
-    """Raise unless `modality` is one."""
+def check_modality(argument: str, modality: Any) -> None:
+    """Raise unless `modality` is a Tabular, Bag or Grid."""
     if not isinstance(modality, (Tabular, Bag, Grid)):
-        raise TypeError(f"{what}: expected a Tabular, Bag or Grid, got {modality!r}")
+        raise TypeError(f"{argument}: expected a Tabular, Bag or Grid, got {modality!r}")
 
 
 def check_names(argument: str, names: Iterable[str]) -> None:
-    """Raise unless every modality name can name a submodule, and with it tensors on disk."""
+    """Raise unless every name can be the name of a submodule, and so of tensors in a file."""
     container = nn.ModuleDict()
     for name in names:
         if (
@@ -245,7 +258,7 @@ def modality_from_config(config: dict[str, Any]) -> Modality:
     return _KINDS[fields.pop("type")](**fields)
 
 
-def _plain(owner: object, **values: Any) -> None:
-    """Put checked values into a frozen dataclass."""
+def _set_fields(instance: object, **values: Any) -> None:
+    """Set fields of a frozen dataclass, in its `__post_init__`, to checked values."""
     for field, value in values.items():
-        object.__setattr__(owner, field, value)
+        object.__setattr__(instance, field, value)

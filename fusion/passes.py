@@ -1,8 +1,8 @@
-"""Passes: an attention, then the update of the latents, of HEALNet and of LegoBlocks (MM-Lego).
+"""Passes of HEALNet and of LegoBlocks (MM-Lego): an attention, then the update of the latents.
 
-`run_steps` does all between two attentions at once (`kernels.lego_pass`), and carries a LegoBlock's
-spectrum without ever transforming back; `run_literally` does as the equations say, module by
-module, and is what the former is tested against.
+`run_passes` is the fast form: one operator (`kernels.lego_pass`) does everything between two
+attentions, and a LegoBlock's spectrum is never transformed back. `run_literally` is the reference:
+it computes the equations module by module, and the fast form is tested against it.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -26,8 +26,9 @@ from .attention import Attention, Keys
 from .layers import FeedForward, update
 
 T = TypeVar("T")
-Watch = Callable[[int, Tensor | None], None]
-"""Is given the number of a pass, and the queries it asks with, if it asks."""
+PassObserver = Callable[[int, Tensor | None], None]
+"""Called before every attention with the index of the pass and its queries (None if the attention
+needs no queries)."""
 
 
 class LegoLayer(nn.Module):
@@ -39,7 +40,7 @@ class LegoLayer(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(self, latents: Tensor, keys: Keys) -> Tensor:
-        """Update latents [B, C, D], as the equation says."""
+        """Return the updated latents [B, C, D], residuals included."""
         return update(self.attention, self.feed_forward, latents, keys)
 
     @property
@@ -52,17 +53,17 @@ class Spectrum(NamedTuple):
     """Latents in the frequency domain; without a transform, the latents themselves."""
 
     real: Tensor
-    """Re Z, [B, C, D], or [1, C, D] for all rows."""
+    """Re Z, [B, C, D]; or [1, C, D] while it is the same in all rows."""
     imaginary: Tensor | None
-    """Im Z alike; None for zero, and without a transform."""
+    """Im Z in the same shape; None if it is zero, and without a transform."""
 
-    def joined(self) -> Tensor:
-        """Return Z; without a transform, the latents themselves."""
+    def to_complex(self) -> Tensor:
+        """Return Z; without a transform, the real latents themselves."""
         return self.real if self.imaginary is None else torch.complex(self.real, self.imaginary)
 
 
 class Transform(nn.Module):
-    """F of latents [B, C, D] along the axes of `fft`, see LegoBlock."""
+    """The Fourier transform of latents [B, C, D] along the axes of `fft`, see LegoBlock."""
 
     def __init__(self, fft: str | None, rows: int, columns: int) -> None:
         super().__init__()
@@ -88,162 +89,177 @@ class Transform(nn.Module):
 
 
 class PassOptions(NamedTuple):
-    """How passes are run; the results are the same but for rounding."""
+    """How passes are computed; the results differ by rounding only."""
 
     strategy: Strategy | None = None
-    """Of attending to the context, see `kernels.plan`; "reference" for the literal loop."""
+    """Of the attention, see `kernels.plan`; "reference" for the literal loop."""
     backend: Backend = "auto"
     half: bool = False
-    """Whether only the first C // 2 + 1 latents are computed, the others being their mirror image:
-    after a transform along the latents Re Z is even, and updates treat equal latents alike, unless
-    dropout is active. Nor are equal rows of a spectrum as context told apart then."""
+    """Whether only the first C // 2 + 1 latents are computed. After a transform along the latents
+    Re Z is even: row C - i equals row i. Updates give equal rows equal results, unless dropout is
+    active, so the other rows are copies. If the context is a spectrum, its mirrored rows are equal
+    too; each pair is then one token that counts twice (`Context.counts`)."""
 
     @property
     def head_backend(self) -> Backend:
-        """Who computes the head: torch after the literal loop, which has second derivatives."""
+        """The backend of the head: torch after the literal loop, which has second derivatives."""
         return "eager" if self.strategy == "reference" else self.backend
 
 
-class Step(NamedTuple):
-    """One pass: which weights, what they attend to, and what a LegoBlock's transform asks for."""
+class Pass(NamedTuple):
+    """One pass: its weights, its keys, and for a LegoBlock how the spectrum is treated."""
 
     attention: Attention
     feed_forward: FeedForward
     keys: Keys
     normalise: bool = False
-    """Whether latents are divided by their norm before the transform."""
+    """Whether latents are divided by their norm before the transform of this pass."""
     drop_imaginary: bool = False
-    """Whether Im Z is zero from the next pass on."""
+    """Whether Im Z is set to zero after this pass."""
     rows: Tensor | None = None
-    """Bool [B], the rows that these two are for; None for all."""
+    """Bool [B]: the rows to which `normalise` and `drop_imaginary` apply; None for all rows."""
 
 
-def run_steps(
+def run_passes(
     start: Tensor,
-    steps: Sequence[Step],
+    passes: Sequence[Pass],
     transform: Transform | None,
     options: PassOptions,
-    watch: Watch | None = None,
+    watch: PassObserver | None = None,
 ) -> Spectrum:
-    """Run passes on real latents [B or 1, C, D]; return the last spectrum, all C rows of it.
+    """Run passes on real latents [B or 1, C, D]; return the last spectrum with all C latents.
 
-    Between passes the inverse transform and the next transform cancel: that of `start` is the only
-    one. Without a transform, the spectrum is the latents themselves.
+    In the equations every pass transforms back, and the next one transforms again. The two cancel,
+    so `start` is transformed once and the spectrum is carried from pass to pass. Without a
+    transform, the spectrum is the latents themselves.
+
+    A call of `lego_pass` between attentions i and i + 1 finishes pass i (output projection,
+    residual, feed-forward) and begins pass i + 1 (division by the norm, queries). The first call
+    only begins pass 0, the last one only finishes the last pass.
     """
     if options.strategy == "reference":
-        return run_literally(start, steps, transform, watch)
+        return run_literally(start, passes, transform, watch)
     axes, rows, spectrum = (), None, Spectrum(start, None)
     if transform is not None:
         axes, rows, spectrum = transform.axes, transform.rows, transform(start, half=options.half)
-    # What passes have in common is made once.
-    updates = _shared(steps, lambda s: (s.attention, s.feed_forward), _update_of)
-    query_weights = _shared(steps, lambda s: (s.attention, s.keys.needs_queries), _query_weights_of)
-    present = _shared(steps, lambda s: id(s.keys.context), lambda s: s.keys.context.nonempty)
-    seeds = _seeds(steps, start)
-    (real, imaginary), first = spectrum, steps[0]
+    # Passes that share weights or a context share the objects made of them.
+    updates = _make_shared(passes, lambda p: (p.attention, p.feed_forward), _make_update)
+    query_weights = _make_shared(
+        passes, lambda p: (p.attention, p.keys.needs_queries), _make_query_weights
+    )
+    present = _make_shared(passes, lambda p: id(p.keys.context), lambda p: p.keys.context.nonempty)
+    seeds = _draw_seeds(passes, start)  # two per pass: attention, feed-forward
+    (real, imaginary), first = spectrum, passes[0]
     real, imaginary, queries = lego_pass(
         real, imaginary=imaginary, axes=axes if first.normalise else (), rows=rows,
         scaled=first.rows, query_weights=query_weights[0], backend=options.backend,
     )  # fmt: skip
-    for index, step in enumerate(steps):
+    for index, layer_pass in enumerate(passes):
         if watch is not None:
             watch(index, queries)
-        attended = step.keys.attend(step.attention, queries, seeds[2 * index])
-        dropping = step.rows
-        if step.drop_imaginary and imaginary is not None:
-            imaginary = None if dropping is None else _without(imaginary, dropping)
-        following = steps[index + 1] if index + 1 < len(steps) else None
+        attended = layer_pass.keys.attend(layer_pass.attention, queries, seeds[2 * index])
+        if layer_pass.drop_imaginary and imaginary is not None:
+            rows_to_drop = layer_pass.rows
+            imaginary = None if rows_to_drop is None else _zero_rows(imaginary, rows_to_drop)
+        next_pass = passes[index + 1] if index + 1 < len(passes) else None
         real, imaginary, queries = lego_pass(
             real,
             attended,
             updates[index],
             imaginary=imaginary,
             present=present[index],
-            snn=step.feed_forward.snn,
-            dropout_p=step.feed_forward.active_dropout,
+            snn=layer_pass.feed_forward.snn,
+            dropout_p=layer_pass.feed_forward.active_dropout,
             seed=seeds[2 * index + 1],
-            axes=axes if following is not None and following.normalise else (),
+            axes=axes if next_pass is not None and next_pass.normalise else (),
             rows=rows,
-            scaled=None if following is None else following.rows,
-            query_weights=None if following is None else query_weights[index + 1],
+            scaled=None if next_pass is None else next_pass.rows,
+            query_weights=None if next_pass is None else query_weights[index + 1],
             backend=options.backend,
         )
-    spectrum = Spectrum(real, imaginary)
-    return (
-        Spectrum(*restore_rows(*spectrum, rows)) if options.half and rows is not None else spectrum
-    )
+    if options.half and rows is not None:
+        real, imaginary = restore_rows(real, imaginary, rows)
+    return Spectrum(real, imaginary)
 
 
 def run_literally(
-    start: Tensor, steps: Sequence[Step], transform: Transform | None, watch: Watch | None = None
+    start: Tensor,
+    passes: Sequence[Pass],
+    transform: Transform | None,
+    watch: PassObserver | None = None,
 ) -> Spectrum:
-    """Run passes on real latents [B, C, D] as the papers say; arguments as of run_steps."""
+    """Run passes on real latents [B, C, D], equation by equation; arguments as of `run_passes`."""
     axes, latents = () if transform is None else transform.axes, start
     spectrum = Spectrum(latents, None)
     dropped = torch.zeros(len(start), dtype=torch.bool, device=start.device)
-    for index, step in enumerate(steps):
+    for index, layer_pass in enumerate(passes):
         if transform is None or not axes:
             if watch is not None:
-                watch(index, step.attention.queries(latents))
-            latents = update(step.attention, step.feed_forward, latents, step.keys)
+                watch(index, layer_pass.attention.queries(latents))
+            latents = update(
+                layer_pass.attention, layer_pass.feed_forward, latents, layer_pass.keys
+            )
             spectrum = Spectrum(latents, None)
             continue
         if index:
-            latents = fourier(spectrum.joined(), axes, inverse=True)
-        everyone = torch.ones_like(dropped)
-        rows = everyone if step.rows is None else step.rows
-        if step.normalise:
+            latents = fourier(spectrum.to_complex(), axes, inverse=True)
+        all_rows = torch.ones_like(dropped)
+        rows = all_rows if layer_pass.rows is None else layer_pass.rows
+        if layer_pass.normalise:
             norm = torch.linalg.vector_norm(latents, dim=axes, keepdim=True)
             shrunk = latents / norm.clamp_min(torch.finfo(norm.dtype).tiny)
             latents = torch.where(rows[:, None, None], shrunk, latents)
         z = fourier(latents, axes)
-        # Exactly zero in theory; rounding noise would decide the phase of a merge.
-        imaginary = _without(z.imag.masked_fill(transform.self_conjugate, 0), dropped)
-        real = update(step.attention, step.feed_forward, z.real, step.keys)
-        if step.drop_imaginary:
+        # The spectrum of real latents is real at these places. Rounding noise there would decide
+        # the phase of a merge, so it is set to exactly zero.
+        imaginary = _zero_rows(z.imag.masked_fill(transform.self_conjugate, 0), dropped)
+        real = update(layer_pass.attention, layer_pass.feed_forward, z.real, layer_pass.keys)
+        if layer_pass.drop_imaginary:
             dropped = dropped | rows
-            imaginary = _without(imaginary, rows)
+            imaginary = _zero_rows(imaginary, rows)
         spectrum = Spectrum(real, imaginary)
     return spectrum
 
 
-def _shared(
-    steps: Sequence[Step], key: Callable[[Step], Hashable], make: Callable[[Step], T]
+def _make_shared(
+    passes: Sequence[Pass], key: Callable[[Pass], Hashable], make: Callable[[Pass], T]
 ) -> list[T]:
-    """Return what `make` makes of each step, made once for all that have one key."""
+    """Return `make(p)` for each pass p, called once for all passes with the same key."""
     made: dict[Hashable, T] = {}
-    found = []
-    for step in steps:
-        own = key(step)
-        if own not in made:
-            made[own] = make(step)
-        found.append(made[own])
-    return found
+    shared = []
+    for layer_pass in passes:
+        pass_key = key(layer_pass)
+        if pass_key not in made:
+            made[pass_key] = make(layer_pass)
+        shared.append(made[pass_key])
+    return shared
 
 
-def _update_of(step: Step) -> Update:
-    out, feed = step.attention.to_out, step.feed_forward
+def _make_update(layer_pass: Pass) -> Update:
+    out, feed = layer_pass.attention.to_out, layer_pass.feed_forward
     return Update(
         out.weight, out.bias, feed.norm.weight, feed.norm.bias,
         feed.up.weight, feed.up.bias, feed.down.weight, feed.down.bias,
     )  # fmt: skip
 
 
-def _query_weights_of(step: Step) -> QueryWeights | None:
-    return step.attention.query_weights if step.keys.needs_queries else None
+def _make_query_weights(layer_pass: Pass) -> QueryWeights | None:
+    return layer_pass.attention.query_weights if layer_pass.keys.needs_queries else None
 
 
-def _seeds(steps: Sequence[Step], like: Tensor) -> list[Tensor | None]:
-    """Return the seeds of every pass's attention and feed-forward, drawn at once on a GPU.
+def _draw_seeds(passes: Sequence[Pass], like: Tensor) -> list[Tensor | None]:
+    """Return two dropout seeds per pass (attention, feed-forward), drawn in one launch on a GPU.
 
-    None where there is no dropout, and on a CPU, where torch's own generator draws the masks.
+    All None without dropout, and on a CPU, where the generator of torch draws the masks.
     """
-    drops = any(s.attention.active_dropout or s.feed_forward.active_dropout for s in steps)
+    drops = any(s.attention.active_dropout or s.feed_forward.active_dropout for s in passes)
     if not (drops and like.is_cuda):
-        return [None] * (2 * len(steps))
-    # 16 bytes apart: Triton compiles kernels anew for tensors that begin at other multiples.
-    return list(torch.randint(2**62, (2 * len(steps), 2), device=like.device)[:, :1])
+        return [None] * (2 * len(passes))
+    # Triton compiles a kernel anew for pointers that are not multiples of 16 bytes. Hence two int64
+    # per seed, of which the first is used.
+    return list(torch.randint(2**62, (2 * len(passes), 2), device=like.device)[:, :1])
 
 
-def _without(imaginary: Tensor, rows: Tensor) -> Tensor:
+def _zero_rows(imaginary: Tensor, rows: Tensor) -> Tensor:
+    """Return Im Z [B, C, D] with zeros in the rows where `rows` [B] is True."""
     return imaginary.masked_fill(rows[:, None, None], 0)

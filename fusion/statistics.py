@@ -1,4 +1,4 @@
-"""Mean and variance of tokens, which a LayerNorm needs and which belong to the data."""
+"""Mean and variance of tokens: needed by every LayerNorm, the same for all models."""
 
 from typing import Any
 
@@ -7,24 +7,24 @@ from torch import Tensor
 
 from ..kernels.dtypes import wide
 
-# Rows whose copy in full precision is in memory at a time: 128 MiB of 2,048 float32 features.
+# Number of rows that are converted to full precision at a time: 128 MiB at 2,048 features.
 _ROWS = 1 << 14
 
 
 def token_statistics(x: Tensor) -> Tensor:
     """Return the mean and the variance of every token, for the `statistics` argument of models.
 
-    They do not depend on a model. Computed once per bag and kept with it, they spare every later
-    step a pass over the tokens on a GPU.
+    They do not depend on a model. If they are computed once per bag and kept with it, no later step
+    on a GPU has to read the tokens for them.
 
     Args:
-        x: [..., D] tokens, or jagged [B, j, D]; in the dtype in which a model will be given them.
+        x: [..., D] tokens, or jagged [B, j, D]; in the dtype in which the model will get them.
 
     Returns:
         [..., 2] or jagged [B, j, 2], float32 (float64 for float64 tokens); without a gradient.
 
     Raises:
-        TypeError: something that is no floating-point tensor.
+        TypeError: something that is not a floating-point tensor.
         ValueError: tokens without a feature, or a nested tensor that is not jagged.
 
     Example:
@@ -49,27 +49,27 @@ def token_statistics(x: Tensor) -> Tensor:
         raise ValueError(f"x: expected [..., D] with at least one feature, got {tuple(x.shape)}")
     with torch.no_grad():
         full = wide(x.dtype)
-        found = x.new_empty(x[..., 0].numel(), 2, dtype=full)
+        statistics = x.new_empty(x[..., 0].numel(), 2, dtype=full)
         rows = x.reshape(-1, x.shape[-1])
         for start in range(0, len(rows), _ROWS):
-            part = slice(start, start + _ROWS)
-            variance, mean = torch.var_mean(rows[part].to(full), -1, correction=0)
-            found[part, 0], found[part, 1] = mean, variance
-        return found.view(*x.shape[:-1], 2)
+            block = slice(start, start + _ROWS)
+            variance, mean = torch.var_mean(rows[block].to(full), -1, correction=0)
+            statistics[block, 0], statistics[block, 1] = mean, variance
+        return statistics.view(*x.shape[:-1], 2)
 
 
 def layer_norm_statistics(
     statistics: Tensor, width: int, positions: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the mean and 1 / sqrt(variance + eps) of tokens that are joined with positions.
+    r"""Return the mean and 1 / sqrt(variance + eps) of tokens concatenated with positions.
 
     .. math:: \mu = \frac{D \mu_x + P \mu_p}{D + P}, \quad
         \sigma^2 = \frac{D \sigma_x^2 + P \sigma_p^2}{D + P}
         + \frac{D P}{(D + P)^2} (\mu_x - \mu_p)^2
 
     Args:
-        statistics: [T, 2], what `token_statistics` returns of the tokens alone.
-        width: D, of the tokens alone.
+        statistics: [T, 2], the result of `token_statistics` on the tokens without positions.
+        width: D, the width of the tokens without positions.
         positions: [T, P]; or [N, P] for every N tokens; or None.
         eps: of the LayerNorm.
 
@@ -83,9 +83,11 @@ def layer_norm_statistics(
         if len(of_positions) != len(statistics):
             periods = len(statistics) // max(1, len(of_positions))
             of_positions = of_positions.repeat(periods, 1)
-        own = width / (width + extra)
-        other_mean, other_variance = of_positions.unbind(-1)
-        apart = mean - other_mean
-        mean = torch.lerp(other_mean, mean, own)
-        variance = torch.lerp(other_variance, variance, own) + own * (1 - own) * apart.square()
+        share = width / (width + extra)
+        position_mean, position_variance = of_positions.unbind(-1)
+        gap = mean - position_mean
+        mean = torch.lerp(position_mean, mean, share)
+        variance = (
+            torch.lerp(position_variance, variance, share) + share * (1 - share) * gap.square()
+        )
     return mean, (variance + eps).rsqrt()
