@@ -102,7 +102,7 @@ class Fold:
             has = torch.stack([patients.has(name) for name in scaling]).any(0)
             outcome = task.outcome(cohort, rows_of(cohort, ids)[has.numpy()])
             target = cast(Any, objective).target(*outcome)
-            return Part(replace(patients.take(has), target=target), outcome)
+            return Part(replace(patients.select(has), target=target), outcome)
 
         return cls(
             number, part(split.train), part(split.validation), part(split.test), scaling, objective

@@ -1,4 +1,4 @@
-"""Patients of one part of a split as a torch dataset: rows of tables, bags read when needed."""
+"""The patients of one part of a split as a torch dataset; bags are read when a batch needs them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,13 +16,13 @@ from .modalities import Bag, Modality, Tabular
 from .preprocessing import BagScaling, BagSource, Scaling, TableScaling
 from .statistics import token_statistics
 
-# Scaled bags of at most this size are kept in memory; a larger store is read again every epoch.
+# Scaled bags are kept in memory up to this size in all; further bags are read again every epoch.
 CACHE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Bags of a batch: values [T, D], offsets [B + 1]."""
+    """The bags of a batch, packed: values [T, D], offsets [B + 1]."""
 
     values: Tensor
     offsets: Tensor
@@ -34,39 +34,42 @@ class Ragged:
 
 @dataclass(frozen=True)
 class PatientBatch:
-    """Inputs of some patients, in the form that models take, and their targets."""
+    """The inputs of some patients, as models take them, and their targets."""
 
     x: dict[str, Tensor | Ragged]
     coords: dict[str, Ragged]
     present: dict[str, Tensor]
-    """Bool [B], for the tables that some rows miss."""
+    """Bool [B] of each table that some of these patients miss."""
     target: dict[str, Tensor]
     statistics: dict[str, Ragged] = field(default_factory=dict)
-    """Mean and variance of every token, where the bags keep them."""
+    """Mean and variance of every token, for bags that keep them."""
 
     def to(self, device: Any, **options: Any) -> Self:
-        """Move the batch; Lightning calls this. A GPU copies pinned memory by itself."""
+        """Return the batch on a device; Lightning calls this.
+
+        From pinned memory the copy to a GPU does not block the host.
+        """
         options.setdefault("non_blocking", torch.device(device).type == "cuda")
         return self._each(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> Self:
-        """Copy the batch to memory from which a GPU copies by itself; torch's loader calls this."""
+        """Return the batch in pinned memory; torch's DataLoader calls this."""
         return self._each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        def changed(value: Any) -> Any:
+        def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return change(value)
             if isinstance(value, Ragged):
                 return Ragged(change(value.values), change(value.offsets))
-            return {name: changed(part) for name, part in value.items()}
+            return {name: apply(part) for name, part in value.items()}
 
         return replace(
-            self, **{part.name: changed(getattr(self, part.name)) for part in fields(self)}
+            self, **{part.name: apply(getattr(self, part.name)) for part in fields(self)}
         )
 
     def arguments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the inputs of `HEALNet`, `LegoMerge` and `LegoFuse`, and their keywords."""
+        """Return the inputs and the keyword arguments for HEALNet, LegoMerge and LegoFuse."""
         inputs = {n: x.nested() if isinstance(x, Ragged) else x for n, x in self.x.items()}
         coords = {name: c.nested() for name, c in self.coords.items()}
         statistics = {name: s.nested() for name, s in self.statistics.items()}
@@ -75,7 +78,7 @@ class PatientBatch:
 
 @dataclass(frozen=True)
 class Patients(Dataset):
-    """Patients with scaled modalities and targets, handed out as a PatientBatch.
+    """Patients with scaled modalities and targets; batches of them are a PatientBatch.
 
     Args:
         ids: [n].
@@ -99,43 +102,45 @@ class Patients(Dataset):
         ids: Sequence[str],
         target: dict[str, Tensor] | None = None,
     ) -> Self:
-        """Scale the modalities of the given patients; a modality not given is missing for all.
+        """Scale the modalities of the patients `ids`; all miss a modality that is not passed.
 
         Raises:
             ValueError: a modality that does not fit its scaling.
         """
         tables, present, bags = {}, {}, {}
-        for name, how in scaling.items():
+        for name, fitted in scaling.items():
             source = modalities.get(name)
-            if isinstance(how, BagScaling):
+            if isinstance(fitted, BagScaling):
                 if isinstance(source, pd.DataFrame):
                     raise ValueError(f"modality {name!r}: expected bags, got a table")
                 if source is not None and not any(patient in source for patient in ids):
                     source = None
-                if source is not None and source.coords != how.coords:
+                if source is not None and source.coords != fitted.coords:
                     raise ValueError(
-                        f"modality {name!r}: expected {how.coords} coordinates per token, as in "
+                        f"modality {name!r}: expected {fitted.coords} coordinates per token, as in "
                         f"training, got {source.coords}"
                     )
-                named = how.names is not None and source is not None and source.names is not None
-                if source is not None and source.features != how.width and not named:
+                by_name = (
+                    fitted.names is not None and source is not None and source.names is not None
+                )
+                if source is not None and source.features != fitted.width and not by_name:
                     raise ValueError(
-                        f"modality {name!r}: expected {how.width} features per token, got "
+                        f"modality {name!r}: expected {fitted.width} features per token, got "
                         f"{source.features}"
                     )
-                bags[name] = ScaledBags(source, how)
+                bags[name] = ScaledBags(source, fitted)
                 continue
             if source is None:
-                x = np.zeros((len(ids), len(how.features)), np.float32)
-                there = np.zeros(len(ids), bool)
+                x = np.zeros((len(ids), len(fitted.features)), np.float32)
+                has = np.zeros(len(ids), bool)
             elif not isinstance(source, pd.DataFrame):
                 raise ValueError(f"modality {name!r}: expected a table, got bags")
             else:
                 try:
-                    x, there = how.transform(source.loc[list(ids)])
+                    x, has = fitted.transform(source.loc[list(ids)])
                 except ValueError as error:
                     raise ValueError(f"modality {name!r}: {error}") from error
-            tables[name], present[name] = torch.from_numpy(x), torch.from_numpy(there)
+            tables[name], present[name] = torch.from_numpy(x), torch.from_numpy(has)
         return cls(tuple(ids), tables, present, bags, target or {})
 
     def __len__(self) -> int:
@@ -145,66 +150,73 @@ class Patients(Dataset):
         return self.__getitems__([row])
 
     def __getitems__(self, rows: Sequence[int]) -> PatientBatch:
-        """Return a batch; torch's DataLoader calls this with a batch's row numbers."""
+        """Return the batch of these row numbers; torch's DataLoader calls this."""
         index = torch.as_tensor(rows)
         x: dict[str, Tensor | Ragged] = {n: table[index] for n, table in self.tables.items()}
-        present = {name: there[index] for name, there in self.present.items()}
+        present = {name: has[index] for name, has in self.present.items()}
         coords, statistics = {}, {}
         for name, bags in self.bags.items():
-            x[name], at, of_tokens = bags.take([self.ids[row] for row in rows])
-            if at is not None:
-                coords[name] = at
-            if of_tokens is not None:
-                statistics[name] = of_tokens
+            patients = [self.ids[row] for row in rows]
+            x[name], token_coords, token_statistics = bags.read_packed(patients)
+            if token_coords is not None:
+                coords[name] = token_coords
+            if token_statistics is not None:
+                statistics[name] = token_statistics
         return PatientBatch(
             x,
             coords,
-            {name: there for name, there in present.items() if not there.all()},
+            {name: has for name, has in present.items() if not has.all()},
             {name: value[index] for name, value in self.target.items()},
             statistics,
         )
 
-    def ready_for(self, device: torch.device, dtype: torch.dtype, room: int) -> Self:
-        """Return these patients with their DeviceBags, of at most `room` bytes."""
-        limit = room // max(1, len(self.bags))
-        ready = {name: DeviceBags(bags, device, dtype, limit) for name, bags in self.bags.items()}
-        return replace(self, bags=ready)
+    def with_device_bags(self, device: torch.device, dtype: torch.dtype, limit: int) -> Self:
+        """Return these patients with DeviceBags in place of their bags.
+
+        Args:
+            device: where bags are kept.
+            dtype: of the tokens.
+            limit: bytes to keep there, shared equally by the modalities.
+        """
+        each = limit // max(1, len(self.bags))
+        bags = {name: DeviceBags(bags, device, dtype, each) for name, bags in self.bags.items()}
+        return replace(self, bags=bags)
 
     def has(self, modality: str) -> Tensor:
-        """Return who has the modality, bool [n]."""
+        """Return bool [n], whether each patient has the modality."""
         if modality in self.present:
             return self.present[modality]
         return torch.tensor([patient in self.bags[modality] for patient in self.ids])
 
-    def take(self, rows: Tensor) -> Self:
-        """Return the patients at the given rows (numbers or bools)."""
+    def select(self, rows: Tensor) -> Self:
+        """Return the patients at some rows: row numbers, or bool [n]."""
         index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
         return replace(
             self,
             ids=tuple(self.ids[i] for i in index.tolist()),
             tables={name: x[index] for name, x in self.tables.items()},
-            present={name: there[index] for name, there in self.present.items()},
+            present={name: has[index] for name, has in self.present.items()},
             target={name: value[index] for name, value in self.target.items()},
         )
 
 
-class Tokens(NamedTuple):
-    """One bag."""
+class BagTensors(NamedTuple):
+    """The bag of one patient."""
 
     values: Tensor
-    """[N, F]."""
+    """The tokens, [N, F]."""
     coords: Tensor | None = None
     """[N, A]."""
     statistics: Tensor | None = None
-    """Mean and variance of each of the values, [N, 2]."""
+    """Mean and variance of each token, [N, 2]."""
 
 
 class ScaledBags:
-    """Scaled bags of one modality, kept in memory up to a limit.
+    """Scaled bags of one modality; they are kept in memory up to a limit.
 
     Args:
-        source: the bags as they are; None if nobody has any.
-        scaling: fitted on training patients.
+        source: the bags before scaling; None if no patient has the modality.
+        scaling: fitted on the training patients.
         limit: bytes to keep.
     """
 
@@ -212,64 +224,68 @@ class ScaledBags:
         self, source: BagSource | None, scaling: BagScaling, limit: int = CACHE_BYTES
     ) -> None:
         self.source, self.scaling, self.limit = source, scaling, limit
-        # New patients may have had other lab items measured: those of training, in their order.
-        self.places: NDArray[np.intp] | None = None
+        # The features of new patients may differ from those of training (lab items that were not
+        # measured, other ones that were). Entry i is the column of training feature i; -1 if the
+        # new patients lack it.
+        self.columns: NDArray[np.intp] | None = None
         if source is not None and scaling.names and source.names and source.names != scaling.names:
-            self.places = pd.Index(source.names).get_indexer(pd.Index(scaling.names))
-        self.kept: dict[str, Tokens] = {}
+            self.columns = pd.Index(source.names).get_indexer(pd.Index(scaling.names))
+        self.cache: dict[str, BagTensors] = {}
         self.bytes = 0
 
     def __contains__(self, patient: str) -> bool:
         return self.source is not None and patient in self.source
 
-    def __getitem__(self, patient: str) -> Tokens:
-        """Return a patient's tokens; none for a patient without the modality."""
-        if patient in self.kept:
-            return self.kept[patient]
+    def __getitem__(self, patient: str) -> BagTensors:
+        """Return the bag of a patient; an empty one if the patient lacks the modality."""
+        if patient in self.cache:
+            return self.cache[patient]
         bag = self._read(patient)
         size = _bytes_of(bag)
         if patient in self and self.bytes + size <= self.limit:
-            self.kept[patient] = bag
+            self.cache[patient] = bag
             self.bytes += size
         return bag
 
-    def _read(self, patient: str) -> Tokens:
+    def _read(self, patient: str) -> BagTensors:
         if patient not in self:
-            at = torch.zeros(0, self.scaling.coords) if self.scaling.coords else None
-            return Tokens(torch.zeros(0, len(self.scaling.features)), at)
+            no_coords = torch.zeros(0, self.scaling.coords) if self.scaling.coords else None
+            return BagTensors(torch.zeros(0, len(self.scaling.features)), no_coords)
         assert self.source is not None
         features, coords = self.source[patient]
-        if self.places is not None:
+        if self.columns is not None:
+            # The column that index -1 selects: NaN for features that were not measured.
             unmeasured = np.full((len(features), 1), np.nan, np.float32)
-            features = np.concatenate([features, unmeasured], axis=1)[:, self.places]
+            features = np.concatenate([features, unmeasured], axis=1)[:, self.columns]
         values = torch.from_numpy(self.scaling.transform(features))
-        return Tokens(values, None if coords is None else torch.from_numpy(coords))
+        return BagTensors(values, None if coords is None else torch.from_numpy(coords))
 
-    def take(self, patients: Sequence[str]) -> tuple[Ragged, Ragged | None, Ragged | None]:
-        """Return the bags of some patients, packed, with their coordinates and statistics."""
+    def read_packed(self, patients: Sequence[str]) -> tuple[Ragged, Ragged | None, Ragged | None]:
+        """Return the bags of some patients, packed: tokens, coordinates, statistics."""
         values, coords, statistics = zip(*(self[patient] for patient in patients), strict=True)
         offsets = torch.tensor([0, *map(len, values)]).cumsum(0)
 
-        def packed(parts: Sequence[Tensor | None]) -> Ragged | None:
-            there = [part for part in parts if part is not None]
-            return Ragged(torch.cat(there), offsets) if there else None
+        def pack(tensors: Sequence[Tensor | None]) -> Ragged | None:
+            known = [tensor for tensor in tensors if tensor is not None]
+            return Ragged(torch.cat(known), offsets) if known else None
 
         return (
             Ragged(torch.cat(values), offsets),
-            packed(coords) if self.scaling.coords else None,
-            packed(statistics),
+            pack(coords) if self.scaling.coords else None,
+            pack(statistics),
         )
 
 
 class DeviceBags(ScaledBags):
     """Bags in the dtype of the products, with the statistics of their tokens, on a device.
 
-    What is converted once need not be in every step: neither the rounding, nor the pass over the
-    tokens that a LayerNorm's mean takes, nor, as long as there is room on the GPU, the copy to it.
+    Three things are then done once per bag instead of in every step: the rounding to the dtype, the
+    pass over the tokens for the mean and variance of a LayerNorm, and the copy to the device, as
+    long as the bags fit there.
 
     Args:
         bags: the same bags, in float32 in main memory.
-        device: where those that fit are kept; the others are sent there every time.
+        device: bags are kept there up to `limit`; the others are copied there for every batch.
         dtype: of the tokens.
         limit: bytes to keep.
     """
@@ -280,46 +296,47 @@ class DeviceBags(ScaledBags):
         self.bags, self.device, self.dtype = bags, device, dtype
         super().__init__(bags.source, bags.scaling, limit)
 
-    def _read(self, patient: str) -> Tokens:
+    def _read(self, patient: str) -> BagTensors:
         values, coords, _ = self.bags[patient]
         values = values.to(self.dtype)
         statistics = token_statistics(values).to(self.device)
         coords = None if coords is None else coords.to(self.device)
-        return Tokens(values.to(self.device), coords, statistics)
+        return BagTensors(values.to(self.device), coords, statistics)
 
 
 class BagsReadOnce:
-    """Bags that are read to learn their scaling, and kept as they are until they are scaled.
+    """Bags that are read twice, but from disk once.
 
-    So every bag of the training patients is read from disk once. After `hand_over` nothing more is
-    kept, and what was kept is given away at the next read.
+    The first read fits the scaling, the second one scales the bags. Bags of the first read are kept
+    until the second one. `hand_over` marks the change: after it no bag is kept any more, and a bag
+    that was kept is returned and forgotten.
 
     Args:
-        source: the bags as they are.
+        source: the bags before scaling.
         limit: bytes to keep.
     """
 
     def __init__(self, source: BagSource, limit: int = CACHE_BYTES) -> None:
         self.features, self.coords, self.names = source.features, source.coords, source.names
-        self._source, self._room = source, limit
-        self._kept: dict[str, tuple[NDArray[np.float32], NDArray[np.float32] | None]] = {}
+        self._source, self._free_bytes = source, limit
+        self._bags: dict[str, tuple[NDArray[np.float32], NDArray[np.float32] | None]] = {}
         self._handed_over = False
 
     def __contains__(self, patient: object) -> bool:
         return patient in self._source
 
     def __getitem__(self, patient: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Return a patient's tokens and coordinates, read now or before."""
+        """Return the tokens and coordinates of a patient."""
         if self._handed_over:
-            return self._kept.pop(patient, None) or self._source[patient]
+            return self._bags.pop(patient, None) or self._source[patient]
         bag = self._source[patient]
-        if _bytes_of(bag) <= self._room:
-            self._kept[patient] = bag
-            self._room -= _bytes_of(bag)
+        if _bytes_of(bag) <= self._free_bytes:
+            self._bags[patient] = bag
+            self._free_bytes -= _bytes_of(bag)
         return bag
 
     def hand_over(self) -> None:
-        """Keep no further bag."""
+        """Keep no further bags; from now on every bag is read for the last time."""
         self._handed_over = True
 
 
@@ -328,10 +345,10 @@ def _bytes_of(bag: tuple[Any, ...]) -> int:
 
 
 def modalities_of(scaling: Mapping[str, Scaling]) -> dict[str, Modality]:
-    """Return the shapes of scaled modalities, as models are told them."""
+    """Return the modalities, with the shapes after scaling, from which models are built."""
     return {
-        name: Tabular(len(how.features))
-        if isinstance(how, TableScaling)
-        else Bag(len(how.features), coords=how.coords, extent=how.extent)
-        for name, how in scaling.items()
+        name: Tabular(len(fitted.features))
+        if isinstance(fitted, TableScaling)
+        else Bag(len(fitted.features), coords=fitted.coords, extent=fitted.extent)
+        for name, fitted in scaling.items()
     }

@@ -1,8 +1,9 @@
-"""Train a model with Lightning: Adam, one cycle, early stopping that restores the best weights.
+"""Train a model with Lightning: Adam, a one-cycle schedule, early stopping on the best weights.
 
-An epoch's order is drawn from (seed, epoch) and a step's dropout from (seed, step), so that a run
-that was killed and resumed gives the very weights of one that was not. On one GPU the loss and the
-gradients of a step are one CUDA graph (`StepGraphs`), and the host waits only at an epoch's end.
+The order of an epoch is drawn from (seed, epoch), the dropout of a step from (seed, step). So a run
+that was killed and resumed gives exactly the weights of one that was not. On one GPU the loss and
+the gradients of a step are one CUDA graph (`StepGraphs`), and the host waits for the GPU only at
+the end of an epoch.
 """
 
 import logging
@@ -39,19 +40,20 @@ PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 @dataclass(frozen=True)
 class Training:
-    """How to train.
+    """The settings of a training.
 
     Args:
-        epochs: at most; the length of the one cycle.
-        max_lr: its peak.
+        epochs: largest number of epochs; also the length of the one cycle.
+        max_lr: highest learning rate, at the peak of the cycle.
         batch_size: patients per step and process.
-        patience: epochs without a lower validation loss after which training stops.
+        patience: training stops after this number of epochs without a lower validation loss.
         l1: weight of `l1_penalty`.
         l2: weight decay of Adam.
-        momentum: highest momentum of the cycle, at its ends; the lowest is 0.07 less.
-        seed: of the patients' order and of dropout.
-        precision: "32-true", "16-mixed" or "bf16-mixed", as Lightning calls them.
-        workers: processes that read bags ahead.
+        momentum: highest momentum (beta 1 of Adam), at both ends of the cycle; the lowest, at its
+            peak, is 0.07 less.
+        seed: of the order of the patients and of dropout.
+        precision: "32-true", "16-mixed" or "bf16-mixed", Lightning's names.
+        workers: number of processes that read bags in advance.
 
     Raises:
         ValueError: an argument outside its range.
@@ -87,14 +89,14 @@ class Training:
 
 @dataclass
 class History:
-    """What happened in training: losses and seconds per epoch, the best epoch (from 1)."""
+    """The course of a training: losses and seconds per epoch, the best epoch (from 1)."""
 
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     best_epoch: int = 0
     without_graph: list[str] = field(default_factory=list)
-    """Why steps on a GPU ran without a CUDA graph; empty if none did, and on a CPU."""
+    """Why steps on a GPU ran without a CUDA graph; empty if all ran as graphs, and on a CPU."""
 
 
 def train(
@@ -107,54 +109,56 @@ def train(
     resume: Path | None = None,
     each_epoch: Callable[[History], None] = lambda history: None,
 ) -> History:
-    """Train `model` in place; leave it with the weights of the lowest validation loss, exactly.
+    """Train `model` in place; at the end it has the weights of the lowest validation loss.
 
-    Under torchrun every process trains on its share of the patients (DDP); all end with the same
-    weights and validation losses.
+    Under torchrun every process trains on its share of the patients (DDP); all processes end with
+    the same weights and validation losses.
 
     Args:
-        model: what is trained, on any device.
+        model: the model to train, on any device.
         objective: fitted on the training part.
         patients: the training part, with targets.
-        validation: decides when to stop; with targets.
+        validation: the validation part, with targets; its loss decides when to stop.
         settings: see `Training`.
-        resume: a folder to keep the state in after every epoch, and to continue from if it holds
-            one; emptied at the end.
+        resume: folder for the state after every epoch. If it holds a state, training continues from
+            it; the state is removed at the end.
         each_epoch: called after every epoch.
 
     Returns:
         The History.
 
     Raises:
-        FloatingPointError: a loss of the epoch is not finite, in training or on validation.
-        ValueError: nobody to train on or to validate with.
+        FloatingPointError: a training loss or the validation loss of an epoch is not finite.
+        ValueError: no patient to train on or to validate with.
     """
     _check_not_empty(patients=patients, validation=validation)
-    patients, validation = ready_for_gpu(patients, validation, settings)
-    loader = _loader(patients, settings, share=True)
-    # Validation runs whole on every process, so that all agree when to stop.
-    checking = _loader(validation, settings, share=False)
+    patients, validation = use_device_bags(patients, validation, settings)
+    loader = _make_loader(patients, settings, share=True)
+    # Every process validates on all patients, so that all stop at the same epoch.
+    validation_loader = _make_loader(validation, settings, share=False)
     fit = _Fit(model, objective, settings, steps=len(loader))
     best = _BestWeights(fit.history, each_epoch)
-    last = None if resume is None else resume / "last.ckpt"
-    known = None if last is None else _kept(last)
-    # Dropout draws from torch's global generators, which are left as they were found.
+    state_file = None if resume is None else resume / "last.ckpt"
+    state = None if state_file is None else _read_state(state_file)
+    # Dropout draws from torch's global generators; their states are restored afterwards.
     with _quiet(), torch.random.fork_rng():
-        trainer = _trainer(settings, best, last)
-        if known is not None:
-            fit.on_load_checkpoint(known)
-            best.load_state_dict(known["callbacks"][best.state_key])
-        if not (known is not None and _stopped(fit.history, settings)):
-            at = None if known is None else str(last)
+        trainer = _make_trainer(settings, best, state_file)
+        if state is not None:
+            fit.on_load_checkpoint(state)
+            best.load_state_dict(state["callbacks"][best.state_key])
+        if not (state is not None and _has_ended(fit.history, settings)):
+            resumed_from = None if state is None else str(state_file)
             try:
-                trainer.fit(fit, loader, checking, ckpt_path=at, weights_only=True)
-            except SystemExit as error:  # Lightning's answer to Ctrl-C and SIGTERM, which exits 0
+                trainer.fit(
+                    fit, loader, validation_loader, ckpt_path=resumed_from, weights_only=True
+                )
+            except SystemExit as error:  # Lightning turns Ctrl-C and SIGTERM into an exit with 0
                 raise KeyboardInterrupt from error
     model.cpu()
     model.load_state_dict(best.weights)
     model.eval()
-    if last is not None and not rank():
-        last.unlink(missing_ok=True)
+    if state_file is not None and not rank():
+        state_file.unlink(missing_ok=True)
     return fit.history
 
 
@@ -164,73 +168,78 @@ def _check_not_empty(**parts: Patients) -> None:
             raise ValueError(f"{name}: expected at least 1, got 0")
 
 
-def _world() -> int:
+def _world_size() -> int:
     """Return the number of processes under torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def graphs_for(model: nn.Module, objective: Objective, settings: Training) -> StepGraphs | None:
-    """Return what computes steps; None, for torch's autograd, without a GPU or with several."""
-    if _world() > 1 or not next(model.parameters()).is_cuda:
+    """Return the StepGraphs of a training; None without a GPU and with several processes."""
+    if _world_size() > 1 or not next(model.parameters()).is_cuda:
         return None
     if not isinstance(model, (HEALNet, LegoBlock, LegoMerge, LegoFuse)):
         return None
     return StepGraphs(model, objective.loss, l1=settings.l1)
 
 
-def ready_for_gpu(
+def use_device_bags(
     patients: Patients, validation: Patients, settings: Training
 ) -> tuple[Patients, Patients]:
-    """Return both with their DeviceBags; as they are where there is no GPU.
+    """Return both parts with DeviceBags; unchanged if there is no GPU.
 
-    Bags stay on the GPU as long as they take no more than a quarter and an eighth of what is free
-    there. Processes that read ahead hand them out in main memory.
+    Training bags are kept on the GPU up to a quarter of its free memory, validation bags up to an
+    eighth. With `workers` they are kept in main memory, in the process of each worker.
     """
     if not torch.cuda.is_available():
         return patients, validation
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     free = torch.cuda.mem_get_info(device)[0]
-    rooms = free // 4, free // 8
+    limits = free // 4, free // 8
     if settings.workers:
-        device, rooms = torch.device("cpu"), (CACHE_BYTES, CACHE_BYTES)
+        device, limits = torch.device("cpu"), (CACHE_BYTES, CACHE_BYTES)
     dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(settings.precision)
     return tuple(
-        part.ready_for(device, dtype or torch.float32, room)
-        for part, room in zip((patients, validation), rooms, strict=True)
+        part.with_device_bags(device, dtype or torch.float32, limit)
+        for part, limit in zip((patients, validation), limits, strict=True)
     )  # pyright: ignore[reportReturnType]
 
 
-def _loader(patients: Patients, settings: Training, *, share: bool) -> DataLoader:
-    """Read batches ahead; True for `share` hands out this process's share, in a drawn order."""
+def _make_loader(patients: Patients, settings: Training, *, share: bool) -> DataLoader:
+    """Return a loader of all patients in order; if `share`, of this process's share, shuffled."""
     sampler = None
     if share:
-        sampler = DistributedSampler(patients, _world(), rank(), shuffle=True, seed=settings.seed)
+        sampler = DistributedSampler(
+            patients, _world_size(), rank(), shuffle=True, seed=settings.seed
+        )
     return DataLoader(
         patients,
         settings.batch_size,
         sampler=sampler,
         num_workers=settings.workers,
         persistent_workers=settings.workers > 0,  # they keep the bags that they have read
-        collate_fn=_whole,
-        pin_memory=torch.cuda.is_available(),  # for what is not on the GPU already
+        collate_fn=_return_batch,
+        pin_memory=torch.cuda.is_available(),  # for tensors that are not on the GPU already
     )
 
 
-def _trainer(settings: Training, best: "_BestWeights", last: Path | None) -> lightning.Trainer:
-    """Return Lightning's trainer, which prints nothing and keeps its state in `last` alone."""
-    world, local = _world(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def _make_trainer(
+    settings: Training, best: "_BestWeights", state_file: Path | None
+) -> lightning.Trainer:
+    """Return Lightning's trainer; it prints nothing and writes nothing but `state_file`."""
+    world, local = _world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     stop = EarlyStopping("validation_loss", patience=settings.patience, check_finite=False)
-    # The last callback, so that the file holds the state of the others after the epoch.
-    keep = [] if last is None else [_Keep(last)]
+    # It is the last callback, so that the file holds the state of the others after the epoch.
+    save_state = [] if state_file is None else [_SaveState(state_file)]
     return lightning.Trainer(
         accelerator="auto",
         devices=local,
         num_nodes=world // local,
-        # A batch in which everyone misses a modality leaves its weights without gradient.
+        # If all patients of a batch miss a modality, its weights get no gradient; DDP has to expect
+        # that.
         strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
         precision=settings.precision,  # pyright: ignore[reportArgumentType]
         max_epochs=settings.epochs,
-        callbacks=[best, stop, *keep],
+        callbacks=[best, stop, *save_state],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         logger=False,
@@ -242,23 +251,30 @@ def _trainer(settings: Training, best: "_BestWeights", last: Path | None) -> lig
 
 @torch.no_grad()
 def predict_logits(model: nn.Module, patients: Patients, *, batch_size: int = 16) -> Tensor:
-    """Return the logits [n, K] of a model in evaluation mode, computed on a GPU where there is one.
+    """Return the logits [n, K] of a model in evaluation mode, computed on a GPU if there is one.
 
-    A patient's depend on nobody else: batches only save memory. The model stays where it is.
+    The logits of a patient do not depend on the other patients: batches only save memory.
+    Afterwards the model is on its former device again.
     """
     model.eval()
     _check_not_empty(patients=patients)
     home = next(model.parameters()).device
-    there = torch.device("cuda") if torch.cuda.is_available() else home
-    batches = DataLoader(patients, batch_size, collate_fn=_whole)
-    model.to(there)
+    device = torch.device("cuda") if torch.cuda.is_available() else home
+    batches = DataLoader(patients, batch_size, collate_fn=_return_batch)
+    model.to(device)
     try:
-        return torch.cat([logits_of(model, batch.to(there)).cpu() for batch in batches])
+        return torch.cat([logits_of(model, batch.to(device)).cpu() for batch in batches])
     finally:
         model.to(home)
 
 
 class _Fit(lightning.LightningModule):
+    """The training loop of Lightning around a model; with `graphs`, around its StepGraphs.
+
+    Differences with graphs: a step has written all gradients into `.grad` when it returns, so there
+    is no backward pass and nothing to set to zero, and the gradient of L1 is among them.
+    """
+
     def __init__(
         self, model: nn.Module, objective: Objective, settings: Training, *, steps: int
     ) -> None:
@@ -267,22 +283,26 @@ class _Fit(lightning.LightningModule):
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.steps = steps
         self.history = History()
-        self.checked: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.validated: list[tuple[Tensor, dict[str, Tensor]]] = []  # logits, targets
         self.losses: list[Tensor] = []
         self.started = 0.0
         self.graphs: StepGraphs | None = None
 
     def configure_optimizers(self) -> Any:
-        own = self.settings
-        self.graphs = graphs_for(self.model, self.objective, own)  # here the model has its device
-        # Fused, but where autograd's loss is scaled: a fused step unscales, and L1 is added before.
+        settings = self.settings
+        # Made here, since the model is on its device only now.
+        self.graphs = graphs_for(self.model, self.objective, settings)
+        # In "16-mixed" the loss is scaled, and so are the gradients. A fused Adam divides them by
+        # the scale inside its step. The gradient of L1 is added to `.grad` before the step, and not
+        # scaled, so that it would be divided as well: then Adam is not fused, and Lightning divides
+        # before L1 is added. With graphs the gradient of L1 is scaled like the others.
         optimiser = torch.optim.Adam(
-            self.parameters(), lr=own.max_lr, weight_decay=own.l2,
-            fused=own.precision != "16-mixed" or self.graphs is not None,
+            self.parameters(), lr=settings.max_lr, weight_decay=settings.l2,
+            fused=settings.precision != "16-mixed" or self.graphs is not None,
         )  # fmt: skip
         cycle = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, own.max_lr, epochs=own.epochs, steps_per_epoch=self.steps,
-            base_momentum=own.momentum - 0.07, max_momentum=own.momentum,
+            optimiser, settings.max_lr, epochs=settings.epochs, steps_per_epoch=self.steps,
+            base_momentum=settings.momentum - 0.07, max_momentum=settings.momentum,
         )  # fmt: skip
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
@@ -290,6 +310,7 @@ class _Fit(lightning.LightningModule):
         self.losses, self.started = [], time.perf_counter()
 
     def training_step(self, batch: PatientBatch, index: int) -> Tensor:
+        # A seed for every (seed, step, process): a resumed run draws the same dropout.
         seed = (self.settings.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
         torch.manual_seed(seed % 2**63)
         if self.graphs is None:
@@ -300,12 +321,12 @@ class _Fit(lightning.LightningModule):
         return loss
 
     def _scale(self) -> Tensor | None:
-        """Return what the gradients are to be multiplied by for float16; None for nothing."""
+        """Return the factor of the gradients in "16-mixed"; None in other precisions."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return None if scaler is None else scaler.scale(torch.ones((), device=self.device))
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.graphs is None:  # otherwise the gradients are there already, and new ones
+        if self.graphs is None:  # with graphs, the gradients are already in `.grad`
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
@@ -313,23 +334,22 @@ class _Fit(lightning.LightningModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add L1's gradient where it is not in the graph."""
+        """Add the gradient of L1, unless a graph has added it."""
         if self.settings.l1 and self.graphs is None:
             add_l1(self.trained, self.settings.l1)
 
     def validation_step(self, batch: PatientBatch, index: int) -> None:
-        self.checked.append((logits_of(self.model, batch), batch.target))
+        self.validated.append((logits_of(self.model, batch), batch.target))
 
     def on_validation_epoch_end(self) -> None:
-        """Take the loss over all patients at once: that of Cox needs them together."""
-        logits = torch.cat([logits for logits, _ in self.checked])
-        target = {
-            name: torch.cat([part[name] for _, part in self.checked]) for name in self.checked[0][1]
-        }
-        self.checked.clear()
+        """Compute the loss of all validation patients together, as Cox's loss needs them."""
+        logits = torch.cat([logits for logits, _ in self.validated])
+        targets = [target for _, target in self.validated]
+        target = {name: torch.cat([part[name] for part in targets]) for name in targets[0]}
+        self.validated.clear()
         history = self.history
-        # Validation is the end of an epoch: Lightning runs it inside the training epoch. Only here
-        # the losses are read, for which a GPU has to finish.
+        # Lightning validates inside the training epoch, at its end. The training losses are read
+        # only here, since reading them waits for the GPU.
         losses = [_finite("training loss", loss) for loss in torch.stack(self.losses).tolist()]
         loss = self.objective.loss(logits, target)
         self.log("validation_loss", loss)
@@ -347,7 +367,7 @@ class _Fit(lightning.LightningModule):
 
 
 class _BestWeights(Callback):
-    """Remembers the weights of the lowest validation loss."""
+    """Keeps a copy of the weights with the lowest validation loss; of equal losses the first."""
 
     def __init__(self, history: History, each_epoch: Callable[[History], None]) -> None:
         self.history, self.each_epoch = history, each_epoch
@@ -367,21 +387,22 @@ class _BestWeights(Callback):
         self.weights = state_dict["weights"]
 
 
-class _Keep(Callback):
-    """Keeps the state after every epoch, in a file that is replaced whole."""
+class _SaveState(Callback):
+    """Saves the state of the training after every epoch, in a file that is replaced atomically."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        first = trainer.is_global_zero  # it alone writes; the others take part
-        partial = self.path.with_name(f".{self.path.name}")  # one name: a kill leaves one file
-        with replacing(self.path, partial) if first else nullcontext():
+        # All processes must call `save_checkpoint`; only the first one writes. The partial file has
+        # a fixed name, so that killed processes leave one such file at most.
+        partial = self.path.with_name(f".{self.path.name}")
+        with replacing(self.path, partial) if trainer.is_global_zero else nullcontext():
             trainer.save_checkpoint(partial)
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    """Return the state that a run left behind, if it did.
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """Return the state that `_SaveState` wrote; None if there is no file.
 
     Raises:
         ValueError: a file that cannot be read.
@@ -391,21 +412,22 @@ def _kept(path: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
-        raise ValueError(f"{path}: cannot be read; without it, the fold starts anew") from error
+        raise ValueError(f"{path}: cannot be read; remove it to start the fold anew") from error
 
 
-def _stopped(history: History, settings: Training) -> bool:
-    """Return whether training had come to its end: Lightning would resume it all the same."""
+def _has_ended(history: History, settings: Training) -> bool:
+    """Return whether a resumed training is complete; Lightning would continue it all the same."""
     epochs = len(history.validation_loss)
     return epochs >= min(settings.epochs, history.best_epoch + settings.patience)
 
 
 def rank() -> int:
-    """Return this process's number under torchrun, where the first one alone writes files."""
+    """Return the rank of this process under torchrun; only rank 0 writes files."""
     return int(os.environ.get("RANK", "0"))
 
 
-def _whole(batch: Any) -> PatientBatch:
+def _return_batch(batch: Any) -> PatientBatch:
+    """Collate nothing: `Patients.__getitems__` returns whole batches."""
     return batch
 
 
@@ -417,7 +439,7 @@ def _finite(name: str, loss: float) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice (loggers, workers, devices) off the user's terminal."""
+    """Suppress Lightning's hints about loggers, workers and devices."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -177,7 +177,7 @@ def _patients(coords: int = 2) -> Patients:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bags_keep_them(dtype: torch.dtype, coords: int) -> None:
     patients = _patients(coords)
-    ready = patients.ready_for(torch.device("cpu"), dtype, 1 << 20)
+    ready = patients.with_device_bags(torch.device("cpu"), dtype, 1 << 20)
     plain, batch = patients.__getitems__([0, 1, 2]), ready.__getitems__([0, 1, 2])
     bag: Any = batch.x["wsi"]
     assert bag.values.dtype == dtype
@@ -203,7 +203,7 @@ def test_ready_bags_are_converted_once_as_far_as_there_is_room(
 
     monkeypatch.setattr(ScaledBags, "__getitem__", watched)
     one = 5 * (6 * 2 + 2 * 4 + 2 * 4)  # p0 in bfloat16, its coordinates and its statistics
-    ready = _patients().ready_for(torch.device("cpu"), torch.bfloat16, one)
+    ready = _patients().with_device_bags(torch.device("cpu"), torch.bfloat16, one)
     for _ in range(2):
         ready.__getitems__([0, 2])
     assert read == ["p0", "p1", "p1"]

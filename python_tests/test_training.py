@@ -144,7 +144,7 @@ def test_every_objective_and_a_block() -> None:
     alone = {"labs": SCALING["labs"]}
     every = Patients.of(MODALITIES, alone, IDS, NLL.target(TIMES, EVENTS))
     first, has = torch.arange(len(IDS)) < 90, every.has("labs")
-    training, validation = every.take(first & has), every.take(~first & has)
+    training, validation = every.select(first & has), every.select(~first & has)
     block = motet.LegoBlock(modalities_of(SCALING)["labs"], out_features=4, num_latents=4,
                             latent_dim=8, heads=1, head_dim=8)  # fmt: skip
     assert len(run(block, data=(training, validation), epochs=2).train_loss) == 2
@@ -169,10 +169,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[motet.StepGraphs]:
     def ready(patients, validation, settings):
         dtype = torch.bfloat16 if settings.precision == "bf16-mixed" else torch.float32
         cpu = torch.device("cpu")
-        return tuple(part.ready_for(cpu, dtype, 1 << 20) for part in (patients, validation))
+        return tuple(part.with_device_bags(cpu, dtype, 1 << 20) for part in (patients, validation))
 
     monkeypatch.setattr(training, "graphs_for", graphs_for)
-    monkeypatch.setattr(training, "ready_for_gpu", ready)
+    monkeypatch.setattr(training, "use_device_bags", ready)
     return made
 
 
@@ -222,7 +222,7 @@ def test_a_run_says_what_had_no_graph(graphs: list) -> None:
     alone = {"labs": SCALING["labs"]}
     every = Patients.of(MODALITIES, alone, IDS, NLL.target(TIMES, EVENTS))
     first, has = torch.arange(len(IDS)) < 90, every.has("labs")
-    data = every.take(first & has), every.take(~first & has)
+    data = every.select(first & has), every.select(~first & has)
     block = motet.LegoBlock(
         modalities_of(SCALING)["labs"], out_features=4, num_latents=4, latent_dim=8, heads=1,
         head_dim=8,
@@ -249,11 +249,11 @@ def test_steps_are_graphs_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bags_are_made_ready_for_a_gpu(precision: str, workers: int, monkeypatch) -> None:
     patients = Patients.of(MODALITIES, SCALING, IDS, NLL.target(TIMES, EVENTS))
     settings = Training(precision=precision, workers=workers)
-    assert training.ready_for_gpu(patients, patients, settings) == (patients, patients)
+    assert training.use_device_bags(patients, patients, settings) == (patients, patients)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000, 9000))
     monkeypatch.setenv("LOCAL_RANK", "3")
-    ready = training.ready_for_gpu(patients, patients, settings)
+    ready = training.use_device_bags(patients, patients, settings)
     dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(precision, torch.float32)
     device = torch.device("cpu" if workers else "cuda:3")  # other processes cannot use the GPU
     rooms = (CACHE_BYTES,) * 2 if workers else (2000, 1000)
@@ -320,7 +320,7 @@ def test_what_is_not_finite_stops_it() -> None:
     with pytest.raises(FloatingPointError, match="validation loss: expected a finite number"):
         run(model_of(), data=(training, replace(validation, tables={"omic": bad})))
     with pytest.raises(ValueError, match="validation: expected at least 1, got 0"):
-        run(model_of(), data=(training, validation.take(torch.arange(0))))
+        run(model_of(), data=(training, validation.select(torch.arange(0))))
 
 
 @pytest.mark.parametrize(
@@ -358,11 +358,11 @@ def test_bags_are_read_once_while_they_fit_in_memory() -> None:
     source = Labs()
     small = ScaledBags(source, SCALING["labs"])
     for _ in range(3):
-        small.take(IDS[:10:2])
+        small.read_packed(IDS[:10:2])
     assert source.reads == 5
     large = ScaledBags(source, SCALING["labs"], limit=100)
     before = source.reads
     for _ in range(2):
-        large.take(IDS[:20:2])
+        large.read_packed(IDS[:20:2])
     assert large.bytes <= 100
     assert source.reads - before > 10

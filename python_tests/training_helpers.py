@@ -53,7 +53,7 @@ NLL = DiscreteSurvival.fit(TIMES[:90], EVENTS[:90], bins=4, alpha=0.4, weighted=
 def parts(objective=NLL, *outcome: np.ndarray) -> tuple[Patients, Patients]:
     outcome = outcome or (TIMES, EVENTS)
     every = Patients.of(MODALITIES, SCALING, IDS, objective.target(*outcome))
-    return every.take(torch.arange(90)), every.take(torch.arange(90, 130))
+    return every.select(torch.arange(90)), every.select(torch.arange(90, 130))
 
 
 def model_of(out_features: int = 4, seed: int = 0) -> motet.HEALNet:

@@ -31,7 +31,7 @@ def measure(study: Study) -> list[Row]:
         for number, split in enumerate(run.splits):
             fitted = fitted_at(blocks, number)
             first = fitted[names[0]].patients(study.cohort.modalities, split["test"])
-            ids = first.take(first.has(names[0])).ids
+            ids = first.select(first.has(names[0])).ids
             models, scaling = models_of(fitted), {}
             merged: LegoMerge | None = None
             for step, name in enumerate(names):

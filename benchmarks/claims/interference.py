@@ -113,7 +113,7 @@ def _leftover(study: Study, seed: int, transform: str, fft: str | None) -> Lefto
         for part in ("train", "test"):
             patients = Patients.of(study.cohort.modalities, scaling, split[part])
             complete = torch.stack([patients.has(name) for name in scaling]).all(0)
-            parts[part] = patients.take(complete)
+            parts[part] = patients.select(complete)
         train, test = parts["train"], parts["test"]
         if len(test) < 2 or not len(train):
             raise ValueError(
@@ -125,7 +125,7 @@ def _leftover(study: Study, seed: int, transform: str, fft: str | None) -> Lefto
         circle = np.random.default_rng((seed, number)).permutation(len(test))
         donors = torch.empty(len(test), dtype=torch.long)
         donors[circle] = torch.from_numpy(np.roll(circle, 1))
-        others = test.take(donors)
+        others = test.select(donors)
         objective = next(iter(fitted.values())).objective
         scored = partial(_scored, run, number, test.ids, objective)
         logits = {}

@@ -123,7 +123,7 @@ def ensemble(
         has = patients.has(name)
         if not has.any():
             continue
-        logits = predict_logits(fitted.model, patients.take(has)).double()
+        logits = predict_logits(fitted.model, patients.select(has)).double()
         shares = logits.softmax(1) if isinstance(objective, Classification) else hazards(logits)
         total = torch.zeros(len(ids), shares.shape[1]).double() if total is None else total
         total[has] += shares
