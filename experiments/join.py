@@ -196,8 +196,8 @@ def _blocks_of_fold(
         own = fitted.objective.untrained()
         if objective is not None and own != objective:
             raise RunError(
-                f"{run.path}: expected the objective of {runs[0].path}, {objective.described()}, "
-                f"got {own.described()}; train the blocks on the same cohort and splits"
+                f"{run.path}: expected the objective of {runs[0].path}, {objective.describe()}, "
+                f"got {own.describe()}; train the blocks on the same cohort and splits"
             )
         blocks[name], scaling[name], objective = fitted.model, fitted.scaling[name], own
     assert objective is not None

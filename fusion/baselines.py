@@ -1,7 +1,8 @@
-"""The models to beat, on the features that the networks get: linear ones and forests.
+"""Baselines on the same scaled features as the networks: linear models and forests.
 
-Tables are joined; a bag counts by the mean of its tokens, without their coordinates; each modality
-adds a column that says whether a patient has it. Penalties are chosen on the validation part.
+All features of a patient form one row: the columns of every table, the mean of the tokens of every
+bag (without coordinates), and for each modality a column that is 1 if the patient has it. Penalties
+are chosen on the validation part.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class SurvivalBaseline:
     parameters: int
 
     def predictions(self, patients: Patients, grid: NDArray[np.float64]) -> SurvivalPredictions:
-        """Predict some patients, with curves at the times `grid` [G]; there may be none."""
+        """Predict patients, with curves at the times `grid` [G]; `patients` may be empty."""
         if not len(patients):
             return SurvivalPredictions((), np.zeros(0), np.zeros((0, len(grid))), grid)
         x = flat(patients)
@@ -64,14 +65,14 @@ class ClassBaseline:
     parameters: int
 
     def predictions(self, patients: Patients) -> ClassPredictions:
-        """Predict some patients; there may be none."""
+        """Predict patients; `patients` may be empty."""
         if not len(patients):
             return ClassPredictions((), np.zeros((0, self.classes)))
         return ClassPredictions(patients.ids, self.probabilities(flat(patients)))
 
 
 def flat(patients: Patients) -> NDArray[np.float64]:
-    """Return all modalities of some patients side by side, [n, P]."""
+    """Return all features of some patients as rows, [n, P]."""
     parts = []
     for name, table in patients.tables.items():
         parts += [table.double(), patients.present[name].double()[:, None]]
@@ -79,44 +80,44 @@ def flat(patients: Patients) -> NDArray[np.float64]:
         rows = []
         for patient in patients.ids:
             tokens = bags[patient][0].double()
-            there = tokens.new_tensor([float(len(tokens) > 0)])
+            has_tokens = tokens.new_tensor([float(len(tokens) > 0)])
             mean = tokens.mean(0) if len(tokens) else tokens.new_zeros(tokens.shape[1])
-            rows.append(torch.cat([mean, there]))
+            rows.append(torch.cat([mean, has_tokens]))
         parts.append(torch.stack(rows))
     return torch.cat(parts, dim=1).numpy()
 
 
 def ridge_cox(
-    train: Patients, outcome: Outcome, validation: Patients, held: Outcome
+    train: Patients, outcome: Outcome, validation: Patients, validation_outcome: Outcome
 ) -> SurvivalBaseline:
     """Fit Cox's model with a ridge penalty, chosen by the concordance on validation.
 
-    The penalty does not change under rotation, so the model is fitted on the principal axes of the
-    training patients, of which there are at most as many as patients: the same model, in
-    milliseconds for thousands of features.
+    A ridge penalty does not change if the features are rotated. So the model is fitted on the
+    principal axes of the training patients, which are at most as many as patients: it is the same
+    model, and takes milliseconds for thousands of features.
     """
     x = flat(train)
     centre = x.mean(0)
     axes = np.linalg.svd(x - centre, full_matrices=False)[2].T
 
-    def turned(features: NDArray[np.float64]) -> NDArray[np.float64]:
+    def rotate(features: NDArray[np.float64]) -> NDArray[np.float64]:
         return (features - centre) @ axes
 
-    features, held_features = turned(x), turned(flat(validation))
+    features, validation_features = rotate(x), rotate(flat(validation))
     times, events = outcome
     best, best_c = None, -1.0
     for penalty in PENALTIES:
         cox = CoxPHSurvivalAnalysis(alpha=penalty, ties="efron", n_iter=200)
-        with np.errstate(over="ignore"):  # Newton's steps overshoot, and are halved
+        with np.errstate(over="ignore"):  # Newton steps overshoot and are then halved
             cox.fit(features, Surv.from_arrays(events, times))
-        c = concordance_index(*held, cox.predict(held_features))
+        c = concordance_index(*validation_outcome, cox.predict(validation_features))
         if c > best_c:
             best, best_c = cox, c
     assert best is not None
-    chosen = best
+    model = best
     return SurvivalBaseline(
-        lambda features: np.asarray(chosen.predict(turned(features)), float),
-        lambda features, grid: _steps(chosen.predict_survival_function(turned(features)), grid),
+        lambda features: np.asarray(model.predict(rotate(features)), float),
+        lambda features, grid: _steps(model.predict_survival_function(rotate(features)), grid),
         x.shape[1],
     )
 
@@ -136,15 +137,15 @@ def survival_forest(train: Patients, outcome: Outcome, seed: int) -> SurvivalBas
 
 
 def logistic(
-    train: Patients, labels: Labels, validation: Patients, held_labels: Labels
+    train: Patients, labels: Labels, validation: Patients, validation_labels: Labels
 ) -> ClassBaseline:
     """Fit (multinomial) logistic regression, the ridge penalty chosen by log loss on validation."""
-    x, held = flat(train), flat(validation)
+    x, validation_features = flat(train), flat(validation)
     classes = np.unique(labels)
     best, best_loss = None, np.inf
     for strength in STRENGTHS:
         model = LogisticRegression(C=strength, max_iter=5000).fit(x, labels)
-        loss = log_loss(held_labels, model.predict_proba(held), labels=classes)
+        loss = log_loss(validation_labels, model.predict_proba(validation_features), labels=classes)
         if loss < best_loss:
             best, best_loss = model, loss
     assert best is not None
@@ -161,7 +162,7 @@ def class_forest(train: Patients, labels: Labels, seed: int) -> ClassBaseline:
 
 
 def _steps(functions: Any, grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Read step functions at the times `grid`; 1 before their first step, flat after the last."""
+    """Return step functions at the times `grid`: 1 before their first step, then its values."""
     first = functions[0]
     values = np.column_stack([np.ones(len(functions)), [f.y for f in functions]])
     return values[:, np.searchsorted(first.x, grid, side="right")]

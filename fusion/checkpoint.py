@@ -1,9 +1,9 @@
-"""Models on disk: one safetensors file, the configuration as JSON in its header. Never pickle.
+"""Models on disk: one safetensors file with the configuration as JSON in its header, never pickle.
 
 Format 1. Metadata key "motet": JSON with format, version (of motet), model (class name), config
-(`model.config`). Metadata key "sha256": digest of that JSON and of every tensor's name and bytes in
-name order. The same model gives the same bytes. Tied weights are stored once, under the first of
-their names.
+(`model.config`). Metadata key "sha256": digest of that JSON and of the names and bytes of all
+tensors, in the order of their names. The same model gives the same bytes. Tied weights are stored
+once, under the first of their names.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ _MODELS: dict[str, type[Any]] = {
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model to one file: its tensors and all that is needed to build it again.
 
-    An existing file is replaced only once the new one is complete. An encoder of one's own is
-    stored by its tensors; `load` needs the module.
+    An existing file is replaced once the new one is complete. Of an encoder that motet does not
+    have, only the tensors are stored; `load` then needs the module.
 
     Args:
         model: HEALNet, LegoBlock, LegoMerge or LegoFuse.
@@ -65,7 +65,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors, memory = {}, set()
     for name, tensor in _untied(model).items():
         plain = tensor.detach().cpu().contiguous()
-        # Another view of the same memory, such as a buffer made from a parameter, is stored too.
+        # safetensors refuses two tensors in the same memory (a buffer that is a view of a
+        # parameter), so the second one is copied.
         address = plain.untyped_storage().data_ptr()
         tensors[name] = plain.clone() if address in memory else plain
         memory.add(address)
@@ -85,9 +86,9 @@ def load(
 
     Args:
         path: the file.
-        encoders: encoders of one's own, of the same architecture as those saved: a module for a
-            LegoBlock, a dict of modality name to module for LegoMerge and LegoFuse. The model gets
-            copies, filled from the file.
+        encoders: encoders that motet does not have, of the same architecture as those saved: a
+            module for a LegoBlock, a dict of modality name to module for LegoMerge and LegoFuse.
+            The model gets copies of them, with the tensors of the file.
         device: where to put the model.
 
     Returns:
@@ -109,27 +110,30 @@ def load(
     kind = _MODELS[content["model"]]
     if kind is HEALNet and encoders is not None:
         raise ValueError("encoders: expected none for a HEALNet")
-    given = [] if kind is HEALNet else [encoders]
+    arguments = [] if kind is HEALNet else [encoders]
     try:
-        model = kind.from_config(content["config"], *given)
+        model = kind.from_config(content["config"], *arguments)
     except KeyError as error:
         raise ValueError(f"{path}: corrupt, its configuration has no {error}") from error
     if "upstream_latents" in tensors:
         model.upstream_latents = torch.zeros_like(tensors["upstream_latents"])
-    own = _untied(model)
-    for where, names in (("the file", own.keys() - tensors), ("the model", tensors.keys() - own)):
+    of_model = _untied(model)
+    for side, names in (
+        ("the file", of_model.keys() - tensors),
+        ("the model", tensors.keys() - of_model),
+    ):
         if names:
             some = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{path}: {where} has no {some} ({len(names)} in all); {_DIFFERENT}")
+            raise ValueError(f"{path}: {side} has no {some} ({len(names)} in all); {_DIFFERENT}")
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in of_model.items():
             if tensor.shape != tensors[name].shape:
                 raise ValueError(
                     f"{path}: expected {name} {tuple(tensor.shape)}, got "
                     f"{tuple(tensors[name].shape)}; {_DIFFERENT}"
                 )
-            # A copy, since tensors in a file need not be aligned, and matrix products then round
-            # differently from the saved model's.
+            # A copy: tensors in a file need not be aligned in memory, and matrix products of
+            # unaligned tensors may round differently from those of the saved model.
             tensor.data = tensors[name].clone()
     return model.to(device).eval()
 
@@ -148,16 +152,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header = metadata["motet"]
     try:
         content = json.loads(header)
-        newer = content["format"] > FORMAT  # first: its checksum may be another
-        known = content["format"] == FORMAT and content["model"] in _MODELS
+        is_newer = content["format"] > FORMAT  # before the checksum, which may differ there
+        is_known = content["format"] == FORMAT and content["model"] in _MODELS
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: corrupt, its header cannot be read ({error})") from error
-    if newer:
+    if is_newer:
         raise ValueError(
             f"{path}: format {content['format']} was written by motet {content.get('version')}; "
             f"this motet reads up to format {FORMAT}: pip install --upgrade motet"
         )
-    if not known:
+    if not is_known:
         raise ValueError(f"{path}: corrupt, its header names no format or model of motet's")
     if metadata.get("sha256") != _digest(header, tensors):
         raise ValueError(f"{path}: corrupt, its content does not match its checksum")
@@ -165,10 +169,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Write a file's metadata in the order of their names.
+    """Sort the metadata of a file by name.
 
-    safetensors writes them in an order drawn anew by every process, so that the same model would
-    give other bytes.
+    safetensors writes them in a random order, which differs between processes. The same model
+    would then give different bytes.
     """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -180,7 +184,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _untied(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's tensors by name, each once."""
+    """Return the tensors of a model by name; tied ones once, under their first name."""
     seen: set[int] = set()
     untied = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -1,9 +1,9 @@
-"""How good are out-of-fold predictions, and how sure can one be of it?
+"""Metrics of out-of-fold predictions, with intervals.
 
-Risks of differently trained folds are not comparable, so every pair of patients lies within one
+Risks from models of different folds are not comparable. So both patients of a pair are in the same
 test part, and the pairs of all folds are pooled (`concordance`). Intervals come from resampling
-patients (`resampling`); the spread over folds is not one. docs/concepts/evaluation.md explains the
-figures and how far to trust them.
+patients (`resampling`), not from the spread over folds, which is not an interval.
+docs/concepts/evaluation.md explains the figures and how far they can be trusted.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ from .concordance import (
 from .held_out import ClassFold, Floats, SurvivalFold
 from .resampling import Comparison, Resampling, combine, resample, resampled_mean
 
-# Where fewer training patients than this are still under observation, weights 1 / G(t)^2 of Uno's c
-# would exceed 25 and a handful of late events would decide it.
+# Smallest share G(t) of uncensored training patients up to which Uno's c counts events. Below it
+# the weights 1 / G(t)^2 exceed 25, and a few late events would decide the result.
 OBSERVED_SHARE = 0.2
 BRIER_STEPS = 100
-CALIBRATION_BINS = 10  # as Haider et al.
+CALIBRATION_BINS = 10  # as in Haider et al.
 
 
 def evaluate_survival(
@@ -48,24 +48,24 @@ def evaluate_survival(
 ) -> dict[str, Any]:
     r"""Evaluate out-of-fold survival predictions, with 95 % bootstrap intervals.
 
-    With one fold every figure is scikit-survival's. With several, Harrell's c (1996), Uno's c
-    (2011) and the cumulative/dynamic AUC (Uno 2007) pool the pairs within folds,
+    With one fold every figure equals that of scikit-survival. With several folds, Harrell's c
+    (1996), Uno's c (2011) and the cumulative/dynamic AUC (Uno 2007) pool the pairs within folds,
 
         c = Σ_f Σ_ij∈f w_ij [r_i > r_j] / Σ_f Σ_ij∈f w_ij,
 
-    ties of risk one half; the Brier score (Graf 1999) is the mean over patients; D-calibration
-    (Haider 2020) adds up the bins; log-rank test and hazard ratio are stratified by fold.
-    Follow-up beyond `tau` or a horizon says only that the patient was free of the event until then,
-    so test times may exceed the training part's. Figures that need `cut` or `curves` are absent
-    unless every fold has them; test and ratio also where no fold has informative events in both
-    risk groups.
+    where ties of risk count one half. The Brier score (Graf 1999) is the mean over patients,
+    D-calibration (Haider 2020) adds up the bins, and the log-rank test and the hazard ratio are
+    stratified by fold. Follow-up beyond `tau` or a horizon only says that the patient was free of
+    the event until then, so test times may be longer than those of the training part. Figures that
+    need `cut` or `curves` are left out unless every fold has them; test and ratio also if no fold
+    has events while both risk groups are under observation.
 
     Args:
-        folds: one per test part; a patient belongs to one only.
-        tau: Uno's c counts events before it, the Brier score is integrated up to it. By default the
-            last time when over a fifth of every training part are uncensored, by Kaplan-Meier.
-        horizons: times of the AUC and the Brier score; by default the quartiles of the test parts'
-            event times before `tau` and within the curves.
+        folds: one per test part; each patient is in one fold only.
+        tau: Uno's c counts events before it, the Brier score is integrated up to it. None for the
+            last time at which over a fifth of every training part are uncensored (Kaplan-Meier).
+        horizons: times of the AUC and the Brier score; None for the quartiles of the event times of
+            the test parts, before `tau` and within the curves.
         draws: bootstrap samples.
         seed: of the draws.
 
@@ -73,7 +73,7 @@ def evaluate_survival(
         Plain numbers, lists and dicts, ready for JSON; docs/concepts/evaluation.md lists them.
 
     Raises:
-        ValueError: no fold, no comparable pair, or a tau or horizon beyond parts or curves.
+        ValueError: no fold, no comparable pair, or a tau or horizon beyond follow-up or curves.
 
     Example:
         >>> times, events = [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 0]
@@ -81,10 +81,10 @@ def evaluate_survival(
         >>> motet.evaluate_survival([fold])["harrell_c"]["value"]
         0.8333333333333334
     """
-    folds = _some(folds, SurvivalFold)
+    folds = _check_folds(folds, SurvivalFold)
     resampling = resample([fold.events for fold in folds], draws, seed)
-    tau, end, times = _chosen_times(folds, tau, horizons)
-    found: dict[str, Any] = {
+    tau, end, times = _choose_times(folds, tau, horizons)
+    metrics: dict[str, Any] = {
         "patients": sum(len(fold) for fold in folds),
         "events": int(sum(fold.events.sum() for fold in folds)),
         "folds": len(folds),
@@ -93,11 +93,11 @@ def evaluate_survival(
         "auc": _auc_over_time(folds, times, resampling),
     }
     if all(fold.curves is not None for fold in folds):
-        found |= _brier(folds, times, end, resampling)
-        found["d_calibration"] = _d_calibration(folds)
+        metrics |= _brier(folds, times, end, resampling)
+        metrics["d_calibration"] = _d_calibration(folds)
     if all(fold.cut is not None for fold in folds):
-        found["risk_groups"] = _risk_groups(folds)
-    return found
+        metrics["risk_groups"] = _risk_groups(folds)
+    return metrics
 
 
 def evaluate_classes(
@@ -105,12 +105,12 @@ def evaluate_classes(
 ) -> dict[str, Any]:
     """Evaluate out-of-fold class probabilities, with 95 % bootstrap intervals.
 
-    With one fold the figures are scikit-learn's. With several, an AUC pools the pairs within folds;
-    only folds that have the class and another count. Balanced accuracy is the mean over classes of
-    the share of its patients whose most probable class it is.
+    With one fold the figures equal those of scikit-learn. With several folds, an AUC pools the
+    pairs within folds; a fold counts only if it has patients of the class and of another. Balanced
+    accuracy is the mean over classes of the share of patients that are predicted correctly.
 
     Args:
-        folds: one per test part; a patient belongs to one only.
+        folds: one per test part; each patient is in one fold only.
         draws: bootstrap samples.
         seed: of the draws.
 
@@ -120,7 +120,7 @@ def evaluate_classes(
         rest.
 
     Raises:
-        ValueError: no fold, folds of different K, or a class that no fold can tell from another.
+        ValueError: no fold, folds of different K, or a class that is nowhere beside another class.
 
     Example:
         >>> from motet import ClassFold, evaluate_classes
@@ -135,17 +135,17 @@ def evaluate_classes(
     right = (predicted == labels).astype(float)
     pairs = class_pairs(folds, classes)
     recalls = [resampled_mean(right, resampling, labels == k) for k in range(classes)]
-    found: dict[str, Any] = {"patients": len(labels), "classes": classes, "folds": len(folds)}
+    metrics: dict[str, Any] = {"patients": len(labels), "classes": classes, "folds": len(folds)}
     if classes == 2:
-        found["auc"] = _pooled(pairs[0], resampling)
+        metrics["auc"] = _pooled(pairs[0], resampling)
     else:
-        found["macro_auc"] = {
+        metrics["macro_auc"] = {
             **resampling.share(mean_auc(pairs, resampling))._asdict(),
             "per_class": [concordance(of_class, resampling).value for of_class in pairs],
         }
-    found["balanced_accuracy"] = resampling.share(combine(recalls))._asdict()
-    found["accuracy"] = resampling.share(resampled_mean(right, resampling))._asdict()
-    return found
+    metrics["balanced_accuracy"] = resampling.share(combine(recalls))._asdict()
+    metrics["accuracy"] = resampling.share(resampled_mean(right, resampling))._asdict()
+    return metrics
 
 
 def compare_survival(
@@ -155,7 +155,7 @@ def compare_survival(
 
     Args:
         a: folds of the one model.
-        b: folds of the other, same patients in the same order.
+        b: folds of the other, with the same patients in the same order.
         draws: bootstrap samples.
         seed: of the draws.
 
@@ -172,7 +172,7 @@ def compare_survival(
         >>> compare_survival([fold], [fold])
         Comparison(difference=0.0, low=0.0, high=0.0, p=1.0)
     """
-    a, b = _some(a, SurvivalFold), _some(b, SurvivalFold)
+    a, b = _check_folds(a, SurvivalFold), _check_folds(b, SurvivalFold)
     _same_patients([(f.times, f.events) for f in a], [(f.times, f.events) for f in b])
     resampling = resample([fold.events for fold in a], draws, seed)
     return resampling.difference(*(concordance(harrell_pairs(x), resampling) for x in (a, b)))
@@ -185,7 +185,7 @@ def compare_classes(
 
     Args:
         a: folds of the one model.
-        b: folds of the other, same patients in the same order.
+        b: folds of the other, with the same patients in the same order.
         draws: bootstrap samples.
         seed: of the draws.
 
@@ -193,7 +193,8 @@ def compare_classes(
         The AUC of a minus that of b; with more than two classes, the macro AUC.
 
     Raises:
-        ValueError: other patients or classes in b than in a, or a class that no fold can tell.
+        ValueError: other patients or classes in b than in a, or a class that is nowhere beside
+            another class.
 
     Example:
         >>> from motet import ClassFold, compare_classes
@@ -202,25 +203,25 @@ def compare_classes(
         1.0
     """
     a, classes = _class_folds(a)
-    b, others = _class_folds(b)
-    if classes != others:
-        raise ValueError(f"b: expected {classes} classes as a, got {others}")
+    b, classes_of_b = _class_folds(b)
+    if classes != classes_of_b:
+        raise ValueError(f"b: expected {classes} classes as a, got {classes_of_b}")
     _same_patients([(f.labels,) for f in a], [(f.labels,) for f in b])
     resampling = resample([fold.labels for fold in a], draws, seed)
     return resampling.difference(*(mean_auc(class_pairs(x, classes), resampling) for x in (a, b)))
 
 
-def _chosen_times(
+def _choose_times(
     folds: Sequence[SurvivalFold], tau: float | None, horizons: ArrayLike | None
 ) -> tuple[float, float, Floats]:
-    """Return tau, where the Brier score's integral ends, and the horizons, given or default."""
+    """Return tau, the end of the integral of the Brier score, and the horizons."""
     reach = _observed_until(folds, 0.0)
     tau = _observed_until(folds, OBSERVED_SHARE) if tau is None else _time("tau", tau, reach)
     curves_end = min((fold.grid[-1] for fold in folds if fold.grid is not None), default=np.inf)
     end = float(min(tau, curves_end))
     if horizons is None:
-        inside = [fold.times[fold.events & (fold.times < end)] for fold in folds]
-        return tau, end, _default_horizons(np.concatenate(inside), end)
+        event_times = [fold.times[fold.events & (fold.times < end)] for fold in folds]
+        return tau, end, _default_horizons(np.concatenate(event_times), end)
     limit = float(min(reach, curves_end))
     times = np.unique([_time("horizons", t, limit) for t in np.ravel(horizons)])
     if not len(times):
@@ -229,14 +230,14 @@ def _chosen_times(
 
 
 def _observed_until(folds: Sequence[SurvivalFold], share: float) -> float:
-    """Return the last time at which in every training part more than `share` are uncensored."""
+    """Return the last time at which more than `share` of every training part are uncensored."""
 
-    def last(fold: SurvivalFold) -> float:
+    def last_time(fold: SurvivalFold) -> float:
         times = np.unique(fold.train_times)
-        # G(0) = 1 even where everyone is censored at once.
+        # 0 if all are censored at once: G(0) = 1.
         return times[fold.uncensored(times) > share].max(initial=0.0)
 
-    return float(min(last(fold) for fold in folds))
+    return float(min(last_time(fold) for fold in folds))
 
 
 def _default_horizons(events: Floats, end: float) -> Floats:
@@ -245,18 +246,18 @@ def _default_horizons(events: Floats, end: float) -> Floats:
     return np.unique(np.quantile(events, [0.25, 0.5, 0.75]))
 
 
-def _pooled(pairs: Sequence[Pairs], resampling: Resampling, **further: float) -> dict[str, Any]:
-    """Return the share of all pairs that is ordered rightly, with its interval, and each fold's."""
+def _pooled(pairs: Sequence[Pairs], resampling: Resampling, **facts: float) -> dict[str, Any]:
+    """Return the concordance of all pairs with its interval, and that of each fold."""
     estimate = resampling.share(concordance(pairs, resampling))
-    return {**estimate._asdict(), **further, "per_fold": concordance_per_fold(pairs)}
+    return {**estimate._asdict(), **facts, "per_fold": concordance_per_fold(pairs)}
 
 
 def _auc_over_time(
     folds: Sequence[SurvivalFold], times: Floats, resampling: Resampling
 ) -> dict[str, Any]:
     figures = [concordance(auc_pairs(folds, t), resampling) for t in times]
-    # The mean weighs each horizon by the events since the one before, as scikit-survival; the
-    # draws keep these weights.
+    # As in scikit-survival, the weight of a horizon in the mean is the fall of the survival curve
+    # since the horizon before. The bootstrap draws use the same weights.
     outcome = Surv.from_arrays(
         np.concatenate([fold.events for fold in folds]),
         np.concatenate([fold.times for fold in folds]),
@@ -274,23 +275,27 @@ def _auc_over_time(
 
 
 def _survival_at(fold: SurvivalFold, times: Floats) -> Floats:
-    """Return S(t | x), [n, T], at `times` [T] or [n, T], linear from S(0) = 1 through the grid."""
+    """Return S(t | x), [n, T], at `times` [T] or [n, T]: linear between 0 and the grid's times."""
     assert fold.grid is not None
     assert fold.curves is not None
     grid = np.append(0.0, fold.grid)
     curves = np.column_stack([np.ones(len(fold)), fold.curves])
-    at = np.broadcast_to(times, (len(fold), np.shape(times)[-1]))
-    right = np.clip(np.searchsorted(grid, at), 1, len(grid) - 1)
-    part = (at - grid[right - 1]) / (grid[right] - grid[right - 1])
+    query_times = np.broadcast_to(times, (len(fold), np.shape(times)[-1]))
+    right = np.clip(np.searchsorted(grid, query_times), 1, len(grid) - 1)
+    fraction = (query_times - grid[right - 1]) / (grid[right] - grid[right - 1])
     before, after = (np.take_along_axis(curves, i, axis=1) for i in (right - 1, right))
-    return before + part * (after - before)
+    return before + fraction * (after - before)
 
 
 def _squared_errors(fold: SurvivalFold, times: Floats, curves: Floats) -> Floats:
-    """Return each patient's part of the Brier score at `times` [T], weighted by IPCW, [n, T]."""
-    here = fold.times[:, None]
-    case = inverse_censoring(fold, fold.times <= times[-1])[:, None] * (here <= times)
-    free = (here > times) / fold.uncensored(times)
+    """Return the squared errors of every patient at `times` [T], weighted by IPCW, [n, T].
+
+    A patient with the event until t counts S(t)^2 / G(T), a patient free of it (1 - S(t))^2 / G(t),
+    a patient censored before t nothing; T is the time of the event.
+    """
+    follow_up = fold.times[:, None]
+    case = inverse_censoring(fold, fold.times <= times[-1])[:, None] * (follow_up <= times)
+    free = (follow_up > times) / fold.uncensored(times)
     return case * curves**2 + free * (1 - curves) ** 2
 
 
@@ -299,19 +304,21 @@ def _brier(
 ) -> dict[str, Any]:
     steps = np.linspace(0, end, BRIER_STEPS + 1)[1:]
 
-    def errors(at: Floats, *, model: bool) -> Floats:
+    def errors(at_times: Floats, *, model: bool) -> Floats:
         def curves(fold: SurvivalFold) -> Floats:
             if model:
-                return _survival_at(fold, at)
-            return fold.kaplan_meier(at)[None]
+                return _survival_at(fold, at_times)
+            return fold.kaplan_meier(at_times)[None]
 
-        return np.concatenate([_squared_errors(fold, at, curves(fold)) for fold in folds])
+        return np.concatenate([_squared_errors(fold, at_times, curves(fold)) for fold in folds])
 
     def integrated(values: Floats) -> Floats:
         return np.trapezoid(values, steps, axis=1) / (steps[-1] - steps[0])
 
-    own, reference = (integrated(errors(steps, model=model)) for model in (True, False))
-    score = resampling.number(resampled_mean(own, resampling))
+    model_scores, reference_scores = (
+        integrated(errors(steps, model=model)) for model in (True, False)
+    )
+    score = resampling.number(resampled_mean(model_scores, resampling))
     return {
         "brier": {
             "times": times.tolist(),
@@ -320,8 +327,8 @@ def _brier(
         },
         "integrated_brier": {
             **score._asdict(),
-            "kaplan_meier": float(reference.mean()),
-            "scaled": float(1 - score.value / reference.mean()),
+            "kaplan_meier": float(reference_scores.mean()),
+            "scaled": float(1 - score.value / reference_scores.mean()),
             "start": float(steps[0]),
             "end": float(steps[-1]),
         },
@@ -329,22 +336,23 @@ def _brier(
 
 
 def _d_calibration(folds: Sequence[SurvivalFold]) -> dict[str, Any]:
-    """Return Haider et al.'s (2020) test: S(T | x) of a calibrated model is uniform.
+    """Return the test of Haider et al. (2020): for a calibrated model S(T | x) is uniform.
 
-    A patient censored where S = s may have the event anywhere below: the bin of s gets its part
-    below s, and the lower bins the rest, each in proportion to its width.
+    A patient who is censored when S = s has the event later, so at some S below s. The patient is
+    divided over all bins below s, in proportion to their widths; the bin of s counts with the part
+    of its width that is below s.
     """
     counts = np.zeros(CALIBRATION_BINS)
     lows = np.arange(CALIBRATION_BINS) / CALIBRATION_BINS
     for fold in folds:
         assert fold.grid is not None
-        # Follow-up beyond the curves says that the patient was free of the event until their end.
-        seen = np.minimum(fold.times, fold.grid[-1])
+        # Patients observed beyond the end of the curves count as censored at their end.
+        follow_up = np.minimum(fold.times, fold.grid[-1])
         events = fold.events & (fold.times <= fold.grid[-1])
-        left = np.clip(_survival_at(fold, seen[:, None])[:, 0], 0, 1)
-        index = np.minimum((left * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+        survival = np.clip(_survival_at(fold, follow_up[:, None])[:, 0], 0, 1)
+        index = np.minimum((survival * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
         counts += np.bincount(index[events], minlength=CALIBRATION_BINS)
-        below = np.maximum(left[~events], 1e-12)[:, None]  # at S = 0 all falls into the lowest bin
+        below = np.maximum(survival[~events], 1e-12)[:, None]  # S = 0: the lowest bin
         counts += (np.clip(below - lows, 0, 1 / CALIBRATION_BINS) / below).sum(0)
     expected = counts.sum() / CALIBRATION_BINS
     statistic = float(((counts - expected) ** 2).sum() / expected)
@@ -363,38 +371,42 @@ def _risk_groups(folds: Sequence[SurvivalFold]) -> dict[str, Any]:
         high = fold.risks > fold.cut
         for group in (0, 1):
             sizes[group] += (high == group).sum(), (fold.events & (high == group)).sum()
-        at = np.unique(fold.times[fold.events])[:, None]
-        now, risk = fold.events & (fold.times == at), fold.times >= at
-        rows.append(np.stack([x.sum(1) for x in (now, now & high, risk, risk & high)], axis=1))
-    events, of_high, risk, risk_high = np.concatenate(rows).T.astype(float)
-    found: dict[str, Any] = {
+        event_times = np.unique(fold.times[fold.events])[:, None]
+        has_event_then, risk = fold.events & (fold.times == event_times), fold.times >= event_times
+        counted = has_event_then, has_event_then & high, risk, risk & high
+        rows.append(np.stack([x.sum(1) for x in counted], axis=1))
+    events, events_high, risk, risk_high = np.concatenate(rows).T.astype(float)
+    metrics: dict[str, Any] = {
         name: {"patients": int(patients), "events": int(deaths)}
         for name, (patients, deaths) in zip(("low_risk", "high_risk"), sizes, strict=True)
     }
-    # Only event times at which both groups are at risk say anything.
-    both = (risk_high > 0) & (risk_high < risk)
-    events, of_high, risk, risk_high = (x[both] for x in (events, of_high, risk, risk_high))
+    # An event time carries information only if patients of both groups are at risk.
+    informative = (risk_high > 0) & (risk_high < risk)
+    events, events_high, risk, risk_high = (
+        x[informative] for x in (events, events_high, risk, risk_high)
+    )
     share = risk_high / risk
     variance = (events * share * (1 - share) * (risk - events) / np.maximum(risk - 1, 1)).sum()
-    if not 0 < of_high.sum() < events.sum() or not variance:
-        return found
-    surplus = (of_high - events * share).sum()
-    found["log_rank_p"] = float(chi2.sf(surplus**2 / variance, df=1))
+    if not 0 < events_high.sum() < events.sum() or not variance:
+        return metrics
+    surplus = (events_high - events * share).sum()
+    metrics["log_rank_p"] = float(chi2.sf(surplus**2 / variance, df=1))
 
     def expected(log_ratio: float) -> Floats:
         return expit(logit(share) + log_ratio)
 
-    # Cox's partial likelihood with one covariate, Breslow's ties, one baseline per fold.
+    # The log hazard ratio maximises Cox's partial likelihood with one covariate, Breslow's ties
+    # and one baseline per fold: its derivative is zero there.
     log_ratio = float(
-        brentq(lambda x: (of_high - events * expected(x)).sum(), -50, 50)  # pyright: ignore[reportArgumentType]
+        brentq(lambda x: (events_high - events * expected(x)).sum(), -50, 50)  # pyright: ignore[reportArgumentType]
     )
     chance = expected(log_ratio)
     error = 1 / np.sqrt((events * chance * (1 - chance)).sum())
     ends = np.exp(log_ratio + norm.ppf([0.025, 0.975]) * error)
-    found["hazard_ratio"] = dict(
+    metrics["hazard_ratio"] = dict(
         zip(("value", "low", "high"), map(float, (np.exp(log_ratio), *ends)), strict=True)
     )
-    return found
+    return metrics
 
 
 def _time(name: str, value: Any, limit: float) -> float:
@@ -407,27 +419,27 @@ def _time(name: str, value: Any, limit: float) -> float:
     return time
 
 
-def _some(folds: Sequence[Any], kind: type) -> list[Any]:
-    found = list(folds)
-    if not found or not all(isinstance(fold, kind) for fold in found):
+def _check_folds(folds: Sequence[Any], kind: type) -> list[Any]:
+    checked = list(folds)
+    if not checked or not all(isinstance(fold, kind) for fold in checked):
         raise ValueError(
             f"folds: expected a list of {kind.__name__}, at least one, got "
-            f"{[type(fold).__name__ for fold in found]}"
+            f"{[type(fold).__name__ for fold in checked]}"
         )
-    return found
+    return checked
 
 
 def _class_folds(folds: Sequence[ClassFold]) -> tuple[list[ClassFold], int]:
-    found = _some(folds, ClassFold)
-    widths = {fold.probabilities.shape[1] for fold in found}
+    checked = _check_folds(folds, ClassFold)
+    widths = {fold.probabilities.shape[1] for fold in checked}
     if len(widths) > 1:
         raise ValueError(f"folds: expected the same number of classes, got {sorted(widths)}")
-    return found, widths.pop()
+    return checked, widths.pop()
 
 
 def _same_patients(a: Sequence[tuple[NDArray, ...]], b: Sequence[tuple[NDArray, ...]]) -> None:
     if len(a) != len(b):
         raise ValueError(f"b: expected {len(a)} folds as a, got {len(b)}")
-    for number, (one, other) in enumerate(zip(a, b, strict=True)):
-        if not all(np.array_equal(x, y) for x, y in zip(one, other, strict=True)):
+    for number, (fold_a, fold_b) in enumerate(zip(a, b, strict=True)):
+        if not all(np.array_equal(x, y) for x, y in zip(fold_a, fold_b, strict=True)):
             raise ValueError(f"b: expected the patients of a, got others in fold {number}")

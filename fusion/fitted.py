@@ -1,4 +1,4 @@
-"""A trained model with all that was fitted beside it: scaling, objective, what its risks mean."""
+"""A trained model together with its scaling, its objective and the scale of its risks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ from .training import predict_logits
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model, ready for new patients.
+    """A trained model with everything that predictions for new patients need.
 
     Args:
         model: HEALNet, LegoBlock, LegoMerge or LegoFuse.
-        scaling: by modality, fitted on the training patients.
-        objective: likewise.
+        scaling: of each modality, fitted on the training patients.
+        objective: fitted on the training patients.
         scale: of the training patients' risks; None for classes.
-        grid: times of the curves; None for classes.
+        grid: times of the survival curves; None for classes.
     """
 
     model: nn.Module
@@ -48,12 +48,12 @@ class Fitted:
         patients: Patients,
         outcome: tuple[NDArray[Any], ...],
     ) -> Self:
-        """Learn, after training, what the logits of the training patients say.
+        """Fit what needs a trained model: the baseline hazard and the scale of the risks.
 
         Args:
-            model: trained.
-            scaling: as the model's inputs were scaled.
-            objective: as the model was trained for.
+            model: the trained model.
+            scaling: the scaling of its inputs.
+            objective: the objective it was trained for.
             patients: the training part.
             outcome: times and events, or labels, [n] each.
         """
@@ -65,24 +65,24 @@ class Fitted:
     def patients(
         self, modalities: Mapping[str, pd.DataFrame | BagSource], ids: Sequence[str]
     ) -> Patients:
-        """Scale new patients as the training patients were."""
+        """Return new patients, scaled as the training patients were."""
         return Patients.of(modalities, self.scaling, ids)
 
     def predict(self, patients: Patients) -> Predictions:
-        """Predict scaled patients; there may be none."""
+        """Predict scaled patients; an empty part gives empty predictions."""
         logits = torch.zeros(0, self.objective.out_features)
         if len(patients):
             logits = predict_logits(self.model, patients)
         return self.objective.predictions(patients.ids, logits, self.grid)
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors and, complete only after it, fitted.json."""
+        """Write model.safetensors, then fitted.json; a folder with both is complete."""
         save(self.model, folder / "model.safetensors")
         content = {
             "objective": objective_to_config(self.objective),
             "scale": None if self.scale is None else asdict(self.scale),
             "grid": None if self.grid is None else self.grid.tolist(),
-            "scaling": {name: asdict(how) for name, how in self.scaling.items()},
+            "scaling": {name: asdict(fitted) for name, fitted in self.scaling.items()},
         }
         write_text(folder / "fitted.json", json.dumps(content))
 
@@ -91,7 +91,7 @@ class Fitted:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: one of the two files is not there.
+            FileNotFoundError: one of the two files is missing.
             ValueError: one of them is corrupt.
         """
         model = load(folder / "model.safetensors")
@@ -101,7 +101,7 @@ class Fitted:
             scale, grid = content["scale"], content["grid"]
             return cls(
                 model,
-                {name: scaling_from_config(how) for name, how in content["scaling"].items()},
+                {name: scaling_from_config(config) for name, config in content["scaling"].items()},
                 objective_from_config(content["objective"]),
                 None if scale is None else RiskScale(**scale),
                 None if grid is None else np.asarray(grid),

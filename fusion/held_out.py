@@ -1,4 +1,4 @@
-"""Predictions of one test part, beside its outcomes: what an evaluation takes, one per fold."""
+"""Predictions and outcomes of one test part: the input of an evaluation, one per fold."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,19 +17,19 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class SurvivalFold:
-    """One test part, with what the training part of its model says.
+    """One test part, with the outcomes of the training part of its model.
 
     Args:
-        times: [n], of the test patients, until event or censoring.
+        times: [n], of the test patients, until the event or censoring.
         events: bool or 0/1 [n], True if the event was observed.
         risks: [n], higher for an earlier event.
-        train_times: [m], of the training part: the censoring distribution and the Kaplan-Meier
-            reference come from there.
+        train_times: [m], of the training part; from it come the censoring distribution and the
+            Kaplan-Meier reference.
         train_events: bool or 0/1 [m].
-        cut: the risk above which a patient is in the high-risk group, chosen on the training part
-            (for example its median risk); None for no groups.
-        grid: [G], rising positive times of `curves`.
-        curves: [n, G], S(t | x) at the times of `grid`; in between and from S(0) = 1, linear.
+        cut: patients with a higher risk form the high-risk group; chosen on the training part, for
+            example its median risk. None for no groups.
+        grid: [G], the times of `curves`, rising and positive.
+        curves: [n, G], S(t | x) at the times of `grid`; linear in between, from S(0) = 1.
 
     Raises:
         ValueError: shapes that differ, numbers that are not finite, negative times, no training
@@ -76,7 +76,7 @@ class SurvivalFold:
         if grid.ndim != 1 or not len(grid) or not all(a < b for a, b in pairwise((0.0, *grid))):
             raise ValueError("grid: expected rising positive times [G], got other")
         curves = _finite("curves", self.curves, (len(self.times), len(grid)))
-        # Single precision may rise by a rounding error.
+        # In single precision a curve may rise by a rounding error.
         rises = np.diff(curves, axis=1, prepend=1.0).max() > 1e-6
         if rises or curves.min() < 0:
             raise ValueError("curves: expected falling probabilities in [0, 1], got other")
@@ -88,18 +88,18 @@ class SurvivalFold:
         return len(self.times)
 
     def uncensored(self, times: Floats) -> Floats:
-        """Return G(t), the share not yet censored, by Kaplan-Meier on the training part."""
+        """Return G(t), the share of uncensored patients, by Kaplan-Meier on the training part."""
         return np.asarray(self._estimators[0].predict_proba(times))
 
     def kaplan_meier(self, times: Floats) -> Floats:
-        """Return S(t), the share free of the event, by Kaplan-Meier on the training part."""
+        """Return S(t), the share without the event, by Kaplan-Meier on the training part."""
         return np.asarray(self._estimators[1].predict_proba(times))
 
     @cached_property
     def _estimators(self) -> tuple[SurvivalFunctionEstimator, SurvivalFunctionEstimator]:
         outcome = Surv.from_arrays(self.train_events, self.train_times)
-        kinds = CensoringDistributionEstimator(), SurvivalFunctionEstimator()
-        return kinds[0].fit(outcome), kinds[1].fit(outcome)
+        censoring, survival = CensoringDistributionEstimator(), SurvivalFunctionEstimator()
+        return censoring.fit(outcome), survival.fit(outcome)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ class ClassFold:
         probabilities: [n, K].
 
     Raises:
-        ValueError: shapes that differ, labels beyond the columns, or rows that are no
+        ValueError: shapes that differ, labels beyond the columns, or rows that are not
             probabilities.
 
     Example:
@@ -137,7 +137,7 @@ class ClassFold:
             raise ValueError(
                 f"labels: expected 0 to {shape[1] - 1}, got {labels.min()} to {labels.max()}"
             )
-        # Half precision sums to 1 within 1e-3.
+        # In half precision the sum may differ from 1 by 1e-3.
         if probabilities.min() < 0 or np.abs(probabilities.sum(1) - 1).max() > 2e-3:
             raise ValueError("probabilities: expected rows that sum to 1, none negative, got other")
         object.__setattr__(self, "labels", labels.astype(np.intp))

@@ -1,7 +1,7 @@
 """Losses of the papers: discrete-time survival, Cox, classes, and the L1 penalty.
 
-What computes them has no shape that depends on data and never waits for the device, so that a CUDA
-graph can hold it. So values are checked where they can be read without waiting: on the CPU.
+A CUDA graph can hold their computation: no shape depends on the values of a tensor, and nothing
+waits for the device. To check values on a GPU would wait for it, so they are checked only on a CPU.
 """
 
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ def nll_loss(
         \ell_e = -\delta (\log S_{k-1} + \log h_k), \quad \ell_c = -(1-\delta) \log S_k
 
     with hazards h = sigmoid(logits), S_k = Π_{j<=k} (1 - h_j), S_{-1} = 1, δ = 1 for an event and
-    k the bin of the time; averaged over the batch. At alpha 0 without weights it is the
-    logistic-hazard likelihood. Computed from log-sigmoids, so that no probability is clamped.
+    k the bin of the time; averaged over the batch. With alpha = 0 and without weights it is the
+    logistic-hazard likelihood. It is computed from log-sigmoids, so no probability is clamped.
 
     Args:
         logits: [B, K].
         bins: int64 [B], the bin of each time, 0 to K - 1.
         events: bool or 0/1 [B], True if the event was observed, False if censored. Values of bins,
-            events and weights are checked on the CPU alone: on a GPU that would wait for it.
+            events and weights are checked on a CPU only; on a GPU the check would wait for it.
         alpha: extra weight of the observed events, in [0, 1]; 0.4 in the authors' code.
-        weights: [K] weight per bin, normalised to sum to 1; None means none. They do not touch
-            the alpha term, as in the authors' code.
+        weights: [K] weight per bin, normalised to sum to 1; None for no weights. As in the authors'
+            code, they do not apply to the alpha term.
 
     Returns:
         A scalar.
@@ -61,8 +61,8 @@ def nll_loss(
         raise ValueError(f"logits: expected [B, K], got {tuple(logits.shape)}")
     count, size = logits.shape
     _check_rows(count, bins=bins, events=events)
-    inside = bins.is_cuda or (bins.dtype == torch.int64 and 0 <= bins.min() <= bins.max() < size)
-    if bins.dtype != torch.int64 or not inside:
+    in_range = bins.is_cuda or (bins.dtype == torch.int64 and 0 <= bins.min() <= bins.max() < size)
+    if bins.dtype != torch.int64 or not in_range:
         raise ValueError(f"bins: expected int64 in 0 to {size - 1}, got {bins.dtype} {bins}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
@@ -74,8 +74,8 @@ def nll_loss(
 def likelihood_of_bins(
     logits: Tensor, bins: Tensor, events: Tensor, *, alpha: float, weights: Tensor | None
 ) -> Tensor:
-    """Compute `nll_loss` of arguments that were checked; weights [K] are not normalised yet."""
-    log_survival = F.logsigmoid(-logits).cumsum(1)  # log S_k
+    """Compute `nll_loss` of checked arguments; weights [K] need not be normalised."""
+    log_survival = F.logsigmoid(-logits).cumsum(1)  # log S_k = Σ_{j<=k} log(1 - h_j)
     index = bins[:, None]
     log_hazard = F.logsigmoid(logits).gather(1, index).squeeze(1)
     at_bin = log_survival.gather(1, index).squeeze(1)
@@ -91,21 +91,22 @@ def likelihood_of_bins(
 
 
 def on_device_of(like: Tensor, numbers: Sequence[float]) -> Tensor:
-    """Return numbers [K] in the dtype and on the device of a tensor, written there one by one.
+    """Return numbers [K] as a tensor with the dtype and device of `like`.
 
-    A copy from the host would wait for the device, and a CUDA graph could not hold it.
+    Each number is written by a kernel of its own. One copy from the host would be faster, but it
+    would wait for the device, and a CUDA graph cannot hold it.
     """
     return torch.stack([like.new_full((), number) for number in numbers])
 
 
 def _checked_weights(weights: Tensor | Sequence[float], logits: Tensor) -> Tensor:
-    """Return the weight of each bin [K]."""
+    """Return the weights of the bins as a tensor [K], checked."""
     size = logits.shape[1]
     weights = torch.as_tensor(weights, dtype=logits.dtype, device=logits.device)
     if weights.shape != (size,):
         raise ValueError(f"weights: expected [{size}], got {tuple(weights.shape)}")
-    fits = weights.is_cuda or ((weights >= 0).all() and 0 < weights.sum() < torch.inf)
-    if not fits:
+    is_valid = weights.is_cuda or ((weights >= 0).all() and 0 < weights.sum() < torch.inf)
+    if not is_valid:
         raise ValueError(f"weights: expected non-negative numbers, not all zero, got {weights}")
     return weights
 
@@ -118,14 +119,15 @@ def cox_loss(
     .. math::
         -\frac{1}{B} \sum_{i: \delta_i = 1} \Big(\eta_i - \log \sum_{j: t_j \ge t_i} e^{\eta_j}\Big)
 
-    for distinct times (Breslow's form); Efron's form for ties removes k/d of the d tied events from
-    the k-th of their risk sets. Equals scikit-survival's. Zero for a batch without an event.
+    for distinct times. If d events are tied, Efron's form removes the share k/d of them from the
+    risk set of the k-th, k = 0 to d - 1; Breslow's form removes nothing. The values are those of
+    scikit-survival. The loss of a batch without an event is zero.
 
     Args:
         log_risk: [B] or [B, 1], η, higher for a higher risk.
         times: [B].
         events: bool or 0/1 [B], True if the event was observed. Values of times and events are
-            checked on the CPU alone: on a GPU that would wait for it.
+            checked on a CPU only; on a GPU the check would wait for it.
         ties: "efron" or "breslow".
 
     Returns:
@@ -154,40 +156,46 @@ def cox_loss(
 def partial_likelihood(
     eta: Tensor, times: Tensor, events: Tensor, *, ties: Literal["efron", "breslow"] = "efron"
 ) -> Tensor:
-    """Compute `cox_loss` of arguments that were checked, `eta` [B]."""
+    """Compute `cox_loss` of checked arguments, `eta` [B], in O(B log B)."""
+    # Rows are sorted from the latest time to the earliest: the risk set of a time, {j: t_j >= t},
+    # is then everything up to the last row with that time.
     order = times.argsort(descending=True)
     eta, events, times = eta[order], events.bool()[order], times[order]
-    # The rows of row i's time are first[i] to last[i]; ascending, as searchsorted wants them.
-    upwards, rows = times.flip(0).contiguous(), len(eta)
-    first = rows - torch.searchsorted(upwards, times, right=True)
-    last = rows - 1 - torch.searchsorted(upwards, times)
-    # log Σ exp(η) over the risk set of each time: a cumulative log-sum-exp from the latest on, read
-    # at the last row of each group of tied times.
+    # Rows first[i] to last[i] have the time of row i. searchsorted needs ascending times, so the
+    # positions are counted from the end.
+    ascending, rows = times.flip(0).contiguous(), len(eta)
+    first = rows - torch.searchsorted(ascending, times, right=True)
+    last = rows - 1 - torch.searchsorted(ascending, times)
+    # log Σ exp(η) over the risk set of each row.
     log_set = eta.logcumsumexp(0)[last]
-    lost = log_set if ties == "breslow" else _efron(log_set, eta, events, first, last)
-    return (lost - eta).masked_fill(~events, 0).sum() / rows
+    log_set = log_set if ties == "breslow" else _remove_ties(log_set, eta, events, first, last)
+    return (log_set - eta).masked_fill(~events, 0).sum() / rows
 
 
-def _efron(log_set: Tensor, eta: Tensor, events: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Return log Σ exp(η) of each event's risk set, less its part of the events tied with it.
+def _remove_ties(
+    log_set: Tensor, eta: Tensor, events: Tensor, first: Tensor, last: Tensor
+) -> Tensor:
+    """Return Efron's log Σ exp(η) of each event: that of its risk set less a share of its ties.
+
+    Let s be the sum of exp(η) over the d events at one time, as a share of the sum over their risk
+    set. The k-th of these events gets log_set + log(1 - k/d · s), k = 0 to d - 1.
 
     Args:
-        log_set: [B], of the whole risk set, rows from the latest on.
+        log_set: [B], log Σ exp(η) of the risk set of each row, from the latest to the earliest.
         eta: [B].
         events: bool [B].
-        first, last: int64 [B], the first and the last row of each row's time.
+        first, last: int64 [B], the first and the last row with the time of each row.
     """
-    # What share of the risk set the tied events are. They are summed by differences of a running
-    # sum, which float64 keeps exact enough: it is a cumulative hazard, the logarithm of B in size.
-    part = (eta - log_set).exp().masked_fill(~events, 0)
-    running = F.pad(part.cumsum(0, dtype=torch.float64), (1, 0))
+    # s is the difference of a running sum at both ends of the tied rows. float64 is exact enough
+    # for that: the running sum is a cumulative hazard, about the logarithm of B in size.
+    risk_share = (eta - log_set).exp().masked_fill(~events, 0)
+    running = F.pad(risk_share.cumsum(0, dtype=torch.float64), (1, 0))
     tied = (running[last + 1] - running[first]).to(eta.dtype)
-    # The k-th of d tied events, k = 0, 1, ..., loses k/d of them.
-    before = F.pad(events.cumsum(0), (1, 0))
+    before = F.pad(events.cumsum(0), (1, 0))  # number of events in the rows before each row
     deaths = before[last + 1] - before[first]
     rank = before[:-1] - before[first]
-    share = rank.to(eta.dtype) / deaths.clamp_min(1)
-    return log_set + torch.log1p(-(share * tied).masked_fill(~events, 0))
+    removed = rank.to(eta.dtype) / deaths.clamp_min(1)
+    return log_set + torch.log1p(-(removed * tied).masked_fill(~events, 0))
 
 
 def l1_penalty(model: nn.Module) -> Tensor:

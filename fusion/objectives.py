@@ -1,7 +1,8 @@
-"""What a model is trained for: fitted on training outcomes; makes targets, loss and predictions.
+"""Objectives: what a model is trained for, and what its logits mean.
 
-An objective knows how wide the logits are, what the loss of a batch is, and what the logits mean:
-risks and survival curves, or probabilities of classes.
+An objective is fitted on the outcomes of the training patients. It determines the width of the
+logits, makes the targets and the loss of a batch, and turns logits into predictions: risks and
+survival curves, or probabilities of classes.
 """
 
 from abc import ABC, abstractmethod
@@ -19,43 +20,44 @@ from .predictions import ClassPredictions, RiskScale, SurvivalPredictions, time_
 from .survival import TimeBins, outcome_arrays, risk, survival
 
 Target = dict[str, Tensor]
-Grid = NDArray[np.float64]
+CurveTimes = NDArray[np.float64]
+"""The times [G] at which survival curves are given."""
 
 
 class _SurvivalObjective(ABC):
-    """What both survival objectives make of logits."""
+    """The predictions of both survival objectives."""
 
     @abstractmethod
     def risk(self, logits: Tensor) -> NDArray[np.float64]:
         """Return the risks [n], higher is worse."""
 
     @abstractmethod
-    def curves(self, logits: Tensor, grid: Grid) -> NDArray[np.float64]:
+    def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
         """Return S(t) [n, G] at the times `grid`."""
 
     def reference(
         self, logits: Tensor, times: NDArray[np.float64], events: NDArray[np.bool_]
-    ) -> tuple[RiskScale, Grid]:
-        """Return the scale of the training patients' risks, and the times of the curves [G]."""
+    ) -> tuple[RiskScale, CurveTimes]:
+        """Return the scale of the training patients' risks, and the times of the curves, [G]."""
         return RiskScale.fit(self.risk(logits)), time_grid(times)
 
     def predictions(
-        self, ids: tuple[str, ...], logits: Tensor, grid: Grid | None
+        self, ids: tuple[str, ...], logits: Tensor, grid: CurveTimes | None
     ) -> SurvivalPredictions:
-        """Return what the logits [n, K] say of the patients `ids`, curves at the times `grid`."""
+        """Return the predictions for patients `ids` with logits [n, K]; curves at times `grid`."""
         assert grid is not None
         return SurvivalPredictions(ids, self.risk(logits), self.curves(logits, grid), grid)
 
 
 @dataclass(frozen=True)
 class DiscreteSurvival(_SurvivalObjective):
-    """Hazards in bins of follow-up time, by the likelihood of discrete-time survival."""
+    """Hazards in bins of follow-up time; the loss is the discrete-time likelihood (`nll_loss`)."""
 
     bins: TimeBins
     end: float
-    """Longest training follow-up, at which the last bin ends."""
+    """The longest follow-up of a training patient, where the last bin ends."""
     weights: tuple[float, ...] | None
-    """Per bin, see `nll_loss`."""
+    """Weights of the bins, see `nll_loss`."""
     alpha: float
     kind: ClassVar[str] = "nll"
 
@@ -66,29 +68,29 @@ class DiscreteSurvival(_SurvivalObjective):
         """Cut the bins at quantiles of the uncensored training times.
 
         Args:
-            times: [n] of the training patients.
-            events: [n], likewise.
-            bins: their number.
+            times: [n], of the training patients.
+            events: [n], of the training patients.
+            bins: number of bins.
             alpha: of `nll_loss`.
-            weighted: weigh each bin by the inverse of its size, as the authors do.
+            weighted: weight each bin by the inverse of its size, as the authors do.
         """
         times, events = outcome_arrays(times, events)
-        cut = TimeBins.fit(times, events, bins)
-        sizes = np.bincount(cut.index(times), minlength=bins)
+        time_bins = TimeBins.fit(times, events, bins)
+        sizes = np.bincount(time_bins.index(times), minlength=bins)
         weights = tuple((1.0 / np.maximum(sizes, 1)).tolist()) if weighted else None
-        return cls(cut, float(times.max()), weights, alpha)
+        return cls(time_bins, float(times.max()), weights, alpha)
 
     @property
     def out_features(self) -> int:
         return self.bins.count
 
     def target(self, times: ArrayLike, events: ArrayLike) -> Target:
-        """Return what `loss` needs of some patients."""
+        """Return the targets of some patients for `loss`; their values are checked here."""
         times, events = outcome_arrays(times, events)
         return {"bins": torch.from_numpy(self.bins.index(times)), "events": torch.tensor(events)}
 
     def loss(self, logits: Tensor, target: Target) -> Tensor:
-        """Return `nll_loss`; `target` checked the values of what it made."""
+        """Return `nll_loss` without checking values, which a CUDA graph cannot do."""
         weights = None if self.weights is None else on_device_of(logits, self.weights)
         return likelihood_of_bins(
             logits, target["bins"], target["events"], alpha=self.alpha, weights=weights
@@ -98,55 +100,55 @@ class DiscreteSurvival(_SurvivalObjective):
         """Return the risks [n], higher is worse."""
         return risk(logits.double()).cpu().numpy()
 
-    def curves(self, logits: Tensor, grid: Grid) -> NDArray[np.float64]:
-        """Return S(t) [n, G] at the times `grid`, linear within a bin, flat after the last."""
-        at_edges = survival(logits.double()).cpu().numpy()
+    def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
+        """Return S(t) [n, G] at the times `grid`: linear within a bin, constant after the last."""
+        at_bin_ends = survival(logits.double()).cpu().numpy()
         edges = np.array([0.0, *self.bins.edges, max(self.end, self.bins.edges[-1])])
-        known = np.concatenate([np.ones((len(at_edges), 1)), at_edges], axis=1)
-        curves = [np.interp(grid, edges, curve) for curve in known]
-        return np.asarray(curves).reshape(len(known), len(grid))
+        at_edges = np.concatenate([np.ones((len(at_bin_ends), 1)), at_bin_ends], axis=1)
+        curves = [np.interp(grid, edges, curve) for curve in at_edges]
+        return np.asarray(curves).reshape(len(at_edges), len(grid))
 
     def fitted(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
-        """Return the objective after training; nothing more is learned."""
+        """Return the objective after training; there is nothing more to fit."""
         return self
 
     def untrained(self) -> Self:
         """Return the objective as it was before training."""
         return self
 
-    def described(self) -> str:
-        """Return what tells it from others of its kind, for messages."""
+    def describe(self) -> str:
+        """Return, for messages, what distinguishes it from others of its kind."""
         return f"bins at {', '.join(f'{edge:.6g}' for edge in self.bins.edges)}"
 
 
 @dataclass(frozen=True)
 class CoxSurvival(_SurvivalObjective):
-    """One log hazard ratio per patient, by Cox's partial likelihood (Efron's form for ties)."""
+    """One log hazard ratio per patient; the loss is Cox's partial likelihood with Efron's ties."""
 
     times: tuple[float, ...] = ()
-    """Event times of Breslow's baseline, learned after training."""
+    """Event times of Breslow's baseline, which is fitted after training."""
     hazard: tuple[float, ...] = ()
-    """Its cumulative hazard at these."""
+    """Cumulative baseline hazard at these times."""
     kind: ClassVar[str] = "cox"
     out_features: ClassVar[int] = 1
 
     def target(self, times: ArrayLike, events: ArrayLike) -> Target:
-        """Return what `loss` needs of some patients."""
+        """Return the targets of some patients for `loss`; their values are checked here."""
         times, events = outcome_arrays(times, events)
         return {"times": torch.from_numpy(times), "events": torch.tensor(events)}
 
     def loss(self, logits: Tensor, target: Target) -> Tensor:
-        """Return `cox_loss`; `target` checked the values of what it made."""
+        """Return `cox_loss` without checking values, which a CUDA graph cannot do."""
         return partial_likelihood(logits.squeeze(1), target["times"], target["events"])
 
     def risk(self, logits: Tensor) -> NDArray[np.float64]:
         """Return the risks [n], log hazard ratios."""
         return logits.double().squeeze(1).cpu().numpy()
 
-    def curves(self, logits: Tensor, grid: Grid) -> NDArray[np.float64]:
+    def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
         """Return S(t) [n, G] at the times `grid`, from Breslow's baseline."""
-        at = np.searchsorted(np.asarray(self.times), grid, side="right")
-        cumulative = np.array([0.0, *self.hazard])[at]
+        steps = np.searchsorted(np.asarray(self.times), grid, side="right")
+        cumulative = np.array([0.0, *self.hazard])[steps]
         return np.exp(-cumulative * np.exp(self.risk(logits))[:, None])
 
     def fitted(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
@@ -164,23 +166,23 @@ class CoxSurvival(_SurvivalObjective):
         """Return the objective as it was before training, without a baseline."""
         return replace(self, times=(), hazard=())
 
-    def described(self) -> str:
-        """Return what tells it from others of its kind, for messages."""
+    def describe(self) -> str:
+        """Return, for messages, what distinguishes it from others of its kind."""
         return self.kind
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Probabilities of classes, by cross entropy."""
+    """Probabilities of classes; the loss is the cross entropy."""
 
     classes: int
     weights: tuple[float, ...] | None
-    """Per class."""
+    """Weights of the classes."""
     kind: ClassVar[str] = "cross_entropy"
 
     @classmethod
     def fit(cls, labels: ArrayLike, *, classes: int, weighted: bool) -> Self:
-        """Weigh each class by the inverse of its size among the training patients, or not.
+        """Fit the weights of the classes, the inverse of their sizes; None if not `weighted`.
 
         Raises:
             ValueError: a class without a training patient.
@@ -198,10 +200,10 @@ class Classification:
         return self.classes
 
     def target(self, labels: ArrayLike) -> Target:
-        """Return what `loss` needs of some patients.
+        """Return the targets of some patients for `loss`; their values are checked here.
 
         Raises:
-            ValueError: a label that is no class: a GPU that met it would stop the process.
+            ValueError: a label that is not a class; on a GPU it would abort the process.
         """
         labels = np.asarray(labels, np.int64)
         wrong = (labels < 0) | (labels >= self.classes)
@@ -212,12 +214,12 @@ class Classification:
         return {"labels": torch.from_numpy(labels)}
 
     def loss(self, logits: Tensor, target: Target) -> Tensor:
-        """Return the cross entropy; `target` checked the values of what it made."""
+        """Return the cross entropy without checking values, which a CUDA graph cannot do."""
         weights = None if self.weights is None else on_device_of(logits, self.weights)
         return cross_entropy(logits, target["labels"], weights)
 
     def reference(self, logits: Tensor, labels: NDArray[np.int64]) -> tuple[None, None]:
-        """Return that probabilities need neither a scale of risks nor times of curves."""
+        """Return None for the scale of risks and None for the times of curves: there are none."""
         return None, None
 
     def probabilities(self, logits: Tensor) -> NDArray[np.float64]:
@@ -225,21 +227,21 @@ class Classification:
         return logits.double().softmax(1).cpu().numpy()
 
     def predictions(
-        self, ids: tuple[str, ...], logits: Tensor, grid: Grid | None
+        self, ids: tuple[str, ...], logits: Tensor, grid: CurveTimes | None
     ) -> ClassPredictions:
-        """Return what the logits [n, K] say of the patients `ids`; `grid` is not used."""
+        """Return the predictions for patients `ids` with logits [n, K]; `grid` is not used."""
         return ClassPredictions(ids, self.probabilities(logits))
 
     def fitted(self, logits: Tensor, labels: ArrayLike) -> Self:
-        """Return the objective after training; nothing more is learned."""
+        """Return the objective after training; there is nothing more to fit."""
         return self
 
     def untrained(self) -> Self:
         """Return the objective as it was before training."""
         return self
 
-    def described(self) -> str:
-        """Return what tells it from others of its kind, for messages."""
+    def describe(self) -> str:
+        """Return, for messages, what distinguishes it from others of its kind."""
         return self.kind
 
 
@@ -248,12 +250,12 @@ _KINDS: dict[str, type[Any]] = {o.kind: o for o in (DiscreteSurvival, CoxSurviva
 
 
 def objective_to_config(objective: Objective) -> dict[str, Any]:
-    """Return plain values from which `objective_from_config` builds the objective again."""
+    """Return the objective as plain values for JSON; `objective_from_config` reads them."""
     return {"kind": objective.kind, **asdict(objective)}
 
 
 def objective_from_config(config: dict[str, Any]) -> Objective:
-    """Build what `objective_to_config` described."""
+    """Build an objective from the values of `objective_to_config`."""
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config.items()

@@ -1,4 +1,4 @@
-"""What a model says of patients: risks and survival curves, or probabilities of classes."""
+"""The predictions of a model: risks and survival curves, or probabilities of classes."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -6,8 +6,8 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-# Times at which survival curves are given, evenly up to the longest training follow-up.
-GRID = 32
+# Number of times of a survival curve, evenly spaced up to the longest training follow-up.
+CURVE_POINTS = 32
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SurvivalPredictions:
     grid: NDArray[np.float64]
 
     def is_finite(self) -> NDArray[np.bool_]:
-        """Return whose risk is a finite number, bool [n]."""
+        """Return bool [n], whether the risk of each patient is finite."""
         return np.isfinite(self.risk)
 
 
@@ -43,10 +43,10 @@ class ClassPredictions:
     ids: tuple[str, ...]
     probabilities: NDArray[np.float64]
     grid: ClassVar[None] = None
-    """Probabilities are not of any time."""
+    """There are no curves, and so no times."""
 
     def is_finite(self) -> NDArray[np.bool_]:
-        """Return whose probabilities are all finite numbers, bool [n]."""
+        """Return bool [n], whether all probabilities of each patient are finite."""
         return np.asarray(np.isfinite(self.probabilities).all(1))
 
 
@@ -55,10 +55,10 @@ Predictions = SurvivalPredictions | ClassPredictions
 
 @dataclass(frozen=True)
 class RiskScale:
-    """The risks of the training patients: their middle and spread, to place new ones among them.
+    """The distribution of the training patients' risks, to compare new risks with.
 
     Args:
-        cut: median, above which a patient counts as high risk.
+        cut: median; a patient above it counts as high risk.
         mean: mean.
         sd: standard deviation.
     """
@@ -69,10 +69,10 @@ class RiskScale:
 
     @classmethod
     def fit(cls, risks: NDArray[np.float64]) -> Self:
-        """Learn from the risks [n] of the training patients."""
+        """Fit to the risks [n] of the training patients."""
         return cls(float(np.median(risks)), float(risks.mean()), max(float(risks.std()), 1e-12))
 
 
 def time_grid(times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the times at which curves are given, from the training follow-up."""
-    return np.linspace(0.0, float(times.max()), GRID + 1)[1:]
+    """Return the times [G] of the curves, from the follow-up times of the training patients."""
+    return np.linspace(0.0, float(times.max()), CURVE_POINTS + 1)[1:]

@@ -1,8 +1,9 @@
 """Imputation and scaling, fitted on training patients only, kept as plain numbers.
 
-A number becomes (x - mean) / sd of the training patients, a missing one their median before that; a
-column that some of them lack gets a further column, 1 where it was missing. A category becomes one
-0/1 column per value seen in training. Columns of a table without a spread in training are left out.
+Mean, sd and median are those of the training patients. A number x becomes (x - mean) / sd; a
+missing number is replaced by the median first. If some training patients lack a column, a further
+column is added: 1 for patients who lack it, else 0. A category becomes one 0/1 column per value
+that occurs in training. Table columns that do not vary in training are left out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,19 +14,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-# A feature of a bag that fewer of the training patients' bags hold is left out (rare lab values).
-RARE = 0.1
-# Standard deviations from the training mean beyond which a number is taken for an error.
-FARTHEST = 1e6
+# Features that a smaller share of the training patients' bags hold are left out (rare lab values).
+MIN_HOLDERS = 0.1
+# A number more than this many standard deviations from the training mean is taken for an error.
+MAX_DEVIATIONS = 1e6
 
 
 class BagSource(Protocol):
-    """Bags of a modality by patient, read when asked for."""
+    """The bags of a modality by patient; each is read when it is accessed."""
 
     features: int
     coords: int
     names: tuple[str, ...] | None
-    """Of the features, where new patients may have others (lab items)."""
+    """Names of the features, if new patients may have other features (lab items); else None."""
 
     def __contains__(self, patient: object) -> bool: ...
 
@@ -36,30 +37,31 @@ class BagSource(Protocol):
 
 @dataclass(frozen=True)
 class TableScaling:
-    """How a table of one modality becomes numbers."""
+    """How the table of one modality is scaled."""
 
     columns: tuple[str, ...]
     """All columns that the table must have."""
     numbers: tuple[str, ...]
-    """Those that are scaled; `fill`, `mean` and `sd` hold a number for each."""
+    """The numeric columns that are kept; `fill`, `mean` and `sd` hold a number for each."""
     fill: tuple[float, ...]
     mean: tuple[float, ...]
     sd: tuple[float, ...]
     flagged: tuple[str, ...]
-    """Numbers that get a column of their own, 1 where missing."""
+    """Numeric columns that get a further column: 1 where the number is missing."""
     categories: tuple[str, ...]
-    """Those that are categories."""
+    """The columns that are categories."""
     levels: dict[str, tuple[str, ...]]
-    """Values of each category that varies."""
+    """The values of each category that varies."""
     codes: bool
-    """Columns are codes that a patient has or has not: one that new patients lack is zero."""
+    """Whether columns are codes that a patient has or lacks; a column that is absent for new
+    patients is then zero."""
 
     @classmethod
     def fit(cls, frame: pd.DataFrame) -> Self:
-        """Learn from the training patients' rows; those who miss the modality do not count.
+        """Fit to the rows of the training patients; rows without the modality are skipped.
 
         Raises:
-            ValueError: nobody has the modality, or no column has a spread.
+            ValueError: no patient has the modality, or no column varies.
         """
         frame = frame.loc[frame.notna().any(axis=1)]
         if frame.empty:
@@ -68,9 +70,9 @@ class TableScaling:
         levels: dict[str, tuple[str, ...]] = {}
         for name, column in frame.items():
             if isinstance(column.dtype, pd.CategoricalDtype):
-                seen = tuple(sorted(map(str, column.dropna().unique())))
-                if len(seen) > 1:
-                    levels[str(name)] = seen
+                values_seen = tuple(sorted(map(str, column.dropna().unique())))
+                if len(values_seen) > 1:
+                    levels[str(name)] = values_seen
                 continue
             values = column.to_numpy(float)
             missing = np.isnan(values)
@@ -107,22 +109,24 @@ class TableScaling:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Names of the columns that `transform` makes."""
+        """Names of the columns of the scaled table."""
         missing = (f"{name} missing" for name in self.flagged)
-        values = (f"{name}={level}" for name, seen in self.levels.items() for level in seen)
+        values = (f"{name}={level}" for name, levels in self.levels.items() for level in levels)
         return (*self.numbers, *missing, *values)
 
     def transform(self, frame: pd.DataFrame) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return [n, F] scaled numbers, zero where the modality is missing, and who has it, [n].
+        """Return the scaled numbers [n, F], and bool [n], whether each patient has the modality.
+
+        Rows without the modality are zero.
 
         Raises:
-            ValueError: a column that the training table had is not there.
+            ValueError: a column of the training table is missing, or a value does not fit it.
         """
         lost = [name for name in self.columns if name not in frame]
         if lost and not self.codes:
             raise ValueError(f"expected the columns of training, got none named {lost[0]!r}")
-        known = frame if self.codes else frame.loc[:, list(self.columns)]
-        present = known.notna().any(axis=1).to_numpy(bool, copy=True)
+        columns = frame if self.codes else frame.loc[:, list(self.columns)]
+        present = columns.notna().any(axis=1).to_numpy(bool, copy=True)
         frame = frame.reindex(columns=list(self.columns), fill_value=0.0)
         for name in self.columns:
             category = isinstance(frame[name].dtype, pd.CategoricalDtype)
@@ -135,7 +139,7 @@ class TableScaling:
         numbers = frame[list(self.numbers)].to_numpy(float)
         numbers = np.where(np.isnan(numbers), np.asarray(self.fill), numbers)
         scaled = (numbers - np.asarray(self.mean)) / np.asarray(self.sd)
-        for row, column in np.argwhere(np.abs(scaled) > FARTHEST)[:1]:
+        for row, column in np.argwhere(np.abs(scaled) > MAX_DEVIATIONS)[:1]:
             raise ValueError(
                 f"column {self.numbers[column]!r}: expected numbers like those of training "
                 f"({self.mean[column]:.6g} ± {self.sd[column]:.6g}), got "
@@ -143,9 +147,9 @@ class TableScaling:
             )
         parts = [scaled]
         parts.append(frame[list(self.flagged)].isna().to_numpy(float))
-        for name, seen in self.levels.items():
+        for name, levels in self.levels.items():
             values = frame[name].astype(object).map(str).to_numpy(object)
-            parts.append((values[:, None] == np.asarray(seen, object)).astype(float))
+            parts.append((values[:, None] == np.asarray(levels, object)).astype(float))
         x = np.concatenate(parts, axis=1).astype(np.float32)
         x[~present] = 0
         return x, present
@@ -153,27 +157,27 @@ class TableScaling:
 
 @dataclass(frozen=True)
 class BagScaling:
-    """How the tokens of one bag modality become numbers; missing features take the mean."""
+    """How the tokens of one bag modality are scaled; missing features become the mean."""
 
     width: int
-    """Features of a token before."""
+    """Number of features of a token before scaling."""
     kept: tuple[int, ...]
-    """Features that stay; `mean` and `sd` hold a number for each."""
+    """The features that are kept; `mean` and `sd` hold a number for each."""
     mean: tuple[float, ...]
     sd: tuple[float, ...]
     flagged: tuple[int, ...]
-    """Features, as numbered before, that get a column of their own, 1 where missing."""
+    """Features (numbered as before scaling) that get a further column: 1 where it is missing."""
     coords: int
     extent: float
-    """Largest coordinate, by its absolute value, of the training patients."""
+    """Largest absolute coordinate of the training patients."""
     names: tuple[str, ...] | None
 
     @classmethod
     def fit(cls, bags: BagSource, patients: Iterable[str]) -> Self:
-        """Learn from the training patients' bags, one at a time.
+        """Fit to the bags of the training patients, one bag in memory at a time.
 
         Raises:
-            ValueError: nobody has the modality, or no feature is held often enough.
+            ValueError: no patient has the modality, or no feature is held often enough.
         """
         width = bags.features
         count, total, square, holders = (np.zeros(width) for _ in range(4))
@@ -195,9 +199,11 @@ class BagScaling:
             square += np.square(x).sum(0)
         if not owners:
             raise ValueError("no training patient has it")
-        kept = np.flatnonzero(holders >= max(1, RARE * owners))
+        kept = np.flatnonzero(holders >= max(1, MIN_HOLDERS * owners))
         if not len(kept):
-            raise ValueError(f"no feature is held by {RARE:.0%} of the training patients' bags")
+            raise ValueError(
+                f"no feature is held by {MIN_HOLDERS:.0%} of the training patients' bags"
+            )
         mean = total[kept] / count[kept]
         sd = np.sqrt(np.maximum(square[kept] / count[kept] - mean**2, 0.0))
         sd[sd <= 1e-6 * np.maximum(1.0, np.abs(mean))] = 1.0  # keeps a constant feature at zero
@@ -214,11 +220,11 @@ class BagScaling:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Names of the columns that `transform` makes."""
+        """Names of the columns of the scaled tokens."""
         return (*map(str, self.kept), *(f"{i} missing" for i in self.flagged))
 
     def transform(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the tokens [N, F] of x [N, width]."""
+        """Return the scaled tokens [N, F] of x [N, width]."""
         if x.shape[1] != self.width:
             raise ValueError(f"expected {self.width} features per token, got {x.shape[1]}")
         scaled = (x[:, list(self.kept)] - np.asarray(self.mean)) / np.asarray(self.sd)
@@ -233,10 +239,10 @@ Scaling = TableScaling | BagScaling
 def fit_scaling(
     modalities: Mapping[str, pd.DataFrame | BagSource], patients: Iterable[str]
 ) -> dict[str, Scaling]:
-    """Learn the scaling of every modality from the training patients.
+    """Fit the scaling of every modality to the training patients.
 
     Raises:
-        ValueError: a modality that none of them has.
+        ValueError: a modality that no training patient has.
     """
     patients = list(patients)
     scaling: dict[str, Scaling] = {}
@@ -252,9 +258,9 @@ def fit_scaling(
 
 
 def scaling_from_config(config: Mapping[str, Any]) -> Scaling:
-    """Build what `dataclasses.asdict` made."""
+    """Build a scaling from the values of `dataclasses.asdict`."""
     if "levels" in config:
-        levels = {name: tuple(seen) for name, seen in config["levels"].items()}
+        levels = {name: tuple(values) for name, values in config["levels"].items()}
         return TableScaling(**{**_tuples(config), "levels": levels})
     return BagScaling(**_tuples(config))
 

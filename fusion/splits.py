@@ -1,4 +1,4 @@
-"""Parts of a cohort to train on, to stop on and to test on: by group, stratified by outcome."""
+"""Divide a cohort into training, validation and test parts: by group, stratified by outcome."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from .._checks import integer
 
 
 class Parts(NamedTuple):
-    """Row numbers of one split, int64 each, no row in two of them."""
+    """The row numbers of the parts of one split, int64; no row is in two parts."""
 
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
@@ -27,21 +27,21 @@ def split(
 ) -> list[Parts]:
     """Draw `count` splits whose test parts do not overlap: a patient is tested at most once.
 
-    Whole groups are dealt out, so that rows of one patient never part. `count * test` of 1 is
-    cross-validation: every row is tested.
+    All rows of a group get into the same part, so the rows of a patient are never separated. If
+    `count * test` is 1, this is cross-validation: every row is tested once.
 
     Args:
         groups: [n], rows with the same value stay together.
-        strata: [n] of integers or bools, kept in proportion (events, classes); a group counts by
-            its largest.
+        strata: [n] of integers or bools (events, classes); every part has them in the same
+            proportions. The stratum of a group is the largest of its rows.
         count: number of splits.
-        test: share of the groups to test on.
-        validation: share of the groups to stop on.
+        test: share of the groups in the test part.
+        validation: share of the groups in the validation part.
         seed: of the draw.
 
     Raises:
-        ValueError: shares that leave nobody to train on, more than there is to test, or too few
-            groups.
+        ValueError: shares that leave no row to train on, test parts of more than all rows, or too
+            few groups.
 
     Example:
         >>> from motet.fusion.splits import split
@@ -52,44 +52,46 @@ def split(
     _check_shares(count, test, validation)
     units, stratum = _units(groups, strata)
     size = len(stratum)
-    order = _interleaved(stratum, np.random.default_rng(seed))
+    order = _interleave(stratum, np.random.default_rng(seed))
     cuts = [round(i * test * size) for i in range(count + 1)]
     splits = []
     for i in range(count):
         tested = order[cuts[i] : cuts[i + 1]]
-        rest = np.setdiff1d(order, tested)
-        held = _drawn(rest, stratum, round(validation * size), seed=(seed, i))
-        trained = np.setdiff1d(rest, held)
-        for name, part in (("train", trained), ("validation", held), ("test", tested)):
-            if not len(part):
+        others = np.setdiff1d(order, tested)
+        validated = _draw_units(others, stratum, round(validation * size), seed=(seed, i))
+        trained = np.setdiff1d(others, validated)
+        for name, members in (("train", trained), ("validation", validated), ("test", tested)):
+            if not len(members):
                 raise ValueError(
                     f"groups: expected enough for {count} splits, got {size}, which leaves the "
                     f"{name} part of split {i + 1} empty"
                 )
-        splits.append(Parts(*(np.flatnonzero(np.isin(units, p)) for p in (trained, held, tested))))
+        splits.append(
+            Parts(*(np.flatnonzero(np.isin(units, p)) for p in (trained, validated, tested)))
+        )
     return splits
 
 
 def carve(
     rows: NDArray[np.int64], groups: ArrayLike, strata: ArrayLike, *, share: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Take `share` of the given rows' groups out of them, for validation.
+    """Draw a share of the groups of some rows for validation.
 
     Args:
         rows: row numbers to divide.
-        groups: [n] over all rows of the cohort.
-        strata: [n] likewise.
-        share: of the groups among `rows`.
+        groups: [n], of all rows of the cohort.
+        strata: [n], of all rows of the cohort.
+        share: share of the groups of `rows` that is drawn.
         seed: of the draw.
 
     Returns:
-        The rows that stay and the rows taken.
+        The rows that were not drawn, and the rows that were.
     """
     units, stratum = _units(np.asarray(groups)[rows], np.asarray(strata)[rows])
-    everyone = np.arange(len(stratum))
-    held = _drawn(everyone, stratum, round(share * len(stratum)), seed=(seed,))
-    taken = np.isin(units, held)
-    return rows[~taken], rows[taken]
+    all_units = np.arange(len(stratum))
+    validated = _draw_units(all_units, stratum, round(share * len(stratum)), seed=(seed,))
+    is_taken = np.isin(units, validated)
+    return rows[~is_taken], rows[is_taken]
 
 
 def _check_shares(count: int, test: float, validation: float) -> None:
@@ -106,7 +108,10 @@ def _check_shares(count: int, test: float, validation: float) -> None:
 
 
 def _units(groups: ArrayLike, strata: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the unit of each row, numbered by first appearance of its group, and its stratum."""
+    """Return the unit of each row, and the stratum of each unit.
+
+    A unit is the number of a group, in the order of first appearance.
+    """
     groups, strata = np.asarray(groups), np.asarray(strata).astype(np.int64)
     if groups.ndim != 1 or strata.shape != groups.shape:
         raise ValueError(f"strata: expected {groups.shape} as groups, got {strata.shape}")
@@ -118,15 +123,18 @@ def _units(groups: ArrayLike, strata: ArrayLike) -> tuple[NDArray[np.int64], NDA
     return units, stratum
 
 
-def _drawn(
+def _draw_units(
     units: NDArray[np.int64], stratum: NDArray[np.int64], size: int, *, seed: tuple[int, ...]
 ) -> NDArray[np.int64]:
-    order = _interleaved(stratum[units], np.random.default_rng(seed))
+    order = _interleave(stratum[units], np.random.default_rng(seed))
     return units[order[:size]]
 
 
-def _interleaved(strata: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
-    """Return a random order in which every stretch holds the strata in their proportions."""
+def _interleave(strata: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.int64]:
+    """Return a random order in which every stretch has the strata in the same proportions.
+
+    The rows of each stratum get random, evenly spaced positions in [0, 1); all are then sorted.
+    """
     position = np.empty(len(strata))
     for stratum in np.unique(strata):
         rows = generator.permutation(np.flatnonzero(strata == stratum))

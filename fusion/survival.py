@@ -1,4 +1,4 @@
-"""Discrete-time survival: bins, hazards, survival curves, risk; and the concordance index."""
+"""Discrete-time survival (bins, hazards, survival curves, risk) and the concordance index."""
 
 import math
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from .._checks import integer
 
 @dataclass(frozen=True)
 class TimeBins:
-    """Bins of follow-up time, learned from training patients only.
+    """Bins of follow-up time, fitted to training patients only.
 
     Args:
-        edges: the inner edges, rising, in units of the times; bin k is [edges[k-1], edges[k]), the
-            first from 0 and the last without end.
+        edges: the inner edges, rising, in the unit of the times. Bin k is [edges[k-1], edges[k]);
+            the first bin begins at 0, the last one has no end.
 
     Raises:
         ValueError: edges that do not rise.
@@ -101,7 +101,7 @@ def outcome_arrays(
 
 
 def hazards(logits: Tensor) -> Tensor:
-    """Return the probability of the event in each bin given survival so far: sigmoid, [B, K].
+    """Return sigmoid(logits), [B, K]: the probability of the event in a bin, if not earlier.
 
     Args:
         logits: [B, K].
@@ -148,7 +148,7 @@ def risk(logits: Tensor) -> Tensor:
 
 
 def concordance_index(times: ArrayLike, events: ArrayLike, risks: ArrayLike | Tensor) -> float:
-    """Return Harrell's c, the share of comparable pairs that the risks order rightly.
+    """Return Harrell's c, the share of comparable pairs that the risks order correctly.
 
     scikit-survival's `concordance_index_censored`; tied risks count one half.
 

@@ -135,7 +135,7 @@ def train(
     patients, validation = use_device_bags(patients, validation, settings)
     loader = _make_loader(patients, settings, share=True)
     # Every process validates on all patients, so that all stop at the same epoch.
-    validation_loader = _make_loader(validation, settings, share=False)
+    val_loader = _make_loader(validation, settings, share=False)
     fit = _Fit(model, objective, settings, steps=len(loader))
     best = _BestWeights(fit.history, each_epoch)
     state_file = None if resume is None else resume / "last.ckpt"
@@ -149,9 +149,7 @@ def train(
         if not (state is not None and _has_ended(fit.history, settings)):
             resumed_from = None if state is None else str(state_file)
             try:
-                trainer.fit(
-                    fit, loader, validation_loader, ckpt_path=resumed_from, weights_only=True
-                )
+                trainer.fit(fit, loader, val_loader, ckpt_path=resumed_from, weights_only=True)
             except SystemExit as error:  # Lightning turns Ctrl-C and SIGTERM into an exit with 0
                 raise KeyboardInterrupt from error
     model.cpu()

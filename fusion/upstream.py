@@ -1,7 +1,7 @@
-"""Models from and to the authors' published code (HEALNet v0.1.0, MM-Lego v0.1.0).
+"""Convert models from and to the authors' published code (HEALNet v0.1.0, MM-Lego v0.1.0).
 
-Every deviation of that code from the papers is set in upstream_models.py, or is an option that only
-that file uses. One list of name pairs, in upstream_names.py, serves both directions.
+Where that code deviates from the papers, upstream_models.py sets the options that reproduce it.
+One list of name pairs, in upstream_names.py, serves both directions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,26 +26,25 @@ def from_upstream(
     state_dict: Mapping[str, Tensor],
     encoders: Sequence[nn.Module | None] = (),
 ) -> UpstreamModel:
-    """Build a model from a checkpoint of the authors' code, which it reproduces.
+    """Build a model from a checkpoint of the authors' code, with the same outputs.
 
-    Inputs (and masks) are then passed as a sequence in the authors' order; a LegoBlock takes one
-    tensor. Modalities are named "0", "1" and so on. The model is in the dtype of the checkpoint.
+    Inputs (and masks) are passed as a sequence in the authors' order; a LegoBlock takes one tensor.
+    Modalities are named "0", "1" and so on. The model has the dtype of the checkpoint.
 
     Args:
         config: the authors' constructor arguments, with "model": "HealNet", "LegoBlock",
             "LegoMerge" or "LegoFuse". LegoBlock has "in_shape"; LegoMerge and LegoFuse have
             "in_shapes" and the blocks' own arguments under "block".
-        state_dict: the checkpoint's tensors; names of real checkpoints and of the golden files are
-            both understood. Not changed.
-        encoders: the encoder of each block, in order, None for a block without; copied, and filled
-            from the checkpoint.
+        state_dict: the tensors, under the names of real checkpoints or of the golden files.
+        encoders: the encoder of each block in order, None for a block without one. The model gets
+            copies, with the tensors of the checkpoint.
 
     Returns:
         HEALNet, LegoBlock, LegoMerge or LegoFuse, in evaluation mode.
 
     Raises:
-        ValueError: an unknown model, an argument or tensor that is missing, left over or of the
-            wrong shape, or a block that lost its own latents in the authors' LegoFuse.
+        ValueError: an unknown model; an argument or tensor that is missing, unused or of the wrong
+            shape; or a block that lost its latents in the authors' LegoFuse.
         TypeError: encoders that are not a sequence.
 
     Example:
@@ -68,7 +67,9 @@ def from_upstream(
                 raise ValueError("encoders: expected none for HealNet")
             model: UpstreamModel = build_healnet(config)
         case "LegoBlock":
-            model = build_block(required(config, "in_shape"), config, state, "", _one(encoders))
+            model = build_block(
+                required(config, "in_shape"), config, state, "", _only_encoder(encoders)
+            )
         case "LegoMerge" | "LegoFuse":
             state = {real_name(name): tensor for name, tensor in state.items()}
             model = build_joined(config, state, encoders)
@@ -78,7 +79,7 @@ def from_upstream(
             )
     floating = [t.dtype for t in state.values() if t.is_floating_point()]
     model = model.to(floating[0] if floating else torch.get_default_dtype())
-    _fill_whole(model, state)
+    _fill_all(model, state)
     return model.eval()
 
 
@@ -104,16 +105,18 @@ def to_upstream(model: UpstreamModel) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named_tensors(model)}
 
 
-def _one(encoders: Sequence[nn.Module | None]) -> nn.Module | None:
+def _only_encoder(encoders: Sequence[nn.Module | None]) -> nn.Module | None:
     if len(encoders) > 1:
         raise ValueError(f"encoders: expected at most one for a LegoBlock, got {len(encoders)}")
     return encoders[0] if encoders else None
 
 
-def _fill_whole(model: UpstreamModel, state: dict[str, Tensor]) -> None:
-    """Copy a checkpoint into the model; every tensor on either side must have its counterpart."""
+def _fill_all(model: UpstreamModel, state: dict[str, Tensor]) -> None:
+    """Copy a checkpoint into the model; raise if a tensor of either side is not used."""
     names = list(named_tensors(model))
     fill(names, state)
-    left = sorted(set(state) - {name for name, _ in names})
-    if left:
-        raise ValueError(f"state_dict: the model has no {', '.join(left[:5])} ({len(left)} in all)")
+    unused = sorted(set(state) - {name for name, _ in names})
+    if unused:
+        raise ValueError(
+            f"state_dict: the model has no {', '.join(unused[:5])} ({len(unused)} in all)"
+        )

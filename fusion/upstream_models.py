@@ -1,4 +1,4 @@
-"""Our models for the authors' constructor arguments, and which of ours their code can express."""
+"""Build models from the authors' constructor arguments; check what their code can express."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ UpstreamModel = HEALNet | LegoBlock | LegoMerge | LegoFuse
 _TEMPERATURE = 0.5
 _HEADS, _HEAD_DIM = 8, 64  # of every LegoBlock
 
-# Arguments of the authors' constructors that change nothing, and what the golden files add.
+# Arguments of the authors' constructors without an effect, and keys that the golden files add.
 _IGNORED = {
     "model", "name", "freeze", "missing", "masked", "encoder", "heads", "dim_head", "final_head",
     "in_shapes", "block", "blocks",
@@ -66,7 +66,7 @@ _FFT: dict[Any, Literal["latents", "width"]] = {
     1: "latents", -2: "latents", 2: "width", -1: "width",
 }  # fmt: skip
 _SHARE_WEIGHTS = (False, "all-but-first")
-# By our class: the authors' name for it, and what their code can express of its arguments.
+# For each class of motet: the authors' name for it, and the argument values their code can express.
 _EXPRESSIBLE: dict[type[nn.Module], tuple[str, dict[str, tuple[Any, ...]]]] = {
     HEALNet: (
         "HealNet",
@@ -101,31 +101,33 @@ def build_healnet(config: Mapping[str, Any]) -> HEALNet:
             f"config: expected n_modalities channel_dims and num_spatial_axes, got {channels} and "
             f"{axes}"
         )
-    given = _arguments(
+    arguments = _fill_defaults(
         config, _HEALNET_DEFAULTS, "n_modalities", "channel_dims", "num_spatial_axes", "out_dims"
     )
-    if given["self_per_cross_attn"] > 1:
-        raise ValueError("config['self_per_cross_attn']: expected 0 or 1, which the code can run")
+    if arguments["self_per_cross_attn"] > 1:
+        raise ValueError(
+            "config['self_per_cross_attn']: expected 0 or 1, since the authors' code fails above"
+        )
     return HEALNet(
         {str(i): Grid(c, axes=a) for i, (c, a) in enumerate(zip(channels, axes, strict=True))},
-        out_features=required(config, "out_dims") if given["final_classifier_head"] else None,
-        depth=given["depth"],
-        num_latents=given["l_c"],
-        latent_dim=given["l_d"],
-        heads=given["x_heads"],
-        head_dim=given["cross_dim_head"],
-        attn_dropout=given["attn_dropout"],
-        ff_dropout=given["ff_dropout"],
-        share_weights="all-but-first" if given["weight_tie_layers"] else False,
-        self_attention=given["self_per_cross_attn"],
-        self_heads=given["l_heads"],
-        self_head_dim=given["latent_dim_head"],
-        snn=given["snn"],
+        out_features=required(config, "out_dims") if arguments["final_classifier_head"] else None,
+        depth=arguments["depth"],
+        num_latents=arguments["l_c"],
+        latent_dim=arguments["l_d"],
+        heads=arguments["x_heads"],
+        head_dim=arguments["cross_dim_head"],
+        attn_dropout=arguments["attn_dropout"],
+        ff_dropout=arguments["ff_dropout"],
+        share_weights="all-but-first" if arguments["weight_tie_layers"] else False,
+        self_attention=arguments["self_per_cross_attn"],
+        self_heads=arguments["l_heads"],
+        self_head_dim=arguments["latent_dim_head"],
+        snn=arguments["snn"],
         temperature=_TEMPERATURE,
         latent_init="normal",
-        num_freq_bands=given["num_freq_bands"],
-        max_freq=given["max_freq"],
-        fourier_encode=given["fourier_encode_data"],
+        num_freq_bands=arguments["num_freq_bands"],
+        max_freq=arguments["max_freq"],
+        fourier_encode=arguments["fourier_encode_data"],
     )
 
 
@@ -137,21 +139,24 @@ def build_block(
     encoder: nn.Module | None,
 ) -> LegoBlock:
     """Build the authors' LegoBlock, whose tensors have names that begin with `prefix`."""
-    given = _arguments(config, _BLOCK_DEFAULTS, "in_shape")
+    arguments = _fill_defaults(config, _BLOCK_DEFAULTS, "in_shape")
     latent = state.get(f"{prefix}latent")
     if latent is not None and latent.ndim == 3:
         raise ValueError(
-            f"state_dict[{prefix + 'latent'!r}]: expected [{given['l_c']}, {given['l_d']}], got "
-            f"{tuple(latent.shape)}: this block went through the authors' LegoFuse and lost its "
-            "own latents; take its checkpoint from before fusing"
+            f"state_dict[{prefix + 'latent'!r}]: expected "
+            f"[{arguments['l_c']}, {arguments['l_d']}], got {tuple(latent.shape)}: this block went "
+            "through the authors' LegoFuse and lost its own latents; take its checkpoint from "
+            "before fusing"
         )
-    fft = _FFT.get(given["fourier_dim"]) if given["frequency_domain"] else None
-    if given["frequency_domain"] and fft is None:
-        raise ValueError(f"config['fourier_dim']: expected 1 or 2, got {given['fourier_dim']}")
-    share: ShareWeights = False if given["weight_sharing"] else "all-but-first"
+    fft = _FFT.get(arguments["fourier_dim"]) if arguments["frequency_domain"] else None
+    if arguments["frequency_domain"] and fft is None:
+        raise ValueError(f"config['fourier_dim']: expected 1 or 2, got {arguments['fourier_dim']}")
+    share: ShareWeights = False if arguments["weight_sharing"] else "all-but-first"
     over_bag = f"{prefix}layers.0.3.norm.weight" in state  # attention and feed-forward come first
     wrapped = (
-        _bag_self_attention(in_shape[1], given, share, encoder) if over_bag else _wrapped(encoder)
+        _bag_self_attention(in_shape[1], arguments, share, encoder)
+        if over_bag
+        else _wrapped(encoder)
     )
     width = state.get(f"{prefix}layers.0.{2 if over_bag else 1}.norm_context.weight")
     if width is None:
@@ -159,36 +164,36 @@ def build_block(
     return LegoBlock(
         Bag(in_shape[1]),
         wrapped,
-        out_features=given["num_classes"] if given["final_classifier_head"] else None,
-        num_latents=given["l_c"],
-        latent_dim=given["l_d"],
-        depth=given["depth"],
+        out_features=arguments["num_classes"] if arguments["final_classifier_head"] else None,
+        num_latents=arguments["l_c"],
+        latent_dim=arguments["l_d"],
+        depth=arguments["depth"],
         heads=_HEADS,
         head_dim=_HEAD_DIM,
-        attn_dropout=given["attn_dropout"],
-        ff_dropout=given["ff_dropout"],
+        attn_dropout=arguments["attn_dropout"],
+        ff_dropout=arguments["ff_dropout"],
         share_weights=share,
         fft=fft,
         context="spectrum",
-        normalise=given["normalise"],
-        track_imaginary=given["track_imaginary"],
+        normalise=arguments["normalise"],
+        track_imaginary=arguments["track_imaginary"],
         temperature=_TEMPERATURE,
         encoder_dim=len(width),
     )
 
 
 def _bag_self_attention(
-    features: int, given: dict[str, Any], share: ShareWeights, encoder: nn.Module | None
+    features: int, arguments: dict[str, Any], share: ShareWeights, encoder: nn.Module | None
 ) -> BagSelfAttention:
-    """Return what the authors' block has instead of an encoder."""
+    """Return the layer that the authors' block has instead of an encoder."""
     if encoder is not None:
         raise ValueError("encoders: expected None, since the checkpoint's block has no encoder")
     return BagSelfAttention(
         features,
-        depth=given["depth"],
+        depth=arguments["depth"],
         share_weights=share,
-        dropout=given["attn_dropout"],
-        ff_dropout=given["ff_dropout"],
+        dropout=arguments["attn_dropout"],
+        ff_dropout=arguments["ff_dropout"],
         temperature=_TEMPERATURE,
     )
 
@@ -204,7 +209,7 @@ def build_joined(
     state: dict[str, Tensor],
     encoders: Sequence[nn.Module | None],
 ) -> LegoMerge | LegoFuse:
-    """Build the authors' LegoMerge or LegoFuse; a head that `state` lacks is added to it."""
+    """Build the authors' LegoMerge or LegoFuse; if `state` lacks the merged head, add it there."""
     shapes = required(config, "in_shapes")
     if len(shapes) != 2:
         raise ValueError(f"config['in_shapes']: expected 2 blocks, got {len(shapes)}")
@@ -222,10 +227,10 @@ def build_joined(
     }
     merge = config["model"] == "LegoMerge"
     defaults = {"head_method": "slerp", "alpha": 0.8 if merge else 0.5}
-    further = {"merge_method": "sum"} if merge else {"fuse_method": "stack", "depth": 2}
-    given = _arguments(config, defaults | further)
-    # LegoFuse takes no alpha: its heads are always merged at 0.5.
-    alpha = given["alpha"] if merge else 0.5
+    extra_defaults = {"merge_method": "sum"} if merge else {"fuse_method": "stack", "depth": 2}
+    arguments = _fill_defaults(config, defaults | extra_defaults)
+    # The authors' LegoFuse has no alpha: it always merges heads with 0.5.
+    alpha = arguments["alpha"] if merge else 0.5
     heads = []
     for i, block in enumerate(blocks.values()):
         if block.head is None:
@@ -238,19 +243,19 @@ def build_joined(
     head = copy.deepcopy(heads[0])
     merged = list(head_tensors("to_logits.combined_layers.", head))
     if not any(name in state for name, _ in merged):  # as the authors' constructor makes them
-        _merge_head(head, heads[1], alpha, given["head_method"])
+        _merge_head(head, heads[1], alpha, arguments["head_method"])
         state |= {name: tensor.detach() for name, tensor in merged}
     if merge:
-        method: Any = given["merge_method"]
+        method: Any = arguments["merge_method"]
         method = "upstream-harmonic" if method == "harmonic" else method
-        # Only the harmonic merge is weighted in the authors' code.
+        # In the authors' code only the harmonic merge has weights.
         weights = [alpha, 1 - alpha] if method == "upstream-harmonic" else None
         model: LegoMerge | LegoFuse = LegoMerge(blocks, method=method, head=head, weights=weights)
     else:
-        mode: Any = given["fuse_method"]
+        mode: Any = arguments["fuse_method"]
         mode = "upstream-weave" if mode == "weave" else mode
         model = LegoFuse(
-            blocks, mode=mode, head=head, depth=given["depth"] if mode != "stack" else None
+            blocks, mode=mode, head=head, depth=arguments["depth"] if mode != "stack" else None
         )
     if "L" in state and (isinstance(model, LegoMerge) or model.latents is None):
         model.upstream_latents = torch.zeros_like(state["L"])
@@ -258,8 +263,7 @@ def build_joined(
 
 
 def check_expressible(model: nn.Module) -> None:
-    """Raise unless the authors' code computes what the model computes."""
-
+    """Raise unless the authors' code can compute what the model computes."""
     for kind, (name, allowed) in _EXPRESSIBLE.items():
         if isinstance(model, kind):
             _check_config(name, cast(Any, model).config, allowed)
@@ -287,24 +291,24 @@ def _check_config(
 
 
 def required(config: Mapping[str, Any], key: str) -> Any:
-    """Return an argument that the authors' constructor has no default for."""
+    """Return an argument for which the authors' constructor has no default."""
     if key not in config:
         raise ValueError(f"config: expected {key!r} for {config.get('model')}, got none")
     return config[key]
 
 
-def _arguments(
-    config: Mapping[str, Any], defaults: dict[str, Any], *further: str
+def _fill_defaults(
+    config: Mapping[str, Any], defaults: dict[str, Any], *required_names: str
 ) -> dict[str, Any]:
-    """Return the known arguments with the authors' defaults; warn of others, which are ignored."""
-    unknown = sorted(set(config) - set(defaults) - _IGNORED - set(further))
+    """Return arguments and the authors' defaults; warn of unknown arguments and ignore them."""
+    unknown = sorted(set(config) - set(defaults) - _IGNORED - set(required_names))
     if unknown:
         warnings.warn(f"config: ignored {', '.join(unknown)}", stacklevel=3)
     return {key: config.get(key, default) for key, default in defaults.items()}
 
 
 def _merge_head(a: Head, b: Head, alpha: float, method: str) -> None:
-    """Merge head b into head a as the authors' PlugHeads does."""
+    """Merge head b into head a in place, as the authors' PlugHeads does."""
     if method in ("linear", "ot"):
         weights = [alpha, 1 - alpha] if method == "linear" else [1 - alpha, alpha]
         a.load_state_dict(merge_heads([a, b], weights, method).state_dict())
@@ -315,9 +319,9 @@ def _merge_head(a: Head, b: Head, alpha: float, method: str) -> None:
         for name, u in a.named_parameters():
             v = b.get_parameter(name)
             cosine = ((u * v).sum() / (u.norm() * v.norm())).clamp(-1, 1)
-            rest = v - u * cosine
+            orthogonal = v - u * cosine
             angle = float(cosine.acos()) * alpha
-            u.copy_(u * math.cos(angle) + rest / rest.norm() * math.sin(angle))
+            u.copy_(u * math.cos(angle) + orthogonal / orthogonal.norm() * math.sin(angle))
             if not u.isfinite().all():
                 raise ValueError(
                     f"state_dict: expected merged heads (to_logits.combined_layers), since the "

@@ -1,4 +1,4 @@
-"""The authors' name of every tensor in our models: to read their checkpoints and to write them."""
+"""The authors' name of every tensor of motet's models, to read and to write their checkpoints."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -15,7 +15,7 @@ from .lego_merge import LegoMerge
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the authors' name and the tensor of everything in the model, aliases included."""
+    """Yield the authors' names and the tensors of a model; several names may be one tensor."""
     if isinstance(model, HEALNet):
         yield "latents", model.latents
         for i, index in enumerate(model.order):
@@ -67,18 +67,20 @@ def _block_tensors(prefix: str, block: LegoBlock) -> Iterator[tuple[str, Tensor]
             "an encoder or attend over the bag"
         )
     for i, index in enumerate(block.order):
-        start = f"{prefix}layers.{i}."
+        layer_prefix = f"{prefix}layers.{i}."
         if isinstance(encoder, BagSelfAttention):
-            own = encoder.order[i]
-            yield from _attention_tensors(f"{start}0.", encoder.attention[own])
-            yield from _feed_forward_tensors(f"{start}1.", encoder.feed_forward[own])
+            weight_set = encoder.order[i]
+            yield from _attention_tensors(f"{layer_prefix}0.", encoder.attention[weight_set])
+            yield from _feed_forward_tensors(f"{layer_prefix}1.", encoder.feed_forward[weight_set])
             first = 2
         else:
             for name, tensor in encoder.module.state_dict(keep_vars=True).items():
-                yield f"{start}0.{name}", tensor
+                yield f"{layer_prefix}0.{name}", tensor
             first = 1
-        yield from _attention_tensors(f"{start}{first}.", block.sets[index].attention)
-        yield from _feed_forward_tensors(f"{start}{first + 1}.", block.sets[index].feed_forward)
+        yield from _attention_tensors(f"{layer_prefix}{first}.", block.sets[index].attention)
+        yield from _feed_forward_tensors(
+            f"{layer_prefix}{first + 1}.", block.sets[index].feed_forward
+        )
     if block.head is not None:
         yield from head_tensors(f"{prefix}to_logits.", block.head)
 
@@ -101,7 +103,7 @@ def _feed_forward_tensors(prefix: str, feed_forward: nn.Module) -> Iterator[tupl
 
 
 def head_tensors(prefix: str, head: Head) -> Iterator[tuple[str, Tensor]]:
-    """Yield the authors' name and the tensor of everything in a head."""
+    """Yield the authors' names and the tensors of a head."""
     yield from _pair(f"{prefix}1", head.norm)
     yield from _pair(f"{prefix}2", head.linear)
 
@@ -112,7 +114,7 @@ def _pair(name: str, module: nn.Linear | nn.LayerNorm) -> Iterator[tuple[str, Te
 
 
 def fill(names: Iterable[tuple[str, Tensor]], state: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a checkpoint into those of a model that have their names."""
+    """Copy the tensors of a checkpoint into the model's tensors of the same names."""
     filled: dict[int, str] = {}
     with torch.no_grad():
         for name, tensor in names:
@@ -135,12 +137,12 @@ def fill(names: Iterable[tuple[str, Tensor]], state: Mapping[str, Tensor]) -> No
 
 
 def _is_alias(name: str) -> bool:
-    """Tell whether the golden files may leave a name out, since another holds the same tensor."""
+    """Return whether the golden files may omit a name because another one holds the same tensor."""
     return name.startswith(("to_logits.head1.", "to_logits.head2.")) or ".encoder." in f".{name}"
 
 
 def real_name(name: str) -> str:
-    """Return the name that a real checkpoint has for a name of the golden files."""
+    """Return the name in real checkpoints for a name in the golden files."""
     for golden, real in (
         ("blocks.", "layers."),
         ("merged_head.", "to_logits."),
