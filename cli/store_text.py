@@ -66,7 +66,7 @@ def problems_text(store: FeatureStore, problems: list[Problem]) -> str:
     """Return a line per problem, or that there is none."""
     if not problems:
         return f"{len(store)} slides, nothing wrong"
-    return "\n".join(f"{one.key or store.path}: {one.what}" for one in problems)
+    return "\n".join(f"{one.key or store.path}: {one.message}" for one in problems)
 
 
 def _flat(value: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:

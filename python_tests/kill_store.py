@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from motet.io import FeatureStore
 from motet.io.store.leases import Leases
-from motet.io.store.source import Source, described
+from motet.io.store.source import Source, describe
 from motet.io.store.write import StoreWriter
 
 SPECS = [
@@ -59,7 +59,7 @@ def done(writer: StoreWriter, leases: Leases, source: Source, width: int) -> boo
             slide = writer.begin_features(source.key, width)
         else:
             slide = writer.begin(
-                source.key, described(source), draw.integers(9999, size=(n, 2)), draw.random(n),
+                source.key, describe(source), draw.integers(9999, size=(n, 2)), draw.random(n),
                 flags, np.full((4, 4, 3), n, np.uint8), np.ones((4, 4), bool), width,
             )  # fmt: skip
         with slide:

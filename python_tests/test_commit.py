@@ -18,7 +18,7 @@ from motet.io import FeatureStore, StoreError
 from motet.io.errors import SlideError
 from motet.io.store import disk
 from motet.io.store.leases import Leases
-from motet.io.store.source import described
+from motet.io.store.source import describe
 from motet.io.store.write import StoreWriter, note_failure
 
 from .conftest import ROOT
@@ -82,7 +82,7 @@ def test_a_slide_that_is_not_whole_is_done_again(
     path.write_bytes(path.read_bytes()[:-2]) if damage == "cut" else path.unlink()
     assert writer.state(source) == "changed"
     with writer.begin(
-        source.key, described(source), np.stack([np.arange(4), np.zeros(4)], 1) * 256, np.ones(4),
+        source.key, describe(source), np.stack([np.arange(4), np.zeros(4)], 1) * 256, np.ones(4),
         np.zeros(4, np.uint8), None, None, 3,
     ) as slide:  # fmt: skip
         slide.write(np.arange(4), numbers(4, 3))
@@ -93,7 +93,7 @@ def test_a_slide_that_is_not_whole_is_done_again(
 def test_another_specification_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "cohort"
     opened(out)
-    with pytest.raises(StoreError, match=r"tiling.tile_px: .* begun with 256, got 512: ask for"):
+    with pytest.raises(StoreError, match=r"tiling.tile_px: .* begun with 256, got 512: use"):
         opened(out, tile_px=512)
     with pytest.raises(StoreError, match=r"tiling.colour: .* begun with None, got 'red'"):
         opened(out, colour="red")
@@ -129,7 +129,7 @@ def test_rows_are_written_once_each(tmp_path: Path, source: Slide) -> None:
     def begin(n: int = 4):
         flags = np.array([8, 0, 0, 0], np.uint8)[:n]
         return writer.begin(
-            source.key, described(source), np.zeros((n, 2)), np.ones(n), flags, None, None, 3
+            source.key, describe(source), np.zeros((n, 2)), np.ones(n), flags, None, None, 3
         )
 
     x = numbers(4, 3)
@@ -164,7 +164,7 @@ def test_rows_are_written_once_each(tmp_path: Path, source: Slide) -> None:
         {"attrs": {}}, {"width": 4},
     ):  # fmt: skip
         whole = {
-            "attrs": described(source), "coords": np.zeros((4, 2)), "tissue": np.ones(4),
+            "attrs": describe(source), "coords": np.zeros((4, 2)), "tissue": np.ones(4),
             "flags": np.zeros(4), "thumb": None, "mask": None, "width": 3, **arguments,
         }  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
@@ -172,7 +172,7 @@ def test_rows_are_written_once_each(tmp_path: Path, source: Slide) -> None:
     for key in ("../x", "", ".x", "a/b", "x\0", "a" * 200):
         with pytest.raises(StoreError, match="expected a key"):
             writer.begin(
-                key, described(source), np.zeros((1, 2)), [1], [0], None, None, 3
+                key, describe(source), np.zeros((1, 2)), [1], [0], None, None, 3
             )  # fmt: skip
         with pytest.raises(StoreError, match="expected a key"):
             note_failure(writer.path, key, source, OSError(), 1)
@@ -183,7 +183,7 @@ def test_patches_that_turn_out_corrupt(tmp_path: Path, source: Slide) -> None:
     out = tmp_path / "cohort"
     writer = opened(out)
     with writer.begin(
-        source.key, described(source), np.zeros((4, 2)), np.ones(4), [1, 8, 0, 0], None, None, 3
+        source.key, describe(source), np.zeros((4, 2)), np.ones(4), [1, 8, 0, 0], None, None, 3
     ) as slide:
         slide.corrupt([3, 0])
         slide.write([2], numbers(1, 3))
@@ -209,7 +209,7 @@ def test_rivals(tmp_path: Path, source: Slide) -> None:
     """Two write the same slide: the first wins. One loses its files: it says so."""
     out = tmp_path / "cohort"
     writer = opened(out)
-    arguments = (described(source), np.zeros((2, 2)), [1, 1], [0, 0], None, None, 3)
+    arguments = (describe(source), np.zeros((2, 2)), [1, 1], [0, 0], None, None, 3)
     slow = writer.begin(source.key, *arguments)
     slow.write([0, 1], numbers(2, 3))
     moved = next((out / ".tmp").iterdir())
@@ -249,7 +249,7 @@ def test_replacing_loses_neither(
     source.path.write_bytes(b"changed")
     assert writer.state(source) == "changed"
     slide = writer.begin(
-        source.key, described(source), np.zeros((2, 2)), [1, 1], [0, 0], None, None, 3
+        source.key, describe(source), np.zeros((2, 2)), [1, 1], [0, 0], None, None, 3
     )
     slide.write([0, 1], numbers(2, 3))
     done: list[int] = []
@@ -372,7 +372,7 @@ def test_full_disk(tmp_path: Path, source: Slide) -> None:
         assert FeatureStore(out).verify() == []
         # Full between the features, whose space is taken, and what comes after them.
         slide = writer.begin(
-            large.key, described(large), np.zeros((100, 2)), np.ones(100), np.zeros(100),
+            large.key, describe(large), np.zeros((100, 2)), np.ones(100), np.zeros(100),
             np.random.default_rng(0).integers(256, size=(1500, 800, 3), dtype=np.uint8), None, 1024,
         )  # fmt: skip
         slide.write(np.arange(100), np.zeros((100, 1024)))

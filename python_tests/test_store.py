@@ -291,16 +291,16 @@ def test_what_lies_about_is_named(made: Made) -> None:
         stray.parent.mkdir(exist_ok=True)
         stray.touch()
         (problem,) = store.verify()
-        assert stray.name in problem.what
+        assert stray.name in problem.message
         stray.unlink()
     table = store.manifest()
     table.assign(patches=5).to_parquet(store.path / "slides.parquet")
-    assert "not in step" in store.verify()[0].what
+    assert "not in step" in store.verify()[0].message
     store.write_manifest()
     assert store.verify() == []
     run = json.loads((store.path / "run.json").read_bytes())
     (store.path / "run.json").write_text(json.dumps(run | {"tiling": {}}))
-    assert "its hash" in FeatureStore(store.path).verify()[0].what
+    assert "its hash" in FeatureStore(store.path).verify()[0].message
 
 
 def test_values_are_verified(made: Made, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_values_are_verified(made: Made, tmp_path: Path) -> None:
         array = group["features/made" if where == "features" else where]
         assert isinstance(array, zarr.Array)
         array[value[0]] = value[1]
-        assert [problem.what for problem in store.verify() if message in problem.what]
+        assert [problem.message for problem in store.verify() if message in problem.message]
     meta = Path(store["flag"].path, "zarr.json")
     content = json.loads(meta.read_bytes())
     content["attributes"]["status"] = "empty"

@@ -1,4 +1,4 @@
-"""Other tools' files: TRIDENT's and CLAM's features and coordinates, read, imported and written."""
+"""Read, import and write the features and coordinates of other tools: TRIDENT and CLAM."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ from .format import read_run, run_hash
 from .leases import Leases
 from .read import FeatureStore
 from .read_slide import SlideFeatures
-from .source import Source, described
+from .source import Source, describe
 from .write import StoreWriter, note_failure
 
 SUFFIXES = (".h5", ".pt", ".npz")
-# What an array may be larger than the file it is in: beyond it the file means harm.
-RATIO = 1000
+MAX_COMPRESSION = 1000
+"""An array may be this many times larger than its file. A larger one is refused: it would be a file
+made to fill the memory."""
 _UNREADABLE = (*UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
-class Foreign(NamedTuple):
-    """What another tool's file holds."""
+class ForeignFile(NamedTuple):
+    """The content of another tool's file."""
 
     features: NDArray[Any] | None
-    """[N, D], of any kind of float."""
+    """[N, D], numbers of any dtype."""
     coords: NDArray[np.int32] | None
-    """[N, 2]: (x, y) in level-0 px, top-left, in the order of the file."""
+    """[N, 2]: (x, y) of the top-left corners in level-0 px, in the order of the file."""
     footprint_px: float | None
-    """Side of a patch in level-0 px, where the file says it."""
+    """Side of a patch in level-0 px, None if the file does not say it."""
     attrs: dict[str, Any]
-    """What else it says of the coordinates."""
+    """The attributes of the coordinates in the file."""
 
 
-def read_trident(path: str | os.PathLike[str]) -> Foreign:
+def read_trident(path: str | os.PathLike[str]) -> ForeignFile:
     """Read a file of TRIDENT or CLAM.
 
     `.h5` with features [N, D] or [1, N, D], coords [N, 2], or both; `.pt` with a tensor [N, D] or a
-    dict of tensors, of which nothing is executed; `.npz` likewise.
+    dict of tensors; `.npz` with arrays of these names. No code in a file is executed.
 
     Raises:
         SlideError: "missing", "unreadable", "unsupported", "too-large", "no-reader" without h5py.
@@ -71,24 +72,24 @@ def read_trident(path: str | os.PathLike[str]) -> Foreign:
         features = _two_axes(path, "features", features)
         if features.dtype.kind not in "fiu":
             raise SlideError(path, "unsupported", f"expected numbers, got {features.dtype}")
-    places = None if coords is None else _level_0(path, _two_axes(path, "coords", coords))
-    if features is not None and places is not None and len(features) != len(places):
+    corners = None if coords is None else _check_corners(path, _two_axes(path, "coords", coords))
+    if features is not None and corners is not None and len(features) != len(corners):
         raise SlideError(
-            path, "unreadable", f"expected coords of {len(features)} patches, got {len(places)}"
+            path, "unreadable", f"expected coords of {len(features)} patches, got {len(corners)}"
         )
-    return Foreign(features, places, _footprint(attrs), attrs)
+    return ForeignFile(features, corners, _footprint(attrs), attrs)
 
 
-def read_coords(path: str | os.PathLike[str]) -> Foreign:
-    """Read the coordinates of TRIDENT's or CLAM's patches, to tile a slide by them.
+def read_coords(path: str | os.PathLike[str]) -> ForeignFile:
+    """Read a file of TRIDENT or CLAM that must have coordinates.
 
     Raises:
-        SlideError: as `read_trident`; "unsupported" where there are none.
+        SlideError: as `read_trident`; "unsupported" if the file has no coordinates.
     """
-    found = read_trident(path)
-    if found.coords is None:
+    file = read_trident(path)
+    if file.coords is None:
         raise SlideError(path, "unsupported", "expected coords [N, 2], got features alone")
-    return found
+    return file
 
 
 def import_features(
@@ -98,26 +99,27 @@ def import_features(
     encoder: str,
     coords: str | os.PathLike[str] | None = None,
 ) -> FeatureStore:
-    """Import features that another tool made into a feature store.
+    """Import features that another tool computed into a feature store.
 
-    Files of TRIDENT and CLAM (`.h5`, `.pt`) or `.npz`: features [N, D] and, if they are there,
-    coords [N, 2]. What such files do not say is null or absent in the store (mpp, thumbnail, mask;
-    tissue is taken as all). Features become float16. Without coordinates these are -1, and the
-    slide's attribute `coords` is "absent". A file that cannot be used is named in `failed`, and the
-    rest goes on; the same call again goes on where it stopped, and tries again what failed.
+    Reads files of TRIDENT and CLAM (`.h5`, `.pt`) and `.npz`: features [N, D] and, if present,
+    coords [N, 2]. Features become float16. What such files do not hold is null or absent in the
+    store (mpp, thumbnail, mask); the tissue share of each patch is taken as 1. If a file has no
+    coordinates, they are -1 and the slide's attribute `coords` is "absent". A file that cannot be
+    used is listed in `failed`; the other files are still imported. The same call again imports what
+    is missing and retries files that failed.
 
     Args:
-        paths: files, or folders to search; of a CLAM folder `h5_files` is preferred to `pt_files`.
-        out: the store; made if it is not there.
-        encoder: name of what made the features.
+        paths: files, or folders to search. In a CLAM folder `h5_files` is preferred to `pt_files`.
+        out: folder of the store; created if it does not exist.
+        encoder: name of the encoder that computed the features.
         coords: folder with `.h5` files of coordinates, `<slide>.h5` or `<slide>_patches.h5`, for
-            files that have none.
+            files without coordinates.
 
     Returns:
         The store, opened.
 
     Raises:
-        StoreError: no file could be used, or `out` is another kind of store.
+        StoreError: no file has features, or `out` is another kind of store.
         OSError: the disk is full.
 
     Example:
@@ -127,8 +129,8 @@ def import_features(
         >>> store["b"].features.shape, store["b"].attrs["coords"], store.failed
         ((4, 16), 'level-0 px', {})
     """
-    sources = _sources(paths)
-    writer = _writer(Path(out), encoder, sources)
+    sources = _find_sources(paths)
+    writer = _open_writer(Path(out), encoder, sources)
     leases = Leases(writer.path / "leases")
     writer.clean(leases)
     for source in sources:
@@ -146,18 +148,19 @@ def import_features(
 def export(
     store: FeatureStore, name: str, folder: str | os.PathLike[str], kind: str = "npz"
 ) -> Path:
-    """Write a slide's features to a file of their own; return its path.
+    """Write the features of a slide to a file; return the path of the file.
 
     Args:
-        store: opened with the encoder wanted.
+        store: the store, opened with the encoder whose features to write.
         name: key or name of the slide.
-        folder: where to write `<slide>.<kind>`; of slides of one file name, `<key>.<kind>`.
+        folder: where to write `<slide>.<kind>`, or `<key>.<kind>` if several slides of the store
+            have this file name.
         kind: "npz": features float16, coords, tissue and flags of all patches. "h5": TRIDENT's
-            layout, and "pt": CLAM's, both float32 and without corrupt patches, for which they have
-            no word.
+            layout; "pt": CLAM's layout; both float32 and without the corrupt patches, since these
+            layouts have no flag for them.
 
     Raises:
-        StoreError: no such slide, or it cannot be read.
+        StoreError: the slide does not exist or cannot be read.
     """
     if kind not in ("npz", "h5", "pt"):
         raise StoreError(f"kind: expected npz, h5 or pt, got {kind!r}")
@@ -172,7 +175,8 @@ def export(
         if kind == "h5":
             _write_h5(partial, slide.bag()[0], slide.coords[~slide.corrupt], slide.attrs)
         else:
-            with open(partial, "wb") as file:  # given a name, both would write it into the file
+            # An open file: to a path numpy would add `.npz`, and torch would store its name.
+            with open(partial, "wb") as file:
                 _write_zip(file, slide, kind)
     return path
 
@@ -189,45 +193,45 @@ def _write_zip(file: IO[bytes], slide: SlideFeatures, kind: str) -> None:
         torch.save(torch.from_numpy(slide.bag()[0]), file)
 
 
-def _found(
+def _find_files(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 ) -> list[tuple[Path, str]]:
-    """Return files and their names, which are relative to the folder that was given."""
-    found: list[tuple[Path, str]] = []
-    for given in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        path = Path(given)
+    """Return the files and their names: the path relative to the folder that was searched."""
+    named_files: list[tuple[Path, str]] = []
+    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
         if path.is_dir():
-            files = sorted(one for one in path.rglob("*") if one.suffix in SUFFIXES)
-            stems = {one.stem for one in files if one.parent.name == "h5_files"}
-            found += (
-                (one, one.relative_to(path).as_posix())
-                for one in files
-                if one.is_file() and not (one.parent.name == "pt_files" and one.stem in stems)
+            files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+            h5_stems = {file.stem for file in files if file.parent.name == "h5_files"}
+            named_files += (
+                (file, file.relative_to(path).as_posix())
+                for file in files
+                if file.is_file() and not (file.parent.name == "pt_files" and file.stem in h5_stems)
             )
         else:
-            found.append((path, path.name))
-    if not found:
+            named_files.append((path, path.name))
+    if not named_files:
         raise StoreError(f"expected files of features ({listed(SUFFIXES)}), got none in {paths!r}")
-    return found
+    return named_files
 
 
-def _sources(
+def _find_sources(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 ) -> list[Source]:
-    """Return the files, no two of one key."""
-    sources = [Source(path, name) for path, name in _found(paths)]
-    names: dict[str, str] = {}
-    for one in sources:
-        if one.key in names:
+    """Return the files as sources; raise StoreError if two of them have the same key."""
+    sources = [Source(path, name) for path, name in _find_files(paths)]
+    path_of_key: dict[str, str] = {}
+    for source in sources:
+        if source.key in path_of_key:
             raise StoreError(
-                f"two files of one name, {names[one.key]} and {one.path}: give the folder of both"
+                f"two files of one name, {path_of_key[source.key]} and {source.path}: give the "
+                "folder of both"
             )
-        names[one.key] = str(one.path)
+        path_of_key[source.key] = str(source.path)
     return sources
 
 
-def _writer(out: Path, encoder: str, sources: Iterable[Source]) -> StoreWriter:
-    """Open the store; the width is that of the store, else of the first file that can be read."""
+def _open_writer(out: Path, encoder: str, sources: Iterable[Source]) -> StoreWriter:
+    """Open the store. The width of the features is the store's, else that of the first file."""
     width, error = None, None
     if (out / "run.json").exists():
         specs = read_run(out)["encoders"].values()
@@ -252,11 +256,11 @@ def _writer(out: Path, encoder: str, sources: Iterable[Source]) -> StoreWriter:
 def _import_or_note(
     writer: StoreWriter, source: Source, coords: str | os.PathLike[str] | None, *, replace: bool
 ) -> None:
-    """Import a file, or note why it cannot be; a full disk is no fault of the file."""
+    """Import a file, or write down why it cannot be imported."""
     try:
         _import(writer, source, coords, replace=replace)
     except (SlideError, StoreError, OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in FULL:  # no fault of this file
             raise
         attempts = (writer.attempts(source.key) or 0) + 1
         note_failure(writer.path, source.key, source, error, attempts)
@@ -265,35 +269,39 @@ def _import_or_note(
 def _import(
     writer: StoreWriter, source: Source, coords: str | os.PathLike[str] | None, *, replace: bool
 ) -> None:
-    found = read_trident(source.path)
-    if found.features is None:
+    file = read_trident(source.path)
+    if file.features is None:
         raise SlideError(source.path, "unsupported", "expected features, got coords alone")
-    n, width = found.features.shape
+    n, width = file.features.shape
     if width != writer.encoder["width"]:
         expected = writer.encoder["width"]
         raise SlideError(source.path, "unsupported", f"expected width {expected}, got {width}")
-    places = found if found.coords is not None or coords is None else _beside(source, Path(coords))
-    if places.coords is not None and len(places.coords) != n:
+    coords_file = file
+    if file.coords is None and coords is not None:
+        coords_file = _read_coords_of(source, Path(coords))
+    corners = coords_file.coords
+    if corners is not None and len(corners) != n:
         raise SlideError(
-            source.path, "unreadable", f"expected coords of {n} patches, got {len(places.coords)}"
+            source.path, "unreadable", f"expected coords of {n} patches, got {len(corners)}"
         )
     attrs = {
-        **described(source), "coords": "absent" if places.coords is None else "level-0 px",
-        "footprint_px": places.footprint_px, "imported": places.attrs, "mpp": None,
+        **describe(source), "coords": "absent" if corners is None else "level-0 px",
+        "footprint_px": coords_file.footprint_px, "imported": coords_file.attrs, "mpp": None,
         "reader": "import",
     }  # fmt: skip
-    where = np.full((n, 2), -1, np.int32) if places.coords is None else places.coords
+    if corners is None:
+        corners = np.full((n, 2), -1, np.int32)
     with writer.begin(
-        source.key, attrs, where, np.ones(n), np.zeros(n, np.uint8), None, None, width
+        source.key, attrs, corners, np.ones(n), np.zeros(n, np.uint8), None, None, width
     ) as slide:
         for first in range(0, n, 4096):
-            part = found.features[first : first + 4096]
-            slide.write(np.arange(first, first + len(part)), part)
+            features = file.features[first : first + 4096]
+            slide.write(np.arange(first, first + len(features)), features)
         slide.commit(replace=replace)
 
 
-def _beside(source: Source, folder: Path) -> Foreign:
-    """Read the coordinates of a file that has none."""
+def _read_coords_of(source: Source, folder: Path) -> ForeignFile:
+    """Read the coordinates of a file without coordinates from a file of the same stem."""
     for name in (f"{source.path.stem}.h5", f"{source.path.stem}_patches.h5"):
         if (folder / name).is_file():
             return read_coords(folder / name)
@@ -313,7 +321,7 @@ def _read_h5(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
             data = file[name]
             if not isinstance(data, h5py.Dataset):
                 raise SlideError(path, "unsupported", f"{name}: expected a dataset")
-            if data.nbytes > RATIO * size:
+            if data.nbytes > MAX_COMPRESSION * size:
                 raise SlideError(path, "too-large", f"{name} {list(data.shape)} of {size} bytes")
             arrays[name] = data[()]
             if name == "coords":
@@ -324,26 +332,26 @@ def _read_h5(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
 def _read_pt(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     import torch
 
-    with warnings.catch_warnings():  # of how it was pickled: it loads, or is refused
+    # torch warns of an old pickle protocol; the file is loaded or refused all the same.
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
         content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, torch.Tensor):
         content = {"features": content}
     if not isinstance(content, dict):
         raise SlideError(path, "unsupported", f"expected a tensor, got {type(content).__name__}")
-    wide = (torch.bfloat16,)  # numpy has none
-    arrays = {
-        str(name): (one.float() if one.dtype in wide else one).numpy()
-        for name, one in content.items()
-        if isinstance(one, torch.Tensor)
+    arrays = {  # numpy has no bfloat16
+        str(name): (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in content.items()
+        if isinstance(tensor, torch.Tensor)
     }
     return arrays, {}
 
 
 def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     with zipfile.ZipFile(path) as archive:
-        size = sum(one.file_size for one in archive.infolist())
-    if size > RATIO * path.stat().st_size:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > MAX_COMPRESSION * path.stat().st_size:
         raise SlideError(path, "too-large", f"{size} bytes in {path.stat().st_size}")
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files if name in ("features", "coords")}, {}
@@ -359,13 +367,13 @@ def _write_h5(
     side = attrs.get("footprint_px")
     with h5py.File(path, "w") as file:
         file["features"], file["coords"] = features, coords
-        told = {
+        values = {
             "name": PurePosixPath(str(attrs.get("name", ""))).stem,
             "patch_size": attrs.get("tile_px"),
             "patch_size_level0": round(side) if isinstance(side, int | float) else None,
             "level0_width": attrs.get("width"), "level0_height": attrs.get("height"),
         }  # fmt: skip
-        for name, value in told.items():
+        for name, value in values.items():
             if value is not None:
                 file["coords"].attrs[name] = value
 
@@ -374,14 +382,14 @@ def _two_axes(path: Path, name: str, array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim == 3 and len(array) == 1:
         array = array[0]
     if array.ndim != 2:
-        what = " (one vector for the whole slide)" if array.ndim == 1 else ""
+        hint = " (one vector for the whole slide)" if array.ndim == 1 else ""
         raise SlideError(
-            path, "unsupported", f"{name}: expected [N, D], got {list(array.shape)}{what}"
+            path, "unsupported", f"{name}: expected [N, D], got {list(array.shape)}{hint}"
         )
     return array
 
 
-def _level_0(path: Path, coords: NDArray[Any]) -> NDArray[np.int32]:
+def _check_corners(path: Path, coords: NDArray[Any]) -> NDArray[np.int32]:
     bound = 2**31
     if coords.shape[1] != 2 or coords.dtype.kind not in "iuf" or not (np.abs(coords) < bound).all():
         raise SlideError(
@@ -392,7 +400,10 @@ def _level_0(path: Path, coords: NDArray[Any]) -> NDArray[np.int32]:
 
 
 def _footprint(attrs: Mapping[str, Any]) -> float | None:
-    """Return the side of a patch in level-0 px: TRIDENT says it, CLAM by size and downsample."""
+    """Return the side of a patch in level-0 px, None if the attributes do not say it.
+
+    TRIDENT stores it; CLAM stores the size and the downsample of the level.
+    """
     side, downsample = attrs.get("patch_size_level0"), attrs.get("downsample")
     if isinstance(side, int | float):
         return float(side)
@@ -405,11 +416,11 @@ def _footprint(attrs: Mapping[str, Any]) -> float | None:
 
 
 def _plain(value: object) -> object:
-    """Return an attribute as JSON can hold it."""
+    """Return an attribute as a value that JSON can hold."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | None) else str(value)

@@ -22,10 +22,10 @@ KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,120}")
 
 
 class FLAGS(IntFlag):
-    """The bits of `flags`, which say what is known of a patch.
+    """Bits of `flags`: the properties of a patch.
 
     Args:
-        values: the bits of several, added.
+        values: the sum of several bits.
 
     Example:
         >>> motet.io.FLAGS(9)
@@ -33,15 +33,15 @@ class FLAGS(IntFlag):
     """
 
     EDGE = 1
-    """Reaches beyond the slide, or was moved inwards at its border."""
+    """The patch reaches beyond the slide, or was moved inwards at its border."""
     PEN = 2
     BLUR = 4
     CORRUPT = 8
-    """Its pixels could not be decoded. It was not embedded, and its features are NaN."""
+    """The pixels of the patch could not be decoded. It was not embedded; its features are NaN."""
 
 
 def flag_counts(flags: NDArray[np.uint8]) -> dict[str, int]:
-    """Return how many patches each flag has."""
+    """Return the number of patches with each flag."""
     names = ("edge", "pen", "blur", "corrupt")
     return {
         name: int(np.count_nonzero(flags & np.uint8(flag)))
@@ -53,7 +53,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        StoreError: there is none.
+        StoreError: the file does not exist, or does not hold a JSON object.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -67,7 +67,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read run.json, of a format that is known."""
+    """Read run.json and check its format and version.
+
+    Raises:
+        StoreError: it cannot be read, or is of another format or of a later version.
+    """
     path = folder / "run.json"
     run = read_json(path)
     if run.get("format") != FORMAT or not isinstance(run.get("version"), int):
@@ -77,22 +81,22 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"{path}: expected format version {VERSION}, got {run['version']}: upgrade motet"
         )
     encoders = run.get("encoders")
-    sound = isinstance(encoders, dict) and all(
+    valid = isinstance(encoders, dict) and all(
         KEY.fullmatch(slug) and isinstance(spec, dict) and isinstance(spec.get("id"), str)
         for slug, spec in encoders.items()
     )
-    if not sound or not isinstance(run.get("tiling"), dict) or "tiling_hash" not in run:
+    if not valid or not isinstance(run.get("tiling"), dict) or "tiling_hash" not in run:
         raise StoreError(f"{path}: expected tiling, tiling_hash and encoders, got {listed(run)}")
     return run
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return what a folder holds, sorted; nothing where it is not there."""
+    """Return the names in a folder, sorted; an empty list if the folder does not exist."""
     return sorted(os.listdir(folder)) if folder.is_dir() else []
 
 
 def run_hash(run: Mapping[str, Any]) -> str:
-    """Return 16 hex digits of SHA-256 over all of run.json but the hash itself."""
+    """Return 16 hex digits of the SHA-256 of run.json without its entry `hash`."""
     text = json.dumps(
         {name: value for name, value in run.items() if name != "hash"},
         sort_keys=True, separators=(",", ":"),
@@ -101,30 +105,30 @@ def run_hash(run: Mapping[str, Any]) -> str:
 
 
 def check_key(key: str) -> None:
-    """Raise StoreError unless a slide's key can name its folder."""
+    """Raise StoreError unless a key can be the name of a slide's folder."""
     if not KEY.fullmatch(key):
         raise StoreError(f"expected a key of letters, digits, '.', '_' and '-', got {key!r}")
 
 
 def plain(value: Any) -> Any:
-    """Return what JSON gives back for it, so that what is compared is what is stored."""
+    """Return the value as writing and reading JSON leaves it, to compare it with stored values."""
     return json.loads(json_bytes(value))
 
 
 def json_bytes(value: object) -> bytes:
-    """Write JSON as the same bytes each time."""
+    """Return a value as JSON. Equal values give equal bytes."""
 
-    def native(other: object) -> object:
+    def convert(other: object) -> object:
         if isinstance(other, np.generic | np.ndarray):
             return other.tolist()
         if isinstance(other, os.PathLike):
             return os.fspath(other)
         raise TypeError(f"expected what JSON can hold, got {type(other).__name__}")
 
-    text = json.dumps(value, sort_keys=True, allow_nan=False, default=native, indent=1)
+    text = json.dumps(value, sort_keys=True, allow_nan=False, default=convert, indent=1)
     return text.encode() + b"\n"
 
 
 def mapping(value: object) -> Mapping[str, Any]:
-    """Return a JSON object as it is, anything else as an empty one."""
+    """Return a JSON object unchanged, and an empty one for any other value."""
     return value if isinstance(value, dict) else {}

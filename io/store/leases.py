@@ -1,20 +1,31 @@
-"""Leases: who works on what, among processes on any machines that share a folder.
+"""Leases: which worker works on which key, among processes on machines that share a folder.
 
-A lease is a file that its owner creates, touches once per heartbeat, and removes. It keeps workers
-from doing the same work twice; it is not what keeps their results whole, which the commit protocol
-(write.py) does even where two believe to hold one lease.
+A lease is a file. Its owner creates it, sets its modification time once per heartbeat ("touches"
+it), and removes it. Leases only save work: two workers rarely do the same slide. Correct results
+do not depend on them. The commit protocol (write.py) holds even if two workers believe that they
+own one lease.
 
-An owner that died on this machine is known by its process number and start time, under the boot id
-and the process namespace, so that neither a reused number nor a container with the same host name
-deceives. Any other owner is dead once its lease has not been touched during two heartbeats *of the
-watcher's own monotonic clock*: clocks of machines and file servers are never compared, since they
-differ. Hence a lease of a machine that is gone blocks for two heartbeats from the first look at it.
+How a worker learns that the owner of a lease is dead:
 
-A dead lease is taken over by whoever creates the claim, a file named by the dead lease's token, and
-then renames it onto the lease: one rename that only one worker can make. A claim is a lease itself,
-so that a claimer that dies blocks no one. All of it needs atomic rename and exclusive creation
-alone, which shared filesystems have more often than locks. A killed worker may leave a small file
-whose name begins with a dot; it blocks nothing.
+* The owner ran on this machine (same boot id, same namespace of process numbers): it is dead if no
+  process has its process number and its start time. A reused process number has another start
+  time; a container with the same host name has another namespace.
+* The owner ran elsewhere: it is dead once its lease was not touched for two heartbeats, measured by
+  the monotonic clock of the worker that looks. Times of two machines or of the file server are
+  never compared, since their clocks differ. So the lease of a lost machine blocks other workers for
+  two heartbeats, counted from the moment when they first read it.
+
+How a dead owner's lease is taken over:
+
+1. Create the file `.<token of the dead lease>`, the claim. Only one worker can create it.
+2. Read the lease again. If it changed (another worker took it over, or the owner is alive), remove
+   the claim and give up.
+3. Rename the claim onto the lease. The claim already holds the new owner's token.
+
+A claim is itself a lease: if its creator dies before step 3, the next worker takes over the claim
+in the same way. All of this needs only atomic rename and exclusive creation of files. Shared file
+systems provide these more often than file locks. A killed worker may leave a small file whose name
+begins with a dot; it blocks no other worker.
 """
 
 from __future__ import annotations
@@ -33,8 +44,11 @@ from typing import NamedTuple
 HEARTBEAT_S = 30.0
 
 
-class _Found(NamedTuple):
-    """A lease as it was seen; equal only if it is the same lease, not touched in between."""
+class _LeaseState(NamedTuple):
+    """The content and the modification time of a lease file when it was read.
+
+    Two states are equal only if the lease has the same owner and was not touched in between.
+    """
 
     token: str
     touched_ns: int
@@ -46,15 +60,19 @@ class _Found(NamedTuple):
 
 
 class Lease:
-    """Hold a key until it is released; a context manager."""
+    """A lease that this process holds until it releases it; a context manager."""
 
     def __init__(self, leases: Leases, key: str, token: str) -> None:
         self.key, self.token, self._leases, self._pid = key, token, leases, os.getpid()
         self.lost = False
-        """True once another worker has taken it, as this one was halted for two heartbeats."""
+        """True once the lease file has another owner or is gone.
+
+        That happens if this process did not run for two heartbeats (a suspended machine, say):
+        another worker then takes the lease over.
+        """
 
     def release(self) -> None:
-        """Give the key back; a second time does nothing."""
+        """Release the key. A second call does nothing."""
         self._leases._release(self)
 
     def __enter__(self) -> Lease:
@@ -65,21 +83,30 @@ class Lease:
 
 
 class Leases:
-    """Take keys, each for one worker at a time. All its leases are touched by one daemon thread."""
+    """Take leases on keys; each key has one owner at a time.
+
+    One daemon thread touches all the leases that this object has taken and not yet released.
+
+    Args:
+        folder: the folder of the lease files; created with the first lease.
+        heartbeat_s: seconds between two touches.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], heartbeat_s: float = HEARTBEAT_S) -> None:
         self.folder, self.heartbeat_s = Path(folder), heartbeat_s
         self._held: dict[str, Lease] = {}
-        self._seen: dict[str, tuple[_Found, float]] = {}
+        # State of a lease of another machine, and when (monotonic clock) it was first read so.
+        self._seen: dict[str, tuple[_LeaseState, float]] = {}
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def take(self, key: str) -> Lease | None:
-        """Return a lease on the key, or None while another worker, or thread, holds it.
+        """Return a lease on the key, or None while another worker or thread holds it.
 
-        Never waits. Where the owner may be dead on another machine, the time of its death counts
-        from the first call that saw it: call for all keys early, and again later. Whoever got a
-        lease looks again at what it is about: another may have done it just before.
+        Never waits. If the owner ran on another machine, the two heartbeats after which it counts
+        as dead start with the first call: so call this for all keys early, and again later. After
+        taking a lease, check again whether the work is still to be done: another worker may have
+        finished it just before.
         """
         token = self._acquire(key)
         if token is None:
@@ -87,13 +114,14 @@ class Leases:
         lease = Lease(self, key, token)
         with self._lock:
             self._held[token] = lease
-            if self._thread is None or not self._thread.is_alive():  # not alive: after a fork
+            # A forked child inherits the object but not the running thread.
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._beat, name="leases", daemon=True)
                 self._thread.start()
         return lease
 
     def wait(self, key: str) -> Lease:
-        """Return a lease on the key as soon as it can be had: for work of moments."""
+        """Wait until the key is free and return a lease on it. Use it for short work."""
         pause_s = 0.002
         while (lease := self.take(key)) is None:
             time.sleep(pause_s)
@@ -101,19 +129,21 @@ class Leases:
         return lease
 
     def _acquire(self, name: str) -> str | None:
-        """Create the file `name` or take it over from the dead; return its token."""
+        """Create the file `name`, or take it over from a dead owner; return the new token."""
         path, token = self.folder / name, secrets.token_hex(8)
         if self._create(path, token):
             return token
-        found = _look(path)
-        if found is None or not self._is_dead(name, found):
+        state = _read_lease(path)
+        if state is None or not self._is_dead(name, state):
             return None
-        claim = f".{found.token}"
-        token = self._acquire(claim)
+        claim = f".{state.token}"
+        token = self._acquire(claim)  # recursive: the claim may itself be of a dead worker
         if token is None:
             return None
-        # With the claim in hand nobody else replaces that lease. Unless they have: look again.
-        if _look(path) == found:
+        # While this worker holds the claim, no other replaces the dead lease. But one may have
+        # done so before: it renamed its claim away, and only then could this worker create one
+        # of the same name. So read the lease again.
+        if _read_lease(path) == state:
             os.replace(self.folder / claim, path)
             self._seen.pop(name, None)
             return token
@@ -122,81 +152,86 @@ class Leases:
 
     def _create(self, path: Path, token: str) -> bool:
         owner = {
-            "boot": _boot(),
+            "boot": _boot_id(),
             "heartbeat_s": self.heartbeat_s,
             "host": socket.gethostname(),
-            "namespace": _namespace(),
+            "namespace": _pid_namespace(),
             "pid": os.getpid(),
-            "start": _started(os.getpid()),
+            "start": _start_time(os.getpid()),
             "token": token,
         }
         text = json.dumps(owner, sort_keys=True).encode()
-        whole = self.folder / f".{token}.new"
+        complete = self.folder / f".{token}.new"
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            # A link makes the lease and what it says appear at once: a worker that dies in between
-            # leaves no lease without an owner, which would block for two heartbeats.
-            whole.write_bytes(text)
-            os.link(whole, path)
+            # A hard link makes the lease appear together with its content. Created empty and
+            # written afterwards, a lease whose creator dies in between would name no owner and
+            # block for two heartbeats.
+            complete.write_bytes(text)
+            os.link(complete, path)
         except FileExistsError:
             return False
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            return _write_new(path, text)  # a filesystem without links
+            return _create_exclusively(path, text)  # a file system without hard links
         finally:
-            whole.unlink(missing_ok=True)
+            complete.unlink(missing_ok=True)
         return True
 
-    def _is_dead(self, name: str, found: _Found) -> bool:
-        here = found.boot and (found.boot, found.namespace) == (_boot(), _namespace())
-        if here and _started(found.pid) != found.start:
+    def _is_dead(self, name: str, state: _LeaseState) -> bool:
+        this_machine = (_boot_id(), _pid_namespace())
+        is_local = state.boot and (state.boot, state.namespace) == this_machine
+        if is_local and _start_time(state.pid) != state.start:
             return True
+        # A local owner that runs but does not touch its lease is halted: it counts as dead too.
         now = time.monotonic()
         before, since = self._seen.get(name, (None, now))
-        if before != found:
-            self._seen[name] = found, now
+        if before != state:
+            self._seen[name] = state, now
             return False
-        return now - since >= 2 * found.heartbeat_s
+        return now - since >= 2 * state.heartbeat_s
 
     def _beat(self) -> None:
         while True:
             with self._lock:
-                if self._lock.wait_for(lambda: not self._own(), self.heartbeat_s):
+                if self._lock.wait_for(lambda: not self._held_here(), self.heartbeat_s):
                     self._thread = None
                     return
-                held = self._own()
-            for lease in held:
+                leases = self._held_here()
+            for lease in leases:
                 path = self.folder / lease.key
                 try:
-                    found = _look(path)
-                    if found is None or found.token != lease.token:
+                    state = _read_lease(path)
+                    if state is None or state.token != lease.token:
                         lease.lost = True
                         with self._lock:
                             self._held.pop(lease.token, None)
                     else:
                         os.utime(path)
-                except OSError:  # a shared folder that is away for a moment: a beat may be missed
+                # A shared folder may be unreachable for a moment: one heartbeat may be missed,
+                # since others wait for two.
+                except OSError:
                     continue
 
-    def _own(self) -> list[Lease]:
-        """Return the leases of this process: after a fork there are copies of the parent's."""
+    def _held_here(self) -> list[Lease]:
+        """Return the leases of this process. A forked child also has copies of its parent's."""
         return [lease for lease in self._held.values() if lease._pid == os.getpid()]
 
     def _release(self, lease: Lease) -> None:
-        if lease._pid != os.getpid():  # a copy of the parent's, which goes on
+        if lease._pid != os.getpid():  # the copy in a forked child: the parent still holds it
             return
         with self._lock:
             if self._held.pop(lease.token, None) is None:
                 return
             self._lock.notify_all()
         path = self.folder / lease.key
-        found = _look(path)
-        if found is not None and found.token == lease.token:
+        state = _read_lease(path)
+        if state is not None and state.token == lease.token:  # else another worker took it over
             path.unlink(missing_ok=True)
 
 
-def _write_new(path: Path, text: bytes) -> bool:
+def _create_exclusively(path: Path, text: bytes) -> bool:
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -211,8 +246,12 @@ def _write_new(path: Path, text: bytes) -> bool:
     return True
 
 
-def _look(path: Path) -> _Found | None:
-    """Read a lease; None if there is none. Opening it makes network filesystems ask the server."""
+def _read_lease(path: Path) -> _LeaseState | None:
+    """Read a lease; None if there is no such file.
+
+    It is opened even where its times alone are needed: a network file system then asks its server
+    for the times instead of returning cached ones.
+    """
     try:
         with open(path, "rb") as file:
             status, text = os.fstat(file.fileno()), file.read(4096)
@@ -222,38 +261,42 @@ def _look(path: Path) -> _Found | None:
         owner = json.loads(text)
         token, heartbeat_s = str(owner["token"]), float(owner["heartbeat_s"])
         if not (re.fullmatch("[0-9a-f]{16}", token) and 0 < heartbeat_s < 3600):
-            raise ValueError(token)  # nothing of ours: it would name files
-        return _Found(
+            # Not written by motet. The token becomes a file name, so it must be refused.
+            raise ValueError(token)
+        return _LeaseState(
             token, status.st_mtime_ns, str(owner["boot"]), str(owner["namespace"]),
             int(owner["pid"]), str(owner["start"]), heartbeat_s,
         )  # fmt: skip
     except (ValueError, KeyError, TypeError):
-        # Created and not yet written, on a filesystem without links; or after a power cut.
+        # Created but not yet written, on a file system without hard links, or cut by a power
+        # failure. The owner is unknown, so the lease blocks until it is two heartbeats old.
         token = f"{status.st_ino:x}-{status.st_ctime_ns:x}"
-        return _Found(token, status.st_mtime_ns, "", "", 0, "", HEARTBEAT_S)
+        return _LeaseState(token, status.st_mtime_ns, "", "", 0, "", HEARTBEAT_S)
 
 
-def _boot() -> str:
-    """Return what names this machine since it was started, empty where that is not known."""
+def _boot_id() -> str:
+    """Return the id of this machine's current boot, empty if it is not known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
 
 
-def _namespace() -> str:
-    """Return the namespace of process numbers: those of two containers are not comparable."""
+def _pid_namespace() -> str:
+    """Return the namespace of process numbers. Numbers of two containers are not comparable."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
 
-def _started(pid: int) -> str:
-    """Return when a process of this machine started, in clock ticks; empty if it has ended."""
+def _start_time(pid: int) -> str:
+    """Return when a process of this machine started, in clock ticks, empty if it has ended."""
     try:
         state = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return ""
-    fields = state.rpartition(b")")[2].split()  # the name before may hold blanks
+    # The second field is the program's name in parentheses, which may contain spaces: skip it.
+    # After it: field 0 is the process state (Z, X: ended), field 19 the start time.
+    fields = state.rpartition(b")")[2].split()
     return "" if fields[0] in (b"Z", b"X") else fields[19].decode()

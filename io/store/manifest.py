@@ -1,4 +1,4 @@
-"""The manifest: a row per slide, its columns, and what they hold."""
+"""The columns of the manifest, the table with one row per slide."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-# Columns of the manifest, and what they hold.
+# Name and type of each column.
 MANIFEST = {
     "key": "str", "name": "str", "status": "str", "patches": "int", "edge": "int", "pen": "int",
     "blur": "int", "corrupt": "int", "grid": "int", "tissue": "int", "encoders": "str",
@@ -17,13 +17,13 @@ MANIFEST = {
 }  # fmt: skip
 
 
-def table_column(values: list[Any], kind: str) -> pd.Series:
-    """Return a column; what is of another kind than it says is missing."""
+def make_column(values: list[Any], kind: str) -> pd.Series:
+    """Make a column of type `kind`. Values of another type become missing values."""
     import pandas as pd
 
     def fitting(value: Any) -> Any:
         if isinstance(value, str) and kind == "str":
-            # A path that is not UTF-8 has characters that no table can hold.
+            # A path that is not UTF-8 has characters that Parquet cannot hold.
             return value.encode(errors="replace").decode()
         if isinstance(value, float) and kind == "float":
             return value

@@ -1,4 +1,4 @@
-"""A feature store, opened: which slides it holds, which failed (docs/reference/store-format.md)."""
+"""Read a feature store: the slides it holds and those that failed (docs/reference/store-format.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError, listed, suggest
 from .format import KEY, mapping, names_in, read_json, read_run
-from .manifest import MANIFEST, table_column
+from .manifest import MANIFEST, make_column
 from .read_slide import SlideFeatures
 from .verify import Problem, store_problems
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 class FeatureStore(Mapping[str, "SlideFeatures"]):
-    """Open a folder of slides' features, which `motet tile` or `import_features` wrote.
+    """Open a feature store, the folder that `motet tile` or `import_features` wrote.
 
-    A mapping of slide keys to slides. Opening reads one small file; a slide's files are opened when
-    it is asked for, its features are memory-mapped. Besides its key, a slide is found by its name
-    (the path below the folder that was tiled), its file name, and that without its suffix, where
-    only one slide has it. Slides that failed are in `failed` alone. Bytes that cannot be right
-    (missing, cut, of another shape) raise StoreError when they are read; `verify` reads them all.
+    A mapping of slide keys to slides. Opening reads one small file. The files of a slide are opened
+    when the slide is read; its features are memory-mapped. `store[name]` takes the key of a slide,
+    its name (the path relative to the folder that was tiled), its file name, or its file name
+    without suffix, if only one slide has it. Slides that failed are only in `failed`. Damaged files
+    (missing, cut, of another shape) raise StoreError when they are read; `verify` reads all files.
 
     Args:
         path: the cohort folder.
-        encoder: whose features to read, by its id or folder; may be left out where there is one.
+        encoder: id or folder of the encoder whose features to read; optional if the store has one.
 
     Raises:
-        StoreError: no store, of a later format, or without this encoder.
+        StoreError: the folder is no store, is of a later format, or lacks this encoder.
 
     Example:
         >>> import numpy as np
@@ -54,8 +54,8 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         self.run = read_run(self.path)
         """Format, tiling and encoders, as in run.json."""
         self._slug = None if encoder is None else self._slug_of(encoder)
-        self._named: dict[str, list[str]] = {}
-        self._named_at = -1
+        self._keys_by_name: dict[str, list[str]] = {}
+        self._keys_read_ns = -1
 
     def _slug_of(self, encoder: str) -> str:
         encoders = self.run["encoders"]
@@ -75,7 +75,7 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
 
     @property
     def slug(self) -> str:
-        """Return the folder name of the encoder that features are read of."""
+        """Return the folder name of the encoder whose features are read."""
         if self._slug is not None:
             return self._slug
         slugs = list(self.run["encoders"])
@@ -86,7 +86,7 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         return slugs[0]
 
     def __iter__(self) -> Iterator[str]:
-        """Give the keys of slides, sorted; no slide is opened."""
+        """Iterate over the keys of the slides, sorted. No slide is opened."""
         try:
             with os.scandir(self.path / "slides") as entries:
                 names = [entry.name for entry in entries]
@@ -118,35 +118,38 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         )
 
     def find(self, name: str) -> str | None:
-        """Return the key of the slide of this key, name, file name or stem; None if not one."""
+        """Return the key of the one slide with this key, name, file name or stem, else None."""
         keys = self.matches(name)
         return keys[0] if len(keys) == 1 else None
 
     def matches(self, name: str) -> list[str]:
-        """Return the keys of all slides of this key, name, file name or stem."""
+        """Return the keys of all slides with this key, name, file name or stem."""
         if KEY.fullmatch(name) and os.path.isdir(f"{self.path}/slides/{name}.zarr"):
             return [name]
         return self._names().get(name, [])
 
     def _names(self) -> dict[str, list[str]]:
-        """Return keys by all that they may be called, read again where slides came or went."""
+        """Return the keys by name, file name and stem.
+
+        Cached; read again once the folder of slides has changed.
+        """
         try:
             changed_ns = os.stat(f"{self.path}/slides").st_mtime_ns
         except OSError:
             return {}
-        if changed_ns != self._named_at:
-            self._named = {}
+        if changed_ns != self._keys_read_ns:
+            self._keys_by_name = {}
             for key in self:
                 name = str(SlideFeatures(self, key).attrs.get("name", ""))
                 file = name.rpartition("/")[2]
-                for one in {name, file, file.rpartition(".")[0]} - {""}:
-                    self._named.setdefault(one, []).append(key)
-            self._named_at = changed_ns
-        return self._named
+                for alias in {name, file, file.rpartition(".")[0]} - {""}:
+                    self._keys_by_name.setdefault(alias, []).append(key)
+            self._keys_read_ns = changed_ns
+        return self._keys_by_name
 
     @property
     def failed(self) -> dict[str, dict[str, Any]]:
-        """Return name, path, reason, message and attempts of every slide that failed, by key."""
+        """Return the slides that failed by key: name, path, reason, message, attempts."""
         folder = self.path / "failed"
         names = names_in(folder)
         keys = [name.removesuffix(".json") for name in names if name.endswith(".json")]
@@ -157,7 +160,10 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         }
 
     def manifest(self) -> pd.DataFrame:
-        """Return a row per slide, failed ones too, from the store itself, sorted by key."""
+        """Return a table with one row per slide, failed ones too, sorted by key.
+
+        It is read from the slides, not from slides.parquet.
+        """
         import pandas as pd
 
         columns: dict[str, list[Any]] = {name: [] for name in MANIFEST}
@@ -176,13 +182,13 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         for key, record in self.failed.items():
             add({**record, "key": key, "status": "failed", "encoders": ""})
         table = pd.DataFrame(
-            {name: table_column(columns[name], kind) for name, kind in MANIFEST.items()}
+            {name: make_column(columns[name], kind) for name, kind in MANIFEST.items()}
         )
         return table.sort_values("key", ignore_index=True)
 
     def write_manifest(self) -> Path:
-        """Write `manifest()` to slides.parquet, whole or not at all; return its path."""
-        from .disk import replacing  # for readers, of no use
+        """Write `manifest()` to slides.parquet, completely or not at all; return its path."""
+        from .disk import replacing  # here, as those who only read a store do not need it
         from .leases import Leases
 
         path, name = self.path / "slides.parquet", "slides.parquet"
@@ -192,11 +198,11 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         return path
 
     def verify(self) -> list[Problem]:
-        """Read every byte and return what is wrong: an empty list says that all is well.
+        """Read every byte and return the problems; an empty list if there are none.
 
-        Checks that slides open, that shapes and counts agree, the checksum of every chunk, that
-        features are finite but for those of corrupt patches, which are NaN, the hashes of run.json,
-        that slides.parquet, if there, is in step, and that nothing else lies about. What a
-        worker is writing at this moment counts as lying about.
+        Checks that slides can be opened; that shapes and counts agree; the checksum of every chunk;
+        that features of corrupt patches are NaN and all others finite; the hash of run.json; that
+        slides.parquet, if it exists, is up to date; and that there are no other files. Files that
+        a worker is writing at this moment are reported too.
         """
         return [*store_problems(self)]

@@ -1,4 +1,4 @@
-"""One slide of a store: its features, and what is known of its patches."""
+"""One slide of a store: its features and the arrays of its patches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .format import FLAGS, mapping, read_json
 
 
 class OpenedStore(Protocol):
-    """What a slide must know of the store that it is in."""
+    """The attributes of a store that a slide reads; `FeatureStore` has them."""
 
     @property
     def path(self) -> Path: ...
@@ -25,9 +25,9 @@ class OpenedStore(Protocol):
 
 
 class SlideFeatures:
-    """The features of one slide, and what is known of its patches.
+    """The features of one slide and the arrays of its N patches.
 
-    N patches in row-major order; all arrays have a row for each.
+    Patches are in row-major order (by rows, from the top left); each array has one row per patch.
     """
 
     def __init__(self, store: OpenedStore, key: str) -> None:
@@ -38,13 +38,13 @@ class SlideFeatures:
         if meta.get("node_type") != "group" or not isinstance(attrs, dict):
             raise StoreError(f"{self.path}: expected a zarr group with attributes, got another")
         self.attrs: dict[str, Any] = attrs
-        """Source, resolution, counts and status of the slide: docs/reference/store-format.md."""
+        """Attributes of the slide: source, resolution, counts, status; see docs/reference/store-format.md."""
 
     def __repr__(self) -> str:
         return f"SlideFeatures({self.key!r})"
 
     def __len__(self) -> int:
-        """Return N."""
+        """Return N, the number of patches."""
         n = mapping(self.attrs.get("counts")).get("patches")
         if not isinstance(n, int) or n < 0:
             raise StoreError(f"{self.path}: counts.patches: expected a number, got {n!r}")
@@ -52,7 +52,7 @@ class SlideFeatures:
 
     @property
     def encoders(self) -> list[str]:
-        """Return the folders of the encoders that this slide has features of."""
+        """Return the folders of the encoders for which this slide has features."""
         try:
             with os.scandir(f"{self.path}/features") as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir())
@@ -61,17 +61,17 @@ class SlideFeatures:
 
     @property
     def features(self) -> NDArray[np.float16]:
-        """Return float16 [N, D]: a read-only memory map of the file where that is one raw chunk."""
+        """Return float16 [N, D]: a read-only memory map of the file if that is one raw chunk."""
         return self._features.read()
 
     def rows(self, indices: ArrayLike) -> NDArray[np.float16]:
-        """Return the features float16 [n, D] of some patches, in the order asked for.
+        """Return the features float16 [n, D] of the patches `indices` [n], in that order.
 
         Raises:
-            IndexError: no such row.
+            IndexError: a row does not exist.
         """
-        wanted = np.asarray(indices)
-        return self._features.rows(wanted if wanted.size else wanted.astype(np.intp))  # [] is float
+        rows = np.asarray(indices)
+        return self._features.rows(rows if rows.size else rows.astype(np.intp))  # [] is float
 
     @cached_property
     def coords(self) -> NDArray[np.int32]:
@@ -92,17 +92,17 @@ class SlideFeatures:
 
     @property
     def corrupt(self) -> NDArray[np.bool_]:
-        """Return bool [N]: True where there are no features, as the pixels did not decode."""
+        """Return bool [N]: True if the pixels could not be decoded; such features are NaN."""
         return (self.flags & np.uint8(FLAGS.CORRUPT)) != 0
 
     @property
     def thumb(self) -> NDArray[np.uint8] | None:
-        """Return the slide as uint8 [h, w, 3], None if it is not known."""
+        """Return the thumbnail of the slide, uint8 [h, w, 3], None if the store has none."""
         return self._image("thumb", np.uint8, (None, None, 3))
 
     @property
     def mask(self) -> NDArray[np.bool_] | None:
-        """Return the tissue as bool [h, w] over the whole slide, None if it is not known."""
+        """Return the tissue of the whole slide, bool [h, w], None if the store has no mask."""
         return self._image("mask", np.bool_, (None, None))
 
     def bag(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -123,26 +123,26 @@ class SlideFeatures:
         try:
             return self.array(f"features/{slug}", np.float16, (len(self), None))
         except StoreError:
-            if slug in (have := self.encoders):
+            if slug in (slugs := self.encoders):
                 raise
             raise StoreError(
-                f"{self.path}: no features of {slug!r} yet, only of: {listed(have)}"
+                f"{self.path}: no features of {slug!r} yet, only of: {listed(slugs)}"
             ) from None
 
     def array(self, name: str, dtype: type, shape: tuple[int | None, ...]) -> StoredArray:
-        """Open one of its arrays, of this dtype and shape, None for any length.
+        """Open one of its arrays and check its dtype and shape (None for any length).
 
         Raises:
-            StoreError: it is not there, or another.
+            StoreError: it does not exist, or has another dtype or shape.
         """
         array = StoredArray(f"{self.path}/{name}")
         fits = len(shape) == len(array.shape) and all(
-            want in (None, got) for want, got in zip(shape, array.shape, strict=True)
+            expected in (None, got) for expected, got in zip(shape, array.shape, strict=True)
         )
         if array.dtype != dtype or not fits:
-            want = ", ".join("any" if one is None else str(one) for one in shape)
+            sizes = ", ".join("any" if size is None else str(size) for size in shape)
             raise StoreError(
-                f"{array.path}: expected {np.dtype(dtype)} [{want}], got {array.dtype} "
+                f"{array.path}: expected {np.dtype(dtype)} [{sizes}], got {array.dtype} "
                 f"{list(array.shape)}"
             )
         return array

@@ -1,4 +1,4 @@
-"""The file that a slide of the store came from: its name, its key, and how it is known again."""
+"""The file from which a slide was tiled: its name, its key, and how a change of it is detected."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Source:
-    """One slide of a cohort: where it is, and what it is called.
+    """The file of one slide of a cohort.
 
     Args:
         path: the file.
-        name: its path below the folder that was given, with forward slashes, or its file name.
+        name: its path relative to the folder that the user passed, with forward slashes, or its
+            file name if the user passed the file.
     """
 
     path: Path
@@ -24,7 +25,7 @@ class Source:
 
     @property
     def bytes(self) -> int:
-        """Return the size of its file, 0 where that cannot be told: opening it will say why."""
+        """Return the size of the file, 0 if it cannot be read: opening it will raise the error."""
         try:
             return self.path.stat().st_size
         except OSError:
@@ -32,7 +33,11 @@ class Source:
 
     @property
     def key(self) -> str:
-        """Name its folder in a store: letters, digits, '.', '_' and '-' only, and never a path."""
+        """Return the key of the slide: the file's stem and 8 hex digits of the hash of its name.
+
+        It consists of letters, digits, '.', '_' and '-', so it can be the name of a folder. The
+        hash tells slides of the same file name in two folders apart.
+        """
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(self.name).stem).lstrip(".")[:80]
         name = self.name.encode("utf-8", "surrogateescape")
         return f"{stem}-{hashlib.sha256(name).hexdigest()[:8]}"
@@ -45,7 +50,8 @@ def quick_hash(path: str | os.PathLike[str]) -> str:
         path: the file.
 
     Returns:
-        16 hex digits of SHA-256: enough to see that a slide has been exchanged, not for security.
+        16 hex digits of SHA-256. They show that a slide was replaced by another; they do not
+        protect against a forged file.
     """
     part = 1 << 16
     with open(path, "rb") as file:
@@ -57,8 +63,8 @@ def quick_hash(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def described(source: Source) -> dict[str, Any]:
-    """Return what a slide's attributes say of its source: how it is known again."""
+def describe(source: Source) -> dict[str, Any]:
+    """Return the attributes of a slide by which `is_same` recognises its source file."""
     status = source.path.stat()
     return {
         "name": source.name,
@@ -71,16 +77,26 @@ def described(source: Source) -> dict[str, Any]:
     }
 
 
-def is_same(source: Source, known: object) -> bool:
-    """Return True if a source is the file that was known: size and time, else quick hash."""
-    if not isinstance(known, dict):
+def is_same(source: Source, recorded: object) -> bool:
+    """Return True if a source is the file that was recorded in the store.
+
+    It is if its size and modification time are equal, or its size and quick hash (a copied file has
+    another time).
+
+    Args:
+        source: the file now.
+        recorded: what the store holds: `bytes`, `mtime_ns` and, unless it is the note of a failure,
+            `quick_hash`.
+    """
+    if not isinstance(recorded, dict):
         return False
     try:
         status = source.path.stat()
-        if (status.st_size, status.st_mtime_ns) == (known.get("bytes"), known.get("mtime_ns")):
+        state = (status.st_size, status.st_mtime_ns)
+        if state == (recorded.get("bytes"), recorded.get("mtime_ns")):
             return True
-        if status.st_size != known.get("bytes") or "quick_hash" not in known:
+        if status.st_size != recorded.get("bytes") or "quick_hash" not in recorded:
             return False
-        return quick_hash(source.path) == known["quick_hash"]
-    except OSError:  # gone: what is stored of it is all there is
+        return quick_hash(source.path) == recorded["quick_hash"]
+    except OSError:  # the file is gone: keep what the store has of it
         return True

@@ -1,4 +1,4 @@
-"""What is wrong with a store: every byte is read."""
+"""Check a store: read every byte and list the problems."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Problem(NamedTuple):
-    """A finding of `FeatureStore.verify`; key is "" where it is about the store as a whole."""
+    """A problem that `FeatureStore.verify` reports; key is "" if it concerns the whole store."""
 
     key: str
-    what: str
+    message: str
 
 
 class CheckedStore(Protocol):
-    """What is checked of a store: `FeatureStore` is one."""
+    """The attributes of a store that `store_problems` reads; `FeatureStore` has them."""
 
     @property
     def path(self) -> Path: ...
@@ -40,9 +40,9 @@ class CheckedStore(Protocol):
 
 
 def store_problems(store: CheckedStore) -> Iterator[Problem]:
-    """Read every byte and yield what is wrong; see `FeatureStore.verify`."""
+    """Read every byte and yield the problems; see `FeatureStore.verify`."""
     if store.run.get("hash") != run_hash(store.run):
-        yield Problem("", "run.json: its hash is not that of what it says")
+        yield Problem("", "run.json: its hash is not that of its content")
     slides = store.path / "slides"
     for name in names_in(slides):
         if not (name.endswith(".zarr") and KEY.fullmatch(name[:-5])):
@@ -54,11 +54,11 @@ def store_problems(store: CheckedStore) -> Iterator[Problem]:
             yield Problem(key, str(error))
     temporary = store.path / ".tmp"
     for name in names_in(temporary):
-        yield Problem("", f".tmp/{name}: left by a worker that ended, or being written")
+        yield Problem("", f".tmp/{name}: left by a worker that died, or being written")
     try:
-        stale = _manifest_differs(store)
+        stale = _manifest_problem(store)
     except StoreError:
-        stale = ""  # said above, or of failed/
+        stale = ""  # a problem of a slide, reported above, or of failed/, reported below
     if stale:
         yield Problem("", f"slides.parquet: {stale}; write_manifest() makes it again")
     folder = store.path / "failed"
@@ -69,8 +69,8 @@ def store_problems(store: CheckedStore) -> Iterator[Problem]:
             yield Problem(name.removesuffix(".json"), str(error))
 
 
-def _manifest_differs(store: CheckedStore) -> str:
-    """Say what slides.parquet, if it is there, is not; empty if it is in step."""
+def _manifest_problem(store: CheckedStore) -> str:
+    """Return what is wrong with slides.parquet; empty if it is up to date or does not exist."""
     import pandas as pd
 
     path = store.path / "slides.parquet"
@@ -94,18 +94,18 @@ def _slide_problems(slide: SlideFeatures, run: Mapping[str, Any]) -> Iterator[Pr
     for name, count in ({"patches": n} | flag_counts(slide.flags)).items():
         if counts.get(name) != count:
             yield Problem(slide.key, f"counts.{name}: expected {count}, got {counts.get(name)}")
-    held = set(os.listdir(slide.path))
+    names = set(os.listdir(slide.path))
     yield from (
-        Problem(slide.key, f"{one}: not of a slide")
-        for one in sorted(held - {*ARRAYS, "features", "zarr.json"})
+        Problem(slide.key, f"{name}: not of a slide")
+        for name in sorted(names - {*ARRAYS, "features", "zarr.json"})
     )
-    for name in (*ARRAYS[:3], *sorted(held & {*ARRAYS[3:]})):
+    for name in (*ARRAYS[:3], *sorted(names & {*ARRAYS[3:]})):  # thumb and mask may be absent
         try:
             array = StoredArray(f"{slide.path}/{name}")
-            yield from (Problem(slide.key, what) for what in array.check())
+            yield from (Problem(slide.key, problem) for problem in array.check())
         except StoreError as error:
             yield Problem(slide.key, str(error))
-    _ = slide.tissue, slide.thumb, slide.mask
+    _ = slide.tissue, slide.thumb, slide.mask  # raise StoreError if of another dtype or shape
     if read_json(f"{slide.path}/features/zarr.json").get("node_type") != "group":
         yield Problem(slide.key, "features/zarr.json: not of a zarr group")
     if not slide.encoders:
@@ -124,14 +124,14 @@ def _features_problems(
     array = slide.array(f"features/{slug}", np.float16, (len(corrupt), None))
     if spec is None or array.attrs != spec:
         yield Problem(slide.key, f"features/{slug}: of another encoder than run.json's")
-    yield from (Problem(slide.key, what) for what in array.check())
+    yield from (Problem(slide.key, problem) for problem in array.check())
     for first in range(0, len(corrupt), 4096):
-        part = array.rows(np.arange(first, min(first + 4096, len(corrupt))))
-        unlike = np.isfinite(part).all(axis=1) == corrupt[first : first + 4096]
-        # Of a corrupt patch nothing may be there: all NaN.
-        unlike |= corrupt[first : first + 4096] & ~np.isnan(part).all(axis=1)
-        if unlike.any():
-            row = first + int(np.flatnonzero(unlike)[0])
-            want = "NaN, as of a corrupt patch" if corrupt[row] else "finite numbers"
-            yield Problem(slide.key, f"features/{slug}: row {row}: expected {want}")
+        features = array.rows(np.arange(first, min(first + 4096, len(corrupt))))
+        wrong = np.isfinite(features).all(axis=1) == corrupt[first : first + 4096]
+        # All features of a corrupt patch must be NaN, not only one.
+        wrong |= corrupt[first : first + 4096] & ~np.isnan(features).all(axis=1)
+        if wrong.any():
+            row = first + int(np.flatnonzero(wrong)[0])
+            expected = "NaN, as of a corrupt patch" if corrupt[row] else "finite numbers"
+            yield Problem(slide.key, f"features/{slug}: row {row}: expected {expected}")
             return

@@ -1,14 +1,24 @@
-"""The commit protocol: how slides get into a store whole, whatever is killed and whenever.
+"""The commit protocol: a slide enters a store completely or not at all, even if workers are killed.
 
-A slide (write_slide.py) is built in `.tmp/<key>.<token>/`, all its files and folders are synced to
-the disk, and one rename puts it into `slides/`. A reader sees it whole or not at all. Nothing in it
-depends on time or chance, so whoever commits it commits the same bytes; where two do, the first
-wins and the other's is dropped. What a worker that died left in `.tmp/` is removed by the next
-holder of the key's lease (leases.py).
+What is on the disk after each step, and what a crash at that point leaves:
 
-Replacing a slide, whose source changed, takes three renames: the new one becomes `.ready`, the old
-one leaves as `.old`, the new one takes its place. A kill in between loses neither: where a slide is
-missing, `recover` (disk.py) puts `.ready` there, else `.old`.
+1. `begin`: the folder `.tmp/<key>.<token>/` with the file of features, its space allocated.
+   A crash leaves this folder. Readers never look into `.tmp/`.
+2. `write`: features in that file. A crash leaves the same.
+3. `commit`, first part: all other files of the slide, then fsync of every file, then of every
+   folder (`sync_tree`). The order matters: after a power failure a name may be on the disk while
+   the content of its file is not. Once the fsyncs have returned, the whole folder is on the disk.
+4. `commit`, second part: remove `failed/<key>.json`; rename the folder to `slides/<key>.zarr`. The
+   rename is atomic: readers see no slide or the complete one. Then fsync of `slides/`, so that
+   the rename too survives a power failure. A crash between the two removes a note of a failure
+   at worst: the slide is then to be done again.
+
+Only the holder of the key's lease (leases.py) removes `.tmp/<key>.*` of other workers (`recover`
+in disk.py), because without the lease such a folder may belong to a worker that is still writing.
+If the lease failed to keep two workers apart, both commit the same bytes, since nothing in a slide
+depends on time or chance. The first rename wins; the second one fails and its folder is removed.
+
+Replacing a slide (its source file changed) needs three renames; see `swap` in disk.py.
 """
 
 from __future__ import annotations
@@ -29,7 +39,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import SlideError, StoreError
 from .array import StoredArray
-from .disk import LEFT, recover, replacing
+from .disk import REMAINS, recover, replacing
 from .format import (
     FORMAT,
     KEY,
@@ -50,10 +60,11 @@ from .write_slide import SlideWriter, Target
 
 
 class StoreWriter:
-    """Write slides into a cohort folder, beside any number of other workers.
+    """Write slides into a cohort folder; any number of workers may do so at the same time.
 
-    For each source: `state`; unless it is done, take the key's lease and ask for the state again;
-    then `begin` (or `begin_features` where the state is "features"), `write`, `commit`.
+    For each source: call `state`. Unless the slide is done, take the lease on its key and call
+    `state` again. Then call `begin` (or `begin_features` if the state is "features"), `write` and
+    `commit`.
     """
 
     def __init__(self, path: Path, slug: str, run: Mapping[str, Any]) -> None:
@@ -70,19 +81,19 @@ class StoreWriter:
         tiling_hash: str,
         encoder: Mapping[str, Any],
     ) -> StoreWriter:
-        """Create a cohort folder, or go on with one of the same specification.
+        """Create a cohort folder, or open one that has the same specification.
 
         Args:
-            path: the cohort folder; made if it is not there, with its parents.
-            tiling: what was asked for, as JSON.
-            tiling_hash: of it.
+            path: the cohort folder; created, with its parents, if it does not exist.
+            tiling: the arguments of the tiling, as JSON.
+            tiling_hash: hash of `tiling`.
             encoder: `Encoder.spec()`: id, width, weights, transform, precision.
 
         Raises:
-            StoreError: the cohort has another specification: field, expected, got.
+            StoreError: the cohort has another specification; the message names the field.
         """
         folder = Path(path)
-        asked = {"tiling": plain(tiling), "tiling_hash": tiling_hash}
+        specification = {"tiling": plain(tiling), "tiling_hash": tiling_hash}
         spec: dict[str, Any] = plain(encoder)
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"{folder}: expected a folder, got a file")
@@ -95,23 +106,26 @@ class StoreWriter:
                     f"{folder}: expected a new or empty folder, or a store, got one with "
                     f"{strange[0]!r}"
                 )
-        slug = _matching(file, asked, spec) if file.exists() else None
-        if slug is None:  # new here: the cohort, or the encoder
+        slug = _slug_in_run(file, specification, spec) if file.exists() else None
+        if slug is None:  # the cohort, or this encoder of it, is new: run.json must be written
             with Leases(folder / "leases").wait("run.json"):
-                slug = _matching(file, asked, spec) if file.exists() else None
+                # Another worker may have written it while this one waited for the lease.
+                slug = _slug_in_run(file, specification, spec) if file.exists() else None
                 if slug is None:
-                    slug = _add(file, asked, spec)
+                    slug = _add_encoder(file, specification, spec)
         for name in ("slides", "failed", "logs", "leases", ".tmp"):
             (folder / name).mkdir(exist_ok=True)
         return cls(folder, slug, read_run(folder))
 
     def state(self, source: Source) -> str:
-        """Say what is to be done for a source, from a few small reads.
+        """Return the state of a source in the store. Reads a few small files.
 
         Returns:
-            "done"; "empty": done, no patch has tissue; "failed"; "todo"; "features": tiled, but not
-            with this encoder; "changed": there, but of another source file, size of arrays or
-            specification than it should be: begin anew, and commit with replace=True.
+            "todo": not in the store. "done": complete. "empty": done, and no patch has tissue.
+            "failed": noted as failed, and the source file has not changed since. "features":
+            tiled, but without features of this encoder. "changed": in the store, but from another
+            source file, with another specification, or damaged; write it again and commit with
+            replace=True.
         """
         folder = self.path / "slides" / f"{source.key}.zarr"
         if not folder.exists():
@@ -131,8 +145,8 @@ class StoreWriter:
             if not features.exists():
                 return "features"
             array, n = StoredArray(str(features)), _count(attrs)
-            whole = array.shape == (n, self.encoder["width"]) and array.dtype == np.float16
-            if not whole or array.attrs != self.encoder or array.missing():
+            fits = array.shape == (n, self.encoder["width"]) and array.dtype == np.float16
+            if not fits or array.attrs != self.encoder or array.find_missing_chunk():
                 return "changed"
         except StoreError:
             return "changed"
@@ -149,51 +163,52 @@ class StoreWriter:
         mask: NDArray[np.bool_] | None,
         width: int,
     ) -> SlideWriter:
-        """Begin a slide. Its space on the disk is taken at once, so that a full disk says so now.
+        """Begin a slide. Its space on the disk is allocated at once: a full disk is an error now.
 
         Args:
-            key: of the slide, whose lease the caller holds.
-            attrs: JSON; `described(source)` must be part of it, and what else is known of the
-                slide. `counts` may name further numbers; those of patches and flags are added.
-            coords: int32 [N, 2], in row-major order.
-            tissue: the share of each patch that is tissue, [N] from 0 to 1; uint8 is in 255ths.
-            flags: uint8 [N], bits of FLAGS. Corrupt patches get NaN and must not be written.
-            thumb: uint8 [h, w, 3].
-            mask: bool [h, w].
-            width: D.
+            key: key of the slide; the caller holds the lease on it.
+            attrs: attributes of the slide, as JSON: those of `describe(source)` and others.
+                `counts` may hold further numbers; those of patches and flags are added.
+            coords: int32 [N, 2], (x, y) in level-0 px, in row-major order.
+            tissue: share of each patch that is tissue, [N] from 0 to 1; uint8 is in 255ths.
+            flags: uint8 [N], bits of FLAGS. The features of corrupt patches are NaN; do not write
+                them.
+            thumb: uint8 [h, w, 3], the thumbnail.
+            mask: bool [h, w], the tissue in the thumbnail.
+            width: D, the width of the features.
 
         Raises:
-            OSError: the disk is full, or cannot be written to; nothing is left behind.
+            OSError: the disk is full or cannot be written. No file is left.
         """
         check_key(key)
         if "name" not in attrs or "source" not in attrs:
-            raise ValueError(f"attrs: expected those of described(source), got {sorted(attrs)}")
-        places, states = np.asarray(coords), np.asarray(flags)
+            raise ValueError(f"attrs: expected those of describe(source), got {sorted(attrs)}")
+        corners, flag_bits = np.asarray(coords), np.asarray(flags)
         share = np.asarray(tissue)
         if share.dtype != np.uint8:
             share = np.clip(np.rint(np.asarray(share, np.float64) * 255), 0, 255).astype(np.uint8)
-        n = len(places)
-        if places.shape != (n, 2) or share.shape != (n,) or states.shape != (n,):
+        n = len(corners)
+        if corners.shape != (n, 2) or share.shape != (n,) or flag_bits.shape != (n,):
             raise ValueError(
-                f"expected coords [N, 2], tissue [N], flags [N], got {list(places.shape)}, "
-                f"{list(share.shape)}, {list(states.shape)}"
+                f"expected coords [N, 2], tissue [N], flags [N], got {list(corners.shape)}, "
+                f"{list(share.shape)}, {list(flag_bits.shape)}"
             )
         bounds = np.iinfo(np.int32)
-        if n and not (bounds.min <= places.min() and places.max() <= bounds.max):
-            raise ValueError(f"coords: expected int32, got up to {places.max()}")
+        if n and not (bounds.min <= corners.min() and corners.max() <= bounds.max):
+            raise ValueError(f"coords: expected int32, got up to {corners.max()}")
         arrays: dict[str, NDArray[Any] | None] = {
-            "coords": places.astype("<i4"), "tissue": share, "flags": states.astype(np.uint8),
+            "coords": corners.astype("<i4"), "tissue": share, "flags": flag_bits.astype(np.uint8),
             "thumb": thumb, "mask": mask,
         }  # fmt: skip
         recover(self.path, key)
         return SlideWriter(self._target, key, width, arrays, plain(attrs))
 
     def begin_features(self, key: str, width: int) -> SlideWriter:
-        """Begin the features of a further encoder, on the patches that a slide has.
+        """Begin the features of a further encoder, for the patches of a slide in the store.
 
         Raises:
-            StoreError: the slide is not there, or not whole.
-            OSError: as of `begin`.
+            StoreError: the slide does not exist, or is damaged.
+            OSError: as in `begin`.
         """
         check_key(key)
         recover(self.path, key)
@@ -203,18 +218,21 @@ class StoreWriter:
         )
 
     def attempts(self, key: str) -> int | None:
-        """Return how often a slide has failed, None if it is not noted as failed."""
-        return attempts_at_failed(self.path, [key]).get(key)
+        """Return how many times a slide has failed, None if it is not noted as failed."""
+        return read_attempts(self.path, [key]).get(key)
 
     def log(self, key: str, entries: Mapping[str, Any]) -> None:
-        """Note what differs between two runs: seconds, host. Never read by motet."""
+        """Write what differs between two runs (seconds, host) to logs/. motet never reads it."""
         _write_json(self.path, "logs", key, entries)
 
     def clean(self, leases: Leases) -> None:
-        """Remove what dead workers left, leases too, of all keys whose lease can be had now."""
-        left = map(LEFT.fullmatch, names_in(self.path / ".tmp"))
-        held = filter(KEY.fullmatch, names_in(leases.folder))
-        for key in sorted({found[1] for found in left if found} | {*held}):
+        """Remove what dead workers left in `.tmp/` and `leases/`.
+
+        Keys whose lease a living worker holds are left alone.
+        """
+        remains = map(REMAINS.fullmatch, names_in(self.path / ".tmp"))
+        leased_keys = filter(KEY.fullmatch, names_in(leases.folder))
+        for key in sorted({match[1] for match in remains if match} | {*leased_keys}):
             lease = leases.take(key)
             if lease is not None:
                 with lease:
@@ -224,29 +242,34 @@ class StoreWriter:
 def note_failure(
     cohort: Path, key: str, source: Source, error: BaseException, attempts: int
 ) -> None:
-    """Note that a slide failed, and why; a later success removes the note."""
+    """Write `failed/<key>.json`: that a slide failed, and why. A later success removes it."""
     reason = error.reason if isinstance(error, SlideError) else type(error).__name__
     message = error.message if isinstance(error, SlideError) else str(error)
     note = {
         "attempts": attempts, "message": message, "name": source.name, "path": str(source.path),
         "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    with suppress(OSError):  # gone: that may be why it failed
+    with suppress(OSError):  # the file may be gone, which may be why it failed
         status = source.path.stat()
         note |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     _write_json(cohort, "failed", key, note)
 
 
-def attempts_at_failed(cohort: Path, keys: Iterable[str] | None = None) -> dict[str, int]:
-    """Return how often each of the slides that are noted as failed has failed."""
+def read_attempts(cohort: Path, keys: Iterable[str] | None = None) -> dict[str, int]:
+    """Return how many times each slide that is noted as failed has failed.
+
+    Args:
+        cohort: the cohort folder.
+        keys: the slides to look for; all of them if None.
+    """
     folder = cohort / "failed"
     if keys is None:
         keys = [name.removesuffix(".json") for name in names_in(folder) if name.endswith(".json")]
-    found = {}
+    attempts = {}
     for key in keys:
         if (folder / f"{key}.json").exists():
-            found[key] = int(read_json(folder / f"{key}.json").get("attempts", 0))
-    return found
+            attempts[key] = int(read_json(folder / f"{key}.json").get("attempts", 0))
+    return attempts
 
 
 def _write_json(cohort: Path, folder: str, key: str, content: Mapping[str, Any]) -> None:
@@ -255,39 +278,49 @@ def _write_json(cohort: Path, folder: str, key: str, content: Mapping[str, Any])
         partial.write_bytes(json_bytes(content))
 
 
-def _matching(file: Path, asked: Mapping[str, Any], spec: Mapping[str, Any]) -> str | None:
-    """Return the encoder's folder in run.json, None if it is new; refuse any other difference."""
+def _slug_in_run(
+    file: Path, specification: Mapping[str, Any], spec: Mapping[str, Any]
+) -> str | None:
+    """Return the encoder's folder by run.json, None if run.json does not have the encoder.
+
+    Any other difference from run.json is a StoreError.
+    """
     run = read_run(file.parent)
-    for name, value in asked.items():
-        _refuse(file, name, run[name], value)
-    for slug, known in run["encoders"].items():
-        if known["id"] == spec["id"]:
-            _refuse(file, f"encoders.{slug}", known, spec)
+    for name, value in specification.items():
+        _check_equal(file, name, run[name], value)
+    for slug, stored_spec in run["encoders"].items():
+        if stored_spec["id"] == spec["id"]:
+            _check_equal(file, f"encoders.{slug}", stored_spec, spec)
             return slug
     return None
 
 
-def _refuse(file: Path, name: str, expected: object, got: object) -> None:
+def _check_equal(file: Path, name: str, expected: object, got: object) -> None:
+    """Raise StoreError, with the name of the first field that differs, unless both are equal."""
     if isinstance(expected, dict) and isinstance(got, dict):
-        for part in sorted({*expected, *got}):
-            _refuse(file, f"{name}.{part}", expected.get(part), got.get(part))
+        for field in sorted({*expected, *got}):
+            _check_equal(file, f"{name}.{field}", expected.get(field), got.get(field))
     elif expected != got:
         raise StoreError(
             f"{file}: {name}: this store was begun with {expected!r}, got {got!r}: "
-            "ask for the same, or for another folder"
+            "use the same value, or another folder"
         )
 
 
-def _add(file: Path, asked: Mapping[str, Any], spec: dict[str, Any]) -> str:
-    """Create run.json or add an encoder to it; return the encoder's folder."""
+def _add_encoder(file: Path, specification: Mapping[str, Any], spec: dict[str, Any]) -> str:
+    """Add an encoder to run.json, which is created if needed; return the encoder's folder."""
     if file.exists():
         run = read_run(file.parent)
     else:
         made_by = {"motet": _version(), "python": platform.python_version()}
-        run = {"format": FORMAT, "version": VERSION, "encoders": {}, "made_by": made_by, **asked}
+        run = {
+            "format": FORMAT, "version": VERSION, "encoders": {}, "made_by": made_by,
+            **specification,
+        }  # fmt: skip
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", spec["id"]).strip("-.")[-80:].lstrip("-.") or "encoder"
-    taken = {one.lower() for one in run["encoders"]}
-    if slug.lower() in taken:  # of another id
+    # In lower case, as some file systems do not tell upper from lower case.
+    slugs = {other.lower() for other in run["encoders"]}
+    if slug.lower() in slugs:  # the folder of an encoder with another id
         slug = f"{slug}-{sha256(spec['id'].encode()).hexdigest()[:8]}"
     run["encoders"][slug] = spec
     run["hash"] = run_hash(run)

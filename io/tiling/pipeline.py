@@ -27,7 +27,7 @@ from ..store.disk import FULL
 from ..store.format import FLAGS
 from ..store.leases import Lease, Leases
 from ..store.read import FeatureStore
-from ..store.source import Source, described
+from ..store.source import Source, describe
 from ..store.write import StoreWriter, note_failure
 from ..store.write_slide import SlideWriter
 from .ahead import Ahead
@@ -258,7 +258,7 @@ class _Worker:
                 f"max_damaged={self.settings.max_damaged:g} of them",
             )
         attrs = {
-            **described(source),
+            **describe(source),
             "vendor": slide.vendor,
             "reader": slide.reader,
             "width": slide.levels[0].width,

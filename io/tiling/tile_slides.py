@@ -124,7 +124,7 @@ def tile_slides(
         >>> motet.io.FeatureStore("tiled")["tissue"].features.shape[0] > 5
         True
     """
-    from ..store.write import attempts_at_failed
+    from ..store.write import read_attempts
     from .pipeline import WorkerSettings
 
     tiling = _tiling(mpp, mag, downsample, tile_px, border, min_tissue)
@@ -145,7 +145,7 @@ def tile_slides(
         max_damaged=max_damaged,
         decoders=max(1, len(os.sched_getaffinity(0)) // max(1, workers)),
         batch=batch,
-        retry=attempts_at_failed(Path(out)),
+        retry=read_attempts(Path(out)),
     )  # fmt: skip
     patches = 0
 
