@@ -187,10 +187,10 @@ def test_large_files_are_read_or_refused(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring.tolist()]}))
     mask = read_mask(path, SIZE, (700, 1000))
     assert abs(mask.sum() / (np.pi * 300**2) - 1) < 1e-3
-    monkeypatch.setattr("motet.io.tiling.masks._MOST_CROSSINGS", 1000)
+    monkeypatch.setattr("motet.io.tiling.masks._MAX_CROSSINGS", 1000)
     with pytest.raises(StoreError, match="cross the thumbnail's rows at most 1,000 times"):
         read_mask(path, SIZE, (700, 1000))
-    monkeypatch.setattr("motet.io.tiling.masks._MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("motet.io.tiling.masks._MAX_BYTES", 1 << 20)
     assert path.stat().st_size > 1 << 20
     with pytest.raises(StoreError, match="at most 1 MiB, got .* simplify"):
         read_mask(path, SIZE, (700, 1000))

@@ -21,7 +21,7 @@ from motet.io.store.format import FLAGS
 from motet.io.store.leases import Leases
 from motet.io.store.source import Source
 from motet.io.tiling.pipeline import WorkerSettings
-from motet.io.tiling.workers import _own_gpu, run_here
+from motet.io.tiling.workers import _gpu_environment, run_here
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -390,8 +390,8 @@ def test_another_specification_is_refused(cohort: Path, undisturbed: Path) -> No
         ({"border": "wrap"}, "border: expected"),
         ({"min_tissue": 2}, "min_tissue: expected"),
         ({"max_damaged": -1}, "max_damaged: expected 0 to 1, got -1"),
-        ({"workers": -1}, "workers: expected a whole number of at least 0, got -1"),
-        ({"batch": 0}, "batch: expected a whole number of at least 1, got 0"),
+        ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
+        ({"batch": 0}, "batch: expected an integer of at least 1, got 0"),
         ({"shard": (3, 3)}, r"shard: expected \(i, n\) with 0 <= i < n, got \(3, 3\)"),
         ({"reader": "vips"}, "reader: expected auto, cucim, openslide, tifffile, pillow"),
         ({"missing_mpp": "guess"}, "missing_mpp: expected fail, skip, got 'guess'"),
@@ -399,7 +399,7 @@ def test_another_specification_is_refused(cohort: Path, undisturbed: Path) -> No
         ({"slide_mpp": {"a": "b"}}, "slide_mpp of a: expected a number above 0, got 'b'"),
         ({"masks": "nowhere"}, "masks: expected a folder, got 'nowhere'"),
         ({"encoder": "stane-stats"}, "stain-stats"),
-        ({"encoder": Quiet(), "workers": 1}, "encoder: an object cannot be given"),
+        ({"encoder": Quiet(), "workers": 1}, "encoder: an object cannot be sent"),
         ({"slides": []}, "slides: no slide in"),
     ],
 )
@@ -552,10 +552,10 @@ def test_mutated_files_do_not_stop_a_cohort(tmp_path: Path) -> None:
 
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    seen = [_own_gpu(worker).get("CUDA_VISIBLE_DEVICES") for worker in range(4)]
+    seen = [_gpu_environment(worker).get("CUDA_VISIBLE_DEVICES") for worker in range(4)]
     assert seen == ["2", "5", "7", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert _own_gpu(1) == {}
+    assert _gpu_environment(1) == {}
 
 
 def test_decoding_follows_the_encoder_to_its_gpu(

@@ -1,4 +1,4 @@
-"""Read a feature store: the slides it holds and those that failed (docs/reference/store-format.md)."""
+"""Read a feature store: its slides, and those that failed (docs/reference/store-format.md)."""
 
 from __future__ import annotations
 

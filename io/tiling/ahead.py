@@ -1,4 +1,4 @@
-"""Run an iterator ahead of who iterates, in a thread of its own."""
+"""Run an iterator in its own thread, ahead of the thread that consumes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Run an iterator in a thread of its own, at most `depth` items ahead of who iterates."""
+    """Run an iterator in its own thread, at most `depth` items ahead of the consumer.
+
+    An error of the iterator is raised in the consumer, after the items before it.
+
+    Args:
+        items: the iterator; closed at its end, if it is a generator.
+        depth: length of the queue between both threads.
+        name: name of the thread.
+    """
 
     def __init__(self, items: Iterator[T], depth: int, name: str) -> None:
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
@@ -32,6 +40,7 @@ class Ahead(Generic[T]):
                 items.close()
 
     def _put(self, kind: str, value: object) -> bool:
+        """Put an item into the queue, waiting while it is full; False once stopped."""
         while not self._stopped.is_set():
             try:
                 self._queue.put((kind, value), timeout=0.1)

@@ -1,4 +1,4 @@
-"""Which patches of a slide hold tissue, and what else is known of each: ink, blur, damage."""
+"""Find the patches of a slide that hold tissue, and flag those with ink, blur or damage."""
 
 from __future__ import annotations
 
@@ -21,40 +21,41 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 THUMB_PX = 2048
+"""Longest side of a thumbnail, px; at least half of it where the slide is that large."""
 PEN_SHARE, BLUR_SHARE = 0.05, 0.5
-"""Shares of a patch from which on it is flagged."""
+"""A patch is flagged if at least this share of it is ink, or blurred tissue."""
 
 
 @dataclass(frozen=True, eq=False)
 class TissuePatches:
-    """Hold the N patches of a slide that are kept.
+    """The N patches of a slide that are kept, because they hold enough tissue.
 
     Args:
-        grid: all patches, G of them.
-        kept: int64 [N], which of the grid.
-        tissue: float64 [N], how much of each is tissue.
+        grid: all G patches of the slide.
+        kept: int64 [N], indices of the grid.
+        tissue: float64 [N], the share of each patch that is tissue.
         flags: uint8 [N], bits of FLAGS.
-        touched: how many of the grid hold any tissue.
-        thumb: uint8 [h, w, 3], the slide.
-        mask: bool [h, w], its tissue.
+        with_tissue: number of patches of the grid that hold any tissue.
+        thumb: uint8 [h, w, 3], the thumbnail of the slide.
+        mask: bool [h, w], the tissue in the thumbnail.
     """
 
     grid: Grid
     kept: NDArray[np.int64]
     tissue: NDArray[np.float64]
     flags: NDArray[np.uint8]
-    touched: int
+    with_tissue: int
     thumb: NDArray[np.uint8]
     mask: NDArray[np.bool_]
 
     @property
     def corrupt(self) -> NDArray[np.bool_]:
-        """Return bool [N]: the file's own tiles are damaged there."""
+        """Return bool [N]: True if the patch lies on damaged tiles of the file."""
         return (self.flags & np.uint8(FLAGS.CORRUPT)) != 0
 
     @property
     def why_empty(self) -> str | None:
-        """Say why no patch is kept, None if one is."""
+        """Return why no patch is kept, None if at least one is."""
         if len(self.kept):
             return None
         if not len(self.grid.coords):
@@ -65,16 +66,16 @@ class TissuePatches:
 def find_patches(
     slide: Slide, tiling: Tiling, mpp: float | None, mask_file: Path | None
 ) -> TissuePatches:
-    """Lay patches over a slide, and keep those that hold enough tissue.
+    """Divide a slide into patches, and keep those that hold enough tissue.
 
     Args:
-        slide: where to look.
-        tiling: resolution, size, border of patches, and how much is enough.
+        slide: the slide.
+        tiling: resolution, size and border of patches, and the least share of tissue.
         mpp: micrometres per level-0 pixel, None if not known.
-        mask_file: the user's own mask of tissue, to take instead of what is found.
+        mask_file: the user's own mask of the tissue, used instead of `tissue_mask`.
 
     Raises:
-        SlideError: of `make_grid`, or "damaged" where nothing can be read.
+        SlideError: as in `make_grid`, or "damaged" if no thumbnail can be read.
         StoreError: the mask cannot be used.
     """
     grid = make_grid(slide, tiling, mpp)
@@ -85,7 +86,8 @@ def find_patches(
     if mask_file is not None:
         mask = read_mask(mask_file, size, thumb.shape[:2])
     blur = blur_mask(thumb, mask, um_per_px)
-    # Where the thumbnail itself is damaged nobody knows: such patches are flagged, not dropped.
+    # Where the thumbnail itself is damaged, tissue cannot be seen. Count it as tissue: the patches
+    # are then kept and flagged as corrupt, not silently dropped.
     mask |= _damaged_mask(slide, mask.shape)
 
     def share_of(mask: NDArray[np.bool_], patches: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -95,57 +97,57 @@ def find_patches(
     kept = np.flatnonzero(tissue >= tiling.min_tissue)
     coords = grid.coords[kept]
     flags = np.zeros(len(kept), np.uint8)
-    for flag, where in (
+    for flag, is_set in (
         (FLAGS.EDGE, grid.edge[kept]),
         (FLAGS.PEN, share_of(pen, coords) >= PEN_SHARE),
         (FLAGS.BLUR, share_of(blur, coords) >= BLUR_SHARE),
         (FLAGS.CORRUPT, damaged_patches(slide, grid)[kept]),
     ):
-        flags[where] |= np.uint8(flag)
-    touched = int(np.count_nonzero(tissue))
-    return TissuePatches(grid, kept, tissue[kept], flags, touched, thumb, mask)
+        flags[is_set] |= np.uint8(flag)
+    with_tissue = int(np.count_nonzero(tissue))
+    return TissuePatches(grid, kept, tissue[kept], flags, with_tissue, thumb, mask)
 
 
 def thumb_px(slide: Slide) -> int:
-    """Return the longest side of a slide's thumbnail: 1024 to 2048 px where it is that large.
+    """Return the longest side of a slide's thumbnail: 1024 to 2048 px if the slide is that large.
 
-    It is a whole part of the coarsest level that is large enough, so that hardly anything is read.
+    It is that of the coarsest level with at least 1024 px, divided by an integer: so few pixels are
+    read, and the thumbnail is a mean of whole pixels.
     """
-    longest = [max(level.width, level.height) for level in slide.levels]
-    side = min((side for side in longest if side >= THUMB_PX // 2), default=longest[0])
+    sides = [max(level.width, level.height) for level in slide.levels]
+    side = min((side for side in sides if side >= THUMB_PX // 2), default=sides[0])
     return side // math.ceil(side / THUMB_PX)
 
 
 def find_tissue(
     thumb: NDArray[np.uint8], um_per_px: float | None, patch_px: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return masks of tissue and of pen, from a thumbnail reduced until a patch is 5 px wide.
+    """Return the masks of tissue and of ink, each bool [h, w].
 
-    So that a slide of few tiles is not held up by its thumbnail.
+    They are computed on the thumbnail reduced until a patch is about 5 px wide, which is fine
+    enough for the share of a patch. On a slide with few large patches, masks of the full thumbnail
+    would take longer than the patches.
 
     Args:
         thumb: uint8 [h, w, 3].
-        um_per_px: of the thumbnail.
+        um_per_px: micrometres per pixel of the thumbnail, None if not known.
         patch_px: side of a patch in px of the thumbnail.
-
-    Returns:
-        Two of bool [h, w].
     """
     factor = max(1, min(int(patch_px / 5), max(thumb.shape) // 256))
     small = np.asarray(Image.fromarray(thumb).reduce(factor))
     pen = pen_mask(small)
     tissue = tissue_mask(small, um_per_px * factor if um_per_px else None) & ~pen
     height, width = thumb.shape[:2]
-    found = [mask.repeat(factor, 0)[:height].repeat(factor, 1)[:, :width] for mask in (tissue, pen)]
-    return found[0], found[1]
+    masks = [mask.repeat(factor, 0)[:height].repeat(factor, 1)[:, :width] for mask in (tissue, pen)]
+    return masks[0], masks[1]
 
 
 def _damaged_mask(slide: Slide, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Return where the thumbnail, of this shape, is white because its level's tiles are damaged."""
+    """Return bool [h, w]: True where the thumbnail is white because of damaged tiles."""
     number = thumbnail_level(slide.levels, thumb_px(slide))
-    level, found = slide.levels[number], np.zeros(shape, bool)
+    level, mask = slide.levels[number], np.zeros(shape, bool)
     down, across = shape[0] / level.height, shape[1] / level.width
     for x, y, width, height in slide.damaged(number).tolist():
         rows = slice(int(y * down), math.ceil((y + height) * down))
-        found[rows, int(x * across) : math.ceil((x + width) * across)] = True
-    return found
+        mask[rows, int(x * across) : math.ceil((x + width) * across)] = True
+    return mask

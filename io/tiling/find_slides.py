@@ -1,4 +1,4 @@
-"""Find slides in folders and lists, each with a name of its own."""
+"""Find slides in folders and lists, and give each one its name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ SUFFIXES = {
 
 
 def find_slides(paths: Iterable[str | os.PathLike[str]]) -> list[Source]:
-    """Find the slides that are meant, sorted by name.
+    """Find the slides in folders and lists of slides, sorted by name.
 
-    Folders are searched in depth for files of known slide extensions, without hidden ones; a link
-    that leads back ends there. Of each series of DICOM files in a folder the largest image stands
-    for the slide. A .txt or .csv file lists slides, one per line or in a column `path`, from its
-    own folder. Other files are taken as they are.
+    Folders are searched with their subfolders for files with the suffix of a slide; hidden files
+    and folders are left out, and a link to a folder that was searched already is not followed.
+    Of the DICOM files of one series in a folder, the one with the largest image is the slide. A
+    .txt file lists slides, one per line, a .csv file in its column `path`; paths are relative to
+    the list's folder. Any other file counts as a slide.
 
     Args:
         paths: folders, slides and lists.
@@ -33,27 +34,27 @@ def find_slides(paths: Iterable[str | os.PathLike[str]]) -> list[Source]:
 
     Raises:
         SlideError: "missing", for a path that does not exist.
-        ValueError: if two slides would have one key.
+        ValueError: two slides have the same key.
     """
-    found: dict[str, Source] = {}
+    source_of_key: dict[str, Source] = {}
     for path in map(Path, paths):
-        for source in _below(path):
-            known = found.setdefault(source.key, source)
-            if known is not source and os.path.realpath(known.path) != os.path.realpath(
+        for source in _sources_of(path):
+            other = source_of_key.setdefault(source.key, source)
+            if other is not source and os.path.realpath(other.path) != os.path.realpath(
                 source.path
             ):
                 raise ValueError(
-                    f"paths: {str(known.path)!r} and {str(source.path)!r} are both called "
+                    f"paths: {str(other.path)!r} and {str(source.path)!r} are both called "
                     f"{source.name!r}; give the folder that holds both"
                 )
-    return sorted(found.values(), key=lambda source: source.name)
+    return sorted(source_of_key.values(), key=lambda source: source.name)
 
 
-def _below(path: Path) -> Iterator[Source]:
+def _sources_of(path: Path) -> Iterator[Source]:
     if path.is_dir():
         yield from _search(path)
     elif path.suffix.lower() in (".txt", ".csv") and path.is_file():
-        for name in _listed(path):
+        for name in _read_list(path):
             yield Source(path.parent / name, Path(name).as_posix())
     elif path.exists():
         yield Source(path, path.name)
@@ -62,23 +63,24 @@ def _below(path: Path) -> Iterator[Source]:
 
 
 def _search(top: Path) -> Iterator[Source]:
-    seen: set[tuple[int, int]] = set()
-    for folder, inner, files in os.walk(top, followlinks=True):
-        state = os.stat(folder)
-        if (state.st_dev, state.st_ino) in seen:
-            inner.clear()
+    visited: set[tuple[int, int]] = set()  # device and inode: a link may lead back to a folder
+    for folder, subfolders, files in os.walk(top, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            subfolders.clear()
             continue
-        seen.add((state.st_dev, state.st_ino))
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        chosen = [
+        visited.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        slides = [
             Path(folder, name) for name in sorted(files)
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
         ]  # fmt: skip
-        for path in _one_per_series([path for path in chosen if path.is_file()]):
+        for path in _one_per_series([path for path in slides if path.is_file()]):
             yield Source(path, path.relative_to(top).as_posix())
 
 
-def _listed(path: Path) -> list[str]:
+def _read_list(path: Path) -> list[str]:
+    """Return the paths that a .txt or .csv file lists."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -94,7 +96,7 @@ def _listed(path: Path) -> list[str]:
 
 
 def _one_per_series(paths: list[Path]) -> list[Path]:
-    """Keep of the DICOM files of one series that with the most px; others as they are."""
+    """Keep the largest image of each DICOM series, and all files that are not DICOM slides."""
     largest: dict[str, tuple[int, Path]] = {}
     kept = []
     for path in paths:
@@ -106,18 +108,24 @@ def _one_per_series(paths: list[Path]) -> list[Path]:
     return sorted([*kept, *(path for _, path in largest.values())])
 
 
+# Types of elements with a length of 4 bytes, after 2 reserved ones; all others have 2 bytes.
 _LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT"}
 _SERIES, _COLUMNS, _ROWS = (0x0020, 0x000E), (0x0048, 0x0006), (0x0048, 0x0007)
 
 
 def dicom_series(path: Path) -> tuple[str, int] | None:
-    """Read a DICOM file's SeriesInstanceUID and the px of its whole matrix, from its header.
+    """Read the SeriesInstanceUID of a DICOM slide and the number of px of its image.
+
+    Only explicit little endian is read, the transfer syntax of slides: an element is a tag (group,
+    element), two letters for its type, its length, and that many bytes. Sequences and their items
+    may have the length 0xFFFFFFFF, which means that an end tag follows; elements inside of them are
+    skipped.
 
     Args:
         path: the file.
 
     Returns:
-        The two, or None where it is no slide in explicit little endian, the form that slides have.
+        Both, or None if the file is no DICOM slide, or of another transfer syntax.
     """
     try:
         with open(path, "rb") as file:
@@ -126,12 +134,12 @@ def dicom_series(path: Path) -> tuple[str, int] | None:
         return None
     if data[128:132] != b"DICM":
         return None
-    found: dict[tuple[int, int], bytes] = {}
-    at, depth = 132, 0
+    values: dict[tuple[int, int], bytes] = {}
+    at, depth = 132, 0  # depth: open sequences and items of unknown length
     try:
-        while len(found) < 3:
+        while len(values) < 3:
             group, element = struct.unpack_from("<HH", data, at)
-            if group == 0xFFFE:  # items of a sequence and their ends
+            if group == 0xFFFE:  # an item of a sequence (E000), or the end of either
                 (length,) = struct.unpack_from("<I", data, at + 4)
                 at += 8
                 if element == 0xE000 and length != 0xFFFFFFFF:
@@ -148,9 +156,9 @@ def dicom_series(path: Path) -> tuple[str, int] | None:
                 depth += 1
                 length = 0
             elif depth == 0 and (group, element) in (_SERIES, _COLUMNS, _ROWS):
-                found[group, element] = data[start : start + length]
+                values[group, element] = data[start : start + length]
             at = start + length
-        sides = [struct.unpack("<I", found[tag])[0] for tag in (_COLUMNS, _ROWS)]
-    except struct.error:  # the data end
+        sides = [struct.unpack("<I", values[tag])[0] for tag in (_COLUMNS, _ROWS)]
+    except struct.error:  # beyond the end of the data, or of a value of another length
         return None
-    return found[_SERIES].decode("ascii", "replace").strip("\0 "), sides[0] * sides[1]
+    return values[_SERIES].decode("ascii", "replace").strip("\0 "), sides[0] * sides[1]

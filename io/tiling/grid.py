@@ -1,4 +1,4 @@
-"""Where the patches of a slide lie: level, resolution, coordinates."""
+"""Compute where the patches of a slide lie: their level, resolution and coordinates."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from ..slides.slide import Slide
 
 BORDERS = ("drop", "shift", "pad")
-CLOSE = 1.02  # resolutions whose ratio is at most this are the same
-MOST = 2**24  # patches of a slide
+CLOSE = 1.02  # resolutions with at most this ratio count as equal
+MAX_PATCHES = 2**24  # of a slide
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Say how slides are cut into patches.
+    """How slides are cut into patches.
 
     Args:
-        mpp: micrometres per pixel of the patches; this or `downsample`.
-        downsample: level-0 pixels per pixel of the patches, 1 or more, whatever they measure.
+        mpp: micrometres per pixel of the patches; either this or `downsample`.
+        downsample: level-0 pixels per pixel of the patches, 1 or more, whatever the resolution.
         tile_px: side of the patches in pixels.
-        border: what becomes of patches that reach beyond the slide: "drop" leaves them out, "shift"
-            moves them inwards, "pad" fills them with white.
-        min_tissue: share of a patch that has to be tissue, 0 to 1.
+        border: patches that reach beyond the slide: "drop" leaves them out, "shift" moves them
+            inwards, "pad" fills them with white.
+        min_tissue: least share of a patch that must be tissue, 0 to 1.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: an argument has another value.
     """
 
     mpp: float | None = None
@@ -68,31 +68,31 @@ class Tiling:
             raise ValueError(f"min_tissue: expected 0 to 1, got {self.min_tissue}")
 
     def to_json(self) -> dict[str, float | int | str | None]:
-        """Return the fields, as stores keep them."""
+        """Return the fields as they are written to run.json of a store."""
         return asdict(self)
 
     @property
     def hash(self) -> str:
-        """Return 16 hexadecimal digits that tell this tiling from others."""
+        """Return 16 hexadecimal digits of the SHA-256 of the fields."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Hold the G patches of a slide, row by row.
+    """The G patches of a slide, row by row.
 
     Args:
-        level: the level that they are read from.
-        ratio: its pixels per pixel of a patch; 1.0 means that pixels are taken as they are.
-        read_px: side of a patch in its pixels, tile_px * ratio.
+        level: the level from which the patches are read.
+        ratio: pixels of the level per pixel of a patch; if 1.0, pixels are copied.
+        read_px: side of a patch in pixels of the level, tile_px * ratio.
         footprint_px: side of a patch in level-0 pixels.
-        mpp: micrometres per pixel of the patches, None where the slide's are not known.
+        mpp: micrometres per pixel of the patches, None if the slide's resolution is not known.
         tile_px: side of a patch in its own pixels.
-        coords: int32 [G, 2], level-0 pixels (x, y), the upper left corner.
-        corners: float64 [G, 2], the same in pixels of the level, from which pixels are taken.
-        edge: bool [G], the patch was moved inwards or reaches beyond the slide.
-        shape: rows and columns of patches; G is their product.
+        coords: int32 [G, 2], (x, y) of the upper left corners in level-0 pixels, rounded.
+        corners: float64 [G, 2], the same in pixels of the level, not rounded; used for reading.
+        edge: bool [G], True if the patch was moved inwards or reaches beyond the slide.
+        shape: number of rows and columns of patches; G is their product.
     """
 
     level: int
@@ -108,55 +108,61 @@ class Grid:
 
 
 def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
-    """Choose a level of a slide and lay patches over it.
+    """Choose a level of a slide and place patches on it.
 
-    The level is the coarsest that is no coarser than asked for, give or take 2 %. Within 2 % of
-    what is asked for, its pixels are taken as they are, and patches begin at whole ones. Otherwise
-    a patch is the area mean of tile_px * target level-0 px, and begins at a whole one of these.
+    The level is the coarsest one whose resolution is at least that of the patches, with a tolerance
+    of 2 %. If it is within 2 % of the resolution of the patches, pixels of the level are copied,
+    and patches begin at integer pixels of the level. Otherwise a patch is the area mean of
+    tile_px * target level-0 px, and begins at an integer level-0 px.
 
     Args:
-        slide: what to lay them over.
-        tiling: resolution, size, border.
+        slide: the slide.
+        tiling: resolution, size and border.
         mpp: micrometres per level-0 pixel, None if not known.
 
     Returns:
-        The grid; with border "drop" on a slide smaller than a patch, one of no patches.
+        The grid. With border "drop" and a slide smaller than a patch it has no patches.
 
     Raises:
-        SlideError: of reason "no-mpp" if a resolution is asked for that the slide does not know,
-            "resolution" if the slide is more than 2 % coarser than asked for, "too-large" if there
+        SlideError: "no-mpp" if the tiling has an mpp and that of the slide is not known,
+            "resolution" if the slide is more than 2 % coarser than the tiling, "too-large" if there
             would be more than 16 million patches.
     """
     target, index = _target_and_level(slide, tiling, mpp)
-    level, whole = slide.levels[index], slide.levels[0]
-    as_it_is = level.downsample >= target / CLOSE
-    scale = level.downsample if as_it_is else target
-    # Where patches begin, in whole units: px of the level where these are taken as they are, else
-    # level-0 px. What lies beyond the level is no part of the slide: 4097 px at 4 are 1024.
-    unit = level.downsample if as_it_is else 1.0
+    level, level_0 = slide.levels[index], slide.levels[0]
+    copies = level.downsample >= target / CLOSE
+    scale = level.downsample if copies else target  # level-0 px per px of a patch
+    # Patches begin at integer units: px of the level if these are copied, else level-0 px. The
+    # slide ends where the level ends: 4097 level-0 px at a downsample of 4 are 1024 px, and the
+    # last level-0 px belongs to no patch.
+    unit = level.downsample if copies else 1.0
     length = tiling.tile_px * scale / unit
-    extents = ((whole.width, level.width), (whole.height, level.height))
+    extents = ((level_0.width, level.width), (level_0.height, level.height))
     sides = [math.floor(min(base, px * level.downsample) / unit + 1e-9) for base, px in extents]
     if tiling.border == "drop":
         columns, rows = (math.floor(side / length + 1e-9) for side in sides)
     else:
         columns, rows = (math.ceil(side / length - 1e-9) for side in sides)
-    if rows * columns > MOST:
+    if rows * columns > MAX_PATCHES:
         raise SlideError(
-            slide.path, "too-large", f"expected at most {MOST} patches, got {rows} x {columns}"
+            slide.path,
+            "too-large",
+            f"expected at most {MAX_PATCHES} patches, got {rows} x {columns}",
         )
-    places = [np.rint(np.arange(n) * length) for n in (columns, rows)]
-    # The last whole place; rounded ones may be half a unit beyond it.
+    begins = [np.rint(np.arange(n) * length) for n in (columns, rows)]
+    # The last begin of a patch inside of the slide. Rounding may put a begin half a unit beyond.
     lasts = [math.floor(side - length + 1e-6) for side in sides]
-    edges = [at > last for at, last in zip(places, lasts, strict=True)]
+    edges = [begin > last for begin, last in zip(begins, lasts, strict=True)]
     if tiling.border == "drop":
         edges = [np.zeros_like(edge) for edge in edges]
     if tiling.border != "pad":
-        places = [np.minimum(at, max(last, 0)) for at, last in zip(places, lasts, strict=True)]
-    corners = np.stack([np.tile(places[0], rows), np.repeat(places[1], columns)], axis=1)
+        begins = [
+            np.minimum(begin, max(last, 0)) for begin, last in zip(begins, lasts, strict=True)
+        ]
+    corners = np.stack([np.tile(begins[0], rows), np.repeat(begins[1], columns)], axis=1)
     return Grid(
         level=index,
-        ratio=1.0 if as_it_is else target / level.downsample,
+        ratio=1.0 if copies else target / level.downsample,
         read_px=tiling.tile_px * scale / level.downsample,
         footprint_px=tiling.tile_px * scale,
         mpp=None if mpp is None else mpp * scale,
@@ -169,46 +175,48 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
 
 
 def _target_and_level(slide: Slide, tiling: Tiling, mpp: float | None) -> tuple[float, int]:
-    """Return level-0 px per pixel of the patches, and the level to read them from."""
+    """Return the target (level-0 px per px of the patches) and the index of the level to read."""
     if tiling.downsample is not None:
         target = float(tiling.downsample)
     elif mpp is not None and 1e-4 < mpp < 1e6:
-        # To 12 digits: a quotient of 3.0000000000000004 must not cost the last column.
+        # Rounded to 12 digits: with 3.0000000000000004 the last column would not fit.
         target = round(tiling.mpp / mpp, 12)  # pyright: ignore[reportOptionalOperand]
     else:
         raise SlideError(
             slide.path,
             "no-mpp",
-            f"expected its micrometres per pixel, got {mpp}: give them, or ask for a downsample",
+            f"expected its micrometres per pixel, got {mpp}: set slide_mpp, or use downsample",
         )
-    fine = [i for i, level in enumerate(slide.levels) if level.downsample <= target * CLOSE]
-    if not fine:
+    fine_levels = [i for i, level in enumerate(slide.levels) if level.downsample <= target * CLOSE]
+    if not fine_levels:
         raise SlideError(
             slide.path,
             "resolution",
             f"expected {tiling.mpp} micrometres per pixel or finer, got {mpp}: nothing is enlarged",
         )
-    return target, max(fine, key=lambda i: slide.levels[i].downsample)
+    return target, max(fine_levels, key=lambda i: slide.levels[i].downsample)
 
 
 def damaged_patches(slide: Slide, grid: Grid) -> np.ndarray:
-    """Return bool [G]: whether a patch needs pixels of one of the file's damaged tiles.
+    """Return bool [G]: True if a patch needs pixels of a damaged tile of the file.
 
     Args:
         slide: the slide.
         grid: its patches.
     """
     rows, columns = grid.shape
-    found = np.zeros(grid.shape, bool)
+    is_damaged = np.zeros(grid.shape, bool)
     corners = grid.corners.reshape(rows, columns, 2)
-    xs, ys = (corners[0, :, 0], corners[:, 0, 1]) if found.size else (np.empty(0), np.empty(0))
+    xs, ys = np.empty(0), np.empty(0)
+    if is_damaged.size:
+        xs, ys = corners[0, :, 0], corners[:, 0, 1]
     for x, y, width, height in slide.damaged(grid.level):
-        across, down = (  # a millionth of a pixel is none
+        across, down = (  # an overlap of less than 1e-6 px is rounding, no overlap
             slice(
                 np.searchsorted(begins + grid.read_px, first + 1e-6),
                 np.searchsorted(begins, first + size - 1e-6),
             )
             for begins, first, size in ((xs, x, width), (ys, y, height))
         )
-        found[down, across] = True
-    return found.ravel()
+        is_damaged[down, across] = True
+    return is_damaged.ravel()

@@ -1,4 +1,8 @@
-"""Masks in and out: GeoJSON and PNG to the thumbnail's cells and back, coverage of patches."""
+"""Read and write masks (GeoJSON, PNG), and compute the share of each patch that a mask covers.
+
+A mask is bool [h, w] over the whole slide. Its elements are called cells: each is a rectangle of
+(slide width / w) x (slide height / h) level-0 px, not necessarily a square.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +24,24 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 Size = tuple[int, int]
-_MOST_BYTES = 128 << 20
-_MOST_PX = 1 << 26
-_CROSSINGS, _MOST_CROSSINGS = 1 << 22, 1 << 28  # of edges and rows: at once, in one polygon
+_MAX_BYTES = 128 << 20  # of a file
+_MAX_PX = 1 << 26  # of a picture
+# Crossings of a polygon's edges with the rows of a mask: computed at a time (which bounds the
+# memory), and at most in one polygon (which bounds the time).
+_CROSSINGS, _MAX_CROSSINGS = 1 << 22, 1 << 28
 
 
 def coverage(mask: Mask, coords: NDArray[Any], footprint_px: float, size: Size) -> Floats:
-    """Return the exact share of every patch that a mask covers.
+    """Return the exact share of each patch that a mask covers.
 
-    What of a patch lies beyond the slide counts as not covered. Cells of the mask that a patch's
-    edge crosses count in part. The sums of whole cells are integers, so the error is that of the
-    parts.
+    The part of a patch beyond the slide counts as not covered. A cell of the mask that is partly in
+    a patch counts with that part. Sums over whole cells are integers, so only the parts have
+    rounding errors.
 
     Args:
         mask: bool [h, w], of the whole slide; its cells need not be square.
-        coords: [G, 2] top left corners of the patches, (x, y) in level-0 px; may be negative or
-            beyond.
+        coords: [G, 2], top left corners of the patches, (x, y) in level-0 px; may be negative or
+            beyond the slide.
         footprint_px: side of the patches in level-0 px.
         size: (width, height) of the slide in level-0 px.
 
@@ -43,7 +49,7 @@ def coverage(mask: Mask, coords: NDArray[Any], footprint_px: float, size: Size) 
         Float64 [G], between 0 and 1.
 
     Raises:
-        ValueError: an empty mask, other shapes, sizes that are not positive.
+        ValueError: the mask is empty, an array has another shape, or a size is not positive.
 
     Example:
         >>> import numpy as np
@@ -59,30 +65,36 @@ def coverage(mask: Mask, coords: NDArray[Any], footprint_px: float, size: Size) 
         raise ValueError(f"coords: expected finite numbers [G, 2], got {list(corners.shape)}")
     positive("footprint_px", footprint_px)
     height, width = mask.shape
-    kind = np.int32 if mask.size < 2**30 else np.int64  # half the time
-    sums = np.zeros((height + 2, width + 2), kind)  # one more, so that the last edge has a cell
+    # A summed-area table: sums[i, j] is the number of True cells in the first i rows and first j
+    # columns. It has one more row and column than that needs, equal to the last ones, so that a
+    # patch's edge on the slide's edge has a cell to its right. int32 takes half the time of int64.
+    dtype = np.int32 if mask.size < 2**30 else np.int64
+    sums = np.zeros((height + 2, width + 2), dtype)
     np.cumsum(mask, axis=1, out=sums[1:-1, 1:-1])
-    for row in range(2, height + 1):  # a fifth of the time of cumsum along that axis
+    for row in range(2, height + 1):  # a fifth of the time of cumsum along axis 0
         sums[row] += sums[row - 1]
     sums[-1], sums[:, -1] = sums[-2], sums[:, -2]
     scale = np.array([width / size[0], height / size[1]])
     low = np.clip(corners * scale, 0, (width, height))
     high = np.clip((corners + footprint_px) * scale, 0, (width, height))
-    whole = np.zeros(len(corners), np.int64)
-    part = np.zeros(len(corners))
+    # The area in a patch is F(high, high) - F(low, high) - F(high, low) + F(low, low), F(x, y)
+    # being the area left of x and above y. F is the sum over whole cells (an integer) and over
+    # parts: of the row below, of the column to the right, and of the one cell of both.
+    whole_cells = np.zeros(len(corners), np.int64)
+    parts = np.zeros(len(corners))
     for x, y, sign in ((high, high, 1), (low, high, -1), (high, low, -1), (low, low, 1)):
         i, j = y[:, 1].astype(np.int64), x[:, 0].astype(np.int64)
         down, right = y[:, 1] - i, x[:, 0] - j
         corner = sums[i, j]
         row, column = sums[i + 1, j] - corner, sums[i, j + 1] - corner
         cell = sums[i + 1, j + 1] - corner - row - column
-        whole += sign * corner
-        part += sign * (down * row + right * column + down * right * cell)
-    return np.clip((whole + part) / (footprint_px**2 * scale[0] * scale[1]), 0, 1)
+        whole_cells += sign * corner
+        parts += sign * (down * row + right * column + down * right * cell)
+    return np.clip((whole_cells + parts) / (footprint_px**2 * scale[0] * scale[1]), 0, 1)
 
 
 def coverage_reference(mask: Mask, coords: NDArray[Any], footprint_px: float, size: Size) -> Floats:
-    """Do the same by a loop over patches and cells."""
+    """Compute `coverage` by a loop over patches and cells."""
     import numpy as np
 
     height, width = mask.shape
@@ -97,16 +109,17 @@ def coverage_reference(mask: Mask, coords: NDArray[Any], footprint_px: float, si
 
 
 def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> Mask:
-    """Read a mask of one's own: polygons in GeoJSON (as of QuPath), or a picture.
+    """Read a mask that the user has made: polygons in GeoJSON (as from QuPath), or a picture.
 
-    GeoJSON holds level-0 px in a FeatureCollection, Feature, Polygon, MultiPolygon,
-    GeometryCollection or a list of these; later rings of a polygon are holes, polygons are joined,
-    points and lines, which have no area, are passed over. A cell belongs to the mask if its centre
-    lies inside. A picture (PNG) of the whole slide may have any size of the slide's aspect ratio; a
-    cell belongs to the mask if at least half of it is neither black nor transparent.
+    GeoJSON has coordinates in level-0 px, in a FeatureCollection, Feature, Polygon, MultiPolygon,
+    GeometryCollection or a list of these. The first ring of a polygon is its outline, the others
+    are holes; the mask is the union of the polygons; points and lines have no area and are ignored.
+    A cell is in the mask if its centre is inside of a polygon. A picture (PNG) shows the whole
+    slide, in any size with the slide's aspect ratio; a cell is in the mask if at least half of its
+    area is neither black nor transparent.
 
     Args:
-        path: a file; what begins with the signature of a PNG is a picture, all else GeoJSON.
+        path: a file; it is read as PNG if it begins with the signature of a PNG, else as GeoJSON.
         size: (width, height) of the slide in level-0 px.
         shape: (height, width) of the mask, that of the slide's thumbnail.
 
@@ -114,8 +127,8 @@ def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> 
         Bool [height, width].
 
     Raises:
-        StoreError: neither of both, empty, too large, with coordinates that are no finite numbers,
-            wholly outside of the slide, or of another aspect ratio.
+        StoreError: the file is no mask, is empty or too large, has coordinates that are not finite
+            numbers, lies outside of the slide, or has another aspect ratio.
         OSError: the file cannot be read.
 
     Example:
@@ -128,12 +141,12 @@ def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> 
                [ True,  True,  True, False]])
     """
     path = Path(path)
-    bytes_ = path.stat().st_size
-    if not bytes_:
+    nbytes = path.stat().st_size
+    if not nbytes:
         raise StoreError(f"{path}: expected a mask in GeoJSON or PNG, got an empty file")
-    if bytes_ > _MOST_BYTES:
+    if nbytes > _MAX_BYTES:
         raise StoreError(
-            f"{path}: expected a mask of at most {_MOST_BYTES >> 20} MiB, got {bytes_ >> 20} MiB; "
+            f"{path}: expected a mask of at most {_MAX_BYTES >> 20} MiB, got {nbytes >> 20} MiB; "
             "simplify its outlines"
         )
     with path.open("rb") as file:
@@ -141,9 +154,9 @@ def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> 
     if not head.startswith(b"\x89PNG\r\n\x1a\n"):
         return _read_geojson(path, size, shape)
     width, height = (int.from_bytes(head[at : at + 4]) for at in (16, 20))
-    if width * height > _MOST_PX:
+    if width * height > _MAX_PX:
         raise StoreError(
-            f"{path}: expected a mask of at most {_MOST_PX:,} px, got {width} x {height}; "
+            f"{path}: expected a mask of at most {_MAX_PX:,} px, got {width} x {height}; "
             "scale it down"
         )
     if abs(width - height * size[0] / size[1]) > 0.01 * width + 1 + size[0] / size[1]:
@@ -157,8 +170,8 @@ def read_mask(path: str | PathLike[str], size: Size, shape: tuple[int, int]) -> 
 def outlines(mask: Mask, size: Size) -> dict[str, Any]:
     """Return a mask as GeoJSON: one polygon per piece, with its holes, in level-0 px.
 
-    Outlines follow the edges of cells, so that `read_mask` gives the same mask again. Cells that
-    touch by a corner alone belong to different pieces.
+    Outlines follow the edges of cells, so `read_mask` returns the same mask. Cells that touch only
+    at a corner belong to different pieces.
 
     Args:
         mask: bool [h, w], of the whole slide.
@@ -168,7 +181,7 @@ def outlines(mask: Mask, size: Size) -> dict[str, Any]:
         A FeatureCollection for `json.dump`; QuPath reads it as annotations named "tissue".
 
     Raises:
-        ValueError: an empty mask or a size that is not positive.
+        ValueError: the mask is empty, or a size is not positive.
 
     Example:
         >>> import numpy as np
@@ -202,17 +215,19 @@ def outlines(mask: Mask, size: Size) -> dict[str, Any]:
 
 
 def _rings(mask: Mask) -> Iterator[tuple[list[tuple[int, int]], tuple[int, int], bool]]:
-    """Yield the corners (x, y) of every outline, a cell inside, and whether it is an outer one.
+    """Yield for each outline its corners (x, y), a cell inside, and True if it is an outer one.
 
-    Edges run with the mask on their right: east above a cell, south on its right, west, north.
+    An edge is (row, column, direction) of its start, in corners of cells. It has the mask on its
+    right side: direction 0 is east, along the upper side of a cell, 1 south, along its right side,
+    2 west, 3 north. Following the edges from start to start gives closed outlines.
     """
     import numpy as np
 
     padded = np.pad(mask, 1)
     inside = padded[1:-1, 1:-1]
     neighbours = (padded[:-2, 1:-1], padded[1:-1, 2:], padded[2:, 1:-1], padded[1:-1, :-2])
-    starts = ((0, 0), (0, 1), (1, 1), (1, 0))  # row and column of an edge's start, from its cell
-    steps = ((0, 1), (1, 0), (0, -1), (-1, 0))  # and where it leads
+    starts = ((0, 0), (0, 1), (1, 1), (1, 0))  # start of an edge, relative to its cell
+    steps = ((0, 1), (1, 0), (0, -1), (-1, 0))  # end of an edge, relative to its start
     edges: set[tuple[int, int, int]] = set()
     for direction, (other, (down, right)) in enumerate(zip(neighbours, starts, strict=True)):
         rows, columns = np.nonzero(inside & ~other)
@@ -221,7 +236,8 @@ def _rings(mask: Mask) -> Iterator[tuple[list[tuple[int, int]], tuple[int, int],
     for first in sorted(edges):
         if first not in edges:
             continue
-        # The topmost of its edges, and of these the leftmost, heads east on an outer outline alone.
+        # `first` is the topmost edge of its outline, and of these the leftmost. On an outer outline
+        # it runs east (the mask is below it), on a hole it does not.
         cell = (first[0] - starts[first[2]][0], first[1] - starts[first[2]][1])
         corners: list[tuple[int, int]] = []
         row, column, direction = first
@@ -232,7 +248,8 @@ def _rings(mask: Mask) -> Iterator[tuple[list[tuple[int, int]], tuple[int, int],
                 corners.append((column, row))
             before = direction
             row, column = row + steps[direction][0], column + steps[direction][1]
-            # To the right first: the piece stays with its own cells where two touch by a corner.
+            # Where two pieces touch at a corner, two edges begin there. Turning right first stays
+            # on the same piece.
             for turn in (1, 0, 3):
                 if (row, column, (direction + turn) % 4) in edges:
                     direction = (direction + turn) % 4
@@ -266,70 +283,77 @@ def _read_geojson(path: Path, size: Size, shape: tuple[int, int]) -> Mask:
     return mask
 
 
-def _polygons(thing: Any, path: Path) -> Iterator[list[Any]]:
-    """Yield the rings of every polygon, without recursion: files may be nested on purpose."""
-    left = [thing]
-    while left:
-        thing = left.pop()
-        if isinstance(thing, list):
-            left += reversed(thing)
+def _polygons(content: Any, path: Path) -> Iterator[list[Any]]:
+    """Yield the rings of each polygon of a GeoJSON value.
+
+    With a stack instead of recursion: a hostile file may be nested deeper than Python's limit.
+    """
+    fields = {
+        "FeatureCollection": "features", "Feature": "geometry", "Polygon": "coordinates",
+        "GeometryCollection": "geometries", "MultiPolygon": "coordinates",
+    }  # fmt: skip
+    stack = [content]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list):
+            stack += reversed(value)
             continue
-        kind = thing.get("type") if isinstance(thing, dict) else None
-        parts = {
-            "FeatureCollection": "features", "Feature": "geometry", "Polygon": "coordinates",
-            "GeometryCollection": "geometries", "MultiPolygon": "coordinates",
-        }  # fmt: skip
-        if isinstance(kind, str) and kind in parts:
-            content = thing.get(parts[kind])
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind in fields:
+            inner = value.get(fields[kind])
             if kind == "Feature":
-                left += (
-                    [content] if content is not None else []
-                )  # without a place, says the standard
+                # A Feature without a place has the geometry null, by the standard.
+                stack += [inner] if inner is not None else []
                 continue
-            if not isinstance(content, list):
+            if not isinstance(inner, list):
                 raise StoreError(
-                    f"{path}: expected a list of {parts[kind]} in a {kind}, got {_named(content)}"
+                    f"{path}: expected a list of {fields[kind]} in a {kind}, got {_excerpt(inner)}"
                 )
-            if "olygon" not in kind:
-                left += reversed(content)
+            if kind not in ("Polygon", "MultiPolygon"):
+                stack += reversed(inner)
                 continue
-            for rings in [content] if kind == "Polygon" else content:
+            for rings in [inner] if kind == "Polygon" else inner:
                 if not isinstance(rings, list):
-                    raise StoreError(f"{path}: expected a list of rings, got {_named(rings)}")
+                    raise StoreError(f"{path}: expected a list of rings, got {_excerpt(rings)}")
                 if rings:
                     yield rings
         elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
-            raise StoreError(f"{path}: expected GeoJSON, got {_named(thing)}")
+            raise StoreError(f"{path}: expected GeoJSON, got {_excerpt(value)}")
 
 
 def _corners(ring: Any, path: Path) -> Floats:
     import numpy as np
 
     try:
-        corners = np.array([point[:2] for point in ring])  # a third number is the height
+        corners = np.array([point[:2] for point in ring])  # a third number is a height
     except (TypeError, ValueError, KeyError):
         corners = np.empty(0)
     if corners.dtype.kind not in "iuf" or corners.shape[1:] != (2,) or len(corners) < 3:
         raise StoreError(
-            f"{path}: expected rings of three or more corners, each two numbers, got {_named(ring)}"
+            f"{path}: expected rings of three or more corners, each two numbers, got "
+            f"{_excerpt(ring)}"
         )
-    if not (np.abs(corners) < 2**31).all():  # NaN is not less either
-        raise StoreError(f"{path}: expected finite coordinates below 2^31, got {_named(ring)}")
+    if not (np.abs(corners) < 2**31).all():  # also False for NaN
+        raise StoreError(f"{path}: expected finite coordinates below 2^31, got {_excerpt(ring)}")
     return corners.astype(np.float64)
 
 
 def _fill(mask: Mask, rings: list[Floats], path: Path) -> None:
-    """Add the cells whose centre is inside of a polygon: those left of an odd number of crossings.
+    """Add to a mask the cells whose centre is inside of a polygon (even-odd rule).
 
-    Every edge crosses the centre lines of the rows from its upper end, included, to its lower end.
+    A centre is inside if an odd number of edges crosses the line through the centres of its row on
+    one side of it. Each edge crosses the rows whose centre lines lie between its upper end
+    (included) and its lower end (excluded), so a corner on a line counts once. `odd` first holds
+    the parity of the crossings at each cell; accumulated along the row it says which are inside.
     """
     import numpy as np
 
     height, width = mask.shape
-    ends = [(ring, np.roll(ring, -1, 0)) for ring in rings]
-    one, other = (np.concatenate(parts) for parts in zip(*ends, strict=True))
-    upper = np.where((one[:, 1] <= other[:, 1])[:, None], one, other)
-    lower = np.where((one[:, 1] <= other[:, 1])[:, None], other, one)
+    edges = [(ring, np.roll(ring, -1, 0)) for ring in rings]
+    begins, ends = (np.concatenate(points) for points in zip(*edges, strict=True))
+    goes_down = (begins[:, 1] <= ends[:, 1])[:, None]
+    upper = np.where(goes_down, begins, ends)
+    lower = np.where(goes_down, ends, begins)
     first = np.ceil(np.clip(upper[:, 1] - 0.5, 0, height)).astype(np.int64)
     last = np.ceil(np.clip(lower[:, 1] - 0.5, 0, height)).astype(np.int64)
     crossed = last > first
@@ -340,17 +364,18 @@ def _fill(mask: Mask, rings: list[Floats], path: Path) -> None:
     odd = np.zeros((bottom - top) * (width + 1), bool)
     slope = (lower[:, 0] - upper[:, 0]) / (lower[:, 1] - upper[:, 1])
     total = np.cumsum(last - first)
-    if total[-1] > _MOST_CROSSINGS:
+    if total[-1] > _MAX_CROSSINGS:
         raise StoreError(
             f"{path}: expected outlines that cross the thumbnail's rows at most "
-            f"{_MOST_CROSSINGS:,} times, got {total[-1]:,}; simplify them"
+            f"{_MAX_CROSSINGS:,} times, got {total[-1]:,}; simplify them"
         )
     begin = 0
     while begin < len(first):
-        done = total[begin - 1] if begin else 0
-        end = max(begin + 1, int(np.searchsorted(total, done + _CROSSINGS, "right")))
-        several = slice(begin, end)
-        count = (last - first)[several]
+        # The edges begin to end - 1, of at most _CROSSINGS crossings (or one edge).
+        before = total[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(total, before + _CROSSINGS, "right")))
+        count = (last - first)[begin:end]
+        # One element per crossing: its edge, its row, and the first cell to the right of it.
         edge = np.repeat(np.arange(begin, end), count)
         row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
         x = upper[edge, 0] + (row + 0.5 - upper[edge, 1]) * slope[edge]
@@ -367,8 +392,8 @@ def _read_picture(path: Path, shape: tuple[int, int]) -> Mask:
 
     try:
         with Image.open(path, formats=["PNG"]) as picture:
-            single = picture.mode in ("1", "L", "I", "I;16", "F")
-            pixels = np.asarray(picture if single else picture.convert("RGBA"))
+            is_single = picture.mode in ("1", "L", "I", "I;16", "F")
+            pixels = np.asarray(picture if is_single else picture.convert("RGBA"))
     except (OSError, SyntaxError, ValueError) as error:
         raise StoreError(f"{path}: expected a PNG, got one that cannot be read: {error}") from error
     if pixels.ndim == 3:
@@ -392,9 +417,10 @@ def _means(values: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     return means
 
 
-def _named(thing: Any) -> str:
+def _excerpt(value: Any) -> str:
+    """Return the beginning of a value, for a message."""
     text = (
-        repr(thing) if not isinstance(thing, list) else f"[{', '.join(map(repr, thing[:2]))}, ...]"
+        repr(value) if not isinstance(value, list) else f"[{', '.join(map(repr, value[:2]))}, ...]"
     )
     return text if len(text) < 80 else f"{text[:80]}..."
 

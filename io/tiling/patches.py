@@ -1,4 +1,16 @@
-"""The pixels of patches, read from a slide in pieces that suit its file."""
+"""Read the pixels of patches from a slide, in blocks that suit the tiles of its file.
+
+A patch seldom coincides with a tile of the file. Read one by one, patches would decode each tile up
+to four times. So blocks of k x k neighbouring patches are read at once and the patches cut out.
+
+Threads: the caller's thread decides which blocks to read next; `workers` threads read blocks, cut
+the patches out and write them into the buffers of their batches. A block may hold patches of
+several batches, and a batch patches of many blocks. A batch is complete once all blocks that begin
+before its end have been read.
+
+Memory: one block per thread, and the batches that are open. The pixels of a batch are given to the
+caller without a copy; `_Memory` uses their memory again once the caller has dropped all references.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +33,22 @@ if TYPE_CHECKING:
     from ..slides.slide import Slide
     from .grid import Grid
 
-READ_PX = 2304  # longest side of what is read at once: 16 MB
-READ_COST = 0.02  # of a read, beside the tiles that it decodes, in tiles: 5 µs
-FEWEST = 1.01  # times the least cost: smaller blocks than that takes stay in the cache
-RUN = 16  # patches that a thread decodes at least before it asks for more
-RUN_ON_DEVICE = 256
-PROBED = 64  # patches that choose the decoder
+READ_PX = 2304  # most px per side of a block: 16 MB of pixels
+READ_COST = 0.02  # cost of a read beside that of its tiles, as a share of decoding a tile: 5 µs
+COST_TOLERANCE = 1.01  # take the smallest block within 1 % of the least cost: it fits the cache
+RUN = 16  # patches per task of a thread, about, so that the cost of a task is small beside it
+RUN_ON_DEVICE = 256  # the same for a GPU, which decodes many tiles at a time
+PROBED = 64  # patches that are decoded to choose the decoder
 
 
 @dataclass(frozen=True, eq=False)
 class PatchBatch:
-    """Hold patches that were decoded together.
+    """A batch of decoded patches.
 
     Args:
-        rows: int64 [b], their positions in `wanted`, ascending.
+        rows: int64 [b], their positions in `indices`, ascending.
         pixels: uint8 [b, P, P, 3], numpy, or a torch tensor on the device that decoded them.
-        lost: int64 [k], positions of those that could not be decoded, which have no pixels here.
+        lost: int64 [k], positions of the patches that could not be decoded; they have no pixels.
     """
 
     rows: np.ndarray
@@ -47,7 +59,7 @@ class PatchBatch:
 def read_patches(
     slide: Slide,
     grid: Grid,
-    wanted: np.ndarray,
+    indices: np.ndarray,
     *,
     batch: int = 64,
     workers: int = 1,
@@ -55,105 +67,115 @@ def read_patches(
 ) -> Iterator[PatchBatch]:
     """Decode patches, batch by batch, in an order that decodes each tile of the file about once.
 
-    Blocks of neighbours are read at once, and each patch is cut out of its block, by the exact area
-    mean where resolutions differ, in the thread that decoded it: its pixels are in the cache there,
-    and to copy them costs a third of what it costs elsewhere. Every patch comes once, with its
-    pixels or as lost. Which patches share a batch depends on slide, grid, wanted and batch alone.
-    Pixels are the caller's as long as anything refers to them; then their memory serves another
-    batch. While the caller holds one batch the next is decoded; each worker holds a block.
+    Blocks of neighbouring patches are read at once. Each patch is cut out of its block, by the
+    exact area mean if the resolutions differ, in the thread that decoded the block: its pixels are
+    in that core's cache, and the copy takes a third of the time. Each patch comes once, with its
+    pixels or as lost. Which patches are in a batch depends only on slide, grid, indices and batch.
+    The memory of a batch is used again once nothing refers to its pixels. While the caller works on
+    one batch, the next is decoded; each worker holds one block.
 
     Args:
-        slide: where to read.
+        slide: the slide.
         grid: its patches.
-        wanted: int64 [n], which of them, as rows of the grid.
-        batch: how many in a batch; the last may be smaller.
+        indices: int64 [n], the patches to read, as rows of the grid.
+        batch: number of patches in a batch; the last one may be smaller.
         workers: threads that decode and resample.
-        device: "cpu" gives numpy; another is handed to slide.read_many, which then gives tensors.
+        device: "cpu" gives numpy arrays; any other is passed to slide.read_many, which then gives
+            tensors on that device.
     """
-    wanted = np.asarray(wanted, np.int64)
-    blocks = _Blocks.of(slide, grid, wanted)
+    indices = np.asarray(indices, np.int64)
+    blocks = _Blocks.choose(slide, grid, indices)
     if device == "cpu" and _are_tiles(slide, grid):
-        yield from _read_tiles(slide, grid, wanted, blocks.order, batch, workers)
+        yield from _read_tiles(slide, grid, indices, blocks.order, batch, workers)
     else:
-        yield from _read_blocks(slide, grid, wanted, blocks, batch, workers, device)
+        yield from _read_blocks(slide, grid, indices, blocks, batch, workers, device)
 
 
 def _read_blocks(
     slide: Slide,
     grid: Grid,
-    wanted: np.ndarray,
+    indices: np.ndarray,
     blocks: _Blocks,
     batch: int,
     workers: int,
     device: str,
 ) -> Iterator[PatchBatch]:
-    """Read blocks of patches, and cut each patch out in the thread that decoded it."""
+    """Read blocks of patches, and cut each patch out in the thread that decoded its block.
+
+    Below, a position is a patch's place in `blocks.order`: patches sorted by their block. Batch n
+    consists of the positions n * batch to (n + 1) * batch - 1; a run of blocks is the task of one
+    thread, and consists of consecutive positions too.
+    """
     on_cpu = device == "cpu"
-    images = _Images(slide, grid, {} if on_cpu else {"workers": workers, "device": device})
+    images = _BlockReader(slide, grid, {} if on_cpu else {"workers": workers, "device": device})
     memory = _Memory(batch, grid.tile_px, grid.tile_px, 3)
-    at, firsts = grid.corners[wanted[blocks.order]], blocks.firsts.tolist()
-    opened: dict[int, _BatchBuffer] = {}
+    corners, firsts = grid.corners[indices[blocks.order]], blocks.firsts.tolist()
+    buffers: dict[int, _BatchBuffer] = {}  # by number of the batch
 
     def fill(start: int, end: int) -> None:
-        read = images.patches(blocks, start, end, at)
-        for nth, (image, x, y) in enumerate(read, firsts[start]):
-            opened[nth // batch].put(nth % batch, image, x, y, images.ratio)
+        # Threads never write the same slot of a buffer, so they need no lock.
+        patches = images.patches(blocks, start, end, corners)
+        for position, (image, x, y) in enumerate(patches, firsts[start]):
+            buffers[position // batch].put(position % batch, image, x, y, images.ratio)
 
     threads = workers if on_cpu else 1
-    running: deque[tuple[int, Future[None]]]
-    waiting, running = deque(blocks.runs(RUN if on_cpu else RUN_ON_DEVICE)), deque()
+    running: deque[tuple[int, Future[None]]]  # first position of a run, and its task
+    runs, running = deque(blocks.runs(RUN if on_cpu else RUN_ON_DEVICE)), deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for number, chosen in enumerate(range(0, len(wanted), batch)):
-            # All of this batch and of the next, and something to do for every thread.
-            while waiting and (
-                firsts[waiting[0][0]] < chosen + 2 * batch or len(running) <= threads
-            ):
-                start, end = waiting.popleft()
+        for number, begin in enumerate(range(0, len(indices), batch)):
+            # Start the runs of this batch and the next, and at least one per thread. Buffers are
+            # created here, before the task that fills them, so that tasks do not change the dict.
+            while runs and (firsts[runs[0][0]] < begin + 2 * batch or len(running) <= threads):
+                start, end = runs.popleft()
                 for n in range(firsts[start] // batch, (firsts[end] - 1) // batch + 1):
-                    if n not in opened:
+                    if n not in buffers:
                         rows = blocks.order[n * batch : (n + 1) * batch]
-                        opened[n] = _BatchBuffer(
+                        buffers[n] = _BatchBuffer(
                             rows, memory.take() if on_cpu else None, memory.shape
                         )
                 running.append((firsts[start], pool.submit(fill, start, end)))
-            while running and running[0][0] < chosen + batch:
+            # Positions ascend with runs: once all runs that begin in this batch or before are done,
+            # the batch is complete.
+            while running and running[0][0] < begin + batch:
                 running.popleft()[1].result()
-            yield opened.pop(number).done()
+            yield buffers.pop(number).finish()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _are_tiles(slide: Slide, grid: Grid) -> bool:
-    """Tell whether patches are the file's own tiles, and cuCIM decodes these."""
+    """Return True if the patches are tiles of the file and cuCIM decodes these."""
     side = grid.tile_px
-    whole = grid.ratio == 1 and slide.tile_px == (side, side)
-    return slide.reader == "cucim" and whole and not (grid.corners % side).any()
+    same_size = grid.ratio == 1 and slide.tile_px == (side, side)
+    return slide.reader == "cucim" and same_size and not (grid.corners % side).any()
 
 
 def _read_tiles(
-    slide: Slide, grid: Grid, wanted: np.ndarray, order: np.ndarray, batch: int, workers: int
+    slide: Slide, grid: Grid, indices: np.ndarray, order: np.ndarray, batch: int, workers: int
 ) -> Iterator[PatchBatch]:
-    """Read patches that are tiles, in one go: cuCIM's own threads wait for no lock of Python's.
+    """Read patches that are tiles by one call, with cuCIM's own threads, which need no GIL.
 
-    To copy tiles in this thread costs less than what threads of Python lose to one another.
+    This thread copies the tiles. That takes less time than Python threads that copy would lose by
+    waiting for the GIL.
     """
-    corners, side = grid.corners[wanted[order]].astype(np.int64), grid.tile_px
+    corners, side = grid.corners[indices[order]].astype(np.int64), grid.tile_px
     images = slide.read_many(grid.level, corners, side, side, workers=workers)
     memory = _Memory(batch, side, side, 3)
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        opened = _BatchBuffer(rows, memory.take(), memory.shape)
-        for nth, image in zip(range(len(rows)), images, strict=False):  # takes no image too many
-            opened.put(nth, image, 0.0, 0.0, 1.0)
-        yield opened.done()
+        buffer = _BatchBuffer(rows, memory.take(), memory.shape)
+        # `range` first: zip ends with it, before it takes an image of the next batch.
+        for nth, image in zip(range(len(rows)), images, strict=False):
+            buffer.put(nth, image, 0.0, 0.0, 1.0)
+        yield buffer.finish()
 
 
 def probe_decoder(slide: Slide, grid: Grid) -> str:
-    """Return "cuda" if decoding patches there is quicker and gives the same pixels, else "cpu".
+    """Return "cuda" if decoding there is faster and gives the same pixels, else "cpu".
 
-    Up to 64 patches from the middle of the grid are decoded twice on both; the second time counts.
-    The pixels are the same if they differ by at most 2 grey levels on average.
+    Up to 64 patches from the middle of the grid are decoded twice on both; the second time is
+    compared. Pixels count as the same if they differ by at most 2 grey levels on average.
 
     Args:
         slide: the slide; only cuCIM decodes on a GPU.
@@ -164,34 +186,34 @@ def probe_decoder(slide: Slide, grid: Grid) -> str:
     if slide.reader != "cucim" or not torch.cuda.is_available() or not len(grid.coords):
         return "cpu"
     first = max(0, len(grid.coords) // 2 - PROBED // 2)
-    wanted = np.arange(first, min(first + PROBED, len(grid.coords)))
+    indices = np.arange(first, min(first + PROBED, len(grid.coords)))
 
-    def decoded(device: str) -> tuple[float, np.ndarray, np.ndarray]:
+    def decode(device: str) -> tuple[float, np.ndarray, np.ndarray]:
         start = time.perf_counter()
-        (patches,) = read_patches(slide, grid, wanted, batch=PROBED, device=device)
+        (patches,) = read_patches(slide, grid, indices, batch=PROBED, device=device)
         pixels = torch.as_tensor(patches.pixels).cpu().numpy()  # waits for the GPU
         return time.perf_counter() - start, patches.rows, pixels
 
     try:
-        decoded("cuda")
-        there, rows, pixels = decoded("cuda")
-    except (SlideError, RuntimeError):  # what torch and cuCIM raise where decoding does not work
+        decode("cuda")
+        cuda_s, cuda_rows, cuda_pixels = decode("cuda")
+    except (SlideError, RuntimeError):  # torch and cuCIM raise these if decoding does not work
         return "cpu"
-    decoded("cpu")
-    here, own_rows, own_pixels = decoded("cpu")
-    if there >= here or not len(rows) or not np.array_equal(rows, own_rows):
+    decode("cpu")
+    cpu_s, cpu_rows, cpu_pixels = decode("cpu")
+    if cuda_s >= cpu_s or not len(cuda_rows) or not np.array_equal(cuda_rows, cpu_rows):
         return "cpu"
-    return "cuda" if np.abs(pixels - own_pixels.astype(np.float32)).mean() <= 2 else "cpu"
+    return "cuda" if np.abs(cuda_pixels - cpu_pixels.astype(np.float32)).mean() <= 2 else "cpu"
 
 
 @dataclass(frozen=True, eq=False)
 class _Blocks:
-    """What to read: k x k patches at once, k such that few tiles of the file are decoded twice.
+    """The R blocks to read, each of k x k patches of the grid, with at least one patch to read.
 
-    order: int64 [n], positions in wanted, block by block.
-    firsts: int64 [R + 1], where in order each block begins.
-    corners: int64 [R, 2], their upper left corners in px of the level.
-    side: of all blocks, in px.
+    order: int64 [n], positions in `indices`, sorted by block.
+    firsts: int64 [R + 1], the positions in `order` at which the blocks begin, and n.
+    corners: int64 [R, 2], upper left corners of the blocks, (x, y) in px of the level.
+    side: side of every block, in px of the level.
     """
 
     order: np.ndarray
@@ -200,21 +222,27 @@ class _Blocks:
     side: int
 
     @classmethod
-    def of(cls, slide: Slide, grid: Grid, wanted: np.ndarray) -> _Blocks:
+    def choose(cls, slide: Slide, grid: Grid, indices: np.ndarray) -> _Blocks:
+        """Choose k: the smallest whose cost, tiles decoded plus reads, is within 1 % of the least.
+
+        A tile that two blocks touch is decoded twice and counts twice.
+        """
         corners = grid.corners.reshape(*grid.shape, 2)
         axes = (corners[0, :, 0], corners[:, 0, 1]) if len(grid.corners) else (np.empty(0),) * 2
         level, tiles = slide.levels[grid.level], slide.tile_px or (256, 256)
-        rows, columns = np.divmod(wanted, max(1, grid.shape[1]))
+        rows, columns = np.divmod(indices, max(1, grid.shape[1]))
         choices = []
         for k in range(1, max(1, min(16, int(READ_PX / grid.read_px))) + 1):
+            # Per axis: where blocks begin (a whole px), and where their last patches end.
             begins = [np.floor(axis[::k]) for axis in axes]
             ends = [np.append(axis[k - 1 : -1 : k], axis[-1:]) + grid.read_px for axis in axes]
             lengths = [
                 (end - begin).max(initial=0) for begin, end in zip(begins, ends, strict=True)
             ]
             side = math.ceil(max(lengths) - 1e-6)
-            ids = rows // k * len(begins[0]) + columns // k
+            ids = rows // k * len(begins[0]) + columns // k  # of the block of each patch
             counts = np.bincount(ids, minlength=len(begins[0]) * len(begins[1]))
+            # Per axis: how many tiles of the file a block touches.
             spans = [
                 np.minimum(begin + side - 1, length - 1) // tile - begin // tile + 1
                 for begin, length, tile in zip(
@@ -224,7 +252,9 @@ class _Blocks:
             cost = ((np.outer(spans[1], spans[0]).ravel() + READ_COST) * (counts > 0)).sum()
             choices.append((cost, side, begins, ids, counts))
         least = min(cost for cost, *_ in choices)
-        _, side, begins, ids, counts = next(one for one in choices if one[0] <= FEWEST * least)
+        _, side, begins, ids, counts = next(
+            choice for choice in choices if choice[0] <= COST_TOLERANCE * least
+        )
         down, across = np.divmod(np.flatnonzero(counts), max(1, len(begins[0])))
         return cls(
             np.argsort(ids, kind="stable"),
@@ -234,21 +264,23 @@ class _Blocks:
         )
 
     def runs(self, patches: int) -> list[tuple[int, int]]:
-        """Return runs of blocks, the first and the end of each, of about so many patches."""
+        """Return runs of blocks (first, end), each of about this number of patches."""
         starts = np.flatnonzero(np.diff(self.firsts[:-1] // patches, prepend=-1))
         return list(pairwise([*starts.tolist(), len(self.corners)]))
 
 
-class _Images:
-    """Reads blocks, and what is too large for one."""
+class _BlockReader:
+    """Read blocks, and patches that are larger than a block may be."""
 
     def __init__(self, slide: Slide, grid: Grid, options: dict[str, Any]) -> None:
         self.slide, self.grid, self.options = slide, grid, options
-        self.whole = grid.read_px > READ_PX
-        self.ratio = 1.0 if self.whole else grid.ratio
+        # A patch of more than READ_PX is read in parts, and each part resampled: what `patches`
+        # then yields has the patch's own resolution, hence a ratio of 1.
+        self.in_parts = grid.read_px > READ_PX
+        self.ratio = 1.0 if self.in_parts else grid.ratio
 
     def read(self, corners: np.ndarray, side: int) -> Iterator[Any]:
-        """Yield an image, or the error, for each corner."""
+        """Yield for each corner the pixels of the square there, or the SlideError."""
         if self.options:
             yield from self.slide.read_many(self.grid.level, corners, side, side, **self.options)
             return
@@ -260,65 +292,90 @@ class _Images:
             yield image
 
     def patches(
-        self, blocks: _Blocks, start: int, end: int, at: np.ndarray
+        self, blocks: _Blocks, start: int, end: int, patch_corners: np.ndarray
     ) -> Iterator[tuple[Any, float, float]]:
-        """Yield for each patch of some blocks an image, or the error, and its place in there."""
+        """Yield for each patch of the blocks start to end - 1 an image and the patch's place in it.
+
+        The image is a SlideError if the patch cannot be decoded.
+
+        Args:
+            blocks: all blocks.
+            start: the first block.
+            end: one after the last block.
+            patch_corners: float64 [n, 2], corners of the patches in the order of `blocks.order`.
+        """
         corners = blocks.corners[start:end]
         spans = list(pairwise(blocks.firsts[start : end + 1].tolist()))
-        if self.whole:
-            for nth in range(spans[0][0], spans[-1][1]):
-                yield self.pieced(at[nth]), 0.0, 0.0
+        if self.in_parts:
+            for position in range(spans[0][0], spans[-1][1]):
+                yield self.read_in_parts(patch_corners[position]), 0.0, 0.0
             return
-        read = self.read(corners, blocks.side)
-        for image, corner, (first, last) in zip(read, corners, spans, strict=True):
-            places = at[first:last] - corner
+        images = self.read(corners, blocks.side)
+        for image, corner, (first, last) in zip(images, corners, spans, strict=True):
+            offsets = patch_corners[first:last] - corner
             if not isinstance(image, SlideError) or blocks.side <= math.ceil(self.grid.read_px):
-                yield from ((image, x, y) for x, y in places.tolist())
+                yield from ((image, x, y) for x, y in offsets.tolist())
                 continue
-            for place in at[first:last]:  # a neighbour may be at fault, wanted or not
-                low = np.floor(place)
-                x, y = place - low
+            # The block cannot be decoded, but some of its patches may be: read them one by one.
+            for patch_corner in patch_corners[first:last]:
+                low = np.floor(patch_corner)
+                x, y = patch_corner - low
                 side = math.ceil(max(x, y) + self.grid.read_px - 1e-6)
-                for alone in self.read(low.astype(np.int64)[None], side):
-                    yield alone, x, y
+                for patch_image in self.read(low.astype(np.int64)[None], side):
+                    yield patch_image, x, y
 
-    def pieced(self, corner: np.ndarray) -> Any:
-        """Return the pixels of a patch that is too large to be read at once, or the error."""
+    def read_in_parts(self, corner: np.ndarray) -> Any:
+        """Return the pixels of a patch that is too large to be read at once, or the SlideError.
+
+        The patch is divided into squares of `size` px of the patch, such that each reads at most
+        about READ_PX px of the level.
+        """
         grid = self.grid
         size = math.ceil(grid.tile_px / math.ceil(grid.read_px / READ_PX))
         parts = [(y, x) for y in range(0, grid.tile_px, size) for x in range(0, grid.tile_px, size)]
-        places = corner + grid.ratio * np.array(parts)[:, ::-1]
-        lows = np.floor(places)
-        side = math.ceil((places - lows).max() + grid.ratio * size - 1e-6)
-        whole = None
+        part_corners = corner + grid.ratio * np.array(parts)[:, ::-1]
+        lows = np.floor(part_corners)
+        side = math.ceil((part_corners - lows).max() + grid.ratio * size - 1e-6)
+        patch = None
         images = self.read(lows.astype(np.int64), side)
-        for (y, x), begin, image in zip(parts, places - lows, images, strict=True):
+        for (y, x), offset, image in zip(parts, part_corners - lows, images, strict=True):
             if isinstance(image, SlideError):
                 return image
-            if whole is None:
-                whole = _like(image, (grid.tile_px, grid.tile_px, 3))
-            _cut(image, begin[0], begin[1], grid.ratio, whole[y : y + size, x : x + size])
-        return whole
+            if patch is None:
+                patch = _empty_like(image, (grid.tile_px, grid.tile_px, 3))
+            _cut(image, offset[0], offset[1], grid.ratio, patch[y : y + size, x : x + size])
+        return patch
 
 
 class _BatchBuffer:
-    """A batch that threads fill, each patch in a slot of its own."""
+    """The pixels of a batch while threads fill it; each patch has its own slot.
 
-    def __init__(self, chosen: np.ndarray, pixels: Any, shape: tuple[int, ...]) -> None:
-        self.rows, self.pixels, self.shape = np.sort(chosen), pixels, shape
-        self.slots = np.argsort(np.argsort(chosen)).tolist()
-        self.kept = np.ones(len(chosen), bool)
+    Patches arrive in the order of their blocks, `rows`. Their slots are in ascending order of the
+    rows, so that the batch is the same whichever thread is first.
+
+    Args:
+        rows: int64 [b], the patches' positions in `indices`, in the order of arrival.
+        pixels: uint8 [batch, P, P, 3], or None: then a tensor is allocated with the first patch.
+        shape: (batch, P, P, 3).
+    """
+
+    def __init__(self, rows: np.ndarray, pixels: Any, shape: tuple[int, ...]) -> None:
+        self.rows, self.pixels, self.shape = np.sort(rows), pixels, shape
+        self.slots = np.argsort(np.argsort(rows)).tolist()
+        self.kept = np.ones(len(rows), bool)
 
     def put(self, nth: int, image: Any, x: float, y: float, ratio: float) -> None:
+        """Cut the nth patch out of an image, or mark it as lost if the image is a SlideError."""
         slot = self.slots[nth]
         if isinstance(image, SlideError):
             self.kept[slot] = False
             return
-        if self.pixels is None:  # for tensors, which one thread reads
-            self.pixels = _like(image, self.shape)
+        if self.pixels is None:  # tensors: there is only one thread, so no other allocates too
+            self.pixels = _empty_like(image, self.shape)
         _cut(image, x, y, ratio, self.pixels[slot])
 
-    def done(self) -> PatchBatch:
+    def finish(self) -> PatchBatch:
+        """Return the batch, without the lost patches."""
         kept, pixels = self.kept, self.pixels
         if pixels is None or not kept.any():
             pixels = np.empty((0, *self.shape[1:]), np.uint8)
@@ -332,7 +389,13 @@ class _BatchBuffer:
 class _Memory:
     """Memory of batches, used again once nothing refers to it.
 
-    To touch fresh pages takes half as long as to fill them.
+    Without it each batch would be fresh memory, whose first access costs a page fault per 4 KiB:
+    half as much time as filling it with pixels.
+
+    How it knows that a batch is free: each `take` makes a new array over the same memory and keeps
+    only a weak reference to it. All views of that array (slices, and views of these) hold a
+    reference to it, because its memory comes from a memoryview and numpy follows the `base` of a
+    view no further than there. So the weak reference is dead only once every view is gone.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -340,23 +403,26 @@ class _Memory:
         self.blocks: list[tuple[memoryview, weakref.ref[np.ndarray]]] = []
 
     def take(self) -> np.ndarray:
+        """Return uint8 memory of the shape, not initialised."""
         free = [i for i, (_, user) in enumerate(self.blocks) if user() is None]
         i = free[0] if free else len(self.blocks)
         block = self.blocks[i][0] if free else np.empty(self.shape, np.uint8).data
-        # Views of views refer to the first array over a memoryview, so that it outlives them all.
         pixels = np.asarray(block)
         self.blocks[i : i + 1] = [(block, weakref.ref(pixels))]
         return pixels
 
 
-def _like(image: Any, shape: tuple[int, ...]) -> Any:
+def _empty_like(image: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(image, np.ndarray):
         return np.empty(shape, np.uint8)
     return image.new_empty(shape)
 
 
 def _cut(image: Any, x: float, y: float, ratio: float, out: Any) -> None:
-    """Fill a patch, or a part of one, with the pixels from (x, y) on."""
+    """Fill `out`, a patch or a part of one, with the pixels of an image from (x, y) on.
+
+    With a ratio of 1 the pixels are copied; x and y are integers then.
+    """
     height, width = out.shape[:2]
     if ratio == 1.0:
         out[:] = image[int(y) : int(y) + height, int(x) : int(x) + width]

@@ -1,9 +1,11 @@
-"""One worker of a tiling: open, decode, encode and commit overlap, across slides.
+"""One worker of a tiling: it opens, decodes, encodes and commits slides, all at the same time.
 
-Each slide passes four threads: one opens the next slide and finds its tissue, one decodes, the
-caller's encodes, one commits. The queues between them are short, so that memory does not grow with
-the cohort. A slide that fails is recorded and the next one goes on; what fails all of them (a full
-disk, an encoder that raises) stops the worker.
+Each slide passes four threads. The first opens the slide and finds its tissue, the second decodes
+patches, the third (the caller's) encodes them, the fourth commits the slide. So up to four slides
+are in work at once. The queues between the threads are short: memory does not grow with the cohort.
+
+If a slide fails, its failure is written to the store and the next slide follows. An error that
+every slide would have (a full disk, an encoder that raises) stops the worker.
 """
 
 from __future__ import annotations
@@ -43,20 +45,21 @@ if TYPE_CHECKING:
 Emit = Callable[[dict[str, Any]], None]
 
 BATCH_BYTES = 16 * 2**20
-"""Of the pixels of a batch, at most. No batch holds two slides, so that each is the same always."""
-MASKS = (".geojson", ".png")
-"""Endings of the user's own masks, in the order in which they are looked for."""
+"""Most bytes of the pixels of a batch. A batch holds patches of one slide only: its content then
+does not depend on the other slides, so the features are the same bytes in every run."""
+MASK_SUFFIXES = (".geojson", ".png")
+"""Suffixes of the user's own masks; the first that exists is taken."""
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
-"""What a bad slide may raise: SlideError, and what libraries raise in its place."""
+"""Exceptions that a bad slide may cause: SlideError, and those that libraries raise instead."""
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker must know. Plain values, since it may be in another process or machine."""
+    """The arguments of a worker. Plain values: they are sent to other processes as JSON."""
 
     out: str
     slides: list[tuple[str, str]]
-    """Path and name of each."""
+    """Path and name of each slide."""
     tiling: dict[str, Any]
     encoder: str
     encoder_options: dict[str, Any] = field(default_factory=dict)
@@ -67,38 +70,39 @@ class WorkerSettings:
     decoders: int = 2
     batch: int = 64
     retry: dict[str, int] = field(default_factory=dict)
-    """Attempts so far of the slides that failed before this call, which are tried again."""
+    """Key to number of attempts, of the slides that failed before this call; they are retried."""
     one_at_a_time: bool = False
-    """No slide is opened before the last is committed, so that a crash tells whose it was."""
+    """True: open a slide only after the one before is committed, so that it is clear which slide
+    crashed the process."""
     heartbeat_s: float = 30.0
 
 
 @dataclass(eq=False)
-class Job:
-    """A slide under way."""
+class SlideJob:
+    """A slide in work, from its opening to its commit or failure."""
 
     source: Source
     lease: Lease
     slide: Slide
     grid: Grid
-    wanted: NDArray[np.int64]
-    """Patches of the grid to embed."""
+    patches: NDArray[np.int64]
+    """The n patches to embed, as indices of the grid."""
     rows: NDArray[np.int64]
-    """Their rows in the store, which also holds those of corrupt patches."""
+    """Their rows [n] in the store, which also has rows for corrupt patches."""
     writer: SlideWriter
     replace: bool
-    """Whether the slide was tiled before, from another file or by another specification."""
+    """True if the store holds the slide from another file, or with another specification."""
     seconds: dict[str, float]
     decoder: str = "cpu"
     failed: bool = False
-    over: threading.Event = field(default_factory=threading.Event)
+    finished: threading.Event = field(default_factory=threading.Event)
 
 
-class Step(NamedTuple):
-    """What the decoding thread hands on: patches of a slide, its end, or its failure."""
+class Decoded(NamedTuple):
+    """An item from the decoding thread: patches of a slide, its end, or an error."""
 
-    job: Job
-    what: PatchBatch | Literal["end"] | BaseException
+    job: SlideJob
+    result: PatchBatch | Literal["end"] | BaseException
 
 
 def work(
@@ -108,18 +112,19 @@ def work(
     encoder: Encoder | None = None,
     turn: tuple[int, int] = (0, 1),
 ) -> None:
-    """Tile and embed every slide that no one else has done or works on; return when all are done.
+    """Tile and embed the slides, together with other workers; return when all slides are done.
 
     Args:
-        settings: what to do.
-        emit: is told of events, from several threads: start, patches, done, failed.
-        encoder: instead of the one that the settings name.
-        turn: (i, n), the i-th of n workers, who starts with every n-th slide.
+        settings: the slides, the store, the tiling and the encoder.
+        emit: called with each event, from several threads: known, start, patches, waiting, done,
+            failed.
+        encoder: used instead of the one that the settings name.
+        turn: (i, n) for the i-th of n workers, which begins with every n-th slide.
 
     Raises:
         StoreError: the folder holds a store of another specification.
-        ValueError: no such encoder, or one that does not do what it says.
-        OSError: the store cannot be written, such as on a full disk.
+        ValueError: the encoder does not exist, or returns features of another shape.
+        OSError: the store cannot be written, for example because the disk is full.
     """
     _Worker(settings, emit, encoder, turn).run()
 
@@ -139,98 +144,103 @@ class _Worker:
         self.leases = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s)
         self.store.clean(self.leases)
         sources = [Source(Path(path), name) for path, name in settings.slides]
+        # First the worker's own share, then the rest: workers rarely meet at the same slide.
         first, workers = turn
         self.sources = sources[first::workers] + [
             source for i, source in enumerate(sources) if i % workers != first
         ]
         self.batch = max(1, min(settings.batch, BATCH_BYTES // (3 * self.tiling.tile_px**2)))
         self.stopped = threading.Event()
-        self.under_way: set[Job] = set()
+        self.jobs: set[SlideJob] = set()
 
     def run(self) -> None:
-        finished: list[Future[None]] = []
+        commits: list[Future[None]] = []
         with ThreadPoolExecutor(1, "commit") as committer:
             try:
                 with (
-                    closing(Ahead(self._prepared(), 1, "open")) as prepared,
-                    closing(Ahead(self._decoded(prepared), 2, "decode")) as decoded,
+                    closing(Ahead(self._open_slides(), 1, "open")) as jobs,
+                    closing(Ahead(self._decode(jobs), 2, "decode")) as decoded,
                 ):
                     try:
-                        self._consume(decoded, committer, finished)
+                        self._encode(decoded, committer, commits)
                     finally:
-                        # Before any thread is waited for: one may wait for what others work on.
+                        # Set it before `closing` waits for the threads: the opening thread may be
+                        # waiting for slides that other workers hold, and would not end.
                         self.stopped.set()
             finally:
                 committer.shutdown()
-                for job in list(self.under_way):  # something stopped all of them
-                    self._leave(job)
-        for future in finished:
-            future.result()
+                for job in list(self.jobs):  # not empty only if an error stopped the worker
+                    self._release(job)
+        for future in commits:
+            future.result()  # raises the error of a commit
 
-    def _consume(
+    def _encode(
         self,
-        decoded: Ahead[Step],
+        decoded: Ahead[Decoded],
         committer: ThreadPoolExecutor,
-        finished: list[Future[None]],
+        commits: list[Future[None]],
     ) -> None:
-        """Embed what is decoded, and hand what is whole to the committer."""
-        waiting = time.perf_counter()
-        for job, what in decoded:
-            waited = time.perf_counter() - waiting
-            if isinstance(what, PatchBatch):
-                self._embed(job, what, waited)
-            elif what == "end" and not job.failed:
-                finished.append(committer.submit(self._commit, job))
-            elif isinstance(what, BaseException) and not job.failed:
-                self._fail(job, what)
-            while len(finished) > 1 or (finished and finished[0].done()):
-                finished.pop(0).result()
-            waiting = time.perf_counter()
+        """Encode decoded patches; submit a slide to the committer when its last patch is done."""
+        wait_began = time.perf_counter()
+        for job, result in decoded:
+            waited = time.perf_counter() - wait_began
+            if isinstance(result, PatchBatch):
+                self._encode_batch(job, result, waited)
+            elif result == "end" and not job.failed:
+                commits.append(committer.submit(self._commit, job))
+            elif isinstance(result, BaseException) and not job.failed:
+                self._fail(job, result)
+            while len(commits) > 1 or (commits and commits[0].done()):
+                commits.pop(0).result()
+            wait_began = time.perf_counter()
 
-    def _prepared(self) -> Iterator[Job]:
-        """Open one after the other the slides that are to be done, as their leases are had."""
+    def _open_slides(self) -> Iterator[SlideJob]:
+        """Open one slide after the other whose lease is free, until every slide is done."""
         todo = self.sources
         while todo and not self.stopped.is_set():
-            left = []
+            leased_by_others = []
             for source in todo:
                 if self.stopped.is_set():
                     return
                 if not self._is_to_do(source):
-                    self.emit(_over("known", source))
+                    self.emit(_slide_event("known", source))
                     continue
                 lease = self.leases.take(source.key)
                 if lease is None:
-                    left.append(source)
-                elif not self._is_to_do(source):  # done between the look and the lease
+                    leased_by_others.append(source)
+                elif not self._is_to_do(source):  # done just before this worker took the lease
                     lease.release()
                 else:
-                    job = self._prepare(source, lease)
+                    job = self._open(source, lease)
                     if job is None:
                         continue
                     yield job
                     while self.settings.one_at_a_time and not self.stopped.is_set():
-                        if job.over.wait(0.1):
+                        if job.finished.wait(0.1):
                             break
-            todo = left
-            if todo:  # others work on them, and may die
+            todo = leased_by_others
+            if todo:  # wait until they are done, or their workers die and the leases become free
                 self.emit({"event": "waiting", "slides": len(todo)})
                 self.stopped.wait(min(1.0, self.settings.heartbeat_s))
 
     def _is_to_do(self, source: Source) -> bool:
         state = self.store.state(source)
         if state == "failed":
-            # Tried again once per call, whoever of its workers comes first.
+            # Retried once per call: after the retry of any worker, the number of attempts is
+            # larger than it was when the call began.
             return self.store.attempts(source.key) == self.settings.retry.get(source.key)
         return state not in ("done", "empty")
 
-    def _prepare(self, source: Source, lease: Lease) -> Job | None:
+    def _open(self, source: Source, lease: Lease) -> SlideJob | None:
+        """Open a slide and choose its patches; None if it fails, which is written down."""
         self.emit({"event": "start", "key": source.key, "name": source.name})
         started = time.perf_counter()
         slide = None
         try:
             slide = open_slide(source.path, reader=self.settings.reader)
-            tiled = self.store.state(source) == "features"
-            job = (self._begin_again if tiled else self._begin)(source, lease, slide)
+            is_tiled = self.store.state(source) == "features"
+            begin = self._begin_features if is_tiled else self._begin_slide
+            job = begin(source, lease, slide)
         except FAILURES as error:
             if slide is not None:
                 slide.close()
@@ -243,13 +253,14 @@ class _Worker:
             lease.release()
             raise
         job.seconds["open"] = time.perf_counter() - started
-        self.under_way.add(job)
+        self.jobs.add(job)
         return job
 
-    def _begin(self, source: Source, lease: Lease, slide: Slide) -> Job:
+    def _begin_slide(self, source: Source, lease: Lease, slide: Slide) -> SlideJob:
+        """Choose the patches of a slide that is not in the store, and begin to write it."""
         mpp, mpp_source = self._mpp_of(slide, source)
-        found = find_patches(slide, self.tiling, mpp, self._mask_of(source))
-        grid, corrupt, n = found.grid, found.corrupt, len(found.kept)
+        patches = find_patches(slide, self.tiling, mpp, self._mask_of(source))
+        grid, corrupt, n = patches.grid, patches.corrupt, len(patches.kept)
         if n and corrupt.mean() > self.settings.max_damaged:
             raise SlideError(
                 source.path,
@@ -269,80 +280,86 @@ class _Worker:
             "read_px": grid.read_px,
             "footprint_px": grid.footprint_px,
             "patch_mpp": grid.mpp,
-            "counts": {"grid": len(grid.coords), "tissue": found.touched},
-            "reason": found.why_empty,
+            "counts": {"grid": len(grid.coords), "tissue": patches.with_tissue},
+            "reason": patches.why_empty,
         }
         writer = self.store.begin(
-            source.key, attrs, grid.coords[found.kept], found.tissue, found.flags, found.thumb,
-            found.mask, self.encoder.width,
+            source.key, attrs, grid.coords[patches.kept], patches.tissue, patches.flags,
+            patches.thumb, patches.mask, self.encoder.width,
         )  # fmt: skip
         rows = np.flatnonzero(~corrupt)
         replace = self.store.state(source) == "changed"
-        return Job(source, lease, slide, grid, found.kept[rows], rows, writer, replace, {})
+        return SlideJob(source, lease, slide, grid, patches.kept[rows], rows, writer, replace, {})
 
-    def _begin_again(self, source: Source, lease: Lease, slide: Slide) -> Job:
-        """Begin the features of a further encoder, of the patches that were tiled."""
+    def _begin_features(self, source: Source, lease: Lease, slide: Slide) -> SlideJob:
+        """Begin the features of a further encoder, for the patches that the store has."""
         tiled = FeatureStore(self.store.path, self.store.slug)[source.key]
         grid = make_grid(slide, self.tiling, tiled.attrs["mpp"])
         rows = np.flatnonzero(~tiled.flags & FLAGS.CORRUPT)
-        patches = {tuple(corner): i for i, corner in enumerate(grid.coords.tolist())}
-        wanted = [patches.get(tuple(corner), -1) for corner in tiled.coords[rows].tolist()]
-        if -1 in wanted:
-            raise SlideError(source.path, "unreadable", "its patches lie elsewhere than they did")
+        patch_at = {tuple(corner): i for i, corner in enumerate(grid.coords.tolist())}
+        patches = [patch_at.get(tuple(corner), -1) for corner in tiled.coords[rows].tolist()]
+        if -1 in patches:
+            raise SlideError(
+                source.path, "unreadable", "its patches lie elsewhere than in the store"
+            )
         writer = self.store.begin_features(source.key, self.encoder.width)
-        return Job(source, lease, slide, grid, np.array(wanted, np.int64), rows, writer, False, {})
+        indices = np.array(patches, np.int64)
+        return SlideJob(source, lease, slide, grid, indices, rows, writer, False, {})
 
     def _mpp_of(self, slide: Slide, source: Source) -> tuple[float | None, str | None]:
-        known = self.settings.slide_mpp
+        """Return the micrometres per level-0 px of a slide and their origin, None if unknown."""
+        user_mpp = self.settings.slide_mpp
         if slide.mpp is not None:
             return slide.mpp, "file"
-        if isinstance(known, dict):
+        if isinstance(user_mpp, dict):
             for name in (source.key, source.name, source.path.name, source.path.stem):
-                if name in known:
-                    return known[name], "table"
+                if name in user_mpp:
+                    return user_mpp[name], "table"
             return None, None
-        return known, "user" if known is not None else None
+        return user_mpp, "user" if user_mpp is not None else None
 
     def _mask_of(self, source: Source) -> Path | None:
-        """Return the user's own mask of a slide, if there is one."""
+        """Return the file of the user's own mask of a slide, None if there is none."""
         if self.settings.masks is None:
             return None
-        files = [Path(self.settings.masks) / (source.path.stem + ending) for ending in MASKS]
+        folder, stem = Path(self.settings.masks), source.path.stem
+        files = [folder / (stem + suffix) for suffix in MASK_SUFFIXES]
         return next((file for file in files if file.exists()), None)
 
-    def _decoded(self, prepared: Ahead[Job]) -> Iterator[Step]:
-        for job in prepared:
+    def _decode(self, jobs: Ahead[SlideJob]) -> Iterator[Decoded]:
+        for job in jobs:
             started = time.perf_counter()
             try:
                 patches: Any = read_patches(
-                    job.slide, job.grid, job.wanted, batch=self.batch,
-                    workers=self.settings.decoders, device=self._decoder(job),
+                    job.slide, job.grid, job.patches, batch=self.batch,
+                    workers=self.settings.decoders, device=self._decoder_of(job),
                 )  # fmt: skip
                 with closing(patches):
                     for batch in patches:
                         job.seconds["decode"] = time.perf_counter() - started
                         if job.failed or self.stopped.is_set():
                             break
-                        yield Step(job, batch)
+                        yield Decoded(job, batch)
+                        # Leave out the time for which this thread waited in the yield.
                         started = time.perf_counter() - job.seconds["decode"]
             except FAILURES as error:
-                yield Step(job, error)
+                yield Decoded(job, error)
             else:
-                yield Step(job, "end")
+                yield Decoded(job, "end")
 
-    def _decoder(self, job: Job) -> str:
-        """Return "cuda" if the encoder is there, and decoding is quicker there for this slide."""
+    def _decoder_of(self, job: SlideJob) -> str:
+        """Return "cuda" if the encoder runs there and decodes this slide faster, else "cpu"."""
         device = getattr(self.encoder, "device", None)
         if device is None or device.type != "cuda":
             return "cpu"
         job.decoder = probe_decoder(job.slide, job.grid)
         return job.decoder
 
-    def _embed(self, job: Job, batch: PatchBatch, waited: float) -> None:
+    def _encode_batch(self, job: SlideJob, batch: PatchBatch, waited: float) -> None:
         if job.failed:
             return
         started = time.perf_counter()
-        # What the encoder raises is no slide's fault, and stops the worker.
+        # Outside of the try: an error of the encoder is not the slide's and stops the worker.
         features = self.encoder.encode(batch.pixels) if len(batch.rows) else None
         try:
             job.writer.corrupt(job.rows[batch.lost])
@@ -356,7 +373,7 @@ class _Worker:
         counts = {"patches": len(batch.rows), "decode_s": waited, "encode_s": took}
         self.emit({"event": "patches", **counts})
 
-    def _commit(self, job: Job) -> None:
+    def _commit(self, job: SlideJob) -> None:
         started = time.perf_counter()
         try:
             job.writer.commit(replace=job.replace)
@@ -366,32 +383,32 @@ class _Worker:
         job.seconds["commit"] = time.perf_counter() - started
         log = {"seconds": job.seconds, "decoder": job.decoder, "host": os.uname().nodename}
         self.store.log(job.source.key, log)
-        self._leave(job)
-        self.emit(_over("done", job.source))
+        self._release(job)
+        self.emit(_slide_event("done", job.source))
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _fail(self, job: SlideJob, error: BaseException) -> None:
         job.failed = True
         try:
             self._record(job.source, error)
         finally:
-            self._leave(job)
+            self._release(job)
 
-    def _leave(self, job: Job) -> None:
-        """Close what a slide holds, and remove what is not committed."""
+    def _release(self, job: SlideJob) -> None:
+        """Close the slide, remove its files that are not committed, and release its lease."""
         job.writer.abort()
         job.slide.close()
         job.lease.release()
-        job.over.set()
-        self.under_way.discard(job)
+        job.finished.set()
+        self.jobs.discard(job)
 
     def _record(self, source: Source, error: BaseException) -> None:
-        """Write down why a slide failed; raise what would fail the others too."""
+        """Write the failure of a slide to the store; raise an error that all slides would have."""
         if isinstance(error, OSError) and error.errno in FULL:
             raise error
         attempts = self.settings.retry.get(source.key, 0) + 1
         note_failure(self.store.path, source.key, source, error, attempts)
-        self.emit({**_over("failed", source), "message": str(error)})
+        self.emit({**_slide_event("failed", source), "message": str(error)})
 
 
-def _over(event: str, source: Source) -> dict[str, Any]:
+def _slide_event(event: str, source: Source) -> dict[str, Any]:
     return {"event": event, "key": source.key, "name": source.name, "bytes": source.bytes}

@@ -1,6 +1,7 @@
-"""The quality report of a cohort: pictures of slides, contact sheets, a table, a page of them all.
+"""The quality report of a cohort: a picture per slide, contact sheets, a table and an HTML page.
 
-Drawn from the store alone, slide after slide, so any cohort needs the memory of one sheet.
+It is drawn only from the store, slide by slide, so its memory is that of one contact sheet, however
+large the cohort is.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 
-class Stored(Protocol):
-    """What the report needs of a slide: `motet.io.FeatureStore` gives such."""
+class ReportSlide(Protocol):
+    """The attributes of a slide that the report reads; `SlideFeatures` has them."""
 
     @property
     def attrs(self) -> Mapping[str, Any]: ...
@@ -42,17 +43,21 @@ class Stored(Protocol):
     def mask(self) -> NDArray[np.bool_] | None: ...
 
 
-class Store(Protocol):
+class ReportStore(Protocol):
+    """The attributes of a store that the report reads; `FeatureStore` has them."""
+
     def __iter__(self) -> Iterator[str]: ...
-    def __getitem__(self, key: str, /) -> Stored: ...
+    def __getitem__(self, key: str, /) -> ReportSlide: ...
     @property
     def failed(self) -> Mapping[str, Mapping[str, Any]]: ...
 
 
 class Ink(NamedTuple):
-    colour: tuple[int, int, int]  # Okabe and Ito's, told apart with any colour vision
+    """How patches with a flag are drawn."""
+
+    colour: tuple[int, int, int]  # from Okabe and Ito's palette for all colour vision
     bit: int  # of the store's flags
-    mark: str  # within the patch, so that colour is not all that tells
+    mark: str  # drawn inside of the patch, for those who cannot see the colours
 
 
 OUTLINE, KEPT = (0, 158, 115), (0, 114, 178)
@@ -68,39 +73,37 @@ COLUMNS: tuple[str, ...] = (
     "key", "name", "status", "reason", "reader", "vendor", "mpp", "mpp_source", "level",
     *COUNTS, "path",
 )  # fmt: skip
-_LONGEST, _SHORTEST, _CAPTION = 1024, 512, 66  # px of a slide's picture
-_CELL, _ACROSS, _PAGE, _LABEL = (
-    240,
-    8,
-    48,
-    34,
-)  # px of a cell; cells in a row, on a page; px of its text
+# Of a slide's picture: most and least px of its longer side, px of its caption's height.
+_LONGEST, _SHORTEST, _CAPTION = 1024, 512, 66
+# Of a contact sheet: px of a cell's side, cells per row, cells per sheet, px of a label's height.
+_CELL, _PER_ROW, _PAGE, _LABEL = 240, 8, 48, 34
 
 
 def write_report(
     cohort: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    store: Store | None = None,
+    store: ReportStore | None = None,
 ) -> Path:
-    """Write the quality report of a cohort: what was seen, kept, flagged, empty and lost.
+    """Write the quality report of a cohort: its patches, their flags, empty and failed slides.
 
-    `slides/<key>.png` is a slide's thumbnail with the outline of its tissue and its patches;
-    patches with a flag are filled: orange pen, yellow blur, black corrupt, light blue edge.
-    `sheets/` holds contact sheets of 48 slides, `slides.csv` a line per slide, failed ones too, and
-    `index.html` all of it, failures and empty slides first, with relative links and nothing from
-    elsewhere. Called again, it draws only the slides that are newer than their pictures.
+    `slides/<key>.png` is a slide's thumbnail with the outlines of its tissue and its patches.
+    Patches with a flag are filled: orange for pen, yellow for blur, black for corrupt, light blue
+    for edge. `sheets/` holds contact sheets of 48 slides each. `slides.csv` has one line per slide,
+    failed ones too. `index.html` shows all of these, failed and empty slides first; its links are
+    relative, and it loads nothing from the internet. A further call draws only the slides that are
+    newer than their pictures.
 
     Args:
         cohort: folder of the store.
-        out: folder of the report; None for `report` in the cohort.
-        store: the store, if it is open already.
+        out: folder of the report; None for `report` in the cohort folder.
+        store: the store, if it is already open.
 
     Returns:
         The path of index.html.
 
     Raises:
-        StoreError: no store.
+        StoreError: the folder is no store.
         OSError: the report cannot be written.
 
     Example:
@@ -112,7 +115,7 @@ def write_report(
     """
     cohort = Path(cohort)
     out = cohort / "report" if out is None else Path(out)
-    store = _opened(cohort) if store is None else store
+    store = _open_store(cohort) if store is None else store
     pictures = out / "slides"
     pictures.mkdir(parents=True, exist_ok=True)
     (out / "sheets").mkdir(exist_ok=True)
@@ -123,33 +126,34 @@ def write_report(
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for page, keys in enumerate(_pages(store), 1):
-            cells = _cells(store, keys, cohort, pictures)
+            cells = _draw_page(store, keys, cohort, pictures)
             rows = [row for row, _ in cells]
             writer.writerows(rows)
-            _count(totals, rows)
+            _add_to_totals(totals, rows)
             empty += (row for row in rows if row["status"] != "ok")
             sheets.append((f"page-{page:04}.png", keys))
             _write_sheet(out / "sheets" / sheets[-1][0], cells, pictures)
         failed = _failed_rows(store)
         writer.writerows({name: row[name] for name in COLUMNS} for row in failed)
     totals["failed"] = len(failed)
-    _remove_others(out / "sheets", {name for name, _ in sheets})
+    _remove_other_sheets(out / "sheets", {name for name, _ in sheets})
     with _text_file(out / "index.html") as index:
-        index.writelines(_page(cohort, totals, failed, empty, sheets))
+        index.writelines(_html_lines(cohort, totals, failed, empty, sheets))
     return out / "index.html"
 
 
-def _opened(cohort: Path) -> Store:
+def _open_store(cohort: Path) -> ReportStore:
     from ..store.read import FeatureStore
 
-    return cast("Store", FeatureStore(cohort))  # type checkers know no cached property as one
+    # A cast, as type checkers do not accept a cached_property for a property of a Protocol.
+    return cast("ReportStore", FeatureStore(cohort))
 
 
-def _remove_others(sheets: Path, kept: set[str]) -> None:
-    """Remove the last contact sheets of a report that was longer."""
-    for stale in sheets.glob("page-*.png"):
-        if stale.name not in kept:
-            stale.unlink()
+def _remove_other_sheets(folder: Path, names: set[str]) -> None:
+    """Remove the contact sheets without these names: the last ones of an earlier, longer report."""
+    for sheet in folder.glob("page-*.png"):
+        if sheet.name not in names:
+            sheet.unlink()
 
 
 @contextmanager
@@ -158,29 +162,34 @@ def _text_file(path: Path) -> Iterator[IO[str]]:
         yield file
 
 
-def _cells(
-    store: Store, keys: list[str], cohort: Path, pictures: Path
+def _draw_page(
+    store: ReportStore, keys: list[str], cohort: Path, pictures: Path
 ) -> list[tuple[dict[str, Any], Image | None]]:
-    """Return the rows of a page, each with what was drawn anew of it."""
+    """Draw the slides of a contact sheet whose pictures are out of date.
+
+    Returns:
+        For each slide its row of the table and its cell of the contact sheet, None if its picture
+        is up to date.
+    """
     cells = []
     for key in keys:
         slide, picture = store[key], pictures / f"{key}.png"
-        row = _row(key, slide.attrs)
-        fresh = _is_newer(picture, cohort / "slides" / f"{key}.zarr")
-        cells.append((row, None if fresh else _drawn(slide, row, picture)))
+        row = _table_row(key, slide.attrs)
+        up_to_date = _is_newer(picture, cohort / "slides" / f"{key}.zarr")
+        cells.append((row, None if up_to_date else _draw_slide(slide, row, picture)))
     return cells
 
 
-def _count(totals: dict[str, int], rows: list[dict[str, Any]]) -> None:
+def _add_to_totals(totals: dict[str, int], rows: list[dict[str, Any]]) -> None:
     for row in rows:
         totals[row["status"]] = totals.get(row["status"], 0) + 1
         for name in ("kept", *INKS):
             totals[name] += row[name] or 0
 
 
-def _failed_rows(store: Store) -> list[dict[str, Any]]:
+def _failed_rows(store: ReportStore) -> list[dict[str, Any]]:
     return [
-        _row(key, {"status": "failed", "name": note.get("name") or note.get("path"), **note})
+        _table_row(key, {"status": "failed", "name": note.get("name") or note.get("path"), **note})
         | {"message": note.get("message")}
         for key, note in sorted(store.failed.items())
     ]
@@ -192,8 +201,8 @@ def _pages(keys: Iterable[str]) -> Iterator[list[str]]:
         yield page
 
 
-def _row(key: str, attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the table says of a slide; text in one line, whatever its name is."""
+def _table_row(key: str, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a slide in the table. Texts are one line, even of a hostile name."""
     counts, source = (attrs.get(name) or {} for name in ("counts", "source"))
     kept = counts.get("kept", counts.get("patches"))
     status = attrs.get("status") or ("ok" if kept else "empty")
@@ -205,18 +214,18 @@ def _row(key: str, attrs: Mapping[str, Any]) -> dict[str, Any]:
     if status == "empty":
         row["reason"] = row.get("reason") or ("no patch has enough tissue" if counts.get("grid")
                                               else "no patch fits into it")  # fmt: skip
-    clean = {name: row.get(name) for name in COLUMNS}
+    cells = {name: row.get(name) for name in COLUMNS}
     return {
-        name: _line(value) if isinstance(value, str) else value for name, value in clean.items()
+        name: _one_line(value) if isinstance(value, str) else value for name, value in cells.items()
     }
 
 
-def _line(text: object) -> str:
-    """Return printable text in one line; what is neither is a space."""
+def _one_line(text: object) -> str:
+    """Return a text in one line, each run of spaces and unprintable characters as one space."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
-def _drawn(slide: Stored, row: Mapping[str, Any], path: Path) -> Image:
+def _draw_slide(slide: ReportSlide, row: Mapping[str, Any], path: Path) -> Image:
     """Draw a slide's picture, write it, and return its cell of the contact sheet."""
     import numpy as np
     from PIL import Image, ImageDraw
@@ -231,9 +240,9 @@ def _drawn(slide: Stored, row: Mapping[str, Any], path: Path) -> Image:
     image = Image.fromarray(thumb).resize((across, along), Image.Resampling.BILINEAR)
     pixels = np.array(image)
     if mask is not None:
-        shown = np.asarray(Image.fromarray(mask).resize((across, along), Image.Resampling.NEAREST))
-        pixels[_boundary(shown)] = OUTLINE
-    level0, footprint = _size(slide.attrs), slide.attrs.get("footprint_px")
+        resized = Image.fromarray(mask).resize((across, along), Image.Resampling.NEAREST)
+        pixels[_boundary(np.asarray(resized))] = OUTLINE
+    level0, footprint = _level0_size(slide.attrs), slide.attrs.get("footprint_px")
     boxes = np.empty((0, 4), np.int64)
     flags = slide.flags
     if level0 and footprint and len(flags) and slide.attrs.get("coords") != "absent":
@@ -247,18 +256,20 @@ def _drawn(slide: Stored, row: Mapping[str, Any], path: Path) -> Image:
     left = (canvas.width - across) // 2
     canvas.paste(Image.fromarray(pixels), (left, 0))
     draw = ImageDraw.Draw(canvas)
-    _mark(draw, boxes + np.array((left, 0, left, 0)), flags)
+    _draw_marks(draw, boxes + np.array((left, 0, left, 0)), flags)
     if row["mpp"] and level0:
-        _scale_bar(draw, across / level0[0] / row["mpp"], left, along, across)
-    _caption(draw, row, along)
-    # 256 colours: a third of the bytes and of the time.
-    few = canvas.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        _draw_scale_bar(draw, across / level0[0] / row["mpp"], left, along, across)
+    _draw_caption(draw, row, along)
+    # 256 colours take a third of the bytes and of the time.
+    palette = canvas.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     with replacing(path) as partial:
-        few.save(partial, "PNG", compress_level=1)
-    return _cell(few.convert("RGB"))  # as it is when the file is read again
+        palette.save(partial, "PNG", compress_level=1)
+    # From the 256 colours, as the file has them: a later report, which reads the file, gives the
+    # same cell.
+    return _sheet_cell(palette.convert("RGB"))
 
 
-def _size(attrs: Mapping[str, Any]) -> tuple[int, int] | None:
+def _level0_size(attrs: Mapping[str, Any]) -> tuple[int, int] | None:
     width, height = attrs.get("width"), attrs.get("height")
     if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
         return width, height
@@ -266,25 +277,28 @@ def _size(attrs: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the pixels of a mask that touch what is not in it."""
+    """Return the pixels of a mask that have a neighbour outside of it."""
     import numpy as np
 
-    inner = np.pad(mask, 1, "edge")
-    whole = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-    return mask & ~whole
+    padded = np.pad(mask, 1, "edge")
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
 
 
 def _overlay(
     pixels: NDArray[np.uint8], boxes: NDArray[np.int64], flags: NDArray[np.uint8], side: float
 ) -> None:
-    """Outline the kept patches, all together where they are small, and fill those with a flag."""
+    """Draw the outlines of the kept patches, and fill the patches with a flag.
+
+    Patches of less than 10 px (`side`) get one outline around all of them.
+    """
     import numpy as np
     from PIL import Image, ImageDraw
 
-    def blend(where: NDArray[np.bool_], colour: tuple[int, int, int], share: float) -> None:
-        pixels[where] = (pixels[where] * (1 - share) + np.array(colour) * share).astype(np.uint8)
+    def blend(mask: NDArray[np.bool_], colour: tuple[int, int, int], share: float) -> None:
+        pixels[mask] = (pixels[mask] * (1 - share) + np.array(colour) * share).astype(np.uint8)
 
-    def drawn(boxes: NDArray[np.int64], *, filled: bool) -> NDArray[np.bool_]:
+    def draw_boxes(boxes: NDArray[np.int64], *, filled: bool) -> NDArray[np.bool_]:
         canvas = Image.new("1", pixels.shape[1::-1])
         draw = ImageDraw.Draw(canvas)
         for box in boxes.tolist():
@@ -292,16 +306,17 @@ def _overlay(
         return np.array(canvas)
 
     if side < 10:
-        blend(_boundary(drawn(boxes, filled=True)), KEPT, 0.8)
+        blend(_boundary(draw_boxes(boxes, filled=True)), KEPT, 0.8)
     else:
-        blend(drawn(boxes, filled=False), KEPT, 0.7)
+        blend(draw_boxes(boxes, filled=False), KEPT, 0.7)
     for ink in INKS.values():
-        some = boxes[(flags & ink.bit) != 0]
-        if len(some):
-            blend(drawn(some, filled=True), ink.colour, 0.45)
+        flagged = boxes[(flags & ink.bit) != 0]
+        if len(flagged):
+            blend(draw_boxes(flagged, filled=True), ink.colour, 0.45)
 
 
-def _mark(draw: ImageDraw, boxes: NDArray[np.int64], flags: NDArray[np.uint8]) -> None:
+def _draw_marks(draw: ImageDraw, boxes: NDArray[np.int64], flags: NDArray[np.uint8]) -> None:
+    """Draw the marks of the flags into their patches, unless these are too small."""
     for ink in INKS.values():
         light = (255, 255, 255) if sum(ink.colour) < 200 else (0, 0, 0)
         for x0, y0, x1, y1 in boxes[(flags[: len(boxes)] & ink.bit) != 0].tolist():
@@ -316,21 +331,21 @@ def _mark(draw: ImageDraw, boxes: NDArray[np.int64], flags: NDArray[np.uint8]) -
                 draw.line((x0, (y0 + y1) // 2, x1, (y0 + y1) // 2), light)
 
 
-def _scale_bar(draw: ImageDraw, px_per_um: float, left: int, bottom: int, across: int) -> None:
-    """Draw a bar of 1, 2 or 5 times a power of ten, at most a fifth of the picture's width."""
-    most = across / 5 / px_per_um
-    power = 10.0 ** math.floor(math.log10(most))
-    length = next(step * power for step in (5, 2, 1) if step * power <= most)
+def _draw_scale_bar(draw: ImageDraw, px_per_um: float, left: int, bottom: int, across: int) -> None:
+    """Draw a bar of 1, 2 or 5 times a power of ten µm, at most a fifth of the picture's width."""
+    longest_um = across / 5 / px_per_um
+    power = 10.0 ** math.floor(math.log10(longest_um))
+    length = next(step * power for step in (5, 2, 1) if step * power <= longest_um)
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
     font = _font(13)
-    wide = max(length * px_per_um, draw.textlength(text, font))
+    width = max(length * px_per_um, draw.textlength(text, font))
     x, y = left + 10, bottom - 34
-    draw.rectangle((x - 6, y - 4, x + wide + 6, y + 26), "white")
+    draw.rectangle((x - 6, y - 4, x + width + 6, y + 26), "white")
     draw.rectangle((x, y + 18, x + length * px_per_um, y + 21), "black")
     draw.text((x, y), text, "black", font)
 
 
-def _caption(draw: ImageDraw, row: Mapping[str, Any], top: int) -> None:
+def _draw_caption(draw: ImageDraw, row: Mapping[str, Any], top: int) -> None:
     mpp = row["mpp"]
     facts = [
         row["status"] + (f": {row['reason']}" if row["reason"] else ""),
@@ -339,9 +354,9 @@ def _caption(draw: ImageDraw, row: Mapping[str, Any], top: int) -> None:
         *([row["reader"]] if row["reader"] else []),
     ]
     width = draw.im.size[0]
-    draw.text((8, top + 5), _fit(row["name"], _font(15), width - 16), "black", _font(15))
+    draw.text((8, top + 5), _shorten(row["name"], _font(15), width - 16), "black", _font(15))
     draw.text(
-        (8, top + 26), _fit(" · ".join(facts), _font(12), width - 16), (70, 70, 70), _font(12)
+        (8, top + 26), _shorten(" · ".join(facts), _font(12), width - 16), (70, 70, 70), _font(12)
     )
     x = 8.0
     kept = f"{row['kept'] or 0:,} kept" + (f" of {row['grid']:,}" if row["grid"] else "")
@@ -363,8 +378,8 @@ def _font(size: int) -> FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
-def _fit(text: str, font: FreeTypeFont, width: float) -> str:
-    """Return a text, its middle left out where it is too long."""
+def _shorten(text: str, font: FreeTypeFont, width: float) -> str:
+    """Return a text that is at most `width` px wide; the middle of a longer one is cut out."""
     text = text[:400]
     if font.getlength(text) <= width:
         return text
@@ -374,8 +389,8 @@ def _fit(text: str, font: FreeTypeFont, width: float) -> str:
     return f"{text[:half]}…{text[-half:]}" if half else "…"
 
 
-def _cell(picture: Image) -> Image:
-    """Return a slide's picture as a cell of the contact sheet shows it, without its caption."""
+def _sheet_cell(picture: Image) -> Image:
+    """Return a slide's picture, without its caption, in the size of a contact sheet's cell."""
     from PIL import Image
 
     size = picture.width, picture.height - _CAPTION
@@ -387,38 +402,41 @@ def _cell(picture: Image) -> Image:
 def _write_sheet(
     path: Path, cells: list[tuple[dict[str, Any], Image | None]], pictures: Path
 ) -> None:
-    """Write a contact sheet, unless it is there already and shows the same."""
+    """Write a contact sheet, unless the file exists and shows the same slides."""
     from PIL import Image, ImageDraw
     from PIL.PngImagePlugin import PngInfo
 
-    shown = "\n".join(f"{row['key']} {row['status']} {row['kept']}" for row, _ in cells)
+    # The content of a sheet, which is kept in the PNG file as a text.
+    content = "\n".join(f"{row['key']} {row['status']} {row['kept']}" for row, _ in cells)
     if all(cell is None for _, cell in cells) and path.exists():
         try:
             with Image.open(path) as old:
-                if old.info.get("motet") == shown:
+                if old.info.get("motet") == content:
                     return
         except (OSError, SyntaxError):
-            pass  # half a file: drawn again
-    rows = math.ceil(len(cells) / _ACROSS)
-    sheet = Image.new("RGB", (_ACROSS * _CELL, rows * (_CELL + _LABEL)), "white")
+            pass  # a damaged file: draw it again
+    rows = math.ceil(len(cells) / _PER_ROW)
+    sheet = Image.new("RGB", (_PER_ROW * _CELL, rows * (_CELL + _LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
     for n, (row, cell) in enumerate(cells):
         if cell is None:
             with Image.open(pictures / f"{row['key']}.png") as picture:
-                cell = _cell(picture.convert("RGB"))
-        x, y = n % _ACROSS * _CELL, n // _ACROSS * (_CELL + _LABEL)
+                cell = _sheet_cell(picture.convert("RGB"))
+        x, y = n % _PER_ROW * _CELL, n // _PER_ROW * (_CELL + _LABEL)
         sheet.paste(cell, (x + (_CELL - cell.width) // 2, y + (_CELL - cell.height) // 2))
-        draw.text((x + 5, y + _CELL), _fit(row["name"], _font(12), _CELL - 10), "black", _font(12))
-        what = f"{row['kept'] or 0:,} patches" if row["status"] == "ok" else row["status"]
+        draw.text(
+            (x + 5, y + _CELL), _shorten(row["name"], _font(12), _CELL - 10), "black", _font(12)
+        )
+        state = f"{row['kept'] or 0:,} patches" if row["status"] == "ok" else row["status"]
         colour = (90, 90, 90) if row["status"] == "ok" else (213, 94, 0)
-        draw.text((x + 5, y + _CELL + 15), what, colour, _font(11))
+        draw.text((x + 5, y + _CELL + 15), state, colour, _font(11))
     info = PngInfo()
-    info.add_text("motet", shown)
+    info.add_text("motet", content)
     with replacing(path) as partial:
         sheet.save(partial, "PNG", compress_level=1, pnginfo=info)
 
 
-def _page(
+def _html_lines(
     cohort: Path,
     totals: Mapping[str, int],
     failed: list[dict[str, Any]],
@@ -426,7 +444,7 @@ def _page(
     sheets: list[tuple[str, list[str]]],
 ) -> Iterator[str]:
     """Yield the lines of index.html."""
-    title = html.escape(_line(cohort.resolve().name))
+    title = html.escape(_one_line(cohort.resolve().name))
     yield (
         "<!doctype html>\n<html lang=en><meta charset=utf-8>\n"
         f"<title>{title}: quality report</title>\n<style>\n"
@@ -438,20 +456,20 @@ def _page(
         "img { max-width: 100%; height: auto } td img { max-height: 120px }\n</style>\n"
         f"<h1>{title}</h1>\n"
     )
-    counted = ", ".join(f"{totals[name]:,} {name}" for name in ("ok", "empty", "failed"))
-    flagged = ", ".join(f"{totals[name]:,} {name}" for name in INKS)
-    yield f"<p>Slides: {counted}. Patches: {totals['kept']:,} kept, of these {flagged}. "
+    slides = ", ".join(f"{totals[name]:,} {name}" for name in ("ok", "empty", "failed"))
+    flags = ", ".join(f"{totals[name]:,} {name}" for name in INKS)
+    yield f"<p>Slides: {slides}. Patches: {totals['kept']:,} kept, of these {flags}. "
     yield '<a href="slides.csv">slides.csv</a> has a line per slide.</p>\n'
     if failed:
         yield "<h2>Failed</h2>\n<table><tr><th>slide<th>reason<th>what was wrong<th>path</tr>\n"
         for row in failed:
-            yield f"<tr>{_told(row, 'name', 'reason', 'message', 'path')}</tr>\n"
+            yield f"<tr>{_html_cells(row, 'name', 'reason', 'message', 'path')}</tr>\n"
         yield "</table>\n"
     if empty:
         yield "<h2>Without patches</h2>\n<table><tr><th>slide<th>reason<th>thumbnail</tr>\n"
         for row in empty:
             link = f"slides/{quote(row['key'])}.png"
-            yield f"<tr>{_told(row, 'name', 'reason')}"
+            yield f"<tr>{_html_cells(row, 'name', 'reason')}"
             yield f'<td><a href="{link}"><img loading=lazy alt="" src="{link}"></a></tr>\n'
         yield "</table>\n"
     if sheets:
@@ -460,15 +478,15 @@ def _page(
         yield f'<p><img loading=lazy src="sheets/{name}" usemap="#{name}" alt=""></p>\n'
         yield f'<map name="{name}">\n'
         for n, key in enumerate(keys):
-            x, y = n % _ACROSS * _CELL, n // _ACROSS * (_CELL + _LABEL)
+            x, y = n % _PER_ROW * _CELL, n // _PER_ROW * (_CELL + _LABEL)
             area = f"{x},{y},{x + _CELL},{y + _CELL + _LABEL}"
             link = f"slides/{quote(key)}.png"
             yield f'<area coords="{area}" href="{link}" alt="{html.escape(key)}">\n'
         yield "</map>\n"
 
 
-def _told(row: Mapping[str, Any], *names: str) -> str:
-    return "".join(f"<td>{html.escape(_line(row[name] or ''))}" for name in names)
+def _html_cells(row: Mapping[str, Any], *names: str) -> str:
+    return "".join(f"<td>{html.escape(_one_line(row[name] or ''))}" for name in names)
 
 
 def _is_newer(picture: Path, slide: Path) -> bool:

@@ -1,4 +1,8 @@
-"""The exact area mean of an image, by which slides are brought to the resolution asked for."""
+"""The exact area mean of an image, which brings slides to the resolution of the patches.
+
+Each pixel of a patch is the mean of the level over exactly its footprint. This avoids aliasing, and
+C++, numpy and torch give the same result, whatever filters a library has.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from ..native import native
 if TYPE_CHECKING:
     import torch
 
-HALF = 0.5 + 1e-9  # a half that came out a little less is still rounded up
+# floor(mean + HALF) rounds to nearest, halves up. The mean has an error of up to 1e-11, so a mean
+# of exactly a half may come out a little below it; the 1e-9 still rounds it up.
+HALF = 0.5 + 1e-9
 
 _module = native()  # numpy computes the same without it
 
@@ -19,26 +25,26 @@ _module = native()  # numpy computes the same without it
 def area_resample(
     image: np.ndarray, rows: np.ndarray, columns: np.ndarray, ratio: float, *, out: Any = None
 ) -> np.ndarray:
-    """Take the mean of an image over windows of ratio x ratio px that begin at rows and columns.
+    """Compute the mean of an image over windows of ratio x ratio px.
 
-    out[i, j] is the mean over [rows[i], rows[i] + ratio) x [columns[j], columns[j] + ratio), in
-    which a pixel that a window covers in part counts in part, rounded to nearest, halves up. The
-    mean is exact to 1e-11 grey levels before it is rounded, so that the result is the correctly
-    rounded one unless the mean lies less than 1e-9 below a half. In C++, a ratio of 1 at whole
-    pixels is a copy, and ratios of 2 and 4 there take integers alone.
+    out[i, j] is the mean over [rows[i], rows[i] + ratio) x [columns[j], columns[j] + ratio),
+    rounded to nearest, halves up. A pixel that a window covers in part has that part as its weight.
+    The mean is exact to 1e-11 grey levels before rounding, so the result is correctly rounded
+    unless the mean lies less than 1e-9 below a half. The C++ code copies if the ratio is 1 and the
+    windows begin at whole pixels, and computes with integers if it is 2 or 4.
 
     Args:
-        image: uint8 [H, W, 3], pixels without gaps; rows may lie apart, as in a crop.
-        rows: float64 [h], the upper ends of the windows in px, which must lie within the image.
-        columns: float64 [w], their left ends.
+        image: uint8 [H, W, 3]; each row contiguous, rows may have gaps between them (a crop).
+        rows: float64 [h], upper edges of the windows in px; windows must lie within the image.
+        columns: float64 [w], left edges of the windows in px.
         ratio: px of the image per px of the result, 1 or more.
-        out: uint8 [h, w, 3] to write to, apart from the image; a new array if None.
+        out: uint8 [h, w, 3] to write to; must not overlap the image. A new array if None.
 
     Returns:
         uint8 [h, w, 3].
 
     Raises:
-        ValueError: a window reaches beyond the image, or an argument has another form.
+        ValueError: a window reaches beyond the image, or an argument has another shape or dtype.
 
     Example:
         >>> image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
@@ -57,10 +63,13 @@ def area_resample(
 def area_resample_reference(
     image: np.ndarray, rows: np.ndarray, columns: np.ndarray, ratio: float
 ) -> np.ndarray:
-    """Compute area_resample literally: a matrix of the shares of pixels from each side."""
-    down, across = (
-        shares(*of, ratio) for of in ((rows, image.shape[0]), (columns, image.shape[1]))
-    )
+    """Compute area_resample as a product with a matrix of weights on each side.
+
+    mean[i, j, c] = sum over y, x of down[i, y] image[y, x, c] across[j, x]: the weight of a pixel
+    in a window is the product of its weights along both axes.
+    """
+    down = window_weights(rows, image.shape[0], ratio)
+    across = window_weights(columns, image.shape[1], ratio)
     mean = np.einsum("iy,yxc,jx->ijc", down, image.astype(np.float64), across, optimize=True)
     return np.floor(mean + HALF).astype(np.uint8)
 
@@ -68,19 +77,19 @@ def area_resample_reference(
 def area_resample_torch(
     image: torch.Tensor, rows: np.ndarray, columns: np.ndarray, ratio: float
 ) -> torch.Tensor:
-    """Compute area_resample on the device that the image is on."""
+    """Compute area_resample of a tensor, on its device."""
     import torch
 
     down, across = (
-        torch.from_numpy(shares(*of, ratio)).to(image.device)
-        for of in ((rows, image.shape[0]), (columns, image.shape[1]))
+        torch.from_numpy(window_weights(begins, side, ratio)).to(image.device)
+        for begins, side in ((rows, image.shape[0]), (columns, image.shape[1]))
     )
     mean = torch.einsum("iy,yxc,jx->ijc", down, image.double(), across)
     return (mean + HALF).to(torch.uint8)
 
 
-def shares(begins: np.ndarray, side: int, ratio: float) -> np.ndarray:
-    """Return float64 [n, side]: how much of each window along one axis lies in each pixel."""
+def window_weights(begins: np.ndarray, side: int, ratio: float) -> np.ndarray:
+    """Return float64 [n, side]: the share of each window along one axis that lies in each pixel."""
     if not ratio >= 1:
         raise ValueError(f"ratio: expected a number of 1 or more, got {ratio}")
     begins = np.asarray(begins, np.float64)

@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 class Tiled(NamedTuple):
-    """Say how a call of `tile_slides` ended, over the slides it was given."""
+    """The result of `tile_slides`: numbers of slides."""
 
     slides: int
-    """How many were given."""
+    """All slides of the call."""
     done: int
-    """Stored with their features."""
+    """Slides that are stored with their features."""
     empty: int
-    """Stored without a patch."""
+    """Slides that are stored without a patch."""
     skipped: int
-    """Not tiled because their resolution is not known, as was asked for."""
+    """Slides of unknown resolution, with missing_mpp="skip"."""
     failed: dict[str, str]
-    """Key to what is wrong with the slide."""
+    """Key to message, of the slides that failed."""
     patches: int
     """Patches embedded in this call."""
 
     def __str__(self) -> str:
         parts = [f"{self.slides} slide{'s'[: self.slides != 1]}: {self.done} done"]
-        for count, what in ((self.empty, "empty"), (self.skipped, "skipped")):
+        for count, state in ((self.empty, "empty"), (self.skipped, "skipped")):
             if count:
-                parts.append(f"{count} {what}")
+                parts.append(f"{count} {state}")
         if self.failed:
             parts.append(f"{len(self.failed)} failed")
         return ", ".join(parts)
@@ -68,58 +68,60 @@ def tile_slides(
     ray: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Tiled:
-    """Cut slides into patches, embed those of tissue, and store the features, slide by slide.
+    """Cut slides into patches, embed those with tissue, and store the features, slide by slide.
 
-    A call goes on where an earlier one stopped, on any machine that sees the folder; calls at the
-    same time share the work. A slide that fails is written down with its reason and does not stop
-    the others; the next call tries it again. A slide without a patch is stored as empty.
+    A call continues where an earlier one stopped, on any machine that sees the folder. Several
+    calls at the same time share the work. If a slide fails, the reason is stored and the other
+    slides go on; the next call tries it again. A slide without a patch is stored as empty.
 
     Args:
-        slides: files, folders (searched through), or lists of slides (.txt, or .csv with a column
-            `path`).
-        out: folder of the store; its format is docs/reference/store-format.md.
+        slides: files, folders (searched with their subfolders), or lists of slides (.txt, or .csv
+            with a column `path`).
+        out: folder of the store; its format is described in docs/reference/store-format.md.
         encoder: name as `load_encoder` takes it, or an Encoder, which needs `workers=0`.
-        mpp: size of a patch's pixel, micrometres. One of mpp, mag and downsample is needed.
-        mag: the same as mpp=10/mag.
+        mpp: micrometres per pixel of a patch. Exactly one of mpp, mag and downsample is needed.
+        mag: magnification; the same as mpp=10/mag.
         downsample: level-0 pixels per pixel of a patch, whatever the slide's resolution.
         tile_px: width and height of a patch, pixels.
-        border: what becomes of the slide's right and lower rim: "drop" it, "shift" the last patches
-            inwards, "pad" them with white.
-        min_tissue: share of a patch that must be tissue, 0 to 1.
-        masks: folder of masks to use instead of the search for tissue, <stem>.geojson or .png.
-        slide_mpp: micrometres per level-0 pixel of slides whose files do not say it: slide (key,
-            name, file name or its stem) to value, or one value for all.
-        missing_mpp: what becomes of a slide whose resolution is not known: "fail" or "skip".
+        border: patches that reach beyond the right or lower edge of the slide: "drop" leaves them
+            out, "shift" moves them inwards, "pad" fills them with white.
+        min_tissue: least share of a patch that must be tissue, 0 to 1.
+        masks: folder with the user's own masks of tissue, <stem>.geojson or <stem>.png; used
+            instead of the tissue search.
+        slide_mpp: micrometres per level-0 pixel of slides whose files do not hold it: one value for
+            all, or a dict from slide (key, name, file name or its stem) to value.
+        missing_mpp: a slide of unknown resolution is a failure ("fail") or left out ("skip").
         reader: "auto", or "cucim", "openslide", "tifffile", "pillow" for all slides.
-        max_damaged: share of the patches on damaged tiles, 0 to 1, above which a slide fails;
-            below it they are flagged and not embedded.
-        device: of the encoder: "auto", "cpu", "cuda" or "cuda:1".
+        max_damaged: a slide fails if more than this share of its patches, 0 to 1, lies on damaged
+            tiles of the file; otherwise these patches are flagged and not embedded.
+        device: device of the encoder: "auto", "cpu", "cuda" or "cuda:1".
         precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16".
         weights: a file of weights for the encoder.
         compile: True compiles the encoder.
-        batch: patches per call of the encoder at most.
-        workers: processes on this machine, one GPU each in turn; 0 works inside this process, which
-            a file that crashes a C library then ends. With ray: tasks, by default one per GPU.
+        batch: most patches per call of the encoder.
+        workers: number of processes on this machine; GPUs are assigned to them in turn. 0 works
+            inside this process, which then ends if a file crashes a C library. With ray: number of
+            tasks, by default one per GPU.
         shard: (i, n), to do only the i-th of n parts, i from 0.
-        ray: address of a Ray cluster to work on, "auto" for that of this machine, "local" to start
-            one; paths must be known on all its machines.
-        progress: is called with each event, a dict: begin, known (done before), start, patches,
-            waiting, done, failed.
+        ray: address of a Ray cluster; "auto" for that of this machine, "local" to start one. Paths
+            must be valid on all machines of the cluster.
+        progress: called with each event, a dict whose `event` is: begin, known (done before),
+            start, patches, waiting, done, failed.
 
     Returns:
-        How many slides are done, empty, skipped and failed.
+        The numbers of slides that are done, empty, skipped and failed.
 
     Raises:
-        ValueError: an argument is wrong; no slide; two slides of one key.
+        ValueError: an argument is wrong; there is no slide; two slides have the same key.
         StoreError: the folder holds a store of another specification.
-        OSError: the store cannot be written, such as on a full disk.
+        OSError: the store cannot be written, for example because the disk is full.
 
     Example:
         >>> import numpy as np, skimage.data
         >>> from PIL import Image
         >>> Image.fromarray(skimage.data.immunohistochemistry()).save("tissue.png")
-        >>> how = {"encoder": "stain-stats", "downsample": 1, "tile_px": 128, "workers": 0}
-        >>> print(motet.io.tile_slides("tissue.png", "tiled", **how))
+        >>> options = {"encoder": "stain-stats", "downsample": 1, "tile_px": 128, "workers": 0}
+        >>> print(motet.io.tile_slides("tissue.png", "tiled", **options))
         1 slide: 1 done
         >>> motet.io.FeatureStore("tiled")["tissue"].features.shape[0] > 5
         True
@@ -127,19 +129,19 @@ def tile_slides(
     from ..store.write import read_attempts
     from .pipeline import WorkerSettings
 
-    tiling = _tiling(mpp, mag, downsample, tile_px, border, min_tissue)
-    _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, elsewhere=bool(ray))
-    chosen = _shard(_found(slides), shard)
+    tiling = _tiling_fields(mpp, mag, downsample, tile_px, border, min_tissue)
+    _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, on_ray=bool(ray))
+    sources = _shard(_find_sources(slides), shard)
     settings = WorkerSettings(
         out=str(Path(out).absolute()),
-        slides=[(str(source.path.absolute()), source.name) for source in chosen],
+        slides=[(str(source.path.absolute()), source.name) for source in sources],
         tiling=tiling,
         encoder=encoder if isinstance(encoder, str) else encoder.id,
         encoder_options={
             "device": device, "precision": precision, "compile": compile,
             "weights": None if weights is None else str(weights),
         },
-        slide_mpp=_known_mpp(slide_mpp),
+        slide_mpp=_check_slide_mpp(slide_mpp),
         masks=None if masks is None else str(Path(masks).absolute()),
         reader=reader,
         max_damaged=max_damaged,
@@ -155,12 +157,13 @@ def tile_slides(
         if progress is not None:
             progress(event)
 
-    emit({"event": "begin", "slides": len(chosen), "bytes": sum(one.bytes for one in chosen)})
-    _run(settings, encoder, workers, ray, emit)
-    return _summary(chosen, out, missing_mpp, patches)
+    total = sum(source.bytes for source in sources)
+    emit({"event": "begin", "slides": len(sources), "bytes": total})
+    _run_workers(settings, encoder, workers, ray, emit)
+    return _count_results(sources, out, missing_mpp, patches)
 
 
-def _tiling(
+def _tiling_fields(
     mpp: float | None,
     mag: float | None,
     downsample: float | None,
@@ -168,7 +171,7 @@ def _tiling(
     border: str,
     min_tissue: float,
 ) -> dict[str, Any]:
-    """Return the fields of a `Tiling`, which have been found right."""
+    """Return the fields of a `Tiling`, checked."""
     from .grid import Tiling
 
     tiling = {
@@ -178,7 +181,7 @@ def _tiling(
     if sum(value is not None for value in (mpp, mag, downsample)) != 1:
         raise ValueError("expected one of mpp, mag and downsample, got "
                          f"mpp={mpp}, mag={mag}, downsample={downsample}")  # fmt: skip
-    Tiling(**tiling)  # says what is wrong with it
+    Tiling(**tiling)  # raises ValueError if a field is wrong
     return tiling
 
 
@@ -191,24 +194,24 @@ def _check(
     batch: int,
     workers: int,
     *,
-    elsewhere: bool,
+    on_ray: bool,
 ) -> None:
-    """Check what no other part does; `elsewhere` is True for a run on Ray."""
+    """Check the arguments that no other function checks; `on_ray` is True for a run on Ray."""
     _check_choice("missing_mpp", missing_mpp, ("fail", "skip"))
     _check_choice("reader", reader, ("auto", "cucim", "openslide", "tifffile", "pillow"))
     if not 0 <= max_damaged <= 1:
         raise ValueError(f"max_damaged: expected 0 to 1, got {max_damaged}")
     for name, count, least in (("batch", batch, 1), ("workers", workers, 0)):
         if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name}: expected a whole number of at least {least}, got {count!r}")
-    if not isinstance(encoder, str) and (workers or elsewhere):
-        raise ValueError("encoder: an object cannot be given to other processes: set workers=0, or "
-                         "name it, such as 'my.module:encode'")  # fmt: skip
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {count!r}")
+    if not isinstance(encoder, str) and (workers or on_ray):
+        raise ValueError("encoder: an object cannot be sent to other processes: set workers=0, or "
+                         "pass a name, such as 'my.module:encode'")  # fmt: skip
     if masks is not None and not Path(masks).is_dir():
         raise ValueError(f"masks: expected a folder, got {str(masks)!r}")
 
 
-def _found(slides: str | PathLike[str] | Iterable[str | PathLike[str]]) -> list[Source]:
+def _find_sources(slides: str | PathLike[str] | Iterable[str | PathLike[str]]) -> list[Source]:
     from .find_slides import find_slides
 
     sources = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
@@ -217,10 +220,10 @@ def _found(slides: str | PathLike[str] | Iterable[str | PathLike[str]]) -> list[
     return sources
 
 
-def _run(
+def _run_workers(
     settings: WorkerSettings, encoder: str | Encoder, workers: int, ray: str | None, emit: Emit
 ) -> None:
-    """Work on a Ray cluster, in child processes, or in this one."""
+    """Run the workers on a Ray cluster, in child processes, or one worker in this process."""
     if ray is not None:
         from .workers import run_on_ray
 
@@ -235,30 +238,31 @@ def _run(
         work(settings, emit, encoder=None if isinstance(encoder, str) else encoder)
 
 
-def _summary(
+def _count_results(
     sources: list[Source], out: str | PathLike[str], missing_mpp: str, patches: int
 ) -> Tiled:
-    """Count what became of the slides, as the store has it."""
+    """Count the slides by their state in the store."""
     from ..store.read import FeatureStore
 
     store = FeatureStore(out)
     store.write_manifest()
     table = store.manifest().set_index("key").loc[[source.key for source in sources]]
-    ends = table["status"].value_counts()
+    counts = table["status"].value_counts()
     failures = table[table["status"] == "failed"]
     skip = (failures["reason"] == "no-mpp") & (missing_mpp == "skip")
     return Tiled(
-        len(sources), int(ends.get("ok", 0)), int(ends.get("empty", 0)), int(skip.sum()),
+        len(sources), int(counts.get("ok", 0)), int(counts.get("empty", 0)), int(skip.sum()),
         {str(key): str(why) for key, why in failures.loc[~skip, "message"].items()}, patches,
     )  # fmt: skip
 
 
 def _shard(sources: list[Source], shard: tuple[int, int] | None) -> list[Source]:
-    """Return those of one part, the largest first: bytes of compressed pixels follow tissue.
+    """Return the slides of one part, the largest file first.
 
-    Dealt in turn, so that parts are of about one size, and the last slide to end is a small one.
+    The size of a compressed file is a good estimate of its tissue, hence of the work. Slides are
+    assigned to the parts in turn, so the parts are of about the same size, and the slides that are
+    done last are small ones, so workers end at about the same time.
     """
-
     sources = sorted(sources, key=lambda source: (-source.bytes, source.name))
     if shard is None:
         return sources
@@ -268,12 +272,16 @@ def _shard(sources: list[Source], shard: tuple[int, int] | None) -> list[Source]
     return sources[i::n]
 
 
-def _known_mpp(known: Mapping[str, float] | float | None) -> dict[str, float] | float | None:
-    if known is None:
+def _check_slide_mpp(
+    slide_mpp: Mapping[str, float] | float | None,
+) -> dict[str, float] | float | None:
+    if slide_mpp is None:
         return None
-    if isinstance(known, Mapping):
-        return {str(name): _positive(mpp, f"slide_mpp of {name}") for name, mpp in known.items()}
-    return _positive(known, "slide_mpp")
+    if isinstance(slide_mpp, Mapping):
+        return {
+            str(name): _positive(mpp, f"slide_mpp of {name}") for name, mpp in slide_mpp.items()
+        }
+    return _positive(slide_mpp, "slide_mpp")
 
 
 def _positive(value: float, name: str) -> float:
@@ -282,6 +290,6 @@ def _positive(value: float, name: str) -> float:
     return float(value)
 
 
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected {listed(known)}, got {value!r}")
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected {listed(choices)}, got {value!r}")

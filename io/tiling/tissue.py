@@ -1,8 +1,8 @@
-"""What of a thumbnail is tissue, what a pen has marked, what is out of focus.
+"""Find tissue, pen marks and blur in the thumbnail of a slide.
 
-All is decided by colour and contrast of the slide's thumbnail alone, with numpy and scipy, so the
-same thumbnail gives the same masks. docs/concepts/tissue.md shows them on real tissue, with their
-errors.
+The rules use only colour and contrast of the thumbnail, without trained weights: the same thumbnail
+gives the same masks. docs/concepts/tissue.md shows them on real tissue, with the errors that
+remain.
 """
 
 from __future__ import annotations
@@ -21,39 +21,46 @@ if TYPE_CHECKING:
     Pair = tuple[float, float]
     Ink = Callable[[float, float], Mask]
 
-# Stain (see `_stain`), the glass being 0. Noise, glue, JPEG and uneven light stay below 0.03; the
-# palest stroma and fat of the test slides lie above 0.05. What is above 0.07 is stained, whatever
-# Otsu's threshold: where eosin is strong that parts pale tissue from deep (0.27), not tissue from
-# glass.
+# Bounds of Otsu's threshold on the stain (see `_stain`; glass has 0). Measured on the test slides:
+# noise, glue, JPEG artefacts and uneven light stay below 0.03; the palest stroma and fat lie above
+# 0.05. Hence the lower bound. The upper bound is needed for strong eosin: there Otsu's threshold
+# separates pale from deep tissue (it is 0.27), not tissue from glass.
 _STAIN = (0.045, 0.07)
-# The same for fluorescence: square roots of the light above the background, of 1.
+# The same for fluorescence, on the square root of the light above the background, from 0 to 1.
 _LIGHT = (0.18, 0.25)
-_HOLE, _PIECE = (20_000.0, 5e-4), (5_000.0, 1e-4)  # um^2; share of the thumbnail if mpp is unknown
-_SMOOTH_UM, _SMOOTH_LIGHT_UM = 8.0, 30.0  # fluorescence shows nuclei: dots of 10 um with gaps
+# Largest hole that is filled and smallest piece that is kept: um^2, and the share of the thumbnail
+# that is used instead if its resolution is unknown.
+_HOLE, _PIECE = (20_000.0, 5e-4), (5_000.0, 1e-4)
+# Standard deviation of the smoothing, um. Fluorescence needs more: it shows nuclei, dots of 10 um
+# with gaps between them, and the mask should cover the gaps.
+_SMOOTH_UM, _SMOOTH_LIGHT_UM = 8.0, 30.0
+# Resolutions (um per px) at which detail is measured, and above which blur cannot be seen; the
+# least detail / structure of sharp tissue (see `blur_mask`: sharp tissue has 0.6 and more).
 _FINEST_UM, _COARSEST_UM, _LEAST_DETAIL = 1.5, 8.0, 0.4
-_BLACK = 12  # of 255: what JPEG makes of black
+_BLACK = 12  # of 255: JPEG turns black into values up to this
 
 
 def tissue_mask(thumb: Image, um_per_px: float | None = None) -> Mask:
     """Find the tissue of a slide: Otsu's threshold on the saturation of its thumbnail.
 
-    Colours are taken relative to the glass and smoothed over 8 um; half of their darkness is added
-    to the saturation, for tissue that is only grey (stroma in IHC). Otsu's threshold is kept
-    between 0.045 and 0.07: a slide without tissue has none, and a slide full of it is all tissue.
-    Black and pixels of exactly 255 in all channels are padding, not tissue. Where the background is
-    dark (fluorescence) brightness takes the place of saturation. Holes up to 20,000 um² are filled
-    and pieces below 5,000 um² dropped; without `um_per_px`, 0.05 % and 0.01 % of the thumbnail. Ink
-    of a pen is coloured and so counts as tissue here: see `pen_mask`.
+    Colours are divided by the colour of the glass and smoothed over 8 um. Half of the darkness is
+    added to the saturation, to find tissue that is only grey (stroma in IHC). Otsu's threshold is
+    kept between 0.045 and 0.07, so that a slide without tissue gives an empty mask, and a slide
+    full of tissue a full one. Black pixels, and pixels of exactly 255 in all channels, are padding,
+    not tissue. If the background is dark (fluorescence), brightness is used instead of saturation.
+    Holes up to 20,000 um² are filled and pieces below 5,000 um² removed; without `um_per_px`,
+    0.05 % and 0.01 % of the thumbnail. Ink of a pen is coloured, so it counts as tissue here:
+    subtract `pen_mask`.
 
     Args:
-        thumb: the whole slide, uint8 [height, width, 3] RGB.
-        um_per_px: micrometres per pixel of the thumbnail; None where that is not known.
+        thumb: thumbnail of the whole slide, uint8 [height, width, 3] RGB.
+        um_per_px: micrometres per pixel of the thumbnail, None if not known.
 
     Returns:
-        Bool [height, width].
+        Bool [height, width], True for tissue.
 
     Raises:
-        ValueError: no such image, or a resolution that is not positive.
+        ValueError: the image has another shape or dtype, or the resolution is not positive.
 
     Example:
         >>> from skimage import data
@@ -65,43 +72,45 @@ def tissue_mask(thumb: Image, um_per_px: float | None = None) -> Mask:
     _check(thumb, um_per_px)
     brightest, darkest = _extremes(thumb)
     dark = has_dark_background(thumb)
-    real = darkest < 255 if dark else (brightest > _BLACK) & (darkest < 255)
-    if not real.any():
-        return real
+    is_scanned = darkest < 255 if dark else (brightest > _BLACK) & (darkest < 255)
+    if not is_scanned.any():
+        return is_scanned
     if dark:
         light = _smooth(brightest / np.float32(255), _px(_SMOOTH_LIGHT_UM, um_per_px, thumb))
-        background = np.median(brightest[real & (brightest < 32)]) / 255
+        background = np.median(brightest[is_scanned & (brightest < 32)]) / 255
         value, (lowest, highest) = np.sqrt(np.maximum(light - background, 0)), _LIGHT
     else:
-        value = _stain(thumb, real, _px(_SMOOTH_UM, um_per_px, thumb))
+        value = _stain(thumb, is_scanned, _px(_SMOOTH_UM, um_per_px, thumb))
         lowest, highest = _STAIN
-    # Cut off at twice what is surely tissue, Otsu looks for the step from glass to tissue.
-    threshold = otsu(np.minimum(value[real], 2 * highest))
-    mask = (value > min(max(threshold, lowest), highest)) & real
+    # Values above `highest` are surely tissue. They are cut off at twice that, so that Otsu's
+    # threshold separates glass from tissue, not pale tissue from deep tissue.
+    threshold = otsu(np.minimum(value[is_scanned], 2 * highest))
+    mask = (value > min(max(threshold, lowest), highest)) & is_scanned
     px_um2 = um_per_px**2 if um_per_px else None
     hole, piece = (um2 / px_um2 if px_um2 else share * mask.size for um2, share in (_HOLE, _PIECE))
-    hole = min(hole, mask.size / 20)  # not all the glass of a small thumbnail
-    mask = ~_without_small(~_without_small(mask, piece), hole)
+    hole = min(hole, mask.size / 20)  # else the glass of a small thumbnail could be a hole
+    mask = ~_remove_small(~_remove_small(mask, piece), hole)
     return mask if dark else mask & (brightest > 0)
 
 
 def pen_mask(thumb: Image) -> Mask:
-    """Find marks of a pen: green, blue, red and black ink, by their optical densities.
+    """Find marks of a pen (green, blue, red and black ink) by their optical densities.
 
-    Haematoxylin, eosin and DAB absorb at most 1.2 times as much red as green; ink that is green or
-    blue 1.5 times as much and more. Red ink absorbs green and blue alike, deeply, and hardly any
-    red; black ink absorbs all three alike, deeply. From such pixels a mark spreads to its paler rim
-    and to where it covers tissue. On a dark background (fluorescence) nothing is a mark. Red
-    chromogens (AEC, Fast Red) that stain whole areas deeply cannot be told from red ink.
+    The optical density of red is at most 1.2 times that of green in haematoxylin, eosin and DAB,
+    and at least 1.5 times in green and blue ink. Red ink has high and equal densities of green and
+    blue, and almost none of red; black ink has high and equal densities of all three. A mark then
+    grows from such pixels into its paler rim, and over tissue that it covers. On a dark background
+    (fluorescence) there are no marks. Red chromogens (AEC, Fast Red) that stain large areas deeply
+    look like red ink.
 
     Args:
-        thumb: the whole slide, uint8 [height, width, 3] RGB.
+        thumb: thumbnail of the whole slide, uint8 [height, width, 3] RGB.
 
     Returns:
-        Bool [height, width].
+        Bool [height, width], True for ink.
 
     Raises:
-        ValueError: no such image.
+        ValueError: the image has another shape or dtype.
 
     Example:
         >>> from skimage import data
@@ -120,20 +129,27 @@ def pen_mask(thumb: Image) -> Mask:
     if has_dark_background(thumb):
         return mark
     brightest, darkest = _extremes(thumb)
-    real = (brightest > _BLACK) & (darkest < 255)
-    colour = _balanced(thumb, real, max(1.0, max(mark.shape) / 1000))
-    for ink, sure, perhaps in _inks(colour):
-        core = _without_small(ink(*sure) & real, max(9.0, 2e-4 * mark.size))
+    is_scanned = (brightest > _BLACK) & (darkest < 255)
+    colour = _balance(thumb, is_scanned, max(1.0, max(mark.shape) / 1000))
+    for ink, core_limits, rim_limits in _inks(colour):
+        core = _remove_small(ink(*core_limits) & is_scanned, max(9.0, 2e-4 * mark.size))
         if core.any():
-            mark |= ndimage.binary_propagation(core, mask=core | (ink(*perhaps) & real))
-    if mark.any():  # what tissue hides is marked as well, where a third of what is around it is
+            rim = ink(*rim_limits) & is_scanned
+            mark |= ndimage.binary_propagation(core, mask=core | rim)
+    # Tissue under a mark hides its colour. A pixel counts as marked if, smoothed over 1 % of the
+    # thumbnail, more than a third of its surroundings is.
+    if mark.any():
         mark |= _smooth(mark.astype(np.float32), max(1.0, max(mark.shape) / 100)) > 0.35
     return mark
 
 
 def _inks(colour: Sequence[Floats]) -> list[tuple[Ink, Pair, Pair]]:
-    """Return for cold, warm and black ink where it is, given depth and ratio; those at which it
-    surely is there, and those at which it may spread."""
+    """Return the rules for cold (green, blue), warm (red) and black ink.
+
+    Each is a function of a least optical density and a ratio of densities, which returns a mask,
+    and two pairs of these limits: for the core of a mark, which only ink has, and for its rim,
+    which stain may have too and which counts only if it touches a core.
+    """
     import numpy as np
 
     red, green, blue = (-np.log10(np.clip(plane, 1 / 255, 1)) for plane in colour)
@@ -157,25 +173,26 @@ def _inks(colour: Sequence[Floats]) -> list[tuple[Ink, Pair, Pair]]:
 
 
 def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
-    """Find tissue that is out of focus: what has hardly any detail beside its coarser structure.
+    """Find tissue that is out of focus: it has little fine detail beside its coarser structure.
 
-    Detail is the contrast at 1 px and finer, structure that between 1 and 3 px, each over a window
-    of 8 px, at 1.5 um per px or as coarse as the thumbnail is, then twice and four times coarser.
-    Sharp tissue of any stain has detail / structure above 0.6 nearly everywhere; where it is below
-    0.4 the tissue is blurred. A Gaussian blur of s um is found on a thumbnail of s / 1.5 um per px
-    or finer: of 3 um at 2 um per px; below 2 um it is never found. Thumbnails coarser than 8 um per
-    px, or of unknown resolution, do not show it, and nothing is flagged.
+    Detail is the contrast at 1 px and finer, structure the contrast between 1 and 3 px, both as
+    root mean squares over a window of 8 px. They are compared at 1.5 um per px (or the resolution
+    of a coarser thumbnail), and at two and four times that. Sharp tissue of any stain has
+    detail / structure above 0.6 nearly everywhere; tissue below 0.4 is taken as blurred. A Gaussian
+    blur of s um is found if the thumbnail has s / 1.5 um per px or finer: a blur of 3 um at 2 um
+    per px. A blur below 2 um is never found. If the thumbnail is coarser than 8 um per px, or its
+    resolution is unknown, blur cannot be seen and the mask is empty.
 
     Args:
-        thumb: the whole slide, uint8 [height, width, 3] RGB.
+        thumb: thumbnail of the whole slide, uint8 [height, width, 3] RGB.
         tissue: bool [height, width], see `tissue_mask`.
-        um_per_px: micrometres per pixel of the thumbnail; None where that is not known.
+        um_per_px: micrometres per pixel of the thumbnail, None if not known.
 
     Returns:
-        Bool [height, width], within the tissue.
+        Bool [height, width], True for blurred tissue.
 
     Raises:
-        ValueError: no such image or mask, or a resolution that is not positive.
+        ValueError: the image or mask has another shape or dtype, or the resolution is not positive.
 
     Example:
         >>> from scipy import ndimage
@@ -201,39 +218,42 @@ def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
         return blurred
     factor = max(1, math.ceil(_FINEST_UM / um_per_px - 0.01))
     grey, weight = thumb.mean(2, dtype=np.float32), tissue.astype(np.float32)
-    for pooled in (factor, 2 * factor, 4 * factor):
-        if min(tissue.shape) < 16 * pooled:
+    for step in (factor, 2 * factor, 4 * factor):
+        if min(tissue.shape) < 16 * step:
             break
-        image, within = _pooled(grey, pooled), _pooled(weight, pooled)
-        one, three = _smooth(image, 1.0), _smooth(image, 3.0)
-        detail = _smooth(within * (image - one) ** 2, 8.0)
-        structure = _smooth(within * (one - three) ** 2, 8.0)
-        found = (within > 0.5) & (detail < _LEAST_DETAIL**2 * structure)
-        found = _without_small(found, 64)
-        rows, columns = (
-            np.minimum(np.arange(side) // pooled, last - 1)
-            for side, last in zip(tissue.shape, found.shape, strict=True)
+        image, within = _pool(grey, step), _pool(weight, step)
+        fine, coarse = _smooth(image, 1.0), _smooth(image, 3.0)
+        detail = _smooth(within * (image - fine) ** 2, 8.0)
+        structure = _smooth(within * (fine - coarse) ** 2, 8.0)
+        is_blurred = (within > 0.5) & (detail < _LEAST_DETAIL**2 * structure)
+        is_blurred = _remove_small(is_blurred, 64)
+        rows, columns = (  # of each pixel of the thumbnail; the last pool takes the remainder
+            np.minimum(np.arange(side) // step, count - 1)
+            for side, count in zip(tissue.shape, is_blurred.shape, strict=True)
         )
-        blurred |= found[rows[:, None], columns]
+        blurred |= is_blurred[rows[:, None], columns]
     return blurred & tissue
 
 
 def has_dark_background(thumb: Image) -> bool:
-    """Say whether a thumbnail is of fluorescence: a quarter of it nearly black, and no glass.
+    """Return True if a thumbnail shows fluorescence: over a quarter nearly black, and no glass.
 
-    Exact black, which bright-field scanners put around what they did not scan, counts as dark only
-    if all else is dark too; glass is what is light in all channels.
+    Bright-field scanners fill areas that they did not scan with exact black, so the median of the
+    other pixels must be dark too. Glass is light in all channels: less than 5 % may be.
     """
     import numpy as np
 
     brightest, darkest = _extremes(thumb)
-    seen = darkest[brightest > 0]
-    dark = seen.size > 0 and np.median(seen) < 32 and (brightest < 32).mean() > 0.25
+    scanned = darkest[brightest > 0]
+    dark = scanned.size > 0 and np.median(scanned) < 32 and (brightest < 32).mean() > 0.25
     return bool(dark and (darkest > 160).mean() < 0.05)
 
 
 def otsu(values: Floats) -> float:
-    """Return Otsu's threshold, which parts the values into two with the least variance within."""
+    """Return Otsu's threshold: the two classes that it separates have the least variance within.
+
+    Equivalently, and computed here, the largest variance between both, over 256 bins.
+    """
     import numpy as np
 
     low, high = float(values.min()), float(values.max())
@@ -247,31 +267,40 @@ def otsu(values: Floats) -> float:
     return float(centres[np.argmax(between)])
 
 
-def _stain(thumb: Image, real: Mask, sigma: float) -> Floats:
-    """Return saturation, and half the darkness of what is not very dark (a frame, its shadow)."""
+def _stain(thumb: Image, is_scanned: Mask, sigma: float) -> Floats:
+    """Return the saturation plus half the darkness (1 - brightness).
+
+    Darkness of 0.5 and more is left out: the frame of the slide and its shadow are as dark.
+    """
     import numpy as np
 
-    red, green, blue = _balanced(thumb, real, sigma)
+    red, green, blue = _balance(thumb, is_scanned, sigma)
     brightest = np.maximum(np.maximum(red, green), blue)
     darkest = np.minimum(np.minimum(red, green), blue)
-    # The floor keeps the noise of nearly black pixels below tissue's saturation.
+    # The floor of 0.25 keeps the noise of nearly black pixels below the saturation of tissue.
     saturation = (brightest - darkest) / np.maximum(brightest, 0.25)
     return saturation + np.where(brightest > 0.5, (1 - brightest) / 2, 0)
 
 
-def _balanced(thumb: Image, real: Mask, sigma: float) -> Sequence[Floats]:
-    """Return smoothed colours as shares of the glass's, the brightest of what is nearly grey."""
+def _balance(thumb: Image, is_scanned: Mask, sigma: float) -> Sequence[Floats]:
+    """Return the smoothed colours divided by those of the glass, three planes from 0 to 1.
+
+    Glass is light (all channels above 0.7) and nearly grey (within 0.08); its colour is the median
+    of the brightest tenth. If less than 0.1 % of the pixels are glass, colours are not divided.
+    """
     import numpy as np
 
-    weight = np.maximum(_smooth(real.astype(np.float32), sigma), 1e-6)
+    # A weighted mean, in which pixels that were not scanned have no weight.
+    weight = np.maximum(_smooth(is_scanned.astype(np.float32), sigma), 1e-6)
     planes = [
-        _smooth(np.where(real, thumb[..., i], np.float32(0)), sigma) / (255 * weight)
+        _smooth(np.where(is_scanned, thumb[..., i], np.float32(0)), sigma) / (255 * weight)
         for i in range(3)
     ]
-    few = np.stack([plane[::3, ::3][real[::3, ::3]] for plane in planes])
-    brightest, darkest = few.max(0), few.min(0)
-    glass = few[:, (darkest > 0.7) & (brightest - darkest < 0.08)]
-    if glass.shape[1] <= 1e-3 * few.shape[1]:
+    # Every ninth pixel is enough for the colour of the glass.
+    sample = np.stack([plane[::3, ::3][is_scanned[::3, ::3]] for plane in planes])
+    brightest, darkest = sample.max(0), sample.min(0)
+    glass = sample[:, (darkest > 0.7) & (brightest - darkest < 0.08)]
+    if glass.shape[1] <= 1e-3 * sample.shape[1]:
         return planes
     light = glass.sum(0)
     white = np.median(glass[:, light >= np.quantile(light, 0.9)], 1)
@@ -279,7 +308,7 @@ def _balanced(thumb: Image, real: Mask, sigma: float) -> Sequence[Floats]:
 
 
 def _extremes(thumb: Image) -> tuple[Image, Image]:
-    """Return the brightest and the darkest channel; ten times as fast as max(2)."""
+    """Return the brightest and the darkest channel, ten times as fast as thumb.max(2)."""
     import numpy as np
 
     red, green, blue = (thumb[..., i] for i in range(3))
@@ -293,21 +322,24 @@ def _smooth(image: Floats, sigma: float) -> Floats:
     return ndimage.gaussian_filter(image, sigma, truncate=2.5, mode="nearest")
 
 
-def _pooled(image: Floats, factor: int) -> Floats:
+def _pool(image: Floats, factor: int) -> Floats:
     height, width = (side // factor for side in image.shape)
     blocks = image[: height * factor, : width * factor].reshape(height, factor, width, factor)
     return blocks.mean((1, 3))
 
 
 def _px(um: float, um_per_px: float | None, thumb: Image) -> float:
-    """Return a length in px, from 1 to 1/32 of the thumbnail; where unknown, 8 um are 1/500."""
+    """Return a length in px of the thumbnail, at least 1 and at most 1/32 of the longer side.
+
+    If the resolution is unknown, 8 um are taken as 1/500 of the longer side.
+    """
     longest = max(thumb.shape[:2])
-    wanted = um / um_per_px if um_per_px else um / _SMOOTH_UM * longest / 500
-    return max(1.0, min(wanted, longest / 32))
+    px = um / um_per_px if um_per_px else um / _SMOOTH_UM * longest / 500
+    return max(1.0, min(px, longest / 32))
 
 
-def _without_small(mask: Mask, least_px: float) -> Mask:
-    """Return a mask without the pieces, connected by edges, of fewer pixels than that."""
+def _remove_small(mask: Mask, least_px: float) -> Mask:
+    """Return a mask without the pieces of fewer than `least_px` pixels, connected by edges."""
     import numpy as np
     from scipy import ndimage
 
@@ -321,8 +353,8 @@ def _without_small(mask: Mask, least_px: float) -> Mask:
 def _check(thumb: Image, um_per_px: float | None) -> None:
     import numpy as np
 
-    good = isinstance(thumb, np.ndarray) and thumb.dtype == np.uint8 and thumb.size > 0
-    if not (good and thumb.ndim == 3 and thumb.shape[2] == 3):
+    valid = isinstance(thumb, np.ndarray) and thumb.dtype == np.uint8 and thumb.size > 0
+    if not (valid and thumb.ndim == 3 and thumb.shape[2] == 3):
         kind, shape = getattr(thumb, "dtype", type(thumb).__name__), getattr(thumb, "shape", ())
         raise ValueError(f"thumb: expected uint8 [height, width, 3], got {kind} {list(shape)}")
     if um_per_px is not None and not (math.isfinite(um_per_px) and um_per_px > 0):

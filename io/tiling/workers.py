@@ -1,8 +1,12 @@
-"""Where the workers of a tiling run: child processes of this one, or tasks on a Ray cluster.
+"""Run the workers of a tiling as child processes of this one, or as tasks on a Ray cluster.
 
-When a hostile file crashes or hangs a C library, a worker in a process of its own takes with it no
-more than the slide it was on: the parent writes that slide down as failed and starts another
-worker. Workers share nothing but the cohort's folder.
+A damaged or hostile file may crash or hang a C library. Then only the worker's process dies: the
+parent writes the slide down as failed and starts another worker. Workers share only the cohort's
+folder.
+
+How the parent finds the slide that killed a worker (`_next_workers`): a worker has several slides
+in work, and each of them may be the cause. The parent starts a worker for these slides alone, which
+opens one slide at a time. If it dies too, the one slide in work is the cause.
 """
 
 from __future__ import annotations
@@ -27,13 +31,15 @@ from ..store.write import note_failure
 from .pipeline import Emit, WorkerSettings, work
 
 STALL_S = 600.0
-"""After this long without a sign of life a worker is taken for hung."""
+"""A worker that sends no event for this long counts as hung and is killed."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-"""What a process dies of by its own doing; of SIGKILL, a slide is not to blame at once."""
+"""Signals that a process causes itself. SIGKILL is not among them: it comes from outside, such as
+from the kernel when memory runs out, so it does not prove that the slide is at fault."""
 RESTARTS = 3
-"""Deaths of a worker in a row, no slide finished between them, that are put down to others."""
+"""A worker may die this many times in a row, without finishing a slide in between, before its slide
+counts as the cause of deaths by SIGKILL too."""
 STOPS = (StoreError, ValueError, OSError, RuntimeError, MemoryError)
-"""What stops a worker, and then all of them: not the fault of one slide."""
+"""Errors that stop a worker, and then all workers: they are not the fault of one slide."""
 
 Events = queue.Queue[tuple["_Child", dict[str, Any] | None]]
 
@@ -44,41 +50,41 @@ def run_here(
     """Run workers in child processes until every slide is done or failed.
 
     Args:
-        settings: what to do.
-        workers: how many processes.
-        emit: is told of events, from this thread.
-        stall_s: seconds without a sign of life after which a worker is taken for hung.
+        settings: of the workers.
+        workers: number of processes.
+        emit: called with each event, from this thread.
+        stall_s: seconds without an event after which a worker counts as hung and is killed.
 
     Raises:
-        StoreError, ValueError, OSError: what stopped a worker; ChildProcessError, it died.
+        StoreError, ValueError, OSError: the error that stopped a worker.
+        ChildProcessError: a worker died, though not because of a slide.
     """
     events: Events = queue.Queue()
     children = [_Child(settings, (i, workers), events) for i in range(workers)]
     try:
         while children:
             for child in children:
-                child.check(stall_s)
+                child.kill_if_stalled(stall_s)
             try:
                 child, event = events.get(timeout=min(1.0, stall_s))
             except queue.Empty:
                 continue
             if event is None:
                 children.remove(child)
-                children += _after(child, settings, events, emit)
+                children += _next_workers(child, settings, events, emit)
             elif event["event"] == "error":
-                raise _unpacked(event)
+                raise _event_to_error(event)
             else:
-                child.hear(event)
+                child.handle(event)
                 emit(event)
     finally:
         for child in children:
             child.process.kill()
         for child in children:
-            child.end()
+            child.wait()
 
 
-def _packed(error: BaseException) -> dict[str, Any]:
-    """Return an error as an event."""
+def _error_to_event(error: BaseException) -> dict[str, Any]:
     kind = next(kind for kind in STOPS if isinstance(error, kind))
     arguments = error.args if isinstance(error, OSError) else (str(error),)
     if isinstance(error, OSError) and error.filename is not None:
@@ -86,54 +92,67 @@ def _packed(error: BaseException) -> dict[str, Any]:
     return {"event": "error", "type": kind.__name__, "arguments": arguments}
 
 
-def _unpacked(event: dict[str, Any]) -> Exception:
-    """Return it again; RuntimeError and MemoryError, such as of CUDA, become an OSError."""
+def _event_to_error(event: dict[str, Any]) -> Exception:
+    """Return the error of an event; RuntimeError and MemoryError (of CUDA, say) as an OSError."""
     kind = next(kind for kind in STOPS if kind.__name__ == event["type"])
     if kind in (RuntimeError, MemoryError):
         return ChildProcessError(f"a worker stopped: {event['arguments'][0]}")
     return kind(*event["arguments"])
 
 
-def _after(child: _Child, settings: WorkerSettings, events: Events, emit: Emit) -> list[_Child]:
-    """Say who follows a worker that ended; its slides one at a time, if it died of one of them.
+def _next_workers(
+    child: _Child, settings: WorkerSettings, events: Events, emit: Emit
+) -> list[_Child]:
+    """Start the worker that replaces one that has ended; return it in a list, or an empty list.
 
-    With one slide at a time, the next death tells which it was.
+    There are five cases:
+
+    * It ended normally and had all slides: every slide is done, no worker follows.
+    * It ended normally and had only the suspects of an earlier death: a worker for all slides
+      follows.
+    * It died with one slide in work, by a crash, a hang, an error, or by more than RESTARTS deaths
+      in a row: this slide is recorded as failed, and a worker for all slides follows.
+    * It died with no slide in work: a worker for all slides follows. After more than RESTARTS such
+      deaths in a row, raise ChildProcessError.
+    * It died otherwise: a worker for the slides in work follows, which does one at a time.
     """
-    code = child.end()
-    if code == 0 and not child.alone:
+    code = child.wait()
+    if code == 0 and not child.has_suspects_only:
         return []
     if code == 0:
         return [_Child(settings, child.turn, events)]
     deaths = child.deaths + 1
-    suspects = dict(child.under_way)
-    by_itself = child.hung or code > 0 or -code in CRASHES
-    if len(suspects) == 1 and (by_itself or deaths > RESTARTS):
+    suspects = dict(child.slides_in_work)
+    is_own_fault = child.hung or code > 0 or -code in CRASHES
+    if len(suspects) == 1 and (is_own_fault or deaths > RESTARTS):
         ((key, name),) = suspects.items()
-        _blame(settings, key, name, "hung" if child.hung else _death(code), emit)
+        cause = "hung" if child.hung else _describe_death(code)
+        _record_failure(settings, key, name, cause, emit)
         suspects, deaths = {}, 0
     if deaths > RESTARTS and not suspects:
         raise ChildProcessError(
-            f"a worker {_death(code)} {deaths} times in a row before it opened a slide; with fewer "
-            "workers each has more memory"
+            f"a worker {_describe_death(code)} {deaths} times in a row before it opened a slide; "
+            "use fewer workers: each then has more memory"
         )
     if not suspects:
         return [_Child(settings, child.turn, events, deaths=deaths)]
     slides = [(path, name) for path, name in settings.slides if name in suspects.values()]
-    alone = replace(settings, slides=slides, one_at_a_time=True)
-    return [_Child(alone, child.turn, events, alone=True, deaths=deaths)]
+    suspects_only = replace(settings, slides=slides, one_at_a_time=True)
+    return [_Child(suspects_only, child.turn, events, has_suspects_only=True, deaths=deaths)]
 
 
-def _death(code: int) -> str:
+def _describe_death(code: int) -> str:
     if code < 0:
         return f"died of {signal.Signals(-code).name}"
     return f"ended with exit code {code} (see logs/worker-*.stderr)"
 
 
-def _blame(settings: WorkerSettings, key: str, name: str, how: str, emit: Emit) -> None:
-    path = next(path for path, known in settings.slides if known == name)
-    error = SlideError(path, "unreadable", f"the process that read it {how}")
+def _record_failure(settings: WorkerSettings, key: str, name: str, cause: str, emit: Emit) -> None:
+    """Write a slide down as failed, because the process that read it died or hung."""
+    path = next(path for path, other in settings.slides if other == name)
+    error = SlideError(path, "unreadable", f"the process that read it {cause}")
     lease = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s).take(key)
-    if lease is None:  # another took over the dead worker's already
+    if lease is None:  # another worker took over the dead one's lease and now does the slide
         return
     with lease:
         attempts = settings.retry.get(key, 0) + 1
@@ -142,7 +161,15 @@ def _blame(settings: WorkerSettings, key: str, name: str, how: str, emit: Emit) 
 
 
 class _Child:
-    """A worker in a process of its own, and what was last heard of it."""
+    """A worker in a child process, and its state by the events that it has sent.
+
+    Args:
+        settings: of the worker; its slides are all of them, or the suspects only.
+        turn: (i, n) for the i-th of n workers.
+        events: the queue for its events. An event of None says that the process has ended.
+        has_suspects_only: True if the worker has only slides that may have killed another.
+        deaths: number of deaths in a row of the workers before it in this turn.
+    """
 
     def __init__(
         self,
@@ -150,29 +177,33 @@ class _Child:
         turn: tuple[int, int],
         events: Events,
         *,
-        alone: bool = False,
+        has_suspects_only: bool = False,
         deaths: int = 0,
     ) -> None:
-        self.turn, self.alone, self.deaths = turn, alone, deaths
-        self.heard, self.hung = time.monotonic(), False
-        self.under_way: dict[str, str] = {}
+        self.turn, self.has_suspects_only, self.deaths = turn, has_suspects_only, deaths
+        self.last_event_s, self.hung = time.monotonic(), False
+        self.slides_in_work: dict[str, str] = {}
+        """Key to name of the slides that it has started and not finished."""
         logs = Path(settings.out) / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with open(logs / f"worker-{turn[0]}.stderr", "ab") as stderr:
-            # What C libraries say of damaged files is kept there, and would break a progress bar.
+            # C libraries print messages about damaged files; on the terminal they would break the
+            # progress bar.
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "motet.io.tiling.workers"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
                 text=True, encoding="utf-8",
-                start_new_session=True,  # a Ctrl-C at the terminal is for the parent, who ends it
-                env={**os.environ, **_own_gpu(turn[0])},
+                # A Ctrl-C at the terminal then reaches the parent alone, which ends the children.
+                start_new_session=True,
+                env={**os.environ, **_gpu_environment(turn[0])},
             )  # fmt: skip
         self.listener = threading.Thread(target=self._listen, args=(events,), daemon=True)
         self.listener.start()
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # died already, which _listen finds out
+        with suppress(BrokenPipeError):  # the process has died already; _listen will report it
             self.process.stdin.write(json.dumps([asdict(settings), turn]) + "\n")
-            self.process.stdin.flush()  # and left open: its end says that the parent is gone
+            # Standard input stays open: when it ends, the child knows that the parent is gone.
+            self.process.stdin.flush()
 
     def _listen(self, events: Events) -> None:
         assert self.process.stdout is not None
@@ -180,16 +211,17 @@ class _Child:
             events.put((self, json.loads(line)))
         events.put((self, None))
 
-    def hear(self, event: dict[str, Any]) -> None:
-        self.heard = time.monotonic()
+    def handle(self, event: dict[str, Any]) -> None:
+        """Update the state by an event of this worker."""
+        self.last_event_s = time.monotonic()
         if event["event"] == "start":
-            self.under_way[event["key"]] = event["name"]
+            self.slides_in_work[event["key"]] = event["name"]
         elif event["event"] in ("done", "failed"):
-            self.under_way.pop(event["key"], None)
+            self.slides_in_work.pop(event["key"], None)
             self.deaths = 0
 
-    def end(self) -> int:
-        """Wait for the process, which is dead or dying; return its exit code."""
+    def wait(self) -> int:
+        """Wait until the process, which has ended or was killed, is gone; return its exit code."""
         code = self.process.wait()
         self.listener.join()
         assert self.process.stdin is not None
@@ -199,36 +231,40 @@ class _Child:
         self.process.stdout.close()
         return code
 
-    def check(self, stall_s: float) -> None:
-        if time.monotonic() - self.heard > stall_s:
+    def kill_if_stalled(self, stall_s: float) -> None:
+        """Kill the process if it has sent no event for `stall_s` seconds."""
+        if time.monotonic() - self.last_event_s > stall_s:
             self.hung = True
             self.process.kill()
 
 
-def _own_gpu(worker: int) -> dict[str, str]:
-    """Return the environment in which a worker sees one GPU, of several that are here."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+def _gpu_environment(worker: int) -> dict[str, str]:
+    """Return the environment variable with which a worker uses one of several GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     driver = Path("/proc/driver/nvidia/gpus")
     gpus = range(len(list(driver.iterdir()))) if driver.is_dir() else []
-    names = [str(gpu) for gpu in gpus] if given is None else given.split(",")
+    names = [str(gpu) for gpu in gpus] if visible is None else visible.split(",")
     return {"CUDA_VISIBLE_DEVICES": names[worker % len(names)]} if len(names) > 1 else {}
 
 
 def run_on_ray(settings: WorkerSettings, address: str, workers: int | None, emit: Emit) -> None:
     """Run workers as tasks on a Ray cluster until every slide is done or failed.
 
-    A task whose process or machine dies is started again by Ray; it finds what the others left.
+    If the process or machine of a task dies, Ray starts the task again. It does the slides that are
+    not yet in the store.
 
     Args:
-        settings: what to do, with paths that every machine of the cluster knows.
-        address: of the cluster, "auto" for the one that this machine is part of, "local" to start
-            one here.
-        workers: tasks; by default one per GPU of the cluster, or else one per machine.
-        emit: is told of events, from this thread.
+        settings: of the workers; paths must be valid on every machine of the cluster.
+        address: address of the cluster; "auto" for the one that this machine belongs to, "local" to
+            start one on this machine.
+        workers: number of tasks; by default one per GPU of the cluster, without GPUs one per
+            machine.
+        emit: called with each event, from this thread.
 
     Raises:
         ValueError: Ray is not installed, or there is no such cluster.
-        StoreError, OSError: what stopped a worker; ChildProcessError, it died.
+        StoreError, OSError: the error that stopped a worker.
+        ChildProcessError: a worker died too often.
     """
     try:
         import ray
@@ -236,7 +272,7 @@ def run_on_ray(settings: WorkerSettings, address: str, workers: int | None, emit
         from ray.util.queue import Empty, Queue
     except ImportError:
         raise ValueError("ray: not installed: pip install 'motet[ray]'") from None
-    ours = not ray.is_initialized()
+    started_here = not ray.is_initialized()
     try:
         ray.init(
             address=None if address == "local" else address,
@@ -250,9 +286,9 @@ def run_on_ray(settings: WorkerSettings, address: str, workers: int | None, emit
         workers = workers or gpus or len(ray.nodes())
         events: Any = Queue(actor_options={"num_cpus": 0})
         task = ray.remote(max_retries=RESTARTS, num_cpus=1, num_gpus=1 if gpus else 0)(_task)
-        left = [task.remote(asdict(settings), (i, workers), events) for i in range(workers)]
-        while left:
-            done, left = ray.wait(left, timeout=0.2)
+        running = [task.remote(asdict(settings), (i, workers), events) for i in range(workers)]
+        while running:
+            done, running = ray.wait(running, timeout=0.2)
             with suppress(Empty):
                 for event in events.get_nowait_batch(min(events.qsize(), 1000)):
                     emit(event)
@@ -262,12 +298,12 @@ def run_on_ray(settings: WorkerSettings, address: str, workers: int | None, emit
                 emit(event)
     except RayTaskError as error:
         if isinstance(error.cause, STOPS):
-            raise _unpacked(_packed(error.cause)) from None
+            raise _event_to_error(_error_to_event(error.cause)) from None
         raise
     except RayError as error:
         raise ChildProcessError(f"ray: {str(error).strip().splitlines()[0]}") from None
     finally:
-        if ours:
+        if started_here:
             ray.shutdown()
 
 
@@ -276,9 +312,10 @@ def _task(settings: dict[str, Any], turn: tuple[int, int], events: Any) -> None:
 
 
 def main() -> int:
-    """Be a child: read the settings from standard input, write events to standard output."""
+    """Run as a child: read the settings from standard input, write events to standard output."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
-        os.dup2(2, 1)  # what C libraries print is no event
+        # Standard output now goes to standard error: C libraries print there, which is no event.
+        os.dup2(2, 1)
         settings, turn = json.loads(sys.stdin.readline())
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
         lock = threading.Lock()
@@ -291,14 +328,17 @@ def main() -> int:
         try:
             work(WorkerSettings(**settings), emit, turn=tuple(turn))
         except STOPS as error:
-            emit(_packed(error))
+            emit(_error_to_event(error))
             return 1
     return 0
 
 
 def _end_with_the_parent() -> None:
+    """End this process once standard input ends, that is, once the parent has died."""
     sys.stdin.read()
-    os._exit(1)  # the lease of a dead process is free at once, and what was begun is swept
+    # Without cleaning up, which could hang: other workers see at once that the owner of the leases
+    # is dead, and remove its files.
+    os._exit(1)
 
 
 if __name__ == "__main__":
