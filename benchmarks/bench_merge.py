@@ -1,12 +1,13 @@
-"""The merge operators beside the same expression in torch, with their errors.
+"""The merge operators, timed beside the same expression in torch, with their errors.
 
     python -m benchmarks.bench_merge [--published DIR] [--threads 1,2] [--json FILE]
 
-prints a table: every size and number of inputs, beside the literal torch expression, beside the
-authors' code for two inputs (DIR, a clone of konst-int-i/mm-lego; pip install einops), and beside
-torch.add(a, b, out=out), whose bandwidth is the yardstick. All take turns in one process, a turn of
-small tensors being many calls; ours writes to an `out` as torch.add does, and "fresh" is ours
-without. Errors are against float64 on the first 2^20 elements.
+prints a table of all sizes and numbers of inputs. Our operator is compared with the expression in
+torch, with the authors' code for two inputs (DIR, a clone of konst-int-i/mm-lego; pip install
+einops), and with torch.add(a, b, out=out), whose bandwidth is that of the memory. All contenders
+take turns in one process; a turn with small tensors is many calls. "ms ours" writes to a given
+`out`, as torch.add does; "fresh" allocates its result. Errors are against float64 on the first 2^20
+elements.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
 from motet.kernels.slerp.reference import slerp_reference
 from torch import Tensor
 
-from .cells import Cell, merge_cells
+from .cells import TimedCell, merge_cells
 from .published import published_lego
 
 CELLS = [cell for size in (8 * 17 * 126, 1 << 20) for cell in merge_cells("cpu", size)]
@@ -36,10 +37,10 @@ COUNTS = (2, 4, 8)
 Merge = Callable[[Sequence[Tensor]], Tensor]
 
 
-@pytest.mark.parametrize("who", ["motet", "torch"])
+@pytest.mark.parametrize("contender", ["motet", "torch"])
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def bench_merge(benchmark, cell: Cell, who: str) -> None:
-    run = cell.run if who == "motet" else cell.rival
+def bench_merge(benchmark, cell: TimedCell, contender: str) -> None:
+    run = cell.run if contender == "motet" else cell.reference
     assert run is not None
     benchmark.group = cell.name
     benchmark.extra_info["error"] = error = cell.error(run)
@@ -48,7 +49,7 @@ def bench_merge(benchmark, cell: Cell, who: str) -> None:
 
 
 def harmonic_expression(latents: Sequence[Tensor]) -> Tensor:
-    """Eq. 4 in torch, as one would write it."""
+    """Eq. 4 in torch, without optimisation."""
     if len(latents) == 2:
         a, b = latents
         m, n = a.abs(), b.abs()
@@ -70,7 +71,7 @@ def published_merges(checkout: Path) -> dict[str, Merge]:
     """Return the authors' two merges at equal weights.
 
     Raises:
-        ValueError: a folder that is no checkout of theirs, or no einops.
+        ValueError: `checkout` is not a clone of their repository, or einops is not installed.
     """
     lego = published_lego(checkout)
     merge = lego.LegoMerge.__new__(lego.LegoMerge)
@@ -78,7 +79,7 @@ def published_merges(checkout: Path) -> dict[str, Merge]:
     merge.method, merge.alpha = "harmonic", 0.5
 
     def harmonic(latents: Sequence[Tensor]) -> Tensor:
-        # Their forward, of blocks that return these latents.
+        # Their forward pass merges what the blocks return: these blocks return the latents.
         merge.layers = [lambda *_, z=z, **__: z for z in latents]
         return merge(list(latents), return_embeddings=True, complex=True)
 
@@ -88,23 +89,24 @@ def published_merges(checkout: Path) -> dict[str, Merge]:
     }
 
 
-def rows(published: dict[str, Merge], threads: Sequence[int], seconds: float) -> Iterator[dict]:
-    """Measure every cell of the table."""
-    for own_threads in threads:
+def rows(
+    published: dict[str, Merge], thread_counts: Sequence[int], seconds: float
+) -> Iterator[dict]:
+    """Measure every row of the table."""
+    for threads in thread_counts:
         for size in SIZES:
             for count in COUNTS:
                 for operator, dtype in (("harmonic_merge", torch.complex64), ("slerp", None)):
                     inputs = [torch.randn(size, dtype=dtype) for _ in range(count)]
-                    torch.set_num_threads(own_threads)
-                    row = {"operator": operator, "size": size, "inputs": count}
-                    yield (
-                        row | {"threads": own_threads} | _row(operator, inputs, published, seconds)
-                    )
+                    torch.set_num_threads(threads)
+                    row = {"operator": operator, "size": size, "inputs": count, "threads": threads}
+                    yield row | _measure(operator, inputs, published, seconds)
 
 
-def _row(
+def _measure(
     operator: str, inputs: list[Tensor], published: dict[str, Merge], seconds: float
 ) -> dict[str, Any]:
+    """Return times, ratios and errors of one operator on these inputs."""
     ours, expression, reference = {
         "harmonic_merge": (harmonic_merge, harmonic_expression, harmonic_merge_reference),
         "slerp": (slerp, slerp_expression, slerp_reference),
@@ -128,14 +130,16 @@ def _row(
         else:
             units = [x.double() / x.double().norm() for x in few]
             errors["published"] = _error(theirs([u.float() for u in units]), reference(units))
-    # A processor takes 0.1 ms to wake its widest registers, which only ours uses here.
+    # Many calls per turn: a processor takes 0.1 ms to power up its widest registers, which only our
+    # operators use here.
     calls = max(1, (1 << 20) // inputs[0].numel())
-    turns = {who: partial(_repeated, run, calls) for who, run in contenders.items()}
+    turns = {name: partial(_repeat, run, calls) for name, run in contenders.items()}
     times = {
-        who: Timing(timing.median / calls, timing.low / calls, timing.high / calls, timing.rounds)
-        for who, timing in measure.in_turns(turns, "cpu", rounds=25, seconds=seconds).items()
+        name: Timing(timing.median / calls, timing.low / calls, timing.high / calls, timing.rounds)
+        for name, timing in measure.in_turns(turns, "cpu", rounds=25, seconds=seconds).items()
     }
-    # What must pass through memory, of what torch.add reads and writes.
+    # The least memory traffic of the operator over that of torch.add, which moves three tensors.
+    # slerp reads its inputs twice: for the scalar products, and for the sum.
     sweeps = 1 if operator == "harmonic_merge" else 2
     moved = (sweeps * len(inputs) + 1) / 3
     return {
@@ -146,50 +150,58 @@ def _row(
     }
 
 
-def _repeated(run: Callable[[], Tensor], calls: int) -> None:
+def _repeat(run: Callable[[], Tensor], calls: int) -> None:
     for _ in range(calls):
         run()
 
 
-def _error(own: Tensor, exact: Tensor) -> float:
-    """Return the largest error: of an element for complex ones, of the largest for real ones."""
-    error = (own.to(exact.dtype) - exact).abs()
+def _error(result: Tensor, exact: Tensor) -> float:
+    """Return the largest error.
+
+    Relative to each element for complex results, to the largest element for real ones.
+    """
+    error = (result.to(exact.dtype) - exact).abs()
     return (error / exact.abs() if exact.is_complex() else error / exact.abs().max()).max().item()
 
 
-def _figure(figures: dict[str, float], who: str) -> str:
-    return f"{figures[who]:.3g}" if who in figures else ""
+def _figure(figures: dict[str, float], contender: str) -> str:
+    return f"{figures[contender]:.3g}" if contender in figures else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--published", type=Path, help="a clone of konst-int-i/mm-lego")
-    parser.add_argument("--threads", default="1,2", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=6.0, help="a cell: default %(default)s")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--threads", default="1,2", metavar="N,N", help="numbers of threads (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=6.0,
+        help="start no round of a row after this time (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
     options = parser.parse_args()
     published = {} if options.published is None else published_merges(options.published)
-    heads = (
+    titles = (
         "operator", "size", "inputs", "threads", "ms ours", "fresh", "torch", "published",
         "torch/ours", "published/ours", "of add's bandwidth", "error", "torch's", "published's",
     )  # fmt: skip
-    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
-    found = []
+    print(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
+    measured = []
     with torch.no_grad():
-        threads = [int(n) for n in options.threads.split(",")]
-        for row in rows(published, threads, options.seconds):
-            found.append(row)
-            ms = {who: timing["median"] for who, timing in row["ms"].items()}
+        thread_counts = [int(n) for n in options.threads.split(",")]
+        for row in rows(published, thread_counts, options.seconds):
+            measured.append(row)
+            ms = {name: timing["median"] for name, timing in row["ms"].items()}
             ratio = ms.get("published", math.nan) / ms["motet"]
             cells = [
                 *(row[name] for name in ("operator", "size", "inputs", "threads")),
-                *(_figure(ms, who) for who in ("motet", "fresh", "torch", "published")),
+                *(_figure(ms, name) for name in ("motet", "fresh", "torch", "published")),
                 f"{row['ratio_torch']:.1f}", f"{ratio:.1f}", f"{row['bandwidth']:.2f}",
-                *(_figure(row["error"], who) for who in ("motet", "torch", "published")),
+                *(_figure(row["error"], name) for name in ("motet", "torch", "published")),
             ]  # fmt: skip
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if options.json is not None:
-        lines = ",\n".join(json.dumps(row) for row in found)
+        lines = ",\n".join(json.dumps(row) for row in measured)
         about = json.dumps(measure.about("cpu"))
         options.json.write_text(f'{{"about": {about}, "rows": [\n{lines}\n]}}\n')
 

@@ -1,7 +1,7 @@
-"""What is timed: named cells, each with its inputs, what runs, and its result in float64.
+"""Cells of both merges, LegoBlock and LegoMerge: inputs, the call to time, its result in float64.
 
-For both merges and LegoBlock; HEALNet's cells are in motet.cli.measure. bench_*.py time those that
-suit a CPU; gpu.py times all of them on a GPU.
+HEALNet's cells are in motet.cli.measure. bench_*.py time the sizes that suit a CPU, gpu.py times
+all of them on a GPU.
 """
 
 import copy
@@ -18,44 +18,49 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One thing to time: `run(*arguments)`, its rival, and what both should give."""
+class TimedCell:
+    """A call to time, `run(*arguments)`, its reference, and the exact result of both."""
 
     name: str
     run: Callable[..., Tensor]
     arguments: tuple[Tensor, ...]
     exact: Callable[[], Tensor]
-    rival: Callable[..., Tensor] | None = None
+    """Computes the result in float64."""
+    reference: Callable[..., Tensor] | None = None
+    """The literal computation, called with the same arguments."""
 
     def contenders(self) -> dict[str, Callable[[], Tensor]]:
-        """Return what is timed."""
-        found = {"motet": partial(self.run, *self.arguments)}
-        if self.rival is not None:
-            found["reference"] = partial(self.rival, *self.arguments)
-        return found
+        """Return the functions to time, by name."""
+        contenders = {"motet": partial(self.run, *self.arguments)}
+        if self.reference is not None:
+            contenders["reference"] = partial(self.reference, *self.arguments)
+        return contenders
 
     def error(self, run: Callable[..., Tensor]) -> float:
         """Return the largest error of `run` against float64, relative to the largest value."""
         with torch.no_grad():
             exact = self.exact()
-            own = run(*self.arguments).to(exact.dtype)
-            return ((own - exact).abs().max() / exact.abs().max()).item()
+            result = run(*self.arguments).to(exact.dtype)
+            return ((result - exact).abs().max() / exact.abs().max()).item()
 
 
-def merge_cells(device: str, size: int) -> list[Cell]:
-    """Two latents or vectors of `size` elements, against the operator written in torch."""
+def merge_cells(device: str, size: int) -> list[TimedCell]:
+    """Return cells that merge two latents, or two vectors, of `size` elements.
+
+    The reference is the operator written in torch.
+    """
     half = [0.5, 0.5]
     z = tuple(torch.randn(size, dtype=torch.complex64, device=device) for _ in range(2))
     v = tuple(torch.randn(size, device=device) for _ in range(2))
     return [
-        Cell(
+        TimedCell(
             f"harmonic_merge {size}",
             lambda *latents: motet.kernels.harmonic_merge(latents),
             z,
             lambda: harmonic_merge_reference([x.to(torch.complex128) for x in z], half),
             lambda *latents: harmonic_merge_reference(latents, half),
         ),
-        Cell(
+        TimedCell(
             f"slerp {size}",
             lambda *vectors: motet.kernels.slerp(vectors),
             v,
@@ -65,10 +70,11 @@ def merge_cells(device: str, size: int) -> list[Cell]:
     ]
 
 
-def lego_cells(device: str, tokens: int, *, graphs: bool = False) -> list[Cell]:
-    """LegoBlock and LegoMerge on 8 bags of 1024 features and an omic row, against the literal loop.
+def lego_cells(device: str, tokens: int, *, graphs: bool = False) -> list[TimedCell]:
+    """Return cells of LegoBlock on 8 bags of 1024 features, and of LegoMerge on bags and omic rows.
 
-    True for `graphs` adds LegoBlock as CUDA graphs, for which it takes a GPU.
+    The reference is the literal loop over passes. With `graphs`, which needs a GPU, cells of
+    LegoBlock as CUDA graphs are added.
     """
     torch.manual_seed(0)
     blocks = {
@@ -82,8 +88,8 @@ def lego_cells(device: str, tokens: int, *, graphs: bool = False) -> list[Cell]:
         _lego(f"LegoBlock 8 x {tokens} forward", block, block, (bags,), step=False),
         _lego(f"LegoBlock 8 x {tokens} step", block, block, (bags,), step=True),
         _lego(
-            f"LegoMerge 8 x {tokens} forward", merged, lambda *x, **how: merged(x, **how),
-            (omic, bags), step=False,
+            f"LegoMerge 8 x {tokens} forward", merged,
+            lambda *x, **options: merged(x, **options), (omic, bags), step=False,
         ),
     ]  # fmt: skip
     if graphs:
@@ -91,7 +97,7 @@ def lego_cells(device: str, tokens: int, *, graphs: bool = False) -> list[Cell]:
     return cells
 
 
-def _graph_cells(name: str, block: motet.LegoBlock, bags: Tensor) -> list[Cell]:
+def _graph_cells(name: str, block: motet.LegoBlock, bags: Tensor) -> list[TimedCell]:
     predict = motet.CudaGraphs(block)
     steps = motet.StepGraphs(block, lambda logits, _: logits.square().sum())
 
@@ -99,11 +105,15 @@ def _graph_cells(name: str, block: motet.LegoBlock, bags: Tensor) -> list[Cell]:
         steps(PatientBatch({"x": x}, {}, {}, {}))
         return torch.cat([p.grad.flatten() for p in block.parameters() if p.grad is not None])
 
-    def of(what: str, call: Callable[..., Tensor]) -> Cell:
-        named = f"{name} {what}, CUDA graph"
-        return _lego(named, block, call, (bags,), step=what == "step", rival=False)
+    def make_cell(kind: str, call: Callable[..., Tensor]) -> TimedCell:
+        title = f"{name} {kind}, CUDA graph"
+        return _lego(title, block, call, (bags,), step=kind == "step", reference=False)
 
-    return [of("forward", lambda x: predict([x])), replace(of("step", block), run=step)]
+    return [
+        make_cell("forward", lambda x: predict([x])),
+        # `block` computes the exact gradients; the graph replays them.
+        replace(make_cell("step", block), run=step),
+    ]
 
 
 def _lego(
@@ -113,27 +123,31 @@ def _lego(
     inputs: tuple[Tensor, ...],
     *,
     step: bool,
-    rival: bool = True,
-) -> Cell:
-    """Return the cell of a model's logits, or of the gradients of all its parameters."""
+    reference: bool = True,
+) -> TimedCell:
+    """Return the cell of a model's logits, or of the gradients of all its parameters.
 
-    def result(call: Callable[..., Tensor], of: torch.nn.Module, *tensors: Tensor) -> Tensor:
+    `reference` says whether the literal loop is a contender too.
+    """
+
+    def result(call: Callable[..., Tensor], model: torch.nn.Module, *tensors: Tensor) -> Tensor:
         with torch.set_grad_enabled(step):
             logits = call(*tensors)
             if not step:
                 return logits
             loss = logits.square().sum()
-        # What asks a single token has no influence, and so no gradient.
-        found = torch.autograd.grad(
-            loss, list(of.parameters()), allow_unused=True, materialize_grads=True
+        # With a single token the attention weight is always 1: the weights of the queries have no
+        # influence on the loss, and so no gradient.
+        gradients = torch.autograd.grad(
+            loss, list(model.parameters()), allow_unused=True, materialize_grads=True
         )
-        return torch.cat([g.flatten() for g in found])
+        return torch.cat([g.flatten() for g in gradients])
 
     def exact() -> Tensor:
         wide = copy.deepcopy(model).double()
         tensors = [x.double() for x in inputs]
-        joined = isinstance(wide, motet.LegoMerge)
-        return result(lambda *x: wide(x if joined else x[0]), wide, *tensors)
+        merges = isinstance(wide, motet.LegoMerge)
+        return result(lambda *x: wide(x if merges else x[0]), wide, *tensors)
 
-    literal = partial(result, partial(call, strategy="reference"), model) if rival else None
-    return Cell(name, partial(result, call, model), inputs, exact, literal)
+    literal = partial(result, partial(call, strategy="reference"), model) if reference else None
+    return TimedCell(name, partial(result, call, model), inputs, exact, literal)

@@ -1,14 +1,16 @@
-"""Check, profile and time motet on the GPU at hand; each step writes a JSON file of its own.
+"""Check, profile and time motet on the GPU of this machine; each step writes its own JSON file.
 
-    make gpu-check      compiles all kernels, compares them with float64, and runs with each other
-    make gpu-profile    where the time of a training step goes, kernel by kernel
-    make gpu            40 cells of benchmarks/grid.py, the most telling contenders first
-    make gpu-full       the whole grid, a line of a file per cell; again goes on where it stopped
+    make gpu-check      compile all kernels, compare them with float64, and 50 runs with each other
+    make gpu-profile    the time of every kernel of a training step
+    make gpu            40 cells of benchmarks/grid.py, the most important contenders first
+    make gpu-full       all cells, one line of a file each; a second call continues where the
+                        first stopped
 
-Runs in the environment that is active, since GPU machines bring their own torch. The file is
-written again after each row, so that a machine that is taken away leaves what it did. Every time
-has its error beside it, and what is too wrong has no time: a failed check, a time withheld, or a
-kernel that is slower than demanded or than with another Triton makes the exit code 1.
+Runs in the active environment, since GPU machines bring their own torch. The file is written again
+after each row, so that a session that is cut off keeps its results. Every time has its error beside
+it; a contender whose error is too large has no time. The exit code is 1 if a check failed, if a
+contender has no time by a fault of motet, or if a kernel is slower than demanded or than with
+another Triton.
 """
 
 import argparse
@@ -22,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# Seconds after which a step begins nothing more.
+# Seconds after which a step starts nothing new.
 BUDGETS = {"check": 90.0, "profile": 60.0, "cells": 200.0, "full": 500.0}
 
 
 def main() -> int:
-    """Carry out one step, and write."""
+    """Run one step and write its file; return the exit code."""
     options = _options()
     try:
         from motet.cli import measure
@@ -42,7 +44,7 @@ def main() -> int:
         return 2
     import torch
 
-    # Full float32 products, so that the error beside a time is that of the operator.
+    # Full float32 products: with TF32 the error beside a time would be that of the product.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch._dynamo.config.recompile_limit = 64
     options.out.mkdir(parents=True, exist_ok=True)
@@ -52,13 +54,14 @@ def main() -> int:
 
 
 def check(options: argparse.Namespace, device: str) -> int:
-    """Compare operators and models with float64, and look for races."""
+    """Compare operators and models with float64, and repeated runs with each other (races)."""
     from benchmarks import checks
 
     started = time.monotonic()
     report = {**_about(device), "checks": []}
     path = _path(options, "check", report)
-    # Each process compiles, the GPU hardly works. On a CPU they would fight over the cores.
+    # The processes spend their time in Triton's compiler, not on the GPU. Without a GPU they would
+    # compete for the cores.
     processes = min(16, os.cpu_count() or 1) if device == "cuda" else 1
     for row in checks.run_all(device, processes):
         report["checks"].append(row)
@@ -72,7 +75,7 @@ def check(options: argparse.Namespace, device: str) -> int:
 
 
 def profile(options: argparse.Namespace, device: str) -> int:
-    """Write down every kernel of a training step of four models, in both strategies."""
+    """Record every kernel of a training step of four models, in both strategies."""
     from benchmarks import profiling
     from motet.cli import measure
 
@@ -87,19 +90,22 @@ def profile(options: argparse.Namespace, device: str) -> int:
         print(*profiling.lines(row), sep="\n", flush=True)
         _write(path, report)
         if time.monotonic() > deadline:
-            print("\nstopped: no time left")
+            print("\nstopped: the time budget is spent")
             break
     report["faults"] = list(profiling.too_slow(report["rows"])) if device == "cuda" else []
-    before = profiling.earlier(report, ROOT / "benchmarks" / "results")
-    if before is not None:
-        report["faults"] += profiling.slower_than(before, report)
+    earlier = profiling.earlier(report, ROOT / "benchmarks" / "results")
+    if earlier is not None:
+        report["faults"] += profiling.slower_than(earlier, report)
     _write(path, report)
     print(*report["faults"], f"\nwritten to {path}", sep="\n")
     return 1 if report["faults"] else 0
 
 
 def cells(options: argparse.Namespace, device: str) -> int:
-    """Time the named cells: first what says most of each, then the rest, until time is spent."""
+    """Time the named cells until the budget is spent.
+
+    All cells with their first contenders, then all cells with their last ones.
+    """
     from benchmarks import grid
     from motet.cli import measure
 
@@ -116,22 +122,22 @@ def cells(options: argparse.Namespace, device: str) -> int:
         for cell in named
     }
     report |= {"cells": list(rows.values()), "demands": [], "operators": [], "not_reached": []}
-    left = [(cell, who) for who in (grid.FIRST, grid.LAST) for cell in named]
+    queue = [(cell, contenders) for contenders in (grid.FIRST, grid.LAST) for cell in named]
     allowed: dict[str, dict[str, float]] = {cell.name: {} for cell in named}
     settings = _settings(options, device)
-    while left and time.monotonic() < deadline:
-        cell, contenders = left.pop(0)
+    while queue and time.monotonic() < deadline:
+        cell, contenders = queue.pop(0)
         row = rows[cell.name]
         first = contenders is grid.FIRST
-        if not first:  # so that these, too, are compared in one run with what a user gets
+        if not first:  # every run has this one, so that all ratios are of times side by side
             contenders = {grid.USUAL: grid.FIRST[grid.USUAL], **contenders}
-        found = _measured(cell, contenders, settings, roofline, allowed[cell.name], launches=first)
-        row["contenders"] = {**found, **row["contenders"]}  # what was measured first stays
-        print(*grid.lines({**row, "contenders": found}), sep="\n", flush=True)
+        results = _measure(cell, contenders, settings, roofline, allowed[cell.name], launches=first)
+        row["contenders"] = {**results, **row["contenders"]}  # of grid.USUAL the first time stays
+        print(*grid.lines({**row, "contenders": results}), sep="\n", flush=True)
         report["demands"] = list(grid.demands(report["cells"]))
-        report["not_reached"] = [f"{c.name}: {', '.join(who)}" for c, who in left]
+        report["not_reached"] = [f"{c.name}: {', '.join(names)}" for c, names in queue]
         _write(path, report)
-    if not left:
+    if not queue:
         report["operators"] = list(_operators(device, deadline, small=options.small))
     report["rivals"] = _rivals(device, deadline, small=options.small)
     _write(path, report)
@@ -140,38 +146,38 @@ def cells(options: argparse.Namespace, device: str) -> int:
     for row in report["demands"]:
         print(json.dumps(row))
     print(
-        f"\n{len(failed)} failed {failed or ''}; {len(left)} parts not reached; written to {path}"
+        f"\n{len(failed)} failed {failed or ''}; {len(queue)} parts not reached; written to {path}"
     )
     return 1 if failed else 0
 
 
 def full(options: argparse.Namespace, device: str) -> int:
-    """Time what is missing of the grid until the budget is spent."""
+    """Time the cells that the file does not have yet, until the budget is spent."""
     from benchmarks import grid
     from motet.cli import measure
 
     deadline = time.monotonic() + options.budget
     about = _about(device)
     path = _path(options, "full", about).with_suffix(".jsonl")
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {row["cell"] for row in known}
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {row["cell"] for row in rows}
     roofline = measure.measure_roofline(device, quick=options.small)
-    left = [cell for cell in grid.all_cells(small=options.small) if cell.name not in done]
+    queue = [cell for cell in grid.all_cells(small=options.small) if cell.name not in done]
     settings, failed = _settings(options, device), 0
-    everyone = {**grid.FIRST, **grid.LAST}
-    while left and time.monotonic() < deadline:
-        cell = left.pop(0)
+    contenders = {**grid.FIRST, **grid.LAST}
+    while queue and time.monotonic() < deadline:
+        cell = queue.pop(0)
         row = {"cell": cell.name, **grid.planned(cell, device)}
-        row["contenders"] = _measured(cell, everyone, settings, roofline, {}, launches=False)
+        row["contenders"] = _measure(cell, contenders, settings, roofline, {}, launches=False)
         print(*grid.lines(row), sep="\n", flush=True)
         failed += bool(_faults(row))
         with path.open("a") as file:
             file.write(json.dumps({**about, "roofline": roofline._asdict(), **row}) + "\n")
-    print(f"\n{failed} cells with faults; {len(left)} left; written to {path}")
+    print(f"\n{failed} cells with faults; {len(queue)} left; written to {path}")
     return 1 if failed else 0
 
 
-def _measured(
+def _measure(
     cell: Any,
     contenders: Mapping[str, Any],
     settings: Any,
@@ -180,13 +186,13 @@ def _measured(
     *,
     launches: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Measure a cell; where that raises, every contender says why."""
+    """Measure a cell; if that raises, return the reason for every contender."""
     import torch
     from benchmarks import grid
 
     try:
         return grid.measure_cell(cell, contenders, settings, roofline, allowed, launches=launches)
-    except Exception as error:  # such as no memory for the contenders together
+    except Exception as error:  # such as too little memory for all contenders at once
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return {name: {"failed": reason, "fault": True} for name in contenders}
     finally:
@@ -195,12 +201,16 @@ def _measured(
 
 
 def _faults(row: dict[str, Any]) -> list[str]:
-    """Return what is wrong with a cell."""
-    return [f"{row['cell']}: {who}" for who, own in row["contenders"].items() if own.get("fault")]
+    """Return the contenders of a cell that have a fault."""
+    return [
+        f"{row['cell']}: {name}"
+        for name, result in row["contenders"].items()
+        if result.get("fault")
+    ]
 
 
 def _operators(device: str, deadline: float, *, small: bool) -> Iterator[dict[str, Any]]:
-    """Yield rows of what is not among the cells: both merges, LegoBlock, LegoMerge."""
+    """Yield rows of both merges, LegoBlock and LegoMerge, which grid.py does not have."""
     from benchmarks.cells import lego_cells, merge_cells
     from motet import _error_floors
     from motet.cli import measure
@@ -217,19 +227,19 @@ def _operators(device: str, deadline: float, *, small: bool) -> Iterator[dict[st
                 row = {"name": cell.name, "error": cell.error(cell.run)}
                 if row["error"] < _error_floors.FAULT:
                     times = measure.in_turns(cell.contenders(), device, rounds=3 if small else 15)
-                    row["ms"] = {who: timing._asdict() for who, timing in times.items()}
-                    said = ", ".join(f"{who} {timing} ms" for who, timing in times.items())
-                    print(f"{cell.name:28} {said}, error {row['error']:.0e}", flush=True)
+                    row["ms"] = {name: timing._asdict() for name, timing in times.items()}
+                    text = ", ".join(f"{name} {timing} ms" for name, timing in times.items())
+                    print(f"{cell.name:28} {text}, error {row['error']:.0e}", flush=True)
                 yield row
 
 
 def _rivals(device: str, deadline: float, *, small: bool) -> list[dict[str, Any]]:
-    """Return other libraries' attention on the same keys and values, as far as they are here."""
+    """Return rows of the installed libraries' attention on the same keys and values."""
     from benchmarks import bench_latent_attention as rivals
     from motet.cli import bench, measure
 
-    who = rivals.ATTENTIONS | (rivals.ON_CUDA if device == "cuda" else {})
-    functions = {name: f for name, f in who.items() if name not in rivals.COMPILED}
+    attentions = rivals.ATTENTIONS | (rivals.ON_CUDA if device == "cuda" else {})
+    functions = {name: f for name, f in attentions.items() if name not in rivals.COMPILED}
     rows: list[dict[str, Any]] = []
     batches = ((20, 20), (1, 20, 9)) if small else ((15_000,) * 8, bench.RAGGED)
     for lengths in batches:
@@ -276,24 +286,28 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=tuple(BUDGETS), help="what to do")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the file")
+    budgets = ", ".join(f"{name} {seconds:g}" for name, seconds in BUDGETS.items())
+    parser.add_argument("step", choices=tuple(BUDGETS), help="the step to run")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu runs it as a smoke test"
-    )
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu only shows that the script works (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="sizes that only show that it works")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS",
-        help=f"nothing begins later (default: {BUDGETS})",
+        help=f"start nothing new after this time (default: {budgets})",
     )  # fmt: skip
     parser.add_argument(
         "--compile-budget", type=float, default=30.0, metavar="SECONDS",
-        help="of it for torch.compile (default: %(default)s)",
+        help="the part of the budget for torch.compile (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--published", type=Path, metavar="DIR", help="the authors' checkout")
+    parser.add_argument(
+        "--published", type=Path, metavar="DIR", help="a clone of konst-int-i/healnet"
+    )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # for benchmarks
+    sys.path.insert(0, str(ROOT))  # so that this script can import the package benchmarks
     sys.exit(main())

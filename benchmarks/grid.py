@@ -1,9 +1,10 @@
 """The contenders of `make gpu`: HEALNet on slides, from the literal equation to one CUDA graph.
 
-Each does the same work on the same bags; the steps between them tell apart what half precision,
-the algebra, the kernels and the graph give. A training step is forward, backward and Adam, for all
-alike. What a contender cannot do, or what would take longer than there is time for, is listed with
-its reason. Errors are those of the whole batch, without dropout.
+All contenders do the same work on the same bags. From one to the next a single thing changes, so
+that the times show separately what half precision, the algebra, the kernels and the graph gain. A
+training step is forward, backward and Adam for every contender. A contender that cannot run, or for
+which no time is left, is listed with the reason. Errors are those of the complete batch, measured
+without dropout.
 """
 
 import signal
@@ -25,41 +26,49 @@ CONFIGS = {**measure.CONFIGS, **AS_RELEASED, "8x64": measure.Config(64, 128, 64,
 
 
 class Contender(NamedTuple):
-    """How a cell is computed."""
+    """One way to compute a cell."""
 
     dtype: str
     strategy: Strategy | None = None
     backend: Backend = "auto"
-    how: str = "eager"
-    """eager, compiled, graph (motet.StepGraphs or motet.CudaGraphs, which copy the batch to where
-    the graph reads it, statistics of the tokens given), static graph (the same work captured with
-    the batch in its place, nothing copied), or published for the authors' code."""
+    mode: str = "eager"
+    """One of:
+
+    * eager;
+    * compiled: torch.compile;
+    * graph: motet.StepGraphs or motet.CudaGraphs, called with the statistics of the tokens; they
+      copy the batch to the memory that the graph reads;
+    * static graph: the same work, captured with the batch already in that memory, so that nothing
+      is copied;
+    * published: the authors' code.
+    """
 
 
 USUAL = "planned bf16"
 FIRST = {
     "reference bf16": Contender("bf16", "reference", "eager"),
     USUAL: Contender("bf16"),
-    "planned bf16, graph": Contender("bf16", how="graph"),
-    "planned bf16, static graph": Contender("bf16", how="static graph"),
-    "published bf16": Contender("bf16", how="published"),
+    "planned bf16, graph": Contender("bf16", mode="graph"),
+    "planned bf16, static graph": Contender("bf16", mode="static graph"),
+    "published bf16": Contender("bf16", mode="published"),
 }
-"""What says most: what a user gets, in eager mode and as a graph, and the authors' code."""
+"""Measured first, because they matter most: what a user gets, in eager mode and as a graph, and the
+authors' code."""
 LAST = {
     "cached bf16": Contender("bf16", "cached", "triton"),
     "absorbed bf16": Contender("bf16", "absorbed", "triton"),
     "folded bf16": Contender("bf16", "cached", "eager"),
     "reference fp32": Contender("fp32", "reference", "eager"),
     "cached fp32": Contender("fp32", "cached", "triton"),
-    "published fp32": Contender("fp32", how="published"),
+    "published fp32": Contender("fp32", mode="published"),
     "reference bf16, compiled": Contender("bf16", "reference", "eager", "compiled"),
     "folded + SDPA bf16": Contender("bf16", "cached", "compile", "compiled"),
 }
-"""The steps between, and what is only a reference."""
+"""Measured after FIRST: the intermediate steps, and references."""
 
 
 class GridSettings:
-    """What bounds a session on a device."""
+    """The device of a session and the limits on its time."""
 
     def __init__(
         self,
@@ -72,27 +81,27 @@ class GridSettings:
     ) -> None:
         self.device, self.rounds, self.published = device, rounds, published
         self.seconds = seconds
-        """Of timing one cell, at most."""
+        """The most that timing one cell may take."""
         self.compile_s = compile_s
         """Seconds that are left for torch.compile."""
 
 
 def named_cells(*, small: bool = False) -> list[measure.Cell]:
-    """Return the cells of `make gpu`, those that matter most first."""
+    """Return the cells of `make gpu`, the most important first."""
     if small:
         batches = ((20,) * 2, (1, 20, 9))
-        own = {name: measure.CONFIGS[name] for name in ("blca", "kirp")}
+        configs = {name: measure.CONFIGS[name] for name in ("blca", "kirp")}
         return [
-            *(_cell(name, c, b, s, width=32) for name, c in own.items() for b in batches
+            *(_cell(name, c, b, s, width=32) for name, c in configs.items() for b in batches
               for s in (False, True)),
-            _cell("blca", own["blca"], batches[0], True, width=32, dropout=0.1),
+            _cell("blca", configs["blca"], batches[0], True, width=32, dropout=0.1),
         ]  # fmt: skip
     slides = (15_000,) * 8
-    eight = measure.CONFIGS.items()
+    eight_heads = measure.CONFIGS.items()
     return [
-        *(_cell(name, c, slides, s) for name, c in eight for s in (False, True)),
-        *(_cell(name, c, slides, True, dropout=0.1) for name, c in eight),
-        *(_cell(name, c, bench.RAGGED, s) for name, c in eight for s in (True, False)),
+        *(_cell(name, c, slides, s) for name, c in eight_heads for s in (False, True)),
+        *(_cell(name, c, slides, True, dropout=0.1) for name, c in eight_heads),
+        *(_cell(name, c, bench.RAGGED, s) for name, c in eight_heads for s in (True, False)),
         *(_cell(name, CONFIGS[name], (n,) * 8, True) for name in ("blca", "ucec")
           for n in (500, 2000, 8000, 60_000)),
         *(_cell(name, CONFIGS[name], (n,), True) for name in ("blca", "kirp")
@@ -114,7 +123,7 @@ def all_cells(*, small: bool = False) -> list[measure.Cell]:
         for lengths in (*batches, bench.RAGGED)
         for name, config in CONFIGS.items()
         for step in (True, False)
-        if step or not dropout  # dropout is for training
+        if step or not dropout  # dropout acts in training alone
     ]
 
 
@@ -123,8 +132,8 @@ def _cell(
     width: int = 2048, dropout: float = 0.0,
 ) -> measure.Cell:  # fmt: skip
     kind = "step" if step else "forward"
-    more = f" x {width}" * (width != 2048) + f" dropout {dropout:g}" * (dropout > 0)
-    title = f"{name} {bench.shape_name(lengths)}{more} {kind}"
+    suffix = f" x {width}" * (width != 2048) + f" dropout {dropout:g}" * (dropout > 0)
+    title = f"{name} {bench.shape_name(lengths)}{suffix} {kind}"
     return measure.Cell(title, config, lengths, step, width, dropout)
 
 
@@ -137,132 +146,147 @@ def measure_cell(
     *,
     launches: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Return errors, times, peak memory, share of the roofline and launches of some contenders.
+    """Measure some contenders on one cell.
+
+    A contender has times only if its error is within the allowed one.
 
     Args:
-        cell: what they compute.
-        contenders: by name; timed in turns.
+        cell: what the contenders compute.
+        contenders: by name; they are timed in turns.
         settings: of the session.
         roofline: of the device.
-        allowed: by dtype, the error that a contender may have; filled in where it is missing, from
-            the literal equation's.
-        launches: whether they are counted, which takes a run under the profiler.
+        allowed: the largest allowed error by dtype. A missing entry is added: twice the error of
+            the literal equation, and the floor.
+        launches: True to count kernel launches, which takes one more run under the profiler.
+
+    Returns:
+        By contender: error, times, peak memory, share of the roofline and launches, or the reason
+        why it has no times.
     """
-    works = Works(cell, settings.device)
+    workloads = Workloads(cell, settings.device)
     rows: dict[str, dict[str, Any]] = {name: {} for name in contenders}
-    fit: dict[str, Callable[[], object]] = {}
+    correct: dict[str, Callable[[], object]] = {}
     for name, contender in contenders.items():
-        own = rows[name]
-        with _reason_into(own, contender), _time_box(contender, settings):
-            with _peak_into(own, works.of(contender.dtype).tokens):
-                own["error"] = error = works.error(contender, settings)
+        row = rows[name]
+        with _record_failure(row, contender), _limit_compile_time(contender, settings):
+            tokens = workloads.workload(contender.dtype).tokens
+            with _record_peak(row, tokens):
+                row["error"] = error = workloads.error(contender, settings)
                 if contender.dtype not in allowed:
-                    literal = works.literal_error(contender.dtype)
+                    literal = workloads.literal_error(contender.dtype)
                     allowed[contender.dtype] = 2 * literal + measure.FLOOR[contender.dtype]
-                own["allowed"] = allowed[contender.dtype]
-                if not error <= own["allowed"]:
+                row["allowed"] = allowed[contender.dtype]
+                if not error <= row["allowed"]:
                     raise ArithmeticError(f"error {error:.1e} is out of bounds")
-            with _peak_into(own, works.of(contender.dtype).tokens):
-                run = works.timed(contender, settings)
+            with _record_peak(row, tokens):  # of what is timed, in place of the error's peak
+                run = workloads.timed(contender, settings)
                 run()
             if launches and settings.device == "cuda":
-                own["launches"] = launches_of(run)
-            fit[name] = run
-    works.drop_exact_results()
-    times = measure.in_turns(fit, settings.device, rounds=settings.rounds, seconds=settings.seconds)
-    flop = cell.plan("bf16", settings.device, graph=True).cost.flop  # the headline's
+                row["launches"] = count_launches(run)
+            correct[name] = run
+    workloads.drop_exact_results()
+    times = measure.in_turns(
+        correct, settings.device, rounds=settings.rounds, seconds=settings.seconds
+    )
+    # The FLOP of the strategy that a graph takes, for all contenders: one roofline per cell.
+    flop = cell.plan("bf16", settings.device, graph=True).cost.flop
     for name, timing in times.items():
-        own, dtype = rows[name], contenders[name].dtype
-        own["ms"] = timing._asdict()
-        own["roofline_share"] = 1e3 * roofline.seconds(cell, dtype, flop) / timing.median
+        row, dtype = rows[name], contenders[name].dtype
+        row["ms"] = timing._asdict()
+        row["roofline_share"] = 1e3 * roofline.seconds(cell, dtype, flop) / timing.median
         if USUAL in times:
-            own["ratio"] = times[USUAL].median / timing.median
+            row["ratio"] = times[USUAL].median / timing.median
     return rows
 
 
 def planned(cell: measure.Cell, device: str) -> dict[str, Any]:
-    """Return what the planner says of a cell: eagerly, and as a graph on known statistics."""
-    chosen = cell.plan("bf16", device)
+    """Return the planner's predictions: in eager mode, and as a graph with token statistics."""
+    eager = cell.plan("bf16", device)
     graph = cell.plan("bf16", device, graph=True, statistics=True)
     return {
-        "strategy": chosen.strategy, "predicted_ms": 1e3 * chosen.seconds,
+        "strategy": eager.strategy, "predicted_ms": 1e3 * eager.seconds,
         "graph_strategy": graph.strategy, "predicted_graph_ms": 1e3 * graph.seconds,
     }  # fmt: skip
 
 
 def check_device(contender: Contender, device: str) -> None:
-    """Raise unless a contender can run on a device."""
-    if device != "cuda" and (contender.backend == "triton" or "graph" in contender.how):
+    """Raise NotImplementedError if a contender cannot run on a device."""
+    if device != "cuda" and (contender.backend == "triton" or "graph" in contender.mode):
         raise NotImplementedError("needs CUDA")
 
 
-class Works:
-    """A cell in both dtypes, made when first needed."""
+class Workloads:
+    """The workloads of a cell, one per dtype, each made when it is first needed."""
 
     def __init__(self, cell: measure.Cell, device: str) -> None:
         self.cell, self.device = cell, device
-        self._works: dict[str, measure.Workload] = {}
+        self._workloads: dict[str, measure.Workload] = {}
         self._exact_results: dict[str, list[Tensor]] = {}
         self._graphs: dict[str, Callable[[], list[Tensor]]] = {}
 
-    def of(self, dtype: str) -> measure.Workload:
-        if dtype not in self._works:
-            self._works[dtype] = measure.Workload(self.cell, dtype, self.device)
-        return self._works[dtype]
+    def workload(self, dtype: str) -> measure.Workload:
+        """Return the workload in "fp32" or "bf16"."""
+        if dtype not in self._workloads:
+            self._workloads[dtype] = measure.Workload(self.cell, dtype, self.device)
+        return self._workloads[dtype]
 
     def exact(self, dtype: str) -> list[Tensor]:
         """Return the results in float64, without dropout."""
         if dtype not in self._exact_results:
-            with self._without_dropout(self.of(dtype).model):
-                self._exact_results[dtype] = self.of(dtype).exact()
+            workload = self.workload(dtype)
+            with self._without_dropout(workload.model):
+                self._exact_results[dtype] = workload.exact()
         return self._exact_results[dtype]
 
     def drop_exact_results(self) -> None:
-        """Free their memory."""
+        """Free the memory of the float64 results."""
         self._exact_results.clear()
 
     def literal_error(self, dtype: str) -> float:
         """Return the error of the literal equation."""
-        work = self.of(dtype)
-        with self._without_dropout(work.model):
-            return measure.relative_error(work.run("reference", "eager"), self.exact(dtype))
+        workload = self.workload(dtype)
+        with self._without_dropout(workload.model):
+            return measure.relative_error(workload.run("reference", "eager"), self.exact(dtype))
 
     def error(self, contender: Contender, settings: GridSettings) -> float:
         """Return a contender's error, without dropout."""
-        work = self.of(contender.dtype)
-        if contender.how == "published":
+        if contender.mode == "published":
             return self._published_error(contender, settings)
-        with self._without_dropout(work.model):
-            run = self.results(contender, settings)
+        with self._without_dropout(self.workload(contender.dtype).model):
+            run = self.computation(contender, settings)
             return measure.relative_error(run(), self.exact(contender.dtype))
 
-    def results(self, contender: Contender, settings: GridSettings) -> Callable[[], list[Tensor]]:
-        """Return what computes the logits, or the gradients of a step."""
+    def computation(
+        self, contender: Contender, settings: GridSettings
+    ) -> Callable[[], list[Tensor]]:
+        """Return a function that computes the logits, or the gradients of a step."""
         check_device(contender, self.device)
-        work = self.of(contender.dtype)
-        if contender.how == "graph":
+        workload = self.workload(contender.dtype)
+        if contender.mode == "graph":
             if contender.dtype not in self._graphs:
-                self._graphs[contender.dtype] = work.graphed()
+                self._graphs[contender.dtype] = workload.graphed()
             return self._graphs[contender.dtype]
         model, call = self._model_and_call(contender, settings)
-        if contender.how == "static graph":
-            return captured(lambda: work.of(call, model))
-        return lambda: work.of(call, model)
+        if contender.mode == "static graph":
+            return captured(lambda: workload.of(call, model))
+        return lambda: workload.of(call, model)
 
     def timed(self, contender: Contender, settings: GridSettings) -> Callable[[], object]:
-        """Return what is timed: for a step with Adam, which leaves the weights as they are."""
-        results = self.results(contender, settings)
+        """Return the function to time: a step includes Adam.
+
+        Adam's rate is zero, so that every round starts from the same weights.
+        """
+        compute = self.computation(contender, settings)
         if not self.cell.step:
-            return results
-        work = self.of(contender.dtype)
-        model = work.model
-        if contender.how == "published":
+            return compute
+        model = self.workload(contender.dtype).model
+        if contender.mode == "published":
             model, _ = self._model_and_call(contender, settings)
         parameters = [p for p in model.parameters() if p.requires_grad]
         adam = torch.optim.Adam(parameters, lr=0.0, fused=True)
 
         def step() -> None:
-            for parameter, gradient in zip(parameters, results(), strict=True):
+            for parameter, gradient in zip(parameters, compute(), strict=True):
                 parameter.grad = gradient
             adam.step()
 
@@ -271,46 +295,49 @@ class Works:
     def _model_and_call(
         self, contender: Contender, settings: GridSettings
     ) -> tuple[nn.Module, Callable[[Tensor], Any]]:
-        """Return a model, and what takes the bags to its logits."""
-        work = self.of(contender.dtype)
-        if contender.how == "published":
+        """Return a model, and a function from the bags to its logits."""
+        workload = self.workload(contender.dtype)
+        if contender.mode == "published":
             model = self._their_model(settings)
             return model, self._their_call(model)
 
         def call(x: Tensor) -> Any:
-            return work.model({"wsi": x}, strategy=contender.strategy, backend=contender.backend)
+            return workload.model(
+                {"wsi": x}, strategy=contender.strategy, backend=contender.backend
+            )
 
-        if contender.how == "compiled" and contender.backend == "eager":
-            return work.model, torch.compile(call)
-        return work.model, call
+        if contender.mode == "compiled" and contender.backend == "eager":
+            return workload.model, torch.compile(call)
+        return workload.model, call
 
     def _their_call(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Return what runs the authors' code; without positions, as bags have none."""
+        """Return a function that runs the authors' code, without positions, as bags have none."""
         from benchmarks.published import call
 
         lengths = torch.tensor(self.cell.lengths, device=self.device)
         mask = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
         dense = bool(mask.all())
 
-        def of_bags(x: Tensor) -> Tensor:
+        def call_on_bags(x: Tensor) -> Tensor:
             if dense:
                 return call(model, [x])
             bags = x.values().split(self.cell.lengths)
             return call(model, [torch.nn.utils.rnn.pad_sequence(list(bags), True)], mask)
 
-        return of_bags
+        return call_on_bags
 
     def _published_error(self, contender: Contender, settings: GridSettings) -> float:
-        """Compare their code with itself in float64, since its weights are its own."""
-        work, model = self.of(contender.dtype), self._their_model(settings)
+        """Compare the authors' code with itself in float64: its weights differ from ours."""
+        workload, model = self.workload(contender.dtype), self._their_model(settings)
         with self._without_dropout(model):
-            own = work.of(self._their_call(model), model)
+            results = workload.of(self._their_call(model), model)
             wide = model.double()
-            return measure.relative_error(own, work.widened().of(self._their_call(wide), wide))
+            exact = workload.widened().of(self._their_call(wide), wide)
+            return measure.relative_error(results, exact)
 
     @contextmanager
     def _without_dropout(self, model: nn.Module) -> Iterator[None]:
-        """Take a model out of training where it drops anything; nothing else depends on that."""
+        """Take a model out of training if it has dropout; nothing else depends on the mode."""
         model.train(not self.cell.dropout)
         yield
         model.train()
@@ -332,8 +359,8 @@ class Works:
 
 
 @contextmanager
-def _peak_into(own: dict[str, Any], data: Tensor) -> Iterator[None]:
-    """Write down the MiB at the peak of what is run, graphs' pools and the data included."""
+def _record_peak(row: dict[str, Any], data: Tensor) -> Iterator[None]:
+    """Record the peak GPU memory of what runs inside, in MiB, with `data` and pools of graphs."""
     if not data.is_cuda:
         yield
         return
@@ -342,42 +369,44 @@ def _peak_into(own: dict[str, Any], data: Tensor) -> Iterator[None]:
     torch.cuda.reset_peak_memory_stats()
     yield
     torch.cuda.synchronize()
-    own["peak_mib"] = (torch.cuda.max_memory_allocated() - held + data.nbytes) / measure.MIB
+    row["peak_mib"] = (torch.cuda.max_memory_allocated() - held + data.nbytes) / measure.MIB
 
 
 @contextmanager
-def _reason_into(own: dict[str, Any], contender: Contender) -> Iterator[None]:
-    """Write down why a contender has no time, and whether that is a fault; go on with the next.
+def _record_failure(row: dict[str, Any], contender: Contender) -> Iterator[None]:
+    """Record why a contender has no time and whether that is a fault, and suppress the error.
 
-    A wrong result always is, a break where it is motet's: not if the literal equation or the
-    authors' code runs out of memory, nor if torch cannot compile or capture.
+    A wrong result is always a fault. An exception is a fault only if motet caused it: it is none if
+    the literal equation or the authors' code runs out of memory, or if torch cannot compile or
+    capture.
     """
     try:
         yield
     except NotImplementedError as error:
-        own |= {"failed": str(error), "fault": False}
-    except Exception as error:  # compilers raise anything
-        ours = contender.how in ("eager", "graph") and contender.strategy != "reference"
-        own["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        own["fault"] = ours or isinstance(error, ArithmeticError)
+        row |= {"failed": str(error), "fault": False}
+    except Exception as error:  # compilers raise exceptions of every type
+        ours = contender.mode in ("eager", "graph") and contender.strategy != "reference"
+        row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        row["fault"] = ours or isinstance(error, ArithmeticError)
 
 
 @contextmanager
-def _time_box(contender: Contender, settings: GridSettings) -> Iterator[None]:
-    """Stop what is compiled by torch when the time for that is spent."""
-    if contender.how != "compiled":
+def _limit_compile_time(contender: Contender, settings: GridSettings) -> Iterator[None]:
+    """Interrupt a compiled contender when half of the time left for torch.compile is spent.
+
+    Half, because two contenders of a cell are compiled.
+    """
+    if contender.mode != "compiled":
         yield
         return
     if settings.compile_s < 1:
-        raise NotImplementedError("left out: no time left for torch.compile")
+        raise NotImplementedError("skipped: no time left for torch.compile")
 
     def stop(*_: object) -> None:
-        raise NotImplementedError("left out: torch.compile took too long")
+        raise NotImplementedError("skipped: torch.compile took too long")
 
     started, former = time.perf_counter(), signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(
-        signal.ITIMER_REAL, settings.compile_s / 2
-    )  # the other contender wants some too
+    signal.setitimer(signal.ITIMER_REAL, settings.compile_s / 2)
     try:
         yield
     finally:
@@ -386,8 +415,8 @@ def _time_box(contender: Contender, settings: GridSettings) -> Iterator[None]:
         settings.compile_s -= time.perf_counter() - started
 
 
-def launches_of(run: Callable[[], object]) -> int | None:
-    """Return how many kernels, copies and fills a run starts on the GPU; None if nobody says."""
+def count_launches(run: Callable[[], object]) -> int | None:
+    """Return how many kernels, copies and fills a run starts on the GPU; None if not known."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -395,59 +424,68 @@ def launches_of(run: Callable[[], object]) -> int | None:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
             torch.cuda.synchronize()
-    except RuntimeError:  # no access to the GPU's counters
+    except RuntimeError:  # the profiler may not read the GPU's counters
         return None
     return sum(event.device_type.name == "CUDA" for event in profiler.events() or ()) or None
 
 
 def lines(row: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a cell as text."""
+    """Yield the lines of a cell's table: predictions, then one line per contender.
+
+    "ratio" is the time of "planned bf16" over the contender's.
+    """
     yield (
         f"\n{row['cell']}: predicted {row['strategy']} {row['predicted_ms']:.3f} ms, as a graph "
         f"{row['graph_strategy']} {row['predicted_graph_ms']:.3f} ms"
     )
-    for name, own in row["contenders"].items():
-        if "failed" in own:
-            yield f"  {name:26} {own['failed'][:120]}"
+    for name, result in row["contenders"].items():
+        if "failed" in result:
+            yield f"  {name:26} {result['failed'][:120]}"
             continue
-        peak = f"{own['peak_mib']:8.0f} MiB" if "peak_mib" in own else ""
-        count = f"{own['launches']:5} launches" if own.get("launches") else ""
-        timing, ratio = measure.Timing(**own["ms"]), own.get("ratio", float("nan"))
+        timing, ratio = measure.Timing(**result["ms"]), result.get("ratio", float("nan"))
         yield (
-            f"  {name:26} {timing!s:28} x {ratio:6.2f}"
-            f" {1 / own['roofline_share']:6.1f} rooflines, error {own['error']:.0e} {peak} {count}"
-        ).rstrip()
+            f"  {name:26} {timing!s:26} ms, ratio {ratio:.2f}, "
+            f"{1 / result['roofline_share']:.1f} x roofline"
+        )
+        details = [f"error {result['error']:.0e}"]
+        if "peak_mib" in result:
+            details.append(f"peak {result['peak_mib']:.0f} MiB")
+        if result.get("launches"):
+            details.append(f"{result['launches']} launches")
+        yield f"  {'':26} {', '.join(details)}"
 
 
-# For training steps on 8 bags of 15,000 patches: the time at most, as a multiple of the roofline's,
-# and the speed at least, as a multiple of the authors' code under autocast.
 ROOFLINES_ALLOWED = {"step": 2.7, "cached": 2.0, "absorbed": 2.6}
-"""Time at most, in multiples of the roofline's, in a graph with the batch in its place: of a
-training step, and of a forward pass by strategy."""
+"""The longest allowed time of 8 bags of 15,000 patches in a graph with the batch in its place, as a
+multiple of the roofline: of a training step, and of a forward pass by strategy."""
 TIMES_PUBLISHED = {"equal": 9.0, "ragged": 25.0}
-"""At least so many times the authors' training step in bf16, on bags of one length or ragged."""
+"""The demanded speed of a training step, as a multiple of the authors' code under bf16 autocast: on
+8 bags of 15,000 patches, and on ragged bags."""
 
 
 def demands(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield what is demanded of 8 bags of 15,000 patches in one graph, and what was measured."""
+    """Yield demanded and measured figures of every cell to which a demand applies.
+
+    These are the cells of 8 bags of 15,000 patches, and the training steps on ragged bags.
+    """
     for row in rows:
         _, batch, kind = row["cell"].split(maxsplit=2)
-        static, copied, other = (
-            row["contenders"].get(who, {})
-            for who in ("planned bf16, static graph", "planned bf16, graph", "published bf16")
+        static, copied, published = (
+            row["contenders"].get(name, {})
+            for name in ("planned bf16, static graph", "planned bf16, graph", "published bf16")
         )
-        own = static if static.get("ms") else copied
+        ours = static if static.get("ms") else copied
         ragged = (batch, kind) == ("8", "ragged step")
-        if not own.get("ms") or not (
+        if not ours.get("ms") or not (
             (batch == "8x15000" and kind in ("step", "forward")) or ragged
         ):
             continue
-        found: dict[str, Any] = {"cell": row["cell"], "ms": own["ms"]["median"]}
+        demand: dict[str, Any] = {"cell": row["cell"], "ms": ours["ms"]["median"]}
         if not ragged:
             allowed = ROOFLINES_ALLOWED["step" if kind == "step" else row["graph_strategy"]]
-            found |= {"rooflines": 1 / own["roofline_share"], "rooflines_allowed": allowed}
-        if other.get("ms") and kind != "forward":
-            found["times_published"] = other["ms"]["median"] / found["ms"]
-            found["times_demanded"] = TIMES_PUBLISHED["ragged" if ragged else "equal"]
-            found["peak_share"] = own["peak_mib"] / other["peak_mib"]
-        yield found
+            demand |= {"rooflines": 1 / ours["roofline_share"], "rooflines_allowed": allowed}
+        if published.get("ms") and kind != "forward":
+            demand["times_published"] = published["ms"]["median"] / demand["ms"]
+            demand["times_demanded"] = TIMES_PUBLISHED["ragged" if ragged else "equal"]
+            demand["peak_share"] = ours["peak_mib"] / published["peak_mib"]
+        yield demand
