@@ -1,7 +1,7 @@
-"""What revision 7918d87 launched, the kernels that the first figures of an H200 are of.
+"""The launches of revision 7918d87, with whose kernels the first times on an H200 were measured.
 
-For benchmarks/fit_planner.py alone; to be deleted with gpu-cells-NVIDIA-H200-7918d87.json, when
-there are figures of the kernels that kernels/gpu_cost.py lists.
+For benchmarks/fit_planner.py alone. Delete it with gpu-cells-NVIDIA-H200-7918d87.json when the
+kernels that kernels/gpu_cost.py lists have been measured.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ REVISION = "7918d87"
 
 
 class Profiled(NamedTuple):
-    """A launch that a profiler timed, of 8 bags of 15,000 patches in bfloat16."""
+    """A launch on 8 bags of 15,000 patches in bfloat16, and its time by a profiler."""
 
     launch: Launch
     seconds: float
@@ -22,7 +22,7 @@ class Profiled(NamedTuple):
 
 _X, _T, _W = 2.0 * 120_000 * 2048, 120_000, 2048
 PROFILE = (
-    # BLCA, 256 columns of K and V; UCEC, 128 queries.
+    # BLCA with 256 columns of K and V; UCEC with 128 queries.
     Profiled(Launch("_project", 1, _X + 2 * _T * 256, 2.0 * _T * _W * 256), 290e-6),
     Profiled(Launch("_project", 1, _X + 2 * _T * 128, 2.0 * _T * _W * 128), 171e-6),
     Profiled(Launch("_pool", 1, 0.0, 2.0 * _T * _W * 256), 2358e-6),
@@ -31,20 +31,20 @@ PROFILE = (
     Profiled(Launch("_attend_backward", 1, 4.0 * _T * 256), 88e-6),
     Profiled(Launch("_softmax", 1, 6.0 * _T * 128), 47e-6),
 )
-# What no profile has: torch's operators around queries as wide as tokens.
+# In no profile: torch's operators on queries that are as wide as tokens.
 FITTED = ("queries",)
 
 
 def launches(cell: Cell, strategy: str, chip: Chip) -> list[Launch]:
     """Return the launches of a forward pass, or of a training step without Adam."""
-    found = _cached(cell, chip) if strategy == "cached" else _absorbed(cell, chip)
-    # As the profiler counted them at depths 2 and 5.
+    kernels = _cached(cell, chip) if strategy == "cached" else _absorbed(cell, chip)
+    # All launches: a straight line through the profiler's counts at depths 2 and 5.
     depth, step = cell.config.depth, cell.step
     if strategy == "cached":
         started = 66 + 70 * depth if step else 27 + 22 * depth
     else:
         started = 53 + 131 * depth if step else 25 + 38 * depth
-    return [*found, Launch("torch", started - sum(own.times for own in found))]
+    return [*kernels, Launch("torch", started - sum(kernel.times for kernel in kernels))]
 
 
 def _cached(cell: Cell, chip: Chip) -> list[Launch]:
@@ -52,18 +52,18 @@ def _cached(cell: Cell, chip: Chip) -> list[Launch]:
     columns = 2 * c.heads * (-(-c.head_dim // 16) * 16)
     kv = 2.0 * tokens * columns
     drawn = float(tokens * c.heads * c.latents) * (cell.step and cell.dropout > 0)
-    found = [
+    kernels = [
         _project(cell, columns, 1, chip),
         Launch("_attend", c.depth, kv, drawn=drawn, large=True),
     ]
     if cell.step:
-        found += [
+        kernels += [
             Launch("_attend_backward", c.depth, 2 * kv, drawn=drawn),
-            # dK and dV of the layers are added up by torch, as fast as the kernels are.
+            # torch adds up dK and dV of the layers, at the share of the roofline of the kernels.
             Launch("_attend_backward", c.depth - 1, 3 * kv),
             _pool(cell, columns, (tokens,), 1, chip),
         ]
-    return found
+    return kernels
 
 
 def _absorbed(cell: Cell, chip: Chip) -> list[Launch]:
@@ -72,13 +72,15 @@ def _absorbed(cell: Cell, chip: Chip) -> list[Launch]:
     count = float(tokens * c.heads * c.latents)
     drawn = count * (cell.step and cell.dropout > 0)
     queries = 2.0 * len(cell.lengths) * c.heads * c.latents * cell.width
-    found = [
+    kernels = [
         Launch("queries", c.depth * (3 if cell.step else 1), queries),
         _project(cell, c.heads * c.latents, passes, chip),
         Launch("_softmax", c.depth, 6 * count, drawn=drawn),
         _pool(cell, c.heads * c.latents, cell.lengths, passes, chip),
     ]
-    return [*found, Launch("_softmax", c.depth, 6 * count, drawn=drawn)] if cell.step else found
+    if cell.step:
+        kernels.append(Launch("_softmax", c.depth, 6 * count, drawn=drawn))
+    return kernels
 
 
 def _project(cell: Cell, columns: int, times: int, chip: Chip) -> Launch:
@@ -89,7 +91,7 @@ def _project(cell: Cell, columns: int, times: int, chip: Chip) -> Launch:
 
 
 def _pool(cell: Cell, columns: int, bags: tuple[int, ...], times: int, chip: Chip) -> Launch:
-    """Return what registers bound at any width, so that its bytes do not matter."""
+    """Return the launch of the pooling kernel; its FLOP bound it at any width, not its bytes."""
     tokens = sum(cell.lengths)
     block, blocks = _blocks(columns, 128)
     chunk = max(512, min(16384, 1 << (16 * columns - 1).bit_length()))
@@ -99,9 +101,9 @@ def _pool(cell: Cell, columns: int, bags: tuple[int, ...], times: int, chip: Chi
 
 
 def _blocks(columns: int, widest: int) -> tuple[int, int]:
-    """Return the block of outputs and how many there are."""
+    """Return the columns of a block of outputs, and the number of blocks."""
     if columns <= 64:
         return max(16, 1 << (columns - 1).bit_length()), 1
     blocks = [block for block in (64, 128, 256) if block <= widest]
-    block = min(blocks, key=lambda own: -(-columns // own) * (128 + own))
+    block = min(blocks, key=lambda size: -(-columns // size) * (128 + size))
     return block, -(-columns // block)

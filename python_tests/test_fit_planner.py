@@ -40,7 +40,7 @@ def test_the_form_of_the_model_predicts_what_it_has_not_seen(planner, path: Path
 def test_what_the_library_calls_measured_is_what_the_fit_finds(planner) -> None:
     """Launches, Python and the softmax kernels of the H200, from the newest file of one."""
     figures = planner.read(max((p for p in FILES if "H200" in p.name), key=planner.date_of))
-    found, known = planner.fitted(figures, figures.runs), CHIPS["H200"]
+    found, known = planner.fit(figures, figures.measurements), CHIPS["H200"]
     for field in ("launch_s", "host_launch_s", "host_s", "random_numbers"):
         assert known.source(field) == "measured"
         assert getattr(known, field) == pytest.approx(getattr(found, field), rel=0.05)
@@ -56,11 +56,11 @@ def profile_of(planner, chip):
     """Yield what `make gpu-profile` would say of a chip."""
     for strategy in ("cached", "absorbed"):
         cell = planner.Cell("kirp", planner.CONFIGS["kirp"], (15_000,) * 8, step=True)
-        contender = planner.Contender(strategy, False, statistics=True)
+        mode = planner.LaunchMode(strategy, False, statistics=True)
         yield {"model": "kirp", "strategy": strategy, "lengths": cell.lengths, "kernels": [
             {"kernel": own.kernel, "role": own.kernel, "launches": own.times,
              "us": 1e6 * own.times * own.least(chip, torch.bfloat16) / chip.share(own.kernel)}
-            for own in planner.listed("made", chip, cell, strategy, contender)
+            for own in planner.list_launches("made", chip, cell, strategy, mode)
             if own.kernel in DEMANDED
         ]}  # fmt: skip
 
@@ -78,13 +78,13 @@ def test_it_finds_the_numbers_that_times_were_made_with(
     report = {"device": "NVIDIA H200", "revision": "made", "cells": []}
     for cell in planner.grid.named_cells():
         row = {"cell": cell.name, "strategy": "cached", "contenders": {}}
-        for who, contender in planner.CONTENDERS.items():
-            strategy = contender.strategy or ("cached", "absorbed")["brca" in cell.name]
-            row["strategy"] = strategy if contender.strategy is None else row["strategy"]
-            times = times_of(planner.listed("made", h200, cell, strategy, contender), made,
+        for name, mode in planner.LAUNCH_MODES.items():
+            strategy = mode.strategy or ("cached", "absorbed")["brca" in cell.name]
+            row["strategy"] = strategy if mode.strategy is None else row["strategy"]
+            times = times_of(planner.list_launches("made", h200, cell, strategy, mode), made,
                              torch.bfloat16)  # fmt: skip
-            seconds = times.graph if contender.graph else times.eager
-            row["contenders"][who] = {"ms": {"median": 1e3 * seconds}}
+            seconds = times.graph if mode.graph else times.eager
+            row["contenders"][name] = {"ms": {"median": 1e3 * seconds}}
         report["cells"].append(row)
     path = tmp_path / "gpu-cells-NVIDIA-H200-made.json"
     path.write_text(json.dumps(report))
@@ -94,12 +94,12 @@ def test_it_finds_the_numbers_that_times_were_made_with(
         beside.write_text(json.dumps({"revision": "made", "rows": rows}))
     figures = planner.read(path)
     assert bool(figures.unknown) == (not profiled)
-    found = planner.fitted(figures, figures.runs)
+    found = planner.fit(figures, figures.measurements)
     for field in ("launch_s", "host_launch_s", "host_s"):
         assert getattr(found, field) == pytest.approx(getattr(made, field), rel=0.02)
     for name, share in own.items():
         assert found.shares[name] == pytest.approx(share, rel=0.05)
-    quality = planner.quality(figures.runs, lambda run: found)
+    quality = planner.quality(figures.measurements, lambda _: found)
     assert quality.right == quality.compared == 40
     assert quality.within("eager", 0.02) == quality.within("graph", 0.02) == 1.0
 
@@ -108,5 +108,5 @@ def test_it_prints_what_it_found(planner, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["fit_planner.py"])
     assert planner.main() == 0
     out = capsys.readouterr().out
-    assert "each cell left out in turn: faster of cached and absorbed told in 36 of 36" in out
+    assert "each cell left out in turn: faster of cached and absorbed predicted in 36 of 36" in out
     assert "| blca 8x15000 step | planned bf16, static graph cached | 3.90 |" in out

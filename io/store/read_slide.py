@@ -38,7 +38,7 @@ class SlideFeatures:
         if meta.get("node_type") != "group" or not isinstance(attrs, dict):
             raise StoreError(f"{self.path}: expected a zarr group with attributes, got another")
         self.attrs: dict[str, Any] = attrs
-        """Attributes of the slide (docs/reference/store-format.md): source, resolution, counts, status."""
+        """Attributes (docs/reference/store-format.md): source, resolution, counts, status."""
 
     def __repr__(self) -> str:
         return f"SlideFeatures({self.key!r})"
