@@ -1,9 +1,12 @@
-"""Calls of every launcher in kernels/: at the sizes that are shipped, and in every form.
+"""Calls of every launcher in kernels/: at the sizes of the shipped models, and in every form.
 
-The tensors are on the CPU and hold nothing: registers.py records what would be launched.
+A form is a choice, for every optional argument of a launcher, between None and a tensor. The
+tensors are on the CPU and not initialised: registers.py records what would be launched, and runs
+nothing.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from motet.kernels.absorbed_attention import triton as absorbed_launchers
@@ -30,35 +33,44 @@ def attention(
     dtype: str, heads: int, latents: int, width: int, *, dropout: float, ragged: bool,
     counted: bool = False, shared: bool = False, layers: int = 1,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return what calls every launcher of latent_attention at one size.
+    """Return a function that calls every launcher of latent_attention at one size.
 
-    Ragged keys have rows of a multiple of 16 numbers. True for `shared`: all bags have the same
-    queries. As many `layers` attend to them.
+    Args:
+        dtype: of queries, keys and values.
+        heads: number of heads.
+        latents: queries of a bag.
+        width: of a head.
+        dropout: probability.
+        ragged: keys in one ragged batch, whose rows are padded to a multiple of 16 numbers, instead
+            of bags of one length.
+        counted: give the counts of tokens.
+        shared: all bags have the same queries.
+        layers: passes whose gradients of K and V are summed.
     """
 
     def run() -> None:
         kernels = attention_launchers
-        own = {"dtype": BITS[dtype]}
-        q = torch.empty(1 if shared else 2, latents, heads, width, **own).transpose(1, 2)
+        options = {"dtype": BITS[dtype]}
+        q = torch.empty(1 if shared else 2, latents, heads, width, **options).transpose(1, 2)
         if ragged:
             padded = width + -width % 16
-            k, v = torch.empty(64, 2, heads, padded, **own).unbind(1)
-            dk, dv = torch.empty(64, 2, heads, padded, **own).unbind(1)
+            k, v = torch.empty(64, 2, heads, padded, **options).unbind(1)
+            dk, dv = torch.empty(64, 2, heads, padded, **options).unbind(1)
             offsets = torch.tensor([0, 40, 64])
         else:
-            packed = (torch.empty(2, 32, 2, heads, width, **own) for _ in range(2))
+            packed = (torch.empty(2, 32, 2, heads, width, **options) for _ in range(2))
             (k, v), (dk, dv) = (x.permute(0, 2, 3, 1, 4).unbind(1) for x in packed)
             offsets = None
         counts = torch.empty(64 if ragged else (2, 32)) if counted else None
-        given = (q, k, v, offsets, counts)
+        inputs = (q, k, v, offsets, counts)
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-        out, lse = kernels.attend(*given, 0.25, dropout, seed)
+        out, lse = kernels.attend(*inputs, 0.25, dropout, seed)
         record = like_record(out)
-        rest = (out, lse, 0.25, dropout, seed, torch.empty_like(q), record)
-        kernels.query_gradient(out, *given, *rest)
+        results = (out, lse, 0.25, dropout, seed, torch.empty_like(q), record)
+        kernels.query_gradient(out, *inputs, *results)
         records = record[:, :, None].repeat(1, 1, layers, 1, 1)
-        kernels.kv_gradient(records, *given[1:], width, 0.25, dropout, dk, dv)
-        q = torch.empty(2, heads, latents, k.shape[-1], **own)
+        kernels.kv_gradient(records, *inputs[1:], width, 0.25, dropout, dk, dv)
+        q = torch.empty(2, heads, latents, k.shape[-1], **options)
         for reduce in (None, "mean"):
             kernels.weights(q, k, offsets, lse, 0.25, reduce)
 
@@ -69,32 +81,32 @@ def context_kv(
     dtype: str, width: int, sets: int, outputs: int, *, channels: int = 0, grouped: bool = False,
     x_dtype: str | None = None, p_dtype: str = "fp32", biased: bool = True,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return what calls every launcher of context_kv at one size."""
+    """Return a function that calls every launcher of context_kv at one size."""
 
     def run() -> None:
-        own = {"dtype": BITS[dtype]}
+        options = {"dtype": BITS[dtype]}
         x = torch.empty(256, width, dtype=BITS[x_dtype or dtype])
         p = torch.empty(128, channels, dtype=BITS[p_dtype]) if channels else None
-        weight = torch.empty(sets, outputs, width + channels, **own)
-        bias = torch.empty(sets, outputs, **own) if biased else None
+        weight = torch.empty(sets, outputs, width + channels, **options)
+        bias = torch.empty(sets, outputs, **options) if biased else None
         offsets = torch.arange(sets + 1) if grouped else None
         mean, rstd = statistics_launchers.statistics_of(x, p, None, None, 1e-5)
         mean, rstd = statistics_launchers.statistics_of(x, p, mean, rstd, 1e-5)
         centred, _ = context_launchers.centre(weight, width, None)
         y = context_launchers.project(x, p, centred, bias, offsets, mean, rstd, 1e-5)
-        if not grouped:  # else what absorbed attention does with it follows
+        if not grouped:  # grouped projections serve absorbed attention, which has its own gradients
             context_launchers.weight_gradient(y, x, p, mean, rstd, 1e-5)
 
     return run
 
 
 def fold(dtype: str, heads: int, width: int, *, model: str = "fp32") -> Callable[[], None]:
-    """Return what calls every launcher of fold_norm at one size, results in `dtype`."""
+    """Return a function that calls every launcher of fold_norm at one size, results in `dtype`."""
 
     def run() -> None:
-        own, padding = {"dtype": BITS[model]}, -width % 16
-        weight = torch.empty(2 * heads, width, 2048, **own)
-        gain, shift = torch.empty(2, 2048, **own).unbind()
+        options, padding = {"dtype": BITS[model]}, -width % 16
+        weight = torch.empty(2 * heads, width, 2048, **options)
+        gain, shift = torch.empty(2, 2048, **options).unbind()
         folded, bias = fold_launchers.fold(weight, gain, shift, padding, BITS[dtype])
         fold_launchers.fold_backward(folded, bias, weight, gain, shift)
 
@@ -102,16 +114,16 @@ def fold(dtype: str, heads: int, width: int, *, model: str = "fp32") -> Callable
 
 
 def head(latents: int, dim: int, outputs: int, *, model: str = "fp32") -> Callable[[], None]:
-    """Return what calls every launcher of head at one size."""
+    """Return a function that calls every launcher of head at one size."""
 
     def run() -> None:
-        own = {"dtype": BITS[model]}
-        gain, shift = torch.empty(2, dim, **own).unbind()
-        weight, bias = torch.empty(outputs, dim, **own), torch.empty(outputs, **own)
-        made = head_launchers.forward(
-            torch.empty(2, latents, dim, **own), gain, shift, weight, bias, 1e-5
+        options = {"dtype": BITS[model]}
+        gain, shift = torch.empty(2, dim, **options).unbind()
+        weight, bias = torch.empty(outputs, dim, **options), torch.empty(outputs, **options)
+        results = head_launchers.forward(
+            torch.empty(2, latents, dim, **options), gain, shift, weight, bias, 1e-5
         )
-        head_launchers.backward(*made, gain, shift, weight, latents, BITS[model])
+        head_launchers.backward(*results, gain, shift, weight, latents, BITS[model])
 
     return run
 
@@ -119,19 +131,19 @@ def head(latents: int, dim: int, outputs: int, *, model: str = "fp32") -> Callab
 def absorbed(
     dtype: str, rows: int, *, dropout: float, channels: int = 5, counted: bool = False
 ) -> Callable[[], None]:
-    """Return what calls every launcher of absorbed_attention at one size."""
+    """Return a function that calls every launcher of absorbed_attention at one size."""
 
     def run() -> None:
-        kernels, own = absorbed_launchers, {"dtype": BITS[dtype]}
-        x, offsets = torch.empty(256, 2048, **own), torch.arange(3)
+        kernels, options = absorbed_launchers, {"dtype": BITS[dtype]}
+        x, offsets = torch.empty(256, 2048, **options), torch.arange(3)
         p = torch.empty(128, channels) if channels else None
-        queries = torch.empty(2, rows, 2048 + channels, **own)
+        queries = torch.empty(2, rows, 2048 + channels, **options)
         seed = torch.zeros(1, dtype=torch.int64) if dropout else None
         counts = torch.empty(256) if counted else None
         statistics = torch.empty(256), torch.empty(256)
         tokens = kernels.Tokens(x, p, offsets, counts, *statistics, 1e-5, dropout, seed)
-        made = kernels.attend(queries, tokens)
-        kernels.attend_backward(made.pooled, made.mass, made, tokens)
+        results = kernels.attend(queries, tokens)
+        kernels.attend_backward(results.pooled, results.mass, results, tokens)
 
     return run
 
@@ -140,26 +152,30 @@ def attended(
     dtype: str, heads: int, latents: int, width: int, *, channels: int = 0, shared: bool = False,
     q_dtype: str | None = None,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return what calls the launchers of absorbed_attention for heads of `width` at one size."""
+    """Return a function that calls the launchers of absorbed_gather at one size.
+
+    Its queries and values are `width` numbers per head; those of absorbed_attention are as wide as
+    tokens.
+    """
 
     def run() -> None:
-        kernels, own = absorbed_launchers, {"dtype": BITS[dtype]}
-        x, offsets = torch.empty(256, 2048, **own), torch.arange(3)
+        kernels, options = absorbed_launchers, {"dtype": BITS[dtype]}
+        x, offsets = torch.empty(256, 2048, **options), torch.arange(3)
         p = torch.empty(128, channels) if channels else None
-        one = torch.empty(256)
-        tokens = kernels.Tokens(x, p, offsets, None, one, one, 1e-5, 0.0, None)
-        weights = torch.empty(2 * heads, width, 2048 + channels, **own)
+        statistic = torch.empty(256)  # mean and rstd alike
+        tokens = kernels.Tokens(x, p, offsets, None, statistic, statistic, 1e-5, 0.0, None)
+        weights = torch.empty(2 * heads, width, 2048 + channels, **options)
         folded = kernels.Weights(weights, weights.new_empty(2 * heads, width))
         size = 1 if shared else 2, latents, heads, width
         q = torch.empty(size, dtype=BITS[q_dtype or dtype]).transpose(1, 2)
-        out, made = kernels.gather(q, folded, tokens, 0.25)
-        kernels.gather_backward(out, q, folded, made, tokens, 0.25)
+        out, results = kernels.gather(q, folded, tokens, 0.25)
+        kernels.gather_backward(out, q, folded, results, tokens, 0.25)
 
     return run
 
 
 def merge(count: int) -> Callable[[], None]:
-    """Return what calls every launcher of both merge operators for `count` inputs."""
+    """Return a function that calls every launcher of both merge operators for `count` inputs."""
 
     def run() -> None:
         latents = [torch.empty(256, dtype=torch.complex64) for _ in range(count)]
@@ -177,54 +193,61 @@ def merge(count: int) -> Callable[[], None]:
 def lego_pass(
     dtype: str, latents: int, dim: int, axes: tuple[int, ...] = (-2, -1), *,
     rows: int | None = None, snn: bool = True, model: str = "fp32", optional: bool = True,
-    asked: bool = True, wanted: tuple[bool, bool, bool] = (True, True, True), shared: bool = False,
-    updated: bool = True,
+    queries: bool = True, gradients: tuple[bool, bool, bool] = (True, True, True),
+    shared: bool = False, updated: bool = True,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return what calls every launcher of lego_pass at one size, products in `dtype`.
+    """Return a function that calls every launcher of lego_pass at one size, products in `dtype`.
 
     Args:
+        dtype: of the products.
+        latents: rows of Z.
+        dim: columns of Z.
+        axes: of the Fourier transform.
+        rows: rows of the complete spectrum, of which Z has `latents`; None if it has all.
+        snn: SNN in place of GELU.
         model: dtype of latents and weights.
         optional: give Im Z, present, scaled and a seed.
-        asked: give the weights of the next queries.
-        wanted: give the gradients of Re Z, of Im Z and of the queries, where there are these.
-        shared: let all samples begin alike, and give one row per sample of what was attended, in
-            the dtype of the products.
-        updated: give what was attended.
+        queries: give the weights of the next pass's queries.
+        gradients: give the gradients of Re Z, of Im Z and of the queries, of those that exist.
+        shared: all samples start from the same latents, and the attended values are one row per
+            sample, in the dtype of the products.
+        updated: give the attended values.
     """
 
     def run() -> None:
         kernels, products, inner = lego_launchers, BITS[dtype], 8 * 64
-        own = {"dtype": BITS[model]}
-        real = torch.empty(1 if shared else 2, latents, dim, **own)
+        options = {"dtype": BITS[model]}
+        real = torch.empty(1 if shared else 2, latents, dim, **options)
         imaginary = torch.empty_like(real) if optional and axes else None
         attended = update = None
         if updated:
-            kind = products if shared else torch.float32
-            attended = torch.empty(2, 8, 1 if shared else latents, 64, dtype=kind)
-            update = torch.empty(12 * dim**2 + dim * inner + 12 * dim, **own)
-        query_weights = torch.empty((inner + 2) * dim, **own) if asked else None
+            attended_dtype = products if shared else torch.float32
+            attended = torch.empty(2, 8, 1 if shared else latents, 64, dtype=attended_dtype)
+            update = torch.empty(12 * dim**2 + dim * inner + 12 * dim, **options)
+        query_weights = torch.empty((inner + 2) * dim, **options) if queries else None
         present, scaled = torch.ones(2, 2, dtype=torch.bool).unbind()
         seed = torch.zeros(1, dtype=torch.int64)
-        rest = [
+        settings = [
             update, query_weights, *((present, scaled, seed) if optional else (None, None, None)),
             0.1 if optional else 0.0, snn, axes, rows or latents, products,
         ]  # fmt: skip
-        x, y, queries, scale = kernels.forward(real, imaginary, attended, *rest)
+        x, y, q, scale = kernels.forward(real, imaginary, attended, *settings)
         y = None if imaginary is None else y
-        of_real, of_imaginary, of_queries = (
-            part if given else None for part, given in zip((x, y, queries), wanted, strict=True)
+        # The results serve as their own gradients: they have the right shapes and dtypes.
+        dx, dy, dq = (
+            tensor if used else None for tensor, used in zip((x, y, q), gradients, strict=True)
         )
-        if not asked:
-            of_queries = None
-        kernels.backward(of_real, of_imaginary, of_queries, x, y, scale, real, attended, *rest)
+        if not queries:
+            dq = None
+        kernels.backward(dx, dy, dq, x, y, scale, real, attended, *settings)
 
     return run
 
 
 def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the sizes that models have: name, and what calls the launchers."""
-    # (heads, latents, width): TCGA as released, as in the paper (8 heads) where the blocks differ,
-    # and 8x64.
+    """Yield names of the sizes that models have, and functions that call the launchers."""
+    # (heads, latents, width): the models of TCGA as released (1 head); as in the paper (8 heads),
+    # where the block sizes of the kernels differ; and 8 heads of 64.
     sizes = [
         (1, 25, 16), (1, 17, 63), (1, 17, 27), (1, 16, 103), (8, 25, 16), (8, 17, 27),
         (8, 25, 128), (8, 16, 80), (8, 64, 64), (8, 256, 64),
@@ -288,7 +311,7 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
         name = f"absorbed {dtype} {rows} queries counts"
         yield name, absorbed(dtype, rows, dropout=0, counted=True)
 
-    # TCGA as released, as in the paper, and 8x64.
+    # The models of TCGA as released, as in the paper, and 8 heads of 64.
     sizes = [
         (1, 25, 16), (1, 17, 63), (1, 17, 27), (1, 16, 103), (8, 25, 16), (8, 17, 63), (8, 16, 103),
         (8, 64, 64),
@@ -317,7 +340,7 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"pass {dtype} {latents}x{dim} of {rows}",
                 lego_pass(dtype, latents, dim, (-2,), rows=rows),
             )
-        for dim, axes in ((64, ()), (126, (-1,)), (256, (-1,))):  # rows apart
+        for dim, axes in ((64, ()), (126, (-1,)), (256, (-1,))):  # no transform over the rows
             yield f"pass {dtype} rows of {dim}", lego_pass(dtype, 64, dim, axes)
         for latents, dim in ((25, 119), (17, 126), (17, 62), (16, 65)):  # HEALNet
             yield f"pass {dtype} {latents}x{dim} alone", lego_pass(dtype, latents, dim, ())
@@ -327,7 +350,7 @@ def _shipped() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield small sizes in every dtype, every optional argument of a launcher None and given."""
+    """Yield small sizes in every dtype, with every optional argument once None and once given."""
     for dtype in ("bf16", "fp16", "fp32"):
         for ragged in (True, False):
             for counted in (True, False):
@@ -367,7 +390,7 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "form: head", head(17, 64, 4)
     for dtype, model in (("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "bf16")):
         yield f"form: fold {dtype} of {model}", fold(dtype, 1, 27, model=model)
-    # Under autocast, and models in half precision.
+    # (products, model): under autocast, and models in half precision.
     pairs = (
         ("fp32", "fp32"),
         ("bf16", "fp32"),
@@ -376,17 +399,18 @@ def _forms() -> Iterator[tuple[str, Callable[[], object]]]:
         ("fp16", "fp16"),
     )
     for dtype, model in pairs:
-        own, small = {"model": model}, (dtype, 64, 64)
+        small = partial(lego_pass, dtype, 64, 64, model=model)
         name = f"form: pass {dtype} in {model}"
-        yield f"{name} all", lego_pass(*small, **own)
-        yield f"{name} none", lego_pass(*small, **own, optional=False, asked=False)
+        yield f"{name} all", small()
+        yield f"{name} none", small(optional=False, queries=False)
         yield (
             f"{name} of queries",
-            lego_pass(*small, **own, optional=False, wanted=(False, True, True), shared=True),
+            small(optional=False, gradients=(False, True, True), shared=True),
         )
-        yield f"{name} of Im Z", lego_pass(*small, **own, wanted=(False, True, False))
-        yield f"{name} without axes", lego_pass(*small, (), **own, asked=False)
-        yield f"{name} first", lego_pass(*small, **own, updated=False)
+        yield f"{name} of Im Z", small(gradients=(False, True, False))
+        yield f"{name} without axes", small((), queries=False)
+        yield f"{name} first", small(updated=False)
 
 
 CELLS = {**dict(_shipped()), **dict(_forms())}
+"""By name, functions that call the launchers. The names are those of results/registers.json."""

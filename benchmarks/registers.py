@@ -1,12 +1,13 @@
-"""Compile every Triton kernel, as its launcher launches it, for GPUs that need not be there.
+"""Compile every Triton kernel, as its launcher launches it, for GPUs that this machine lacks.
 
     python benchmarks/registers.py [--out benchmarks/results/registers.json]
 
-The launchers run on the CPU with tensors of the sizes in launches.py, but what they would launch is
-only recorded, with the dtypes, strides and divisibilities that Triton specialises on, and then
-compiled ahead of time: registers, shared memory, spills, asynchronous copies, matrix instructions.
-Rows of the table are told apart by kernel and specialisation; a name that many sizes share is the
-first's. Another Triton than the environment's is taken with PYTHONPATH.
+The launchers run on the CPU with tensors of the sizes in launches.py. Their launches are recorded
+instead of run, with the dtypes, strides and divisibilities on which Triton specialises a kernel.
+Then every specialisation is compiled ahead of time, and a row of the table says its registers,
+shared memory, spills, asynchronous copies and matrix instructions. If several sizes lead to the
+same specialisation, its row has the name of the first. To compile with another Triton than the
+environment's, put it on PYTHONPATH.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from triton.runtime import JITFunction
 from triton.runtime.jit import create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
+sys.path.append(str(Path(__file__).parent.parent))  # so that this script can import benchmarks
 
 from benchmarks.launches import CELLS, LAUNCHERS
 from benchmarks.loops import detours, races, uses_wgmma
@@ -50,8 +51,8 @@ _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One specialisation of a kernel: what Triton compiles."""
+class RecordedLaunch:
+    """A launch that was recorded instead of run; its arguments decide what Triton compiles."""
 
     name: str
     chip: int
@@ -60,6 +61,7 @@ class Launch:
     options: dict[str, Any]
 
     def source(self) -> tuple[ASTSource, dict[str, Any]]:
+        """Return source and options as JITFunction.run would hand them to the compiler."""
         backend = make_backend(GPUTarget("cuda", self.chip, 32))
         binder = create_function_from_signature(
             self.function.signature, self.function.params, backend
@@ -70,27 +72,27 @@ class Launch:
         return ASTSource(self.function, signature, constants, attributes), parsed.__dict__
 
     def key(self) -> str:
-        """What the machine code depends on, in few letters."""
+        """Return a short digest of everything that the machine code depends on."""
         source, options = self.source()
         shape = [options[k] for k in ("num_warps", "num_stages", "maxnreg") if options[k]]
         parts = (source.signature, sorted(source.constants.items()), sorted(source.attrs), shape)
         return hashlib.sha256(f"{self.function.__name__} {parts}".encode()).hexdigest()[:12]
 
     def multiplies(self) -> bool:
-        """Whether matrix units and asynchronous copies are to be expected."""
+        """Return whether the kernel must use matrix instructions and asynchronous copies."""
         name = self.function.__name__
-        given = dict(zip(self.function.arg_names, self.arguments, strict=True))
-        if name == "query_backward_kernel" and given["dqueries_ptr"] is None:
-            return False  # the normalisation alone
-        if given.get("W", 0) % 8:  # heads' weights whose rows begin anywhere
+        arguments = dict(zip(self.function.arg_names, self.arguments, strict=True))
+        if name == "query_backward_kernel" and arguments["dqueries_ptr"] is None:
+            return False  # it computes the gradient of the normalisation alone
+        if arguments.get("W", 0) % 8:  # rows of the heads' weights are not aligned to 16 bytes
             return False
-        beside = "centre combine fold head_backward head_kernel merge products row scale softmax"
-        return not name.startswith(tuple(beside.split()))
+        others = "centre combine fold head_backward head_kernel merge products row scale softmax"
+        return not name.startswith(tuple(others.split()))
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What came out."""
+class CompiledKernel:
+    """The figures of a compiled kernel: a row of the table."""
 
     name: str
     kernel: str
@@ -107,17 +109,20 @@ class Compiled:
     races: int
 
 
-def launches(chip: int, cells: dict[str, Callable[[], object]] | None = None) -> list[Launch]:
-    """Return what the launchers would launch for `cells`, by default for all of them."""
-    recorded: dict[str, Launch] = {}
+def record_launches(
+    chip: int, cells: dict[str, Callable[[], object]] | None = None
+) -> list[RecordedLaunch]:
+    """Return a launch for every different specialisation in `cells`, by default in all cells."""
+    recorded: dict[str, RecordedLaunch] = {}
     for name, run in (CELLS if cells is None else cells).items():
-        own: list[Launch] = []
+        launched: list[RecordedLaunch] = []
 
-        def record(self, *args, grid, warmup, name=name, own=own, **kwargs):
+        def record(self, *args, grid, warmup, name=name, launched=launched, **kwargs):
             names = [p.name for p in self.params]
-            given = dict(zip(names, args, strict=False)) | kwargs
-            options = {k: v for k, v in given.items() if k not in names}
-            own.append(Launch(name, chip, self, tuple(given[k] for k in names), options))
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            options = {k: v for k, v in arguments.items() if k not in names}
+            values = tuple(arguments[k] for k in names)
+            launched.append(RecordedLaunch(name, chip, self, values, options))
 
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(JITFunction, "run", record))
@@ -127,20 +132,20 @@ def launches(chip: int, cells: dict[str, Callable[[], object]] | None = None) ->
                         patch = mock.patch.object(module, name, return_value=value)
                         patches.enter_context(patch)
             run()
-        for launch in own:
+        for launch in launched:
             recorded.setdefault(launch.key(), launch)
     return list(recorded.values())
 
 
-def compiled(launch: Launch) -> Compiled:
-    """Compile one launch and read the machine code."""
+def compile_kernel(launch: RecordedLaunch) -> CompiledKernel:
+    """Compile the kernel of a launch and read the figures from its machine code."""
     source, options = launch.source()
     target = GPUTarget("cuda", launch.chip, 32)
     kernel = triton.compile(source, target=target, options=options)
     sass = _cuobjdump("-sass", kernel.asm["cubin"])
     usage = _cuobjdump("-res-usage", kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
-    return Compiled(
+    return CompiledKernel(
         launch.name,
         launch.function.__name__,
         launch.chip,
@@ -157,56 +162,56 @@ def compiled(launch: Launch) -> Compiled:
     )
 
 
-class _Stop(Exception):
-    """What stops the compiler where it would make machine code."""
+class _StopCompiler(Exception):
+    """Raised in place of the compiler's step after TTGIR, with the TTGIR as argument."""
 
 
-def ttgir(launch: Launch) -> str:
-    """Compile one launch as far as the form in which copies and products are scheduled."""
+def ttgir(launch: RecordedLaunch) -> str:
+    """Compile to TTGIR, the form in which Triton schedules copies and products."""
 
     def stop(self, module, *_):
-        raise _Stop(str(module))
+        raise _StopCompiler(str(module))
 
     source, options = launch.source()
     target = GPUTarget("cuda", launch.chip, 32)
     with mock.patch.object(CUDABackend, "make_llir", stop):
         try:
             return triton.compile(source, target=target, options=options).asm["ttgir"]
-        except _Stop as form:
-            return form.args[0]
+        except _StopCompiler as stopped:
+            return stopped.args[0]
 
 
-_recorded: list[Launch] = []  # for the processes that main forks
+_recorded: list[RecordedLaunch] = []  # for the processes that main forks
 
 
-def _compiled_number(index: int) -> Compiled:
-    return compiled(_recorded[index])
+def _compile_number(index: int) -> CompiledKernel:
+    return compile_kernel(_recorded[index])
 
 
-def _loops_of_number(index: int) -> tuple[bool, list[str]]:
-    """Return whether a launch has asynchronous products, and what is wrong with its loops."""
+def _check_loops_of_number(index: int) -> tuple[bool, list[str]]:
+    """Return whether a kernel has asynchronous products, and the faults of its loops."""
     launch, form = _recorded[index], ttgir(_recorded[index])
     name = f"{launch.function.__name__} for {launch.name} on sm_{launch.chip}"
-    wrong = races(form)
+    texts = races(form)
     if "_tma_" in launch.function.__name__:
-        wrong += detours(form)
-    return uses_wgmma(form), [f"{name}: {text}" for text in wrong]
+        texts += detours(form)
+    return uses_wgmma(form), [f"{name}: {text}" for text in texts]
 
 
-def faults(result: Compiled, launch: Launch) -> list[str]:
-    """Return what is wrong with a compiled kernel, in words."""
-    wrong = []
-    if result.spill_stores and not launch.name.startswith("form"):  # sizes that nobody runs
-        wrong.append(f"{result.spill_stores} spill stores")
+def faults(result: CompiledKernel, launch: RecordedLaunch) -> list[str]:
+    """Return the faults of a compiled kernel, one line each."""
+    texts = []
+    if result.spill_stores and not launch.name.startswith("form"):  # no model has the forms' sizes
+        texts.append(f"{result.spill_stores} spill stores")
     if result.shared_bytes > SHARED_BYTES[result.chip]:
-        wrong.append(f"{result.shared_bytes} bytes of shared memory > {SHARED_BYTES[result.chip]}")
+        texts.append(f"{result.shared_bytes} bytes of shared memory > {SHARED_BYTES[result.chip]}")
     if launch.multiplies() and not result.async_copies:
-        wrong.append("no asynchronous copies")
+        texts.append("no asynchronous copies")
     if launch.multiplies() and not result.matrix_instructions:
-        wrong.append("no matrix instructions")
+        texts.append("no matrix instructions")
     if result.races:
-        wrong.append(f"{result.races} races")
-    return [f"{result.kernel} for {result.name} on sm_{result.chip}: {text}" for text in wrong]
+        texts.append(f"{result.races} races")
+    return [f"{result.kernel} for {result.name} on sm_{result.chip}: {text}" for text in texts]
 
 
 def _cuobjdump(flag: str, cubin: bytes) -> str:
@@ -219,7 +224,10 @@ def _cuobjdump(flag: str, cubin: bytes) -> str:
 
 
 def sources() -> dict[str, str]:
-    """Return a digest of every file of kernels or launchers, but for comments and layout."""
+    """Return a digest of the code of every file of kernels or launchers.
+
+    Comments, docstrings and layout do not change it.
+    """
     digests = {}
     folder = Path(motet.kernels.__file__).parent
     for path in sorted([*folder.rglob("*_kernels.py"), *folder.rglob("triton.py")]):
@@ -235,87 +243,97 @@ def sources() -> dict[str, str]:
     return digests
 
 
-def forms(launch: Launch) -> set[tuple[str, str, str]]:
-    """Return kernel, parameter and "None" or "given", of every tensor, its descriptor, or None."""
-    found = set()
+def forms(launch: RecordedLaunch) -> set[tuple[str, str, str]]:
+    """Return the form of every pointer of a kernel.
+
+    A form is the kernel's name, the parameter's, and "None", or "given" for a tensor or descriptor.
+    """
+    pointers = set()
     for name, value in zip(launch.function.arg_names, launch.arguments, strict=True):
         if value is None or isinstance(value, torch.Tensor | TensorDescriptor):
-            kind = "None" if value is None else "given"
-            found.add((launch.function.__name__, name, kind))
-    return found
+            form = "None" if value is None else "given"
+            pointers.add((launch.function.__name__, name, form))
+    return pointers
 
 
-def fewest(found: list[Launch]) -> list[Launch]:
-    """Return launches that show every kernel in every form that is among those found."""
-    left, chosen = set().union(*map(forms, found)), []
-    while left:
-        best = max(found, key=lambda launch: len(forms(launch) & left))
+def fewest(launches: list[RecordedLaunch]) -> list[RecordedLaunch]:
+    """Return few of `launches` that together have every kernel, and every form of its pointers."""
+    missing, chosen = set().union(*map(forms, launches)), []
+    while missing:
+        best = max(launches, key=lambda launch: len(forms(launch) & missing))
         chosen.append(best)
-        left -= forms(best)
+        missing -= forms(best)
     kernels = {launch.function.__name__ for launch in chosen}
-    rest = {launch.function.__name__: launch for launch in reversed(found)}
-    return chosen + [launch for name, launch in rest.items() if name not in kernels]
+    first_of_kernel = {launch.function.__name__: launch for launch in reversed(launches)}
+    return chosen + [launch for name, launch in first_of_kernel.items() if name not in kernels]
 
 
-def _chosen(arguments: argparse.Namespace) -> list[Launch]:
-    cells = CELLS if arguments.only is None else {arguments.only: CELLS[arguments.only]}
-    if arguments.forms:
-        # Small sizes, which are soon compiled; the merges have one size.
+def _choose(options: argparse.Namespace) -> list[RecordedLaunch]:
+    """Return what the options select."""
+    cells = CELLS if options.only is None else {options.only: CELLS[options.only]}
+    if options.forms:
+        # The small sizes, which compile fast; the merges have one size.
         cells = {name: run for name, run in CELLS.items() if name.startswith(("form", "merge"))}
-        return [launch for chip in arguments.chip for launch in fewest(launches(chip, cells))]
-    found = [launch for chip in arguments.chip for launch in launches(chip, cells)]
-    if arguments.kernel is not None:
-        own = [launch for launch in found if launch.function.__name__ == arguments.kernel]
-        return [launch for launch in own if not launch.name.startswith("form")]
-    return found
+        return [launch for chip in options.chip for launch in fewest(record_launches(chip, cells))]
+    launches = [launch for chip in options.chip for launch in record_launches(chip, cells)]
+    if options.kernel is not None:
+        launches = [launch for launch in launches if launch.function.__name__ == options.kernel]
+        return [launch for launch in launches if not launch.name.startswith("form")]
+    return launches
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: %(default)s")
-    parser.add_argument("--only", help="the one size to compile, by its name in the table")
-    parser.add_argument("--forms", action="store_true", help="compile only so many launches that "
-                        "every optional pointer of every kernel is None and is given")  # fmt: skip
-    parser.add_argument("--kernel", help="the one kernel to compile, as far as sizes are run")
-    parser.add_argument("--loops", action="store_true", help="say which launches for sm_90 refill "
-                        "memory that a product still reads, or take detours, as JSON")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE",
+                        help="the table to write (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N",
+                        help="processes (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--only", metavar="NAME", help="compile one size, named as in the table")
+    parser.add_argument("--forms", action="store_true", help="compile few launches, in which every "
+                        "optional pointer of every kernel is once None and once given")  # fmt: skip
+    parser.add_argument("--kernel", metavar="NAME",
+                        help="compile one kernel, at the sizes of the models")  # fmt: skip
+    parser.add_argument("--loops", action="store_true", help="print as JSON which launches for "
+                        "sm_90 overwrite memory that a product still reads, or have detours in "
+                        "their loops (see benchmarks/loops.py)")  # fmt: skip
     parser.add_argument(
-        "--chip", type=int, nargs="+", default=list(SHARED_BYTES), choices=list(SHARED_BYTES)
-    )
-    parser.add_argument("--keys", action="store_true", help="say what would be compiled, as JSON")
-    arguments = parser.parse_args()
-    found = _chosen(arguments)
-    if arguments.keys:
-        keys = [f"{launch.chip} {launch.key()}" for launch in found]
-        seen = sorted(set().union(*map(forms, found)))
-        print(json.dumps({"sources": sources(), "keys": keys, "forms": seen}))
+        "--chip", type=int, nargs="+", default=list(SHARED_BYTES), choices=list(SHARED_BYTES),
+        help="compute capabilities, times 10 (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--keys", action="store_true",
+                        help="compile nothing; print as JSON what would be compiled")  # fmt: skip
+    options = parser.parse_args()
+    launches = _choose(options)
+    if options.keys:
+        keys = [f"{launch.chip} {launch.key()}" for launch in launches]
+        all_forms = sorted(set().union(*map(forms, launches)))
+        print(json.dumps({"sources": sources(), "keys": keys, "forms": all_forms}))
         return
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        # Forked, so that processes share what was recorded; launches do not pickle.
-        _recorded.extend(found)
-        with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
-            if arguments.loops:
-                products = [i for i, launch in enumerate(found) if launch.multiplies()]
-                told = list(pool.imap(_loops_of_number, products))
-                wrong = [text for _, own in told for text in own]
-                wgmma = sum(uses for uses, _ in told)
+        # Forked processes share the recorded launches, which cannot be pickled.
+        _recorded.extend(launches)
+        with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+            if options.loops:
+                products = [i for i, launch in enumerate(launches) if launch.multiplies()]
+                results = list(pool.imap(_check_loops_of_number, products))
+                wrong = [fault for _, loop_faults in results for fault in loop_faults]
+                wgmma = sum(uses for uses, _ in results)
                 print(json.dumps({"triton": triton.__version__, "wgmma": wgmma, "wrong": wrong}))
                 return
-            wrong = _write_table(pool, found, arguments.out)
+            wrong = _write_table(pool, launches, options.out)
     if wrong:
         sys.exit("\n".join(wrong))
 
 
-def _write_table(pool: Pool, found: list[Launch], out: Path) -> list[str]:
-    """Compile the launches found, print and write a row for each, and return what is wrong."""
-    columns = [field.name for field in fields(Compiled)]
+def _write_table(pool: Pool, launches: list[RecordedLaunch], out: Path) -> list[str]:
+    """Compile `launches`, print and write a row for each, and return all faults."""
+    columns = [field.name for field in fields(CompiledKernel)]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     rows, wrong = [], []
-    for index, result in enumerate(pool.imap(_compiled_number, range(len(found)))):
+    for index, result in enumerate(pool.imap(_compile_number, range(len(launches)))):
         rows.append(asdict(result))
-        wrong += faults(result, found[index])
+        wrong += faults(result, launches[index])
         print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
     out.parent.mkdir(exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)

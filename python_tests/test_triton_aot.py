@@ -221,9 +221,9 @@ def test_the_gate_sees_a_fault(tmp_path):
         sys.path.insert(0, {str(SCRIPT.parent)!r})
         import registers
         from benchmarks.launches import context_kv
-        launches = registers.launches(80, {{"odd": context_kv("bf16", 37, 1, 32)}})
+        launches = registers.record_launches(80, {{"odd": context_kv("bf16", 37, 1, 32)}})
         launch = next(x for x in launches if x.function.__name__ == "project_kernel")
-        print(*registers.faults(registers.compiled(launch), launch))
+        print(*registers.faults(registers.compile_kernel(launch), launch))
         """
     told = run("-c", code, tmp_path=tmp_path)
     assert "project_kernel for odd on sm_80: no asynchronous copies" in told.stdout, told.stderr
