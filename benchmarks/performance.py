@@ -65,9 +65,10 @@ def tables() -> Iterator[str]:
     yield "\n### Predicted, not measured\n"
     yield (
         "8 bags of 15,000 patches, bfloat16, statistics of the tokens known, the batch in its "
-        "place. The kernels of this revision have not run on a GPU yet: they are assumed to reach "
-        "the demanded shares of the roofline; times of launches and of Python are those of the "
-        "H200 and its host at revision 7918d87, rates of other chips those of their data sheets."
+        "place. The kernels of this revision have not run on a GPU yet. The predictions assume "
+        "that each kernel reaches its required share of the roofline. Times of launches and of "
+        "Python are those of an H200 and its host at revision 7918d87. Rates of other chips come "
+        "from their data sheets."
     )
     for kind in ("step", "forward"):
         yield from _predicted(kind == "step")
@@ -152,8 +153,8 @@ def _demanded() -> Iterator[str]:
     """Yield what is demanded of an H200, with what was measured of the kernels before."""
     before = _before()
     yield (
-        "\n| H200, a graph | strategy | roofline, ms | predicted, ms | "
-        "times the roofline, predicted | demanded | | measured at 7918d87: graph, eager |"
+        "\n| H200, a graph | strategy | roofline, ms | predicted, ms | predicted / roofline | "
+        "goal | | measured at 7918d87: graph, eager |"
     )
     yield "|---" * 8 + "|"
     for name in measure.CONFIGS:
@@ -187,9 +188,9 @@ def _compiled() -> Iterator[str]:
     table = json.loads((ROOT / "benchmarks" / "results" / "registers.json").read_text())
     yield "\n### Compiled, not run\n"
     yield (
-        f"What Triton {table['triton']} makes of the kernels that take the time, in bfloat16 "
-        "(`python benchmarks/registers.py`); matrix instructions and asynchronous copies as they "
-        "stand in the code. A100 is sm_80, H100 and H200 sm_90, B200 sm_100.\n"
+        f"What Triton {table['triton']} compiles the slowest kernels to, in bfloat16 "
+        "(`python benchmarks/registers.py`). Matrix instructions and asynchronous copies are "
+        "counted in the compiled code. A100 is sm_80, H100 and H200 are sm_90, B200 is sm_100.\n"
     )
     yield (
         "| model | kernel | chip | warps | buffers | registers | spills | shared KiB | "

@@ -92,9 +92,8 @@ def table(cohort: str) -> None:
     print(f"\n{counts}, {metrics['folds']} test parts.\n")
     title = {"harrell_c": "Harrell's c", "auc": "AUC", "macro_auc": "macro AUC"}[metric]
     other = {"balanced_accuracy": "balanced accuracy", "integrated_brier": "integrated Brier"}
-    print(
-        f"| model | {title} | less {NAMES[first.path.name]} (paired) | {other[second]} | seconds |"
-    )
+    difference = f"difference from {NAMES[first.path.name]}"
+    print(f"| model | {title} | {difference} | {other[second]} | seconds |")
     print("|---|---|---|---|---|")
     for folder in [*folders[:place], *blocks, *folders[place:]]:
         one = Run.finished(folder)

@@ -77,7 +77,9 @@ def visit_math_block(translator: Any, node: nodes.math_block) -> None:
 
 def write_math(translator: Any, node: nodes.Element, *, as_block: bool) -> None:
     """Write a formula as MathML, which browsers show without a script."""
-    code = re.sub(r"\\[Bb]igg?[lr]?(?![a-zA-Z])", "", node.astext())  # brackets stretch without it
+    # Sizes that fit: docutils knows \left and \right, and not \big and \Big.
+    code = re.sub(r"\\[Bb]ig([(\[])", r"\\left\1", node.astext())
+    code = re.sub(r"\\[Bb]ig([)\]])", r"\\right\1", code)
     translator.body.append(tex2mathml(code, as_block=as_block))
     raise nodes.SkipNode
 
