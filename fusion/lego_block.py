@@ -227,9 +227,8 @@ class LegoBlock(nn.Module):
                 computed before. Not used if an encoder or a transform changes the tokens.
             latents: real [C, D] or [B, C, D] to start from; None for the block's parameter.
             return_latents: return the last latents too.
-            strategy: "cached", "absorbed", or "reference" for the literal loop, transforms
-                included; None for the one that `motet.kernels.plan` chooses. The results differ by
-                rounding only.
+            strategy: "cached", "absorbed", or "reference" for the literal loop; None for the one
+                that `motet.kernels.plan` chooses. The results differ by rounding only.
             backend: "auto", "triton", "compile" or "eager".
 
         Returns:

@@ -35,7 +35,7 @@ def from_upstream(
         config: the authors' constructor arguments, with "model": "HealNet", "LegoBlock",
             "LegoMerge" or "LegoFuse". LegoBlock has "in_shape"; LegoMerge and LegoFuse have
             "in_shapes" and the blocks' own arguments under "block".
-        state_dict: the tensors, under the names of real checkpoints or of the golden files.
+        state_dict: tensors under names of real checkpoints or of the golden files; not changed.
         encoders: the encoder of each block in order, None for a block without one. The model gets
             copies, with the tensors of the checkpoint.
 

@@ -108,7 +108,7 @@ def test_a_run_killed_after_its_last_epoch_is_finished(tmp_path: Path, monkeypat
     assert history == expected
     assert same(whole, resumed)
     (tmp_path / "last.ckpt").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="last.ckpt: cannot be read; without it, the fold starts"):
+    with pytest.raises(ValueError, match="last.ckpt: cannot be read; remove it to start the fold"):
         run(model_of(), **options)
 
 
