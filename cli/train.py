@@ -17,36 +17,40 @@ def add_train(commands: Commands) -> None:
     """Add `motet train`."""
     train = commands.add_parser(
         "train",
-        help="train a model on every split of a cohort, and evaluate it out of fold",
-        description="Train a model on every split of a cohort, and evaluate it out of fold. The "
-        "same command again continues a run that was stopped.",
+        help="train a model on every split of a cohort, and evaluate it",
+        description="Train a model on every split of a cohort, and evaluate it on the test parts. "
+        "To continue a run that was stopped, give the same command again.",
     )
     train.add_argument(
-        "cohort", help="a YAML file, or the name of a shipped cohort (docs/how-to/tables.md)"
+        "cohort", help="a YAML file, or the name of a built-in cohort (docs/how-to/tables.md)"
     )
     train.add_argument(
         "--model",
         required=True,
-        help="healnet; lego, a LegoBlock per modality and their merge; or a baseline: cox, rsf "
-        "(survival), logistic, forest (classes)",
+        help="healnet; lego (a LegoBlock per modality, then their merge); or a baseline: cox or "
+        "rsf for survival, logistic or forest for classes",
     )
-    add_out(train, "the run folder")
+    add_out(train, "folder of the run")
     add_data(train)
     train.add_argument(
-        "--modalities", type=read_names, metavar="A,B", help="those to use (default: all)"
+        "--modalities", type=read_names, metavar="A,B", help="modalities to use (default: all)"
     )
     train.add_argument(
         "--splits", type=int, default=5, metavar="N", help="number of splits (default: 5)"
     )
     train.add_argument(
         "--test", type=float, default=0.15, metavar="SHARE",
-        help="share of the patients tested in each split; 1 / N tests everyone (default: 0.15)",
+        help="share of the patients in each test part; with 1/N, every patient is tested "
+        "(default: 0.15)",
     )  # fmt: skip
     train.add_argument(
         "--validation", type=float, default=0.15, metavar="SHARE",
-        help="share of the patients that training stops on (default: 0.15)",
+        help="share of the patients in each validation part, which decides when training stops "
+        "(default: 0.15)",
     )  # fmt: skip
-    train.add_argument("--seed", type=int, default=0, help="of splits, weights and dropout")
+    train.add_argument(
+        "--seed", type=int, default=0, help="seed of splits, weights and dropout (default: 0)"
+    )
     add_set(train)
     add_json(train)
     train.set_defaults(run=_train)
@@ -56,18 +60,21 @@ def add_merge(commands: Commands) -> None:
     """Add `motet merge`."""
     merge = commands.add_parser(
         "merge",
-        help="join trained LegoBlocks with no training",
-        description="Join trained LegoBlocks with no training (MM-Lego, Eq. 4). A recipe is a YAML "
-        "file that names blocks, their weights, method, phase and head "
-        "(docs/concepts/legomerge.md): blocks that are model files give a folder with "
-        "model.safetensors, run folders give a run folder. "
-        "RUN ... is short for all blocks of some runs at equal weights. A card, README.md, says "
-        "what was merged.",
+        help="join trained LegoBlocks without training",
+        description="Join trained LegoBlocks without training (MM-Lego, Eq. 4). A recipe is a YAML "
+        "file with the blocks, their weights, method, phase and head (docs/concepts/legomerge.md). "
+        "If its blocks are model files, the result is a folder with model.safetensors; if they are "
+        "run folders, it is a run folder. RUN ... merges all blocks of these runs with equal "
+        "weights. A card, README.md, lists what was merged.",
     )
     merge.add_argument(
-        "parts", nargs="+", type=Path, metavar="RECIPE|RUN", help="a YAML file, or runs of blocks"
+        "parts",
+        nargs="+",
+        type=Path,
+        metavar="RECIPE|RUN",
+        help="a YAML file, or runs of LegoBlocks",
     )
-    add_out(merge, "the new folder")
+    add_out(merge, "folder of the result")
     add_data(merge)
     merge.add_argument(
         "--method", help="with RUN ...: harmonic, mean, sum or product (default: harmonic)"
@@ -79,34 +86,55 @@ def add_merge(commands: Commands) -> None:
 
 def add_fuse(commands: Commands) -> None:
     """Add `motet fuse`."""
-    fuse = commands.add_parser("fuse", help="join trained LegoBlocks and fine-tune them")
+    fuse = commands.add_parser(
+        "fuse",
+        help="join trained LegoBlocks and fine-tune them",
+        description="Join the LegoBlocks of finished runs in one network (LegoFuse), fine-tune it, "
+        "and evaluate it on the test parts.",
+    )
     fuse.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs of LegoBlocks")
-    add_out(fuse, "the new run folder")
+    add_out(fuse, "folder of the new run")
     add_data(fuse)
-    fuse.add_argument("--head", default="slerp", help="slerp, linear or ot (default: slerp)")
-    add_json(fuse)
-    fuse.add_argument("--mode", default="weave", help="weave or stack (default: weave)")
+    fuse.add_argument(
+        "--head", default="slerp",
+        help="how heads are merged first: slerp, linear or ot (default: slerp)",
+    )  # fmt: skip
+    fuse.add_argument(
+        "--mode", default="weave", help="order of the layers: weave or stack (default: weave)"
+    )
     add_set(fuse)
+    add_json(fuse)
     fuse.set_defaults(run=_fuse)
 
 
 def add_evaluate(commands: Commands) -> None:
     """Add `motet evaluate`."""
     evaluate = commands.add_parser(
-        "evaluate", help="metrics of finished runs, and paired comparisons with the first"
+        "evaluate",
+        help="show metrics of finished runs, and compare them with the first run",
+        description="Show the metrics of finished runs on their test parts, with 95 % intervals, "
+        "and compare each run with the first one on the same patients.",
     )
-    evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    evaluate.add_argument("--draws", type=int, default=1000, help="bootstrap samples")
+    evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs")
+    evaluate.add_argument(
+        "--draws", type=int, default=1000, metavar="N",
+        help="number of bootstrap samples (default: 1000)",
+    )  # fmt: skip
     add_json(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
 
 def add_predict(commands: Commands) -> None:
     """Add `motet predict`."""
-    predict = commands.add_parser("predict", help="predict patients with the models of a run")
+    predict = commands.add_parser(
+        "predict",
+        help="predict new patients with the models of a run",
+        description="Predict new patients with the models of all folds of a run, and write the "
+        "averages to a CSV file.",
+    )
     predict.add_argument("trained", type=Path, metavar="RUN", help="a finished run")
-    predict.add_argument("cohort", help="a YAML file of the patients; needs no outcome")
-    predict.add_argument("--out", type=Path, required=True, metavar="CSV", help="where to write")
+    predict.add_argument("cohort", help="a YAML file of the patients; no outcome needed")
+    predict.add_argument("--out", type=Path, required=True, metavar="CSV", help="file to write")
     add_data(predict)
     predict.set_defaults(run=_predict)
 
@@ -136,8 +164,8 @@ def _merge(options: argparse.Namespace) -> int:
         return _show([merged], as_json=options.json)
     if rank() == 0:
         weights = recipe.options()["weights"]
-        said = f"{' and '.join(weights)} merged: {merged}"
-        print(json.dumps({"model": str(merged), "weights": weights}) if options.json else said)
+        text = f"{' and '.join(weights)} merged: {merged}"
+        print(json.dumps({"model": str(merged), "weights": weights}) if options.json else text)
     return 0
 
 
@@ -148,7 +176,7 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
     files = [p for p in options.parts if p.is_file() or (p.suffix in yaml and not p.is_dir())]
     if not files:
         method, head = options.method or "harmonic", options.head or "slerp"
-        return merge_recipe.of_command(options.parts, method=method, head=head)
+        return merge_recipe.make_recipe(options.parts, method=method, head=head)
     if len(options.parts) > 1:
         raise ValueError(
             f"expected one recipe or run folders, got {len(options.parts)} paths, "
@@ -193,30 +221,30 @@ def _predict(options: argparse.Namespace) -> int:
     cohort = load_cohort(options.cohort, data=options.data, outcome=False)
     table = experiments.predict_cohort(run, cohort)
     write_text(options.out, table.to_csv(index=False))
-    seen = sum(folds > 0 for folds in table["seen"])
-    note = f"; {seen} of them were trained on" if seen else ""
+    trained_on = sum(folds > 0 for folds in table["seen"])
+    note = f"; {trained_on} of them were trained on" if trained_on else ""
     print(f"{len(table)} patients predicted{note}: {options.out}")
     return 0
 
 
 def _check_csv(path: Path) -> None:
-    """Raise unless predictions can go there: nothing but earlier predictions is overwritten."""
+    """Raise unless the file is new or holds earlier predictions, which may be overwritten."""
     if path.is_dir() or not path.name:
         raise ValueError(f"--out: expected a file, got the folder {str(path)!r}")
     if not path.parent.is_dir():
         raise ValueError(f"--out: no folder {str(path.parent)!r}")
     if not path.exists():
         return
-    mine = b"patient,modalities,seen,"
+    header = b"patient,modalities,seen,"
     if path.is_file():
         with path.open("rb") as file:
-            if file.read(len(mine)) == mine:
+            if file.read(len(header)) == header:
                 return
-    raise ValueError(f"--out: {str(path)!r} is there, and holds no predictions of motet's")
+    raise ValueError(f"--out: {str(path)!r} exists, and holds no predictions of motet")
 
 
 def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> int:
-    """Print the metrics of runs; those on disk unless other bootstrap draws are asked for."""
+    """Print the metrics of runs: from disk, or computed anew if `draws` is a number."""
     from .. import experiments
     from ..fusion.training import rank
     from . import tables
@@ -232,7 +260,7 @@ def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> 
         )
         for run in runs
     ]
-    drawn = {} if draws is None else {"draws": draws}
-    comparisons = [experiments.compare_runs(run, runs[0], **drawn) for run in runs[1:]]
+    draws_option = {} if draws is None else {"draws": draws}
+    comparisons = [experiments.compare_runs(run, runs[0], **draws_option) for run in runs[1:]]
     print(tables.as_json(results, comparisons) if as_json else tables.table(results, comparisons))
     return 0

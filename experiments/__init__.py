@@ -1,7 +1,4 @@
-"""What the commands train, merge, fuse, evaluate and predict do, for use from Python.
-
-The way through the folder is in README.md.
-"""
+"""The commands train, merge, fuse, evaluate and predict as Python functions; see README.md."""
 
 from .evaluate import compare_runs, evaluate_run, read_metrics
 from .folds import split_cohort

@@ -1,4 +1,4 @@
-"""Fit a model on one fold and predict its test part: networks, joined blocks, baselines."""
+"""Fit a network, joined blocks or a baseline on one fold, and predict its test part."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -25,14 +25,14 @@ EachEpoch = Callable[[History], None]
 
 @dataclass(frozen=True)
 class FoldResult:
-    """What came of one fold.
+    """The result of one fold.
 
     Args:
         predictions: of the test part.
         scale: of the training patients' risks; None for classes.
-        parameters: how many numbers the model learned.
-        fitted: the model with what belongs to it; None for a baseline, which is not kept.
-        history: of the training; empty where nothing was trained by epochs.
+        parameters: number of trained parameters.
+        fitted: the model with its scaling and objective; None for a baseline, which is not kept.
+        history: of the training; empty for models that are not trained in epochs.
     """
 
     predictions: Predictions
@@ -42,7 +42,7 @@ class FoldResult:
     history: History = field(default_factory=History)
 
     def facts(self) -> dict[str, Any]:
-        """Return what `done.json` says of it."""
+        """Return the content of `done.json`, except for the time and the sizes of files."""
         grid = self.predictions.grid
         return {
             "parameters": self.parameters,
@@ -53,7 +53,7 @@ class FoldResult:
 
 
 def fold_seed(seed: int, number: int) -> int:
-    """Return the seed of a fold: another one for each, the same in every run."""
+    """Return the seed of a fold: different for every fold, the same in every run."""
     return seed * 1_009 + number
 
 
@@ -90,19 +90,20 @@ def fit_network(
     """Train a model on a fold, then predict its test part.
 
     Args:
-        model: with the weights to begin with; trained in place.
+        model: the model with its initial weights; it is trained in place.
         fold: the patients.
-        training: how to train; its seed is that of the run.
-        folder: where the state is kept after every epoch, and found again.
+        training: settings of the training, with the seed of the run.
+        folder: the state of the training is saved there after every epoch, and resumed from there.
         each_epoch: called after every epoch.
 
     Raises:
-        ValueError: nobody to train on or to validate with.
+        ValueError: no patient to train on or to validate with.
     """
     for name, part in (("train", fold.train), ("validation", fold.validation)):
         if not len(part.patients):
             raise ValueError(
-                f"fold {fold.number + 1}: nobody in its {name} part has {' or '.join(fold.scaling)}"
+                f"fold {fold.number + 1}: no patient in its {name} part has "
+                f"{' or '.join(fold.scaling)}"
             )
     folder.mkdir(parents=True, exist_ok=True)
     history = train(
@@ -118,7 +119,7 @@ def fit_network(
 
 
 def finish_network(model: nn.Module, fold: Fold, history: History) -> FoldResult:
-    """Learn what the logits of a trained model say, and predict the test part of its fold."""
+    """Fit what needs a trained model (`Fitted.finish`), and predict the test part of its fold."""
     train = fold.train
     fitted = Fitted.finish(model, fold.scaling, fold.objective, train.patients, train.outcome)
     parameters = sum(p.numel() for p in model.parameters())
@@ -130,9 +131,9 @@ def fit_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
     """Fit one of `settings.BASELINES` on a fold, then predict its test part.
 
     Args:
-        name: of the baseline.
+        name: name of the baseline.
         fold: the patients.
-        seed: of the run.
+        seed: seed of the run.
     """
     return _BASELINES[name](name, fold, fold_seed(seed, fold.number))
 
@@ -140,8 +141,8 @@ def fit_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
 def _survival_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
     train, outcome = fold.train.patients, cast(Any, fold.train.outcome)
     if name == "cox":
-        held = fold.validation
-        model = ridge_cox(train, outcome, held.patients, cast(Any, held.outcome))
+        validation = fold.validation
+        model = ridge_cox(train, outcome, validation.patients, cast(Any, validation.outcome))
     else:
         model = survival_forest(train, outcome, seed)
     predictions = model.predictions(fold.test.patients, time_grid(outcome[0]))
@@ -151,8 +152,8 @@ def _survival_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
 def _class_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
     train, labels = fold.train.patients, fold.train.outcome[0]
     if name == "logistic":
-        held = fold.validation
-        model = logistic(train, labels, held.patients, held.outcome[0])
+        validation = fold.validation
+        model = logistic(train, labels, validation.patients, validation.outcome[0])
     else:
         model = class_forest(train, labels, seed)
     return FoldResult(model.predictions(fold.test.patients), None, model.parameters)

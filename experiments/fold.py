@@ -1,4 +1,4 @@
-"""One fold, ready for any model: its patients scaled, its objective learned."""
+"""One fold, ready for any model: scaled patients and a fitted objective."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ from .task import Outcome, task_of
 
 
 @dataclass(frozen=True)
-class Part:
-    """Those patients of one part of a split who have any of the modalities.
+class FoldPart:
+    """The patients of one part of a split who have at least one of the modalities.
 
     Args:
         patients: scaled, with the targets of the objective.
@@ -31,23 +31,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Fold:
-    """The patients of one split, scaled as the training patients say, and what to train for.
+    """The scaled patients of one split, and the objective.
 
-    Made once per fold: the parts keep the bags that they have read.
+    It is made once per fold, since its parts keep the bags that they have read.
 
     Args:
-        number: from 0.
-        train: to learn from.
-        validation: to stop by.
-        test: to report on.
-        scaling: by modality, learned from the training patients.
-        objective: likewise.
+        number: number of the fold, from 0.
+        train: the training part.
+        validation: the validation part; it decides when a training stops.
+        test: the test part.
+        scaling: of each modality, fitted on the training patients.
+        objective: fitted on the training patients.
     """
 
     number: int
-    train: Part
-    validation: Part
-    test: Part
+    train: FoldPart
+    validation: FoldPart
+    test: FoldPart
     scaling: dict[str, Scaling]
     objective: Objective
 
@@ -55,13 +55,13 @@ class Fold:
     def learn(
         cls, cohort: Cohort, names: Sequence[str], split: Split, number: int, goal: Goal
     ) -> Self:
-        """Learn scaling and objective from the training patients of a split, then scale everyone.
+        """Fit scaling and objective to the training patients of a split, then scale all patients.
 
         Args:
             cohort: the patients.
             names: the modalities to use.
             split: the patients of each part.
-            number: of the fold, from 0.
+            number: number of the fold, from 0.
             goal: what to train for.
 
         Raises:
@@ -79,7 +79,8 @@ class Fold:
         for source in modalities.values():
             if isinstance(source, BagsReadOnce):
                 source.hand_over()
-        # From all training patients, also where a block trains on some: so blocks fit each other.
+        # Fitted on all training patients, even if a LegoBlock trains only on those who have its
+        # modality: the objectives of all blocks are then equal, and the blocks can be merged.
         task = task_of(cohort)
         objective = task.objective(goal, task.outcome(cohort, rows_of(cohort, split.train)))
         read_once = replace(cohort, modalities=cast(Any, modalities))
@@ -94,16 +95,21 @@ class Fold:
         scaling: dict[str, Scaling],
         objective: Objective,
     ) -> Self:
-        """Scale everyone as `scaling` says, which was learned before; see `Fold`."""
+        """Scale all patients with a scaling and an objective that were fitted before."""
         task = task_of(cohort)
 
-        def part(ids: tuple[str, ...]) -> Part:
+        def make_part(ids: tuple[str, ...]) -> FoldPart:
             patients = Patients.of(cohort.modalities, scaling, ids)
             has = torch.stack([patients.has(name) for name in scaling]).any(0)
             outcome = task.outcome(cohort, rows_of(cohort, ids)[has.numpy()])
             target = cast(Any, objective).target(*outcome)
-            return Part(replace(patients.select(has), target=target), outcome)
+            return FoldPart(replace(patients.select(has), target=target), outcome)
 
         return cls(
-            number, part(split.train), part(split.validation), part(split.test), scaling, objective
+            number,
+            make_part(split.train),
+            make_part(split.validation),
+            make_part(split.test),
+            scaling,
+            objective,
         )

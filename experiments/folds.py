@@ -1,4 +1,4 @@
-"""Which patients each fold trains on, stops on and tests: given with the cohort, or drawn."""
+"""The training, validation and test patients of each fold: from split files, or drawn."""
 
 from dataclasses import asdict
 
@@ -14,13 +14,13 @@ PARTS = ("train", "validation", "test")
 
 
 def split_cohort(cohort: Cohort, splits: Splits) -> list[Split]:
-    """Return the patients of every fold's parts, checked.
+    """Return the patients of the parts of every fold, checked.
 
-    Splits that came with the cohort are taken; a validation part that they lack is carved out of
-    their training part.
+    If the cohort has split files, these are used; if they have no validation part, it is drawn from
+    their training part. Otherwise the splits are drawn.
 
     Raises:
-        ValueError: a part that cannot serve, or a patient tested twice.
+        ValueError: a part without events or classes, or a patient who is tested twice.
     """
     task = task_of(cohort)
     strata = task.strata(cohort)
@@ -32,10 +32,12 @@ def split_cohort(cohort: Cohort, splits: Splits) -> list[Split]:
         ]
     else:
         folds = [
-            given
-            if given.validation
-            else _with_validation(cohort, given, strata, splits, seed=splits.seed * 1_009 + number)
-            for number, given in enumerate(cohort.splits)
+            cohort_split
+            if cohort_split.validation
+            else _with_validation(
+                cohort, cohort_split, strata, splits, seed=splits.seed * 1_009 + number
+            )
+            for number, cohort_split in enumerate(cohort.splits)
         ]
     tested: dict[str, int] = {}
     for number, fold in enumerate(folds):
@@ -59,27 +61,36 @@ def rows_of(cohort: Cohort, ids: tuple[str, ...]) -> NDArray[np.intp]:
 
 
 def _with_validation(
-    cohort: Cohort, given: Split, strata: NDArray[np.int64], splits: Splits, *, seed: int
+    cohort: Cohort, cohort_split: Split, strata: NDArray[np.int64], splits: Splits, *, seed: int
 ) -> Split:
-    # The share is of the whole cohort, as without split files.
-    share = splits.validation * (len(given.train) + len(given.test)) / len(given.train)
-    rows = rows_of(cohort, given.train)
-    kept, held = carve(rows, np.asarray(cohort.groups), strata, share=share, seed=seed)
+    # `splits.validation` is a share of all patients, as for drawn splits; `carve` needs a share of
+    # the training part.
+    share = (
+        splits.validation
+        * (len(cohort_split.train) + len(cohort_split.test))
+        / len(cohort_split.train)
+    )
+    rows = rows_of(cohort, cohort_split.train)
+    train_rows, validation_rows = carve(
+        rows, np.asarray(cohort.groups), strata, share=share, seed=seed
+    )
     ids = np.asarray(cohort.patients)
-    return Split(tuple(ids[kept].tolist()), tuple(ids[held].tolist()), given.test)
+    return Split(
+        tuple(ids[train_rows].tolist()), tuple(ids[validation_rows].tolist()), cohort_split.test
+    )
 
 
 def _check_fold(cohort: Cohort, fold: Split, task: Task) -> None:
-    """Raise unless every part can serve: no one twice, no group parted, events, or classes."""
+    """Raise unless the parts are disjoint, keep groups together, and have events or classes."""
     parts = {name: getattr(fold, name) for name in PARTS}
-    ids = [patient for part in parts.values() for patient in part]
+    ids = [patient for members in parts.values() for patient in members]
     if len(set(ids)) != len(ids):
         raise ValueError("expected every patient in one part, got one in two")
     group = dict(zip(cohort.patients, cohort.groups, strict=True))
-    homes: dict[str, str] = {}
-    for name, part in parts.items():
-        for patient in part:
-            if homes.setdefault(group[patient], name) != name:
+    part_of_group: dict[str, str] = {}
+    for name, members in parts.items():
+        for patient in members:
+            if part_of_group.setdefault(group[patient], name) != name:
                 raise ValueError(f"expected group {group[patient]!r} in one part")
-    for name, part in parts.items():
-        task.check_part(name, task.outcome(cohort, rows_of(cohort, part)))
+    for name, members in parts.items():
+        task.check_part(name, task.outcome(cohort, rows_of(cohort, members)))

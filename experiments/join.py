@@ -1,4 +1,4 @@
-"""Join the LegoBlocks of finished runs, fold by fold: LegoMerge without training, or LegoFuse."""
+"""Join the LegoBlocks of finished runs, fold by fold, as LegoMerge or as LegoFuse."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,21 @@ from ..io import Cohort, Split, load_cohort
 from .fit import EachEpoch, FoldResult, finish_network, fit_network
 from .fold import Fold
 from .folds import PARTS
-from .run import Job, carry_out, run_config
+from .run import RunSpec, execute_run, run_config
 from .run_folder import Run, RunError
 from .settings import Goal, Settings
 
 
 @dataclass(frozen=True)
 class JoinBlocks:
-    """Joins the blocks of one fold and, with a training, fine-tunes them.
+    """Joins the blocks of one fold and fine-tunes them if there is a training.
 
     Args:
-        runs: of blocks.
-        cohort: that of the runs.
+        runs: runs of LegoBlocks.
+        cohort: the cohort of the runs.
         model: LegoMerge or LegoFuse.
-        options: of the model.
-        training: None to join without.
+        options: arguments of the model.
+        training: settings of the fine-tuning; None for no training.
     """
 
     runs: Sequence[Run]
@@ -56,21 +56,21 @@ def merge_runs(
     """Merge the LegoBlocks of several runs, fold by fold, with no training.
 
     Args:
-        runs: finished runs of blocks.
+        runs: finished runs of LegoBlocks.
         out: the new run folder.
-        cohort: that of the runs.
-        command: what was typed, for the configuration.
-        **options: of LegoMerge.
+        cohort: the cohort of the runs.
+        command: the command that the user typed, for the configuration.
+        **options: arguments of LegoMerge.
 
     Raises:
         ValueError: runs that do not fit each other.
     """
-    if rank():  # there is nothing to train, and the first process may still be writing the blocks
+    if rank():  # nothing to train; and the first process may still be writing the blocks
         return Run(out, {}, [])
     _check_fit(runs)
     config = _joint_config(runs, cohort, "merge", command, options)
-    job = Job(cohort, splits_of(runs[0]), config, out)
-    return carry_out(job, JoinBlocks(runs, cohort, LegoMerge, options))
+    spec = RunSpec(cohort, splits_of(runs[0]), config, out)
+    return execute_run(spec, JoinBlocks(runs, cohort, LegoMerge, options))
 
 
 def fuse_runs(
@@ -84,11 +84,11 @@ def fuse_runs(
     """Fuse the LegoBlocks of several runs, fold by fold, and fine-tune them.
 
     Args:
-        runs: finished runs of blocks.
+        runs: finished runs of LegoBlocks.
         out: the new run folder.
-        cohort: that of the runs.
-        changes: settings of the training that differ from the recipe.
-        **options: of LegoFuse.
+        cohort: the cohort of the runs.
+        changes: settings of the training that differ from the defaults.
+        **options: arguments of LegoFuse.
 
     Raises:
         ValueError: runs that do not fit each other.
@@ -98,15 +98,15 @@ def fuse_runs(
     training = Settings.of("fuse", changes or {}, seed=seed).training
     config = _joint_config(runs, cohort, "fuse", "fuse", options)
     config["training"] = asdict(training)
-    job = Job(cohort, splits_of(runs[0]), config, out)
-    return carry_out(job, JoinBlocks(runs, cohort, LegoFuse, options, training))
+    spec = RunSpec(cohort, splits_of(runs[0]), config, out)
+    return execute_run(spec, JoinBlocks(runs, cohort, LegoFuse, options, training))
 
 
 def blocks_of(paths: Sequence[Path]) -> list[Run]:
-    """Find the runs of LegoBlocks at some folders: blocks, or runs of `--model lego`.
+    """Return the runs of LegoBlocks in some folders: runs of a block, or runs of `--model lego`.
 
     Raises:
-        RunError: a folder that holds none, or a run that is not finished.
+        RunError: a folder without LegoBlocks, or a run that is not finished.
     """
     runs = []
     for path in paths:
@@ -125,14 +125,14 @@ def blocks_of(paths: Sequence[Path]) -> list[Run]:
 
 
 def cohort_of(run: Run, data: Path | None = None) -> Cohort:
-    """Load the cohort that a run was made on.
+    """Load the cohort of a run.
 
     Args:
         run: finished or not.
-        data: folder of the cohort's files; None for that of the run.
+        data: folder of the cohort's files; None for the folder in the run's configuration.
 
     Raises:
-        ValueError: its files are gone, or have changed.
+        ValueError: the files are missing, or have changed since the run.
     """
     data = data or (None if run.config["data"] is None else Path(run.config["data"]))
     cohort = load_cohort(run.config["cohort"], data=data)
@@ -147,27 +147,27 @@ def splits_of(run: Run) -> list[Split]:
 
 
 def _check_fit(runs: Sequence[Run]) -> None:
-    """Raise unless the runs are of the same cohort and splits."""
+    """Raise unless the runs have the same cohort and the same splits."""
     if not runs:
         raise ValueError("runs: expected at least one, got none")
     first = runs[0]
     for run in runs[1:]:
         if run.config["fingerprint"] != first.config["fingerprint"]:
             raise RunError(
-                f"{run.path}: expected the cohort of {first.path}, got another; one YAML with the "
-                "modalities of both lets their blocks merge (train --modalities one by one)"
+                f"{run.path}: expected the cohort of {first.path}, got another; to merge their "
+                "blocks, put all modalities into one YAML and train with --modalities one by one"
             )
         if run.splits != first.splits:
             raise RunError(
-                f"{run.path}: expected the splits of {first.path}, got others: a patient that one "
-                "of them trained on would be tested"
+                f"{run.path}: expected the splits of {first.path}, got others, so that a patient "
+                "would be tested whom one of the blocks was trained on"
             )
 
 
 def _joint_config(
     runs: Sequence[Run], cohort: Cohort, model: str, command: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the configuration of blocks joined, which names the blocks by their weights."""
+    """Return the configuration of a run of joined blocks; it has the digests of their weights."""
     names = [run.config["modalities"][0] for run in runs]
     digests = [_block_digest(run) for run in runs]
     settings = Settings({**options, "blocks": digests}, Training(), Goal(**runs[0].config["goal"]))
@@ -175,7 +175,7 @@ def _joint_config(
 
 
 def _block_digest(run: Run) -> str:
-    """Tell one training of a block from another, by its weights."""
+    """Return a SHA-256 of the weights of all folds; another training gives another one."""
     digest = hashlib.sha256()
     for number in range(len(run.splits)):
         digest.update((run.fold(number) / "model.safetensors").read_bytes())
@@ -193,12 +193,12 @@ def _blocks_of_fold(
         (name,) = fitted.scaling
         if name in blocks:
             raise RunError(f"{run.path}: a second block of modality {name!r}")
-        own = fitted.objective.untrained()
-        if objective is not None and own != objective:
+        block_objective = fitted.objective.untrained()
+        if objective is not None and block_objective != objective:
             raise RunError(
                 f"{run.path}: expected the objective of {runs[0].path}, {objective.describe()}, "
-                f"got {own.describe()}; train the blocks on the same cohort and splits"
+                f"got {block_objective.describe()}; train the blocks on the same cohort and splits"
             )
-        blocks[name], scaling[name], objective = fitted.model, fitted.scaling[name], own
+        blocks[name], scaling[name], objective = fitted.model, fitted.scaling[name], block_objective
     assert objective is not None
     return blocks, scaling, objective

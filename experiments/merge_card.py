@@ -1,6 +1,6 @@
-"""The card of a merge: README.md beside the result, which names its parts.
+"""The card of a merge: a README.md beside the result that names the merged blocks.
 
-It holds no date, so that the same merge gives the same bytes.
+It has no date, so that the same merge gives the same bytes.
 """
 
 import json
@@ -14,53 +14,55 @@ from ..fusion.lego_merge import LegoMerge
 from ..fusion.modalities import Bag, Grid, Modality, Tabular
 
 NAME = "README.md"
-# How a card begins; what begins otherwise is never overwritten.
-OF_FILES = "<!-- Written by `motet merge` from model files; the same command overwrites it. -->"
-OF_RUNS = "<!-- Written by `motet merge` from run folders; the same command overwrites it. -->"
+# The first line of a card. A README.md that begins with another line is never overwritten.
+MODEL_MARK = "<!-- Written by `motet merge` from model files; the same command overwrites it. -->"
+RUN_MARK = "<!-- Written by `motet merge` from run folders; the same command overwrites it. -->"
 
 
-class Part(NamedTuple):
-    """A block as the card tells of it."""
+class CardEntry(NamedTuple):
+    """What the card says about a block."""
 
     name: str
-    given: str
-    """Its path, as it was typed."""
+    path: str
+    """As the user typed it."""
     digest: str
-    """SHA-256 of its file; of a run, of all folds' files one after the other."""
+    """SHA-256 of its file; for a run, of the concatenated files of all folds."""
     models: Sequence[LegoBlock]
-    """The block; of a run, that of every fold."""
+    """The block; for a run, the block of every fold."""
     metadata: Mapping[str, Any]
 
 
-def of_files(merged: LegoMerge, parts: Sequence[Part], typed: str, file: str, digest: str) -> str:
+def make_model_card(
+    merged: LegoMerge, parts: Sequence[CardEntry], typed: str, file: str, digest: str
+) -> str:
     """Return the card of one merged model.
 
     Args:
         merged: the model.
         parts: its blocks.
-        typed: the recipe, see `fenced`.
+        typed: the recipe that the user typed, see `fenced`.
         file: name of the model's file, in the folder of the card.
         digest: SHA-256 of that file.
     """
     result = f"`{file}`, SHA-256 `{digest}`"
-    return _card(OF_FILES, merged, parts, typed, result, _example(merged, file))
+    return _card(MODEL_MARK, merged, parts, typed, result, _example(merged, file))
 
 
-def of_runs(merged: LegoMerge, parts: Sequence[Part], typed: str) -> str:
+def make_run_card(merged: LegoMerge, parts: Sequence[CardEntry], typed: str) -> str:
     """Return the card of a merge of runs.
 
     Args:
         merged: the model of the first fold.
         parts: its blocks.
-        typed: the recipe or the command, see `fenced`.
+        typed: the recipe or the command that the user typed, see `fenced`.
     """
     folds = len(parts[0].models)
     result = f"this run folder, a model per fold, {folds} in all: `folds/0/model.safetensors`, ..."
-    return _card(OF_RUNS, merged, parts, typed, result, _USE_RUN)
+    return _card(RUN_MARK, merged, parts, typed, result, _USE_RUN)
 
 
 def fenced(language: str, text: str) -> str:
-    """Return text as it is in a code block, whose fence it cannot close."""
+    """Return text as a code block; the fence is longer than any backticks in the text."""
     ticks = "`" * max(3, _longest_ticks(text) + 1)
     return f"{ticks}{language}\n{text}{'' if text.endswith(chr(10)) else chr(10)}{ticks}"
 
@@ -104,7 +106,7 @@ model = run.fitted(0).model  # of the first fold: motet.load("folds/0/model.safe
 
 
 def _card(
-    mark: str, merged: LegoMerge, parts: Sequence[Part], typed: str, result: str, use: str
+    mark: str, merged: LegoMerge, parts: Sequence[CardEntry], typed: str, result: str, use: str
 ) -> str:
     harmonic = merged.method == "harmonic"
     latents = _HARMONIC[merged.phase] if harmonic else _LATENTS[merged.method]
@@ -120,28 +122,28 @@ def _card(
         f"* head: {merged.config['head']}\n"
         f"* result: {result}",
         "## Parts",
-        *(_about(part, merged.weights[part.name]) for part in parts),
+        *(_describe_entry(part, merged.weights[part.name]) for part in parts),
         f"## As it was asked for\n\n{typed}",
         f"## Use\n\n{use}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _about(part: Part, weight: float) -> str:
-    def each(say: Callable[[LegoBlock], str]) -> str:
-        """Folds may differ: in the columns, say, that their training patients filled."""
-        return " or ".join(dict.fromkeys(map(say, part.models)))
+def _describe_entry(part: CardEntry, weight: float) -> str:
+    def of_all_folds(describe: Callable[[LegoBlock], str]) -> str:
+        """Return the descriptions of all folds, which may differ (in columns, for example)."""
+        return " or ".join(dict.fromkeys(map(describe, part.models)))
 
-    of = f" of {len(part.models)} folds' files, one after the other" * (len(part.models) > 1)
+    whose = f" of {len(part.models)} folds' files, one after the other" * (len(part.models) > 1)
     lines = [
         f"### {part.name}\n",
-        f"* path: {_code(part.given)}",
-        f"* SHA-256{of}: `{part.digest}`",
+        f"* path: {_inline_code(part.path)}",
+        f"* SHA-256{whose}: `{part.digest}`",
         f"* weight: {weight:.6g}",
-        f"* modality: {each(lambda block: _code(repr(block.modality)))}",
-        f"* encoder: {each(_encoder)}",
-        f"* shapes: {each(_shapes)}",
-        f"* parameters: {each(lambda block: str(sum(p.numel() for p in block.parameters())))}",
+        f"* modality: {of_all_folds(lambda block: _inline_code(repr(block.modality)))}",
+        f"* encoder: {of_all_folds(_encoder)}",
+        f"* shapes: {of_all_folds(_shapes)}",
+        f"* parameters: {of_all_folds(lambda b: str(sum(p.numel() for p in b.parameters())))}",
         "* metadata:\n",
         fenced("json", json.dumps(part.metadata, indent=1, ensure_ascii=False)),
     ]
@@ -153,7 +155,7 @@ def _encoder(block: LegoBlock) -> str:
     if config is None:
         return "none"
     options = (f"{key}={value!r}" for key, value in config.items() if key != "type")
-    return _code(f"{config['type']}({', '.join(options)})")
+    return _inline_code(f"{config['type']}({', '.join(options)})")
 
 
 def _shapes(block: LegoBlock) -> str:
@@ -174,7 +176,7 @@ def _shapes(block: LegoBlock) -> str:
 
 
 def _example(merged: LegoMerge, file: str) -> str:
-    """Return how to load and predict, with tensors of the right shapes."""
+    """Return example code that loads the model and predicts, with tensors of the right shapes."""
     dtype = next(merged.parameters()).dtype
     end = ")" if str(dtype) == "torch.float32" else f", dtype={dtype})"
 
@@ -185,15 +187,15 @@ def _example(merged: LegoMerge, file: str) -> str:
             return f"torch.randn(2, 50, {modality.features}{end}"
         return f"torch.randn(2, {'8, ' * modality.axes}{modality.channels}{end}"
 
-    modalities = {json.dumps(name): one for name, one in merged.modalities.items()}
-    inputs = [f"    {name}: {tensor(one)}," for name, one in modalities.items()]
+    modalities = {json.dumps(name): modality for name, modality in merged.modalities.items()}
+    inputs = [f"    {name}: {tensor(modality)}," for name, modality in modalities.items()]
     coords = [
-        f"    {name}: torch.rand(2, 50, {one.coords}{end},"
-        for name, one in modalities.items()
-        if isinstance(one, Bag) and one.coords
+        f"    {name}: torch.rand(2, 50, {modality.coords}{end},"
+        for name, modality in modalities.items()
+        if isinstance(modality, Bag) and modality.coords
     ]
     passed = ", coords=coords" if coords else ""
-    what = "latents" if merged.head is None else "logits"
+    result = "latents" if merged.head is None else "logits"
     lines = [
         "import torch",
         "",
@@ -204,13 +206,13 @@ def _example(merged: LegoMerge, file: str) -> str:
         *inputs,
         "}",
         *(["coords = {", *coords, "}"] if coords else []),
-        f"{what} = model(inputs{passed})",
-        f"{what} = model({{**inputs, {list(modalities)[-1]}: None}}{passed})  # one is missing",
+        f"{result} = model(inputs{passed})",
+        f"{result} = model({{**inputs, {list(modalities)[-1]}: None}}{passed})  # one is missing",
     ]
     return fenced("python", "\n".join(lines))
 
 
-def _code(text: str) -> str:
+def _inline_code(text: str) -> str:
     ticks = "`" * (_longest_ticks(text) + 1)
     pad = " " * (len(ticks) > 1)
     return f"{ticks}{pad}{text}{pad}{ticks}"

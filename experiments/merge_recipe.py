@@ -7,8 +7,8 @@
       omic: {model: blocks/omic.safetensors, weight: 2}
       wsi: blocks/wsi.safetensors             # weight 1
 
-Blocks that are model files give a folder with one model; blocks that are run folders give a run
-folder, merged fold by fold. Both come with a card, README.md, that names the parts.
+If the blocks are model files, the result is a folder with one model. If they are run folders, they
+are merged fold by fold into a run folder. Both get a card, README.md, which names the blocks.
 """
 
 import hashlib
@@ -48,47 +48,47 @@ from .join import blocks_of, cohort_of, merge_runs
 from .run_folder import Run
 
 MODEL = "model.safetensors"
-# Some thousand blocks; more is no recipe.
-LARGEST = 1 << 16
+# Largest size of a recipe: enough for a thousand blocks.
+MAX_BYTES = 1 << 16
 
 
 class RecipeError(ValueError):
-    """A recipe that does not serve, in one line."""
+    """A recipe that cannot be used; the message has one line."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """One part of a merge.
+class RecipeBlock:
+    """One block of a merge.
 
     Args:
-        name: its modality, in the merged model.
-        given: the path as it was typed.
+        name: its modality in the merged model.
+        path_as_typed: the path that the user typed, for messages and the card.
         path: of a model file or a run folder.
-        weight: relative to the others'.
+        weight: relative to the other weights.
     """
 
     name: str
-    given: str
+    path_as_typed: str
     path: Path
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to merge and how.
+    """What to merge, and how.
 
     Args:
-        where: what its errors begin with.
-        text: as it was typed, for the card.
+        error_prefix: how its errors begin: the path of the YAML file.
+        text: the recipe as the user typed it, for the card.
         language: of the text, yaml or sh.
-        blocks: the parts.
-        method: of LegoMerge, as are phase and head.
+        blocks: the blocks.
+        method, phase, head: arguments of LegoMerge.
     """
 
-    where: str
+    error_prefix: str
     text: str
     language: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[RecipeBlock, ...]
     method: str
     phase: str
     head: str
@@ -101,54 +101,55 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read and check a recipe; the models it names are not opened.
+    """Read and check a recipe; its models are not opened.
 
     Args:
         path: the YAML file; paths in it are relative to its folder.
 
     Raises:
-        RecipeError: in one line, what is wrong with which key.
+        RecipeError: what is wrong with which key, in one line.
     """
-    where = f"{path}: "
+    prefix = f"{path}: "
     try:
         if not path.is_file():
-            raise RecipeError(f"{where}expected a recipe, got {_kind(path)}")
+            raise RecipeError(f"{prefix}expected a recipe, got {_describe_path(path)}")
         with open(path, "rb") as file:
-            content = file.read(LARGEST + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise RecipeError(f"{where}cannot be read: {error}") from error
-    if len(content) > LARGEST:
-        raise RecipeError(f"{where}expected a recipe of at most {LARGEST} bytes, got more")
+        raise RecipeError(f"{prefix}cannot be read: {error}") from error
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"{prefix}expected a recipe of at most {MAX_BYTES} bytes, got more")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(
-            f"{where}expected UTF-8, got byte {content[error.start]:#04x} at {error.start}"
+            f"{prefix}expected UTF-8, got byte {content[error.start]:#04x} at {error.start}"
         ) from error
     try:
-        schema = _Schema.model_validate(_yaml(text))
+        schema = _RecipeSchema.model_validate(_parse_yaml(text))
     except ValidationError as error:
-        wrong = error.errors(include_url=False)
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise RecipeError(where + "; ".join(map(_in_one_line, wrong[:5])) + more) from error
+        errors = error.errors(include_url=False)
+        rest_note = f" (and {len(errors) - 5} more)" if len(errors) > 5 else ""
+        raise RecipeError(prefix + "; ".join(map(_format_error, errors[:5])) + rest_note) from error
     except ValueError as error:
-        raise RecipeError(f"{where}{error}") from error
+        raise RecipeError(f"{prefix}{error}") from error
     blocks = tuple(
-        Block(name, block.model, path.parent / block.model, block.weight)
+        RecipeBlock(name, block.model, path.parent / block.model, block.weight)
         for name, block in schema.blocks.items()
     )
-    return Recipe(where, text, "yaml", blocks, schema.method, schema.phase, schema.head)
+    return Recipe(prefix, text, "yaml", blocks, schema.method, schema.phase, schema.head)
 
 
-def of_command(paths: Sequence[Path], *, method: str, head: str) -> Recipe:
-    """Return the recipe of `motet merge RUN ...`: the blocks of some run folders, equal weights.
+def make_recipe(paths: Sequence[Path], *, method: str, head: str) -> Recipe:
+    """Return the recipe of `motet merge RUN ...`: all blocks of some runs with equal weights.
 
     Raises:
-        RunError: a folder that holds none, or a run that is not finished.
+        RunError: a folder without LegoBlocks, or a run that is not finished.
     """
     text = shlex.join(["motet", "merge", *map(str, paths), "--method", method, "--head", head])
     blocks = tuple(
-        Block(run.config["modalities"][0], str(run.path), run.path) for run in blocks_of(paths)
+        RecipeBlock(run.config["modalities"][0], str(run.path), run.path)
+        for run in blocks_of(paths)
     )
     return Recipe("", text, "sh", blocks, method, "principal", head)
 
@@ -157,44 +158,45 @@ def merge(recipe: Recipe, out: Path, *, data: Path | None = None) -> Run | Path:
     """Merge the blocks of a recipe, and write a card beside the result.
 
     Args:
-        recipe: see `read_recipe` and `of_command`.
-        out: the new folder. A run is continued if it is the same; a model and its card replace
-            those of an earlier merge, each whole, and nothing else is overwritten.
+        recipe: see `read_recipe` and `make_recipe`.
+        out: the new folder. The same run is continued. A model and its card replace those of an
+            earlier merge; nothing else is overwritten.
         data: folder of the cohort's files, for runs.
 
     Returns:
-        The finished run; of model files, the path of the merged model.
+        The finished run; for model files, the path of the merged model.
 
     Raises:
-        ValueError: in one line, blocks that are none or do not fit, or a folder that holds
-            something else.
+        ValueError: in one line: files that are not LegoBlocks, blocks that do not fit, or a folder
+            that holds something else.
     """
     if recipe.head == "ot" and find_spec("ot") is None:
-        raise RecipeError(f"{recipe.where}head: ot needs POT: pip install POT")
+        raise RecipeError(f"{recipe.error_prefix}head: ot needs POT: pip install POT")
     if _are_runs(recipe):
         return _merge_runs(recipe, out, data)
     if data is not None:
-        raise RecipeError(f"{recipe.where}expected run folders with --data, got model files")
+        raise RecipeError(f"{recipe.error_prefix}expected run folders with --data, got model files")
     return _merge_files(recipe, out)
 
 
 def _are_runs(recipe: Recipe) -> bool:
-    """Return whether the blocks are run folders, after checking that they are there."""
+    """Return whether the blocks are run folders; raise if a path does not exist."""
     for block in recipe.blocks:
         try:
-            there = block.path.exists()
+            exists = block.path.exists()
         except OSError:  # a name that no file can have
-            there = False
-        if not there:
+            exists = False
+        if not exists:
             raise RecipeError(
-                f"{recipe.where}blocks.{block.name}: expected a model file or a run folder, its "
-                f"path relative to the recipe, got {_short(block.given)}, where there is none"
+                f"{recipe.error_prefix}blocks.{block.name}: expected a model file or a run folder, "
+                f"its path relative to the recipe, got {_abbreviate(block.path_as_typed)}, where "
+                "there is none"
             )
     folders = [block.name for block in recipe.blocks if block.path.is_dir()]
     files = [block.name for block in recipe.blocks if not block.path.is_dir()]
     if folders and files:
         raise RecipeError(
-            f"{recipe.where}blocks: expected model files or run folders, got both: files "
+            f"{recipe.error_prefix}blocks: expected model files or run folders, got both: files "
             f"{', '.join(files)}, folders {', '.join(folders)}"
         )
     return not files
@@ -213,39 +215,44 @@ def _merge_files(recipe: Recipe, out: Path) -> Path:
             with safe_open(block.path, framework="pt") as file:
                 metadata = json.loads(file.metadata()["motet"])
         except (ValueError, TypeError, OSError) as error:
-            raise RecipeError(f"{recipe.where}blocks.{block.name}: {error}") from error
+            raise RecipeError(f"{recipe.error_prefix}blocks.{block.name}: {error}") from error
         digest = _digest([block.path])
-        parts.append(merge_card.Part(block.name, block.given, digest, [model], metadata))
+        parts.append(
+            merge_card.CardEntry(block.name, block.path_as_typed, digest, [model], metadata)
+        )
     try:
         merged = LegoMerge({p.name: p.models[0] for p in parts}, **recipe.options()).eval()
     except ValueError as error:
-        raise RecipeError(f"{recipe.where}{error}") from error
+        raise RecipeError(f"{recipe.error_prefix}{error}") from error
     out.mkdir(parents=True, exist_ok=True)
-    # The card first: what is cut short between the two is known for a merge, to be written again.
+    # The card is complete before the model: if the process is killed in between, the card marks
+    # the folder as that of a merge, so that the same command may write it again.
     with replacing(out / MODEL) as model_file:
         save(merged, model_file)
         typed = merge_card.fenced("yaml", recipe.text)
         digest = _digest([model_file])
-        write_text(out / merge_card.NAME, merge_card.of_files(merged, parts, typed, MODEL, digest))
+        write_text(
+            out / merge_card.NAME, merge_card.make_model_card(merged, parts, typed, MODEL, digest)
+        )
     return out / MODEL
 
 
 def _merge_runs(recipe: Recipe, out: Path, data: Path | None) -> Run:
     if not rank():
         Run.check_free(out, "merge")
-        _check_card(out, merge_card.OF_RUNS)
+        _check_card(out, merge_card.RUN_MARK)
     try:
-        runs = [_run_of(block) for block in recipe.blocks]
+        runs = [_find_run(block) for block in recipe.blocks]
         merged = merge_runs(runs, out, cohort=cohort_of(runs[0], data), **recipe.options())
     except ValueError as error:
-        raise RecipeError(f"{recipe.where}{error}") from error
+        raise RecipeError(f"{recipe.error_prefix}{error}") from error
     if rank():
         return merged
     folds = range(len(merged.splits))
     parts = [
-        merge_card.Part(
+        merge_card.CardEntry(
             block.name,
-            block.given,
+            block.path_as_typed,
             _digest([run.fold(number) / MODEL for number in folds]),
             [cast(LegoBlock, run.fitted(number).model) for number in folds],
             run.config,
@@ -255,17 +262,17 @@ def _merge_runs(recipe: Recipe, out: Path, data: Path | None) -> Run:
     model = merged.fitted(0).model
     assert isinstance(model, LegoMerge)
     typed = merge_card.fenced(recipe.language, recipe.text)
-    write_text(out / merge_card.NAME, merge_card.of_runs(model, parts, typed))
+    write_text(out / merge_card.NAME, merge_card.make_run_card(model, parts, typed))
     return merged
 
 
-def _run_of(block: Block) -> Run:
-    """Return the run of a block's modality at its path: itself, or one of the blocks in it."""
+def _find_run(block: RecipeBlock) -> Run:
+    """Return the run of the block's modality: the folder itself, or one of the blocks in it."""
     runs = blocks_of([block.path])
     names = [run.config["modalities"][0] for run in runs]
     if block.name not in names:
         raise RecipeError(
-            f"blocks.{block.name}: expected the name of a modality in {block.given}, "
+            f"blocks.{block.name}: expected the name of a modality in {block.path_as_typed}, "
             f"{' or '.join(map(repr, names))}, got {block.name!r}"
         )
     return runs[names.index(block.name)]
@@ -282,21 +289,21 @@ def _digest(paths: Sequence[Path]) -> str:
 
 
 def _check_free(out: Path) -> None:
-    """Raise unless a merged model can go to a folder."""
+    """Raise unless a merged model may be written to a folder."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {str(out)!r}")
-    _check_card(out, merge_card.OF_FILES)
+    _check_card(out, merge_card.MODEL_MARK)
     if out.is_dir() and not (out / merge_card.NAME).exists():
-        held = [item.name for item in out.iterdir() if item.name[0] != "."]
-        if held:
+        items = [item.name for item in out.iterdir() if item.name[0] != "."]
+        if items:
             raise ValueError(
                 f"--out: expected a new or empty folder, or an earlier merge, got {str(out)!r}, "
-                f"which holds {held[0]!r}"
+                f"which holds {items[0]!r}"
             )
 
 
 def _check_card(out: Path, mark: str) -> None:
-    """Raise if a card would overwrite something else."""
+    """Raise if the folder has a README.md that is not such a card."""
     path = out / merge_card.NAME
     if not path.exists():
         return
@@ -304,23 +311,23 @@ def _check_card(out: Path, mark: str) -> None:
         with open(path, "rb") as file:
             if file.read(len(mark.encode())) == mark.encode():
                 return
-    raise ValueError(f"--out: {str(path)!r} is there, and is no card of such a merge")
+    raise ValueError(f"--out: {str(path)!r} exists, and is no card of such a merge")
 
 
 # Reading
 
 
-def _kind(path: Path) -> str:
+def _describe_path(path: Path) -> str:
     if path.is_dir():
         return "a folder"
     return "something else" if path.exists() else "no such file"
 
 
 class _Loader(Loader):
-    """The cohorts' YAML, in which a repeated key is refused, of text and decimal numbers alone.
+    """The YAML of cohorts, which refuses repeated keys, with text and decimal numbers only.
 
-    No aliases, which make a huge thing of a small file, and no tags; 1e-3 is a number, and 1:30,
-    which YAML takes for 90, is none.
+    Aliases are refused, since a small file could become huge, and so are tags. 1e-3 is a number;
+    1:30 is text (YAML reads it as 90).
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -340,7 +347,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -350,17 +357,17 @@ def _yaml(text: str) -> Any:
     except RecursionError as error:
         raise ValueError("expected a recipe, got YAML nested too deeply") from error
     if not isinstance(content, dict):
-        raise ValueError(f"expected the keys {', '.join(_KEYS)}, got {_short(content)}")
+        raise ValueError(f"expected the keys {', '.join(_KEYS)}, got {_abbreviate(content)}")
     return content
 
 
-def _name(value: str) -> str:
+def _check_name(value: str) -> str:
     if not value.isprintable():
-        raise PydanticCustomError("name", "")  # said in _in_one_line
+        raise PydanticCustomError("name", "")  # _format_error writes the message
     return value
 
 
-def _weight(value: object) -> float:
+def _check_weight(value: object) -> float:
     try:
         return positive("weight", value)
     except ValueError:
@@ -371,9 +378,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _Block(_Strict):
+class _BlockSchema(_Strict):
     model: Annotated[str, Field(min_length=1)]
-    weight: Annotated[float, BeforeValidator(_weight)] = 1.0
+    weight: Annotated[float, BeforeValidator(_check_weight)] = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -385,14 +392,16 @@ class _Block(_Strict):
         return value
 
 
-class _Schema(_Strict):
+class _RecipeSchema(_Strict):
     method: Literal["harmonic", "sum", "mean", "product"] = "harmonic"
     phase: Literal["principal", "circular"] = "principal"
     head: Literal["slerp", "linear", "ot"] = "slerp"
-    blocks: Annotated[dict[Annotated[str, AfterValidator(_name)], _Block], Field(min_length=2)]
+    blocks: Annotated[
+        dict[Annotated[str, AfterValidator(_check_name)], _BlockSchema], Field(min_length=2)
+    ]
 
 
-_KEYS = tuple(_Schema.model_fields)
+_KEYS = tuple(_RecipeSchema.model_fields)
 _MESSAGES = {
     "dict_type": "expected names with paths",
     "string_type": "expected text",
@@ -401,24 +410,24 @@ _MESSAGES = {
 }
 
 
-def _in_one_line(error: ErrorDetails) -> str:
-    where, kind = [str(part) for part in error["loc"]], error["type"]
+def _format_error(error: ErrorDetails) -> str:
+    location, kind = [str(part) for part in error["loc"]], error["type"]
     if kind == "extra_forbidden":
-        known = _KEYS if len(where) == 1 else _Block.model_fields
-        key = where.pop()
-        message = f"unknown key {key!r}: {suggest(key, known)}"
+        allowed = _KEYS if len(location) == 1 else _BlockSchema.model_fields
+        key = location.pop()
+        message = f"unknown key {key!r}: {suggest(key, allowed)}"
     elif kind == "missing":
-        message = f"key {where.pop()!r} is missing"
-    elif where[-1] == "[key]":
-        where = where[:-2]
-        message = f"expected a name of printable characters, got {_short(error['input'])}"
+        message = f"key {location.pop()!r} is missing"
+    elif location[-1] == "[key]":
+        location = location[:-2]
+        message = f"expected a name of printable characters, got {_abbreviate(error['input'])}"
     else:
         message = _MESSAGES.get(kind) or error["msg"].replace("Input should be ", "expected ")
-        got = len(error["input"]) if kind == "too_short" else _short(error["input"])
+        got = len(error["input"]) if kind == "too_short" else _abbreviate(error["input"])
         message = f"{message}, got {got}"
-    return f"{'.'.join(where)}: {message}" if where else message
+    return f"{'.'.join(location)}: {message}" if location else message
 
 
-def _short(value: object) -> str:
+def _abbreviate(value: object) -> str:
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -9,19 +9,19 @@ from .run_folder import Run
 
 
 def predict_cohort(run: Run, cohort: Cohort) -> pd.DataFrame:
-    """Predict patients with the models of all folds, and average.
+    """Predict patients with the models of all folds, and average the predictions.
 
-    Risks of different folds have no common scale: each is expressed in standard deviations from the
-    mean of its own training patients, then averaged over the folds. Curves and probabilities are
-    averaged as they are, curves at the times of the first fold.
+    Risks of different folds have no common scale. Each is first expressed in standard deviations
+    from the mean risk of the training patients of its fold. Curves and probabilities are averaged
+    directly, curves at the times of the first fold.
 
     Args:
-        run: finished.
-        cohort: patients, with all, some or one of the run's modalities.
+        run: a finished run.
+        cohort: patients with at least one of the run's modalities.
 
     Returns:
-        A table of patient, modalities (those the patient has), seen (folds trained on a patient
-        of that id), then risk and survival by time, or probabilities by class.
+        A table with the columns patient, modalities (which the patient has), seen (number of folds
+        trained on a patient of that id), then risk and survival by time, or probabilities by class.
 
     Raises:
         ValueError: a cohort without any of the run's modalities, or with other columns.
@@ -44,7 +44,7 @@ def predict_cohort(run: Run, cohort: Cohort) -> pd.DataFrame:
         if len(bad):
             raise ValueError(
                 f"{cohort.name}: expected finite predictions, got others for patient {bad[0]!r} "
-                f"({len(bad)} in all): a value far beyond those of training?"
+                f"({len(bad)} in all): is a value far beyond those of training?"
             )
         folds.append((fitted, predictions))
     trained = [{*parts["train"], *parts["validation"]} for parts in run.splits]
@@ -52,10 +52,10 @@ def predict_cohort(run: Run, cohort: Cohort) -> pd.DataFrame:
         {
             "patient": list(cohort.patients),
             "modalities": [
-                " ".join(name for name, there in zip(names, row, strict=True) if there)
+                " ".join(name for name, has_it in zip(names, row, strict=True) if has_it)
                 for row in has.T.tolist()
             ],
-            "seen": [sum(patient in known for known in trained) for patient in cohort.patients],
+            "seen": [sum(patient in ids for ids in trained) for patient in cohort.patients],
             **run.task.average(folds),
         }
     )

@@ -1,4 +1,4 @@
-"""Carry out a run: fold after fold, each on disk before the next, then metrics out of fold."""
+"""Execute a run: fold after fold, each on disk before the next; then out-of-fold metrics."""
 
 import json
 import time
@@ -29,22 +29,22 @@ class FitFold(Protocol):
         """Fit the fold `number` on `split`.
 
         Args:
-            number: of the fold, from 0.
+            number: number of the fold, from 0.
             split: the patients of its parts.
-            folder: of the fold; what is kept there lets a killed run go on.
+            folder: folder of the fold. The state saved there lets a killed run continue.
             each_epoch: to be called after every epoch of a training.
         """
         ...
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run to be made, or to be gone on with.
+class RunSpec:
+    """The specification of a run that is to be executed or continued.
 
     Args:
         cohort: the patients.
-        splits: those of every fold's parts.
-        config: what was asked for, see `run_config`.
+        splits: the patients of the parts of every fold.
+        config: the configuration, see `run_config`.
         out: the run folder.
     """
 
@@ -57,14 +57,14 @@ class Job:
 def run_config(
     cohort: Cohort, model: str, modalities: list[str], settings: Settings, *, command: str
 ) -> dict[str, Any]:
-    """Return config.json of a run: with another one, a folder is not gone on with.
+    """Return the configuration of a run, config.json; a run continues only with an equal one.
 
     Args:
-        cohort: as it was loaded, with all its modalities.
+        cohort: the cohort as it was loaded, with all its modalities.
         model: healnet, block, merge, fuse or a baseline.
-        modalities: those that are used.
+        modalities: the modalities that are used.
         settings: of the model.
-        command: what was typed: train, merge or fuse.
+        command: the command that the user typed: train, merge or fuse.
     """
     source = cohort.source
     return {
@@ -82,38 +82,38 @@ def run_config(
     }
 
 
-def carry_out(job: Job, fit_fold: FitFold) -> Run:
-    """Do what is left of a run: folds, then out-of-fold predictions and metrics.
+def execute_run(spec: RunSpec, fit_fold: FitFold) -> Run:
+    """Fit the folds that are not done yet, then write out-of-fold predictions and metrics.
 
-    Under torchrun the first process alone writes; the others take part in the trainings.
+    Under torchrun only the first process writes; the others take part in the trainings.
 
     Raises:
         RunError: the folder holds something else, or another process is writing to it.
     """
-    splits = [{name: list(getattr(split, name)) for name in PARTS} for split in job.splits]
+    splits = [{name: list(getattr(split, name)) for name in PARTS} for split in spec.splits]
     if rank():
-        for number, split in enumerate(job.splits):
-            folder = job.out / "folds" / str(number)
+        for number, split in enumerate(spec.splits):
+            folder = spec.out / "folds" / str(number)
             if not (folder / "done.json").is_file():
                 fit_fold(number, split, folder, lambda history: None)
-        return Run(job.out, job.config, splits)
-    Run.check_free(job.out, job.config["model"])  # before anything is put there, the lock included
-    with locked(job.out):
-        outcome = task_of(job.cohort).outcome_table(job.cohort)
-        run = Run.create(job.out, job.config, splits, outcome)
-        label = f"{job.config['model']} {' + '.join(job.config['modalities'])}"
-        epochs = (job.config["training"] or {}).get("epochs", 1)
+        return Run(spec.out, spec.config, splits)
+    Run.check_free(spec.out, spec.config["model"])  # before the lock is written there
+    with locked(spec.out):
+        outcome = task_of(spec.cohort).outcome_table(spec.cohort)
+        run = Run.create(spec.out, spec.config, splits, outcome)
+        label = f"{spec.config['model']} {' + '.join(spec.config['modalities'])}"
+        epochs = (spec.config["training"] or {}).get("epochs", 1)
         with tqdm(total=len(splits) * epochs, disable=None, unit="epoch", leave=False) as bar:
-            for number, split in enumerate(job.splits):
+            for number, split in enumerate(spec.splits):
                 bar.set_description(f"{label}, fold {number + 1}/{len(splits)}")
-                if not run.done(number):
-                    _carry_out_fold(run, number, split, fit_fold, bar)
+                if not run.is_fold_done(number):
+                    _execute_fold(run, number, split, fit_fold, bar)
                 bar.update((number + 1) * epochs - bar.n)
         _write_metrics(run)
     return run
 
 
-def _carry_out_fold(run: Run, number: int, split: Split, fit_fold: FitFold, bar: tqdm) -> None:
+def _execute_fold(run: Run, number: int, split: Split, fit_fold: FitFold, bar: tqdm) -> None:
     name = f"fold {number + 1}/{len(run.splits)}"
     sizes = ", ".join(f"{part} {len(getattr(split, part))}" for part in PARTS)
     run.log(f"{name}: {sizes} patients")
@@ -136,7 +136,7 @@ def _carry_out_fold(run: Run, number: int, split: Split, fit_fold: FitFold, bar:
 
 
 def _write_metrics(run: Run) -> None:
-    """Write predictions.csv and metrics.json, unless an earlier process has."""
+    """Write predictions.csv and metrics.json, unless they exist already."""
     try:
         read_metrics(run)
     except RunError:

@@ -1,16 +1,16 @@
-"""The run folder: what `motet train`, `merge` and `fuse` leave behind, and how it is read again.
+"""The run folder: what `motet train`, `merge` and `fuse` write, and how it is read.
 
-    config.json        what was asked for; a run continues only with the same
+    config.json        the configuration; a run continues only with an equal one
     splits.json        {"folds": [{"train": [ids], "validation": [ids], "test": [ids]}, ...]}
     outcome.csv        patient, time and event, or label
     folds/0/           model.safetensors, fitted.json (scaling, objective), predictions.csv and,
                        written last, done.json (history, seconds)
-    predictions.csv    out of fold: all folds' predictions of their test parts
+    predictions.csv    out of fold: the predictions of all test parts
     metrics.json       see docs/concepts/evaluation.md
-    README.md          of `motet merge`: the card, which names the parts
+    README.md          the card of `motet merge`, which names the merged blocks
     log.txt
 
-Every file is written whole or not at all, so that a run that was killed goes on where it stopped.
+Every file is written completely or not at all, so that a killed run continues where it stopped.
 """
 
 import json
@@ -30,14 +30,14 @@ from ..fusion.held_out import ClassFold, SurvivalFold
 from .task import RunTables, Task, task_of_config
 
 FORMAT = 1
-# What may differ between a run and its continuation.
-_FREE = ("motet", "data", "cohort")
-# What may lie in a folder before config.json does: a run stopped in its first moments leaves these.
-_BEFORE = ("blocks", "folds", "splits.json", "outcome.csv")
+# Keys of the configuration that may differ when a run is continued.
+_MAY_DIFFER = ("motet", "data", "cohort")
+# Names that may be in a folder without config.json: a run that is killed early leaves these.
+_WRITTEN_FIRST = ("blocks", "folds", "splits.json", "outcome.csv")
 
 
 class RunError(ValueError):
-    """A run folder that does not serve, in one line."""
+    """A run folder that cannot be used; the message has one line."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Run:
 
     Args:
         path: the folder.
-        config: what was asked for.
-        splits: one dict per fold, part name to patient ids.
+        config: the configuration.
+        splits: one dict per fold, name of the part to patient ids.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def task(self) -> Task:
-        """What the model was asked for."""
+        """Survival or classes."""
         return task_of_config(self.config)
 
     @classmethod
@@ -67,22 +67,22 @@ class Run:
         splits: list[dict[str, list[str]]],
         outcome: pd.DataFrame,
     ) -> "Run":
-        """Make the folder, or continue one that was made with the same configuration.
+        """Create the folder, or continue one with an equal configuration.
 
         Raises:
             RunError: the folder holds something else.
         """
         config = {"format": FORMAT, **config}
-        known = cls.check_free(path, config["model"])
-        if known is not None and known.begun():
+        existing = cls.check_free(path, config["model"])
+        if existing is not None and existing.has_begun():
             differs = [
                 key
-                for key in sorted({*config, *known.config})
-                if key not in _FREE and config.get(key) != known.config.get(key)
+                for key in sorted({*config, *existing.config})
+                if key not in _MAY_DIFFER and config.get(key) != existing.config.get(key)
             ]
             if "fingerprint" in differs:
                 raise RunError(f"{path}: the data of {config['cohort']} changed since the run")
-            if not differs and known.splits != splits:
+            if not differs and existing.splits != splits:
                 raise RunError(
                     f"{path}: holds a run with other splits (--splits, --test, --validation, "
                     "--seed or split files); choose another --out, or remove the folder"
@@ -90,11 +90,11 @@ class Run:
             if differs:
                 key = differs[0]
                 raise RunError(
-                    f"{path}: holds a run with {key} {_shortened(known.config.get(key))}, got "
-                    f"{_shortened(config.get(key))}; choose another --out, or remove the folder"
+                    f"{path}: holds a run with {key} {_abbreviate(existing.config.get(key))}, got "
+                    f"{_abbreviate(config.get(key))}; choose another --out, or remove the folder"
                 )
-            write_text(path / "outcome.csv", outcome.to_csv(index=False))  # should it be cut short
-            return known
+            write_text(path / "outcome.csv", outcome.to_csv(index=False))  # may be incomplete
+            return existing
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, config, splits)
         write_text(path / "splits.json", json.dumps({"folds": splits}))
@@ -104,23 +104,23 @@ class Run:
 
     @classmethod
     def check_free(cls, path: Path, model: str) -> "Run | None":
-        """Return the run at a path, None if there is none yet.
+        """Return the run in a folder, None if there is none yet.
 
         Raises:
             RunError: the folder holds something else, or a run of another model.
         """
         if (path / "config.json").exists():
-            known = cls.open(path)
-            if known.begun() and known.config["model"] != model:
+            existing = cls.open(path)
+            if existing.has_begun() and existing.config["model"] != model:
                 raise RunError(
-                    f"{path}: holds a run with model {_shortened(known.config['model'])}, got "
-                    f"{_shortened(model)}; choose another --out, or remove the folder"
+                    f"{path}: holds a run with model {_abbreviate(existing.config['model'])}, got "
+                    f"{_abbreviate(model)}; choose another --out, or remove the folder"
                 )
-            return known
+            return existing
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: expected a folder, got a file")
         if path.exists() and any(
-            item.name not in _BEFORE and item.name[0] != "." for item in path.iterdir()
+            item.name not in _WRITTEN_FIRST and item.name[0] != "." for item in path.iterdir()
         ):
             raise RunError(f"{path}: expected a new or empty folder, or a run to continue")
         return None
@@ -130,12 +130,12 @@ class Run:
         """Read a run, finished or not.
 
         Raises:
-            RunError: no run, or one of a newer format.
+            RunError: no run, or a run of a newer format.
         """
         if not path.is_dir():
             raise RunError(f"{path}: no such run folder")
         if not (path / "config.json").is_file():
-            raise RunError(f"{path}: not a run folder, or one that was never begun: no config.json")
+            raise RunError(f"{path}: not a run folder: no config.json")
         try:
             config = json.loads((path / "config.json").read_text())
             if config["format"] > FORMAT:
@@ -145,23 +145,23 @@ class Run:
                 )
             splits = json.loads((path / "splits.json").read_text())["folds"]
         except FileNotFoundError as error:
-            raise RunError(f"{path}: half-written, without {error.filename}") from error
+            raise RunError(f"{path}: incomplete, without {error.filename}") from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise RunError(f"{path}: corrupt, config.json or splits.json: {error}") from error
         return cls(path, config, splits)
 
     @classmethod
     def finished(cls, path: Path) -> "Run":
-        """Read a run whose folds are all done.
+        """Read a run that has all its folds.
 
         Raises:
-            RunError: they are not.
+            RunError: no run, or a fold is not done.
         """
         run = cls.open(path)
         for fold in range(len(run.splits)):
-            if not run.done(fold):
+            if not run.is_fold_done(fold):
                 raise RunError(
-                    f"{path}: half-written, fold {fold + 1} of {len(run.splits)} is not done; run "
+                    f"{path}: incomplete, fold {fold + 1} of {len(run.splits)} is not done; run "
                     f"the same `motet {run.config['command']}` again to finish it"
                 )
         return run
@@ -170,13 +170,13 @@ class Run:
         """Return the folder of a fold."""
         return self.path / "folds" / str(number)
 
-    def begun(self) -> bool:
-        """Return whether anything was trained; a run refused before that may be begun otherwise."""
+    def has_begun(self) -> bool:
+        """Return whether training has begun; before, another configuration may take the folder."""
         folds = self.path / "folds"
         return any(folds.glob("*/done.json")) or any(folds.glob("*/last.ckpt"))
 
-    def done(self, number: int) -> bool:
-        """Return whether a fold is complete: `done.json` names its files and their sizes."""
+    def is_fold_done(self, number: int) -> bool:
+        """Return whether a fold is complete: its files have the sizes that `done.json` names."""
         folder = self.fold(number)
         try:
             sizes = json.loads((folder / "done.json").read_text())["bytes"]
@@ -191,7 +191,7 @@ class Run:
         facts: dict[str, Any],
         fitted: Fitted | None,
     ) -> None:
-        """Write a fold; `done.json` is last."""
+        """Write the files of a fold, `done.json` last."""
         folder = self.fold(number)
         folder.mkdir(parents=True, exist_ok=True)
         if fitted is not None:
@@ -207,12 +207,12 @@ class Run:
         """Read the model of a fold.
 
         Raises:
-            RunError: a baseline, whose models are not kept, or a file that is lost or corrupt.
+            RunError: a baseline, whose models are not kept, or a missing or corrupt file.
         """
         folder = self.fold(number)
         if not (folder / "fitted.json").exists():
             raise RunError(
-                f"{self.path}: keeps no model to predict with (model {self.config['model']})"
+                f"{self.path}: has no model to predict with (model {self.config['model']})"
             )
         try:
             return Fitted.load(folder)
@@ -220,11 +220,11 @@ class Run:
             raise RunError(str(error)) from error
 
     def facts(self, number: int) -> dict[str, Any]:
-        """Return what `done.json` of a fold holds."""
+        """Return the content of `done.json` of a fold."""
         return json.loads((self.fold(number) / "done.json").read_text())
 
     def predictions(self) -> pd.DataFrame:
-        """Return the predictions out of fold: patient, fold, then those of the `Task`."""
+        """Return the out-of-fold predictions: patient, fold, `Task.predictions_table`."""
         frames = []
         for fold in range(len(self.splits)):
             path = self.fold(fold) / "predictions.csv"
@@ -241,13 +241,15 @@ class Run:
             frame = frame.set_index("patient")
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"{path}: cannot be read: {error}") from error
-        known = {patient for fold in self.splits for part in fold.values() for patient in part}
-        if not known <= set(frame.index):
-            raise RunError(f"{path}: half-written, it lacks patients of splits.json")
+        split_patients = {
+            patient for fold in self.splits for part in fold.values() for patient in part
+        }
+        if not split_patients <= set(frame.index):
+            raise RunError(f"{path}: incomplete, it lacks patients of splits.json")
         return frame
 
     def tested(self, only: Set[str] | None = None) -> list[SurvivalFold] | list[ClassFold]:
-        """Return the test parts for evaluation, all patients or some."""
+        """Return the test parts for an evaluation; `only` selects patients."""
         predictions = self.predictions()
         if only is not None:
             predictions = predictions[predictions["patient"].isin(list(only))]
@@ -265,7 +267,7 @@ def locked(path: Path) -> Iterator[None]:
     """Keep other processes from writing to the run folder.
 
     Raises:
-        RunError: another one is writing.
+        RunError: another process is writing to it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -281,6 +283,6 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _shortened(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,4 +1,4 @@
-"""What may be set for a run: the model, its training, its goal, how the cohort is split."""
+"""The settings of a run: model, training, goal, and how the cohort is split."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from ..fusion.training import Training
 BASELINES = ("cox", "rsf", "logistic", "forest")
 MODELS = ("healnet", "lego", *BASELINES)
 
-# Chosen on validation parts of tcga_blca, tcga_kirp, hancock_os and breast_cancer, among some 20
-# settings of HEALNet and 30 of LegoBlocks; few of them differ by more than chance.
+# Chosen on the validation parts of tcga_blca, tcga_kirp, hancock_os and breast_cancer, among about
+# 20 settings of HEALNet and 30 of LegoBlocks; most of them do not differ by more than chance.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "healnet": {
         "num_latents": 16, "latent_dim": 32, "depth": 2, "heads": 1, "head_dim": 16,
@@ -36,11 +36,11 @@ class Goal:
     """What to train for.
 
     Args:
-        loss: "nll" (discrete time) or "cox" for survival, "cross_entropy" for classes; None takes
-            the first that fits the cohort.
+        loss: "nll" (discrete time) or "cox" for survival, "cross_entropy" for classes; None for
+            "nll" or "cross_entropy", as fits the cohort.
         bins: number of time bins of "nll".
-        alpha: of `nll_loss`.
-        weighted: weigh bins or classes by the inverse of their size.
+        alpha: alpha of `nll_loss`.
+        weighted: weight bins or classes by the inverse of their size.
     """
 
     loss: str | None = None
@@ -49,7 +49,7 @@ class Goal:
     weighted: bool = False
 
     def check(self, losses: tuple[str, ...]) -> None:
-        """Raise a ValueError unless every setting is in its range, the loss one of `losses`."""
+        """Raise a ValueError unless every setting is in its range and the loss in `losses`."""
         if self.loss is not None and self.loss not in losses:
             raise ValueError(f"--set loss: expected {' or '.join(losses)}, got {self.loss!r}")
         if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
@@ -61,7 +61,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Splits:
-    """How to split a cohort that has no split files; see `motet.fusion.splits.split`."""
+    """How to draw the splits of a cohort without split files; see `motet.fusion.splits.split`."""
 
     count: int = 5
     test: float = 0.15
@@ -71,7 +71,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a model, its training and its goal, from `DEFAULTS` and `--set`."""
+    """The settings of a model, its training and its goal: `DEFAULTS`, changed by `--set`."""
 
     model: dict[str, Any]
     training: Training
@@ -79,7 +79,7 @@ class Settings:
 
     @classmethod
     def of(cls, kind: str, changes: Mapping[str, Any], *, seed: int) -> "Settings":
-        """Apply changes to a model's defaults.
+        """Return the defaults of a model with some changes.
 
         Raises:
             ValueError: an unknown setting, or a value outside its range.
@@ -87,26 +87,26 @@ class Settings:
         options = _model_options(kind)
         training = {f.name for f in fields(Training)} - {"seed"}
         goal = {f.name for f in fields(Goal)}
-        known = set(options)
-        known |= training if kind in DEFAULTS else set()
-        known |= goal if kind in ("healnet", "lego") else set()
+        allowed = set(options)
+        allowed |= training if kind in DEFAULTS else set()
+        allowed |= goal if kind in ("healnet", "lego") else set()
         for name in changes:
-            if name not in known:
-                close = get_close_matches(name, known, 1)
+            if name not in allowed:
+                close = get_close_matches(name, allowed, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"--set: unknown setting {name!r} of {kind}{hint}")
             if not isinstance(changes[name], str | int | float | None):
                 raise ValueError(f"--set {name}: expected a number or a word, got {changes[name]}")
-        chosen = {**DEFAULTS.get(kind, {}), **changes}
+        values = {**DEFAULTS.get(kind, {}), **changes}
 
-        def part(names: set[str]) -> dict[str, Any]:
-            return {name: value for name, value in chosen.items() if name in names}
+        def select(names: set[str]) -> dict[str, Any]:
+            return {name: value for name, value in values.items() if name in names}
 
-        return cls(part(options), Training(**part(training), seed=seed), Goal(**part(goal)))
+        return cls(select(options), Training(**select(training), seed=seed), Goal(**select(goal)))
 
 
 def _model_options(kind: str) -> set[str]:
-    """Return the names of a model's options that a user may set."""
+    """Return the names of the arguments of a model that a user may set."""
     builder = {"healnet": HEALNet, "lego": LegoBlock}.get(kind)
     if builder is None:
         return set()

@@ -1,7 +1,7 @@
-"""Survival or classes: everything in which runs of the two differ.
+"""Tasks, survival or classes: everything in which runs of the two differ.
 
-What kind of outcome a cohort has is asked once, in `task_of`; a run folder says it in its
-configuration.
+`task_of` finds the task of a cohort, `task_of_config` that of a run folder. No other code asks
+which of the two it is.
 """
 
 from abc import ABC, abstractmethod
@@ -29,65 +29,68 @@ from .settings import Goal
 
 Outcome = tuple[NDArray[Any], ...]
 """Times and events, or labels, [n] each."""
-# What to do about a part that cannot serve.
+# The cure for a part without events or classes, for messages.
 CURE = "use fewer splits or larger parts (--splits, --test, --validation)"
 
 
 class Task(ABC):
-    """What a model is asked for."""
+    """What a model predicts, and how that is trained, evaluated and stored."""
 
-    word: ClassVar[str]
+    outcome_name: ClassVar[str]
     """For messages."""
     losses: ClassVar[tuple[str, ...]]
     baselines: ClassVar[tuple[str, ...]]
     metrics: ClassVar[dict[str, str]]
-    """Those that tables show, and their titles."""
+    """Name and title of the metrics in tables."""
 
     # Of a cohort
 
     @abstractmethod
     def outcome(self, cohort: Cohort, rows: NDArray[np.intp] | slice) -> Outcome:
-        """Return the outcome of the patients at the given rows."""
+        """Return the outcome of the patients in some rows."""
 
     @abstractmethod
     def strata(self, cohort: Cohort) -> NDArray[np.int64]:
-        """Return what splits keep in proportion, [n]."""
+        """Return the stratum of each patient, [n]; splits keep their proportions."""
 
     @abstractmethod
     def check_part(self, name: str, outcome: Outcome) -> None:
-        """Raise a ValueError unless a part of a split can serve: it has events, or classes."""
+        """Raise a ValueError unless a part of a split has the events or classes that it needs."""
 
     @abstractmethod
     def objective(self, goal: Goal, outcome: Outcome) -> Objective:
-        """Return what to train for, learned from the outcome of the training patients."""
+        """Return the objective, fitted to the outcome of the training patients."""
 
     @abstractmethod
     def outcome_table(self, cohort: Cohort) -> pd.DataFrame:
-        """Return outcome.csv: patient, then time and event, or label."""
+        """Return the content of outcome.csv: patient, then time and event, or label."""
 
     # Of a run
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Return what config.json says of the outcome: classes and unit."""
+        """Return the keys of config.json that describe the outcome: classes and unit."""
 
     @abstractmethod
     def predictions_table(self, predictions: Predictions) -> pd.DataFrame:
-        """Return predictions.csv: patient, then risk and S at the grid (s_0, ...), or p_CLASS."""
+        """Return the content of predictions.csv.
+
+        Columns: patient, then risk and S(t) at the times of the grid (s_0, s_1, ...), or p_CLASS.
+        """
 
     @abstractmethod
     def tested(
         self, tables: "RunTables", splits: Sequence[Mapping[str, Sequence[str]]]
     ) -> list[SurvivalFold] | list[ClassFold]:
-        """Return the test parts of a run for evaluation."""
+        """Return the test parts of a run for an evaluation."""
 
     @abstractmethod
     def evaluate(self, tested: Any, draws: int) -> dict[str, Any]:
         """Return the metrics of test parts."""
 
     @abstractmethod
-    def compare(self, mine: Any, theirs: Any, draws: int) -> Comparison:
-        """Return how much better one run predicts the same test parts than another."""
+    def compare(self, a: Any, b: Any, draws: int) -> Comparison:
+        """Return how much better run a predicts the same test parts than run b."""
 
     @abstractmethod
     def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> dict[str, NDArray[Any]]:
@@ -96,12 +99,12 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class RunTables:
-    """What a run folder holds of its test patients.
+    """The tables of a run folder from which test parts are made.
 
     Args:
-        outcome: index patient; time and event, or label.
-        predictions: patient, fold, then what `Task.predictions_table` gives.
-        facts: of every fold, `done.json`.
+        outcome: time and event, or label; the index is the patient.
+        predictions: patient, fold, then the columns of `Task.predictions_table`.
+        facts: the content of `done.json` of every fold.
     """
 
     outcome: pd.DataFrame
@@ -109,7 +112,7 @@ class RunTables:
     facts: Sequence[Mapping[str, Any]]
 
     def by_fold(self) -> Iterator[tuple[int, pd.DataFrame]]:
-        """Return the predictions of every fold that tested anybody."""
+        """Yield number and predictions of every fold with test patients."""
         for number, frame in self.predictions.groupby("fold"):
             yield int(str(number)), frame
 
@@ -123,7 +126,7 @@ class SurvivalTask(Task):
     """
 
     unit: str
-    word: ClassVar[str] = "survival"
+    outcome_name: ClassVar[str] = "survival"
     losses: ClassVar[tuple[str, ...]] = ("nll", "cox")
     baselines: ClassVar[tuple[str, ...]] = ("cox", "rsf")
     metrics: ClassVar[dict[str, str]] = {
@@ -193,14 +196,15 @@ class SurvivalTask(Task):
     def evaluate(self, tested: Any, draws: int) -> dict[str, Any]:
         return evaluate_survival(tested, draws=draws)
 
-    def compare(self, mine: Any, theirs: Any, draws: int) -> Comparison:
-        return compare_survival(mine, theirs, draws=draws)
+    def compare(self, a: Any, b: Any, draws: int) -> Comparison:
+        return compare_survival(a, b, draws=draws)
 
     def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> dict[str, NDArray[Any]]:
-        """Average risks in standard deviations of each fold's training patients, and curves.
+        """Average standardised risks and curves over the folds.
 
-        Risks of different folds have no common scale. Curves are taken at the times of the first
-        fold, and given at eight of them.
+        Risks of different folds have no common scale, so each is standardised by the risks of the
+        training patients of its fold. Curves are interpolated to the times of the first fold; the
+        table has every fourth of these 32 times.
         """
         grid = cast(SurvivalPredictions, folds[0][1]).grid
         risks, curves = [], []
@@ -210,10 +214,12 @@ class SurvivalTask(Task):
             risks.append((predictions.risk - fitted.scale.mean) / fitted.scale.sd)
             times = np.array([0.0, *predictions.grid])
             curves.append(np.stack([np.interp(grid, times, [1.0, *c]) for c in predictions.curves]))
-        every = slice(3, None, 4)
+        every_fourth = slice(3, None, 4)
         columns = {"risk": np.mean(risks, axis=0)}
-        for at, column in zip(grid[every], np.mean(curves, axis=0).T[every], strict=True):
-            columns[f"survival at {at:.4g} {self.unit}"] = column
+        for time, column in zip(
+            grid[every_fourth], np.mean(curves, axis=0).T[every_fourth], strict=True
+        ):
+            columns[f"survival at {time:.4g} {self.unit}"] = column
         return columns
 
 
@@ -222,11 +228,11 @@ class ClassTask(Task):
     """One of several classes.
 
     Args:
-        names: what the classes are called.
+        names: names of the classes.
     """
 
     names: tuple[str, ...]
-    word: ClassVar[str] = "classes"
+    outcome_name: ClassVar[str] = "classes"
     losses: ClassVar[tuple[str, ...]] = ("cross_entropy",)
     baselines: ClassVar[tuple[str, ...]] = ("logistic", "forest")
     metrics: ClassVar[dict[str, str]] = {
@@ -242,10 +248,10 @@ class ClassTask(Task):
         return cast(Classes, cohort.outcome).labels
 
     def check_part(self, name: str, outcome: Outcome) -> None:
-        seen = len(np.unique(outcome[0]))
-        if name == "train" and seen < len(self.names):
+        classes = len(np.unique(outcome[0]))
+        if name == "train" and classes < len(self.names):
             raise ValueError(f"its train part lacks a class; {CURE}")
-        if seen < 2:
+        if classes < 2:
             raise ValueError(f"its {name} part has one class only; {CURE}")
 
     def objective(self, goal: Goal, outcome: Outcome) -> Objective:
@@ -278,13 +284,15 @@ class ClassTask(Task):
     def evaluate(self, tested: Any, draws: int) -> dict[str, Any]:
         return evaluate_classes(tested, draws=draws)
 
-    def compare(self, mine: Any, theirs: Any, draws: int) -> Comparison:
-        return compare_classes(mine, theirs, draws=draws)
+    def compare(self, a: Any, b: Any, draws: int) -> Comparison:
+        return compare_classes(a, b, draws=draws)
 
     def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> dict[str, NDArray[Any]]:
         """Average the probabilities."""
-        every = [cast(ClassPredictions, predictions).probabilities for _, predictions in folds]
-        return self._columns(np.mean(every, axis=0))
+        probabilities = [
+            cast(ClassPredictions, predictions).probabilities for _, predictions in folds
+        ]
+        return self._columns(np.mean(probabilities, axis=0))
 
     def _columns(self, probabilities: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         return {
@@ -293,7 +301,7 @@ class ClassTask(Task):
 
 
 def task_of(cohort: Cohort) -> Task:
-    """Return what a model can be asked for on a cohort that has an outcome."""
+    """Return the task of a cohort, which must have an outcome."""
     if isinstance(cohort.outcome, Classes):
         return ClassTask(cohort.outcome.names)
     assert cohort.outcome is not None
@@ -301,7 +309,7 @@ def task_of(cohort: Cohort) -> Task:
 
 
 def task_of_config(config: Mapping[str, Any]) -> Task:
-    """Return what the model of a run was asked for."""
+    """Return the task of a run from its configuration."""
     if config["classes"] is not None:
         return ClassTask(tuple(config["classes"]))
     return SurvivalTask(config["unit"])

@@ -1,7 +1,8 @@
 """Train a model on every split of a cohort, and evaluate it out of fold.
 
-Each split's training part fits scaling, bins and weights, its validation part stops the training,
-its test part is predicted once. Every finished fold is on disk before the next one starts.
+In each split, scaling, time bins and weights are fitted on the training part, the validation part
+decides when the training stops, and the test part is predicted once. Every finished fold is on disk
+before the next one starts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from .fit import EachEpoch, FoldResult, build_block, build_network, fit_baseline
 from .fold import Fold
 from .folds import split_cohort
 from .join import merge_runs
-from .run import Job, carry_out, run_config
+from .run import RunSpec, execute_run, run_config
 from .run_folder import Run
 from .settings import BASELINES, MODELS, Settings, Splits
 from .task import task_of
@@ -28,9 +29,9 @@ class FitModel:
 
     Args:
         cohort: the patients.
-        modalities: those to use; a LegoBlock has one.
+        modalities: the modalities to use; one for a LegoBlock.
         model: healnet, block or a baseline.
-        settings: of the model; its training's seed is that of baselines too.
+        settings: of the model. The seed of the training is also that of a baseline.
     """
 
     cohort: Cohort
@@ -63,40 +64,40 @@ def train_run(
     Args:
         cohort: the patients.
         model: one of MODELS; "lego" trains a block per modality in `out/blocks` and merges them.
-        out: the run folder; continued if it holds the same run, unfinished.
-        modalities: those to use; None for all.
-        changes: settings that differ from the recipe.
-        splits: how to split, unless the cohort has split files.
+        out: the run folder. If it holds the same run, unfinished, that run is continued.
+        modalities: the modalities to use; None for all.
+        changes: settings that differ from the defaults.
+        splits: how to draw the splits; not used if the cohort has split files.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: settings or a cohort that do not serve, in one line.
+        ValueError: settings or a cohort that cannot be used, in one line.
     """
     splits = splits or Splits()
     if model not in MODELS:
         raise ValueError(f"--model: expected one of {', '.join(MODELS)}, got {model!r}")
-    names = _chosen(cohort, modalities)
+    names = _choose_modalities(cohort, modalities)
     settings = Settings.of(model, changes or {}, seed=splits.seed)
     _check_task(cohort, model, settings)
     folds = split_cohort(cohort, splits)
 
     def fit(kind: str, names: list[str], folder: Path) -> Run:
         config = run_config(cohort, kind, names, settings, command="train")
-        return carry_out(
-            Job(cohort, folds, config, folder), FitModel(cohort, names, kind, settings)
+        return execute_run(
+            RunSpec(cohort, folds, config, folder), FitModel(cohort, names, kind, settings)
         )
 
     if model != "lego":
         return fit(model, names, out)
     if not rank():
-        Run.check_free(out, "merge")  # before hours of training, not after them
+        Run.check_free(out, "merge")  # before hours of training, not after
     blocks = [fit("block", [name], out / "blocks" / name) for name in names]
     return merge_runs(blocks, out, cohort=cohort, command="train")
 
 
-def _chosen(cohort: Cohort, names: Sequence[str] | None) -> list[str]:
+def _choose_modalities(cohort: Cohort, names: Sequence[str] | None) -> list[str]:
     """Return the names of the modalities to use, in the cohort's order."""
     if names is None:
         names = list(cohort.modalities)
@@ -106,15 +107,15 @@ def _chosen(cohort: Cohort, names: Sequence[str] | None) -> list[str]:
             f"--modalities: expected some of {', '.join(cohort.modalities)}, got "
             f"{', '.join(unknown) or 'none'}"
         )
-    chosen = [name for name in cohort.modalities if name in names]
-    check_names("modalities", chosen)
-    return chosen
+    in_order = [name for name in cohort.modalities if name in names]
+    check_names("modalities", in_order)
+    return in_order
 
 
 def _check_task(cohort: Cohort, model: str, settings: Settings) -> None:
     task = task_of(cohort)
     if model in BASELINES and model not in task.baselines:
         raise ValueError(
-            f"--model: expected {' or '.join(task.baselines)} for {task.word}, got {model}"
+            f"--model: expected {' or '.join(task.baselines)} for {task.outcome_name}, got {model}"
         )
     settings.goal.check(task.losses)

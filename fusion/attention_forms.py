@@ -131,7 +131,7 @@ class AbsorbedKeys:
 
     Q K^T = (Q W_k) X^T and weights · V = (weights · X) W_v^T: the projections are applied to the C
     queries and to the C pooled tokens instead of to all N tokens. This takes more FLOP per layer
-    and less memory traffic, see docs/attention.md.
+    and less memory traffic, see docs/design/attention.md.
     """
 
     needs_queries = True

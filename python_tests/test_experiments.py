@@ -440,7 +440,7 @@ def test_baselines(tmp_path: Path) -> None:
 
     run = trained(cohort, "rsf", tmp_path / "rsf")
     assert run.tested()[0].curves.shape == (48, 32)
-    with pytest.raises(ValueError, match="keeps no model to predict with"):
+    with pytest.raises(ValueError, match="has no model to predict with"):
         experiments.predict_cohort(run, cohort)
 
     labels = Classes((cohort.outcome.times > 3000).astype(np.int64), ("early", "late"))
@@ -647,7 +647,7 @@ def test_half_written_runs_are_one_clear_line(
 
     (run / "folds" / "1" / "done.json").rename(files / "kept")
     for command in (evaluate, predict):
-        refused("half-written, fold 2 of 2 is not done", *command)
+        refused("incomplete, fold 2 of 2 is not done", *command)
     (files / "kept").rename(run / "folds" / "1" / "done.json")
 
     for name in ("model.safetensors", "fitted.json", "predictions.csv", "done.json"):
@@ -655,20 +655,20 @@ def test_half_written_runs_are_one_clear_line(
         kept = path.read_bytes()
         for broken in (kept[: len(kept) // 2], None):
             path.write_bytes(broken) if broken else path.unlink()
-            refused("half-written, fold 1 of 2 is not done", *predict)
+            refused("incomplete, fold 1 of 2 is not done", *predict)
         if name in ("model.safetensors", "fitted.json"):
             path.write_bytes(kept[:-9] + b"?" * 9)  # of the right size
             refused("corrupt", *predict)
         path.write_bytes(kept)
     outcome = (run / "outcome.csv").read_bytes()
     (run / "outcome.csv").write_bytes(outcome[: len(outcome) // 2])
-    refused("outcome.csv: half-written", *evaluate)
+    refused("outcome.csv: incomplete", *evaluate)
 
     (run / "metrics.json").write_text("{")
     (run / "splits.json").write_text("{")
     refused("corrupt, config.json or splits.json", *evaluate)
     (run / "splits.json").unlink()
-    refused("half-written, without", *evaluate)
+    refused("incomplete, without", *evaluate)
     (run / "splits.json").write_bytes(whole["splits.json"])
     assert cli.main(train) == 0  # the same command again mends what is missing
     assert content(run) == whole

@@ -269,10 +269,10 @@ def test_a_merge_overwrites_its_own_alone(folder: Path, capsys: pytest.CaptureFi
     )
     refused(
         lambda target: (target / "README.md").write_text("# Mine"),
-        "README.md' is there, and is no card of such a merge",
+        "README.md' exists, and is no card of such a merge",
     )
     refused(
-        lambda target: (target / "README.md").write_text(merge_card.OF_RUNS), "is no card of such"
+        lambda target: (target / "README.md").write_text(merge_card.RUN_MARK), "is no card of such"
     )
     (folder / "empty").mkdir()
     assert cli.main(["merge", str(folder / "recipe.yaml"), "--out", str(folder / "empty")]) == 0

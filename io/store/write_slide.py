@@ -23,7 +23,7 @@ from .format import FLAGS, VERSION, flag_counts, json_bytes, read_json
 
 ONE_CHUNK_BYTES, CHUNK_ROWS = 2**28, 65_536
 """An array of up to 256 MiB is one chunk, which readers map into memory; a larger one has chunks of
-65,536 rows. Both numbers are part of the format (docs/store-format.md)."""
+65,536 rows. Both numbers are part of the format (docs/reference/store-format.md)."""
 
 
 @dataclass(frozen=True)
