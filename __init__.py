@@ -1,7 +1,7 @@
 """motet fuses biomedical modalities (slides, omics, clinical data, time series) in one latent.
 
-HEALNet and MM-Lego, from the papers' equations. The names below are loaded when first used, so that
-`import motet` costs milliseconds and no torch.
+HEALNet and MM-Lego, from the papers' equations. The names below are loaded at their first use, so
+that `import motet` takes milliseconds and does not import torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""python -m motet."""
+"""Run the command `motet` as `python -m motet`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all: the one writer of everything that motet keeps."""
+"""Write files atomically: completely or not at all. All files that motet keeps are written here."""
 
 import os
 import secrets
@@ -9,19 +9,19 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
-    """Give a file to write, which takes the place of `path` when the block ends without an error.
+    """Yield a partial file to write; when the block ends without an error, it replaces `path`.
 
-    A reader sees the old content or the new, after a power failure too: the file is synced before
-    it is renamed, its folder afterwards.
+    A reader sees the old content or the new one, even after a power failure: the file is synced
+    before it is renamed, and its folder afterwards.
 
     Args:
         path: the file to write or to replace.
-        partial: where to write meanwhile, on the same file system, over what a killed process may
-            have left there; None for a hidden file beside `path` with a name of its own. It is
-            removed where the block raises.
+        partial: the partial file, on the same file system; an older one, left by a killed process,
+            is overwritten. None for a hidden file beside `path` with a random name. It is removed
+            if the block raises.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: the folder does not exist.
         OSError: the file cannot be written.
     """
     if not path.parent.is_dir():
@@ -30,10 +30,10 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
     if partial is None:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(partial, mode) as file:  # with the permissions that a new file gets
+        with open(partial, mode) as file:  # gives it the default permissions
             permissions = os.fstat(file.fileno()).st_mode
         yield partial
-        os.chmod(partial, permissions)  # safetensors makes what it writes private
+        os.chmod(partial, permissions)  # safetensors makes its files private
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
@@ -42,14 +42,14 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, line ends as they are."""
+    """Write a text file atomically; line ends are not changed."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
-    if os.name == "nt":  # Windows syncs no folder, and a file only where it may be written
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # Windows cannot sync folders, and files only if they are open for writing
         if path.is_dir():
             return
         file = os.open(path, os.O_RDWR)

@@ -1,5 +1,8 @@
-"""Checks of arguments that need no tensor; every error names the argument, what was expected and
-what came. Each returns the value, numbers as plain Python ones."""
+"""Checks of arguments that are not tensors.
+
+Every error names the argument, what was expected and what was passed. The functions return the
+value; numbers become Python ints and floats.
+"""
 
 import math
 import operator
@@ -8,14 +11,14 @@ from typing import Any
 
 
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raise unless `value` is one of `allowed`, type included."""
+    """Raise unless `value` is one of `allowed`, with the same type."""
     if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
         expected = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def integer(name: str, value: Any, low: int = 1) -> int:
-    """Return an integer of at least `low`, numpy's included, bools not."""
+    """Return an integer of at least `low`; numpy integers are accepted, bools are not."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -28,7 +31,7 @@ def integer(name: str, value: Any, low: int = 1) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """Return an int or a float; a bool is neither here."""
+    """Return an int or a float as a float; bools are not accepted."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: expected a number, got {value!r}")
     return float(value)

@@ -268,8 +268,8 @@ class Workloads:
             return self._graphs[contender.dtype]
         model, call = self._model_and_call(contender, settings)
         if contender.mode == "static graph":
-            return captured(lambda: workload.of(call, model))
-        return lambda: workload.of(call, model)
+            return captured(lambda: workload.run_model(call, model))
+        return lambda: workload.run_model(call, model)
 
     def timed(self, contender: Contender, settings: GridSettings) -> Callable[[], object]:
         """Return the function to time: a step includes Adam.
@@ -330,10 +330,10 @@ class Workloads:
         """Compare the authors' code with itself in float64: its weights differ from ours."""
         workload, model = self.workload(contender.dtype), self._their_model(settings)
         with self._without_dropout(model):
-            results = workload.of(self._their_call(model), model)
+            result = workload.run_model(self._their_call(model), model)
             wide = model.double()
-            exact = workload.widened().of(self._their_call(wide), wide)
-            return measure.relative_error(results, exact)
+            exact = workload.widened().run_model(self._their_call(wide), wide)
+            return measure.relative_error(result, exact)
 
     @contextmanager
     def _without_dropout(self, model: nn.Module) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What is typed and what is printed: the command `motet`, and what measures this machine."""
+"""The command `motet`: its options and its output; and measurements of this machine."""
 
 from .entry import main
 

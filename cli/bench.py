@@ -1,4 +1,4 @@
-"""`motet bench`: HEALNet on this machine, beside the literal equation and the machine's limits."""
+"""`motet bench`: time HEALNet, next to the literal equation and the limits of the machine."""
 
 import json
 import sys
@@ -33,8 +33,8 @@ from .measure import (
 
 
 def cells(device: str, *, quick: bool = False) -> list[Cell]:
-    """Return what `motet bench` measures, in pairs: logits, and a training step."""
-    bags, patches, ragged = (8, 15_000, RAGGED) if device == "cuda" else (4, 4000, FEWER)
+    """Return the cells of `motet bench`, in pairs: the logits, and a training step."""
+    bags, patches, ragged = (8, 15_000, RAGGED_GPU) if device == "cuda" else (4, 4000, RAGGED_CPU)
     width, names = 2048, list(CONFIGS)
     if quick:
         bags, patches, ragged, width, names = 2, 50, (1, 20, 60), 64, ["blca", "kirp"]
@@ -47,13 +47,14 @@ def cells(device: str, *, quick: bool = False) -> list[Cell]:
     ]
 
 
-# Ragged batches, log-uniform, about as many patches in all as the batches of one length.
-FEWER = (500, 1400, 3700, 10_400)
-RAGGED = (500, 991, 1963, 3891, 7711, 15_281, 30_283, 60_000)
+# Lengths of ragged batches: evenly spaced on a log scale, with about as many patches in all as the
+# batches of equal bags.
+RAGGED_CPU = (500, 1400, 3700, 10_400)
+RAGGED_GPU = (500, 991, 1963, 3891, 7711, 15_281, 30_283, 60_000)
 
 
 def shape_name(lengths: Sequence[int]) -> str:
-    """Return 8x15000, or "8 ragged"."""
+    """Return "8x15000" for equal bags, "8 ragged" for others."""
     bags = len(lengths)
     return f"{bags}x{lengths[0]}" if len(set(lengths)) == 1 else f"{bags} ragged"
 
@@ -61,18 +62,18 @@ def shape_name(lengths: Sequence[int]) -> str:
 def measure(
     cell: Cell, dtype: str, device: str, roofline: Roofline, *, quick: bool
 ) -> dict[str, Any]:
-    """Return a row of the table: errors, and where they are in bounds times and peak memory."""
-    gpu = device == "cuda"  # whose time is that of a graph, on tokens with known statistics
+    """Return a row of the table: errors and, if they are within bounds, times and peak memory."""
+    gpu = device == "cuda"  # a GPU runs graphs, on tokens with known statistics
     planned = cell.plan(dtype, device, graph=gpu, statistics=gpu)
-    own = cast(Strategy, planned.strategy)  # these cells have more than one token
-    row: dict[str, Any] = {"cell": cell.name, "dtype": dtype, "strategy": own}
+    strategy = cast(Strategy, planned.strategy)  # these cells have more than one token
+    row: dict[str, Any] = {"cell": cell.name, "dtype": dtype, "strategy": strategy}
     row["predicted_ms"] = 1e3 * planned.seconds
     try:
         row["error"], row["allowed_error"] = _errors(cell, dtype, device)
         if not row["error"]["motet"] <= row["allowed_error"]:
             return row | {"failed": f"error {row['error']['motet']:.1e} is out of bounds"}
         times, row["peak_mib"] = _times_and_peaks(cell, dtype, device, quick=quick)
-    except RuntimeError as error:  # no memory, above all
+    except RuntimeError as error:  # most often: out of memory
         return row | {"failed": " ".join(str(error).split())}
     row["ms"] = {name: timing._asdict() for name, timing in times.items()}
     row["ratio"] = times["reference"].median / times["motet"].median
@@ -81,18 +82,25 @@ def measure(
 
 
 def _contenders(work: Workload) -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
-    """Return what makes what is compared: on a GPU the graph of `motet train`, and eager mode."""
-    made = {"motet": lambda: work.run, "reference": lambda: partial(work.run, "reference")}
+    """Return functions that make the functions to compare.
+
+    On a GPU "motet" is the CUDA graph of `motet train`, and "eager" the same without a graph.
+    """
+    makers = {"motet": lambda: work.run, "reference": lambda: partial(work.run, "reference")}
     return (
-        made if work.device != "cuda" else {**made, "motet": work.graphed, "eager": made["motet"]}
+        makers
+        if work.device != "cuda"
+        else {**makers, "motet": work.graphed, "eager": makers["motet"]}
     )
 
 
 def _errors(cell: Cell, dtype: str, device: str) -> tuple[dict[str, float], float]:
-    """Return the errors, and what they may be; on a CPU, where float64 is slow, of short bags."""
+    """Return the errors and the largest allowed error; on a CPU of short bags: float64 is slow."""
     work = Workload(cell if device == "cuda" else cell.shortened(300), dtype, device)
     exact = work.exact()
-    errors = {who: relative_error(make()(), exact) for who, make in _contenders(work).items()}
+    errors = {
+        contender: relative_error(make()(), exact) for contender, make in _contenders(work).items()
+    }
     return errors, 2 * errors["reference"] + FLOOR[dtype]
 
 
@@ -103,19 +111,19 @@ def _times_and_peaks(
     runs: dict[str, Callable[[], list[Tensor]]] = {}
     peaks: dict[str, float] = {}
 
-    def begin(who: str, make: Callable[[], Callable[[], list[Tensor]]]) -> None:
-        runs[who] = make()  # a graph takes its memory here
-        runs[who]()
+    def begin(contender: str, make: Callable[[], Callable[[], list[Tensor]]]) -> None:
+        runs[contender] = make()  # a graph allocates its memory here
+        runs[contender]()
 
-    for who, make in _contenders(work).items():
+    for contender, make in _contenders(work).items():
         if device == "cuda":
-            peaks[who] = cuda_peak(partial(begin, who, make), work.tokens)
+            peaks[contender] = cuda_peak(partial(begin, contender, make), work.tokens)
         else:
-            begin(who, make)
+            begin(contender, make)
     times = in_turns(runs, device, rounds=rounds)
     if device == "cuda":
         return times, peaks
-    if sys.platform == "win32":  # which does not say
+    if sys.platform == "win32":  # which does not report peak memory
         return times, {}
     runs.clear()
     del work
@@ -126,7 +134,7 @@ def _times_and_peaks(
 
 
 def _memory_of(cell: Cell, dtype: str, strategy: Strategy | None) -> float:
-    """Return the growth by a batch and a run on it, after a small one that loads the libraries."""
+    """Return the growth of memory by a batch and a run on it; a small run loads libraries first."""
     Workload(cell.shortened(16), dtype, "cpu").run(strategy)
     return growth(lambda: Workload(cell, dtype, "cpu").run(strategy))
 
@@ -139,20 +147,24 @@ def main(
     quick: bool = False,
     json_to: str | None = None,
 ) -> int:
-    """Measure and print; return 1 if something failed or was too wrong to be timed."""
-    chosen = choose_device(device, threads)
+    """Measure and print; return 1 if something failed or had an error out of bounds."""
+    device_name = choose_device(device, threads)
     path = None if json_to in (None, "-") else Path(cast(str, json_to))
     check_folder("--json", path)
-    shown = sys.stderr if json_to == "-" else sys.stdout
-    facts = about(chosen)
-    print(_header(facts), file=shown)
-    roofline = measure_roofline(chosen, quick=quick)
-    print(f"{roofline}\n{_EXPLAINED[chosen]}\n\n{_titles(chosen)}", file=shown, flush=True)
+    table_file = sys.stderr if json_to == "-" else sys.stdout
+    facts = about(device_name)
+    print(_header(facts), file=table_file)
+    roofline = measure_roofline(device_name, quick=quick)
+    print(
+        f"{roofline}\n{_EXPLAINED[device_name]}\n\n{_titles(device_name)}",
+        file=table_file,
+        flush=True,
+    )
     rows = []
-    for cell in cells(chosen, quick=quick):
+    for cell in cells(device_name, quick=quick):
         for name in DTYPES if dtype is None else (dtype,):
-            rows.append(measure(cell, name, chosen, roofline, quick=quick))
-            _show(rows[-1], chosen, shown)
+            rows.append(measure(cell, name, device_name, roofline, quick=quick))
+            _show(rows[-1], device_name, table_file)
     text = json.dumps(
         {**facts, "quick": quick, "roofline": roofline._asdict(), "rows": rows}, indent=1
     )
@@ -174,17 +186,17 @@ def _header(facts: Mapping[str, Any]) -> str:
 _EXPLAINED = {
     device: (
         "ms: median (quartiles), in turns with the reference, the literal equation in torch"
-        f"{more}; x: reference / ms.\nroof: share of what was measured above, for tokens read "
-        f"once (twice in a step) and the strategy's FLOP.\nMiB: {memory}, data included.\n"
-        f"error: norm of logits or gradients against float64, relative{short}; no time where it is "
-        "too large."
+        f"{more}.\nx: reference ms / ms. roofline: least possible time / ms, from the rates above, "
+        "for\ntokens that are read once (twice in a step) and the FLOP of the strategy.\n"
+        f"MiB: {memory}, data included.\nerror: relative error of logits or gradients against "
+        f"float64, as a norm{short};\nif it is too large, nothing is timed."
     )
     for device, memory, more, short in (
-        ("cpu", "peak resident memory of a fresh process, growth", "", ", on short bags"),
+        ("cpu", "growth of the peak resident memory of a fresh process", "", ", of short bags"),
         (
             "cuda",
             "peak of torch's allocations on the GPU",
-            ", and with eager mode; ms is that of a CUDA graph, copy of the batch included",
+            ",\nand with eager mode; ms is the time of a CUDA graph, copy of the batch included",
             "",
         ),
     )
@@ -192,23 +204,23 @@ _EXPLAINED = {
 
 
 def _columns(device: str) -> dict[str, tuple[int, Callable[[Mapping[str, Any]], str]]]:
-    """Return title to width and text of the columns."""
+    """Return the columns of the table: title to width and function that makes the text."""
 
-    def time_of(who: str) -> tuple[int, Callable[[Mapping[str, Any]], str]]:
-        return 24, lambda row: str(Timing(**row["ms"][who]))
+    def make_time_column(contender: str) -> tuple[int, Callable[[Mapping[str, Any]], str]]:
+        return 24, lambda row: str(Timing(**row["ms"][contender]))
 
-    def peak_of(who: str) -> Callable[[Mapping[str, Any]], str]:
-        return lambda row: f"{row['peak_mib'][who]:.0f}" if row["peak_mib"] else "-"
+    def make_peak_text(contender: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda row: f"{row['peak_mib'][contender]:.0f}" if row["peak_mib"] else "-"
 
     return {
-        "ms": time_of("motet"),
-        **({"eager ms": time_of("eager")} if device == "cuda" else {}),
-        "reference ms": time_of("reference"),
+        "ms": make_time_column("motet"),
+        **({"eager ms": make_time_column("eager")} if device == "cuda" else {}),
+        "reference ms": make_time_column("reference"),
         "x": (6, lambda row: f"{row['ratio']:.2f}"),
         "predicted ms": (13, lambda row: figures(row["predicted_ms"])),
         "roofline": (8, lambda row: f"{row['roofline_share']:.0%}"),
-        "MiB": (8, peak_of("motet")),
-        "reference MiB": (13, peak_of("reference")),
+        "MiB": (8, make_peak_text("motet")),
+        "reference MiB": (13, make_peak_text("reference")),
         "error": (8, lambda row: f"{row['error']['motet']:.0e}"),
         "reference error": (15, lambda row: f"{row['error']['reference']:.0e}"),
     }

@@ -1,8 +1,9 @@
-"""`motet demo`: both systems on real patients, end to end, beside a linear model.
+"""`motet demo`: both systems on real patients, from data to report, next to a linear model.
 
-198 breast cancers that ship with scikit-survival, two modalities, five patient-level splits that
-test each patient once. It types what a user would: train, merge, fuse, evaluate. Then real tissue,
-which ships with scikit-image, becomes a slide, and the slide a feature store.
+The data are 198 patients with breast cancer from scikit-survival, with two modalities and five
+splits by patient, so that each patient is tested once. The demo trains, merges, fuses and evaluates
+as a user would. Then an image of real tissue from scikit-image is written as a slide, and the slide
+is tiled into a feature store.
 """
 
 import csv
@@ -22,9 +23,9 @@ MISSING = "HEALNet, half miss genes"
 
 
 def run(out: Path, *, epochs: int | None = None, folds: int = 5) -> dict[str, Run]:
-    """Train and evaluate all models; print the table, write runs, pictures and a table to `out`.
+    """Train and evaluate all models; print a table; write runs, plots and results.csv to `out`.
 
-    Epochs are those of the recipes unless given.
+    If `epochs` is None, every model trains for its default number of epochs.
     """
     cohort = load_cohort("breast_cancer")
     outcome = cohort.outcome
@@ -68,7 +69,7 @@ def _train(
 
 
 def _without_genes(cohort: Cohort) -> Cohort:
-    """Take the genes from every second patient."""
+    """Return the cohort with the genes of every second patient missing."""
     genes = cohort.modalities["genes"]
     assert isinstance(genes, pd.DataFrame)
     halved = genes.copy()
@@ -87,9 +88,9 @@ def _report(runs: dict[str, Run], outcome: Survival, out: Path) -> None:
     for name, c, low, high, seconds, parameters in rows:
         print(f"{name:26}{c:8.3f}  {low:.3f} to {high:.3f} {seconds:8.1f}{parameters:12,}")
     print(
-        f"\nOut of fold: {len(outcome.times)} patients, each tested once; pairs within a fold "
-        f"only. With {int(outcome.events.sum())} events\nthe intervals are wide: differences "
-        "inside them are no evidence either way."
+        f"\nOut of fold: {len(outcome.times)} patients, each tested once; only pairs within a "
+        f"fold count.\nWith {int(outcome.events.sum())} events the intervals are wide: a smaller "
+        "difference is no evidence."
     )
     with open(out / "results.csv", "w", newline="") as file:
         header = ["model", "c_index", "ci_low", "ci_high", "seconds", "parameters"]
@@ -100,7 +101,7 @@ def _report(runs: dict[str, Run], outcome: Survival, out: Path) -> None:
 
 
 def _plot_groups(run: Run, path: Path) -> None:
-    """Kaplan-Meier curves of the patients above and below their training part's median risk."""
+    """Plot Kaplan-Meier curves of patients above and below the median risk of the training part."""
     from matplotlib.figure import Figure
     from sksurv.nonparametric import kaplan_meier_estimator
 
@@ -111,22 +112,22 @@ def _plot_groups(run: Run, path: Path) -> None:
     p = experiments.read_metrics(run)["risk_groups"]["log_rank_p"]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    # Beyond the time at which ten patients of a group are left, a curve shows little but chance.
+    # The curves end when ten patients of a group are left: beyond that they show mostly chance.
     end = min(np.sort(all_times[high == group])[-10] for group in (False, True)) / 365.25
     for group, colour, label in ((False, "#2b6cb0", "low risk"), (True, "#c53030", "high risk")):
         rows = high == group
         estimate: Any = kaplan_meier_estimator(
             all_events[rows], all_times[rows], conf_type="log-log"
         )
-        # Everyone is free of the event at time 0, where the estimate does not begin by itself.
+        # At time 0 no patient has had the event; the estimate begins later.
         times, survival = np.append(0.0, estimate[0]), np.append(1.0, estimate[1])
         interval = np.column_stack([[1.0, 1.0], estimate[2]])
         years = times / 365.25
         axes.step(years, survival, where="post", color=colour, label=f"{label} (n = {rows.sum()})")
         axes.fill_between(years, *interval, step="post", color=colour, alpha=0.15, linewidth=0)
         censored = np.flatnonzero(rows & ~all_events)
-        at = np.searchsorted(times, all_times[censored], side="right") - 1
-        axes.plot(all_times[censored] / 365.25, survival[at], "|", color=colour, markersize=5)
+        steps = np.searchsorted(times, all_times[censored], side="right") - 1
+        axes.plot(all_times[censored] / 365.25, survival[steps], "|", color=colour, markersize=5)
     axes.set(
         xlabel="years", ylabel="free of distant metastasis", ylim=(0, 1.02), xlim=(0, end),
         title=f"HEALNet, out of fold, split at the median training risk (log-rank p = {p:.2g})",
@@ -138,7 +139,7 @@ def _plot_groups(run: Run, path: Path) -> None:
 
 
 def _plot_histories(runs: dict[str, Run], path: Path) -> None:
-    """Training and validation losses of every trained model, one line per fold."""
+    """Plot training and validation losses of every trained model, one line per fold."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -171,7 +172,7 @@ def _plot_histories(runs: dict[str, Run], path: Path) -> None:
 
 
 def tile(out: Path) -> None:
-    """Write a slide of real tissue, tile it, and draw what was kept."""
+    """Write a slide of real tissue, tile it, and write the report of the store."""
     from ..io import FeatureStore, tile_slides
     from ..io.tiling.quality import write_report
 
@@ -180,10 +181,10 @@ def tile(out: Path) -> None:
     try:
         _write_slide(slide)
     except ImportError as error:
-        print(f"\nSlides left out ({error}): pip install 'motet[wsi]'")
+        print(f"\nSlides skipped ({error}): pip install 'motet[wsi]'")
         return
     started = time.perf_counter()
-    # The magnification of the picture is not known, so that the patches are of its own pixels.
+    # The resolution of the image is unknown, so patches have its pixels (downsample=1).
     tiled = tile_slides(slide, out / "store", encoder="stain-stats", downsample=1, tile_px=128)
     seconds = time.perf_counter() - started
     assert not tiled.failed
@@ -201,12 +202,12 @@ def tile(out: Path) -> None:
 
 
 def _write_slide(path: Path) -> None:
-    """Repeat scikit-image's picture, mirrored, inside an ellipse on glass, as a pyramid."""
+    """Write a pyramidal TIFF: mirrored copies of scikit-image's image in an ellipse on glass."""
     import tifffile
     from skimage.data import immunohistochemistry
 
-    picture = immunohistochemistry()
-    row = np.concatenate([picture, picture[:, ::-1], picture, picture[:, ::-1]], axis=1)
+    image = immunohistochemistry()
+    row = np.concatenate([image, image[:, ::-1], image, image[:, ::-1]], axis=1)
     tissue = np.concatenate([row, row[::-1], row], axis=0)
     height, width = tissue.shape[:2]
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
@@ -222,7 +223,7 @@ def _write_slide(path: Path) -> None:
 
 
 def main(out: Path) -> int:
-    """Run the demonstration; return the exit code."""
+    """Run the demo; return the exit code."""
     started = time.perf_counter()
     run(out)
     tile(out / "slides")

@@ -1,4 +1,4 @@
-"""`motet doctor`: what motet needs, what makes it faster, and the cure for what is missing."""
+"""`motet doctor`: check the installation, and name the cure for everything that is missing."""
 
 import argparse
 import json
@@ -19,14 +19,14 @@ class Check(NamedTuple):
 
     name: str
     state: str
-    """ok, missing or off."""
+    """ok; missing; or off, if motet works without it."""
     detail: str
     cure: str = ""
     needed: bool = False
-    """Whether motet does not work without it."""
+    """Whether motet needs it to work at all."""
 
 
-# Distribution and the oldest version that motet works with, as in pyproject.toml.
+# Package and the oldest version that motet works with, as in pyproject.toml.
 REQUIRED = (
     ("numpy", "2"),
     ("pandas", "3"),
@@ -47,18 +47,18 @@ REQUIRED = (
     ("lightning", "2.6.6"),
     ("torch", "2.10"),
 )
-# Distribution, what is not there without it, and the cure.
+# Package, what it is needed for, and the cure.
 WSI = "pip install 'motet[wsi]'"
 OPTIONAL = (
     ("POT", "for heads merged by optimal transport", "pip install POT"),
-    ("tifffile", "for slides in TIFF, and the checks before other readers", WSI),
+    ("tifffile", "for slides in TIFF, and to check them for the other readers", WSI),
     ("imagecodecs", "for compressed TIFF", WSI),
-    ("openslide-python", "for slides of scanners' own formats", WSI),
+    ("openslide-python", "for slides in the formats of scanners", WSI),
     ("scikit-image", "for tissue masks", WSI),
     ("h5py", "for features of TRIDENT and CLAM", WSI),
     (
         "cucim-cu13",
-        "for tiles 8 times as fast as OpenSlide's; on Linux",
+        "for reading tiles 8 times as fast as with OpenSlide; Linux only",
         "with a GPU: pip install 'motet[cucim]'; without: pip install --no-deps cucim-cu13 and "
         "pip install click lazy-loader",
     ),
@@ -72,13 +72,15 @@ OPTIONAL = (
 
 def add_doctor(commands: Commands) -> None:
     """Add `motet doctor`."""
-    doctor = commands.add_parser("doctor", help="say what is built, what is missing, and the cure")
+    doctor = commands.add_parser(
+        "doctor", help="check the installation, and say how to get what is missing"
+    )
     add_json(doctor)
     doctor.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    checks = _checks()
+    checks = _run_checks()
     if options.json:
         print(json.dumps([check._asdict() for check in checks], indent=2))
     else:
@@ -90,36 +92,38 @@ def _doctor(options: argparse.Namespace) -> int:
     return 1 if any(check.state == "missing" and check.needed for check in checks) else 0
 
 
-def _checks() -> list[Check]:
-    """Look at what motet needs and what makes it faster."""
+def _run_checks() -> list[Check]:
+    """Check what motet needs and what makes it faster."""
     checks = [
         Check("motet", "ok", f"{installed_version('motet')} in {Path(__file__).parents[1]}"),
         Check("python", "ok", f"{platform.python_version()}, {os.cpu_count()} cores"),
     ]
     for package, floor in REQUIRED:
-        found = installed_version(package)
+        installed = installed_version(package)
         cure = f"pip install '{package}>={floor}'"
-        if not found:
+        if not installed:
             checks.append(Check(package, "missing", "not installed", cure, needed=True))
-        elif _numbers(found) < _numbers(floor):
-            checks.append(Check(package, "missing", f"{found} is older than {floor}", cure, True))
+        elif _version_numbers(installed) < _version_numbers(floor):
+            checks.append(
+                Check(package, "missing", f"{installed} is older than {floor}", cure, True)
+            )
         else:
-            checks.append(Check(package, "ok", found))
+            checks.append(Check(package, "ok", installed))
     try:
         torch = import_module("torch")
-    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+    except (ImportError, OSError) as error:  # OSError: a shared library cannot be loaded
         cure = "reinstall torch: https://pytorch.org/get-started"
         return [*checks, Check("torch import", "missing", str(error), cure, needed=True)]
-    checks += [_native_check(), _gpu_check(torch), _triton_check(torch)]
-    return [*checks, *(_optional_check(*optional) for optional in OPTIONAL)]
+    checks += [_check_native(), _check_gpu(torch), _check_triton(torch)]
+    return [*checks, *(_check_optional(*optional) for optional in OPTIONAL)]
 
 
-def _optional_check(package: str, purpose: str, cure: str) -> Check:
-    found = installed_version(package)
-    return Check(package, "ok", found) if found else Check(package, "off", purpose, cure)
+def _check_optional(package: str, purpose: str, cure: str) -> Check:
+    installed = installed_version(package)
+    return Check(package, "ok", installed) if installed else Check(package, "off", purpose, cure)
 
 
-def _native_check() -> Check:
+def _check_native() -> Check:
     from ..io import native as native_io
     from ..kernels import native
 
@@ -132,7 +136,7 @@ def _native_check() -> Check:
     return Check("C++ modules", "missing", slower, cure)
 
 
-def _gpu_check(torch) -> Check:
+def _check_gpu(torch) -> Check:
     if torch.cuda.is_available():
         return Check("GPU", "ok", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     if torch.version.cuda is None:
@@ -141,25 +145,25 @@ def _gpu_check(torch) -> Check:
     return Check("GPU", "off", f"torch is built for CUDA {torch.version.cuda}, no device found")
 
 
-def _triton_check(torch) -> Check:
-    found = installed_version("triton")
-    if found and _numbers(found) >= (3, 6):
-        return Check("triton", "ok", found)
-    why = f"{found} is older than 3.6" if found else "not installed"
+def _check_triton(torch) -> Check:
+    installed = installed_version("triton")
+    if installed and _version_numbers(installed) >= (3, 6):
+        return Check("triton", "ok", installed)
+    reason = f"{installed} is older than 3.6" if installed else "not installed"
     if not torch.cuda.is_available():
-        return Check("triton", "off", f"{why}; the kernels are for GPUs")
+        return Check("triton", "off", f"{reason}; the kernels are for GPUs")
     return Check(
-        "triton", "missing", f"{why}; attention runs in torch, slower", "pip install triton"
+        "triton", "missing", f"{reason}; attention runs in torch, slower", "pip install triton"
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: (2, 13, 0) of 2.13.0+cpu."""
+def _version_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version: (2, 13, 0) for 2.13.0+cpu."""
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
 
 
 def installed_version(package: str) -> str:
-    """Return the version of a distribution, "" where it is not installed."""
+    """Return the version of a package, "" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The command `motet`: which commands there are, and how their errors are told."""
+"""The command `motet`: its subcommands, and how their errors are printed."""
 
 import argparse
 import sys
@@ -18,11 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        again = "; the same command goes on where it stopped" if hasattr(options, "out") else ""
-        print(f"motet {options.command}: interrupted{again}", file=sys.stderr)
+        note = "; give the same command again to continue" if hasattr(options, "out") else ""
+        print(f"motet {options.command}: interrupted{note}", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
-        # Bad input: the loaders, checks and models say in one line what is wrong with it.
+        # Bad input: the message of the exception says what is wrong, in one line.
         message = " ".join(str(error).split())
         print(f"motet {options.command}: {message}", file=sys.stderr)
         return 2
@@ -43,27 +43,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Demonstration and benchmark load torch: what they run is imported when it is asked for.
+# The demo and the benchmark need torch, which takes seconds to import. So they are imported only
+# when they run.
 
 
 def _add_demo(commands: Commands) -> None:
-    demo = commands.add_parser("demo", help="train both systems on real patients, with a report")
-    add_out(demo, "where to write tables and pictures", default=Path("runs/demo"))
+    demo = commands.add_parser(
+        "demo", help="train HEALNet and MM-Lego on real patients, and report"
+    )
+    add_out(demo, "folder for runs, tables and pictures", default=Path("runs/demo"))
     demo.set_defaults(run=_demo)
 
 
 def _add_bench(commands: Commands) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time HEALNet on this machine, beside the literal equation and the machine's limits",
+        help="time HEALNet here, next to the literal equation and the limits of the machine",
     )
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is)")
-    bench.add_argument("--dtype", choices=("fp32", "bf16"), help="(default: both)")
-    bench.add_argument("--threads", type=int, metavar="N", help="of torch (default: its own)")
-    bench.add_argument("--quick", action="store_true", help="sizes that only show that it works")
     bench.add_argument(
-        "--json", metavar="FILE", help="write the figures too; - prints them instead of the table"
+        "--device", choices=("cpu", "cuda"), help="device to measure (default: cuda if available)"
     )
+    bench.add_argument("--dtype", choices=("fp32", "bf16"), help="precision (default: both)")
+    bench.add_argument(
+        "--threads", type=int, metavar="N", help="number of CPU threads (default: as torch sets it)"
+    )
+    bench.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to try the command; times mean nothing"
+    )
+    bench.add_argument(
+        "--json", metavar="FILE",
+        help="also write the figures to FILE as JSON; with - print them instead of the table",
+    )  # fmt: skip
     bench.set_defaults(run=_bench)
 
 

@@ -1,6 +1,6 @@
-"""What measures this machine: contenders in turns, peak memory, errors against float64, its limits.
+"""Measure times, peak memory, errors against float64, and the limits of this machine.
 
-For `motet bench`, and for the scripts in benchmarks/.
+For `motet bench` and for the scripts in benchmarks/.
 """
 
 import copy
@@ -37,13 +37,13 @@ from ..kernels.chips import Chip
 from ..kernels.plan import Plan, Strategy, plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# An error may be twice that of the reference in the same dtype, and this: of a norm, relative.
+# An error (relative, of norms) may be twice that of the reference in the same dtype + this floor.
 FLOOR = {name: _error_floors.MODEL[str(dtype).split(".")[1]] for name, dtype in DTYPES.items()}
 MIB = 2**20
 
 
 class Config(NamedTuple):
-    """HEALNet as tuned for one cohort; 8 heads as in the paper, 1 as released."""
+    """The sizes of HEALNet tuned for one cohort; 8 heads as in the paper, 1 as in the release."""
 
     latents: int
     latent_dim: int
@@ -61,19 +61,19 @@ CONFIGS = {
 
 
 class Cell(NamedTuple):
-    """HEALNet on a batch of slides: the logits, or the gradients of all parameters."""
+    """What is measured: HEALNet on a batch of slides, its logits or the gradients."""
 
     name: str
     config: Config
     lengths: tuple[int, ...]
-    """Patches of each bag."""
+    """Number of patches of each bag."""
     step: bool
     """False for the logits, True for the gradients of a training step."""
     width: int = 2048
     dropout: float = 0.0
 
     def shortened(self, tokens: int) -> "Cell":
-        """Return the cell with short bags and without dropout, whose error can be taken."""
+        """Return the cell with shorter bags and without dropout, to compute its error."""
         return self._replace(lengths=tuple(min(n, tokens) for n in self.lengths), dropout=0.0)
 
     def plan(
@@ -84,7 +84,7 @@ class Cell(NamedTuple):
         graph: bool = False,
         statistics: bool = False,
     ) -> Plan:
-        """Return what HEALNet plans for this batch, on tokens of known statistics or others."""
+        """Return the plan of HEALNet for this batch; arguments as of `kernels.plan`."""
         return plan(
             sum(self.lengths),
             self.width,
@@ -103,7 +103,7 @@ class Cell(NamedTuple):
 
 
 class Workload:
-    """A cell's model and batch; half precision as autocast does it, on tokens that are half too."""
+    """The model and the batch of a cell; bf16 means autocast, on tokens in bfloat16."""
 
     def __init__(self, cell: Cell, dtype: str, device: str) -> None:
         torch.manual_seed(0)
@@ -121,17 +121,17 @@ class Workload:
         ).to(device)
         self.offsets = torch.tensor([0, *cell.lengths], device=device).cumsum(0)
         shape = (sum(cell.lengths), cell.width)
-        own = torch.Generator(device).manual_seed(0)  # torch's may be held by a failed CUDA graph
-        self.tokens = torch.randn(shape, generator=own, dtype=DTYPES[dtype], device=device)
+        generator = torch.Generator(device).manual_seed(0)  # a failed CUDA graph may block torch's
+        self.tokens = torch.randn(shape, generator=generator, dtype=DTYPES[dtype], device=device)
 
     def run(self, strategy: Strategy | None = None, backend: Backend = "auto") -> list[Tensor]:
         """Return the logits, or the gradients of all parameters."""
-        return self.of(
+        return self.run_model(
             lambda x: self.model({"wsi": x}, strategy=strategy, backend=backend), self.model
         )
 
-    def of(self, call: Callable[[Tensor], Any], model: torch.nn.Module) -> list[Tensor]:
-        """Return the same of any model that takes the bags."""
+    def run_model(self, call: Callable[[Tensor], Any], model: torch.nn.Module) -> list[Tensor]:
+        """Return the same for any model: `call` maps the bags to logits of `model`."""
         half = self.dtype != "fp32"
         with (
             torch.autocast(self.device, torch.bfloat16, enabled=half),
@@ -144,13 +144,14 @@ class Workload:
         return list(torch.autograd.grad(squares(logits, {}), parameters))
 
     def graphed(self) -> Callable[[], list[Tensor]]:
-        """Return what does the same as one CUDA graph, as `motet train` does on a GPU.
+        """Return a function that does the same as one CUDA graph, as `motet train` does on a GPU.
 
-        The batch is copied to where the graph reads it; the statistics of its tokens are known.
-        Sizes are captured when they come a second time, which is here.
+        Its time includes the copy of the batch into the static tensors; the statistics of the
+        tokens are known. The second call with the same sizes captures the graph, so two calls are
+        made here.
 
         Raises:
-            RuntimeError: there is no graph, so that eager mode would be measured in its name.
+            RuntimeError: nothing was captured; eager mode would be measured instead.
         """
         inputs, options = (batch := batch_of(self.tokens, self.offsets)).arguments()
         autocast = None if self.dtype == "fp32" else torch.bfloat16
@@ -177,18 +178,18 @@ class Workload:
         return run
 
     def bags(self, tokens: Tensor) -> Tensor:
-        """Return tokens [T, D] as [B, N, D], jagged where lengths differ."""
+        """Return tokens [T, D] as [B, N, D], jagged if lengths differ."""
         lengths = self.cell.lengths
         if len(set(lengths)) == 1:
             return tokens.unflatten(0, (len(lengths), -1))
         return jagged(tokens, self.offsets)
 
     def exact(self) -> list[Tensor]:
-        """Return the literal equation's results in float64."""
+        """Return the results of the literal equation in float64."""
         return self.widened().run("reference", "eager")
 
     def widened(self) -> "Workload":
-        """Return the same in float64."""
+        """Return the same workload in float64."""
         wide = copy.copy(self)
         wide.dtype, wide.tokens = "fp32", self.tokens.double()  # "fp32": no autocast
         wide.model = copy.deepcopy(self.model).double()
@@ -196,25 +197,25 @@ class Workload:
 
 
 def batch_of(values: Tensor, offsets: Tensor) -> PatientBatch:
-    """Return bags as the loader of `motet train` hands them out on a GPU, with statistics."""
+    """Return bags as the batches of `motet train` on a GPU are, with statistics of the tokens."""
     statistics = Ragged(token_statistics(values), offsets)
     return PatientBatch({"wsi": Ragged(values, offsets)}, {}, {}, {}, {"wsi": statistics})
 
 
 def squares(logits: Tensor, target: Mapping[str, Tensor]) -> Tensor:
-    """A loss that needs no target."""
+    """Return the sum of squares of the logits: a loss without targets."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).square().sum()
 
 
 def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Return ‖results - exact‖ / ‖exact‖ over all tensors together."""
     pairs = list(zip(results, exact, strict=True))
-    missed = math.hypot(*[(a.to(b.dtype) - b).norm().item() for a, b in pairs])
-    return missed / math.hypot(*[b.norm().item() for _, b in pairs])
+    difference = math.hypot(*[(a.to(b.dtype) - b).norm().item() for a, b in pairs])
+    return difference / math.hypot(*[b.norm().item() for _, b in pairs])
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one contender."""
+    """The times of one contender, in milliseconds."""
 
     median: float
     low: float
@@ -235,19 +236,19 @@ def in_turns(
     seconds: float = 6.0,
     before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time contenders one after the other, round after round, so that all see the same machine.
+    """Time contenders in turns, round after round, so that changes of the machine affect all alike.
 
     Args:
-        contenders: name to what is timed; each runs once untimed first.
-        device: "cpu" or "cuda". On CUDA events are taken, with the cache emptied before each.
-        rounds: at most so many.
-        seconds: no further round after so many seconds and three rounds.
-        before: runs before each round, untimed, such as to draw fresh data.
+        contenders: name to the function that is timed; each runs once before, untimed.
+        device: "cpu" or "cuda". On CUDA, times come from events, and the cache is emptied before.
+        rounds: largest number of rounds.
+        seconds: after this time and at least three rounds, no further round begins.
+        before: called before each round, untimed, for example to draw new data.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
-    watch = _cuda_watch() if device == "cuda" else _watch
+    time_ms = _make_cuda_timer() if device == "cuda" else _time_ms
     started = time.perf_counter()
     for count in range(rounds):
         if count >= 3 and time.perf_counter() - started > seconds:
@@ -255,7 +256,7 @@ def in_turns(
         if before is not None:
             before()
         for name, run in contenders.items():
-            samples[name].append(watch(run))
+            samples[name].append(time_ms(run))
     quartiles = {name: statistics.quantiles(times, n=4) for name, times in samples.items()}
     return {
         name: Timing(middle, low, high, len(samples[name]))
@@ -263,16 +264,16 @@ def in_turns(
     }
 
 
-def _watch(run: Callable[[], object]) -> float:
+def _time_ms(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - started)
 
 
-def _cuda_watch() -> Callable[[Callable[[], object]], float]:
-    cache = torch.empty(128 * MIB, dtype=torch.int8, device="cuda")  # more than any L2
+def _make_cuda_timer() -> Callable[[Callable[[], object]], float]:
+    cache = torch.empty(128 * MIB, dtype=torch.int8, device="cuda")  # larger than any L2 cache
 
-    def watch(run: Callable[[], object]) -> float:
+    def time_ms(run: Callable[[], object]) -> float:
         cache.zero_()
         torch.cuda.synchronize()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -282,24 +283,24 @@ def _cuda_watch() -> Callable[[Callable[[], object]], float]:
         stop.synchronize()
         return start.elapsed_time(stop)
 
-    return watch
+    return time_ms
 
 
 def cuda_peak(run: Callable[[], object], data: Tensor) -> float:
-    """Return the MiB that a run needs at its peak on the GPU, its data included."""
+    """Return the peak memory of a run on the GPU in MiB, data included."""
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - held + data.nbytes) / MIB
+    return (torch.cuda.max_memory_allocated() - allocated + data.nbytes) / MIB
 
 
 def in_child(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return function(*arguments), computed in a process that has done nothing before.
+    """Return function(*arguments), computed in a fresh process.
 
     Raises:
-        BrokenProcessPool: the process was killed, as it is where memory does not suffice.
+        BrokenProcessPool: the process was killed, for example for lack of memory.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["motet.cli.measure"])
@@ -313,10 +314,10 @@ def _with_threads(threads: int, function: Callable[..., Any], arguments: tuple[A
 
 
 def growth(run: Callable[[], object]) -> float:
-    """Return by how many MiB the peak of this process's resident memory grows by a run."""
+    """Return by how many MiB a run increases the peak resident memory of this process."""
     import resource
 
-    unit = MIB if sys.platform == "darwin" else 2**10  # of ru_maxrss in a MiB
+    unit = MIB if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes, or in KiB
 
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -327,7 +328,7 @@ def growth(run: Callable[[], object]) -> float:
 
 
 class Roofline(NamedTuple):
-    """What the device does at most, measured."""
+    """The highest rates of the device, measured."""
 
     read: float
     """Bytes/s of a sum."""
@@ -337,9 +338,9 @@ class Roofline(NamedTuple):
     """FLOP/s of a square product, by dtype."""
 
     def seconds(self, cell: Cell, dtype: str, flop: float) -> float:
-        """Return the least time: that of the tokens, read once and again in a step, or the FLOP's.
+        """Return the least time: to read the tokens (twice in a step), or to compute the FLOP.
 
-        Other traffic is left out: keys and values need not exist.
+        Other memory traffic is not counted: keys and values need not exist.
         """
         passes = 2 if cell.step else 1
         moved = passes * sum(cell.lengths) * cell.width * DTYPES[dtype].itemsize
@@ -356,10 +357,10 @@ class Roofline(NamedTuple):
 
 
 def measure_roofline(device: str, *, quick: bool = False) -> Roofline:
-    """Measure bandwidth and matrix rates, the best of some rounds each.
+    """Measure bandwidth and rates of matrix products, the best of several rounds each.
 
-    On CUDA float32 is the better of full products and a third of the TF32 rate, since three TF32
-    products make one that is as good.
+    On CUDA the float32 rate is that of float32 products or a third of the TF32 rate, whichever is
+    higher: three TF32 products give one of the same precision.
     """
     gpu = device == "cuda"
     size = 2**22 if quick else 2**30 if gpu else 2**28  # bytes, beyond the caches unless quick
@@ -382,13 +383,13 @@ def measure_roofline(device: str, *, quick: bool = False) -> Roofline:
 
 
 def _best(run: Callable[[], object], device: str) -> float:
-    watch = _cuda_watch() if device == "cuda" else _watch
+    time_ms = _make_cuda_timer() if device == "cuda" else _time_ms
     run()
-    return min(watch(run) for _ in range(7)) / 1e3
+    return min(time_ms(run) for _ in range(7)) / 1e3
 
 
 def about(device: str) -> dict[str, Any]:
-    """Return what a figure depends on: hardware, versions, revision, date."""
+    """Return the conditions of a measurement: hardware, versions, revision, date."""
     facts = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -423,9 +424,9 @@ def _version(package: str) -> str:
 
 
 def _revision() -> str:
-    """Return the git revision, "-dirty" if files differ; "unknown" for an installed package."""
+    """Return the git revision, with "-dirty" if files differ; "unknown" without a checkout."""
     root = Path(__file__).parents[1]
-    if not (root / ".git").exists():  # else git would name the repository around it
+    if not (root / ".git").exists():  # git would describe a repository around it
         return "unknown"
     command = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
     return _first_line((*command, "--exclude=*"))
@@ -443,24 +444,24 @@ def choose_device(name: str | None, threads: int | None) -> str:
     """Return the device to measure, and set the number of threads.
 
     Raises:
-        ValueError: no CUDA device where one is asked for, or less than one thread.
+        ValueError: "cuda" without a CUDA device, or less than one thread.
     """
     if threads is not None:
         if threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {threads}")
         torch.set_num_threads(threads)
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
         raise ValueError("--device: torch finds no CUDA device here")
-    return name or ("cuda" if there else "cpu")
+    return name or ("cuda" if has_cuda else "cpu")
 
 
 def check_folder(option: str, path: Path | None) -> None:
-    """Raise a ValueError unless the file can be written, before anything is measured for it."""
+    """Raise a ValueError unless the file can be written; called before hours of measuring."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"{option}: expected a file in a folder that is there, got {str(path)!r}")
+        raise ValueError(f"{option}: expected a file in an existing folder, got {str(path)!r}")
 
 
 def figures(value: float) -> str:
-    """Return three significant figures, never in powers of ten."""
+    """Return a number with three significant figures, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"

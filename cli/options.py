@@ -8,14 +8,14 @@ from typing import Any, NoReturn, TypeAlias
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage before it."""
+    """A parser whose errors have one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-"""Where a command adds its parser."""
+"""The object to which each command adds its parser."""
 
 
 def add_out(parser: argparse.ArgumentParser, text: str, default: Path | None = None) -> None:
@@ -28,34 +28,34 @@ def add_out(parser: argparse.ArgumentParser, text: str, default: Path | None = N
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add --data, where a cohort's files lie."""
+    """Add --data, the folder of a cohort's files."""
     parser.add_argument(
         "--data", type=Path, metavar="DIR",
-        help="folder of the cohort's files (default: beside the YAML, then $MOTET_DATA)",
+        help="folder of the cohort's files (default: that of the YAML file, then $MOTET_DATA)",
     )  # fmt: skip
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
     """Add --set, read by `read_changes`."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-        help="a setting of the model, its training or its goal; may be repeated "
+        help="change a setting of the model or its training; may be repeated "
         "(docs/how-to/training.md)",
     )  # fmt: skip
 
 
 def read_names(text: str) -> list[str]:
-    """Read names between commas."""
+    """Read names that are separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_changes(settings: Sequence[str]) -> dict[str, Any]:
-    """Read NAME=VALUE settings; values are YAML, so numbers, true, null."""
+    """Read NAME=VALUE settings; the values are YAML: numbers, true, null, text."""
     import yaml
 
     changes = {}
@@ -67,7 +67,7 @@ def read_changes(settings: Sequence[str]) -> dict[str, Any]:
             changes[name] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"--set: cannot read {setting!r}") from error
-        # YAML takes 1e-3 for text.
+        # YAML reads 1e-3 as text.
         with suppress(TypeError, ValueError):
             if isinstance(changes[name], str):
                 changes[name] = float(changes[name])

@@ -1,4 +1,4 @@
-"""`motet store`: look at, check and convert stores of features."""
+"""`motet store`: list, check and convert feature stores."""
 
 import argparse
 import json
@@ -11,35 +11,46 @@ from .options import Commands, add_json
 
 def add_store(commands: Commands) -> None:
     """Add `motet store` and its actions."""
-    store = commands.add_parser("store", help="look at, check and convert stores of features")
+    store = commands.add_parser("store", help="list, check, export and import stores of features")
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def add(name: str, text: str, run: Callable[[argparse.Namespace], int], *, several=False):
-        action = actions.add_parser(name, help=text, description=text.capitalize() + ".")
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name != "import":
             action.add_argument("store", type=Path, metavar="COHORT", help="the store's folder")
         if several or name == "show":
             action.add_argument(
-                "slides", nargs="*" if several else None, metavar="SLIDE", help="key or name"
+                "slides",
+                nargs="*" if several else None,
+                metavar="SLIDE",
+                help="key or name of a slide" + " (default: all slides)" * several,
             )
         action.set_defaults(run=run)
         return action
 
-    add_json(add("ls", "list the slides, failed ones too", _store_ls))
-    add_json(add("show", "say what is known of a slide", _store_show))
-    add_json(add("verify", "read every byte; exit code 1 if anything is wrong", _store_verify))
-    export = add("export", "write slides to files of other tools", _store_export, several=True)
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    add_json(add("ls", "list the slides, also those that failed", _store_ls))
+    add_json(add("show", "show the metadata of a slide", _store_show))
+    add_json(add("verify", "read and check every byte; exit code 1 if one is wrong", _store_verify))
+    export = add("export", "write features to files of other tools", _store_export, several=True)
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     export.add_argument(
         "--format", choices=("npz", "h5", "pt"), default="npz",
-        help="numpy, TRIDENT's layout, or CLAM's (default: npz)",
+        help="npz (numpy), h5 (TRIDENT) or pt (CLAM) (default: npz)",
     )  # fmt: skip
-    export.add_argument("--encoder", help="whose features (may be left out if there is one)")
-    taken = add("import", "take over features of TRIDENT or CLAM", _store_import)
-    taken.add_argument("paths", nargs="+", type=Path, metavar="FILE|DIR", help=".h5, .pt or .npz")
-    taken.add_argument("--out", type=Path, required=True, metavar="COHORT", help="the store")
-    taken.add_argument("--encoder", required=True, metavar="NAME", help="what made the features")
-    taken.add_argument("--coords", type=Path, metavar="DIR", help=".h5 files of coordinates")
+    export.add_argument(
+        "--encoder", help="encoder of the features (needed if the store has several)"
+    )
+    import_ = add("import", "import features of TRIDENT or CLAM", _store_import)
+    import_.add_argument(
+        "paths", nargs="+", type=Path, metavar="FILE|DIR", help=".h5, .pt or .npz files"
+    )
+    import_.add_argument(
+        "--out", type=Path, required=True, metavar="COHORT", help="folder of the store"
+    )
+    import_.add_argument("--encoder", required=True, metavar="NAME", help="encoder of the features")
+    import_.add_argument(
+        "--coords", type=Path, metavar="DIR", help="folder of .h5 files with coordinates"
+    )
 
 
 def _store_ls(options: argparse.Namespace) -> int:
@@ -68,12 +79,12 @@ def _store_verify(options: argparse.Namespace) -> int:
     from . import store_text
 
     store = FeatureStore(options.store)
-    found = store.verify()
+    problems = store.verify()
     if options.json:
-        print(json.dumps([problem._asdict() for problem in found]))
+        print(json.dumps([problem._asdict() for problem in problems]))
     else:
-        print(store_text.problems_text(store, found))
-    return 1 if found else 0
+        print(store_text.problems_text(store, problems))
+    return 1 if problems else 0
 
 
 def _store_export(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What `motet store` prints of a feature store."""
+"""The output of `motet store`."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from typing import Any
 from ..io import FeatureStore, StoreError
 from ..io.store.verify import Problem
 
-_SHOWN = ("key", "status", "patches", "corrupt", "mpp", "encoders")
+_COLUMNS = ("key", "status", "patches", "corrupt", "mpp", "encoders")
 
 
 def rows(store: FeatureStore) -> list[dict[str, Any]]:
-    """Return a row per slide, failed ones too: JSON."""
-    found = store.manifest().astype(object)
-    cells = found.where(found.notna(), None).to_numpy()
-    return [dict(zip(found.columns, row, strict=True)) for row in cells]
+    """Return one dict per slide, also of those that failed, for JSON."""
+    manifest = store.manifest().astype(object)
+    cells = manifest.where(manifest.notna(), None).to_numpy()
+    return [dict(zip(manifest.columns, row, strict=True)) for row in cells]
 
 
 def table(store: FeatureStore) -> str:
-    """Return them as text, and a last line that counts."""
-    listed = rows(store)
-    cells = [[*_SHOWN], *([_text(row[name]) for name in _SHOWN] for row in listed)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_SHOWN))]
+    """Return the rows as text, with a last line of counts."""
+    slides = rows(store)
+    cells = [[*_COLUMNS], *([_text(row[name]) for name in _COLUMNS] for row in slides)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
     lines = [
-        "  ".join(one.ljust(width) for one, width in zip(line, widths, strict=True)).rstrip()
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     ]
-    for row, i in zip(listed, range(1, len(lines)), strict=True):
+    for row, i in zip(slides, range(1, len(lines)), strict=True):
         if row["status"] == "failed":
             lines[i] += f"  {row['reason']}: {row['message']}"
-    states = [row["status"] for row in listed]
-    patches = sum(row["patches"] or 0 for row in listed)
-    counted = ", ".join(f"{states.count(one)} {one}" for one in ("ok", "empty", "failed"))
-    return "\n".join([*lines, f"{len(listed)} slides: {counted}; {patches:,} patches"])
+    states = [row["status"] for row in slides]
+    patches = sum(row["patches"] or 0 for row in slides)
+    counted = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "empty", "failed"))
+    return "\n".join([*lines, f"{len(slides)} slides: {counted}; {patches:,} patches"])
 
 
 def details(store: FeatureStore, name: str) -> dict[str, Any]:
-    """Return what is known of one slide, failed or not: JSON.
+    """Return the metadata of one slide, failed or not, for JSON.
 
     Raises:
         StoreError: no such slide.
@@ -56,25 +56,25 @@ def details(store: FeatureStore, name: str) -> dict[str, Any]:
 
 
 def details_text(store: FeatureStore, name: str) -> str:
-    """Return it as text, a line per fact."""
+    """Return the metadata of one slide as text, a line per entry."""
     facts = list(_flat(details(store, name), ""))
     width = max(len(fact) for fact, _ in facts)
     return "\n".join(f"{fact:{width}}  {_text(value)}" for fact, value in facts)
 
 
 def problems_text(store: FeatureStore, problems: list[Problem]) -> str:
-    """Return a line per problem, or that there is none."""
+    """Return a line per problem, or a line that says that there is none."""
     if not problems:
         return f"{len(store)} slides, nothing wrong"
-    return "\n".join(f"{one.key or store.path}: {one.message}" for one in problems)
+    return "\n".join(f"{problem.key or store.path}: {problem.message}" for problem in problems)
 
 
-def _flat(value: dict[str, Any], above: str) -> Iterable[tuple[str, Any]]:
-    for name, one in value.items():
-        if isinstance(one, dict):
-            yield from _flat(one, f"{above}{name}.")
+def _flat(value: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for name, entry in value.items():
+        if isinstance(entry, dict):
+            yield from _flat(entry, f"{prefix}{name}.")
         else:
-            yield f"{above}{name}", one
+            yield f"{prefix}{name}", entry
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What `motet train`, `merge`, `fuse` and `evaluate` print."""
+"""The output of `motet train`, `merge`, `fuse` and `evaluate`."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Result = tuple[Run, dict[str, Any]]
 
 
 def table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
-    """Return the metrics of some runs, and how each differs from the first, as text."""
+    """Return the metrics of runs, and the difference of each from the first, as text."""
     columns = results[0][0].task.metrics
     columns = {name: title for name, title in columns.items() if any(name in m for _, m in results)}
     width = max(len(str(run.path)) for run, _ in results)

@@ -1,4 +1,4 @@
-"""`motet tile`: its options, what it shows while it works, and at its end."""
+"""`motet tile`: its options, its progress bar, and the line at its end."""
 
 import argparse
 import csv
@@ -20,18 +20,18 @@ def add_tile(commands: Commands) -> None:
     tile = commands.add_parser(
         "tile",
         help="cut slides into patches, embed them, and store the features",
-        description="Cut slides into patches, embed those of tissue, and store the features "
-        "(docs/how-to/slides.md). The same command again goes on where it stopped; commands at "
-        "the same time share the work. Exit code 3: some slides failed.",
+        description="Cut slides into patches, embed the patches of tissue, and store the features "
+        "(docs/how-to/slides.md). To continue after an interruption, give the same command again; "
+        "several such commands at the same time share the work. Exit code 3: some slides failed.",
     )
     tile.add_argument(
         "slides", nargs="+", metavar="SLIDES",
-        help="files, folders, or lists (.txt; .csv with a column path)",
+        help="slide files, folders, or lists of paths (.txt; .csv with a column path)",
     )  # fmt: skip
     add_out(tile, "folder of the store")
     tile.add_argument(
         "--encoder", required=True,
-        help="stain-stats (built in), torchvision:resnet50, timm:NAME, hf:REPO or folder, "
+        help="stain-stats (built in), torchvision:resnet50, timm:NAME, hf:REPO or hf:FOLDER, "
         "export:FILE.pt2, or MODULE:CALLABLE (docs/how-to/encoders.md)",
     )  # fmt: skip
     _add_patches(tile)
@@ -41,53 +41,75 @@ def add_tile(commands: Commands) -> None:
 
 
 def _add_patches(tile: argparse.ArgumentParser) -> None:
-    """Add the options that say which patches there are."""
+    """Add the options that determine the patches."""
     resolution = tile.add_mutually_exclusive_group(required=True)
     resolution.add_argument("--mpp", type=float, metavar="UM", help="micrometres per patch pixel")
-    resolution.add_argument("--mag", type=float, metavar="X", help="the same as --mpp 10/X")
+    resolution.add_argument(
+        "--mag", type=float, metavar="X", help="magnification; the same as --mpp 10/X"
+    )
     resolution.add_argument(
         "--downsample", type=float, metavar="F", help="level-0 pixels per patch pixel"
     )
-    tile.add_argument("--tile-px", type=int, default=256, metavar="N", help="(default: 256)")
+    tile.add_argument(
+        "--tile-px", type=int, default=256, metavar="N", help="patch size in pixels (default: 256)"
+    )
     tile.add_argument(
         "--border", default="drop", choices=("drop", "shift", "pad"),
-        help="the slide's right and lower rim (default: drop)",
+        help="drop, shift or pad patches that cross the slide's right or lower border (default: "
+        "drop)",
     )  # fmt: skip
     tile.add_argument(
         "--min-tissue", type=float, default=0.1, metavar="SHARE",
-        help="of a patch, for it to be kept (default: 0.1)",
+        help="keep patches with at least this share of tissue (default: 0.1)",
     )  # fmt: skip
-    tile.add_argument("--masks", type=Path, metavar="DIR", help="STEM.geojson or .png to use")
+    tile.add_argument(
+        "--masks", type=Path, metavar="DIR",
+        help="folder of tissue masks, STEM.geojson or STEM.png for each slide",
+    )  # fmt: skip
     tile.add_argument(
         "--slide-mpp", metavar="UM|CSV",
-        help="resolution of slides whose files do not say it: a number, or columns slide, mpp",
+        help="resolution of slides whose files do not have it: a number, or a CSV file with "
+        "columns slide and mpp",
     )  # fmt: skip
     tile.add_argument(
         "--missing-mpp", default="fail", choices=("fail", "skip"),
-        help="what becomes of a slide whose resolution is not known (default: fail)",
+        help="whether slides of unknown resolution fail or are skipped (default: fail)",
     )  # fmt: skip
     tile.add_argument(
-        "--reader", default="auto", choices=("auto", "cucim", "openslide", "tifffile", "pillow")
-    )
+        "--reader", default="auto", choices=("auto", "cucim", "openslide", "tifffile", "pillow"),
+        help="library that reads the slides (default: auto)",
+    )  # fmt: skip
     tile.add_argument(
         "--max-damaged", type=float, default=0.5, metavar="SHARE",
-        help="of the patches, above which a slide fails (default: 0.5)",
+        help="a slide fails if more than this share of its patches is damaged (default: 0.5)",
     )  # fmt: skip
 
 
 def _add_work(tile: argparse.ArgumentParser) -> None:
-    """Add the options that say how the work is done."""
-    tile.add_argument("--device", default="auto", help="of the encoder (default: auto)")
-    tile.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
-    tile.add_argument("--weights", type=Path, metavar="FILE", help="of the encoder")
-    tile.add_argument("--compile", action="store_true", help="compile the encoder")
-    tile.add_argument("--batch", type=int, default=64, metavar="N", help="(default: 64)")
+    """Add the options that determine how the work is done."""
+    tile.add_argument("--device", default="auto", help="device of the encoder (default: auto)")
     tile.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes, a GPU each (default: 1)"
+        "--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="precision of the encoder (default: auto)",
+    )  # fmt: skip
+    tile.add_argument("--weights", type=Path, metavar="FILE", help="weights of the encoder")
+    tile.add_argument("--compile", action="store_true", help="compile the encoder")
+    tile.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="patches per batch (default: 64)"
     )
-    tile.add_argument("--shard", metavar="I/N", help="only the I-th of N parts, I from 0")
-    tile.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster: auto, local or an address")
-    tile.add_argument("--no-report", action="store_true", help="no pictures and tables of slides")
+    tile.add_argument(
+        "--workers", type=int, default=1, metavar="N",
+        help="number of processes, each with a GPU if there are GPUs (default: 1)",
+    )  # fmt: skip
+    tile.add_argument(
+        "--shard", metavar="I/N", help="divide the slides into N parts, tile part I (from 0)"
+    )
+    tile.add_argument(
+        "--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, local or its address"
+    )
+    tile.add_argument(
+        "--no-report", action="store_true", help="write no report (pictures and tables)"
+    )
 
 
 def _tile(options: argparse.Namespace) -> int:
@@ -120,45 +142,45 @@ def _tile(options: argparse.Namespace) -> int:
 
 
 class Progress:
-    """A bar on a terminal; in a pipe, a line per slide that failed, and no more.
+    """A progress bar on a terminal; in a pipe, only a line for each slide that failed.
 
-    The bar goes by bytes of slides, since the largest come first.
+    Progress is measured in bytes of slides: the largest slides come first.
     """
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.patches = self.slides = self.failed = 0
-        self.over: set[str] = set()
+        self.finished: set[str] = set()
         self.decode_s = self.encode_s = 0.0
         self.bar: Any = None
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Take an event of `tile_slides`."""
+        """Handle an event of `tile_slides`."""
         from tqdm import tqdm
 
-        what = event["event"]
-        if what == "begin":
+        kind = event["event"]
+        if kind == "begin":
             self.slides = event["slides"]
             self.bar = tqdm(
                 total=event["bytes"], unit="B", unit_scale=True, disable=None, file=sys.stderr,
                 bar_format="{percentage:3.0f}% |{bar}| {desc}, {elapsed} so far, {remaining} left",
             )  # fmt: skip
-        elif what == "patches":
+        elif kind == "patches":
             self.patches += event["patches"]
             self.decode_s += event["decode_s"]
             self.encode_s += event["encode_s"]
-        elif what in ("known", "done", "failed") and event["key"] not in self.over:
-            self.over.add(event["key"])  # workers may know of one another's
+        elif kind in ("known", "done", "failed") and event["key"] not in self.finished:
+            self.finished.add(event["key"])  # several workers may report a slide
             self.bar.update(event["bytes"])
-        if what == "failed":
+        if kind == "failed":
             self.failed += 1
             self.bar.write(f"failed: {event['message']}", file=sys.stderr)
         self.bar.set_description_str(self.describe(), refresh=False)
         self.bar.update(0)
 
     def describe(self) -> str:
-        """Return slides, patches per second and what holds the rest up."""
-        text = f"{len(self.over)}/{self.slides} slides"
+        """Return the text of the bar: slides, patches per second, and which step is slowest."""
+        text = f"{len(self.finished)}/{self.slides} slides"
         if self.failed:
             text += f" ({self.failed} failed)"
         if self.patches:
@@ -173,7 +195,7 @@ class Progress:
 
 
 def last_line(tiled: "Tiled", out: Path, seconds: float) -> str:
-    """Return the one line that says how it ended."""
+    """Return the line that is printed at the end."""
     text = f"{tiled}; {tiled.patches:,} patches embedded in {seconds:.1f} s"
     if tiled.patches:
         text += f" ({tiled.patches / seconds:,.0f}/s)"
@@ -190,7 +212,7 @@ def read_slide_mpp(text: str) -> dict[str, float] | float:
         return float(text)
     except ValueError:
         pass
-    known: dict[str, float] = {}
+    mpp_of_slide: dict[str, float] = {}
     with open(text, newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file)
         if not {"slide", "mpp"} <= set(table.fieldnames or ()):
@@ -198,20 +220,20 @@ def read_slide_mpp(text: str) -> dict[str, float] | float:
                              f"{', '.join(table.fieldnames or ()) or 'none'}")  # fmt: skip
         for number, row in enumerate(table, 2):
             try:
-                known[row["slide"]] = float(row["mpp"])
+                mpp_of_slide[row["slide"]] = float(row["mpp"])
             except (TypeError, ValueError):
                 raise ValueError(
                     f"--slide-mpp: {text}, line {number}: mpp: expected a number, "
                     f"got {row['mpp']!r}"
                 ) from None
-    return known
+    return mpp_of_slide
 
 
 def read_shard(text: str) -> tuple[int, int]:
     """Read --shard: i/n.
 
     Raises:
-        ValueError: it is not of that form.
+        ValueError: another form, or i not below n.
     """
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):

@@ -687,9 +687,9 @@ def test_predictions_overwrite_nothing_else(
     before = content(run)
     predict = ["predict", str(run), str(cohort), "--out"]
     for out, expected in (
-        (files / "table.csv", "holds no predictions of motet's"),
-        (run / "predictions.csv", "holds no predictions of motet's"),
-        (Path("/dev/null"), "holds no predictions of motet's"),
+        (files / "table.csv", "holds no predictions of motet"),
+        (run / "predictions.csv", "holds no predictions of motet"),
+        (Path("/dev/null"), "holds no predictions of motet"),
         (run, "expected a file, got the folder"),
         (files / "nowhere" / "risks.csv", "no folder"),
     ):
