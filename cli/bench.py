@@ -186,12 +186,12 @@ def _header(facts: Mapping[str, Any]) -> str:
 _EXPLAINED = {
     device: (
         "ms: median (quartiles), in turns with the reference, the literal equation in torch"
-        f"{more}.\nx: reference ms / ms. roofline: least possible time / ms, from the rates above, "
+        f"{note}.\nx: reference ms / ms. roofline: least possible time / ms, from the rates above, "
         "for\ntokens that are read once (twice in a step) and the FLOP of the strategy.\n"
         f"MiB: {memory}, data included.\nerror: relative error of logits or gradients against "
         f"float64, as a norm{short};\nif it is too large, nothing is timed."
     )
-    for device, memory, more, short in (
+    for device, memory, note, short in (
         ("cpu", "growth of the peak resident memory of a fresh process", "", ", of short bags"),
         (
             "cuda",

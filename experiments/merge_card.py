@@ -123,7 +123,7 @@ def _card(
         f"* result: {result}",
         "## Parts",
         *(_describe_entry(part, merged.weights[part.name]) for part in parts),
-        f"## As it was asked for\n\n{typed}",
+        f"## Recipe\n\n{typed}",
         f"## Use\n\n{use}",
     ]
     return "\n\n".join(sections) + "\n"

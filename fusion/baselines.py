@@ -23,8 +23,8 @@ from .patients import Patients
 from .predictions import ClassPredictions, RiskScale, SurvivalPredictions
 from .survival import concordance_index
 
-Outcome = tuple[NDArray[np.float64], NDArray[np.bool_]]
-"""Times and events, [n] each."""
+TimesAndEvents = tuple[NDArray[np.float64], NDArray[np.bool_]]
+"""Times [n] and events [n] of some patients."""
 Labels = NDArray[np.int64]
 
 PENALTIES = (1, 10, 100, 1000, 10000)
@@ -88,7 +88,10 @@ def flat(patients: Patients) -> NDArray[np.float64]:
 
 
 def ridge_cox(
-    train: Patients, outcome: Outcome, validation: Patients, validation_outcome: Outcome
+    train: Patients,
+    outcome: TimesAndEvents,
+    validation: Patients,
+    validation_outcome: TimesAndEvents,
 ) -> SurvivalBaseline:
     """Fit Cox's model with a ridge penalty, chosen by the concordance on validation.
 
@@ -122,7 +125,7 @@ def ridge_cox(
     )
 
 
-def survival_forest(train: Patients, outcome: Outcome, seed: int) -> SurvivalBaseline:
+def survival_forest(train: Patients, outcome: TimesAndEvents, seed: int) -> SurvivalBaseline:
     """Fit a random survival forest (Ishwaran et al. 2008)."""
     forest = RandomSurvivalForest(
         TREES, min_samples_leaf=10, max_features="sqrt", n_jobs=-1, random_state=seed

@@ -123,8 +123,10 @@ def load(
         ("the model", tensors.keys() - of_model),
     ):
         if names:
-            some = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{path}: {side} has no {some} ({len(names)} in all); {_DIFFERENT}")
+            examples = ", ".join(sorted(names)[:3])
+            raise ValueError(
+                f"{path}: {side} has no {examples} ({len(names)} in all); {_DIFFERENT}"
+            )
     with torch.no_grad():
         for name, tensor in of_model.items():
             if tensor.shape != tensors[name].shape:
@@ -185,11 +187,11 @@ def _sort_metadata(path: Path) -> None:
 
 def _untied(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model by name; tied ones once, under their first name."""
-    seen: set[int] = set()
+    tensor_ids: set[int] = set()
     untied = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
+        if id(tensor) not in tensor_ids:
+            tensor_ids.add(id(tensor))
             untied[name] = tensor
     return untied
 

@@ -16,7 +16,7 @@ from .held_out import ClassFold, Floats, SurvivalFold
 from .resampling import Resampling, Statistic, combine
 
 TIED_RISKS = 1e-8  # scikit-survival's tolerance
-Fold = TypeVar("Fold", SurvivalFold, ClassFold)
+AnyFold = TypeVar("AnyFold", SurvivalFold, ClassFold)
 
 
 class Pairs(NamedTuple):
@@ -42,7 +42,7 @@ def _pairs(
 
 
 def _pairs_of_folds(
-    folds: Sequence[Fold], make_pairs: Callable[[Fold], Pairs], message: str
+    folds: Sequence[AnyFold], make_pairs: Callable[[AnyFold], Pairs], message: str
 ) -> list[Pairs]:
     """Return `make_pairs` of each fold, with patients numbered through all folds.
 

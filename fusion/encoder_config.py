@@ -44,8 +44,8 @@ def encoder_from_config(
     arguments = {key: value for key, value in config.items() if key != "type"}
     if config["type"] not in _ENCODERS:
         raise ValueError(
-            f"encoders: expected the block's own encoder, a {config['type']}, which a file does "
-            "not hold; got none"
+            f"encoders: expected the block's own encoder, a {config['type']}, of which the file "
+            "has only the tensors; got none"
         )
     return _ENCODERS[config["type"]](**arguments)
 
@@ -59,7 +59,9 @@ def probe_encoder(encoder: Any, modality: Modality, width: int | None) -> tuple[
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder: expected a torch.nn.Module or None, got {encoder!r}")
     if isinstance(modality, Bag) and modality.coords:
-        raise ValueError("encoder: expected None for a Bag with coords, which the tokens carry")
+        raise ValueError(
+            "encoder: expected None for a Bag with coords, since encoders get no coords"
+        )
     sizes = {Tabular: (), Bag: (2,), Grid: (32,) * (modality.item_ndim - 1)}
     shape = sizes[type(modality)]
     parameter = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))

@@ -92,9 +92,9 @@ class GraphCache:
         self.max_graphs = integer("max_graphs", max_graphs)
         self.never = find_obstacle(model)  # why nothing is ever captured; empty if it may be
         if capture is None and not on_triton("auto", "cuda", next(model.parameters()).dtype):
-            self.never = "what torch computes instead of Triton waits for the lengths of bags"
+            self.never = "without Triton, torch waits for the lengths of bags"
         if os.environ.get("MOTET_CHECK") == "1":
-            self.never = "MOTET_CHECK=1 looks at values"
+            self.never = "MOTET_CHECK=1 reads the values of tensors"
         self.capture: Capture = capture or CudaCapture(self.device)
         self.fell_back: Counter[str] = Counter()
         self._entries: dict[Any, _GraphEntry] = {}

@@ -244,7 +244,7 @@ def make_graph_inputs(
     if merges:
         missing = any({"offsets", "present"} & x.tensors.keys() for x in inputs.values())
         if missing or len(inputs) < len(model.blocks):
-            return "a LegoMerge looks at which rows miss a modality"
+            return "a LegoMerge has to read which rows miss a modality"
     return inputs
 
 
@@ -267,13 +267,13 @@ def compute_latents(model: Model, rows: int, read: Mapping[str, Context | Modali
 def find_obstacle(model: Model) -> str:
     """Return why no call of this model can be captured; empty if nothing is known to forbid it."""
     if type(model) not in (HEALNet, LegoBlock, LegoMerge, LegoFuse):
-        return f"a {type(model).__name__} may compute something else"
+        return f"the subclass {type(model).__name__} may compute something else"
     if isinstance(model, LegoFuse) and model.mode == "upstream-weave":
-        return "an upstream-weave is the authors' code"
+        return "upstream-weave runs the authors' loop"
     for module in model.modules():
         encoder = module.encoder if isinstance(module, LegoBlock) else None
         if encoder is not None and type(encoder) not in (SNN, ABMIL):
-            return f"the encoder {type(encoder).__name__} may do what a graph cannot"
+            return f"the encoder {type(encoder).__name__} may not fit into a graph"
     return ""
 
 

@@ -370,11 +370,11 @@ class HEALNet(nn.Module):
                 passes += cross + to_latents
                 names += [name] * len(cross) + [None] * len(to_latents)
 
-        def watched(index: int, queries: Tensor | None) -> None:
+        def observe(index: int, queries: Tensor | None) -> None:
             name, keys, attention = names[index], passes[index].keys, passes[index].attention
             if watch is not None and name is not None:
                 watch(name, keys.weights(attention, queries), keys.context)
 
         if options.strategy == "reference":
             start = start.expand(rows, -1, -1)
-        return run_passes(start, passes, None, options, None if watch is None else watched).real
+        return run_passes(start, passes, None, options, None if watch is None else observe).real

@@ -417,8 +417,8 @@ class LegoBlock(nn.Module):
             real = batch.keep.all(1)
             if not torch.equal(real, batch.keep.any(1)):
                 raise ValueError(
-                    "mask: expected whole items, since the encoder takes no part of one; got a "
-                    "partial mask"
+                    "mask: expected whole items, since the encoder cannot encode a part of one; "
+                    "got a partial mask"
                 )
             tokens = batch.x.new_empty(0, self.token_dim)
             lengths = real.long()

@@ -225,13 +225,13 @@ def _make_shared(
     passes: Sequence[Pass], key: Callable[[Pass], Hashable], make: Callable[[Pass], T]
 ) -> list[T]:
     """Return `make(p)` for each pass p, called once for all passes with the same key."""
-    made: dict[Hashable, T] = {}
+    by_key: dict[Hashable, T] = {}
     shared = []
     for layer_pass in passes:
         pass_key = key(layer_pass)
-        if pass_key not in made:
-            made[pass_key] = make(layer_pass)
-        shared.append(made[pass_key])
+        if pass_key not in by_key:
+            by_key[pass_key] = make(layer_pass)
+        shared.append(by_key[pass_key])
     return shared
 
 

@@ -255,7 +255,7 @@ def test_a_model_on_cuda_is_captured_by_cuda(cuda: Cuda, monkeypatch: pytest.Mon
     steps = motet.StepGraphs(model, loss_of)
     assert isinstance(steps._graphs.capture, CudaCapture)
     assert steps._graphs.never == ""
-    waits = "what torch computes instead of Triton waits for the lengths of bags"
+    waits = "without Triton, torch waits for the lengths of bags"
     assert motet.CudaGraphs(model.double())._graphs.never == waits
     steps._graphs.inspect_model()
     monkeypatch.setattr(torch.nn.Parameter, "device", property(lambda self: here), raising=False)

@@ -310,20 +310,20 @@ def test_what_is_not_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = {"out_features": 3, **SIZES}
 
     own = motet.LegoBlock(motet.Tabular(7), nn.Linear(7, 4), **wide).double()
-    falls_back(own, table, "the encoder Linear may do what a graph cannot")
+    falls_back(own, table, "the encoder Linear may not fit into a graph")
     encoded = motet.LegoBlock(motet.Bag(6), motet.ABMIL(6, hidden=8), **wide).double().eval()
     falls_back(encoded, bags, "an encoder takes ragged or missing bags one by one")
     falls_back(
         lego("merge"),
         batch_of(9, 0, 30, coords=False),
-        "a LegoMerge looks at which rows miss a modality",
+        "a LegoMerge has to read which rows miss a modality",
     )
 
     class Other(motet.HEALNet):
         pass
 
     other = Other({"wsi": motet.Bag(6)}, out_features=3, **SIZES).double()
-    falls_back(other, bags, "a Other may compute something else")
+    falls_back(other, bags, "the subclass Other may compute something else")
     hooks = "hooks would not be called in a graph"
     for hook in (
         lambda model: model.head.register_forward_hook(lambda *_: None),
@@ -339,7 +339,7 @@ def test_what_is_not_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     falls_back(healnet(), whole, "several processes exchange gradients")
     monkeypatch.setenv("MOTET_CHECK", "1")
-    falls_back(healnet(), whole, "MOTET_CHECK=1 looks at values")
+    falls_back(healnet(), whole, "MOTET_CHECK=1 reads the values of tensors")
 
 
 def test_without_a_graph_l1_and_the_scale_count_all_the_same() -> None:
