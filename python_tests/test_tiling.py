@@ -575,14 +575,14 @@ def test_decoding_follows_the_encoder_to_its_gpu(
             return super().encode(pixels)
 
     monkeypatch.setattr(pipeline, "probe_decoder", lambda slide, grid: "meta")
-    batches = CuCimSlide._batches
+    batches = CuCimSlide._read_batches
 
     def decoded(self: Any, *arguments: Any) -> Any:
         *others, device = arguments
         for image in batches(self, *others, "cpu"):
             yield image if device == "cpu" else torch.from_numpy(np.array(image))
 
-    monkeypatch.setattr(CuCimSlide, "_batches", decoded)
+    monkeypatch.setattr(CuCimSlide, "_read_batches", decoded)
     how = {**HOW, "encoder": OnGpu()}
     assert tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **how).done == 1
     assert set(seen) == {torch.Tensor}

@@ -1,4 +1,4 @@
-"""Samples of all kinds to RGB over white."""
+"""Convert decoded samples of all colour spaces to RGB over white."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .levels import Pixels
 
 @dataclass(frozen=True, eq=False)
 class Colours:
-    """What samples mean, and how they become RGB over white."""
+    """The colour space of decoded samples."""
 
     form: int  # the tag PhotometricInterpretation
-    premultiplied: bool
+    premultiplied: bool  # True: the colours have been multiplied by alpha
     palette: NDArray[np.uint8] | None  # [256, 3]
-    ycbcr: bool  # the decoder leaves YCbCr as it is
+    ycbcr: bool  # True: the decoder gives YCbCr, not RGB
 
     def rgb(self, samples: NDArray[Any]) -> Pixels:
-        """Turn samples [h, w, S] to RGB."""
+        """Return samples [h, w, S] as RGB [h, w, 3], over white."""
         if samples.dtype != np.uint8:
             raise ValueError(f"expected 8-bit samples, got {samples.dtype}")
         if self.palette is not None:
             return self.palette[samples[..., 0]]
         if self.ycbcr:
             return _from_ycbcr(samples)
-        if self.form == 0:
+        if self.form == 0:  # white is zero
             samples = 255 - samples
         if samples.shape[2] in (2, 4):
             return over_white(samples, premultiplied=self.premultiplied)
@@ -36,7 +36,7 @@ class Colours:
 
 
 def _from_ycbcr(samples: NDArray[np.uint8]) -> Pixels:
-    """Turn YCbCr to RGB in libjpeg's (and OpenSlide's) whole numbers."""
+    """Convert YCbCr to RGB with the integer arithmetic of libjpeg, which OpenSlide uses too."""
     y, cb, cr = (samples[..., i].astype(np.int32) for i in range(3))
     cb, cr = cb - 128, cr - 128
     red = y + ((91881 * cr + 32768) >> 16)
@@ -46,7 +46,7 @@ def _from_ycbcr(samples: NDArray[np.uint8]) -> Pixels:
 
 
 def over_white(pixels: NDArray[np.uint8], *, premultiplied: bool = False) -> Pixels:
-    """Compose colours with alpha [h, w, 2 or 4] over white, RGB [h, w, 3].
+    """Return colours with alpha, [h, w, 2 or 4], composed over white, as RGB [h, w, 3].
 
     Args:
         pixels: grey or RGB, then alpha.

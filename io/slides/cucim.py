@@ -1,4 +1,8 @@
-"""cuCIM: the fastest reader, for tiled JPEG only, since of nothing else it says what went wrong."""
+"""The reader by cuCIM: the fastest, used for tiled JPEG only.
+
+cuCIM does not report tiles that it cannot decode, so it reads only files whose damage the scan of
+integrity.py finds.
+"""
 
 from __future__ import annotations
 
@@ -15,55 +19,56 @@ from numpy.typing import NDArray
 from ..errors import SlideError
 from .levels import Pixels
 from .library_errors import DAMAGE, opening
-from .slide import Slide, check_sides, whole_corners
+from .slide import Slide, check_corners, check_sides
 from .tiff import TiffFile
 
-BATCH = 16  # regions in one go: 7,259 tiles/s with two workers, batches of 64 give 6,290
-BATCH_BYTES = 24 << 20  # and no more than this: cuCIM holds three batches or so
+BATCH = 16  # regions per call: 7,259 tiles/s with two workers; batches of 64 give 6,290
+BATCH_BYTES = 24 << 20  # most bytes of a batch; cuCIM holds about three batches at a time
 
 
 def has_cucim() -> bool:
-    """Tell whether cuCIM is installed, without importing it."""
+    """Return True if cuCIM is installed, without importing it."""
     return importlib.util.find_spec("cucim") is not None
 
 
-def why_not(tiff: TiffFile) -> str:
-    """Say why cuCIM is not to read a file; nothing if it may.
+def cucim_obstacle(tiff: TiffFile) -> str:
+    """Return why cuCIM must not read a file; empty if it may.
 
-    Tiles that it cannot decode come back as the pixels of others, so it gets only what the scan can
-    prove: tiled baseline JPEG of three 8-bit samples, no tile left out, none cut at the edges.
+    For a tile that it cannot decode, cuCIM returns the pixels of another one. So it reads only
+    files in which the scan finds such tiles: tiled baseline JPEG of three 8-bit samples, without
+    missing tiles, and without tiles cut at the edges.
     """
     if tiff.refusal:
         return tiff.refusal.message
     if tiff.vendor == "philips":
-        return "its levels are filled up to whole tiles, of which cuCIM's places are not known"
+        return "its levels are padded to full tiles, and where cuCIM places these is not known"
     for level in tiff.levels:
         tiles = level.tiles
         if not level.tiled or tiles.coding != "jpeg" or tiles.samples != 3:
-            return "it is given tiled JPEG in colour alone, for which damage can be proved"
+            return "damage can be found in tiled JPEG in colour only"
         if not (tiles.offsets.all() and tiles.counts.all()):
-            return "some tiles are left out, which it makes black"
+            return "some tiles are missing, which cuCIM makes black"
         for number in (0, len(tiles.offsets) - 1):
-            header = tiff.header(level, number)  # None: damaged, as the scan will say
-            if header and not header.plain:
-                return "its JPEG is progressive, for which damage cannot be proved"
+            header = tiff.header(level, number)  # None: damaged, which the scan will report
+            if header and not header.single:
+                return "its JPEG is progressive, in which damage cannot be found"
             if header and header.size != level.tile:
                 return "its tiles are cut at the edges"
     return ""
 
 
-def _opened(image: Any, path: Path) -> Any:
-    """Open a file by whatever name: cuCIM goes by its ending, in lower case."""
+def _open_image(image_class: Any, path: Path) -> Any:
+    """Open a file of any name: cuCIM needs one of its suffixes in lower case, so link to it."""
     if path.suffix in (".tif", ".tiff", ".svs"):
-        return image(str(path.absolute()))
+        return image_class(str(path.absolute()))
     with TemporaryDirectory() as folder:
         link = Path(folder, "slide.tif")
         link.symlink_to(path.absolute())
-        return image(str(link))
+        return image_class(str(link))
 
 
 class CuCimSlide(Slide):
-    """Read by cuCIM, after a scan of the level's tiles."""
+    """Read a TIFF by cuCIM, after a scan of the level's tiles for damage."""
 
     def __init__(self, path: Path, tiff: TiffFile) -> None:
         try:
@@ -74,31 +79,32 @@ class CuCimSlide(Slide):
                 f"cuCIM cannot be imported ({error}): pip install --no-deps cucim-cu13, with click "
                 "and lazy-loader",
             ) from None  # fmt: skip
-        with opening(path, MemoryError):  # std::bad_alloc, of damaged directories
-            self._image: Any = _opened(CuImage, path)
-            found = self._image.resolutions
-        if list(map(tuple, found["level_dimensions"])) != tiff.sides:
+        with opening(path, MemoryError):  # std::bad_alloc, for damaged directories
+            self._image: Any = _open_image(CuImage, path)
+            resolutions = self._image.resolutions
+        if list(map(tuple, resolutions["level_dimensions"])) != tiff.sides:
             raise SlideError(path, "unsupported", "cuCIM sees other levels than the file's header")
-        # Of level-0 px per px of each level, as cuCIM computes with.
-        self._ratios = [float(ratio) for ratio in found["level_downsamples"]]
+        # Level-0 px per px of each level, with which cuCIM computes.
+        self._ratios = [float(ratio) for ratio in resolutions["level_downsamples"]]
         self._pages = tiff.levels
-        for level in self._pages:
+        for level in self._pages:  # the scan then finds tiles of any other size
             level.tiles = replace(level.tiles, sizes=frozenset([level.tile]))
         super().__init__(
-            path, "cucim", tiff.vendor, tiff.shape, tiff.tile_px, tiff.mpp, tiff.properties, tiff
+            path, "cucim", tiff.vendor, tiff.pyramid, tiff.tile_px, tiff.mpp, tiff.properties, tiff
         )
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        place = self._places(level, np.array([x, y])).tolist()
-        return np.asarray(self._image.read_region(place, (width, height), level))
+        corner = self._level0_corners(level, np.array([x, y])).tolist()
+        return np.asarray(self._image.read_region(corner, (width, height), level))
 
-    def _places(self, level: int, at: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return level-0 coordinates that cuCIM turns into `at`: it divides, and rounds down.
+    def _level0_corners(self, level: int, corners: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return level-0 coordinates that cuCIM converts to these corners of a level.
 
-        The middle of those that do, so that its rounding in float32 cannot matter.
+        cuCIM divides by the ratio in float32 and rounds down. The middle of the coordinates that
+        give the corner is returned, so that the rounding of float32 does not matter.
         """
         ratio = self._ratios[level]
-        return at if ratio == 1 else np.rint((at + 0.5) * ratio).astype(np.int64)
+        return corners if ratio == 1 else np.rint((corners + 0.5) * ratio).astype(np.int64)
 
     def read_many(
         self,
@@ -110,29 +116,34 @@ class CuCimSlide(Slide):
         workers: int = 1,
         device: str = "cpu",
     ) -> Iterator[Any]:
-        """Read regions of one size in batches, whose parts are yielded; see Slide.read_many.
+        """Read regions of the same size in batches; see Slide.read_many.
 
-        With device="cuda" they are decoded there, and are torch tensors that share cuCIM's memory.
+        Regions that reach beyond the level or touch a damaged tile are read one by one. With
+        device="cuda" regions are decoded on the GPU, and are torch tensors in cuCIM's memory.
         """
         level = self._level(level)
         check_sides(width, height)
-        places = whole_corners(corners)
+        corners = check_corners(corners)
         sides = self.levels[level]
-        x, y = places[:, 0], places[:, 1]
+        x, y = corners[:, 0], corners[:, 1]
         inside = (x >= 0) & (y >= 0) & (x <= sides.width - width) & (y <= sides.height - height)
-        batched = inside & ~self._damage_at(level, places, inside, width, height)
-        chosen = places[batched]
-        ready = self._batches(level, chosen, width, height, max(workers, 1), device)
-        if len(chosen) == len(places):
-            yield from ready
+        in_batches = inside & ~self._touches_damage(level, corners, inside, width, height)
+        batched = self._read_batches(
+            level, corners[in_batches], width, height, max(workers, 1), device
+        )
+        if in_batches.all():
+            yield from batched
             return
-        for quick, place in zip(batched.tolist(), places.tolist(), strict=True):
-            yield next(ready) if quick else self._one(level, place, width, height, device)
+        for is_batched, corner in zip(in_batches.tolist(), corners.tolist(), strict=True):
+            if is_batched:
+                yield next(batched)
+            else:
+                yield self._read_one(level, corner, width, height, device)
 
-    def _batches(
+    def _read_batches(
         self,
         level: int,
-        places: NDArray[np.int64],
+        corners: NDArray[np.int64],
         width: int,
         height: int,
         workers: int,
@@ -140,53 +151,59 @@ class CuCimSlide(Slide):
     ) -> Iterator[Any]:
         done, options = 0, {} if device == "cpu" else {"device": device}
         batch = max(workers, min(BATCH, BATCH_BYTES // (3 * width * height)))
-        if len(places):
+        if len(corners):
             try:
                 for images in self._image.read_region(
-                    self._places(level, places).tolist(),  # it refuses arrays of int64
+                    self._level0_corners(level, corners).tolist(),  # cuCIM refuses int64 arrays
                     (width, height), level, batch_size=batch, num_workers=workers, **options,
                 ):  # fmt: skip
-                    batched = np.asarray(images) if device == "cpu" else _tensor(images, device)
-                    yield from batched
-                    done += len(batched)
-            except DAMAGE:  # it does not say in which region: one by one they tell
-                pass
-        for place in places[done:].tolist():
-            yield self._one(level, place, width, height, device)
+                    regions = np.asarray(images) if device == "cpu" else _tensor(images, device)
+                    yield from regions
+                    done += len(regions)
+            except DAMAGE:
+                pass  # the error does not name the region: read the remaining ones one by one
+        for corner in corners[done:].tolist():
+            yield self._read_one(level, corner, width, height, device)
 
-    def _one(self, level: int, place: list[int], width: int, height: int, device: str) -> Any:
+    def _read_one(self, level: int, corner: list[int], width: int, height: int, device: str) -> Any:
         try:
-            image = self.read(level, place[0], place[1], width, height)
+            image = self.read(level, corner[0], corner[1], width, height)
             return image if device == "cpu" else _tensor(image, device)
         except SlideError as error:
             return error
 
-    def _damage_at(
-        self, level: int, places: NDArray[np.int64], inside: NDArray[np.bool_], width: int,
+    def _touches_damage(
+        self, level: int, corners: NDArray[np.int64], inside: NDArray[np.bool_], width: int,
         height: int,
     ) -> NDArray[np.bool_]:  # fmt: skip
-        """Tell which regions touch a damaged tile, of those that lie inside."""
+        """Return bool [n]: True for regions that touch a damaged tile, of those that lie inside.
+
+        From a summed-area table: the number of damaged tiles in a rectangle is a sum of four.
+        """
         page = self._pages[level]
         damage = page.damage()
-        found = np.zeros(len(places), bool)
+        touches = np.zeros(len(corners), bool)
         if damage is not None:
             sums = np.pad(damage.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-            low = places[inside] // page.tile
-            high = (places[inside] + (width - 1, height - 1)) // page.tile + 1
-            found[inside] = (
+            low = corners[inside] // page.tile
+            high = (corners[inside] + (width - 1, height - 1)) // page.tile + 1
+            touches[inside] = (
                 sums[high[:, 1], high[:, 0]] - sums[low[:, 1], high[:, 0]]
                 - sums[high[:, 1], low[:, 0]] + sums[low[:, 1], low[:, 0]]
             ) > 0  # fmt: skip
-        return found
+        return touches
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._image.close()
         super().close()
 
 
 def _tensor(image: Any, device: str) -> Any:
-    """Return a tensor on a device: over DLPack or CUDA's array interface, where it is there."""
+    """Return a tensor on a device, without a copy if the image is there already.
+
+    By DLPack, or CUDA's array interface.
+    """
     import torch
 
     if hasattr(image, "__dlpack__") and not isinstance(image, np.ndarray):

@@ -1,4 +1,4 @@
-"""Levels of a slide: their sides and scales, and what sizes are sane."""
+"""The levels of a slide: their sides and scales, and limits of sizes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..errors import SlideError
 
 Pixels = NDArray[np.uint8]
 
-# What is sane. Beyond it: SlideError "too-large", before any memory is taken for it.
-MOST_SIDE_PX = 2_000_000  # of a slide
-MOST_TILES = 1 << 24  # of a level
-MOST_TILE_BYTES = 1 << 29  # of a tile or strip, decoded
-MOST_PHOTO_PX = 100_000_000  # of a PNG or JPEG, which is held whole: 700 MB while it is read
-MOST_LEVELS = 64
+# Limits. Beyond them: SlideError "too-large", before memory is allocated.
+MAX_SIDE_PX = 2_000_000  # of a slide
+MAX_TILES = 1 << 24  # of a level
+MAX_TILE_BYTES = 1 << 29  # of a tile or strip, decoded
+MAX_PHOTO_PX = 100_000_000  # of a PNG or JPEG, which is decoded completely: 700 MB meanwhile
+MAX_LEVELS = 64
 
 
 @dataclass(frozen=True)
@@ -31,35 +31,44 @@ class Level:
 
 
 def make_levels(path: Path, sides: list[tuple[int, int]]) -> tuple[Level, ...]:
-    """Make levels from their sides (width, height), finest first; refuse what is not sane."""
+    """Make levels from their sides (width, height), finest first.
+
+    Raises:
+        SlideError: "unreadable" if a side is below 1, "too-large" if one is above MAX_SIDE_PX.
+    """
     if not sides or any(side < 1 for pair in sides for side in pair):
         raise SlideError(path, "unreadable", f"expected an image, got sides {sides[:1]}")
-    if max(sides[0]) > MOST_SIDE_PX:
+    if max(sides[0]) > MAX_SIDE_PX:
         raise SlideError(
-            path, "too-large", f"{sides[0][0]} x {sides[0][1]} px; at most {MOST_SIDE_PX} a side"
+            path, "too-large", f"{sides[0][0]} x {sides[0][1]} px; at most {MAX_SIDE_PX} a side"
         )
     return tuple(Level(*pair, downsample=_downsample(sides[0], pair)) for pair in sides)
 
 
 def _downsample(base: tuple[int, int], sides: tuple[int, int]) -> float:
-    """Return the whole number that level 0 was divided by, if one was, else the mean ratio."""
-    ratios = [whole / side for whole, side in zip(base, sides, strict=True)]
+    """Return the integer by which level 0 was divided to get a level, else the mean ratio.
+
+    Sides are rounded up or down, so the ratio of sides is not exactly that integer: 4097 px divided
+    by 4 are 1024 or 1025 px.
+    """
+    ratios = [base_side / side for base_side, side in zip(base, sides, strict=True)]
     mean = sum(ratios) / 2
 
     def divides(k: int) -> bool:
         return all(
-            side in (whole // k, ceil(whole / k)) for whole, side in zip(base, sides, strict=True)
+            side in (base_side // k, ceil(base_side / k))
+            for base_side, side in zip(base, sides, strict=True)
         )
 
     low, high = int(min(ratios) * 0.5) or 1, int(max(ratios) * 2) + 1
     powers = [2**n for n in range(22) if low <= 2**n <= high and divides(2**n)]
-    # Of the small levels several numbers could be right: scanners use powers of two.
-    near = powers or [k for k in (int(mean), int(mean) + 1) if k >= 1 and divides(k)]
-    return float(min(near, key=lambda k: abs(k - mean))) if near else mean
+    # For a small level several integers are possible. Scanners use powers of two: prefer these.
+    candidates = powers or [k for k in (int(mean), int(mean) + 1) if k >= 1 and divides(k)]
+    return float(min(candidates, key=lambda k: abs(k - mean))) if candidates else mean
 
 
 def sane_mpp(*values: float) -> float | None:
-    """Return the mean of resolutions in micrometres per px, None if one cannot be."""
+    """Return the mean of resolutions, micrometres per px; None if one is not in 1e-3 to 1e3."""
     if not values or not all(isfinite(value) and 1e-3 < value < 1e3 for value in values):
         return None
     return sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""What the libraries that decode slides raise, and how it is told."""
+"""The exceptions of the libraries that decode slides."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 from ..errors import SlideError
 
-# What libraries raise on files that are damaged or made to harm.
 DAMAGE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError,
     OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
 )  # fmt: skip
+"""Exceptions that libraries raise for damaged or hostile files."""
 
 
 def error_text(error: BaseException) -> str:
-    """Return the kind of an error and the beginning of what it says."""
+    """Return the type of an error and the beginning of its message."""
     text = str(error)
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 @contextmanager
 def opening(path: Path, *others: type[Exception]) -> Iterator[None]:
-    """Turn what a library raises on opening, DAMAGE or others, into SlideError "unreadable"."""
+    """Raise SlideError "unreadable" in place of DAMAGE, or other exceptions, in the block."""
     try:
         yield
     except SlideError:

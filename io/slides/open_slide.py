@@ -1,4 +1,4 @@
-"""Open a slide: the reader is chosen by what the file holds, not by its name."""
+"""Open a slide: the reader is chosen by the content of the file, not by its name."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from ..errors import SlideError
 from .library_errors import error_text
 from .slide import Slide
 
-# Names that no file can have.
-_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+# Errors of a name that no file can have.
+_BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 READERS = ("cucim", "openslide", "tifffile", "pillow")
 
 
 def open_slide(path: str | os.PathLike[str], *, reader: str = "auto") -> Slide:
-    """Open a slide or photograph with the reader that is right and fastest for it.
+    """Open a slide or photograph with the fastest reader that reads it correctly.
 
-    What the file holds decides, not its name: cuCIM for tiled JPEG whose tiles a scan can prove,
-    OpenSlide for scanners' own formats and DICOM, tifffile for other TIFF, Pillow for PNG and JPEG.
+    The content of the file decides, not its name: cuCIM for tiled JPEG whose damage a scan can
+    find, OpenSlide for the formats of scanners and for DICOM, tifffile for other TIFF, Pillow for
+    PNG and JPEG.
 
     Args:
-        path: the file; of a DICOM series or a MIRAX slide, one of its files or the .mrxs.
-        reader: "cucim", "openslide", "tifffile" or "pillow" to insist on one, else "auto".
+        path: the file; for a DICOM series any one of its files, for a MIRAX slide the .mrxs file.
+        reader: "auto", or "cucim", "openslide", "tifffile" or "pillow" to use only this one.
 
     Returns:
         The open slide, which is a context manager.
 
     Raises:
-        SlideError: with its reason: "missing", "unreadable", "unsupported", "no-reader" or
+        SlideError: its reason is "missing", "unreadable", "unsupported", "no-reader" or
             "too-large".
 
     Example:
@@ -48,41 +49,41 @@ def open_slide(path: str | os.PathLike[str], *, reader: str = "auto") -> Slide:
     kind = _probe(path)
     if kind in ("png", "jpeg"):
         if reader not in ("auto", "pillow"):
-            raise _refused(path, reader, f"a {kind.upper()} image")
+            raise _wrong_reader(path, reader, f"a {kind.upper()} image")
         from .photo import PhotoSlide
 
         return PhotoSlide(path, kind)
     if reader == "pillow":
-        raise _refused(path, reader, "a slide")
+        raise _wrong_reader(path, reader, "a slide")
     if kind == "tiff":
         return _open_tiff(path, reader)
     if reader in ("cucim", "tifffile"):
-        raise _refused(path, reader, "no TIFF")
+        raise _wrong_reader(path, reader, "no TIFF")
     from .openslide import OpenSlideSlide
 
     return OpenSlideSlide(path, None)
 
 
 def _open_tiff(path: Path, reader: str) -> Slide:
-    """Choose among the readers of TIFF; the file has been found sane before C code sees it."""
-    from .cucim import CuCimSlide, has_cucim, why_not
+    """Choose among the readers of TIFF. `TiffFile` checks the file before a C library reads it."""
+    from .cucim import CuCimSlide, cucim_obstacle, has_cucim
     from .openslide import OpenSlideSlide, has_openslide
     from .tiff import TiffFile, TiffSlide
 
     tiff = TiffFile(path)
     try:
         if reader == "cucim":
-            if why := why_not(tiff):
-                raise _refused(path, reader, why)
+            if obstacle := cucim_obstacle(tiff):
+                raise _wrong_reader(path, reader, obstacle)
             return CuCimSlide(path, tiff)
-        if reader == "auto" and has_cucim() and not why_not(tiff):
+        if reader == "auto" and has_cucim() and not cucim_obstacle(tiff):
             try:
                 return CuCimSlide(path, tiff)
             except SlideError:
-                pass  # tifffile reads the same tiles
+                pass  # tifffile reads the same tiles, more slowly
         if reader == "openslide" or (reader == "auto" and tiff.needs_openslide):
             return OpenSlideSlide(path, tiff)
-        if reader == "auto" and has_openslide() and (tiff.better_openslide or tiff.refusal):
+        if reader == "auto" and has_openslide() and (tiff.prefers_openslide or tiff.refusal):
             try:
                 return OpenSlideSlide(path, tiff)
             except SlideError:
@@ -95,11 +96,11 @@ def _open_tiff(path: Path, reader: str) -> Slide:
 
 
 def _probe(path: Path) -> str:
-    """Say what a file is by its first bytes: "png", "jpeg", "tiff" or "other"."""
+    """Return the kind of a file by its first bytes: "png", "jpeg", "tiff" or "other"."""
     try:
         mode = os.stat(path).st_mode
         head = b""
-        if stat.S_ISREG(mode):  # a pipe would wait for who writes
+        if stat.S_ISREG(mode):  # opening a pipe would wait for a writer
             with open(path, "rb") as file:
                 head = file.read(16)
     except (FileNotFoundError, NotADirectoryError):
@@ -107,24 +108,24 @@ def _probe(path: Path) -> str:
     except (PermissionError, ValueError) as error:  # ValueError: a null character in the name
         raise SlideError(path, "unreadable", error_text(error)) from None
     except OSError as error:
-        if error.errno in _NAMES:
+        if error.errno in _BAD_NAME:
             raise SlideError(path, "missing", error_text(error)) from None
         raise
     if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
-        raise SlideError(path, "unreadable", f"expected a file, got {what}")
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise SlideError(path, "unreadable", f"expected a file, got {kind}")
     if not head:
         raise SlideError(path, "unreadable", "the file is empty")
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if head.startswith(b"\xff\xd8\xff"):
-        # The .mrxs of a MIRAX slide is a small JPEG beside a folder of its name.
+        # The .mrxs file of a MIRAX slide is a small JPEG, beside a folder of the same name.
         return "other" if (path.with_suffix("") / "Slidedat.ini").is_file() else "jpeg"
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "tiff"
     return "other"
 
 
-def _refused(path: Path, reader: str, what: str) -> SlideError:
-    message = f"{reader} does not read it: {what}; leave reader='auto'"
+def _wrong_reader(path: Path, reader: str, reason: str) -> SlideError:
+    message = f"{reader} does not read it: {reason}; leave reader='auto'"
     return SlideError(path, "unsupported", message)

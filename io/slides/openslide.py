@@ -1,4 +1,4 @@
-"""OpenSlide: scanners' own formats, DICOM, and what nothing else reads."""
+"""The reader by OpenSlide: formats of scanners, DICOM, and files that no other reader reads."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 
 from ..errors import SlideError
 from .colours import over_white
-from .levels import MOST_LEVELS, Pixels, make_levels, sane_mpp
+from .levels import MAX_LEVELS, Pixels, make_levels, sane_mpp
 from .library_errors import DAMAGE, opening
 from .slide import Slide
 from .tiff import TiffFile, TiffLevel, TileCache, read_tiles
 
 
 def has_openslide() -> bool:
-    """Tell whether OpenSlide is installed, without importing it."""
+    """Return True if OpenSlide is installed, without importing it."""
     return importlib.util.find_spec("openslide") is not None
 
 
 def _openslide(path: Path) -> Any:
     try:
         import openslide
-    except (ImportError, OSError) as error:  # OSError: the library itself is not there
+    except (ImportError, OSError) as error:  # OSError: the C library is missing
         raise SlideError(
             path, "no-reader", f"OpenSlide cannot be imported ({error}): pip install 'motet[wsi]'"
         ) from None
@@ -33,11 +33,12 @@ def _openslide(path: Path) -> Any:
 
 
 class OpenSlideSlide(Slide):
-    """Read by OpenSlide.
+    """Read a slide by OpenSlide.
 
-    A handle that has met an error answers every call with it, so the file is opened again. Where a
-    level's downsample is no whole number OpenSlide interpolates (1.2 grey levels on average on an
-    Aperio level of 4.0002); of a TIFF such levels are read by tifffile.
+    After an error, each further call with the same handle raises this error, so the file is opened
+    again. If the downsample of a level is not an integer, OpenSlide interpolates (an error of 1.2
+    grey levels on average on an Aperio level of 4.0002); such levels of a TIFF are read by
+    tifffile instead.
     """
 
     def __init__(self, path: Path, tiff: TiffFile | None) -> None:
@@ -48,26 +49,31 @@ class OpenSlideSlide(Slide):
                 raise SlideError(path, "unreadable", "neither a slide, nor TIFF, PNG or JPEG")
             self._handle = self._library.OpenSlide(path)
             try:
-                found: dict[str, str] = dict(self._handle.properties)
+                properties: dict[str, str] = dict(self._handle.properties)
                 sides = [(int(w), int(h)) for w, h in self._handle.level_dimensions]
                 self._ratios = [float(ratio) for ratio in self._handle.level_downsamples]
-                levels = make_levels(path, sides[:MOST_LEVELS])
+                levels = make_levels(path, sides[:MAX_LEVELS])
             except BaseException:
                 self._handle.close()
                 raise
-        tile = [found.get(f"openslide.level[0].tile-{side}", "") for side in ("width", "height")]
-        mpp = [_number(found.get(f"openslide.mpp-{axis}", "")) for axis in "xy"]
-        same = tiff is not None and not tiff.refusal and tiff.sides == sides
+        tile = [
+            properties.get(f"openslide.level[0].tile-{side}", "") for side in ("width", "height")
+        ]
+        mpp = [_number(properties.get(f"openslide.mpp-{axis}", "")) for axis in "xy"]
+        # Both see the same levels: then damage can be scanned, and levels read by tifffile.
+        same_levels = tiff is not None and not tiff.refusal and tiff.sides == sides
         super().__init__(
-            path, "openslide", found.get("openslide.vendor", "unknown"), levels,
+            path, "openslide", properties.get("openslide.vendor", "unknown"), levels,
             (int(tile[0]), int(tile[1])) if all(side.isdigit() for side in tile) else None,
             tiff.mpp if tiff and not tiff.needs_openslide else sane_mpp(*mpp),
-            {key: value for key, value in found.items() if "Patient" not in key},
-            tiff if same else None,
+            {key: value for key, value in properties.items() if "Patient" not in key},
+            tiff if same_levels else None,
         )  # fmt: skip
-        if tiff is not None and not same:
+        if tiff is not None and not same_levels:
             tiff.close()
-        self._pages: list[TiffLevel] | None = tiff.levels if tiff is not None and same else None
+        self._pages: list[TiffLevel] | None = None
+        if tiff is not None and same_levels:
+            self._pages = tiff.levels
         self._cache = TileCache()
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
@@ -83,14 +89,14 @@ class OpenSlideSlide(Slide):
         return over_white(np.asarray(image))
 
     def _reopen(self, broken: Any) -> None:
-        """Open the file again; threads that are reading keep the broken handle alive."""
+        """Open the file again. Threads that still read keep the broken handle alive."""
         with self._lock:
             if self._handle is broken:
                 with opening(self.path, self._library.OpenSlideError):
                     self._handle = self._library.OpenSlide(self.path)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._cache.clear()
         self._handle.close()
         super().close()

@@ -1,4 +1,4 @@
-"""Pillow: photographs and patches as PNG or JPEG, held in memory once their pixels are wanted."""
+"""The reader by Pillow: PNG and JPEG, decoded completely at the first read and kept in memory."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import numpy as np
 
 from ..errors import SlideError
 from .colours import over_white
-from .levels import MOST_PHOTO_PX, Pixels, make_levels
+from .levels import MAX_PHOTO_PX, Pixels, make_levels
 from .library_errors import DAMAGE, opening
 from .slide import Slide
 
-BAND_PX = 1 << 22  # converted at once
+BAND_PX = 1 << 22  # px that are converted at a time
 
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}
 
 
 class PhotoSlide(Slide):
-    """Read a PNG or JPEG: one level, as it is stored (EXIF orientation is not applied)."""
+    """Read a PNG or JPEG: one level, in its stored orientation (EXIF is not applied)."""
 
     def __init__(self, path: Path, kind: str) -> None:
         try:
             from PIL import Image
         except ImportError:
             raise SlideError(path, "no-reader", "not installed: pip install pillow") from None
-        with opening(path), _limited(path, Image), Image.open(path, formats=[kind]) as image:
+        with opening(path), _size_limit(path, Image), Image.open(path, formats=[kind]) as image:
             size, mode = image.size, image.mode
         levels = make_levels(path, [size])
-        if size[0] * size[1] > MOST_PHOTO_PX:
+        if size[0] * size[1] > MAX_PHOTO_PX:
             raise SlideError(
                 path, "too-large",
-                f"{size[0]} x {size[1]} px; at most {MOST_PHOTO_PX} px of a {kind.upper()}: "
+                f"{size[0]} x {size[1]} px; at most {MAX_PHOTO_PX} px of a {kind.upper()}: "
                 "write it as a tiled TIFF",
             )  # fmt: skip
         if mode not in _MODES:
@@ -45,51 +45,51 @@ class PhotoSlide(Slide):
         super().__init__(path, "pillow", kind, levels, None, None, {f"{kind}.mode": mode})
         self._image_module: Any = Image
         self._kind = kind
-        self._whole: Pixels | None = None
-        self._lost: Exception | None = None
+        self._image: Pixels | None = None
+        self._error: Exception | None = None
         self._lock = threading.Lock()
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         with self._lock:
-            if self._lost:
-                raise self._lost
-            if self._whole is None:
+            if self._error:
+                raise self._error
+            if self._image is None:
                 try:
-                    self._whole = self._decode()
+                    self._image = self._decode()
                 except DAMAGE as error:
-                    self._lost = error  # not to be decoded for every patch again
+                    self._error = error  # kept, so that not every patch decodes the file again
                     raise
-            whole = self._whole
-        return whole[y : y + height, x : x + width].copy()
+            image = self._image
+        return image[y : y + height, x : x + width].copy()
 
     def _decode(self) -> Pixels:
         width, height = self.levels[0].width, self.levels[0].height
         out = np.empty((height, width, 3), np.uint8)
         rows = max(1, BAND_PX // width)
         with (
-            _limited(self.path, self._image_module),
+            _size_limit(self.path, self._image_module),
             self._image_module.open(self.path, formats=[self._kind]) as image,
         ):
             if image.size != (width, height):
                 raise SlideError(self.path, "damaged", "the file has been exchanged")
             image.load()
-            clear = image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info
+            has_alpha = image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info
             for top in range(0, height, rows):
                 band = image.crop((0, top, width, min(top + rows, height)))
-                if clear:
+                if has_alpha:
                     out[top : top + rows] = over_white(np.asarray(band.convert("RGBA")))
                 else:
                     out[top : top + rows] = np.asarray(band.convert("RGB"))
         return out
 
     def close(self) -> None:
-        """Let go of the pixels."""
-        self._whole = None
+        """Release the pixels."""
+        self._image = None
         super().close()
 
 
-class _limited:
-    """Turn Pillow's own limit on sizes, an error or a warning, into SlideError "too-large"."""
+class _size_limit:
+    """Raise SlideError "too-large" for Pillow's error of its size limit, and ignore its warning."""
 
     def __init__(self, path: Path, module: Any) -> None:
         self._path, self._module = path, module

@@ -1,4 +1,4 @@
-"""What a slide can do, whichever reader opened it: levels, regions, thumbnail, damage."""
+"""The base class of all readers of slides: levels, regions, thumbnail, damage."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .thumbnails import thumbnail
 
 
 class ScannedLevel(Protocol):
-    """A level whose tiles a scan of their bytes can prove damaged."""
+    """A level whose damaged tiles can be found by a scan of their bytes; `TiffLevel` is one."""
 
     def hit(self, left: int, top: int, right: int, bottom: int) -> bool: ...
     def damaged_tiles(self) -> NDArray[np.int64]: ...
 
 
 class ScannedFile(Protocol):
-    """What a slide needs of the file's structure: `tiff.TiffFile` is one."""
+    """The structure of a file, as far as a slide reads it; `tiff.TiffFile` is one."""
 
     @property
     def levels(self) -> Sequence[ScannedLevel]: ...
@@ -36,17 +36,18 @@ class ScannedFile(Protocol):
 
 
 class Slide(ABC):
-    """Read an image of one or more levels, in whichever format; `open_slide` makes them.
+    """An open image of one or more levels, of any format; returned by `open_slide`.
 
     Args:
         path: the file.
         reader: "cucim", "openslide", "tifffile" or "pillow".
-        vendor: who wrote it, in OpenSlide's words ("aperio", "generic-tiff", ...), "png" or "jpeg".
+        vendor: name of the format as OpenSlide has it ("aperio", "generic-tiff", ...), "png" or
+            "jpeg".
         levels: of the pyramid, finest first.
-        tile_px: (width, height) of the file's own tiles at level 0; None where it is not tiled.
-        mpp: micrometres per level-0 px, mean of both axes, as the file says; None: not known.
-        properties: what else the file says.
-        tiff: the file's structure, if it is a TIFF whose tiles can be scanned for damage.
+        tile_px: (width, height) of the file's tiles at level 0; None if the file is not tiled.
+        mpp: micrometres per level-0 px by the file, mean of both axes; None if not known.
+        properties: further properties by the file.
+        tiff: the structure of the file, if it is a TIFF whose tiles can be scanned for damage.
 
     Example:
         >>> from PIL import Image
@@ -74,24 +75,24 @@ class Slide(ABC):
 
     @abstractmethod
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """Read a region that lies within the level, RGB over white; raise one of DAMAGE."""
+        """Read a region inside of the level, RGB over white; raise one of DAMAGE if it fails."""
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a region of a level.
 
         Args:
-            level: which.
-            x: left edge, in px of that level; may be negative or beyond.
-            y: upper edge.
-            width: in px of that level.
-            height: in px of that level.
+            level: index of the level.
+            x: left edge, in px of the level; may be negative or beyond the level.
+            y: upper edge, in px of the level.
+            width: in px of the level.
+            height: in px of the level.
 
         Returns:
-            uint8 [height, width, 3], RGB; white outside the slide and where it is transparent. The
-            caller's own.
+            uint8 [height, width, 3], RGB; white outside of the slide and where it is transparent.
+            A new array, which the caller may change.
 
         Raises:
-            SlideError: "damaged", where its pixels cannot be decoded. Other reads still work.
+            SlideError: "damaged", if the pixels cannot be decoded. Other regions can still be read.
 
         Example:
             >>> from PIL import Image
@@ -106,17 +107,17 @@ class Slide(ABC):
         sides = self.levels[level]
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + width, sides.width), min(y + height, sides.height)
-        inside = right > left and bottom > top
-        if not inside:
+        if right <= left or bottom <= top:  # outside of the level
             return np.full((height, width, 3), 255, np.uint8)
         if self._hits_damage(level, left, top, right, bottom):
-            raise self._damaged(level, x, y, width, height, "the bytes of its tiles are damaged")
+            why = "the bytes of its tiles are damaged"
+            raise self._damage_error(level, x, y, width, height, why)
         try:
             pixels = self._pixels(level, left, top, right - left, bottom - top)
         except SlideError:
             raise
         except DAMAGE as error:
-            raise self._damaged(level, x, y, width, height, error_text(error)) from error
+            raise self._damage_error(level, x, y, width, height, error_text(error)) from error
         if pixels.shape[:2] == (height, width):
             return pixels
         out = np.full((height, width, 3), 255, np.uint8)
@@ -126,18 +127,18 @@ class Slide(ABC):
     def read_many(
         self, level: int, corners: NDArray[np.int64], width: int, height: int, *, workers: int = 1
     ) -> Iterator[Pixels | SlideError]:
-        """Read regions of one size, in order.
+        """Read regions of the same size, in order.
 
         Args:
-            level: which.
-            corners: int64 [n, 2], upper left corners (x, y) in px of that level.
-            width: in px of that level.
-            height: in px of that level.
-            workers: threads that decode; what is decoded ahead is bounded.
+            level: index of the level.
+            corners: int64 [n, 2], upper left corners (x, y) in px of the level.
+            width: in px of the level.
+            height: in px of the level.
+            workers: threads that decode. At most 2 regions per thread are decoded ahead.
 
         Yields:
-            Per corner uint8 [height, width, 3], valid until the next is asked for (copy it to keep
-            it), or the SlideError of the region that cannot be decoded; the others go on.
+            For each corner uint8 [height, width, 3], valid until the next one is yielded (copy it
+            to keep it), or a SlideError if this region cannot be decoded.
 
         Example:
             >>> import numpy as np
@@ -150,38 +151,38 @@ class Slide(ABC):
         """
         level = self._level(level)
 
-        def one(corner: list[int]) -> Pixels | SlideError:
+        def read_region(corner: list[int]) -> Pixels | SlideError:
             try:
                 return self.read(level, corner[0], corner[1], width, height)
             except SlideError as error:
                 return error
 
-        places = whole_corners(corners).tolist()
+        places = check_corners(corners).tolist()
         if workers <= 1:
-            yield from map(one, places)
+            yield from map(read_region, places)
             return
         with ThreadPoolExecutor(workers) as pool:
-            ahead = deque(pool.submit(one, place) for place in places[: 2 * workers])
+            futures = deque(pool.submit(read_region, place) for place in places[: 2 * workers])
             try:
                 for place in places[2 * workers :]:
-                    yield ahead.popleft().result()
-                    ahead.append(pool.submit(one, place))
-                while ahead:
-                    yield ahead.popleft().result()
+                    yield futures.popleft().result()
+                    futures.append(pool.submit(read_region, place))
+                while futures:
+                    yield futures.popleft().result()
             finally:
-                for future in ahead:
+                for future in futures:
                     future.cancel()
 
     def damaged(self, level: int) -> NDArray[np.int64]:
-        """Say which of the file's tiles are damaged, from a scan of their bytes (once per level).
+        """Return the damaged tiles of the file, found by a scan of their bytes (once per level).
 
-        Holds for TIFF (not NDPI); other damage shows when its pixels are read.
+        Only TIFF files are scanned (not NDPI). Other damage is found when the pixels are read.
 
         Args:
-            level: which.
+            level: index of the level.
 
         Returns:
-            x, y, width and height of each in px of that level, within its bounds, int64 [k, 4].
+            int64 [k, 4]: x, y, width, height of each tile in px of the level, inside of the level.
         """
         level = self._level(level)
         if self._tiff is None:
@@ -189,21 +190,21 @@ class Slide(ABC):
         return self._tiff.levels[level].damaged_tiles()
 
     def thumbnail(self, longest_px: int = 2048) -> Pixels:
-        """Return the whole slide, averaged from the coarsest level that is at least that large.
+        """Return the whole slide as a small image, averaged from the coarsest level that is larger.
 
         Args:
-            longest_px: of the longer side; a smaller slide is not enlarged.
+            longest_px: px of the longer side; a smaller slide is not enlarged.
 
         Returns:
             uint8 [h, w, 3], RGB; white where the file is damaged.
 
         Raises:
-            SlideError: "damaged", if nothing of it can be read.
+            SlideError: "damaged", if no part of the slide can be read.
         """
         return thumbnail(self.levels, self.read_many, longest_px, self.tile_px)
 
     def close(self) -> None:
-        """Let go of the file; reads afterwards are undefined. May be called again."""
+        """Close the file. A further call does nothing; reading afterwards is undefined."""
         if self._tiff is not None:
             self._tiff.close()
 
@@ -234,9 +235,11 @@ class Slide(ABC):
     def _hits_damage(self, level: int, left: int, top: int, right: int, bottom: int) -> bool:
         return self._tiff is not None and self._tiff.levels[level].hit(left, top, right, bottom)
 
-    def _damaged(self, level: int, x: int, y: int, width: int, height: int, why: str) -> SlideError:
-        where = f"{width} x {height} px at ({x}, {y}) of level {level}"
-        return SlideError(self.path, "damaged", f"{where}: {why}")
+    def _damage_error(
+        self, level: int, x: int, y: int, width: int, height: int, why: str
+    ) -> SlideError:
+        region = f"{width} x {height} px at ({x}, {y}) of level {level}"
+        return SlideError(self.path, "damaged", f"{region}: {why}")
 
 
 def check_sides(width: int, height: int) -> None:
@@ -245,11 +248,11 @@ def check_sides(width: int, height: int) -> None:
         raise ValueError(f"width and height: expected at least 1, got {width} and {height}")
 
 
-def whole_corners(corners: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Check corners: whole numbers [n, 2]."""
+def check_corners(corners: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return corners as int64 [n, 2]; raise ValueError unless they are integers [n, 2]."""
     array = np.asarray(corners)
     if array.ndim != 2 or array.shape[1] != 2 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(
-            f"corners: expected whole numbers [n, 2], got {array.dtype} {list(array.shape)}"
+            f"corners: expected integers [n, 2], got {array.dtype} {list(array.shape)}"
         )
     return array.astype(np.int64, copy=False)

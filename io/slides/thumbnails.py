@@ -1,4 +1,4 @@
-"""Thumbnails: the whole slide in one small picture, each px the mean of what it covers."""
+"""Thumbnails: the whole slide in one small image; each px is the mean of the area it covers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..errors import SlideError
 from .levels import Level, Pixels
 
-BLOCK_PX = 1024, 256  # about what is read at once: a band of them stays in the cache
+BLOCK_PX = 1024, 256  # (width, height) of a read, about: a band of this height fits the cache
 
 
 class ReadMany(Protocol):
@@ -29,13 +29,13 @@ def thumbnail(
     longest_px: int,
     tile_px: tuple[int, int] | None = None,
 ) -> Pixels:
-    """Return the whole slide, see `Slide.thumbnail`.
+    """Return the whole slide as a small image, see `Slide.thumbnail`.
 
     Args:
         levels: of the slide, finest first.
-        read_many: reads them.
-        longest_px: of the longer side.
-        tile_px: (width, height) of the file's tiles, None where it is not tiled.
+        read_many: reads regions of them.
+        longest_px: px of the longer side.
+        tile_px: (width, height) of the file's tiles, None if it is not tiled.
     """
     if longest_px < 1:
         raise ValueError(f"longest_px: expected at least 1, got {longest_px}")
@@ -43,14 +43,16 @@ def thumbnail(
     width, height = _size(levels, longest_px)
     level = thumbnail_level(levels, longest_px)
     sides = levels[level]
-    # A level may lack a part of level 0: 1001 px divided by 4 are 250 px, with a quarter left out.
+    # Edges of the thumbnail's px in px of the level. A level may lack a part of level 0: 1001 px
+    # divided by 4 are 250 px, without the last px of level 0. So the last edge is cut.
     across = np.minimum(np.linspace(0, base.width / sides.downsample, width + 1), sides.width)
     down = np.minimum(np.linspace(0, base.height / sides.downsample, height + 1), sides.height)
     bands = _bands(read_many, level, sides, tile_px)
     if np.array_equal(across, np.arange(width + 1)) and np.array_equal(down, np.arange(height + 1)):
-        return np.concatenate([band for _, band in bands])  # the level itself
+        return np.concatenate([band for _, band in bands])  # each px is a px of the level
     total = np.zeros((height, width, 3), np.float32)
     for top, band in bands:
+        # The band covers the thumbnail's rows first to last - 1, the first and the last in part.
         first = int(np.searchsorted(down, top, "right")) - 1
         last = int(np.searchsorted(down, top + len(band)))
         rows = _row_sums(band, np.clip(down[first : last + 1] - top, 0, len(band)))
@@ -61,11 +63,11 @@ def thumbnail(
 
 
 def thumbnail_level(levels: Sequence[Level], longest_px: int) -> int:
-    """Return the level that a thumbnail is made of: the coarsest that is no smaller."""
+    """Return the index of the level for a thumbnail: the coarsest that is not smaller than it."""
     width, height = _size(levels, longest_px)
     return max(
-        i for i, one in enumerate(levels)
-        if i == 0 or (one.width >= width and one.height >= height)
+        i for i, level in enumerate(levels)
+        if i == 0 or (level.width >= width and level.height >= height)
     )  # fmt: skip
 
 
@@ -78,8 +80,8 @@ def _size(levels: Sequence[Level], longest_px: int) -> tuple[int, int]:
 def _bands(
     read_many: ReadMany, level: int, sides: Level, tile_px: tuple[int, int] | None
 ) -> Iterator[tuple[int, Pixels]]:
-    """Read a level from top to bottom: (first row, pixels), white where damaged."""
-    seen, lost = False, None
+    """Yield bands of a level from top to bottom: first row, pixels [h, w, 3], white if damaged."""
+    any_read, error = False, None
     across, down = (
         tile * max(1, block // tile) if tile <= 1024 else block
         for block, tile in zip(BLOCK_PX, tile_px or (1, 1), strict=True)
@@ -93,29 +95,32 @@ def _bands(
         for left, block in zip(lefts, blocks, strict=True):
             width = min(across, sides.width - left)
             if isinstance(block, SlideError):
-                lost = block
-                pieces = _piecewise(read_many, level, (left, top, width, height), tile_px)
-                if pieces is None:
+                error = block
+                block = _read_by_tile(read_many, level, (left, top, width, height), tile_px)
+                if block is None:
                     continue  # stays white
-                block = pieces
-            seen = True
+            any_read = True
             band[:, left : left + width] = block[:, :width]
         yield top, band
-    if lost and not seen:  # white would pass for glass
-        raise SlideError(lost.path, "damaged", f"nothing can be read: {lost.message}")
+    if error and not any_read:  # a completely white thumbnail would look like glass
+        raise SlideError(error.path, "damaged", f"nothing can be read: {error.message}")
 
 
 def _row_sums(image: Pixels, edges: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Integrate rows [h, w, 3] between edges from 0 to at most h, parts of rows in part."""
-    whole = edges.astype(int)
+    """Sum the rows of an image [h, w, 3] between edges (0 to at most h); parts of rows in part.
+
+    The sum between two edges is that of the rows from floor(edge) to floor(next edge) - 1, plus the
+    part of the row at the next edge, minus the part of the row at the edge.
+    """
+    floors = edges.astype(int)
     flat = image.reshape(len(image), -1)
-    # A loop, for np.add.reduceat takes 20 times as long; 257 rows of 255 are what 16 bits hold.
-    kind = np.uint16 if np.diff(whole).max() <= 257 else np.uint32
-    sums = np.empty((len(edges) - 1, flat.shape[1]), kind)
-    for out, (start, stop) in zip(sums, pairwise(whole.tolist()), strict=True):
-        np.add.reduce(flat[start:stop], axis=0, dtype=kind, out=out)
-    parts = flat[np.minimum(whole, len(flat) - 1)].astype(np.float32)
-    parts *= (edges - whole).astype(np.float32)[:, None]
+    # A loop, as np.add.reduceat takes 20 times as long. 16 bits hold the sum of 257 rows of 255.
+    dtype = np.uint16 if np.diff(floors).max() <= 257 else np.uint32
+    sums = np.empty((len(edges) - 1, flat.shape[1]), dtype)
+    for out, (start, stop) in zip(sums, pairwise(floors.tolist()), strict=True):
+        np.add.reduce(flat[start:stop], axis=0, dtype=dtype, out=out)
+    parts = flat[np.minimum(floors, len(flat) - 1)].astype(np.float32)
+    parts *= (edges - floors).astype(np.float32)[:, None]
     integrals = sums.astype(np.float32)
     integrals += parts[1:]
     integrals -= parts[:-1]
@@ -123,7 +128,7 @@ def _row_sums(image: Pixels, edges: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _column_sums(image: NDArray[np.float32], edges: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Integrate columns [h, w, 3] between edges from 0 to at most w, parts of columns in part."""
+    """Sum the columns of an image [h, w, 3] between edges (0 to at most w), parts in part."""
     low, high = edges[:-1], edges[1:]
     first = low.astype(int)
     total = np.zeros((image.shape[0], len(low), 3), np.float32)
@@ -136,27 +141,27 @@ def _column_sums(image: NDArray[np.float32], edges: NDArray[np.float64]) -> NDAr
     return total
 
 
-def _piecewise(
+def _read_by_tile(
     read_many: ReadMany,
     level: int,
     region: tuple[int, int, int, int],
     tile_px: tuple[int, int] | None,
 ) -> Pixels | None:
-    """Read a region (x, y, width, height) of which parts are damaged: tile by tile, those white.
+    """Read a region (x, y, width, height) with damage tile by tile; damaged tiles are white.
 
-    None if all of them are.
+    None if all tiles are damaged.
     """
     x, y, width, height = region
     across, down = tile_px or (256, 256)
     out = np.full((height, width, 3), 255, np.uint8)
-    seen = False
+    any_read = False
     for top in range(y // down * down, y + height, down):
         for left in range(x // across * across, x + width, across):
             a, b = max(left, x), max(top, y)
             c, d = min(left + across, x + width), min(top + down, y + height)
-            (piece,) = read_many(level, np.array([(a, b)]), c - a, d - b)
-            if isinstance(piece, SlideError):
+            (tile,) = read_many(level, np.array([(a, b)]), c - a, d - b)
+            if isinstance(tile, SlideError):
                 continue  # stays white
-            out[b - y : d - y, a - x : c - x] = piece
-            seen = True
-    return out if seen else None
+            out[b - y : d - y, a - x : c - x] = tile
+            any_read = True
+    return out if any_read else None

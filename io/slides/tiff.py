@@ -1,7 +1,7 @@
-"""TIFF: what the file says, and its pixels by tifffile, tile by tile.
+"""Read TIFF: the structure of the file, and its pixels tile by tile with tifffile.
 
-The structure is read here for the other readers too, so that no C library sees a file whose header
-is not sane.
+The structure is read here for the other readers too, so that no C library reads a file before its
+header has been checked.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from numpy.typing import NDArray
 from ..errors import SlideError
 from .colours import Colours
 from .integrity import Header, Tiles, find_damaged, parse_jpeg
-from .levels import MOST_LEVELS, MOST_TILE_BYTES, MOST_TILES, Pixels, make_levels
+from .levels import MAX_LEVELS, MAX_TILE_BYTES, MAX_TILES, Pixels, make_levels
 from .library_errors import opening
 from .slide import Slide
 from .tiff_metadata import mpp_of, name_of, planes_of, properties_of, vendor_of
 
-MOST_PAGES = 256  # of a file that are looked at
-CACHE_BYTES = 32 << 20  # of decoded tiles: a row of strips is read several times
+MAX_PAGES = 256  # the first pages of a file; others are ignored
+CACHE_BYTES = 32 << 20  # of decoded tiles: patches of a row read the same strips several times
 
 CODINGS = {
     1: "none", 5: "lzw", 7: "jpeg", 8: "deflate", 32946: "deflate", 32773: "packbits",
     33003: "jpeg2000", 33005: "jpeg2000", 34712: "jpeg2000",
 }  # fmt: skip
 JPEG2000_YCBCR = 33003
-SCANNERS = ("aperio", "philips")  # all their tiled pages are levels, flagged or not
+SCANNERS = ("aperio", "philips")  # all their tiled pages are levels, with the tag for it or not
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else it writes to stderr
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else it prints to stderr
 
 
 @dataclass(eq=False)
 class TiffLevel:
-    """One page of the pyramid: how its tiles lie and are decoded, and which are damaged."""
+    """One page of the pyramid: where its tiles lie, how they are decoded, which are damaged."""
 
     width: int
     height: int
-    tile: tuple[int, int]  # (width, height); of strips the image's width and the rows of one
+    tile: tuple[int, int]  # (width, height); of strips: the image's width, and rows per strip
     tiled: bool
-    in_place: bool  # one block of plain pixels, which a read need not take whole
+    in_place: bool  # one block of uncompressed pixels: rows are read without reading a strip
     tiles: Tiles
     colours: Colours
     decode: Callable[..., Any]
@@ -65,15 +65,18 @@ class TiffLevel:
         return ceil(self.height / self.tile[1])
 
     def damage(self) -> NDArray[np.bool_] | None:
-        """Scan once: bool [rows, columns], or None if no tile is damaged."""
+        """Return bool [rows, columns], True for damaged tiles; None if no tile is damaged.
+
+        The tiles are scanned at the first call.
+        """
         with self._lock:
             if self._damage is None:
-                found = find_damaged(self.file, self.tiles)
-                self._damage = found.reshape(self.rows, self.columns)
+                damaged = find_damaged(self.file, self.tiles)
+                self._damage = damaged.reshape(self.rows, self.columns)
         return self._damage if self._damage.any() else None
 
     def hit(self, left: int, top: int, right: int, bottom: int) -> bool:
-        """Tell whether a region within the level touches a damaged tile."""
+        """Return True if a region inside of the level touches a damaged tile."""
         damage = self.damage()
         if damage is None:
             return False
@@ -82,7 +85,7 @@ class TiffLevel:
         return bool(touched.any())
 
     def damaged_tiles(self) -> NDArray[np.int64]:
-        """List damaged tiles, int64 [k, 4] of x, y, width, height."""
+        """Return the damaged tiles, int64 [k, 4]: x, y, width, height."""
         damage = self.damage()
         if damage is None:
             return np.zeros((0, 4), np.int64)
@@ -92,7 +95,7 @@ class TiffLevel:
         return np.stack([x, y, width, np.minimum(self.tile[1], self.height - y)], 1)
 
     def read(self, number: int) -> Pixels:
-        """Decode one tile, RGB over white, of its full size or cut at the image's edge."""
+        """Decode one tile, RGB over white, in its full size or cut at the image's edge."""
         count = int(self.tiles.counts[number])
         if count == 0:
             return np.full((self.tile[1], self.tile[0], 3), 255, np.uint8)
@@ -105,18 +108,19 @@ class TiffFile:
     """Read the structure of a TIFF slide: the pages of its pyramid, its vendor, its resolution.
 
     Args:
-        path: a file that begins as TIFF does.
+        path: a file that begins with the signature of a TIFF.
 
     Raises:
-        SlideError: "unreadable", "unsupported", "too-large" or "no-reader". What OpenSlide may read
-            all the same is kept as `refusal`; it has no `levels` then.
+        SlideError: "unreadable", "unsupported", "too-large" or "no-reader". If OpenSlide may be
+            able to read the file, the error is not raised but kept as `refusal`, and `levels` is
+            empty.
     """
 
     def __init__(self, path: Path) -> None:
         tifffile = _tifffile(path)
         self.path = path
         self.refusal: SlideError | None = None
-        self.better_openslide = False
+        self.prefers_openslide = False
         self.file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
             with opening(path), tifffile.TiffFile(path) as tiff:
@@ -126,7 +130,7 @@ class TiffFile:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
@@ -135,41 +139,43 @@ class TiffFile:
         base = tiff.pages[0]
         description = base.description if isinstance(base.description, str) else ""
         self.vendor, self.needs_openslide = vendor_of(tiff, base, description)
-        pages = [base, *_smaller(tiff, base, self.vendor)]
+        pages = [base, *_find_smaller_pages(tiff, base, self.vendor)]
         self.sides = [(int(page.imagewidth), int(page.imagelength)) for page in pages]
-        self.shape = make_levels(self.path, self.sides)
-        if self.vendor == "philips":  # halved each time, and filled up to whole tiles
-            self.shape = tuple(
-                replace(one, downsample=2.0 ** round(log2(base.imagewidth / one.width)))
-                for one in self.shape
+        self.pyramid = make_levels(self.path, self.sides)
+        if self.vendor == "philips":
+            # Each level has half the resolution of the one before, but its sides are padded to
+            # full tiles, so their ratios are not powers of two.
+            self.pyramid = tuple(
+                replace(level, downsample=2.0 ** round(log2(base.imagewidth / level.width)))
+                for level in self.pyramid
             )
         self.mpp = mpp_of(base, description, self.vendor)
         self.properties = properties_of(base, description)
         self.tile_px = (base.tilewidth, base.tilelength) if base.is_tiled else None
         self.levels: list[TiffLevel] = []
         if self.needs_openslide:
-            self._refuse(f"OpenSlide alone reads the form of {self.vendor}")
+            self._set_refusal(f"only OpenSlide reads the format of {self.vendor}")
         elif base.compression not in CODINGS:
-            self._refuse(f"compression {name_of(base.compression)}; {_CONVERT}")
+            self._set_refusal(f"compression {name_of(base.compression)}; {_CONVERT}")
         else:
-            self._check(base, description)
-            self.levels = [self._level(page) for page in pages]
+            self._check_page(base, description)
+            self.levels = [self._make_level(page) for page in pages]
             if not self.levels[0].tiles.counts.any():
                 raise SlideError(self.path, "unreadable", "its tiles are empty")
             # imagecodecs rounds the colours of subsampled YCbCr down, OpenSlide to the nearest.
-            jpeg2000 = base.compression == JPEG2000_YCBCR
-            self.better_openslide = jpeg2000 and not self.levels[0].colours.ycbcr
+            is_ycbcr = base.compression == JPEG2000_YCBCR
+            self.prefers_openslide = is_ycbcr and not self.levels[0].colours.ycbcr
 
-    def _refuse(self, why: str) -> None:
+    def _set_refusal(self, why: str) -> None:
         self.refusal = SlideError(self.path, "unsupported", why)
 
-    def _check(self, base: Any, description: str) -> None:
-        """Refuse what would be read wrongly, by OpenSlide too."""
+    def _check_page(self, base: Any, description: str) -> None:
+        """Raise SlideError for pixels that all readers, OpenSlide too, would read wrongly."""
         bits, samples = base.bitspersample, base.samplesperpixel
         form = int(base.photometric) if base.photometric is not None else -1
         why = None
         if bits != 8 or base.sampleformat not in (1, None):
-            why = f"{bits} bits per sample; expected 8: scale them by what your scanner's range is"
+            why = f"{bits} bits per sample; expected 8: scale them by the range of your scanner"
         elif samples > 1 and base.planarconfig != 1:
             why = f"colours in separate planes; {_CONVERT}"
         elif (form, samples) not in _FORMS:
@@ -181,7 +187,7 @@ class TiffFile:
         if why:
             raise SlideError(self.path, "unsupported", why)
 
-    def _level(self, page: Any) -> TiffLevel:
+    def _make_level(self, page: Any) -> TiffLevel:
         width, height = int(page.imagewidth), int(page.imagelength)
         if page.is_tiled:
             tile = int(page.tilewidth), int(page.tilelength)
@@ -191,9 +197,9 @@ class TiffFile:
             raise SlideError(self.path, "unreadable", f"tiles of {tile[0]} x {tile[1]} px")
         columns, rows = ceil(width / tile[0]), ceil(height / tile[1])
         raw = tile[0] * tile[1] * page.samplesperpixel
-        plain = page.compression == 1 and page.predictor == 1
-        in_place = bool(plain and not page.is_tiled and page.is_contiguous)
-        if columns * rows > MOST_TILES or (raw > MOST_TILE_BYTES and not in_place):
+        uncompressed = page.compression == 1 and page.predictor == 1
+        in_place = bool(uncompressed and not page.is_tiled and page.is_contiguous)
+        if columns * rows > MAX_TILES or (raw > MAX_TILE_BYTES and not in_place):
             raise SlideError(
                 self.path, "too-large", f"{columns * rows} tiles of {tile[0]} x {tile[1]} px"
             )
@@ -216,16 +222,18 @@ class TiffFile:
             palette = (np.asarray(page.colormap) >> 8).astype(np.uint8).T.copy()
             if palette.shape != (256, 3):
                 raise SlideError(self.path, "unreadable", f"palette of {list(palette.shape)}")
-        raw_ycbcr = page.compression == JPEG2000_YCBCR and self._same_sampling(tiles)
-        colours = Colours(form, 1 in (page.extrasamples or ()), palette, raw_ycbcr)
+        is_ycbcr = page.compression == JPEG2000_YCBCR and self._is_not_subsampled(tiles)
+        colours = Colours(form, 1 in (page.extrasamples or ()), palette, is_ycbcr)
         return TiffLevel(
             width, height, tile, page.is_tiled, in_place, tiles, colours, page.decode, self.file
         )
 
-    def _same_sampling(self, tiles: Tiles) -> bool:
-        """Tell whether the components of a JPEG 2000 tile have the same number of px.
+    def _is_not_subsampled(self, tiles: Tiles) -> bool:
+        """Return True if all components of a JPEG 2000 tile have the full number of px.
 
-        imagecodecs turns YCbCr to RGB only if they have not.
+        imagecodecs then leaves YCbCr as it is; if they are subsampled, it converts to RGB. The
+        segment SIZ has three bytes per component from byte 42 on, of which the second and third are
+        the subsampling factors.
         """
         for at in tiles.offsets[tiles.counts > 0][:1]:
             head = os.pread(self.file, 42 + 3 * tiles.samples, int(at))
@@ -242,43 +250,45 @@ class TiffFile:
 
 
 class TiffSlide(Slide):
-    """Read a TIFF's tiles (or strips) by tifffile: exact at every level, one thread per read."""
+    """Read the tiles (or strips) of a TIFF by tifffile: exact at every level."""
 
     def __init__(self, path: Path, tiff: TiffFile) -> None:
         if tiff.refusal:
             raise tiff.refusal
         super().__init__(
-            path, "tifffile", tiff.vendor, tiff.shape, tiff.tile_px, tiff.mpp, tiff.properties, tiff
-        )
+            path, "tifffile", tiff.vendor, tiff.pyramid, tiff.tile_px, tiff.mpp, tiff.properties,
+            tiff,
+        )  # fmt: skip
         self._pages, self._cache = tiff.levels, TileCache()
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         return read_tiles(self._pages[level], self._cache, level, x, y, width, height)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._cache.clear()
         super().close()
 
 
 class TileCache:
-    """Keep the tiles that were decoded last, up to CACHE_BYTES and at least one."""
+    """The tiles that were used last, up to CACHE_BYTES of decoded pixels, and at least one."""
 
     def __init__(self) -> None:
         self._tiles: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, level: TiffLevel, number: int, which: int) -> Pixels:
+    def get(self, level: TiffLevel, number: int, level_index: int) -> Pixels:
+        """Return a tile of a level, which is decoded if it is not in the cache."""
         with self._lock:
-            tile = self._tiles.get((which, number))
+            tile = self._tiles.get((level_index, number))
             if tile is not None:
-                self._tiles.move_to_end((which, number))
+                self._tiles.move_to_end((level_index, number))
                 return tile
-        tile = level.read(number)
+        tile = level.read(number)  # without the lock, so that threads decode at the same time
         with self._lock:
-            if (which, number) not in self._tiles:
-                self._tiles[which, number] = tile
+            if (level_index, number) not in self._tiles:
+                self._tiles[level_index, number] = tile
                 self._bytes += tile.nbytes
             while self._bytes > CACHE_BYTES and len(self._tiles) > 1:
                 self._bytes -= self._tiles.popitem(last=False)[1].nbytes
@@ -291,16 +301,16 @@ class TileCache:
 
 
 def read_tiles(
-    level: TiffLevel, cache: TileCache, which: int, x: int, y: int, width: int, height: int
+    level: TiffLevel, cache: TileCache, level_index: int, x: int, y: int, width: int, height: int
 ) -> Pixels:
-    """Put a region within a level together from its tiles."""
+    """Read a region inside of a level from its tiles."""
     if level.in_place:
         return _read_rows(level, x, y, width, height)
     out = np.empty((height, width, 3), np.uint8)
     across, down = level.tile
     for row in range(y // down, (y + height - 1) // down + 1):
         for column in range(x // across, (x + width - 1) // across + 1):
-            tile = cache.get(level, row * level.columns + column, which)
+            tile = cache.get(level, row * level.columns + column, level_index)
             left, top = column * across, row * down
             a, b = max(x, left), max(y, top)
             c, d = min(x + width, left + across), min(y + height, top + down)
@@ -322,13 +332,14 @@ def _read_rows(level: TiffLevel, x: int, y: int, width: int, height: int) -> Pix
 
 _CONVERT = "convert it, for example with vips tiffsave --tile --pyramid --compression jpeg"
 
-# (photometric, samples): white or black is zero, RGB, palette, YCbCr; with alpha or without.
+# (photometric, samples) that can be read: 0 white is zero, 1 black is zero, 2 RGB, 3 palette, 6
+# YCbCr; with alpha or without.
 _FORMS = {(0, 1), (1, 1), (1, 2), (2, 3), (2, 4), (3, 1), (6, 3)}
 
 
 def _tifffile(path: Path) -> Any:
     try:
-        import imagecodecs  # noqa: F401, without it tifffile decodes next to nothing
+        import imagecodecs  # noqa: F401, without it tifffile decodes almost no compression
         import tifffile
     except ImportError as error:
         raise SlideError(
@@ -337,28 +348,34 @@ def _tifffile(path: Path) -> Any:
     return tifffile
 
 
-def _smaller(tiff: Any, base: Any, vendor: str) -> list[Any]:
-    """Find the pages that are the same image, smaller; labels, macros and the like are not."""
-    found = [(page, True) for page in list(base.pages or ())[:MOST_LEVELS] if base.subifds]
-    for number in range(1, MOST_PAGES):
+def _find_smaller_pages(tiff: Any, base: Any, vendor: str) -> list[Any]:
+    """Return the pages that show the same image, smaller. Labels, macros and others do not.
+
+    Such a page has the form of the first one (tiles, compression, samples) and its aspect ratio,
+    is smaller than the level before, and is marked as a smaller version: it is a SubIFD of the
+    first page, or has bit 0 of NewSubfileType. Scanners of SCANNERS do not mark it.
+    """
+    candidates = [(page, True) for page in list(base.pages or ())[:MAX_LEVELS] if base.subifds]
+    for number in range(1, MAX_PAGES):
         try:
-            found.append((tiff.pages[number], False))
+            candidates.append((tiff.pages[number], False))
         except IndexError:
             break
     levels, last = [], base
-    for page, inner in found:
+    for page, is_sub_ifd in candidates:
         width, height = page.imagewidth, page.imagelength
-        same = (page.is_tiled == base.is_tiled and page.compression == base.compression
-                and page.samplesperpixel == base.samplesperpixel
-                and page.bitspersample == base.bitspersample)  # fmt: skip
-        flagged = inner or page.subfiletype & 1 or (base.is_tiled and vendor in SCANNERS)
-        if not (same and flagged and page.subfiletype in (0, 1)) or min(width, height) < 1:
+        same_form = (page.is_tiled == base.is_tiled and page.compression == base.compression
+                     and page.samplesperpixel == base.samplesperpixel
+                     and page.bitspersample == base.bitspersample)  # fmt: skip
+        is_marked = is_sub_ifd or page.subfiletype & 1 or (base.is_tiled and vendor in SCANNERS)
+        if not (same_form and is_marked and page.subfiletype in (0, 1)) or min(width, height) < 1:
             continue
-        # Sides are rounded to whole px, by Philips up to whole tiles: the ratio may be far off.
+        # Sides are rounded to integers, by Philips up to full tiles, so the aspect ratio of a small
+        # level may differ much.
         slack = max(page.tilewidth, page.tilelength) if vendor == "philips" else 1
         ratio = (base.imagewidth / width) / (base.imagelength / height)
-        alike = abs(ratio - 1) <= slack * (1 / width + 1 / height)
-        if alike and width < last.imagewidth and height <= last.imagelength:
+        same_aspect = abs(ratio - 1) <= slack * (1 / width + 1 / height)
+        if same_aspect and width < last.imagewidth and height <= last.imagelength:
             levels.append(page)
             last = page
-    return levels[: MOST_LEVELS - 1]
+    return levels[: MAX_LEVELS - 1]

@@ -1,4 +1,4 @@
-"""What a TIFF says of itself: who wrote it, its resolution, its focal planes."""
+"""Read the metadata of a TIFF: its vendor, its resolution, its focal planes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .levels import sane_mpp
 
 
 def name_of(value: Any) -> str:
-    """Return the name of a tag's value, such as of a compression."""
+    """Return the name of a tag's value, for example of a compression."""
     return str(getattr(value, "name", value))
 
 
 def vendor_of(tiff: Any, base: Any, description: str) -> tuple[str, bool]:
-    """Say who wrote it, in OpenSlide's words, and whether only OpenSlide reads that form."""
+    """Return the vendor by OpenSlide's name, and True if only OpenSlide reads its format."""
     if tiff.is_ndpi:
         return "hamamatsu", True
     if tiff.is_scn:
@@ -32,7 +32,7 @@ def vendor_of(tiff: Any, base: Any, description: str) -> tuple[str, bool]:
 
 
 def planes_of(description: str, samples: int) -> int:
-    """Count the images of an OME file beside the first: channels, focal planes, times."""
+    """Return the number of images of an OME file: of channels, focal planes or times, or 1."""
     pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]{0,4000}>", description[:100_000])
     if not pixels:
         return 1
@@ -47,10 +47,10 @@ _NUMBER = r"([0-9.,eE+-]{1,30})"
 
 
 def mpp_of(base: Any, description: str, vendor: str) -> float | None:
-    """Read micrometres per px: the vendor's own words first, then the resolution tags.
+    """Return micrometres per px: from the vendor's metadata, else from the resolution tags.
 
-    The tags count only with a physical unit and from 0.05 to 20 um/px, for many programs write 72,
-    96 or 300 dpi without having measured (353 to 85 um/px).
+    The tags are used only with a physical unit and from 0.05 to 20 um per px: many programs write
+    72, 96 or 300 dpi (353 to 85 um per px) without a measurement.
     """
     text = description[:100_000]
     if vendor == "aperio":
@@ -86,13 +86,13 @@ def _numbers(texts: Any, factor: float = 1.0) -> float | None:
 
 
 def properties_of(base: Any, description: str) -> dict[str, str]:
-    """Return the compression, the software, and Aperio's own words."""
-    found = {"tiff.Compression": name_of(base.compression)}
+    """Return the compression, the software, and the properties in Aperio's description."""
+    properties = {"tiff.Compression": name_of(base.compression)}
     if software := str(base.tags.valueof(305, "")).strip("\0 "):
-        found["tiff.Software"] = software[:200]
+        properties["tiff.Software"] = software[:200]
     if description.startswith("Aperio"):
         for pair in description[:20_000].split("|")[1:]:
             key, equals, value = pair.partition("=")
             if equals:
-                found[f"aperio.{key.strip()[:50]}"] = value.strip()[:200]
-    return found
+                properties[f"aperio.{key.strip()[:50]}"] = value.strip()[:200]
+    return properties
