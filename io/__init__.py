@@ -1,4 +1,4 @@
-"""Data in: cohorts, slides, feature stores. Imports neither torch nor the models.
+"""Read data: cohorts, slides, feature stores. Imports neither torch nor the models.
 
 Numpy, pandas and all other packages are imported at first use.
 """
@@ -78,7 +78,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # so that type checkers know the names above and no others
+if not TYPE_CHECKING:  # hidden from type checkers, which would else accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _HOME:

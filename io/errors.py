@@ -1,4 +1,4 @@
-"""The errors of this folder, and how they list what would have been right."""
+"""The exceptions of motet.io, and functions that word their messages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from os import PathLike
 
 
 class CohortError(ValueError):
-    """Say in one line what is wrong with a cohort: file and key or column, expected, got, cure.
+    """A cohort cannot be used. One line: file and key or column, expected, got, cure.
 
     Args:
-        message: what to say; line breaks become spaces.
+        message: the text; line breaks become spaces.
 
     Example:
         >>> try:
@@ -26,11 +26,11 @@ class CohortError(ValueError):
 
 
 class SlideError(ValueError):
-    """Say in one line why a slide cannot be used.
+    """A slide cannot be used. One line: file, expected, got, cure.
 
     Args:
-        path: the slide.
-        reason: one of `SlideError.REASONS`, for tables and programs.
+        path: the file.
+        reason: one of the keys of `SlideError.REASONS`, for tables and programs.
         message: expected, got, cure; line breaks become spaces.
 
     Example:
@@ -42,13 +42,13 @@ class SlideError(ValueError):
     """
 
     REASONS = {  # noqa: RUF012
-        "missing": "there is no such file",
-        "unreadable": "not an image, or damaged so that no reader opens it",
-        "unsupported": "an image in a form that no reader decodes",
+        "missing": "the file does not exist",
+        "unreadable": "not an image, or so damaged that no reader opens it",
+        "unsupported": "an image in a format that no reader decodes",
         "no-reader": "the reader for this format is not installed",
-        "too-large": "declares a size beyond what is sane",
+        "too-large": "its header gives a size beyond the limits",
         "no-mpp": "its resolution is not known",
-        "resolution": "it is coarser than was asked for",
+        "resolution": "it is coarser than the patches",
         "damaged": "too many of its tiles are damaged",
         "encoder": "its features are not finite",
     }
@@ -63,10 +63,10 @@ class SlideError(ValueError):
 
 
 class StoreError(ValueError):
-    """Say in one line what is wrong with a feature store: path, expected, got, cure.
+    """A feature store cannot be used. One line: path, expected, got, cure.
 
     Args:
-        message: what to say; line breaks become spaces.
+        message: the text; line breaks become spaces.
 
     Example:
         >>> try:
@@ -80,22 +80,22 @@ class StoreError(ValueError):
         super().__init__(" ".join(message.split("\n")))
 
 
-def suggest(name: str, known: Iterable[object]) -> str:
-    """Say which of what is known is close to a name, if any, and what is known."""
-    known = [str(one) for one in known]
-    close = get_close_matches(name, known, n=3, cutoff=0.7)
+def suggest(name: str, names: Iterable[object]) -> str:
+    """Return text for a wrong name: "did you mean 'x'? known: x, y", or only "known: x, y"."""
+    choices = [str(choice) for choice in names]
+    close = get_close_matches(name, choices, n=3, cutoff=0.7)
     guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{guess}known: {listed(known, 12)}"
+    return f"{guess}known: {listed(choices, 12)}"
 
 
-def listed(things: Iterable[object], most: int = 8) -> str:
-    """List the first few."""
-    things = list(things)
-    text = ", ".join(map(str, things[:most])) or "none"
-    return f"{text} and {len(things) - most} more" if len(things) > most else text
+def listed(items: Iterable[object], limit: int = 8) -> str:
+    """Return the first items as text: "a, b and 3 more", or "none"."""
+    items = list(items)
+    text = ", ".join(map(str, items[:limit])) or "none"
+    return f"{text} and {len(items) - limit} more" if len(items) > limit else text
 
 
-def counted(patients: Iterable[object], what: str = "patient") -> str:
-    """Count them and name the first: '3 patients (the first: 001)'."""
-    patients = list(patients)
-    return f"{len(patients)} {what}{'s'[: len(patients) != 1]} (the first: {patients[0]})"
+def counted(items: Iterable[object], noun: str = "patient") -> str:
+    """Return the number of items and the first one: "3 patients (the first: 001)"."""
+    items = list(items)
+    return f"{len(items)} {noun}{'s'[: len(items) != 1]} (the first: {items[0]})"

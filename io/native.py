@@ -1,4 +1,4 @@
-"""The one place that knows whether this folder's C++ module, `_C`, was built."""
+"""Load the C++ module of this folder, `_C`, if it was built. Only this file imports it."""
 
 from types import ModuleType
 
@@ -11,10 +11,10 @@ else:
 
 
 def native() -> ModuleType | None:
-    """Return motet.io._C, or None: numpy then computes the same, to the bit, more slowly."""
+    """Return motet.io._C, or None. Without it numpy computes the same bits, more slowly."""
     return _module
 
 
 def status() -> str:
-    """Return "" if the C++ module is loaded, else why not."""
+    """Return why the C++ module is not loaded, "" if it is."""
     return _reason

@@ -290,14 +290,14 @@ def test_data_is_looked_up(
     folder.mkdir(parents=True)
     (tmp_path / "t.csv").rename(folder / "t.csv")
     assert re.search(
-        r"tables\.t\.file: no file 't\.csv' in .*: name the folder that holds it by --data DIR or "
+        r"tables\.t\.file: no file 't\.csv' in .*: give its folder with --data DIR or "
         "MOTET_DATA$",
         refusal(path),
     )
     assert len(load_cohort(path, data=folder)) == 4
     monkeypatch.setenv("MOTET_DATA", str(elsewhere))
     assert len(load_cohort(path)) == 4
-    with pytest.raises(CohortError, match=r"no file 't.csv' in \S+/nowhere: name the folder"):
+    with pytest.raises(CohortError, match=r"no file 't.csv' in \S+/nowhere: give its folder"):
         load_cohort(path, data=tmp_path / "nowhere")
 
 
@@ -580,8 +580,9 @@ def test_npz(put: Put, tmp_path: Path) -> None:
         "(the first: 1)"
     )
     np.savez(tmp_path / "far.npz", **{"x1": np.zeros((1, 2))})
-    assert "no patient of the outcome has a bag: keys of far.npz are such as x1, those" in refusal(
-        put(yaml=BAGS % "far.npz")
+    assert (
+        "no patient of the outcome has a bag: far.npz has keys such as x1, the cohort"
+        in refusal(put(yaml=BAGS % "far.npz"))
     )
     (tmp_path / "no.npz").write_text("no")
     assert "no.npz cannot be read" in refusal(put(yaml=BAGS % "no.npz"))
@@ -736,7 +737,7 @@ def test_without_outcome(put: Put) -> None:
     line = "outcome: {table: t, time: time, unit: days, event: event}\n"
     without = put((line, ""), yaml=yaml, **files)
     assert load_cohort(without, outcome=False).fingerprint() == cohort.fingerprint()
-    assert refusal(without) == "key 'outcome' is missing (only prediction goes without)"
+    assert refusal(without) == "key 'outcome' is missing (only prediction works without it)"
     assert "no column 'age'" in refusal(
         put(yaml=yaml, **files | {"t.csv": "id,g1\n7,1\n"}), outcome=False
     )

@@ -24,7 +24,7 @@ from motet.experiments.fold import Fold
 from motet.experiments.run_folder import locked
 from motet.experiments.settings import Goal
 from motet.io import Bags, Classes, Cohort, Split, Survival, load_cohort
-from motet.io.cohorts.bags import Lazy
+from motet.io.cohorts.bags import LazyBags
 from safetensors import safe_open
 
 from .conftest import data_path
@@ -306,7 +306,7 @@ def test_nobody_in_the_test_part_has_a_modality(tmp_path: Path) -> None:
     assert cli.main(["evaluate", str(block.path)]) == 0
 
 
-class CountedBags(Lazy):
+class CountedBags(LazyBags):
     """Bags that count how often each is read."""
 
     def __init__(self, patients: Sequence[str]) -> None:
@@ -315,7 +315,7 @@ class CountedBags(Lazy):
 
     def __getitem__(self, patient: str) -> tuple[np.ndarray, None]:
         self.reads[patient] += 1
-        generator = np.random.default_rng(self._places[patient])
+        generator = np.random.default_rng(self._locations[patient])
         return generator.normal(size=(3, 4)).astype(np.float32), None
 
     def tokens(self, patient: str) -> int:

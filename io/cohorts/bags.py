@@ -1,4 +1,8 @@
-"""Bags: a patient's tokens, of any number, read when asked for."""
+"""Bags: the tokens of each patient, any number of them, read at first use.
+
+`where` in this folder is the place in the cohort's YAML file, such as "modalities.wsi"; it begins
+each error message.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,17 @@ Bag = tuple[Float, Float | None]
 
 
 class Bags:
-    """Hold one bag of tokens per patient, read when asked for.
+    """One bag of tokens per patient; a bag is read each time it is used.
 
-    A patient without tokens is not in it; asking for one raises KeyError.
+    Patients without tokens have no bag: `bags[patient]` raises KeyError.
 
     Args:
-        source: patient to (features float32 [N, D], coords float32 [N, A] or None); a dict, or what
-            reads files.
+        source: patient to (features float32 [N, D], coords float32 [N, A] or None); a dict, or a
+            mapping that reads files.
         features: width D of a token.
         coords: number A of coordinate axes, 0 for none.
-        extent: about the largest coordinate, by which to scale.
-        names: what the features are, if known.
+        extent: about the largest coordinate; models divide coordinates by it.
+        names: names of the features, if known.
 
     Example:
         >>> import numpy as np
@@ -56,7 +60,7 @@ class Bags:
 
     @property
     def patients(self) -> tuple[str, ...]:
-        """Return the patients who have a bag."""
+        """Return the ids of the patients who have a bag."""
         return tuple(self._source)
 
     def __len__(self) -> int:
@@ -72,37 +76,46 @@ class Bags:
         return self._source[patient]
 
     def shape(self, patient: str) -> tuple[int, int]:
-        """Return (N, D) of a patient, without reading the tokens of a store."""
+        """Return (N, D) of a patient. The tokens of files are not read for it."""
         source = self._source
-        tokens = source.tokens(patient) if isinstance(source, Lazy) else len(source[patient][0])
+        is_lazy = isinstance(source, LazyBags)
+        tokens = source.tokens(patient) if is_lazy else len(source[patient][0])
         return tokens, self.features
 
 
-class Lazy(Mapping[str, Bag]):
-    """Bags that know whose they are, and their size, before they are read."""
+class LazyBags(Mapping[str, Bag]):
+    """Bags whose patients and numbers of tokens are known before they are read.
 
-    def __init__(self, places: Mapping[str, Any]) -> None:
-        self._places = places
+    Args:
+        locations: patient to where the tokens are; its type is that of the derived class.
+    """
 
-    def __contains__(self, patient: object) -> bool:  # Mapping's own would read the bag
-        return patient in self._places
+    def __init__(self, locations: Mapping[str, Any]) -> None:
+        self._locations = locations
+
+    def __contains__(self, patient: object) -> bool:  # the method of Mapping would read the bag
+        return patient in self._locations
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._locations)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     @abstractmethod
     def tokens(self, patient: str) -> int:
         """Return the number of tokens of a patient."""
 
 
-class Measured(Lazy):
-    """Irregular measurements: a token per time stamp, a feature per item, NaN where unmeasured.
+class MeasurementBags(LazyBags):
+    """Bags of irregular measurements: one token per time stamp, one feature per item.
 
-    `rows` has columns patient, hours, item and value; an item measured twice at a time stamp counts
-    with its mean.
+    An item that was not measured at a time stamp is NaN; if it was measured several times, its mean
+    is taken.
+
+    Args:
+        rows: columns patient, hours, item and value.
+        items: names of the features, in their order.
     """
 
     def __init__(self, rows: pd.DataFrame, items: tuple[str, ...]) -> None:
@@ -114,32 +127,32 @@ class Measured(Lazy):
         self._item = pd.Index(items).get_indexer(pd.Index(rows["item"]))[order]
         self._width = len(items)
         bounds = np.searchsorted(patient[order], np.arange(len(patients) + 1))
-        super().__init__({one: slice(*bounds[i : i + 2]) for i, one in enumerate(patients)})
+        super().__init__({name: slice(*bounds[i : i + 2]) for i, name in enumerate(patients)})
 
     def __getitem__(self, patient: str) -> Bag:
-        rows = self._places[patient]
+        rows = self._locations[patient]
         hours, token = np.unique(self._hours[rows], return_inverse=True)
         features = np.full((len(hours), self._width), np.nan, np.float32)
         features[token, self._item[rows]] = self._value[rows]
         return features, hours.astype(np.float32)[:, None]
 
     def tokens(self, patient: str) -> int:
-        return len(np.unique(self._hours[self._places[patient]]))
+        return len(np.unique(self._hours[self._locations[patient]]))
 
 
-class Store(Protocol):
-    """A file of bags by key."""
+class BagFile(Protocol):
+    """A file or folder that holds bags by key."""
 
     @property
     def keys(self) -> tuple[str, ...]: ...
-    def holds(self, key: str) -> bool: ...
+    def has(self, key: str) -> bool: ...
     def shape(self, key: str) -> tuple[int, ...]: ...
     def coords(self, key: str) -> Any: ...
     def read(self, key: str) -> Bag: ...
 
 
-class Npz:
-    """Bags in an npz file, which is small enough to be read at once."""
+class NpzBags:
+    """Bags in an npz file: one array per key. The file is read completely, so it must be small."""
 
     def __init__(self, path: Path, features: int | None, where: str) -> None:
         self._arrays: dict[str, Float] = {}
@@ -149,13 +162,12 @@ class Npz:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise CohortError(f"{where}: {path} cannot be read: {error}") from None
         for key, array in arrays.items():
-            place = f"{where}: {path.name}: {key}"
             if array.ndim == 1 and features and array.size % features == 0:
                 array = array.reshape(-1, features)
-            self._arrays[key.strip()] = _checked(array, features, place)
+            self._arrays[key.strip()] = _as_tokens(array, features, f"{where}: {path.name}: {key}")
         self.keys = tuple(self._arrays)
 
-    def holds(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
         return key in self._arrays
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -168,7 +180,7 @@ class Npz:
         return self._arrays[key], None
 
 
-class Zarr:
+class ZarrBags:
     """Bags in a zarr group: arrays [N, D], or groups with arrays `features` and `coords`."""
 
     def __init__(self, path: Path, features: int | None, where: str) -> None:
@@ -179,15 +191,15 @@ class Zarr:
         except (OSError, ValueError, KeyError) as error:
             raise CohortError(f"{where}: {path} is no zarr group: {error}") from None
         self._features, self._where = features, f"{where}: {path.name}"
-        # Names of folders: asking zarr would open the metadata of every slide.
+        # The names of the folders, as zarr would open the metadata of each member to list them.
         self.keys = tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."))
-        self._held = frozenset(self.keys)
+        self._key_set = frozenset(self.keys)
 
-    def holds(self, key: str) -> bool:
-        return key in self._held
+    def has(self, key: str) -> bool:
+        return key in self._key_set
 
     def arrays(self, key: str) -> tuple[Any, Any]:
-        """Open the features and coordinates of a key, unread."""
+        """Open the arrays of features and coordinates of a key, without reading them."""
         import zarr
 
         try:
@@ -209,22 +221,27 @@ class Zarr:
 
     def read(self, key: str) -> Bag:
         features, coords = self.arrays(key)
-        place = f"{self._where}: {key}"
+        where = f"{self._where}: {key}"
         try:
             features, coords = features[...], None if coords is None else coords[...]
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: what codecs raise
-            raise CohortError(f"{place}: cannot be read: {error}") from None
-        bag = _checked(features, self._features, place)
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: raised by codecs
+            raise CohortError(f"{where}: cannot be read: {error}") from None
+        tokens = _as_tokens(features, self._features, where)
         if coords is None:
-            return bag, None
-        where = _checked(coords, None, f"{place}: coords")
-        if len(where) != len(bag):
-            raise CohortError(f"{place}: expected coords of {len(bag)} tokens, got {len(where)}")
-        return bag, where
+            return tokens, None
+        positions = _as_tokens(coords, None, f"{where}: coords")
+        if len(positions) != len(tokens):
+            raise CohortError(
+                f"{where}: expected coords of {len(tokens)} tokens, got {len(positions)}"
+            )
+        return tokens, positions
 
 
-class Slides:
-    """Bags in a feature store: slides by key, name, file name or stem, less corrupt patches."""
+class SlideBags:
+    """Bags in a feature store: one per slide, without the corrupt patches.
+
+    A key is the key of a slide, its name, its file name or its stem.
+    """
 
     def __init__(self, path: Path, features: int | None, where: str, encoder: str | None) -> None:
         self._features, self._where = features, f"{where}: {path.name}"
@@ -236,21 +253,25 @@ class Slides:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Return what slides are called: the stem of the file, or the key where two share one."""
-        called: dict[str, str] = {}
+        """Return for each slide the stem of its file, or its key if two slides share the stem."""
+        names: list[str] = []
         for key in self._store:
             stem = PurePosixPath(str(self._slide(key).attrs.get("name"))).stem
-            called[key] = stem if self._store.find(stem) == key else key
-        return tuple(called.values())
+            names.append(stem if self._store.find(stem) == key else key)
+        return tuple(names)
 
-    def holds(self, key: str) -> bool:
-        """Return True if the slide is there and has a patch; one not embedded yet is an error."""
-        found = self._store.matches(key)
-        if len(found) > 1:
-            raise CohortError(f"{self._where}: {key!r} is the name of slides {listed(found)}")
-        if not found:
+    def has(self, key: str) -> bool:
+        """Return True if the store has the slide, with at least one patch.
+
+        Raises:
+            CohortError: several slides have this name, or the slide has no features of the encoder.
+        """
+        matches = self._store.matches(key)
+        if len(matches) > 1:
+            raise CohortError(f"{self._where}: {key!r} is the name of slides {listed(matches)}")
+        if not matches:
             return False
-        slide = self._slide(found[0])
+        slide = self._slide(matches[0])
         if self._slug not in slide.encoders:
             raise CohortError(
                 f"{self._where}: {key}: no features of {self._slug!r} yet: tile the cohort again"
@@ -259,36 +280,46 @@ class Slides:
 
     def shape(self, key: str) -> tuple[int, ...]:
         slide = self._slide(key)
-        return self._checked(lambda: (int((~slide.corrupt).sum()), slide.width))
+        return self._read(lambda: (int((~slide.corrupt).sum()), slide.width))
 
     def coords(self, key: str) -> Any:
         slide = self._slide(key)
         if slide.attrs.get("coords") == "absent":
             return None
-        return self._checked(lambda: slide.coords[~slide.corrupt])
+        return self._read(lambda: slide.coords[~slide.corrupt])
 
     def read(self, key: str) -> Bag:
         slide = self._slide(key)
-        features, coords = self._checked(slide.bag)
-        bag = _checked(features, self._features, f"{self._where}: {key}")
-        return bag, None if slide.attrs.get("coords") == "absent" else coords
+        features, coords = self._read(slide.bag)
+        tokens = _as_tokens(features, self._features, f"{self._where}: {key}")
+        return tokens, None if slide.attrs.get("coords") == "absent" else coords
 
     def _slide(self, key: str) -> SlideFeatures:
-        return self._checked(lambda: self._store[key])
+        return self._read(lambda: self._store[key])
 
-    def _checked(self, read: Callable[[], T]) -> T:
+    def _read(self, function: Callable[[], T]) -> T:
+        """Call a function, and raise its StoreError as a CohortError that names the place."""
         try:
-            return read()
+            return function()
         except StoreError as error:
             raise CohortError(f"{self._where}: {error}") from None
 
 
-class Stored(Lazy):
-    """Bags out of stores: the keys of a patient, appended in order."""
+class FileBags(LazyBags):
+    """Bags in files: the bag of a patient is the tokens of all his keys, in order.
+
+    Args:
+        files: the files.
+        keys: patient to (index of the file, key).
+        features: width of a token in the files.
+        coords: number of coordinate axes.
+        source: True to append to each token, one-hot, the file that it is from.
+        where: see the head of this file.
+    """
 
     def __init__(
         self,
-        stores: list[Store],
+        files: list[BagFile],
         keys: dict[str, list[tuple[int, str]]],
         *,
         features: int,
@@ -297,34 +328,34 @@ class Stored(Lazy):
         where: str,
     ) -> None:
         super().__init__(keys)
-        self._stores, self._where = stores, where
+        self._files, self._where = files, where
         self._features, self._coords, self._source = features, coords, source
 
     def __getitem__(self, patient: str) -> Bag:
-        features, coords = [], []
-        for place, key in self._places[patient]:
-            bag, where = self._stores[place].read(key)
-            axes = 0 if where is None else where.shape[1]
-            if bag.shape[1] != self._features or axes != self._coords:
+        all_tokens, all_coords = [], []
+        for i, key in self._locations[patient]:
+            tokens, coords = self._files[i].read(key)
+            axes = 0 if coords is None else coords.shape[1]
+            if tokens.shape[1] != self._features or axes != self._coords:
                 raise CohortError(
                     f"{self._where}: {key}: expected {self._features} features and {self._coords} "
-                    f"coordinates per token, got {bag.shape[1]} and {axes}"
+                    f"coordinates per token, got {tokens.shape[1]} and {axes}"
                 )
             if self._source:
-                one_hot = np.zeros((len(bag), len(self._stores)), np.float32)
-                one_hot[:, place] = 1
-                bag = np.concatenate([bag, one_hot], axis=1)
-            features.append(bag)
-            coords.append(where)
-        return np.concatenate(features), np.concatenate(coords) if self._coords else None
+                one_hot = np.zeros((len(tokens), len(self._files)), np.float32)
+                one_hot[:, i] = 1
+                tokens = np.concatenate([tokens, one_hot], axis=1)
+            all_tokens.append(tokens)
+            all_coords.append(coords)
+        return np.concatenate(all_tokens), np.concatenate(all_coords) if self._coords else None
 
     def tokens(self, patient: str) -> int:
-        return sum(self._stores[place].shape(key)[0] for place, key in self._places[patient])
+        return sum(self._files[i].shape(key)[0] for i, key in self._locations[patient])
 
 
-def open_stores(
+def open_bags(
     paths: list[Path],
-    wanted: dict[str, list[str]] | None,
+    keys_of: dict[str, list[str]] | None,
     keep: set[str] | None,
     *,
     features: int | None,
@@ -332,71 +363,87 @@ def open_stores(
     encoder: str | None,
     where: str,
 ) -> Bags:
-    """Open stores; `wanted` maps patients to keys, by default keys are patients."""
-    stores = [_open(path, features, where, encoder) for path in paths]
-    if wanted is None:
-        wanted = {key: [key] for store in stores for key in store.keys}
+    """Open the bags in npz files, zarr groups or feature stores.
+
+    Args:
+        paths: the files or folders.
+        keys_of: patient to keys; None if the keys are the patients.
+        keep: the patients to read; None for all.
+        features: expected width of a token, None for any.
+        source: True to append to each token, one-hot, the file that it is from.
+        encoder: of the feature stores, None for their only one.
+        where: see the head of this file.
+
+    Raises:
+        CohortError: a file cannot be read, or no patient of `keep` has a bag.
+    """
+    files = [_open(path, features, where, encoder) for path in paths]
+    if keys_of is None:
+        keys_of = {key: [key] for file in files for key in file.keys}
     keys = {
-        patient: [(i, key) for i, store in enumerate(stores) for key in names if store.holds(key)]
-        for patient, names in wanted.items()
+        patient: [(i, key) for i, file in enumerate(files) for key in names if file.has(key)]
+        for patient, names in keys_of.items()
         if keep is None or patient in keep
     }
-    keys = {patient: found for patient, found in keys.items() if found}
-    extra = source * len(stores)
-    if not keys and keep is None:  # to predict without this modality
-        return Bags({}, features=(features or 0) + extra)
+    keys = {patient: located for patient, located in keys.items() if located}
+    source_width = source * len(files)
+    if not keys and keep is None:  # for prediction: the new patients do not have this modality
+        return Bags({}, features=(features or 0) + source_width)
     if not keys:
         raise CohortError(
-            f"{where}: no patient of the outcome has a bag: keys of {paths[0].name} are such as "
-            f"{listed(stores[0].keys, 2)}, those looked for such as "
-            f"{listed((key for names in wanted.values() for key in names), 2)}"
+            f"{where}: no patient of the outcome has a bag: {paths[0].name} has keys such as "
+            f"{listed(files[0].keys, 2)}, the cohort needs keys such as "
+            f"{listed((key for names in keys_of.values() for key in names), 2)}"
             f" (patients such as {listed(sorted(keep or ()), 2)})"
         )
-    parts = [part for found in keys.values() for part in found]
-    width, axes, extent = _measure(stores, parts)
+    locations = [location for located in keys.values() for location in located]
+    width, axes, extent = _measure(files, locations)
     width = features or width
-    bags = Stored(stores, keys, features=width, coords=axes, source=source, where=where)
-    return Bags(bags, features=width + extra, coords=axes, extent=extent)
+    bags = FileBags(files, keys, features=width, coords=axes, source=source, where=where)
+    return Bags(bags, features=width + source_width, coords=axes, extent=extent)
 
 
-def _open(path: Path, features: int | None, where: str, encoder: str | None) -> Store:
+def _open(path: Path, features: int | None, where: str, encoder: str | None) -> BagFile:
     if (path / "run.json").is_file():
-        return Slides(path, features, where, encoder)
+        return SlideBags(path, features, where, encoder)
     if encoder is not None:
         raise CohortError(f"{where}.encoder: expected a feature store, got {path}")
-    return (Npz if path.suffix == ".npz" else Zarr)(path, features, where)
+    return (NpzBags if path.suffix == ".npz" else ZarrBags)(path, features, where)
 
 
-def _measure(stores: list[Store], parts: list[tuple[int, str]]) -> tuple[int, int, float]:
-    """Return width, coordinate axes and about the largest coordinate, from at most 16 bags."""
-    place, key = parts[0]
-    shape = stores[place].shape(key)
+def _measure(files: list[BagFile], locations: list[tuple[int, str]]) -> tuple[int, int, float]:
+    """Return the width, the number of coordinate axes, and about the largest coordinate.
+
+    From at most 16 bags, so that a large cohort is not read for it.
+    """
+    i, key = locations[0]
+    shape = files[i].shape(key)
     axes, extent = 0, 0.0
-    for place, key in parts[:: -(-len(parts) // 16)]:
-        coords = stores[place].coords(key)
+    for i, key in locations[:: -(-len(locations) // 16)]:
+        coords = files[i].coords(key)
         if coords is not None:
-            known = np.abs(np.asarray(coords[...], np.float64))
-            axes = known.shape[-1]
-            extent = max(extent, known[np.isfinite(known)].max(initial=0))
+            lengths = np.abs(np.asarray(coords[...], np.float64))
+            axes = lengths.shape[-1]
+            extent = max(extent, lengths[np.isfinite(lengths)].max(initial=0))
     return shape[-1], axes, float(extent) or 1.0
 
 
-def _checked(array: Any, features: int | None, place: str) -> Float:
-    """Return tokens as float32 [N, D], finite."""
+def _as_tokens(array: Any, features: int | None, where: str) -> Float:
+    """Return an array as float32 [N, D]; raise CohortError if it has another shape, NaN or Inf."""
     if (
         array.ndim != 2
         or (features and array.shape[1] != features)
         or array.dtype.kind not in "fiub"
     ):
         raise CohortError(
-            f"{place}: expected numbers [N, {features or 'D'}], got {array.dtype} "
+            f"{where}: expected numbers [N, {features or 'D'}], got {array.dtype} "
             f"{list(array.shape)}"
         )
-    with np.errstate(over="ignore"):  # what float32 cannot hold is found below
+    with np.errstate(over="ignore"):  # numbers beyond float32 become Inf, which is refused below
         array = array.astype(np.float32)
     finite = np.isfinite(array).all(axis=1)
     if not finite.all():
         tokens = np.flatnonzero(~finite)
-        raise CohortError(f"{place}: expected finite numbers, got NaN or Inf in "
+        raise CohortError(f"{where}: expected finite numbers, got NaN or Inf in "
                           f"{counted(tokens, 'token')}")  # fmt: skip
     return array

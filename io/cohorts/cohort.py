@@ -1,4 +1,4 @@
-"""What a cohort is: patients with an outcome, one table or set of bags per modality, splits."""
+"""The classes of a cohort: patients with an outcome, a table or bags per modality, splits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Survival:
-    """Hold follow-up, one entry per patient.
+    """The follow-up of n patients.
 
     Args:
         times: float64 [n], time to the event or to the end of follow-up, above 0.
@@ -38,11 +38,11 @@ class Survival:
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """Hold classes, one entry per patient.
+    """The classes of n patients.
 
     Args:
         labels: int64 [n], indices into `names`.
-        names: what the classes are called.
+        names: names of the classes.
 
     Example:
         >>> import numpy as np
@@ -57,12 +57,12 @@ class Classes:
 
 @dataclass(frozen=True)
 class Split:
-    """Name the patients of each part.
+    """The patients of each part of a fold.
 
     Args:
-        train: patients to learn from.
-        validation: patients to stop by; empty if they are to be carved out of `train`.
-        test: patients to report on.
+        train: patients for training.
+        validation: patients for early stopping; if empty, they are taken from `train`.
+        test: patients for the reported metrics.
 
     Example:
         >>> split = motet.io.Split(("001", "002"), (), ("003",))
@@ -77,11 +77,11 @@ class Split:
 
 @dataclass(frozen=True)
 class CohortSource:
-    """Where a cohort was loaded from, so that it can be loaded again.
+    """The arguments with which a cohort was loaded, to load it again.
 
     Args:
         cohort: path of its YAML file, or the name of a shipped cohort.
-        data: folder of the files it names, None for the usual places.
+        data: folder of its data files, None for the default folders.
     """
 
     cohort: str
@@ -90,18 +90,18 @@ class CohortSource:
 
 @dataclass(frozen=True, eq=False)
 class Cohort:
-    """Hold patients with their outcome and modalities, as `load_cohort` reads them.
+    """Patients with their outcome and modalities, as `load_cohort` reads them.
 
-    A patient who misses a modality has a row of only NaN in its table, or no bag.
+    A patient without a modality has a row of only NaN in its table, or no bag.
 
     Args:
-        name: what to call it.
+        name: of the cohort.
         patients: n ids, each once.
-        groups: n names; patients of one group must stay in one part of a split.
-        outcome: Survival or Classes, or None if it was loaded for prediction.
+        groups: n names; patients of one group must be in the same part of a split.
+        outcome: Survival or Classes, or None if the cohort was loaded for prediction.
         modalities: name to table (index is `patients`; columns are float64 or categories) or Bags.
-        splits: those that came with the data, or None.
-        source: where it was loaded from, or None if it was made in memory.
+        splits: the splits that came with the data, or None.
+        source: how it was loaded, or None if it was made in memory.
 
     Example:
         >>> cohort = motet.io.load_cohort("breast_cancer")
@@ -122,11 +122,11 @@ class Cohort:
         return len(self.patients)
 
     def fingerprint(self) -> str:
-        """Return a sha256 over ids, groups, outcome and tables; of bags, over ids and shapes."""
+        """Return a SHA-256 of ids, groups, outcome and tables; of bags only of ids and shapes."""
         digest = hashlib.sha256()
 
-        def add(*things: object) -> None:
-            digest.update(json.dumps(things).encode() + b"\n")
+        def add(*values: object) -> None:
+            digest.update(json.dumps(values).encode() + b"\n")
 
         add(self.patients, self.groups)
         if isinstance(self.outcome, Survival):
@@ -139,7 +139,8 @@ class Cohort:
         for name, modality in self.modalities.items():
             if isinstance(modality, Bags):
                 add(name, modality.features, modality.coords, modality.names)
-                add([(one, modality.shape(one)) for one in self.patients if one in modality])
+                patients = [patient for patient in self.patients if patient in modality]
+                add([(patient, modality.shape(patient)) for patient in patients])
                 continue
             add(name, list(modality.columns))
             for column in modality:
@@ -147,7 +148,7 @@ class Cohort:
                 if values.dtype == "category":
                     add(list(values.cat.categories))
                     digest.update(values.cat.codes.to_numpy().astype("<i8").tobytes())
-                else:  # + 0.0 and one NaN, so that equal cells have equal bytes
+                else:  # -0.0 + 0.0 is 0.0, and there is only one NaN: equal cells give equal bytes
                     cells = values.to_numpy(np.float64) + 0.0
                     digest.update(np.where(np.isnan(cells), np.nan, cells).astype("<f8").tobytes())
         return digest.hexdigest()

@@ -15,7 +15,7 @@ from .modalities import read_modality
 from .outcomes import read_outcome
 from .schema import Spec, read_spec
 from .splits import read_splits
-from .tables import Places, Tables
+from .tables import DataFolders, Tables
 
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -26,23 +26,24 @@ def load_cohort(
     data: str | os.PathLike[str] | None = None,
     outcome: bool = True,
 ) -> Cohort:
-    """Load a cohort from a YAML file (docs/how-to/tables.md says what stands in it).
+    """Load a cohort from a YAML file (its format: docs/how-to/tables.md).
 
-    Rows of patients without an outcome are left out; patients without a modality miss it. Nothing
-    is imputed, scaled or filtered, for that belongs inside the training part of a split.
+    Patients without an outcome are left out. A patient may lack a modality. No value is imputed,
+    scaled or filtered: that must be fitted on the training part of a split only.
 
     Args:
         path: a YAML file, or the name of a shipped cohort such as "tcga_blca".
-        data: folder of the files it names; by default the YAML's own, then $MOTET_DATA/data, then
-            $MOTET_DATA, and for shipped cohorts `shared/data` beside the checkout.
-        outcome: False to predict for new patients: neither outcome nor splits are read, patients
-            are all who have a modality, each a group of its own, and columns may be empty.
+        data: folder of its data files. By default they are looked up in the folder of the YAML
+            file, then in $MOTET_DATA/data, then in $MOTET_DATA, and for shipped cohorts in
+            `shared/data` beside the checkout.
+        outcome: False to predict for new patients: outcome and splits are not read, all patients
+            with at least one modality are taken, each is its own group, and columns may be empty.
 
     Returns:
-        The cohort; tables are in memory, bags are read when asked for.
+        The cohort. Tables are in memory; bags are read at each use.
 
     Raises:
-        CohortError: in one line, what is wrong with which file, key or column.
+        CohortError: in one line, the file, key or column at fault, and why.
 
     Example:
         >>> cohort = motet.io.load_cohort("breast_cancer")
@@ -51,17 +52,18 @@ def load_cohort(
     """
     file = _find(path)
     try:
-        cohort = _load(read_spec(file), _places(file, data), outcome)
+        cohort = _load(read_spec(file), _data_folders(file, data), outcome)
     except CohortError as error:
         raise CohortError(f"{file.name}: {error}") from None
     return replace(cohort, source=_source(path, data))
 
 
 def _find(path: str | os.PathLike[str]) -> Path:
+    """Return the YAML file of a path, or of the name of a shipped cohort."""
     file = Path(path).expanduser()
     if file.is_file():
         return file
-    shipped = {one.stem: one for one in sorted(SHIPPED.glob("*.yaml"))}
+    shipped = {shipped_file.stem: shipped_file for shipped_file in sorted(SHIPPED.glob("*.yaml"))}
     if str(path) in shipped:
         return shipped[str(path)]
     if file.suffix in (".yaml", ".yml"):
@@ -79,57 +81,66 @@ def _source(path: str | os.PathLike[str], data: str | os.PathLike[str] | None) -
     )
 
 
-def _places(file: Path, data: str | os.PathLike[str] | None) -> Places:
+def _data_folders(file: Path, data: str | os.PathLike[str] | None) -> DataFolders:
     if data is not None:
-        return Places([Path(data).expanduser()])
+        return DataFolders([Path(data).expanduser()])
     folders = [file.resolve().parent]
     if base := os.environ.get("MOTET_DATA"):
         folders += [Path(base) / "data", Path(base)]
     if folders[0] == SHIPPED:
+        # SHIPPED is motet/io/cohorts/shipped; its fourth parent is the folder beside the checkout.
         folders.append(SHIPPED.parents[3] / "shared" / "data")
-    return Places(folders)
+    return DataFolders(folders)
 
 
-def _load(spec: Spec, places: Places, with_outcome: bool) -> Cohort:
-    tables = Tables(spec, places, empty=not with_outcome)
+def _load(spec: Spec, folders: DataFolders, with_outcome: bool) -> Cohort:
+    tables = Tables(spec, folders, may_be_empty=not with_outcome)
     if not with_outcome:
-        found = {name: read_modality(name, tables, None) for name in spec.modalities}
-        patients = tuple(dict.fromkeys(one for part in found.values() for one in _ids(part)))
-        if not patients:
-            raise CohortError("no modality has a patient")
-        return Cohort(spec.name, patients, patients, None, _aligned(found, patients), None)
+        return _load_for_prediction(spec, tables)
     if spec.outcome is None:
-        raise CohortError("key 'outcome' is missing (only prediction goes without)")
+        raise CohortError("key 'outcome' is missing (only prediction works without it)")
+    # The outcome decides who the patients are; the modalities are then read for these only.
     patients, groups, outcome, dropped = read_outcome(spec.outcome, tables)
     keep = set(patients)
-    found = {name: read_modality(name, tables, keep) for name in spec.modalities}
-    for name, part in found.items():
-        _check_filled(name, part)
+    modalities = {name: read_modality(name, tables, keep) for name in spec.modalities}
+    for name, modality in modalities.items():
+        _check_not_empty(name, modality)
     splits = None
     if spec.splits:
-        of = dict(zip(patients, groups, strict=True))
-        splits = read_splits(spec.splits, tables, of, dropped)
-    return Cohort(spec.name, patients, groups, outcome, _aligned(found, patients), splits)
+        group_of = dict(zip(patients, groups, strict=True))
+        splits = read_splits(spec.splits, tables, group_of, dropped)
+    return Cohort(spec.name, patients, groups, outcome, _align(modalities, patients), splits)
 
 
-def _ids(part: pd.DataFrame | Bags) -> tuple[str, ...]:
-    return part.patients if isinstance(part, Bags) else tuple(map(str, part.index))
+def _load_for_prediction(spec: Spec, tables: Tables) -> Cohort:
+    """Return a cohort of all patients with at least one modality, without outcome and splits."""
+    modalities = {name: read_modality(name, tables, None) for name in spec.modalities}
+    ids = (patient for modality in modalities.values() for patient in _ids(modality))
+    patients = tuple(dict.fromkeys(ids))
+    if not patients:
+        raise CohortError("no modality has a patient")
+    return Cohort(spec.name, patients, patients, None, _align(modalities, patients), None)
 
 
-def _aligned(
-    found: dict[str, pd.DataFrame | Bags], patients: tuple[str, ...]
+def _ids(modality: pd.DataFrame | Bags) -> tuple[str, ...]:
+    return modality.patients if isinstance(modality, Bags) else tuple(map(str, modality.index))
+
+
+def _align(
+    modalities: dict[str, pd.DataFrame | Bags], patients: tuple[str, ...]
 ) -> dict[str, pd.DataFrame | Bags]:
+    """Give each table one row per patient, in order; a patient without the modality gets NaN."""
     index = pd.Index(patients, dtype=object, name="patient")
     return {
-        name: part if isinstance(part, Bags) else part.reindex(index)
-        for name, part in found.items()
+        name: modality if isinstance(modality, Bags) else modality.reindex(index)
+        for name, modality in modalities.items()
     }
 
 
-def _check_filled(name: str, part: pd.DataFrame | Bags) -> None:
-    if isinstance(part, Bags):  # refuses to be empty itself
+def _check_not_empty(name: str, modality: pd.DataFrame | Bags) -> None:
+    if isinstance(modality, Bags):  # `open_bags` and `_read_events` have checked it
         return
-    gaps = part.isna()
+    gaps = modality.isna()
     if gaps.to_numpy().all():
         raise CohortError(f"modalities.{name}: no patient of the outcome has it")
     empty = gaps.columns[gaps.all()]

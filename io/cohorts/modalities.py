@@ -1,4 +1,4 @@
-"""The modalities: tables of numbers and categories, codes, measurements, stores."""
+"""Read the modalities: tables of numbers and categories, codes, measurements, bags in files."""
 
 from __future__ import annotations
 
@@ -8,96 +8,115 @@ from collections.abc import Collection
 import pandas as pd
 
 from ..errors import CohortError, listed
-from .bags import Bags, Measured, open_stores
+from .bags import Bags, MeasurementBags, open_bags
 from .schema import Codes, Columns, Events, Stores
-from .tables import Tables, dates, hours_between, matching, natural, texts
+from .tables import Tables, dates, hours_between, match_columns, natural_key, texts
 
 
 def read_modality(name: str, tables: Tables, keep: set[str] | None) -> pd.DataFrame | Bags:
-    """Read one modality, of the patients in `keep` or of all; tables have a row for each found."""
+    """Read one modality.
+
+    Args:
+        name: of the modality.
+        tables: of the cohort.
+        keep: the patients to read; None for all.
+
+    Returns:
+        A table with a row per patient who has the modality, or Bags.
+    """
     where, section = f"modalities.{name}", tables.spec.modalities[name]
     match section:
         case Columns():
-            return _columns(section, tables, keep, where)
+            return _read_columns(section, tables, keep, where)
         case Codes():
-            return _codes(section, tables, keep, where)
+            return _read_codes(section, tables, keep, where)
         case Events():
-            return _events(section, tables, keep, where)
+            return _read_events(section, tables, keep, where)
         case Stores():
-            return _stores(section, tables, keep, where)
+            return _read_bags(section, tables, keep, where)
 
 
-def _columns(section: Columns, tables: Tables, keep: set[str] | None, where: str) -> pd.DataFrame:
-    wanted = _chosen(section, tables, f"{where}.columns")
+def _read_columns(
+    section: Columns, tables: Tables, keep: set[str] | None, where: str
+) -> pd.DataFrame:
+    columns = _find_columns(section, tables, f"{where}.columns")
     categorical: set[str] = set()
-    for pattern, found in matching(section.categorical or (), wanted).items():
-        if not found:
+    for pattern, matches in match_columns(section.categorical or (), columns).items():
+        if not matches:
             raise CohortError(
                 f"{where}.categorical: {pattern!r} matches none of the columns of this modality: "
-                f"{listed(wanted)}"
+                f"{listed(columns)}"
             )
-        categorical.update(found)
-    rows = tables.wide(section.table, wanted, where)
+        categorical.update(matches)
+    rows = tables.wide(section.table, columns, where)
     if keep is not None:
         rows = rows[rows.index.isin(keep)]
     numeric = tables.numeric(
         section.table,
-        rows[[column for column in wanted if column not in categorical]],
+        rows[[column for column in columns if column not in categorical]],
         where,
         cure="; declare it under `categorical` if it is a category",
     )
     cells = {
-        column: _category(rows[column]) if column in categorical else numeric[column]
-        for column in wanted
+        column: _as_category(rows[column]) if column in categorical else numeric[column]
+        for column in columns
     }
     return pd.DataFrame(cells, index=rows.index)
 
 
-def _chosen(section: Columns, tables: Tables, where: str) -> list[str]:
-    """Return the columns of a modality: never the patient, its group, or the outcome."""
+def _find_columns(section: Columns, tables: Tables, where: str) -> list[str]:
+    """Return the columns of a modality: never the patient, the group, or the outcome."""
     spec, frame = tables.spec, tables.frame(section.table)
-    barred = {tables.patient_column(section.table): "names the patient"}
+    excluded = {tables.patient_column(section.table): "names the patient"}
     if spec.group:
-        barred[spec.group] = "is the group"
+        excluded[spec.group] = "is the group"
     if spec.outcome:
-        barred |= dict.fromkeys(spec.outcome.columns, "is the outcome: a model would just read it")
-    found: dict[str, None] = {}
-    for pattern, names in matching(section.columns or ["*"], list(frame.columns)).items():
-        if pattern in names and pattern in barred:
-            raise CohortError(f"{where}: column {pattern!r} {barred[pattern]}; leave it out")
-        # Without a name it is a row number.
-        names = [one for one in names if one not in barred and not re.match(r"Unnamed: \d+$", one)]
-        if not names and not re.search(r"[*?]", pattern):
+        why = "is the outcome: a model would just read it"
+        excluded |= dict.fromkeys(spec.outcome.columns, why)
+    columns: dict[str, None] = {}  # a dict as an ordered set
+    for pattern, matches in match_columns(section.columns or ["*"], list(frame.columns)).items():
+        if pattern in matches and pattern in excluded:
+            raise CohortError(f"{where}: column {pattern!r} {excluded[pattern]}; leave it out")
+        # A column without a name holds row numbers.
+        matches = [
+            name
+            for name in matches
+            if name not in excluded and not re.match(r"Unnamed: \d+$", name)
+        ]
+        if not matches and not re.search(r"[*?]", pattern):
             tables.column(section.table, pattern, where)
-        if not names:
+        if not matches:
             raise CohortError(
                 f"{where}: {pattern!r} matches no column of {tables.title(section.table)}: "
-                f"known: {listed(one for one in frame.columns if one not in barred)}"
+                f"known: {listed(name for name in frame.columns if name not in excluded)}"
             )
-        found |= dict.fromkeys(names)
-    return list(found)
+        columns |= dict.fromkeys(matches)
+    return list(columns)
 
 
-def _category(cells: pd.Series) -> pd.Series:
+def _as_category(cells: pd.Series) -> pd.Series:
     words = texts(cells)
-    kinds = sorted(words.dropna().unique(), key=natural)
-    return words.astype(pd.CategoricalDtype(kinds))
+    categories = sorted(words.dropna().unique(), key=natural_key)
+    return words.astype(pd.CategoricalDtype(categories))
 
 
-def _codes(section: Codes, tables: Tables, keep: set[str] | None, where: str) -> pd.DataFrame:
-    _not_the_outcome([section.codes], tables, f"{where}.codes")
+def _read_codes(section: Codes, tables: Tables, keep: set[str] | None, where: str) -> pd.DataFrame:
+    """Return a table of 0 and 1: a row per patient, a column per code."""
+    _refuse_outcome([section.codes], tables, f"{where}.codes")
     rows = tables.long(section.table, [section.codes], where)
     codes = texts(rows[section.codes], verbatim=True).dropna().str.slice(0, section.characters)
     if keep is not None:
         codes = codes[codes.index.isin(keep)]
-    there = pd.crosstab(codes.index, codes.to_numpy()).clip(upper=1).astype(float)
-    there = there.reindex(codes.index.unique()).rename_axis(index=None, columns=None)
-    there.attrs["codes"] = True  # a code that nobody else has is 0, not unknown
-    return there
+    has_code = pd.crosstab(codes.index, codes.to_numpy()).clip(upper=1).astype(float)
+    has_code = has_code.reindex(codes.index.unique()).rename_axis(index=None, columns=None)
+    # For prediction: a code of the training data that no new patient has is 0, not unknown.
+    has_code.attrs["codes"] = True
+    return has_code
 
 
-def _events(section: Events, tables: Tables, keep: set[str] | None, where: str) -> Bags:
-    _not_the_outcome([section.item, section.value], tables, where)
+def _read_events(section: Events, tables: Tables, keep: set[str] | None, where: str) -> Bags:
+    """Return bags of the measurements within `hours` after the time `since`."""
+    _refuse_outcome([section.item, section.value], tables, where)
     since = section.since
     start = tables.wide(since.table, [since.column], f"{where}.since")[since.column]
     start = dates(start, f"{where}.since")
@@ -113,29 +132,31 @@ def _events(section: Events, tables: Tables, keep: set[str] | None, where: str) 
         }
     )
     first, last = section.hours
-    known = rows["item"].notna() & rows["value"].abs().lt(float("inf"))
-    rows = rows[known & rows["hours"].between(first, last)]
+    is_valid = rows["item"].notna() & rows["value"].abs().lt(float("inf"))
+    rows = rows[is_valid & rows["hours"].between(first, last)]
     if rows.empty and keep is not None:
         raise CohortError(
             f"{where}: no numbers in column {section.value!r} of {tables.title(section.table)} "
             f"from hour {first:g} to {last:g} after {since.column}"
         )
-    items = tuple(sorted(rows["item"].unique(), key=natural))
+    items = tuple(sorted(rows["item"].unique(), key=natural_key))
     extent = max(abs(first), abs(last))
-    return Bags(Measured(rows, items), features=len(items), coords=1, extent=extent, names=items)
+    bags = MeasurementBags(rows, items)
+    return Bags(bags, features=len(items), coords=1, extent=extent, names=items)
 
 
-def _stores(section: Stores, tables: Tables, keep: set[str] | None, where: str) -> Bags:
+def _read_bags(section: Stores, tables: Tables, keep: set[str] | None, where: str) -> Bags:
     keys = None
     if section.keys:
         column = section.keys.column
         rows = tables.long(section.keys.table, [column], f"{where}.keys")[column]
-        named = texts(rows, verbatim=True).dropna()
+        names = texts(rows, verbatim=True).dropna()
         keys = {
-            str(one): list(dict.fromkeys(part)) for one, part in named.groupby(level=0, sort=False)
+            str(patient): list(dict.fromkeys(part))
+            for patient, part in names.groupby(level=0, sort=False)
         }
-    return open_stores(
-        tables.places.match(section.bags, f"{where}.bags"),
+    return open_bags(
+        tables.folders.match(section.bags, f"{where}.bags"),
         keys,
         keep,
         features=section.features,
@@ -145,7 +166,8 @@ def _stores(section: Stores, tables: Tables, keep: set[str] | None, where: str) 
     )
 
 
-def _not_the_outcome(columns: Collection[str], tables: Tables, where: str) -> None:
+def _refuse_outcome(columns: Collection[str], tables: Tables, where: str) -> None:
+    """Raise CohortError if one of the columns is the outcome."""
     outcome = tables.spec.outcome.columns if tables.spec.outcome else ()
     for column in columns:
         if column in outcome:

@@ -1,4 +1,4 @@
-"""The YAML of a cohort: its models, and its errors in one line."""
+"""The schema of a cohort's YAML file, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def _as_text(value: object) -> str:
 
 
 def plain(value: object) -> str:
-    """Write a cell as text such that 1, 1.0 and "1.0" are one value, and 01 another.
+    """Return a cell as text, such that 1, 1.0 and "1.0" give the same text, and 01 another.
 
-    pandas writes whole numbers as floats where a column has gaps, so the same id or category may
-    come either way.
+    pandas reads a column of integers as floats if it has gaps, so the same id or category may be
+    1 in one file and 1.0 in another.
     """
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -49,8 +49,8 @@ Values = Annotated[list[Value], BeforeValidator(_as_list), Field(min_length=1)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
-class Model(BaseModel):
-    """Refuse unknown keys by naming the known ones, and coerce nothing."""
+class Section(BaseModel):
+    """A part of the YAML file: unknown keys are errors, and no value is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -70,19 +70,19 @@ class Model(BaseModel):
         return value
 
 
-class Join(Model):
+class Join(Section):
     table: str
     on: str
 
 
-class Derive(Model):
+class Derive(Section):
     start: str = Field(alias="from")
     to: str
     unit: Literal["hours", "days", "months", "years"]
     at_most: float | None = None
 
 
-class Table(Model):
+class Table(Section):
     file: Names | None = None
     sksurv: str | None = None
     patient: str | None = None
@@ -98,7 +98,7 @@ class Table(Model):
         return self
 
 
-class SurvivalOutcome(Model):
+class SurvivalOutcome(Section):
     table: str
     time: str
     unit: str
@@ -111,7 +111,7 @@ class SurvivalOutcome(Model):
         return (self.time, self.event)
 
 
-class LabelOutcome(Model):
+class LabelOutcome(Section):
     table: str
     label: str
     names: dict[Value, str] | None = None
@@ -121,7 +121,7 @@ class LabelOutcome(Model):
         return (self.label,)
 
 
-class CodeOutcome(Model):
+class CodeOutcome(Section):
     table: str
     code: str
     between: Range
@@ -132,24 +132,24 @@ class CodeOutcome(Model):
         return (self.code,)
 
 
-class Columns(Model):
+class Columns(Section):
     table: str
     columns: Names | None = None
     categorical: Names | None = None
 
 
-class Codes(Model):
+class Codes(Section):
     table: str
     codes: str
     characters: Annotated[int, Field(ge=1)] | None = None
 
 
-class Since(Model):
+class Since(Section):
     table: str
     column: str
 
 
-class Events(Model):
+class Events(Section):
     table: str
     item: str
     value: str
@@ -158,12 +158,12 @@ class Events(Model):
     hours: Range
 
 
-class SlideColumn(Model):
+class SlideColumn(Section):
     table: str
     column: str
 
 
-class Stores(Model):
+class Stores(Section):
     bags: Names
     features: Annotated[int, Field(ge=1)] | None = None
     source: bool = False
@@ -171,16 +171,23 @@ class Stores(Model):
     encoder: str | None = None
 
 
-class SplitFiles(Model):
+class SplitFiles(Section):
     files: Names
 
 
-class SplitTest(Model):
+class SplitTest(Section):
     test: Names
 
 
 def _by_key(kinds: dict[str, str], otherwise: str | None = None) -> Discriminator:
-    """Choose a model by the key that only it has, so that its errors are the only ones."""
+    """Choose a section's class by a key that only this class has.
+
+    Without it pydantic tries all classes and reports the errors of each.
+
+    Args:
+        kinds: key to the tag of a class.
+        otherwise: the tag if no key matches; None for an error.
+    """
 
     def choose(value: object) -> str | None:
         keys = value if isinstance(value, dict) else ()
@@ -193,7 +200,7 @@ def _by_key(kinds: dict[str, str], otherwise: str | None = None) -> Discriminato
     )
 
 
-# Tags are in <>, by which they are told from the keys in an error's location.
+# Tags are in <>, so that `_in_one_line` can remove them from the location of an error.
 Outcome = Annotated[
     Annotated[SurvivalOutcome, Tag("<survival>")]
     | Annotated[LabelOutcome, Tag("<label>")]
@@ -213,7 +220,7 @@ Splits = Annotated[
 ]
 
 
-class Spec(Model):
+class Spec(Section):
     name: str
     patient: str
     group: str | None = None
@@ -224,7 +231,7 @@ class Spec(Model):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a repeated key is refused, and `on`, `no` and dates stay text."""
+    """A loader of YAML that refuses repeated keys, and reads `on`, `no` and dates as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
@@ -246,7 +253,11 @@ Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|F
 
 
 def read_spec(path: Path) -> Spec:
-    """Read and check a YAML file; its tables are not opened."""
+    """Read a YAML file and check its keys and values. The data files are not opened.
+
+    Raises:
+        CohortError: it cannot be read, or a key or value is wrong.
+    """
     try:
         content = yaml.load(path.read_text("utf-8-sig"), Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -274,23 +285,24 @@ def _in_one_line(error: ErrorDetails) -> str:
 
 
 def _check_tables(spec: Spec) -> None:
-    named = {"outcome.table": spec.outcome.table} if spec.outcome else {}
+    """Check that each name of a table is in `tables`, and that no join is of a joined table."""
+    table_names = {"outcome.table": spec.outcome.table} if spec.outcome else {}
     for name, table in spec.tables.items():
         if table.join:
-            named[f"tables.{name}.join.table"] = table.join.table
+            table_names[f"tables.{name}.join.table"] = table.join.table
         if table.patients_of:
-            named[f"tables.{name}.patients_of"] = table.patients_of
+            table_names[f"tables.{name}.patients_of"] = table.patients_of
     for name, modality in spec.modalities.items():
         where = f"modalities.{name}"
         if not isinstance(modality, Stores):
-            named[f"{where}.table"] = modality.table
+            table_names[f"{where}.table"] = modality.table
         elif modality.keys:
-            named[f"{where}.keys.table"] = modality.keys.table
+            table_names[f"{where}.keys.table"] = modality.keys.table
         if isinstance(modality, Events):
-            named[f"{where}.since.table"] = modality.since.table
+            table_names[f"{where}.since.table"] = modality.since.table
             if not modality.hours[0] < modality.hours[1]:
                 raise CohortError(f"{where}.hours: expected [first, last], got {modality.hours}")
-    for where, name in named.items():
+    for where, name in table_names.items():
         if name not in spec.tables:
             raise CohortError(f"{where}: no table {name!r}: {suggest(name, spec.tables)}")
         if "tables." in where and (spec.tables[name].join or spec.tables[name].patients_of):

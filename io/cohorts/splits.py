@@ -1,4 +1,4 @@
-"""Splits that come with the data."""
+"""Read the splits that come with the data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ def read_splits(
     groups: dict[str, str],
     dropped: frozenset[str],
 ) -> tuple[Split, ...]:
-    """Read splits of the patients in `groups` (patient to group); `dropped` ones are skipped."""
+    """Read the splits of a cohort.
+
+    Args:
+        section: of the YAML file.
+        tables: of the cohort.
+        groups: patient to group, of the patients with an outcome.
+        dropped: patients that the outcome left out; the splits may name them.
+
+    Raises:
+        CohortError: a split has an unknown patient, a patient twice, or a group in two parts.
+    """
     if isinstance(section, SplitTest):
         where = "splits.test"
         test: dict[str, None] = {}
-        for path in tables.places.match(section.test, where):
+        for path in tables.folders.match(section.test, where):
             frame = read_table(path, [tables.spec.patient], where)
             if tables.spec.patient not in frame:
                 raise CohortError(
@@ -26,10 +36,10 @@ def read_splits(
                     f"{listed(frame.columns)}"
                 )
             test |= dict.fromkeys(texts(frame[tables.spec.patient]).dropna())
-        parts = {"train": [one for one in groups if one not in test], "test": list(test)}
-        return (_split(parts, groups, dropped, where),)
+        train = [patient for patient in groups if patient not in test]
+        return (_make_split({"train": train, "test": list(test)}, groups, dropped, where),)
     splits = []
-    for path in tables.places.match(section.files, "splits.files"):
+    for path in tables.folders.match(section.files, "splits.files"):
         where = f"splits: {path.name}"
         frame = read_table(path, ["*"], where)
         names = {"val": "validation"}
@@ -43,20 +53,21 @@ def read_splits(
                 f"{where}: expected columns train and val, test or both, got "
                 f"{listed(frame.columns)}"
             )
-        if "test" not in parts:  # PORPOISE's files: what they call val is what they report on
+        if "test" not in parts:  # files of PORPOISE: it reports on the part that it calls val
             parts["test"] = parts.pop("validation")
-        splits.append(_split(parts, groups, dropped, where))
+        splits.append(_make_split(parts, groups, dropped, where))
     return tuple(splits)
 
 
-def _split(
+def _make_split(
     parts: dict[str, list[str]], groups: dict[str, str], dropped: frozenset[str], where: str
 ) -> Split:
+    """Make a split of lists of patients, and check it."""
     part_of: dict[str, str] = {}
     part_of_group: dict[str, str] = {}
-    kept = {part: [one for one in ids if one not in dropped] for part, ids in parts.items()}
+    kept = {part: [name for name in names if name not in dropped] for part, names in parts.items()}
     for part, patients in kept.items():
-        unknown = [one for one in patients if one not in groups]
+        unknown = [patient for patient in patients if patient not in groups]
         if unknown:
             raise CohortError(
                 f"{where}: {part}: {counted(unknown)} not in the cohort, whose ids are such as "
