@@ -7,17 +7,22 @@
 
 #include "simd.hpp"
 
-// Doubles throughout: the mean is exact to 1e-11 grey levels before it is rounded, and, since this
-// file is compiled without fused products, has the same bits in registers of every width.
+// The mean over a window of ratio x ratio pixels, one output pixel each. A window weighs the pixels
+// at its edges by the share that it covers; weights are products of one for the row and one for the
+// column. So rows are summed first, with their weights, into one line as long as a row, then the
+// columns of that line, window by window.
+//
+// Sums are doubles: a mean is exact to 1e-11 grey levels before it is rounded. This file is
+// compiled without fused products, so that the bits are the same in registers of every width.
 namespace motet {
 namespace {
 
 constexpr std::size_t kChannels = 3;
-constexpr double kHalf = 0.5 + 1e-9;  // a half that came out a little less is still rounded up
-constexpr std::size_t kBlock = 1024;  // numbers of a row summed at a time, in the nearest cache
+constexpr double kHalf = 0.5 + 1e-9;  // so that a half minus its rounding error is rounded up too
+constexpr std::size_t kBlock = 1024;  // numbers of a row in a step, whose sums stay in the cache
 
-// The pixels that a window covers along one axis: the first and the last in part, those between
-// whole. Within one pixel, only a ratio of 1 fits: the last then weighs nothing.
+// The pixels that a window covers along one axis: a share `head` of the first, `tail` of the last,
+// and all of those between. A window within one pixel (its ratio is 1) has a tail of 0.
 struct Window {
     std::size_t first, last;
     double head, tail;
@@ -39,7 +44,7 @@ std::vector<Window> windows(std::span<const double> begins, double ratio, std::s
     return result;
 }
 
-// The part of each row that the columns cover, from byte `begin` on, and sums over rows of it.
+// The part of each row that the columns cover: `size` bytes from byte `begin` on.
 struct Strip {
     const Image& image;
     std::size_t begin, size;
@@ -49,6 +54,7 @@ struct Strip {
     }
 };
 
+// sums[i] = the sum of `count` numbers, from x on, of the rows [from, to).
 template <typename Sum>
 MOTET_INLINE void add_rows(const Strip& strip, std::size_t from, std::size_t to, std::size_t x,
                            std::size_t count, Sum* sums) {
@@ -59,14 +65,15 @@ MOTET_INLINE void add_rows(const Strip& strip, std::size_t from, std::size_t to,
     }
 }
 
-// Three bytes of four: a pixel is followed by the next one, which is written after it, or by
-// `last`, which keeps what lies behind it.
+// Writes a pixel of three bytes. Four bytes are one store, and the fourth is overwritten by the
+// next pixel; for the `last` pixel of a row it must not be written.
 template <typename Bytes>
 MOTET_INLINE void put(Bytes pixel, std::uint8_t* out, bool last) {
     static_assert(sizeof(pixel) == 4);
     std::memcpy(out, &pixel, last ? 3 : 4);
 }
 
+// Windows at any place and of any ratio.
 struct Means {
     template <std::size_t>
     static MOTET_INLINE void run(const Strip& strip, const std::vector<Window>& rows,
@@ -88,7 +95,7 @@ struct Means {
                 const std::uint8_t *head = strip.row(row.first) + x,
                                    *tail = strip.row(row.last) + x;
                 double* to = line.data() + x;
-                if (row.last == row.first + 2) {  // by far the most frequent number of rows
+                if (row.last == row.first + 2) {  // three rows: by far the most frequent case
                     const std::uint8_t* between = strip.row(row.first + 1) + x;
                     for (std::size_t i = 0; i < count; ++i)
                         to[i] = row.head * head[i] + between[i] + row.tail * tail[i];
@@ -114,10 +121,11 @@ struct Means {
     }
 };
 
-// Windows of N x N whole pixels, N a power of two: integers are enough. Means of the windows at all
-// numbers of a row, wanted or not, take less time than to gather those wanted.
+// Windows of N x N whole pixels, N a power of two: sums are integers. The mean of a window is
+// computed at every number of the line, needed or not: a plain loop over vectors takes less time
+// than loading the needed ones from scattered places.
 template <std::size_t N>
-struct Whole {
+struct WholePixels {
     template <std::size_t>
     static MOTET_INLINE void run(const Strip& strip, const std::vector<Window>& rows,
                                  const std::vector<Window>& columns, double, std::uint8_t* out,
@@ -145,6 +153,7 @@ struct Whole {
     }
 };
 
+// A ratio of 1 on whole pixels: copies them, as many at a time as lie side by side.
 void copy(const Strip& strip, const std::vector<Window>& rows, const std::vector<Window>& columns,
           std::uint8_t* out, std::ptrdiff_t out_stride) {
     const std::size_t left = strip.begin / kChannels;
@@ -161,7 +170,8 @@ void copy(const Strip& strip, const std::vector<Window>& rows, const std::vector
     }
 }
 
-bool whole(std::span<const double> numbers) {
+// Returns whether all numbers are integers.
+bool are_integers(std::span<const double> numbers) {
     return std::all_of(numbers.begin(), numbers.end(), [](double x) { return x == std::floor(x); });
 }
 
@@ -185,13 +195,13 @@ void area_resample(const Image& image, std::span<const double> rows,
         right = std::max(right, column.last + 1);
     }
     const Strip strip{image, kChannels * left, kChannels * (right - left)};
-    const bool pixels = whole(rows) && whole(columns);
-    if (pixels && ratio == 1.0)
+    const bool on_pixels = are_integers(rows) && are_integers(columns);
+    if (on_pixels && ratio == 1.0)
         copy(strip, down, across, out, out_stride);
-    else if (pixels && ratio == 2.0)
-        compiled<Whole<2>>()(strip, down, across, ratio, out, out_stride);
-    else if (pixels && ratio == 4.0)
-        compiled<Whole<4>>()(strip, down, across, ratio, out, out_stride);
+    else if (on_pixels && ratio == 2.0)
+        compiled<WholePixels<2>>()(strip, down, across, ratio, out, out_stride);
+    else if (on_pixels && ratio == 4.0)
+        compiled<WholePixels<4>>()(strip, down, across, ratio, out, out_stride);
     else
         compiled<Means>()(strip, down, across, ratio, out, out_stride);
 }

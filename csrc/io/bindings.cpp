@@ -1,5 +1,5 @@
-// motet.io._C: what io computes on pixels. Every buffer is checked here, so that no call from
-// Python can read or write out of bounds.
+// motet.io._C: computations on pixels. Every buffer is checked here, so that no call from Python
+// can read or write out of bounds.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-// uint8 [height, width, 3]; rows may lie apart, as in a crop.
+// Returns uint8 [height, width, 3]; there may be gaps between rows, as in a crop.
 py::buffer_info image_buffer(const py::buffer& buffer, const std::string& name, bool writable) {
     auto info = buffer.request(writable);
     const bool fits = info.item_type_is_equivalent_to<std::uint8_t>() && info.ndim == 3 &&
@@ -40,8 +40,8 @@ Bytes bytes_of(const py::buffer_info& info) {
     return {begin, begin + static_cast<std::uintptr_t>(size)};
 }
 
-// Where windows begin: each has to lie within the image, whatever the numbers are, but for what
-// rounding adds to its end.
+// Returns where windows begin. Each must lie within the image, except that rounding may put its end
+// 1e-6 beyond; NaN is refused too.
 std::span<const double> begins(const py::buffer_info& info, const std::string& name,
                                py::ssize_t expected, py::ssize_t side, double ratio) {
     if (!info.item_type_is_equivalent_to<double>() || info.ndim != 1 || info.shape[0] != expected ||
@@ -81,18 +81,19 @@ void area_resample(const py::buffer& image, const py::buffer& rows, const py::bu
         down, across, ratio, static_cast<std::uint8_t*>(to.ptr), to.strides[0]);
 }
 
-// An array in one piece, of a shape.
+// Returns an array without gaps, of this type and shape.
 template <typename T>
-py::buffer_info whole_buffer(const py::buffer& buffer, const std::string& name, const char* type,
-                             const std::vector<py::ssize_t>& shape, bool writable = false) {
+py::buffer_info contiguous_buffer(const py::buffer& buffer, const std::string& name,
+                                  const char* type, const std::vector<py::ssize_t>& shape,
+                                  bool writable = false) {
     auto info = buffer.request(writable);
-    const bool right = info.item_type_is_equivalent_to<T>() && info.shape == shape &&
-                       reinterpret_cast<std::uintptr_t>(info.ptr) % alignof(T) == 0;
+    const bool fits = info.item_type_is_equivalent_to<T>() && info.shape == shape &&
+                      reinterpret_cast<std::uintptr_t>(info.ptr) % alignof(T) == 0;
     py::ssize_t step = info.itemsize;
-    bool whole = right;
-    for (auto axis = shape.size(); whole && axis-- > 0; step *= shape[axis])
-        whole = shape[axis] <= 1 || info.strides[axis] == step;
-    if (!whole) {
+    bool contiguous = fits;
+    for (auto axis = shape.size(); contiguous && axis-- > 0; step *= shape[axis])
+        contiguous = shape[axis] <= 1 || info.strides[axis] == step;
+    if (!contiguous) {
         std::string sides;
         for (const auto side : shape) sides += (sides.empty() ? "" : ", ") + std::to_string(side);
         throw std::invalid_argument(name + ": expected a contiguous array of " + type + " [" +
@@ -101,18 +102,19 @@ py::buffer_info whole_buffer(const py::buffer& buffer, const std::string& name, 
     return info;
 }
 
+// Returns where a patch is cut into pieces along one side.
 std::span<const std::int64_t> cuts(const py::buffer& buffer, const std::string& name,
                                    py::buffer_info& info, py::ssize_t side) {
     info = buffer.request();
     const auto count = info.ndim == 1 ? info.shape[0] : 0;
-    info = whole_buffer<std::int64_t>(buffer, name, "int64", {count});
+    info = contiguous_buffer<std::int64_t>(buffer, name, "int64", {count});
     const std::span<const std::int64_t> places{static_cast<const std::int64_t*>(info.ptr),
                                                static_cast<std::size_t>(count)};
-    bool right = count > 1 && places.front() == 0 && places.back() == side;
-    for (std::size_t i = 1; right && i < places.size(); ++i)
-        right = places[i] > places[i - 1] &&
-                places[i] - places[i - 1] <= static_cast<std::int64_t>(motet::kMostInPiece);
-    if (!right)
+    bool fits = count > 1 && places.front() == 0 && places.back() == side;
+    for (std::size_t i = 1; fits && i < places.size(); ++i)
+        fits = places[i] > places[i - 1] &&
+               places[i] - places[i - 1] <= static_cast<std::int64_t>(motet::kMostInPiece);
+    if (!fits)
         throw std::invalid_argument(name + ": expected 0 to " + std::to_string(side) +
                                     " in steps of 1 to " + std::to_string(motet::kMostInPiece));
     return places;
@@ -123,17 +125,18 @@ void stain_planes(const py::buffer& pixels, const py::buffer& down, const py::bu
     auto in = pixels.request();
     if (in.ndim != 4) throw std::invalid_argument("pixels: expected uint8 [b, height, width, 3]");
     const auto patches = in.shape[0];
-    in = whole_buffer<std::uint8_t>(pixels, "pixels", "uint8",
-                                    {patches, in.shape[1], in.shape[2], 3});
+    in = contiguous_buffer<std::uint8_t>(pixels, "pixels", "uint8",
+                                         {patches, in.shape[1], in.shape[2], 3});
     py::buffer_info rows, columns;
     const auto vertical = cuts(down, "down", rows, in.shape[1]);
     const auto horizontal = cuts(across, "across", columns, in.shape[2]);
-    const auto levels = whole_buffer<float>(table, "table", "float32",
-                                            {3, motet::kStainLevels, motet::kStainPlanes});
-    const auto to = whole_buffer<float>(
+    const auto levels = contiguous_buffer<float>(table, "table", "float32",
+                                                 {3, motet::kStainLevels, motet::kStainPlanes});
+    const auto to = contiguous_buffer<float>(
         planes, "planes", "float32",
         {motet::kStainPlanes, patches, rows.shape[0] - 1, columns.shape[0] - 1}, true);
-    const auto squares = whole_buffer<std::int64_t>(within, "within", "int64", {patches, 3}, true);
+    const auto squares =
+        contiguous_buffer<std::int64_t>(within, "within", "int64", {patches, 3}, true);
     for (const auto* written : {&to, &squares})
         for (const py::buffer_info* other : std::initializer_list<const py::buffer_info*>{
                  &in, &rows, &columns, &levels, &to, &squares}) {
@@ -151,7 +154,7 @@ void stain_planes(const py::buffer& pixels, const py::buffer& down, const py::bu
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Pixels on raw CPU buffers; motet.io is the public door.";
+    module.doc() = "Pixels on raw CPU buffers; motet.io is the public interface.";
     module.def("area_resample", &area_resample, py::arg("image"), py::arg("rows"),
                py::arg("columns"), py::arg("ratio"), py::arg("out"));
     module.def("stain_planes", &stain_planes, py::arg("pixels"), py::arg("down"), py::arg("across"),

@@ -7,13 +7,17 @@
 
 #include "simd.hpp"
 
-// Integers up to the table, and from there one order of adding: the same bits in registers of every
-// width, and from numpy.
+// A patch is cut into pieces of some 4 x 4 pixels. Of each piece and colour the mean level is
+// computed in integers, in sixteenths, and looked up in a table of four float planes; the entries
+// of the three colours are added in their order. So the bits are the same in registers of every
+// width, and those that numpy gives. Beside the planes, the sum of squares within the pieces is
+// computed: how much the pixels differ from the means of their pieces.
 namespace motet {
 namespace {
 
 constexpr std::size_t kChannels = 3;
-constexpr std::size_t kFlush = 8192;  // pieces after which squares of their rows fit 32 bits still
+// Rows of pieces after which the sums of squares are moved to 64 bits: 8192 x 7 x 255^2 < 2^32.
+constexpr std::size_t kFlush = 8192;
 
 using Cell = Lanes<float, kStainPlanes>::type;
 using Sums = Lanes<std::uint16_t, 4>::type;  // red, green, blue, and the next one's red
@@ -22,20 +26,20 @@ struct Patch {
     const std::uint8_t* pixels;
     std::span<const std::int64_t> down, across;
     const float* table;
-    float* planes;       // the first plane of this patch,
-    std::size_t stride;  // and how far the next lies from it
+    float* planes;       // the first plane of this patch
+    std::size_t stride;  // floats from one plane to the next
     std::int64_t* within;
 };
 
-// Through 16 bits, which takes half the registers.
+// A square of 8 bits fits 16, in which vectors have twice as many numbers as in 32.
 MOTET_INLINE std::uint32_t square(std::uint8_t level) {
     return static_cast<std::uint16_t>(level * level);
 }
 
-// Sums of the rows of a piece, and their squares on top of those of the rows above.
+// Sums the `count` rows of pieces, number by number: `sums` anew, and squares on top of `squares`.
 MOTET_INLINE void add_rows(const std::uint8_t* rows, std::size_t count, std::size_t size,
                            std::uint16_t* sums, std::uint32_t* squares) {
-    if (count == 4) {  // by far the most frequent
+    if (count == 4) {  // by far the most frequent case
         const std::uint8_t *second = rows + size, *third = second + size, *last = third + size;
         for (std::size_t i = 0; i < size; ++i) {
             const std::uint8_t a = rows[i], b = second[i], c = third[i], d = last[i];
