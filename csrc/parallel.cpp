@@ -14,12 +14,13 @@
 namespace motet {
 namespace {
 
-struct Job {
+// One parallel_for: its threads take parts until none is left.
+struct ParallelLoop {
     const std::function<void(std::size_t, std::size_t)>& work;
     std::size_t size, parts;
     std::atomic<std::size_t> next{0};
     std::atomic<bool> failed{false};
-    std::exception_ptr failure{};  // the first; none may leave a thread
+    std::exception_ptr failure{};  // the first one: an exception that left a thread would abort
 
     void run() noexcept {
         for (std::size_t part; (part = next.fetch_add(1)) < parts;) try {
@@ -32,7 +33,7 @@ struct Job {
 
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// GOMP_parallel of a libgomp that is loaded already; never loads one.
+// Returns GOMP_parallel of a libgomp that the process has loaded already, else null; loads none.
 Team openmp_team() {
 #if defined(__linux__)
     static const Team team = [] {
@@ -54,22 +55,22 @@ void parallel_for(std::size_t size, int threads,
         if (size) work(0, size);
         return;
     }
-    Job job{work, size, parts};
+    ParallelLoop loop{work, size, parts};
     if (const Team team = openmp_team()) {
-        team([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(parts),
-             0);
-        if (job.failed) std::rethrow_exception(job.failure);
+        team([](void* data) { static_cast<ParallelLoop*>(data)->run(); }, &loop,
+             static_cast<unsigned>(parts), 0);
+        if (loop.failed) std::rethrow_exception(loop.failure);
         return;
     }
     std::vector<std::thread> others;
     try {
-        for (std::size_t i = 1; i < parts; ++i) others.emplace_back([&job] { job.run(); });
+        for (std::size_t i = 1; i < parts; ++i) others.emplace_back([&loop] { loop.run(); });
     } catch (const std::system_error&) {
-        // No thread to be had: those that there are take all parts.
+        // The system has no more threads: those that were started take all parts.
     }
-    job.run();
+    loop.run();
     for (auto& thread : others) thread.join();
-    if (job.failed) std::rethrow_exception(job.failure);
+    if (loop.failed) std::rethrow_exception(loop.failure);
 }
 
 }  // namespace motet

@@ -6,9 +6,9 @@
 
 namespace motet {
 
-// Runs work(begin, end) on up to `threads` near-equal parts of [0, size). torch's OpenMP threads
-// wait actively after each operator, so that others beside them would get half a core each: where
-// libgomp is loaded its own team does the work.
+// Runs work(begin, end) on up to `threads` near-equal parts of [0, size). Where libgomp is loaded,
+// its threads do the work: torch's OpenMP threads spin for a while after each operator, and other
+// threads beside them would get half a core each.
 void parallel_for(std::size_t size, int threads,
                   const std::function<void(std::size_t, std::size_t)>& work);
 

@@ -1,6 +1,6 @@
-// Vectors without intrinsics: the compilers' vector types, compiled for x86-64-v4, v3 and the
-// baseline; the processor is asked which one runs. Elsewhere than on x86 there is the baseline
-// alone.
+// SIMD without intrinsics: the compilers' vector types. Every loop is compiled three times, for
+// x86-64-v4 (AVX-512), v3 (AVX2) and the baseline; the processor chooses at run time. On other
+// architectures there is only the baseline.
 #pragma once
 
 #include <array>
@@ -25,24 +25,26 @@
 
 namespace motet {
 
-// N numbers side by side. What is kept in registers fills one: larger ones would live in memory.
+// A vector of N numbers. It should fill one register: the compilers keep larger ones in memory.
 template <typename T, std::size_t N>
 struct Lanes {
     typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
 
-// The signed integers as wide as the numbers of a vector; comparisons give them, all bits or none.
+// The signed integer as wide as a number of a vector. Comparisons of vectors give vectors of these,
+// with all bits set where true, else none.
 template <typename T>
 using Integer = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
 
 template <typename Pack>
 MOTET_INLINE Pack square_root(Pack x) {
-    Pack root;  // one instruction: compilers see through the loop
+    Pack root;  // compilers turn the loop into one instruction
     for (std::size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) root[i] = std::sqrt(x[i]);
     return root;
 }
 
-// Keeps the compiler from fusing a product with a sum, where both orders must round alike.
+// Keeps the compiler from fusing a product with a sum into one rounding: for products that must be
+// rounded alike in whichever order they are added.
 template <typename Pack>
 MOTET_INLINE Pack rounded(Pack x) {
 #if MOTET_X86
@@ -53,7 +55,7 @@ MOTET_INLINE Pack rounded(Pack x) {
     return x;
 }
 
-// Whether any bit is set.
+// Returns whether any bit is set.
 template <typename Pack>
 MOTET_INLINE bool any(Pack x) {
     if constexpr (sizeof(Pack) > 16) {
@@ -68,6 +70,7 @@ MOTET_INLINE bool any(Pack x) {
     }
 }
 
+// Returns the numbers I... of a and b, those of b counted from N on: one shuffle instruction.
 template <typename Pack, std::size_t... I>
 MOTET_INLINE Pack picked(Pack a, Pack b, std::index_sequence<I...>) {
 #if defined(__clang__)
@@ -78,9 +81,10 @@ MOTET_INLINE Pack picked(Pack a, Pack b, std::index_sequence<I...>) {
 #endif
 }
 
-// Complex numbers as they lie in memory, 2 N of T, and their N real and N imaginary parts. Parts
-// keep to their 128 bits, which is one instruction each, so that they are not in order: what is
-// taken apart has to be put together again.
+// N complex numbers, loaded as 2 N numbers (re, im, re, im, ...) and separated into a vector of
+// real parts and one of imaginary parts. AVX shuffles within 128 bits take one instruction, across
+// them several: so parts stay within their 128 bits, and are not in the order of memory. together()
+// restores it.
 template <typename T, std::size_t N>
 struct Parts {
     using Pack = typename Lanes<T, N>::type;
@@ -116,8 +120,9 @@ struct Parts {
     }
 };
 
-// Body::run<Bytes>(arguments...), an inline function written for registers of `Bytes`, compiled for
-// all that there are. $MOTET_SIMD caps them, so that tests can see each.
+// Compiles Body::run<Bytes>(arguments...), an inline function written for registers of `Bytes`, for
+// 64, 32 and 16 bytes; chosen() is the largest that the processor has. The environment variable
+// MOTET_SIMD limits it, so that tests can run each.
 template <typename Body, typename... Arguments>
 struct Compiled {
     using Function = void (*)(Arguments...);

@@ -34,12 +34,12 @@ bool contiguous(const py::buffer_info& info) {
     return true;
 }
 
-// Vectors do not mind, but numbers taken one by one must lie where the language wants them.
+// Vectors are loaded from any address, but single numbers must be aligned, as C++ requires.
 bool aligned(const py::buffer_info& info, py::ssize_t number) {
     return reinterpret_cast<std::uintptr_t>(info.ptr) % static_cast<std::uintptr_t>(number) == 0;
 }
 
-// Each input must lie apart from the output, or be the very same buffer.
+// Returns whether two buffers of equal size share a part of their memory, but not all of it.
 bool overlaps(const py::buffer_info& a, const py::buffer_info& b) {
     const auto begin_a = reinterpret_cast<std::uintptr_t>(a.ptr);
     const auto begin_b = reinterpret_cast<std::uintptr_t>(b.ptr);
@@ -47,7 +47,7 @@ bool overlaps(const py::buffer_info& a, const py::buffer_info& b) {
     return begin_a != begin_b && begin_a < begin_b + bytes && begin_b < begin_a + bytes;
 }
 
-// Items consist of `parts` numbers.
+// Returns the buffers of a merge after checking them; an item consists of `parts` numbers.
 Operands checked(const std::vector<py::buffer>& inputs, const std::vector<double>& weights,
                  const py::buffer& out, py::ssize_t parts) {
     if (inputs.empty()) throw std::invalid_argument("inputs: expected at least one buffer");
@@ -142,8 +142,8 @@ py::ssize_t bytes_of(motet::Kind kind) {
     return kind == motet::Kind::float64 ? 8 : kind == motet::Kind::float32 ? 4 : 2;
 }
 
-// Half-precision numbers come as integers of their size, since Python has no buffer format for
-// bfloat16.
+// Returns a buffer of rows after checking it. Half-precision numbers come as integers of their
+// size, since Python has no buffer format for bfloat16. columns < 0: a vector.
 py::buffer_info rows_buffer(const py::buffer& buffer, const std::string& name, motet::Kind kind,
                             py::ssize_t rows, py::ssize_t columns, bool writable) {
     auto info = buffer.request(writable);
@@ -211,6 +211,7 @@ void run_few_rows(Product<T> product, const py::buffer_info& rows, const py::buf
             static_cast<std::size_t>(weight.shape[1]), static_cast<T*>(out.ptr), threads);
 }
 
+// Returns whether two buffers share no memory.
 bool apart(const py::buffer_info& a, const py::buffer_info& b) {
     const auto begin_a = reinterpret_cast<std::uintptr_t>(a.ptr);
     const auto begin_b = reinterpret_cast<std::uintptr_t>(b.ptr);
@@ -258,7 +259,7 @@ void few_rows_backward(const py::buffer& grad, const py::buffer& weight, const p
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Operators on raw CPU buffers; motet.kernels is the public door.";
+    module.doc() = "Operators on raw CPU buffers; motet.kernels is the public interface.";
     module.def("harmonic_merge", &harmonic_merge, py::arg("inputs"), py::arg("weights"),
                py::arg("phase"), py::arg("out"), py::arg("threads") = 1);
     module.def("slerp", &slerp, py::arg("inputs"), py::arg("weights"), py::arg("out"),

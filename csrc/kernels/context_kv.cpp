@@ -16,6 +16,8 @@ struct float16 {
     std::uint16_t bits;
 };
 
+// Loads, stores and sums of vectors of Wide: float, or double for rows of double. Half precision is
+// converted in registers, since compilers have no vectors of it for all processors.
 template <typename Wide, std::size_t Bytes>
 struct Simd {
     static constexpr std::size_t lanes = Bytes / sizeof(Wide);
@@ -26,8 +28,9 @@ struct Simd {
     static MOTET_INLINE Pack widened(Halves halves, bfloat16) {
         return std::bit_cast<Pack>(__builtin_convertvector(halves, Bits) << 16);
     }
-    // Exponents are rebiased by a product, which is exact and brings subnormal numbers along,
-    // unless the thread is told to take them for zero.
+    // Moves exponent and mantissa to their places in a float, then multiplies by 2^112, the
+    // difference of the exponents' biases. The product is exact, of subnormal numbers too, unless
+    // the thread flushes these to zero.
     static MOTET_INLINE Pack widened(Halves halves, float16) {
         const Bits bits = __builtin_convertvector(halves, Bits), magnitude = bits & 0x7fffu;
         const auto scaled = std::bit_cast<Bits>(std::bit_cast<Pack>(magnitude << 13) * 0x1p112f);
@@ -35,7 +38,7 @@ struct Simd {
         return std::bit_cast<Pack>(scaled | (bits & 0x8000u) << 16 | special);
     }
 
-    // Loads a pack, or the `count` numbers that are left, followed by zeros.
+    // Loads `count` numbers, at most a pack, followed by zeros.
     template <typename In>
     static MOTET_INLINE Pack load(const In* x, std::size_t count) {
         if constexpr (std::is_same_v<In, Wide>) {
@@ -52,6 +55,7 @@ struct Simd {
     static MOTET_INLINE void store(Wide* out, Pack pack, std::size_t count) {
         std::memcpy(out, &pack, count * sizeof(Wide));
     }
+    // Rounds to nearest, ties to even; NaN stays NaN.
     static MOTET_INLINE void store(bfloat16* out, Pack pack, std::size_t count) {
         const auto bits = std::bit_cast<Bits>(pack);
         const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -67,8 +71,8 @@ struct Simd {
         return total;
     }
 
-    // Calls use(start, count, k) for every pack of `size` numbers; only the last may be short. k
-    // takes turns, so that neighbouring sums need not wait for one another.
+    // Calls use(start, count, k) for every pack of `size` numbers; only the last may be short. k is
+    // 0 and 1 in turns: with two sums, an addition need not wait for the one before it.
     template <typename Use>
     static MOTET_INLINE void each(std::size_t size, Use use) {
         std::size_t i = 0;
@@ -84,8 +88,10 @@ struct Simd {
     }
 };
 
-// A first mean serves as pivot: x - pivot is nearly exact where the mean is far above the standard
-// deviation, and what the pivot lacks (`rest`) and the variance are taken from such differences.
+// Three sweeps over a row, which stays in the nearest cache. The first computes the mean, as a
+// pivot. The second sums x - pivot and its square: these differences are nearly exact where the
+// mean is far above the standard deviation, and their mean corrects the pivot's rounding. The third
+// writes z.
 template <std::size_t Bytes, typename In, typename Wide, typename Out>
 MOTET_INLINE void standardise_rows(const Rows& r, Wide eps, Out* out, Wide* mean, Wide* rstd,
                                    std::size_t begin, std::size_t end) {
@@ -116,19 +122,19 @@ MOTET_INLINE void standardise_rows(const Rows& r, Wide eps, Out* out, Wide* mean
                            MOTET_LAMBDA { add(S::load(x + i, n) - pivot, n, k); });
         S::each(r.width, [&](std::size_t i, std::size_t n, int k)
                              MOTET_LAMBDA { add(S::load(p + i, n) - pivot, n, k); });
-        const Wide rest = S::sum(offsets) / total;
-        const Wide variance = S::sum(squares) / total - rest * rest;
+        const Wide correction = S::sum(offsets) / total;
+        const Wide variance = S::sum(squares) / total - correction * correction;
         // Rounding may leave a constant row a variance just below zero; NaN stays NaN.
         const Wide scale = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
 
         S::each(r.dim, [&](std::size_t i, std::size_t n, int) MOTET_LAMBDA {
             __builtin_prefetch(x + r.stride + i);  // the next row
-            S::store(z + i, ((S::load(x + i, n) - pivot) - rest) * scale, n);
+            S::store(z + i, ((S::load(x + i, n) - pivot) - correction) * scale, n);
         });
         S::each(r.width, [&](std::size_t i, std::size_t n, int) MOTET_LAMBDA {
-            S::store(z + r.dim + i, ((S::load(p + i, n) - pivot) - rest) * scale, n);
+            S::store(z + r.dim + i, ((S::load(p + i, n) - pivot) - correction) * scale, n);
         });
-        mean[row] = pivot + rest;
+        mean[row] = pivot + correction;
         rstd[row] = scale;
     }
 }
@@ -144,7 +150,8 @@ struct Body {
     static void all(const Rows& r, double eps, void* out, void* mean, void* rstd, int threads) {
         const auto chosen = Compiled<Body, const Rows&, Wide, Out*, Wide*, Wide*, std::size_t,
                                      std::size_t>::chosen();
-        // Below torch's own grain, starting a thread takes longer than the work.
+        // With fewer numbers than 32,768, torch's grain, starting a thread takes longer than the
+        // work.
         const auto numbers = r.rows * (r.dim + r.width);
         const auto useful = static_cast<int>(std::min<std::size_t>(numbers / 32768 + 1, 1024));
         parallel_for(r.rows, std::min(threads, useful), [&](std::size_t begin, std::size_t end) {

@@ -1,4 +1,5 @@
-// What context_kv does to a row before the product. Pointers and sizes in, pointers out.
+// The LayerNorm of a row, which context_kv computes before its product. Pointers and sizes in,
+// pointers out.
 #pragma once
 
 #include <cstddef>

@@ -11,10 +11,11 @@
 namespace motet {
 namespace {
 
-// Elements that one thread takes at least, as in torch: starting another takes longer than less.
+// The fewest elements of a thread, as in torch: to start one takes longer than to merge fewer.
 constexpr std::size_t kGrain = 32768;
 
-// A number times a power of two that keeps its modulus m from being rounded as subnormal ones are.
+// A complex number z, its modulus m, and the factor `up` that all three were multiplied by: 2^100
+// where |z| < 2^-900, so that the modulus is not subnormal and keeps all its digits; else 1.
 struct Raised {
     double re, im, up, m;
 
@@ -26,7 +27,7 @@ struct Raised {
         }
     }
 
-    // Squares of floats neither overflow nor vanish in double.
+    // Squares of floats neither overflow nor underflow in double.
     static double modulus(std::complex<float> z) {
         const double re = z.real(), im = z.imag();
         return std::sqrt(re * re + im * im);
@@ -34,8 +35,8 @@ struct Raised {
     static double modulus(std::complex<double> z) { return std::hypot(z.real(), z.imag()); }
 };
 
-// One element by the definition, in double: what is infinite, NaN, or in double so large or small
-// that squares leave its range.
+// Merges one element by the definition, in double. It is for the elements that the vectors cannot
+// merge: infinite ones, NaN, and doubles so large or small that their squares leave the range.
 template <typename T>
 std::complex<T> merge_one(std::span<const std::complex<T>* const> inputs,
                           std::span<const double> weights, Phase phase, std::size_t i) {
@@ -48,7 +49,7 @@ std::complex<T> merge_one(std::span<const std::complex<T>* const> inputs,
     }
     if (std::isnan(total)) return {static_cast<T>(total), static_cast<T>(total)};
     if (low.m == 0.0) return {0, 0};
-    // The ratios low / m lie in (0, 1], so that nothing over- or underflows on the way.
+    // Magnitudes relative to the smallest: the ratios low / m lie in (0, 1] and cannot overflow.
     double reciprocal = 0.0, angle = 0.0, x = 0.0, y = 0.0;
     for (std::size_t j = 0; j < inputs.size(); ++j) {
         const Raised z(inputs[j][i]);
@@ -66,14 +67,14 @@ std::complex<T> merge_one(std::span<const std::complex<T>* const> inputs,
             static_cast<T>(mean * std::sin(angle) / low.up)};
 }
 
-// What the vectors of one kind of number share.
+// Vectors of N numbers of type T, and their bits as integers: signs, exponents, comparisons.
 template <typename T, std::size_t N>
 struct Numbers {
     using Pack = typename Lanes<T, N>::type;
     using Bits = typename Lanes<Integer<T>, N>::type;
     static constexpr int mantissa = sizeof(T) == 8 ? 52 : 23;
     using Limits = std::numeric_limits<Integer<T>>;
-    static constexpr Integer<T> step = Integer<T>(1) << mantissa;  // doubles a number
+    static constexpr Integer<T> step = Integer<T>(1) << mantissa;  // added to the bits: times 2
     static constexpr Integer<T> sign = Limits::min();
     static constexpr Integer<T> special = Limits::max() & -step;  // infinity
     static constexpr Integer<T> one = special / 2 & special;      // the bits of 1.0
@@ -81,7 +82,8 @@ struct Numbers {
     static MOTET_INLINE Bits bits(Pack x) { return std::bit_cast<Bits>(x); }
     static MOTET_INLINE Pack number(Bits x) { return std::bit_cast<Pack>(x); }
     static MOTET_INLINE Pack size(Pack x) { return number(bits(x) & ~sign); }
-    // All bits where true. GCC 12 takes comparisons apart, number by number, unless they choose.
+    // Returns all bits set where true. GCC 12 compiles a bare comparison number by number, but not
+    // one that selects.
     static MOTET_INLINE Bits where(decltype(Pack{} < Pack{}) truth) {
         return truth ? Bits{} - 1 : Bits{};
     }
@@ -89,85 +91,94 @@ struct Numbers {
     static MOTET_INLINE Bits smaller(Bits a, Bits b) { return a < b ? a : b; }
 };
 
-// Two inputs of equal weight, the papers' case, without atan2, sin or cos. With w = ab, the mean
-// phase is the half of arg a + arg b, which is arg w or 2 pi from it:
+// Merges two inputs of equal weight, the papers' case, without atan2, sin or cos. With w = ab, the
+// mean phase is half of arg a + arg b, and that sum is arg w, or differs from it by 2 pi. So the
+// cosine and sine of the mean phase follow from w by half-angle formulas, which take square roots:
 //   |a||b| / (|a| + |b|) * 2 exp(i phase) = (+-p, +-q) or (+-q, +-p),
 //   p = (|w| + |re w|) r, q = |im w| r, r = sqrt(|w| / (2 (|w| + |re w|))) * 2 / (|a| + |b|),
-// in which no difference loses digits (docs/design/algebra.md, section 3).
+// in which no difference loses digits. docs/design/algebra.md, section 3, derives this.
 //
-// Scaled: by powers of two to sizes near 2 at first, so that nothing over- or underflows;
-// `exponents` are the bits of those of a and b. It takes a quarter more time.
+// Scaled: a and b are first multiplied by powers of two, to magnitudes near 2, so that no product
+// over- or underflows; `exponents` are the bits of their exponents. It takes a quarter more time,
+// so that it is only called where a number is far from 1.
 template <bool Scaled, typename T, std::size_t N, typename Bits>
 MOTET_INLINE void merge_finite(const Parts<T, N>& a, const Parts<T, N>& b,
                                const std::array<Bits, 2>& exponents, T* out) {
-    using Own = Numbers<T, N>;
-    using Pack = typename Own::Pack;
+    using Num = Numbers<T, N>;
+    using Pack = typename Num::Pack;
     Pack ar = a.re, ai = a.im, br = b.re, bi = b.im;
     if constexpr (Scaled) {
-        const Pack up_a = Own::number(Own::special - exponents[0]);
-        const Pack up_b = Own::number(Own::special - exponents[1]);
+        const Pack up_a = Num::number(Num::special - exponents[0]);
+        const Pack up_b = Num::number(Num::special - exponents[1]);
         ar *= up_a, ai *= up_a, br *= up_b, bi *= up_b;
     }
     const Pack m = square_root(ar * ar + ai * ai), n = square_root(br * br + bi * bi);
     const Pack size = m * n;
     const Pack re = ar * br - ai * bi, im = rounded(ar * bi) + rounded(ai * br);
-    const Pack both = size + Own::size(re);
+    const Pack both = size + Num::size(re);
     Pack p, q;
     if constexpr (Scaled) {
-        const Bits highest = Own::larger(exponents[0], exponents[1]);
-        const auto share = [&](Bits own) MOTET_LAMBDA {
-            return Own::number(Own::larger(own - highest + Own::one, Bits{}));
+        const Bits highest = Num::larger(exponents[0], exponents[1]);
+        // 2^(exponent - highest), or 0 if that is below the range: then the number adds nothing.
+        const auto share = [&](Bits exponent) MOTET_LAMBDA {
+            return Num::number(Num::larger(exponent - highest + Num::one, Bits{}));
         };
         const Pack sum = m * share(exponents[0]) + n * share(exponents[1]);
         const Pack root = square_root(size / ((both + both) * (sum * sum)));
-        const Pack r = size > 0 ? root : Pack{};  // zero where an input is
-        const Pack down = Own::number(Own::smaller(exponents[0], exponents[1]));
-        p = both * r * down, q = Own::size(im) * r * down;
+        const Pack r = size > 0 ? root : Pack{};  // the result is zero if an input is zero
+        const Pack down = Num::number(Num::smaller(exponents[0], exponents[1]));
+        p = both * r * down, q = Num::size(im) * r * down;
     } else {
         const Pack sum = m + n, r = square_root((size + size) / (both * (sum * sum)));
-        p = both * r, q = Own::size(im) * r;
+        p = both * r, q = Num::size(im) * r;
     }
 
-    // Of phases with one sign, the sum has it too, and its half lies beyond a right angle if the
-    // sine of the sum has the other; of different ones the sum lies within pi.
-    const Bits sign_a = Own::bits(a.im), sign_im = Own::bits(im);
-    const Bits apart = sign_a ^ Own::bits(b.im), beyond = sign_a ^ sign_im;
+    // The signs. If the phases of a and b have the same sign, so does their sum; the sum is beyond
+    // pi, and its half beyond a right angle (a negative cosine), if im w has the other sign. If
+    // they have different signs (`apart`), the sum is within pi: the cosine of its half is
+    // positive, and the sine has the sign of im w. Sign bits are used, so that im = -0.0 counts as
+    // negative.
+    const Bits sign_a = Num::bits(a.im), sign_im = Num::bits(im);
+    const Bits apart = sign_a ^ Num::bits(b.im), beyond = sign_a ^ sign_im;
     const Parts<T, N> result{
-        Own::number(Own::bits(re < 0 ? q : p) | (beyond & ~apart & Own::sign)),
-        Own::number(Own::bits(re < 0 ? p : q) | ((sign_a ^ (apart & beyond)) & Own::sign))};
+        Num::number(Num::bits(re < 0 ? q : p) | (beyond & ~apart & Num::sign)),
+        Num::number(Num::bits(re < 0 ? p : q) | ((sign_a ^ (apart & beyond)) & Num::sign))};
     const auto packs = result.together();
     std::memcpy(out, &packs[0], sizeof(Pack));
     std::memcpy(out + N, &packs[1], sizeof(Pack));
 }
 
-// Returns false, and writes nothing, where a number is not finite.
+// Merges N elements of two inputs of equal weight. Returns false, and writes nothing, if a number
+// is not finite.
 template <typename T, std::size_t N>
 MOTET_INLINE bool merge_two(const T* first, const T* second, T* out) {
-    using Own = Numbers<T, N>;
-    using Bits = typename Own::Bits;
+    using Num = Numbers<T, N>;
+    using Bits = typename Num::Bits;
     const auto a = Parts<T, N>::load(first), b = Parts<T, N>::load(second);
     const auto exponent = [](const Parts<T, N>& z) MOTET_LAMBDA {
         const Bits largest =
-            Own::larger(Own::bits(z.re) & ~Own::sign, Own::bits(z.im) & ~Own::sign);
-        return Own::larger(largest & Own::special, Bits{} + Own::step);  // subnormals: the smallest
+            Num::larger(Num::bits(z.re) & ~Num::sign, Num::bits(z.im) & ~Num::sign);
+        return Num::larger(largest & Num::special, Bits{} + Num::step);  // subnormals: the smallest
     };
     const std::array<Bits, 2> exponents{exponent(a), exponent(b)};
-    const Bits highest = Own::larger(exponents[0], exponents[1]);
-    const Bits lowest = Own::smaller(exponents[0], exponents[1]);
-    // Between 2^-16 and 2^16, which in float is as far as three products of two go.
-    const Bits furthest = Own::larger(highest, 2 * Own::one - lowest);
-    if (!any(Own::where(furthest > Own::one + 16 * Own::step)))
+    const Bits highest = Num::larger(exponents[0], exponents[1]);
+    const Bits lowest = Num::smaller(exponents[0], exponents[1]);
+    // Numbers between 2^-16 and 2^16 need no scaling: three products of two numbers each, the most
+    // that are multiplied together, stay within the range of float.
+    const Bits furthest = Num::larger(highest, 2 * Num::one - lowest);
+    if (!any(Num::where(furthest > Num::one + 16 * Num::step)))
         merge_finite<false>(a, b, exponents, out);
-    else if (!any(Own::where(highest == Own::special)))
+    else if (!any(Num::where(highest == Num::special)))
         merge_finite<true>(a, b, exponents, out);
     else
         return false;
     return true;
 }
 
-// Polynomials in x^2 for an angle / x, sin(x) / x and cos(x), |x| <= pi/4 in the last two: errors
-// below 1e-9 for results in float, and below half a unit of the last place for double. They
-// are derived in docs/design/merge-polynomials.md.
+// Coefficients of polynomials in x^2, lowest first, for angle / x, sin(x) / x and cos(x), the last
+// two for |x| <= pi/4. Relative errors are below 1e-9 for results in float, and below half a unit
+// of the last place for double. docs/design/merge-polynomials.md derives them, says how arguments
+// reach these intervals, and computes the tables again.
 template <typename T>
 struct Series;
 template <>
@@ -213,6 +224,7 @@ struct Series<double> {
                                      -1.1352004028462135e-11};
 };
 
+// Horner's rule.
 template <typename Pack, std::size_t K>
 MOTET_INLINE Pack polynomial(Pack x, const double (&coefficients)[K]) {
     Pack sum = Pack{} + coefficients[K - 1];
@@ -225,24 +237,27 @@ template <typename T, std::size_t N>
 struct Trigonometry : Numbers<double, N> {
     using typename Numbers<double, N>::Pack;
     using typename Numbers<double, N>::Bits;
-    using Own = Numbers<double, N>;
+    using Num = Numbers<double, N>;
 
-    // 1 / sqrt(x); huge at 0. For float by Newton's steps from a first guess, 3e-11 off at the end:
-    // a quarter of the time of a square root and a division.
+    // Returns 1 / sqrt(x), and a huge number at 0. For results in float by three Newton steps from
+    // a first guess: halving the exponent in the bits of x is off by 3.4 % at most, and each step
+    // squares the error, to 3e-11. They take a quarter of the time of a square root and a division.
     static MOTET_INLINE Pack inverse_root(Pack x) {
         if constexpr (sizeof(T) == 8) {
             return 1.0 / square_root(x);
         } else {
             const Pack half = 0.5 * x;
-            Pack y = Own::number(0x5fe6eb50c7b537a9 - (Own::bits(x) >> 1));
+            Pack y = Num::number(0x5fe6eb50c7b537a9 - (Num::bits(x) >> 1));
             for (int step = 0; step < 3; ++step) y *= 1.5 - half * (y * y);
             return y;
         }
     }
 
-    // atan2(im, re), given 1 / |z|.
+    // Returns atan2(im, re), given inverse = 1 / |z|. The polynomial gives an angle of 0 to 45
+    // degrees from the smaller and the larger of |re| and |im|; pi/2 - a and pi - a bring it to its
+    // octant. The small constants are what the doubles pi/4, pi/2 and pi lack.
     static MOTET_INLINE Pack angle(Pack re, Pack im, Pack inverse) {
-        const Pack height = Own::size(im), width = Own::size(re);
+        const Pack height = Num::size(im), width = Num::size(re);
         const Bits steep = height > width;
         const Pack low = steep ? width : height, high = steep ? height : width;
         Pack angle;
@@ -256,70 +271,75 @@ struct Trigonometry : Numbers<double, N> {
             angle = polynomial(x * x, Series<T>::angle) * x;
         }
         angle = steep ? 1.5707963267948966 - (angle - 6.1232339957367660e-17) : angle;
-        angle = Own::bits(re) < 0 ? 3.1415926535897931 - (angle - 1.2246467991473532e-16) : angle;
-        return Own::number(Own::bits(angle) | (Own::bits(im) & Own::sign));
+        angle = Num::bits(re) < 0 ? 3.1415926535897931 - (angle - 1.2246467991473532e-16) : angle;
+        return Num::number(Num::bits(angle) | (Num::bits(im) & Num::sign));
     }
 
-    // cos and sin of |angle| < 4.
+    // Returns cos and sin of |angle| < 4. The nearest multiple of pi/2 is subtracted, in two steps
+    // since pi/2 as a double lacks 6.1e-17; its number modulo 4 chooses which polynomial is the
+    // cosine, and the signs.
     static MOTET_INLINE Parts<double, N> turned(Pack angle) {
-        constexpr double shift = 0x1.8p52;  // leaves the nearest whole number in the last bits
+        // Added to a number, it rounds it to an integer, which is then in the last bits of the sum.
+        constexpr double shift = 0x1.8p52;
         const Pack shifted = angle * 0.63661977236758134 + shift,
                    quarter = rounded(shifted) - shift;
         const Pack x = (angle - quarter * 1.5707963267948966) - quarter * 6.1232339957367660e-17;
         const Pack square = x * x, sine = polynomial(square, Series<T>::sin) * x,
                    cosine = polynomial(square, Series<T>::cos);
-        const Bits turns = Own::bits(shifted);
+        const Bits turns = Num::bits(shifted);
         const Bits odd = -(turns & 1);
-        const Bits c = odd ? Own::bits(sine) : Own::bits(cosine);
-        const Bits s = odd ? Own::bits(cosine) : Own::bits(sine);
-        return {Own::number(c ^ ((turns + 1) << 62 & Own::sign)),
-                Own::number(s ^ (turns << 62 & Own::sign))};
+        const Bits c = odd ? Num::bits(sine) : Num::bits(cosine);
+        const Bits s = odd ? Num::bits(cosine) : Num::bits(sine);
+        return {Num::number(c ^ ((turns + 1) << 62 & Num::sign)),
+                Num::number(s ^ (turns << 62 & Num::sign))};
     }
 };
 
-// Any number of inputs and weights, in double.
+// Merges N elements of any number of inputs with any weights, in double. Returns false, and writes
+// nothing, if an element is not finite, or is a double whose square leaves the range.
 template <typename T, std::size_t N>
 MOTET_INLINE bool merge_many(const std::complex<T>* const* inputs, std::size_t count,
                              const double* weights, Phase phase, std::size_t at, T* out) {
-    using Own = Trigonometry<T, N>;
-    using Pack = typename Own::Pack;
-    using Bits = typename Own::Bits;
+    using Num = Trigonometry<T, N>;
+    using Pack = typename Num::Pack;
+    using Bits = typename Num::Bits;
     Pack reciprocal{}, angle{}, x{}, y{};
-    Bits largest{}, smallest = Bits{} + Own::one;
+    Bits largest{}, smallest = Bits{} + Num::one;
     for (std::size_t j = 0; j < count; ++j) {
         const auto z = Parts<T, N>::load(reinterpret_cast<const T*>(inputs[j] + at));
         const auto re = __builtin_convertvector(z.re, Pack),
                    im = __builtin_convertvector(z.im, Pack);
-        const Bits size = Own::larger(Own::bits(Own::size(re)), Own::bits(Own::size(im)));
-        largest = Own::larger(largest, size);
+        const Bits size = Num::larger(Num::bits(Num::size(re)), Num::bits(Num::size(im)));
+        largest = Num::larger(largest, size);
         if constexpr (sizeof(T) == 8)
-            smallest = Own::smaller(smallest, size == 0 ? Bits{} + Own::one : size);
-        const Pack inverse = Own::inverse_root(re * re + im * im);
+            smallest = Num::smaller(smallest, size == 0 ? Bits{} + Num::one : size);
+        const Pack inverse = Num::inverse_root(re * re + im * im);
         reciprocal += weights[j] * inverse;
         if (phase == Phase::principal) {
-            angle += weights[j] * Own::angle(re, im, inverse);
+            angle += weights[j] * Num::angle(re, im, inverse);
         } else {
             x += weights[j] * (re * inverse);
             y += weights[j] * (im * inverse);
         }
     }
-    // float is finite; squares of double must stay within range, or be those of zero.
-    const Bits low = Bits{} + Own::one - 500 * Own::step,
-               high = Bits{} + Own::one + 500 * Own::step;
-    if (any(Own::where(largest >= (sizeof(T) == 8 ? high : Bits{} + Own::special)))) return false;
+    // floats must be finite; doubles must be zero, or have squares within range.
+    const Bits low = Bits{} + Num::one - 500 * Num::step,
+               high = Bits{} + Num::one + 500 * Num::step;
+    if (any(Num::where(largest >= (sizeof(T) == 8 ? high : Bits{} + Num::special)))) return false;
     if constexpr (sizeof(T) == 8)
-        if (any(Own::where(smallest < low))) return false;
+        if (any(Num::where(smallest < low))) return false;
     Parts<double, N> unit;
     if (phase == Phase::principal) {
-        unit = Own::turned(angle);
+        unit = Num::turned(angle);
     } else {
-        const Pack square = x * x + y * y, inverse = Own::inverse_root(square);
-        unit = {square == 0 ? Pack{} + 1.0 : x * inverse, y * inverse};  // 0 where phasors cancel
+        const Pack square = x * x + y * y, inverse = Num::inverse_root(square);
+        // Where the phasors cancel exactly, the phase is 0.
+        unit = {square == 0 ? Pack{} + 1.0 : x * inverse, y * inverse};
         unit.im = square == 0 ? Pack{} : unit.im;
     }
     const Pack mean = 1.0 / reciprocal;
     using Narrow = typename Parts<T, N>::Pack;
-    // Elsewhere an input is zero, and the phase may be NaN.
+    // mean is 0 where an input is zero (the reciprocal is infinite); the phase may be NaN there.
     const Pack x_part = mean > 0 ? mean * unit.re : Pack{},
                y_part = mean > 0 ? mean * unit.im : Pack{};
     const Parts<T, N> result{__builtin_convertvector(x_part, Narrow),
@@ -331,28 +351,29 @@ MOTET_INLINE bool merge_many(const std::complex<T>* const* inputs, std::size_t c
 }
 
 template <typename T>
-struct Job {
+struct MergeArguments {
     std::span<const std::complex<T>* const> inputs;
     std::span<const double> weights;
     Phase phase;
     std::complex<T>* out;
 };
 
-// Calls whole(at) for every N elements of [begin, end), and rest(at) where it returns false and for
-// the last elements, one by one.
+// Merges [begin, end), as many elements at a time as a register holds; one by one where that fails.
+// Two: two inputs of equal weight.
 template <typename T, bool Two>
 struct Merge {
     template <std::size_t Bytes>
-    static MOTET_INLINE void run(const Job<T>& job, std::size_t begin, std::size_t end) {
+    static MOTET_INLINE void run(const MergeArguments<T>& arguments, std::size_t begin,
+                                 std::size_t end) {
         constexpr std::size_t lanes = Two ? Bytes / sizeof(T) : Bytes / sizeof(double);
-        // Copies, which no store of a result can change.
-        const auto* const inputs = job.inputs.data();
-        const auto count = job.inputs.size();
-        const auto* const weights = job.weights.data();
-        const auto phase = job.phase;
-        auto* const out = job.out;
-        const auto whole = [&](const std::complex<T>* const* from, std::size_t at,
-                               std::complex<T>* to) MOTET_LAMBDA {
+        // Local copies: the compiler need not assume that storing a result changes them.
+        const auto* const inputs = arguments.inputs.data();
+        const auto count = arguments.inputs.size();
+        const auto* const weights = arguments.weights.data();
+        const auto phase = arguments.phase;
+        auto* const out = arguments.out;
+        const auto merge_lanes = [&](const std::complex<T>* const* from, std::size_t at,
+                                     std::complex<T>* to) MOTET_LAMBDA {
             if constexpr (Two)
                 return merge_two<T, lanes>(reinterpret_cast<const T*>(from[0] + at),
                                            reinterpret_cast<const T*>(from[1] + at),
@@ -363,22 +384,23 @@ struct Merge {
         };
         std::size_t i = begin;
         for (; i + lanes <= end; i += lanes)
-            if (!whole(inputs, i, out))
+            if (!merge_lanes(inputs, i, out))
                 for (std::size_t k = i; k < i + lanes; ++k)
-                    out[k] = merge_one(job.inputs, job.weights, phase, k);
+                    out[k] = merge_one(arguments.inputs, arguments.weights, phase, k);
         if (i == end) return;
-        // What is left, in buffers of full width.
-        std::vector<std::complex<T>> room((count + 1) * lanes, std::complex<T>(1));
+        // The last elements, fewer than a register holds, are copied to buffers of full width: so
+        // they are computed as all others, and do not depend on where a thread's part ends.
+        std::vector<std::complex<T>> buffer((count + 1) * lanes, std::complex<T>(1));
         std::vector<const std::complex<T>*> rows(count);
         for (std::size_t j = 0; j < count; ++j) {
-            rows[j] = room.data() + j * lanes;
-            std::copy_n(inputs[j] + i, end - i, room.data() + j * lanes);
+            rows[j] = buffer.data() + j * lanes;
+            std::copy_n(inputs[j] + i, end - i, buffer.data() + j * lanes);
         }
-        auto* const last = room.data() + count * lanes;
-        if (whole(rows.data(), 0, last))
+        auto* const last = buffer.data() + count * lanes;
+        if (merge_lanes(rows.data(), 0, last))
             std::copy_n(last, end - i, out + i);
         else
-            for (; i < end; ++i) out[i] = merge_one(job.inputs, job.weights, phase, i);
+            for (; i < end; ++i) out[i] = merge_one(arguments.inputs, arguments.weights, phase, i);
     }
 };
 
@@ -392,14 +414,15 @@ void harmonic_merge(std::span<const std::complex<T>* const> inputs, std::span<co
         return;
     }
     const bool two = inputs.size() == 2 && weights[0] == weights[1] && phase == Phase::principal;
-    using Kernel = void (*)(const Job<T>&, std::size_t, std::size_t);
+    using Kernel = void (*)(const MergeArguments<T>&, std::size_t, std::size_t);
     const Kernel chosen =
-        two ? Compiled<Merge<T, true>, const Job<T>&, std::size_t, std::size_t>::chosen()
-            : Compiled<Merge<T, false>, const Job<T>&, std::size_t, std::size_t>::chosen();
-    const Job<T> job{inputs, weights, phase, out};
+        two ? Compiled<Merge<T, true>, const MergeArguments<T>&, std::size_t, std::size_t>::chosen()
+            : Compiled<Merge<T, false>, const MergeArguments<T>&, std::size_t,
+                       std::size_t>::chosen();
+    const MergeArguments<T> arguments{inputs, weights, phase, out};
     const auto useful = static_cast<int>(std::min<std::size_t>(size / kGrain + 1, 1024));
     parallel_for(size, std::min(threads, useful),
-                 [&](std::size_t begin, std::size_t end) { chosen(job, begin, end); });
+                 [&](std::size_t begin, std::size_t end) { chosen(arguments, begin, end); });
 }
 
 template void harmonic_merge(std::span<const std::complex<float>* const>, std::span<const double>,

@@ -11,19 +11,22 @@
 namespace motet {
 namespace {
 
-// Closer than this to opposite, the great circle between two vectors is undefined in practice.
+// Both as in kernels/slerp/coefficients.py.
+// Vectors whose cosine is closer than this to -1 count as opposite: many great circles join them.
 constexpr double kOpposite = 1e-7;
-// Less of the weighted logarithms along the mean than this cannot stand for its direction.
+// The least y . p from which c = y / (y . p) is computed: see below.
 constexpr double kFlat = 1e-3;
 
-// angle / sin(angle) of a cosine, continuous at 1.
+// Returns angle / sin(angle) of an angle's cosine, continuous at 1; the series there avoids 0 / 0.
 double inverse_sinc(double cosine) {
     const double c = std::clamp(cosine, -1.0, 1.0), sine = std::sqrt((1.0 - c) * (1.0 + c));
     return sine < 1e-6 ? 1.0 + (1.0 - c) / 3.0 : std::acos(c) / sine;
 }
 
-// The coefficients c_j of the Karcher mean, from the row-major matrix of cosines between the
-// inputs. A zero vector has a cosine of 0 with itself.
+// Returns the coefficients c_j of the Karcher mean sum c_j u_j of the unit vectors u_j, from the
+// row-major matrix of the cosines between the inputs; a zero vector has the cosine 0 with itself.
+// The mean minimises the weighted sum of squared angles to the u_j. Everything is computed in
+// coefficients and cosines: the vectors themselves are not read again.
 std::vector<double> coefficients(std::span<const double> cosines, std::span<const double> weights) {
     const std::size_t n = weights.size();
     const std::vector<double> linear(weights.begin(), weights.end());
@@ -37,9 +40,11 @@ std::vector<double> coefficients(std::span<const double> cosines, std::span<cons
         if (sine < 1e-8) return linear;
         return {std::sin(weights[0] * angle) / sine, std::sin(weights[1] * angle) / sine};
     }
-    // The Karcher mean u = sum c_j u_j by Riemannian gradient steps, in coefficients: the mean of
-    // the logarithms of the u_j at u is sum_j t_j u_j with t = y - (y . p) c, p the cosines to u
-    // and y_j = w_j * angle_j / sin(angle_j). Step along it until its length vanishes.
+    // Riemannian gradient steps from the linear mean. At u = sum c_j u_j, with the cosines p to the
+    // u_j, the logarithm of u_j is the tangent at u towards u_j, as long as the angle between them.
+    // The weighted mean of the logarithms is sum_j t_j u_j with t = y - (y . p) c and
+    // y_j = w_j * angle_j / sin(angle_j). A step goes along it, on the great circle, by its length;
+    // at the mean that length is zero. v . (cosines v) is the squared length of sum v_j u_j.
     std::vector<double> c = linear, p(n), y(n), t(n);
     const auto times_cosines = [&](const std::vector<double>& v, std::vector<double>& out) {
         double square = 0.0;
@@ -64,8 +69,8 @@ std::vector<double> coefficients(std::span<const double> cosines, std::span<cons
         for (std::size_t i = 0; i < n; ++i) t[i] = y[i] - along * c[i];
         const double step = std::sqrt(std::max(0.0, times_cosines(t, p)));
         if (step < 1e-13) {
-            // Where vectors depend on each other c is not unique; this form, which the mean
-            // satisfies, is. Without a component along the mean there is no such form.
+            // If the vectors are linearly dependent, several c give the same mean. t = 0 says that
+            // c = y / (y . p) is one of them, and it is unique. It needs y . p far from zero.
             if (!(along > kFlat)) return linear;
             for (std::size_t i = 0; i < n; ++i) c[i] = y[i] / along;
             return c;
@@ -76,8 +81,9 @@ std::vector<double> coefficients(std::span<const double> cosines, std::span<cons
     return linear;
 }
 
-// Products are summed by blocks, all pairs of a block while it is in the caches, and blocks by
-// chunks, which are added in order: sums do not depend on the number of threads.
+// Products of all pairs are summed over a block (4 KiB of each input, in the nearest cache), blocks
+// over a chunk, and chunks in order. A thread takes whole chunks: so sums do not depend on the
+// number of threads.
 constexpr std::size_t kBlock = 512, kChunk = 128 * kBlock;
 
 template <typename Pack, typename T>
@@ -87,12 +93,12 @@ MOTET_INLINE Pack widened(const T* x) {
     return __builtin_convertvector(pack, Pack);
 }
 
-// Adds the products of a row with K others to out.
+// Adds the products of a row with K others to out[0], ..., out[K - 1].
 template <typename Pack, std::size_t K>
 MOTET_INLINE void add_products(const double* row, const double* const* others, std::size_t size,
                                double* out) {
     constexpr auto lanes = sizeof(Pack) / sizeof(double);
-    Pack sums[2][K] = {};  // taking turns, so that neighbouring sums need not wait for one another
+    Pack sums[2][K] = {};  // two in turns, so that an addition need not wait for the one before
     std::size_t i = 0;
     for (; i + 2 * lanes <= size; i += 2 * lanes)
         for (std::size_t turn = 0; turn < 2; ++turn) {
@@ -104,7 +110,7 @@ MOTET_INLINE void add_products(const double* row, const double* const* others, s
         const Pack both = sums[0][k] + sums[1][k];
         double sum = 0.0;
         for (std::size_t lane = 0; lane < lanes; ++lane) sum += both[lane];
-        for (std::size_t rest = i; rest < size; ++rest) sum += row[rest] * others[k][rest];
+        for (std::size_t last = i; last < size; ++last) sum += row[last] * others[k][last];
         out[k] += sum;
     }
 }
@@ -124,13 +130,13 @@ struct Products {
         constexpr auto lanes = Bytes / sizeof(double);
         using Pack = typename Lanes<double, lanes>::type;
         const std::size_t n = v.inputs.size();
-        std::vector<double> room(n * kBlock);
+        std::vector<double> buffer(n * kBlock);
         std::vector<const double*> rows(n);
         for (; begin < end; begin += kBlock) {
             const auto size = std::min(kBlock, end - begin);
             for (std::size_t j = 0; j < n; ++j) {
                 const T* const input = v.inputs[j] + begin;
-                double* const row = room.data() + j * kBlock;
+                double* const row = buffer.data() + j * kBlock;
                 if constexpr (std::is_same_v<T, double>) {
                     rows[j] = input;
                     if (v.factors.empty()) continue;
@@ -180,7 +186,7 @@ std::vector<double> gram(const Vectors<T>& v, std::size_t size, int threads) {
     return result;
 }
 
-// One over the largest entry, as far as that is a number; 1 where there is none.
+// Returns 1 / the largest absolute entry; 1 if that is zero or not finite.
 template <typename T>
 double factor_of(const T* v, std::size_t size) {
     double largest = 0.0;
@@ -226,7 +232,9 @@ void slerp(std::span<const T* const> inputs, std::span<const double> weights, st
     const std::size_t n = inputs.size();
     auto cosines = gram<T>({inputs, {}}, size, threads);
     if constexpr (std::is_same_v<T, double>) {
-        // Squares of doubles overflow near 1e154 and vanish near 1e-162; those of floats never.
+        // Squares of doubles overflow near 1e154 and vanish near 1e-162 (those of floats do not, in
+        // double). Then the products are computed again, of vectors divided by their largest entry:
+        // cosines do not change.
         bool safe = true;
         for (std::size_t j = 0; j < n; ++j)
             safe = safe && cosines[j * n + j] > 1e-200 && cosines[j * n + j] < 1e200;
