@@ -26,7 +26,7 @@ from motet.kernels import (
     latent_attention,
     slerp,
 )
-from motet.kernels.absorbed_attention.gather import absorbed_gather
+from motet.kernels.absorbed_attention.heads import absorbed_heads
 from motet.kernels.absorbed_attention.reference import absorbed_attention_reference
 from motet.kernels.context_kv.reference import context_kv_reference
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
@@ -96,8 +96,8 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
             yield f"latent_attention dropout {title}", partial(_dropout, *on)
             yield f"attention_weights {title}", partial(_weights, *on)
             yield f"absorbed_attention {title}", partial(_absorbed, *on)
-            yield f"absorbed_gather {title}", partial(_load_attended, *on)
-            yield f"absorbed_gather shared {title}", partial(_load_attended, *on, shared=True)
+            yield f"absorbed_heads {title}", partial(_load_attended, *on)
+            yield f"absorbed_heads shared {title}", partial(_load_attended, *on, shared=True)
             yield f"a bag alone {title}, bit for bit", partial(_alone, *on)
         for shape in ((1, 17, 63), (8, 16, 103)):  # as released, and the widest heads
             own = partial(_attention, device, backend, torch.bfloat16, shape=shape)
@@ -278,7 +278,7 @@ def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, flo
 def _load_attended(
     device: str, backend: Any, dtype: torch.dtype, *, shared: bool = False
 ) -> tuple[float, float]:
-    """Compare what heads gather with the same in torch, the queries being one bag's if `shared`."""
+    """Compare the heads' outputs with torch's; `shared`: all bags have the same queries."""
     lengths = (300, 0, 20, 530)
     q = torch.randn(1 if shared else len(lengths), 25, 2, 63, device=device).transpose(1, 2)
     weights, shifts = torch.randn(4, 63, 208, device=device) / 14, torch.randn(4, 63, device=device)
@@ -288,7 +288,7 @@ def _load_attended(
     def attended(backend: Any) -> Callable[..., list[Tensor]]:
         def run(q: Tensor, *folded: Tensor) -> list[Tensor]:
             own = x.double() if q.dtype == torch.float64 else x
-            out = absorbed_gather(
+            out = absorbed_heads(
                 q, *folded, own, offsets, positions=positions, scale=0.25, backend=backend
             )
             return [out.to(q.dtype)]
@@ -334,7 +334,7 @@ def _alone(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]
         out = latent_attention(query, key, value, offsets, backend=backend)
         gradients = torch.autograd.grad(out, (query, key, value), grad[bags])
         projected = context_kv(x[rows], weight, offsets=offsets, backend=backend)[0]
-        attended = absorbed_gather(query, *folded, x[rows], offsets, scale=0.25, backend=backend)
+        attended = absorbed_heads(query, *folded, x[rows], offsets, scale=0.25, backend=backend)
         gradients += torch.autograd.grad(attended, query, grad[bags])
         return [out.detach(), *gradients, attended.detach(), projected]
 

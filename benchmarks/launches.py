@@ -165,11 +165,11 @@ def attended(
         statistic = torch.empty(256)  # mean and rstd alike
         tokens = kernels.Tokens(x, p, offsets, None, statistic, statistic, 1e-5, 0.0, None)
         weights = torch.empty(2 * heads, width, 2048 + channels, **options)
-        folded = kernels.Weights(weights, weights.new_empty(2 * heads, width))
+        folded = kernels.HeadWeights(weights, weights.new_empty(2 * heads, width))
         size = 1 if shared else 2, latents, heads, width
         q = torch.empty(size, dtype=BITS[q_dtype or dtype]).transpose(1, 2)
-        out, results = kernels.gather(q, folded, tokens, 0.25)
-        kernels.gather_backward(out, q, folded, results, tokens, 0.25)
+        out, results = kernels.attend_heads(q, folded, tokens, 0.25)
+        kernels.attend_heads_backward(out, q, folded, results, tokens, 0.25)
 
     return run
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._checks import choice
 from ..kernels import attention_weights, context_kv, plan, row_statistics
-from ..kernels.absorbed_attention.gather import absorb_queries, absorbed_gather, project_back
+from ..kernels.absorbed_attention.heads import absorb_queries, absorbed_heads, project_back
 from ..kernels.absorbed_attention.operator import absorbed_weights
 from ..kernels.backends import Backend, check_backend
 from ..kernels.latent_attention.operator import latent_attention_kv
@@ -152,7 +152,7 @@ class AbsorbedKeys:
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
         assert queries is not None
-        return absorbed_gather(
+        return absorbed_heads(
             attention.split(queries),
             *self._fold_weights(attention),
             self.x,

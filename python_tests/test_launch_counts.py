@@ -28,7 +28,7 @@ from benchmarks.launches import LAUNCHERS
 from motet.cli.measure import CONFIGS, Config
 from motet.fusion import attention_forms
 from motet.kernels import backends, plan
-from motet.kernels.absorbed_attention import gather
+from motet.kernels.absorbed_attention import heads as heads_operator
 from motet.kernels.absorbed_attention import operator as absorbed
 from motet.kernels.context_kv import operator as context
 from motet.kernels.fold_norm import operator as fold
@@ -44,8 +44,8 @@ from triton.runtime.interpreter import InterpretedFunction
 OWN: dict[str, Callable[..., Any]] = {
     "absorbed_attention": absorbed._forward,
     "absorbed_attention_backward": absorbed._backward_of,
-    "absorbed_gather": gather._forward,
-    "absorbed_gather_backward": gather._backward_of,
+    "absorbed_heads": heads_operator._forward,
+    "absorbed_heads_backward": heads_operator._backward_of,
     "context_kv": context._forward,
     "context_kv_backward": context._backward_rows,
     "fold_norm": fold._forward,
@@ -108,7 +108,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(merge, "native", lambda: None)
     # These read offsets of CPU tensors.
     monkeypatch.setattr(checks, "check_offsets", lambda *_, **__: None)
-    for operator in (absorbed, context, gather, rows):
+    for operator in (absorbed, context, heads_operator, rows):
         monkeypatch.setattr(operator, "check_rows", lambda *_, **__: None)
     monkeypatch.setattr(
         attention_forms, "plan", lambda *a, **own: plan(*a, **(own | {"device": "H200"}))

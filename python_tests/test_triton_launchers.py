@@ -33,7 +33,7 @@ from benchmarks.launches import (
     statistics_launchers,
 )
 from motet.kernels import attention_weights, backends, plan
-from motet.kernels.absorbed_attention import gather
+from motet.kernels.absorbed_attention import heads as heads_operator
 from motet.kernels.absorbed_attention import operator as absorbed
 from motet.kernels.chips import CHIPS
 from motet.kernels.context_kv import operator as context
@@ -152,8 +152,8 @@ def absorb() -> None:
     absorbed._takes_triton("triton", queries[:0])
 
 
-def gather_heads() -> None:
-    """Call what the dispatcher calls for absorbed_gather."""
+def attend_heads() -> None:
+    """Call what the dispatcher calls for absorbed_heads."""
     x, offsets, seed = torch.empty(9, 32), torch.tensor([0, 4, 9]), torch.tensor([1])
     q, counts = torch.empty(2, 5, 3, 4).transpose(1, 2), torch.empty(9, 2)[:, 0]
     given = torch.empty(9, 2)
@@ -161,8 +161,8 @@ def gather_heads() -> None:
     for of_bags in (counts, None):
         tokens = (x, torch.empty(9, 3), offsets, of_bags, *given.unbind(1))
         how = (0.3, 1e-5, *((0.0, None) if of_bags is not None else (0.1, seed)))
-        out, *made = gather._forward(q, *own, *tokens, *how)
-        gather._backward_of(out.mT.contiguous().mT, q, *own, *tokens, *made, *how)
+        out, *made = heads_operator._forward(q, *own, *tokens, *how)
+        heads_operator._backward_of(out.mT.contiguous().mT, q, *own, *tokens, *made, *how)
 
 
 def project() -> None:
@@ -338,7 +338,7 @@ def test_every_line_that_only_a_gpu_runs(launched: list) -> None:
         for call in (
             attend,
             absorb,
-            gather_heads,
+            attend_heads,
             project,
             fold_weights,
             predict,

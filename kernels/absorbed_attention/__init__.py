@@ -1,1 +1,1 @@
-"""Latent attention that takes the projections into the queries: K and V never exist."""
+"""Latent attention without K and V: their projections are multiplied into the queries."""

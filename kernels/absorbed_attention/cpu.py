@@ -21,9 +21,11 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Read the tokens once: scores, running softmax and pooling per chunk of rows.
+    """Return pooled, mass, scores, lse and the statistics of the rows, reading the tokens once.
 
-    The statistics of the rows, the last two results, are empty if given.
+    Every chunk of rows is normalised, scored and pooled while it lies in the caches: with a running
+    softmax, whose sums are relative to the highest score so far and shrink when a higher one comes.
+    The statistics, the last two results, are empty if the caller gave them.
     """
     statistics = None if mean is None or rstd is None else (mean, rstd)
     full, (bags, count, width) = wide(x.dtype), queries.shape
@@ -34,32 +36,32 @@ def forward(
     total = torch.zeros_like(mass)
     top = torch.full_like(mass, float("-inf"))
     scores = queries.new_empty(len(x), count)
-    found = len(x) if statistics is None else 0
-    means, rstds = (x.new_empty(found, dtype=full) for _ in range(2))
+    computed = len(x) if statistics is None else 0
+    means, rstds = (x.new_empty(computed, dtype=full) for _ in range(2))
     bounds = offsets.tolist()
     masks = _Masks(seed, bounds, count, dropout_p, mass)
     standardised = Standardiser(x, positions, eps, queries.dtype)
     for bag, start, stop in chunks(bounds, width, x):
         rows = slice(start, stop)
-        z, *own_statistics = standardised(rows, statistics)
+        z, *computed_statistics = standardised(rows, statistics)
         if statistics is None:
-            means[rows], rstds[rows] = own_statistics
-        scores[rows] = own = z @ aligned(queries[bag]).t()
-        own = own.to(full)
+            means[rows], rstds[rows] = computed_statistics
+        scores[rows] = chunk_scores = z @ aligned(queries[bag]).t()
+        chunk_scores = chunk_scores.to(full)
         if counts is not None:
-            own.add_(counts[rows].log()[:, None])
-        highest = torch.maximum(top[bag], own.amax(0))
-        weights = (own - highest).exp_()
-        shrunk = (top[bag] - highest).exp_()  # what came before, relative to the highest score
+            chunk_scores.add_(counts[rows].log()[:, None])
+        highest = torch.maximum(top[bag], chunk_scores.amax(0))
+        weights = (chunk_scores - highest).exp_()
+        shrunk = (top[bag] - highest).exp_()  # of the former sums, to the new highest score
         total[bag] = total[bag] * shrunk + weights.sum(0)
         weights = masks.apply(weights, bag, rows)
         mass[bag] = mass[bag] * shrunk + weights.sum(0)
         part = weights.to(queries.dtype).t() @ z
         pooled[bag] = part if start == bounds[bag] else pooled[bag] * shrunk[:, None] + part
         top[bag] = highest
-    seen = total > 0
-    total = torch.where(seen, total, 1)
-    lse = torch.where(seen, top + total.log(), top)
+    has_tokens = total > 0
+    total = torch.where(has_tokens, total, 1)
+    lse = torch.where(has_tokens, top + total.log(), top)
     pooled.div_(total[..., None])
     return (
         pooled.to(queries.dtype), mass.div_(total).to(queries.dtype), scores, lse, means, rstds
@@ -79,53 +81,55 @@ def backward(
     lse: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    given: bool,
+    statistics_given: bool,
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
     kept: Tensor | None,
     *,
-    of_rows: bool,
+    needs_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the queries and rowsum(dS), and that of the rows, else empty.
+    """Return the gradient of the queries, rowsum(dS), and the gradient of the rows.
 
     dS = A ∘ (mask ∘ (dpooled ẑᵀ + dmass) - delta), and dqueries = dS ẑ, in the dtype of `lse`.
 
     Args:
-        kept: bool [T, R], the dropout mask where the seed does not say it here.
-        of_rows: whether that of the rows, [T, D + P], is wanted.
+        statistics_given: whether the caller gave mean and rstd to the forward pass.
+        kept: bool [T, R], the dropout mask if Triton drew it; None if it is drawn here.
+        needs_rows: whether to compute the gradient of the rows, [T, D + P]; empty if not.
     """
     count, width = queries.shape[1:]
-    rest = torch.zeros_like(lse)
+    row_sums = torch.zeros_like(lse)
     dqueries = torch.zeros_like(queries, dtype=lse.dtype)
-    drows = mean.new_zeros((len(x), width) if of_rows else 0)  # also behind the last bag
+    drows = mean.new_zeros((len(x), width) if needs_rows else 0)  # zero behind the last bag
     bounds = offsets.tolist()
     masks = _Masks(seed, bounds, count, dropout_p, lse, kept)
     standardised = Standardiser(x, positions, eps, queries.dtype)
     for bag, start, stop in chunks(bounds, width, x):
         rows = slice(start, stop)
-        # Computed again in the very bits of the forward pass, in one sweep.
-        z, _, own = standardised(rows, (mean, rstd) if given else None)
+        # Normalised as in the forward pass, so that z has the same bits. Where the forward pass
+        # computed the statistics in C++, in one sweep with z, they are computed again with z.
+        z, _, row_rstd = standardised(rows, (mean, rstd) if statistics_given else None)
         weights = scores[rows].to(lse.dtype) - lse[bag]
         if counts is not None:
             weights.add_(counts[rows].log()[:, None])
         weights.exp_()
-        own_queries, own_grad = aligned(queries[bag]), aligned(grad_pooled[bag])
-        dweights = (z @ own_grad.t()).to(lse.dtype).add_(grad_mass[bag])
+        bag_queries, bag_grad = aligned(queries[bag]), aligned(grad_pooled[bag])
+        dweights = (z @ bag_grad.t()).to(lse.dtype).add_(grad_mass[bag])
         dscores = masks.apply(dweights, bag, rows).sub_(delta[bag]).mul_(weights)
         dscores = dscores.to(queries.dtype)
         dqueries[bag] += dscores.t() @ z
-        rest[bag] += dscores.sum(0, dtype=lse.dtype)
-        if of_rows:
+        row_sums[bag] += dscores.sum(0, dtype=lse.dtype)
+        if needs_rows:
             dropped = masks.apply(weights, bag, rows).to(queries.dtype)
-            dz = dscores @ own_queries + dropped @ own_grad
+            dz = dscores @ bag_queries + dropped @ bag_grad
             full = lse.dtype
-            drows[rows] = standardise_backward(dz.to(full), z.to(full), own)
-    return dqueries, rest, drows
+            drows[rows] = standardise_backward(dz.to(full), z.to(full), row_rstd)
+    return dqueries, row_sums, drows
 
 
 class _Masks:
-    """The dropout masks of all bags, one drawn at a time unless all are `kept` [T, R] already."""
+    """The dropout masks of all bags: drawn bag by bag, or taken from `kept` [T, R] if given."""
 
     def __init__(
         self,

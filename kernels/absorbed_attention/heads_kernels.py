@@ -1,7 +1,12 @@
-"""The Triton kernels between heads and tokens: what a head asks and gathers, and their gradients.
+"""The Triton kernels that multiply with the weights of the heads, around absorbed attention.
 
-A row of a head has E channels, a row of the tokens W. Rows of heads [B, H, C, E] have any strides
-but 1 between channels; those of the tokens are contiguous [B, H, C, W].
+Rows have two widths: E, the channels of a head, and W, the channels of a token with its position.
+to_tokens_kernel multiplies from E to W (queries into absorbed queries; the gradient of the outputs
+into that of pooled), to_heads_kernel from W to E (pooled into outputs; the gradient of absorbed
+queries into that of the queries), head_gradients_kernel sums the gradients of the weights over all
+bags. Rows of width E, [B, H, C, E], have any strides but a last one of 1; rows of width W are
+contiguous [B, H, C, W]. A program of the first two has all channels of up to BLOCK_C latents of one
+head and bag: so every result has one writer, and a bag gives the same bits in any batch.
 """
 
 import triton
@@ -12,7 +17,7 @@ from ..tile_kernels import load_tile, product
 
 @triton.jit
 def _place(program, H: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return a program's bag and head, int64 each, and its latents with a mask."""
+    """Return a program's bag and head, int64 each, its latents, and which of them exist."""
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = program % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     head = program // tiles
@@ -21,22 +26,27 @@ def _place(program, H: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def to_tokens_kernel(
-    rows_ptr, weight_ptr, own_ptr, own_p_ptr, sums_ptr,
+    rows_ptr, weight_ptr, y_ptr, y_p_ptr, sums_ptr,
     pooled_ptr, mass_ptr, shift_ptr, dmass_ptr, delta_ptr, rows_b, rows_h, rows_c, scale,
     H: tl.constexpr, C: tl.constexpr, E: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Multiply rows of a head by its weight [H, E, W], y = scale rows weight, and centre them.
 
-    own[n, W - P] and own_p[n, P] = y - mean(y), rounded, and sums[n] = the sum of what was rounded.
-    Where pooled [n, W] is given, the rows being the gradient of pooled weight^T + mass shift^T:
-    dmass[n] = sum(rows shift), and delta[n] = sum(own pooled) + dmass mass.
+    The results are y[n, W - P] and y_p[n, P] = y - mean(y), rounded, and sums[n], the sum of the
+    rounded numbers of a row. If pooled [n, W] is given, the rows are the gradient of
+    pooled weight^T + mass shift^T, and further results are dmass[n] = sum(rows shift) and
+    delta[n] = sum(y pooled) + dmass mass.
+
+    The weight is read twice. mean(y) is needed before the first number of y is stored, and equals
+    the rows times the means of the weight's rows: so a first loop sums the weight up, a second one
+    multiplies. All of y, C x W numbers, would not fit in registers.
     """
-    bag, head, c, there = _place(tl.program_id(0), H, C, BLOCK_C)
+    bag, head, c, valid = _place(tl.program_id(0), H, C, BLOCK_C)
     e = tl.arange(0, BLOCK_E)
     weight_ptr += head * E * W
     rows_ptr += bag * rows_b + head * rows_h
-    full = load_tile(rows_ptr, c, rows_c, there, 0, E, BLOCK_E).to(tl.float32)
+    full = load_tile(rows_ptr, c, rows_c, valid, 0, E, BLOCK_E).to(tl.float32)
     rows = full.to(weight_ptr.dtype.element_ty)
     totals = tl.zeros([BLOCK_E], tl.float32)
     for w0 in range(0, W, BLOCK_W):
@@ -49,25 +59,25 @@ def to_tokens_kernel(
     for w0 in range(0, W, BLOCK_W):
         w = w0 + tl.arange(0, BLOCK_W)
         weight = load_tile(weight_ptr, e, W, e < E, w0, W, BLOCK_W)
-        own = product(rows, weight, tl.zeros([BLOCK_C, BLOCK_W], tl.float32))
-        inside = there[:, None] & (w < W)[None, :]
-        own = tl.where(inside, own * scale - mean[:, None], 0.0).to(own_ptr.dtype.element_ty)
-        at = own_ptr + n[:, None] * (W - P) + w[None, :]
-        tl.store(at, own, mask=inside & (w < W - P)[None, :])
+        y = product(rows, weight, tl.zeros([BLOCK_C, BLOCK_W], tl.float32))
+        inside = valid[:, None] & (w < W)[None, :]
+        y = tl.where(inside, y * scale - mean[:, None], 0.0).to(y_ptr.dtype.element_ty)
+        at = y_ptr + n[:, None] * (W - P) + w[None, :]
+        tl.store(at, y, mask=inside & (w < W - P)[None, :])
         if P > 0:
-            at = own_p_ptr + n[:, None] * P + w[None, :] - (W - P)
-            tl.store(at, own, mask=inside & (w >= W - P)[None, :])
-        sums += tl.sum(own.to(tl.float32), 1)
+            at = y_p_ptr + n[:, None] * P + w[None, :] - (W - P)
+            tl.store(at, y, mask=inside & (w >= W - P)[None, :])
+        sums += tl.sum(y.to(tl.float32), 1)
         if pooled_ptr is not None:
-            pooled = load_tile(pooled_ptr, n, W, there, w0, W, BLOCK_W)
-            delta += tl.sum(own.to(tl.float32) * pooled.to(tl.float32), 1)
-    tl.store(sums_ptr + n, sums, mask=there)
+            pooled = load_tile(pooled_ptr, n, W, valid, w0, W, BLOCK_W)
+            delta += tl.sum(y.to(tl.float32) * pooled.to(tl.float32), 1)
+    tl.store(sums_ptr + n, sums, mask=valid)
     if pooled_ptr is not None:
         shift = tl.load(shift_ptr + head * E + e, mask=e < E, other=0.0).to(tl.float32)
         dmass = tl.sum(full * shift[None, :], 1)
-        mass = tl.load(mass_ptr + n, mask=there, other=0.0).to(tl.float32)
-        tl.store(dmass_ptr + n, dmass, mask=there)
-        tl.store(delta_ptr + n, delta + dmass * mass, mask=there)
+        mass = tl.load(mass_ptr + n, mask=valid, other=0.0).to(tl.float32)
+        tl.store(dmass_ptr + n, dmass, mask=valid)
+        tl.store(delta_ptr + n, delta + dmass * mass, mask=valid)
 
 
 @triton.jit
@@ -76,23 +86,26 @@ def to_heads_kernel(
     H: tl.constexpr, C: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Write scale rows weight^T, of rows of the tokens; plus mass shift^T where given."""
-    bag, head, c, there = _place(tl.program_id(0), H, C, BLOCK_C)
+    """Write scale rows weight^T, of rows of width W; plus mass shift^T if mass is given.
+
+    The sum over W runs through the loop, a block of BLOCK_W at a time, in fp32 registers.
+    """
+    bag, head, c, valid = _place(tl.program_id(0), H, C, BLOCK_C)
     e = tl.arange(0, BLOCK_E)
     weight_ptr += head * E * W
     rows_ptr += (bag * H + head) * C * W
     acc = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
     for w0 in range(0, W, BLOCK_W):
-        rows = load_tile(rows_ptr, c, W, there, w0, W, BLOCK_W)
+        rows = load_tile(rows_ptr, c, W, valid, w0, W, BLOCK_W)
         weight = load_tile(weight_ptr, e, W, e < E, w0, W, BLOCK_W)
         acc = product(rows, tl.trans(weight), acc)
     acc *= scale
     if mass_ptr is not None:
-        mass = tl.load(mass_ptr + (bag * H + head) * C + c, mask=there, other=0.0).to(tl.float32)
+        mass = tl.load(mass_ptr + (bag * H + head) * C + c, mask=valid, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + head * E + e, mask=e < E, other=0.0).to(tl.float32)
         acc += mass[:, None] * shift[None, :]
     at = out_ptr + bag * out_b + head * out_h + c[:, None] * out_c + e[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=there[:, None] & (e < E)[None, :])
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (e < E)[None, :])
 
 
 @triton.jit
@@ -101,9 +114,10 @@ def _gradient_of_weight(
     H: tl.constexpr, C: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of scale left^T right [H, E, W], of the latents of all bags in order.
+    """Write one tile of scale left^T right [H, E, W], summed over the latents of all bags in order.
 
-    Nothing where `tile` is none of it.
+    Writes nothing if `tile` is not one of this matrix's tiles: all programs call all parts, each
+    part with the number of the tile counted from its first one.
     """
     across: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
     down: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -129,7 +143,10 @@ def _gradient_of_shift(
     tile, grad_ptr, grad_b, grad_h, grad_c, mass_ptr, out_ptr, n_rows,
     H: tl.constexpr, C: tl.constexpr, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Write BLOCK_E of the gradient of the shifts [2, H, E]: 0 of K's, grad^T mass of V's."""
+    """Write BLOCK_E of the gradient of the shifts [2, H, E]: 0 for K, grad^T mass for V.
+
+    The heads of K, the first H, load nothing: their mask `valid` is false throughout.
+    """
     down: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     if (tile >= 0) & (tile < 2 * H * down):
         head = (tile // down).to(tl.int64)
@@ -162,22 +179,25 @@ def _sum_of_bags(tile, partial_ptr, out_ptr, n_bags, SIZE: tl.constexpr, BLOCK: 
 
 @triton.jit(do_not_specialize=["n_bags"])
 def head_gradients_kernel(
-    q_ptr, dasked_ptr, grad_ptr, pooled_ptr, mass_ptr, partial_ptr,
+    q_ptr, dabsorbed_ptr, grad_ptr, pooled_ptr, mass_ptr, partial_ptr,
     dweights_ptr, dshifts_ptr, dq_ptr, q_b, q_h, q_c, grad_b, grad_h, grad_c, scale, n_bags,
     H: tl.constexpr, C: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of what all bags share, each program one tile of one part.
+    """Write the gradients of what all bags share; each program writes one tile of one of them.
 
-    Of the weights [2, H, E, W], scale q^T dasked and grad^T pooled; of the shifts [2, H, E]; and,
-    where given, dq [C H E], the sum of `partial` [B, C H E], of queries that all bags share.
+    The gradient of the weights [2, H, E, W] is scale q^T dabsorbed for K and grad^T pooled for V;
+    then that of the shifts [2, H, E]; and, if `partial` [B, C H E] is given, dq [C H E], its sum
+    over the bags: the gradient of queries that all bags share. Programs are numbered through these
+    four parts in this order. Each sums over all bags by itself, in order: no atomics, the same bits
+    in every run.
     """
     tile = tl.program_id(0)
     n_rows = n_bags * C
     down: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     tiles: tl.constexpr = H * down * ((W + BLOCK_W - 1) // BLOCK_W)
     _gradient_of_weight(
-        tile, q_ptr, q_b, q_h, q_c, dasked_ptr, dweights_ptr, scale, n_rows, H, C, E, W, BLOCK_T,
+        tile, q_ptr, q_b, q_h, q_c, dabsorbed_ptr, dweights_ptr, scale, n_rows, H, C, E, W, BLOCK_T,
         BLOCK_E, BLOCK_W,
     )  # fmt: skip
     tile -= tiles

@@ -1,4 +1,4 @@
-"""Latent attention that takes the projections into the queries: K and V never exist."""
+"""Latent attention without K and V: their projections are multiplied into the queries."""
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "absorbed_attention_backward(Tensor grad_pooled, Tensor grad_mass, Tensor queries, Tensor x, "
-    "Tensor? positions, Tensor offsets, Tensor? counts, Tensor mean, Tensor rstd, bool given, "
-    "Tensor pooled, Tensor mass, Tensor scores, Tensor lse, float eps, float dropout_p, "
-    "Tensor? seed, str backend, bool rows) -> (Tensor, Tensor, Tensor)"
+    "Tensor? positions, Tensor offsets, Tensor? counts, Tensor mean, Tensor rstd, "
+    "bool statistics_given, Tensor pooled, Tensor mass, Tensor scores, Tensor lse, float eps, "
+    "float dropout_p, Tensor? seed, str backend, bool needs_rows) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -39,7 +39,7 @@ def absorbed_attention(
     seed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    r"""Attend to normalised context tokens themselves, each bag with queries of its own.
+    r"""Attend to the normalised context tokens themselves, with separate queries for each bag.
 
     .. math:: \mathrm{pooled} = D \hat z, \quad D = \mathrm{dropout}(A), \quad
         A = \mathrm{softmax}(\tilde q \hat z^\top), \quad
@@ -47,13 +47,13 @@ def absorbed_attention(
 
     With the key projection taken into the queries, :math:`\tilde q = \mathrm{scale} \cdot q W_k`,
     and the value projection applied afterwards, :math:`\mathrm{pooled}\, W_v^\top + \mathrm{mass}
-    \, b_v^\top`, this is HEALNet's Eq. 2. (The softmax does not see a key's bias.) It pays where
-    there are fewer queries than key channels. The backward pass keeps the scores [T, R].
+    \, b_v^\top`, this is HEALNet's Eq. 2. (A bias of the keys does not change the softmax.) It is
+    less work if there are fewer queries than key channels. The scores [T, R] are kept.
 
     Args:
         queries: [B, R, D + P], R = heads x latents; their dtype is that of the products.
         x: [T, D] tokens.
-        offsets: int64 [B + 1]: bag b owns tokens offsets[b] to offsets[b + 1].
+        offsets: int64 [B + 1]: bag b has tokens offsets[b] to offsets[b + 1].
         positions, statistics: as in context_kv; gradients behind the last bag are undefined.
         counts: [T], how many tokens each of `x` stands for, as in latent_attention.
         eps: ε.
@@ -139,11 +139,11 @@ def _check(
 
 
 def _takes_triton(backend: str, queries: Tensor) -> bool:
-    # Nothing to launch without bags or queries; torch says what comes of them.
-    nothing = "needs bags and queries" if 0 in queries.shape[:2] else ""
-    if nothing and backend == "triton":
+    # Without bags or queries there is nothing to launch: torch computes the empty results.
+    why_not = "needs bags and queries" if 0 in queries.shape[:2] else ""
+    if why_not and backend == "triton":
         return False
-    return on_triton(backend, queries.device.type, queries.dtype, nothing)
+    return on_triton(backend, queries.device.type, queries.dtype, why_not)
 
 
 def _forward(
@@ -159,11 +159,11 @@ def _forward(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return pooled, mass, the scores [T, R], their lse [B, R], and the statistics of the tokens.
+    """Return pooled, mass, the scores [T, R], their lse [B, R], and the tokens' means and 1 / SDs.
 
-    The latter, [T] each, are empty where they were given.
+    The last two, [T] each, are empty if the caller gave them.
     """
-    given = mean is not None
+    statistics_given = mean is not None
     if not _takes_triton(backend, queries):
         return cpu.forward(queries, x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed)
     from ..row_statistics.triton import statistics_of
@@ -172,10 +172,10 @@ def _forward(
     x, positions = rows_apart(x), None if positions is None else rows_apart(positions)
     mean, rstd = statistics_of(x, positions, mean, rstd, eps)
     tokens = launchers.Tokens.of(x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed)
-    made = launchers.attend(queries.contiguous(), tokens)
-    if given:  # an operator returns no argument
+    attended = launchers.attend(queries.contiguous(), tokens)
+    if statistics_given:  # a torch.library operator must not return one of its arguments
         mean, rstd = x.new_empty(0, dtype=mean.dtype), x.new_empty(0, dtype=mean.dtype)
-    return made.pooled, made.mass, made.scores, made.lse, mean, rstd
+    return attended.pooled, attended.mass, attended.scores, attended.lse, mean, rstd
 
 
 def _backward_of(
@@ -188,7 +188,7 @@ def _backward_of(
     counts: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    given: bool,
+    statistics_given: bool,
     pooled: Tensor,
     mass: Tensor,
     scores: Tensor,
@@ -197,50 +197,52 @@ def _backward_of(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
-    of_rows: bool,
+    needs_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, x and positions, the last two empty without `of_rows`.
+    """Return the gradients of queries, x and positions, the last two empty without `needs_rows`.
 
     dS = A ∘ (mask ∘ (dpooled ẑᵀ + dmass) - delta), delta = rowsum(dpooled ∘ pooled) + dmass mass,
-    dqueries = dS ẑ. The rows of dS sum to 0, but for rounding, which what all tokens share would
-    multiply: it is taken out with the mean token, dS (ẑ - pooled / mass).
+    dqueries = dS ẑ. Each row of dS sums to 0 in exact arithmetic. Rounding leaves a small sum,
+    which would be multiplied by the part that all tokens have in common: so the pooled token
+    is subtracted from every token, dqueries = dS (ẑ - pooled / mass), which is the same number in
+    exact arithmetic.
     """
-    fast = _takes_triton(backend, queries)
-    if fast and not of_rows:
+    takes_triton = _takes_triton(backend, queries)
+    if takes_triton and not needs_rows:
         from . import triton as launchers
 
         statistics = mean.contiguous(), rstd.contiguous()
         tokens = launchers.Tokens.of(
             x, positions, offsets, counts, *statistics, eps, dropout_p, seed
         )
-        made = launchers.Attended(pooled, mass, scores, lse)
+        attended = launchers.Attended(pooled, mass, scores, lse)
         dqueries = launchers.attend_backward(
-            grad_pooled.contiguous(), grad_mass.contiguous(), made, tokens
+            grad_pooled.contiguous(), grad_mass.contiguous(), attended, tokens
         )
         return dqueries, x.new_empty(0), x.new_empty(0)
     delta = (grad_pooled * pooled).sum(-1, dtype=lse.dtype) + grad_mass * mass
     kept = None
-    if fast and seed is not None:  # the mask that Triton drew in the forward pass
+    if takes_triton and seed is not None:  # the mask that Triton drew in the forward pass
         shapes = lse.new_empty(len(queries), 1, lse.shape[1], 1), lse.new_empty(len(x), 1, 1)
         kept = dropout_mask(*shapes, offsets, dropout_p, seed)[:, 0]
-    dqueries, rest, drows = cpu.backward(
+    dqueries, row_sums, drows = cpu.backward(
         grad_pooled, grad_mass, queries, x, positions, offsets, counts, delta, scores, lse,
-        mean, rstd, given, eps, dropout_p, seed, kept, of_rows=of_rows,
+        mean, rstd, statistics_given, eps, dropout_p, seed, kept, needs_rows=needs_rows,
     )  # fmt: skip
-    dqueries -= (rest / torch.where(mass > 0, mass, 1))[..., None] * pooled
-    if not of_rows:
+    dqueries -= (row_sums / torch.where(mass > 0, mass, 1))[..., None] * pooled
+    if not needs_rows:
         return dqueries.to(queries.dtype), x.new_empty(0), x.new_empty(0)
     return dqueries.to(queries.dtype), *split_gradient(drows, x, positions)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, mean, rstd, ctx.eps, ctx.dropout_p, seed, ctx.backend = inputs
-    *made, own_mean, own_rstd = output
+    *attended, computed_mean, computed_rstd = output
     ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)  # zeros [T, R] for what nobody differentiates
-    ctx.given = mean is not None
-    statistics = (mean, rstd) if ctx.given else (own_mean, own_rstd)
-    ctx.save_for_backward(*tensors, *statistics, *made, seed)
+    ctx.set_materialize_grads(False)  # else torch makes zeros [T, R] as the gradient of the scores
+    ctx.statistics_given = mean is not None
+    statistics = (mean, rstd) if ctx.statistics_given else (computed_mean, computed_rstd)
+    ctx.save_for_backward(*tensors, *statistics, *attended, seed)
 
 
 def _backward(ctx, grad_pooled: Tensor | None, grad_mass: Tensor | None, *_: None):
@@ -248,23 +250,23 @@ def _backward(ctx, grad_pooled: Tensor | None, grad_mass: Tensor | None, *_: Non
     pooled, mass = saved[-4:-2]
     grad_pooled = torch.zeros_like(pooled) if grad_pooled is None else grad_pooled
     grad_mass = torch.zeros_like(mass) if grad_mass is None else grad_mass
-    of_queries, of_x, of_positions = ctx.needs_input_grad[:3]
+    needs_queries, needs_x, needs_positions = ctx.needs_input_grad[:3]
     dqueries, dx, dpositions = torch.ops.motet.absorbed_attention_backward(
         grad_pooled,
         grad_mass,
         *saved[:-4],
-        ctx.given,
+        ctx.statistics_given,
         *saved[-4:],
         ctx.eps,
         ctx.dropout_p,
         seed,
         ctx.backend,
-        of_x or of_positions,
+        needs_x or needs_positions,
     )
     return (
-        dqueries if of_queries else None,
-        dx if of_x else None,
-        dpositions if of_positions else None,
+        dqueries if needs_queries else None,
+        dx if needs_x else None,
+        dpositions if needs_positions else None,
         *[None] * 8,
     )
 
@@ -283,12 +285,12 @@ def _fake(queries, x, positions, offsets, counts, mean, *_):
 
 
 def _fake_backward(grad_pooled, grad_mass, queries, x, positions, *rest):
-    of_rows = rest[-1]
+    needs_rows = rest[-1]
     return (
         queries.new_empty(queries.shape),
-        x.new_empty(x.shape if of_rows else 0),
+        x.new_empty(x.shape if needs_rows else 0),
         positions.new_empty(positions.shape)
-        if of_rows and positions is not None
+        if needs_rows and positions is not None
         else x.new_empty(0),
     )
 

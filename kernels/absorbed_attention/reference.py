@@ -1,4 +1,4 @@
-"""absorbed_attention, literally: what the fast forms are compared with."""
+"""absorbed_attention as its equation says: the fast forms are compared with this one."""
 
 from itertools import pairwise
 
@@ -18,13 +18,13 @@ def absorbed_attention_reference(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute absorbed_attention in torch, literally, bag after bag."""
+    """Compute absorbed_attention in torch, as its equation says, bag after bag."""
     width = queries.shape[2]
     identity = torch.eye(width, dtype=queries.dtype, device=x.device)[None]
     (z,) = context_kv_reference(x, identity, positions=positions, eps=eps)
     pooled, mass = [queries[:0]], [queries[:0, :, 0]]
-    for own, (start, stop) in zip(queries, pairwise(offsets.tolist()), strict=True):
-        scores = own @ z[start:stop].t()
+    for bag_queries, (start, stop) in zip(queries, pairwise(offsets.tolist()), strict=True):
+        scores = bag_queries @ z[start:stop].t()
         if counts is not None:
             scores = scores + counts[start:stop].log().to(scores.dtype)
         weights = torch.softmax(scores, dim=-1)

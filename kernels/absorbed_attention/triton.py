@@ -1,8 +1,8 @@
-"""Launches the Triton kernels of absorbed attention: softmax and gradient, and those of the heads.
+"""Launches the Triton kernels of absorbed attention: the softmax, its gradient, and the heads.
 
-The products with the tokens are those of context_kv: `project` gives scores [T, R] of every bag's
-own queries, `pool` gathers the tokens by weights [T, R]. `gather` has around them the products with
-the weights of the heads.
+The products with the tokens are those of context_kv: `project` computes the scores [T, R] of every
+bag's queries, `pool` sums the tokens up by weights [T, R]. `attend` is these two with the softmax
+between them; `attend_heads` multiplies with the heads' weights before and after.
 """
 
 from typing import Any, NamedTuple
@@ -32,15 +32,16 @@ from .triton_kernels import (
     softmax_weights_kernel,
 )
 
-# A program reads SIDE_CHUNK x 32 scores in 16 steps, and 8 bags of 15,000 patches with 200 queries
-# make 7 x 128 programs.
+# Columns of the scores, one a query, that a program of the softmax has. It reads SIDE_CHUNK x 32
+# scores in 16 steps, and 8 bags of 15,000 patches with 200 queries are 7 x 128 programs: enough for
+# the 132 multiprocessors of an H200.
 _BLOCK_R = 32
-# Numbers of dq that a program adds up over the bags.
+# Numbers of the gradient of the queries that a program adds up over the bags.
 _BLOCK_V = 256
 
 
 class Tokens(NamedTuple):
-    """What is attended to, and how."""
+    """The tokens that are attended to, their statistics, and the dropout."""
 
     x: Tensor
     """[T, D], last stride 1."""
@@ -51,7 +52,7 @@ class Tokens(NamedTuple):
     counts: Tensor | None
     """[T], contiguous, or None."""
     mean: Tensor
-    """Those of the rows, fp32 [T], contiguous; as is rstd."""
+    """Means of the rows, fp32 [T], contiguous, as is rstd, 1 / SD."""
     rstd: Tensor
     eps: float
     dropout_p: float
@@ -61,7 +62,7 @@ class Tokens(NamedTuple):
     def of(
         cls, x: Tensor, p: Tensor | None, offsets: Tensor, counts: Tensor | None, *rest: Any
     ) -> "Tokens":
-        """Return the same of x, p and counts of any strides."""
+        """Return these tokens; x, p and counts are copied if their strides do not fit."""
         p = None if p is None else rows_apart(p)
         counts = None if counts is None else counts.contiguous()
         return cls(rows_apart(x), p, offsets, counts, *rest)
@@ -76,11 +77,11 @@ class Tokens(NamedTuple):
         return self.mean, self.rstd, self.eps
 
 
-class Weights(NamedTuple):
-    """Of K and V, with the tokens' LayerNorm in them, contiguous."""
+class HeadWeights(NamedTuple):
+    """The weights of K and V with the tokens' LayerNorm folded in, contiguous: K's heads, V's."""
 
     weights: Tensor
-    """[2 H, E, W], of the dtype to work in."""
+    """[2 H, E, W], of the dtype of the products."""
     shifts: Tensor
     """[2 H, E]"""
 
@@ -93,13 +94,13 @@ class Attended(NamedTuple):
     """What the backward pass takes from the forward pass."""
 
     pooled: Tensor
-    """[B, R, W], of the dtype to work in."""
+    """[B, R, W], of the dtype of the products."""
     mass: Tensor
-    """[B, R], alike."""
+    """[B, R], of the same dtype."""
     scores: Tensor
-    """[T, R], without the counts; those of tokens behind the last bag are not written."""
+    """[T, R], before log(counts) is added; not written for tokens behind the last bag."""
     lse: Tensor
-    """fp32 [B, R], with the counts."""
+    """fp32 [B, R], the log-sum-exp of the scores with log(counts) added."""
 
     @property
     def token(self) -> MeanToken:
@@ -107,61 +108,66 @@ class Attended(NamedTuple):
 
 
 def attend(queries: Tensor, tokens: Tokens) -> Attended:
-    """Attend to the tokens with contiguous queries [B, R, W], of the dtype to work in."""
+    """Attend to the tokens with contiguous queries [B, R, W], of the dtype of the products."""
     centred, _ = centre(queries, tokens.x.shape[1], None)
     return _attend(centred, tokens)
 
 
 def attend_backward(
-    grad_pooled: Tensor, grad_mass: Tensor, made: Attended, tokens: Tokens
+    grad_pooled: Tensor, grad_mass: Tensor, attended: Attended, tokens: Tokens
 ) -> Tensor:
     """Return the gradient of the queries, [B, R, W] of their dtype: dS (zhat - pooled / mass).
 
-    The gradients, [B, R, W] and [B, R], are contiguous.
+    The gradients of pooled [B, R, W] and of mass [B, R] are contiguous.
     """
-    centred, delta = centre(grad_pooled, tokens.x.shape[1], (grad_mass, made.token))
+    centred, delta = centre(grad_pooled, tokens.x.shape[1], (grad_mass, attended.token))
     assert delta is not None
-    return _attend_backward(centred, grad_mass, delta, made, tokens)
+    return _attend_backward(centred, grad_mass, delta, attended, tokens)
 
 
-def gather(q: Tensor, own: Weights, tokens: Tokens, scale: float) -> tuple[Tensor, Attended]:
-    """Return pooled W_v^T + mass b_v^T, fp32 [B, H, C, E], of what scale q W_k pools.
+def attend_heads(
+    q: Tensor, folded: HeadWeights, tokens: Tokens, scale: float
+) -> tuple[Tensor, Attended]:
+    """Return the outputs of the heads, fp32 [B, H, C, E], and what the backward pass takes.
+
+    The outputs are pooled W_v^T + mass b_v^T, with the queries scale q W_k.
 
     Args:
         q: [B, H, C, E], last stride 1, or [1, H, C, E] for all bags.
     """
-    weights, shifts, heads = own.weights, own.shifts, own.heads
+    weights, shifts, heads = folded.weights, folded.shifts, folded.heads
     bags = len(tokens.offsets) - 1
     q = q.expand(bags, -1, -1, -1)
-    made = _attend(_to_tokens(q, weights[:heads], tokens.channels, scale)[0], tokens)
+    attended = _attend(_to_tokens(q, weights[:heads], tokens.channels, scale)[0], tokens)
     out = q.new_empty(q.shape, dtype=torch.float32)
-    _to_heads(made.pooled, weights[heads:], (made.mass, shifts[heads:]), out, 1.0)
-    return out, made
+    _to_heads(attended.pooled, weights[heads:], (attended.mass, shifts[heads:]), out, 1.0)
+    return out, attended
 
 
-def gather_backward(
-    grad: Tensor, q: Tensor, own: Weights, made: Attended, tokens: Tokens, scale: float
+def attend_heads_backward(
+    grad: Tensor, q: Tensor, folded: HeadWeights, attended: Attended, tokens: Tokens, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, as [B or 1, C, H, E] seen as q is, of the weights and the shifts.
+    """Return the gradients of q, of the weights and of the shifts.
 
-    grad [B, H, C, E], of any dtype, has a last stride of 1.
+    The gradient of q is [B or 1, H, C, E], its memory in the order B, C, H, E. grad, that of the
+    outputs [B, H, C, E], may have any dtype; its last stride is 1.
     """
-    weights, shifts, heads = own.weights, own.shifts, own.heads
+    weights, shifts, heads = folded.weights, folded.shifts, folded.heads
     bags, _, latents, width = grad.shape
-    centred, of = _to_tokens(
-        grad, weights[heads:], tokens.channels, 1.0, (made.token, shifts[heads:])
+    centred, mass_and_delta = _to_tokens(
+        grad, weights[heads:], tokens.channels, 1.0, (attended.token, shifts[heads:])
     )
-    assert of is not None
-    dasked = _attend_backward(centred, *of, made, tokens)
+    assert mass_and_delta is not None
+    dabsorbed = _attend_backward(centred, *mass_and_delta, attended, tokens)
     shared = len(q) < bags
     dq = q.new_empty(len(q), latents, heads, width).transpose(1, 2)
-    # Of queries that all bags share, what each bag adds; the last launch adds it up.
+    # Where all bags share the queries: each bag's part of dq. The last launch adds the parts up.
     partial = None
     if shared:
         partial = dq.new_empty(bags, latents, heads, width, dtype=torch.float32).transpose(1, 2)
-    _to_heads(dasked, weights[:heads], None, dq if partial is None else partial, scale)
+    _to_heads(dabsorbed, weights[:heads], None, dq if partial is None else partial, scale)
     dweights, dshifts = torch.empty_like(weights), torch.empty_like(shifts)
-    # 128 spill in float32 on sm_80 (41 stores).
+    # Blocks of 128 spill registers in float32 on sm_80 (41 stores).
     block_e = min(128 if weights.element_size() == 2 else 64, _channels(width))
     grid = 2 * heads * cdiv(width, block_e) * (cdiv(weights.shape[2], 64) + 1)
     if shared:
@@ -169,7 +175,7 @@ def gather_backward(
     q = q.expand(bags, -1, -1, -1)
     launch(
         head_gradients_kernel, grad, (grid,),
-        q, dasked, grad, made.pooled, made.mass, partial, dweights, dshifts, dq,
+        q, dabsorbed, grad, attended.pooled, attended.mass, partial, dweights, dshifts, dq,
         *q.stride()[:3], *grad.stride()[:3], scale, bags,
         H=heads, C=latents, E=width, W=weights.shape[2], BLOCK_T=32, BLOCK_E=block_e, BLOCK_W=64,
         BLOCK_V=_BLOCK_V, num_warps=4, num_stages=3,
@@ -182,9 +188,9 @@ def _attend(centred: Centred, tokens: Tokens) -> Attended:
     scores = project(x, tokens.p, centred, None, offsets, *tokens.statistics)
     (rows, count), bags = scores.shape, len(centred.sums)
     slots = count_slots(rows, bags, SIDE_CHUNK)
-    own = {"dtype": torch.float32, "device": x.device}
-    peak, total = torch.empty(slots, count, **own), torch.empty(slots, count, **own)
-    lse, side = torch.empty(bags, count, **own), _side(slots, count, tokens)
+    fp32 = {"dtype": torch.float32, "device": x.device}
+    peak, total = torch.empty(slots, count, **fp32), torch.empty(slots, count, **fp32)
+    lse, side = torch.empty(bags, count, **fp32), _side(slots, count, tokens)
     grid = (slots, cdiv(count, _BLOCK_R))
     launch(
         softmax_statistics_kernel, x, grid,
@@ -205,22 +211,22 @@ def _attend(centred: Centred, tokens: Tokens) -> Attended:
 
 
 def _attend_backward(
-    centred: Centred, grad_mass: Tensor, delta: Tensor, made: Attended, tokens: Tokens
+    centred: Centred, grad_mass: Tensor, delta: Tensor, attended: Attended, tokens: Tokens
 ) -> Tensor:
-    """Return the gradient of the queries, of the centred gradient of pooled and of delta."""
-    x, p, offsets, scores = tokens.x, tokens.p, tokens.offsets, made.scores
+    """Return the gradient of the queries, given the centred gradient of pooled, and delta."""
+    x, p, offsets, scores = tokens.x, tokens.p, tokens.offsets, attended.scores
     dweights = project(x, p, centred, None, offsets, *tokens.statistics)
-    (rows, count), bags = scores.shape, len(made.pooled)
+    (rows, count), bags = scores.shape, len(attended.pooled)
     slots = count_slots(rows, bags, SIDE_CHUNK)
     side = _side(slots, count, tokens)
     launch(
         softmax_gradient_kernel, x, (slots, cdiv(count, _BLOCK_R)),
-        scores, made.lse, dweights, grad_mass, delta, offsets, tokens.counts, tokens.seed, p,
+        scores, attended.lse, dweights, grad_mass, delta, offsets, tokens.counts, tokens.seed, p,
         tokens.mean, tokens.rstd, side.sums, *_rows_of(p), bags, tokens.eps,
         *_dropout(tokens.dropout_p), R=count, **_constants(tokens, scores), num_warps=8,
     )  # fmt: skip
-    dqueries = torch.empty_like(made.pooled)
-    pool(dweights, x, tokens.mean, tokens.rstd, offsets, side, dqueries, None, made.token)
+    dqueries = torch.empty_like(attended.pooled)
+    pool(dweights, x, tokens.mean, tokens.rstd, offsets, side, dqueries, None, attended.token)
     return dqueries
 
 
@@ -229,55 +235,61 @@ def _to_tokens(
     weight: Tensor,
     channels: int,
     scale: float,
-    of: tuple[MeanToken, Tensor] | None = None,
+    forward_pass: tuple[MeanToken, Tensor] | None = None,
 ) -> tuple[Centred, tuple[Tensor, Tensor] | None]:
     """Return scale rows weight of each head [H, E, W], centred as context_kv's `centre` does.
 
     Args:
-        rows: [B, H, C, E], last stride 1.
+        rows: [B, H, C, E], last stride 1: queries, or the gradient of the heads' outputs.
         channels: P, the positional ones at the end of the W.
-        of: of the gradient of what is attended, what was pooled and the shifts [H, E].
+        forward_pass: with the gradient of the outputs only: what was pooled, and the shifts [H, E].
 
     Returns:
-        [B, H C, W] in parts; and, where `of` is given, the gradient of mass and
+        [B, H C, W], centred; and, with `forward_pass`, the gradient of mass and
         delta = rowsum(dpooled pooled) + dmass mass, fp32 [B, H C] each.
     """
     (bags, heads, latents, width), total = rows.shape, weight.shape[2]
-    own = weight.new_empty(bags, heads * latents, total - channels)
-    own_p = weight.new_empty(bags, heads * latents, channels)
+    products = weight.new_empty(bags, heads * latents, total - channels)
+    products_p = weight.new_empty(bags, heads * latents, channels)
     sums = weight.new_empty(bags, heads * latents, dtype=torch.float32)
     dmass = delta = pooled = mass = shift = None
-    if of is not None:
-        (pooled, mass), shift = of
+    if forward_pass is not None:
+        (pooled, mass), shift = forward_pass
         dmass, delta = torch.empty_like(sums), torch.empty_like(sums)
     block_c, block_e = _latents(latents, weight), _channels(width)
-    # Numbers of a tile of the weight, and of the result: wide tiles make a row in few steps.
-    room = 16384 if weight.element_size() == 2 else 4096
-    if weight.element_size() > 2 and capability(rows) > 90:  # else 7 stores spill for heads of 63
-        room = 2048
-    block_w = max(16, min(256, room // block_e, room // block_c))
+    # The most numbers of a tile of the weight, and of one of the result: the wider the tiles, the
+    # fewer steps a row takes. sm_100 spills 7 stores with 4096 for heads of 63 in float32.
+    most = 16384 if weight.element_size() == 2 else 4096
+    if weight.element_size() > 2 and capability(rows) > 90:
+        most = 2048
+    block_w = max(16, min(256, most // block_e, most // block_c))
     launch(
         to_tokens_kernel, rows, (bags * heads * cdiv(latents, block_c),),
-        rows, weight, own, own_p, sums, pooled, mass, shift, dmass, delta,
+        rows, weight, products, products_p, sums, pooled, mass, shift, dmass, delta,
         *rows.stride()[:3], scale, H=heads, C=latents, E=width, W=total, P=channels,
         BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_W=block_w,
         num_warps=8 if max(block_c, block_e) * block_w > 64 * 64 else 4, num_stages=3,
     )  # fmt: skip
-    made = None if dmass is None or delta is None else (dmass, delta)
-    return Centred(own, own_p, sums), made
+    mass_and_delta = None if dmass is None or delta is None else (dmass, delta)
+    return Centred(products, products_p, sums), mass_and_delta
 
 
 def _to_heads(
-    rows: Tensor, weight: Tensor, of: tuple[Tensor, Tensor] | None, out: Tensor, scale: float
+    rows: Tensor,
+    weight: Tensor,
+    mass_and_shift: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+    scale: float,
 ) -> None:
-    """Write scale rows weight^T [B, H, C, E] to `out`, plus mass shift^T, given [B, R], [H, E].
+    """Write scale rows weight^T [B, H, C, E] to `out`, plus mass shift^T if these are given.
 
-    rows is contiguous [B, H C, W], weight [H, E, W], and the last stride of `out` is 1.
+    rows is contiguous [B, H C, W], weight [H, E, W], mass [B, R], shift [H, E], and the last stride
+    of `out` is 1.
     """
     (bags, heads, latents, width), total = out.shape, weight.shape[2]
-    mass, shift = of or (None, None)
+    mass, shift = mass_and_shift or (None, None)
     block_c, block_e = _latents(latents, weight), _channels(width)
-    # 128 spill for heads of 16 on sm_100 (4 stores).
+    # Blocks of 128 spill registers for heads of 16 on sm_100 (4 stores).
     block_w = 256 if block_e <= 16 else 128 if block_e <= 64 else 64
     if weight.element_size() > 2:
         block_w = 64 if block_e <= 64 else 32
@@ -300,16 +312,19 @@ def _channels(width: int) -> int:
 
 
 def _side(slots: int, count: int, tokens: Tokens) -> Side:
+    """Return room for the sums of every chunk of weights; see context_kv/triton.py."""
     sums = tokens.x.new_empty(slots, count, 1 + tokens.channels, dtype=torch.float32)
     return Side(sums, tokens.channels)
 
 
 def _constants(tokens: Tokens, scores: Tensor) -> dict[str, Any]:
+    """Return the constants of softmax_weights_kernel and softmax_gradient_kernel."""
     dropout = tokens.seed is not None
     return {
         "P": tokens.channels,
         "CHUNK": SIDE_CHUNK,
-        # 64 spill in float32 with counts (1 store on sm_80), and with dropout (6 on sm_100).
+        # Blocks of 64 spill registers in float32 with counts (1 store on sm_80), and with dropout
+        # (6 on sm_100).
         "BLOCK_N": 64 if scores.element_size() == 2 and not dropout else 32,
         "BLOCK_R": _BLOCK_R,
         "BLOCK_P": max(16, next_power_of_2(tokens.channels)),
@@ -320,9 +335,10 @@ def _constants(tokens: Tokens, scores: Tensor) -> dict[str, Any]:
 
 
 def _rows_of(p: Tensor | None) -> tuple[int, int]:
-    """Return the stride and the number of the rows of positions."""
+    """Return the stride and the number of the rows of positions; 0 and 1 without them."""
     return (0, 1) if p is None else (p.stride(0), p.shape[0])
 
 
 def _dropout(dropout_p: float) -> tuple[float, float]:
+    """Return the probability of dropping, as fp32 has it, and the factor of what is kept."""
     return representable(dropout_p), 1 / (1 - dropout_p)

@@ -1,4 +1,15 @@
-"""The Triton kernels of absorbed_attention; triton.py says how they are launched."""
+"""The Triton kernels of absorbed_attention: the softmax of the scores, and its gradient.
+
+triton.py launches them, between the products with the tokens, which context_kv's kernels compute.
+The scores are [T, R], R = heads x latents: a token's row has the scores of all queries of its bag.
+The softmax goes along T, within a bag, so that it takes two launches: softmax_statistics_kernel
+writes the maximum and the sum of each chunk of a bag, softmax_weights_kernel joins those of all
+chunks of the bag and writes the weights. In all three kernels a program has CHUNK rows of one bag
+(see ragged_kernels.py) and BLOCK_R columns; it reads BLOCK_N rows at a time and keeps one number
+for each column in registers. Chunks are counted from the start of the bag and joined in
+order: a bag gives the same bits in any batch. Masks are false for rows behind the chunk's end and
+for columns behind R.
+"""
 
 import triton
 import triton.language as tl
@@ -11,7 +22,11 @@ from ..tile_kernels import row_factors
 
 @triton.jit
 def _tile(slot, offsets_ptr, n_bags, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Return a program's bag, the bag's first row, its own rows, and its columns with a mask."""
+    """Return a program's bag, the bag's first row, the first row and the end of its chunk, its
+    columns, and which of them exist.
+
+    Rows `start` to `stop` are counted from the bag's first one, `origin`.
+    """
     bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, 0, CHUNK, True)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     return bag, origin, start, stop, r, r < R
@@ -29,9 +44,10 @@ def softmax_statistics_kernel(
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """Store max_t s and sum_t e^(s - max) of one chunk of a bag, [slots, R] each.
+    """Store peak = max_t s and total = sum_t e^(s - peak) of one chunk of a bag, [slots, R] each.
 
-    Here and below, s is the score plus the logarithm of the token's count.
+    Here and below, s is the score plus the logarithm of the token's count. The sum is relative to
+    the highest score so far, and shrinks when a higher one comes, so that no exponential overflows.
     """
     slot = tl.program_id(0)
     _, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
@@ -45,7 +61,8 @@ def softmax_statistics_kernel(
         if COUNTS:
             s += _log_counts(counts_ptr + origin, n, stop)[:, None]
         highest = tl.maximum(peak, tl.max(s, 0))
-        base = tl.where(valid, highest, 0.0)  # a column beyond R has no highest score
+        # Columns behind R have only scores of -inf: minus their maximum, they would be NaN.
+        base = tl.where(valid, highest, 0.0)
         total = total * tl.exp(peak - base) + tl.sum(tl.exp(s - base[None, :]), 0)
         peak = highest
     at = slot.to(tl.int64) * R + r
@@ -58,16 +75,16 @@ def _lse(
     bag, peak_ptr, total_ptr, offsets_ptr, r, valid, R: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Join the chunks of a bag in order: its log-sum-exp, -inf for an empty bag."""
+    """Return the log-sum-exp of a bag from peak and total of its chunks; -inf for an empty bag."""
     slot, chunks = chunks_of_bag(bag, offsets_ptr, 0, CHUNK, True)
     peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     for j in range(0, chunks):
         at = (slot + j) * R + r
-        own_peak = tl.load(peak_ptr + at, mask=valid, other=0.0)
-        own_total = tl.load(total_ptr + at, mask=valid, other=0.0)
-        highest = tl.maximum(peak, own_peak)
-        total = total * tl.exp(peak - highest) + own_total * tl.exp(own_peak - highest)
+        chunk_peak = tl.load(peak_ptr + at, mask=valid, other=0.0)
+        chunk_total = tl.load(total_ptr + at, mask=valid, other=0.0)
+        highest = tl.maximum(peak, chunk_peak)
+        total = total * tl.exp(peak - highest) + chunk_total * tl.exp(chunk_peak - highest)
         peak = highest
     return peak + tl.log(tl.where(total > 0, total, 1.0))
 
@@ -80,10 +97,13 @@ def softmax_weights_kernel(
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     DROPOUT: tl.constexpr, COUNTS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Store the weights after dropout, D = e^(s - lse) [T, R], times rstd where SCALED.
+    """Store the weights after dropout, D = keep e^(s - lse) [T, R], times rstd if SCALED.
 
-    side[slot, r] = [sum_t D | sum_t D phat[t]] over the chunk. The first chunk of a bag stores the
-    bag's lse too.
+    side[slot, r] = [sum_t D | sum_t D phat[t]] over the chunk: the mass, and the positional part of
+    what is pooled, which takes few numbers and so is summed here; pool_kernel pools x alone.
+    SCALED: the weights are multiplied by the token's rstd, since the pooling reads x as it lies in
+    memory, not normalised. Every program computes the bag's lse, so that no launch is needed
+    in between; the program of the bag's first chunk stores it.
     """
     slot = tl.program_id(0)
     bag, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
@@ -128,15 +148,15 @@ def softmax_gradient_kernel(
 ):  # fmt: skip
     """Replace dweights [T, R] by the gradient of the scores, dS = A (mask (dA + dmass) - delta).
 
-    Times rstd where SCALED. side[slot, r] = [sum_t dS | sum_t dS phat[t]] over the chunk, of what
-    was rounded.
+    It is multiplied by rstd if SCALED. side[slot, r] = [sum_t dS | sum_t dS phat[t]] over the chunk
+    of dS after its rounding: combine_pool_kernel removes with these sums what rounding added.
     """
     slot = tl.program_id(0)
     bag, origin, start, stop, r, valid = _tile(slot, offsets_ptr, n_bags, R, CHUNK, BLOCK_R)
     lse = tl.load(lse_ptr + bag * R + r, mask=valid, other=0.0)
     dmass = tl.load(dmass_ptr + bag * R + r, mask=valid, other=0.0).to(tl.float32)
     delta = tl.load(delta_ptr + bag * R + r, mask=valid, other=0.0)
-    rest = tl.zeros([BLOCK_R], tl.float32)
+    sums = tl.zeros([BLOCK_R], tl.float32)
     places = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
@@ -155,15 +175,15 @@ def softmax_gradient_kernel(
         grad = tl.where(mask, tl.exp(s - lse[None, :]) * (grad - delta[None, :]), 0.0)
         if SCALED:
             factor = row_factors(rstd_ptr, t, n < stop, eps)[:, None]
-            own = (grad * factor).to(dweights_ptr.dtype.element_ty)
-            rest += tl.sum(tl.where(factor > 0, own.to(tl.float32) / factor, grad), 0)
+            rounded = (grad * factor).to(dweights_ptr.dtype.element_ty)
+            sums += tl.sum(tl.where(factor > 0, rounded.to(tl.float32) / factor, grad), 0)
         else:
-            own = grad.to(dweights_ptr.dtype.element_ty)
-            rest += tl.sum(own.to(tl.float32), 0)
-        tl.store(dweights_ptr + at, own, mask=mask)
+            rounded = grad.to(dweights_ptr.dtype.element_ty)
+            sums += tl.sum(rounded.to(tl.float32), 0)
+        tl.store(dweights_ptr + at, rounded, mask=mask)
         if P > 0:
             places = add_positions(
-                places, own, p_ptr, p_t, t, n < stop, n_positions, mean_ptr, rstd_ptr, P, BLOCK_P,
-                SCALED,
+                places, rounded, p_ptr, p_t, t, n < stop, n_positions, mean_ptr, rstd_ptr, P,
+                BLOCK_P, SCALED,
             )  # fmt: skip
-    store_side(side_ptr, slot, r, rest, places, start, stop, R, P, BLOCK_P)
+    store_side(side_ptr, slot, r, sums, places, start, stop, R, P, BLOCK_P)

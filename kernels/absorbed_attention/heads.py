@@ -1,4 +1,4 @@
-"""What the heads of a layer gather by absorbed_attention, its projections included."""
+"""The outputs of a layer's heads: absorbed_attention between the projections of K and V."""
 
 from typing import Any
 
@@ -13,24 +13,25 @@ from ..row_statistics.operator import row_statistics
 from .operator import absorbed_attention
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
-# The Triton form alone. Beside absorbed_attention, which it does not call: the rows of the tokens'
-# width that a head asks with, and their gradients, exist within it only.
+# Registered for the Triton form only. It does not call motet::absorbed_attention: so the absorbed
+# queries, which are as wide as the tokens, and their gradients are temporary memory of the
+# launchers and never tensors of autograd.
 _LIBRARY.define(
-    "absorbed_gather(Tensor q, Tensor weights, Tensor shifts, Tensor x, Tensor? positions, "
+    "absorbed_heads(Tensor q, Tensor weights, Tensor shifts, Tensor x, Tensor? positions, "
     "Tensor offsets, Tensor? counts, Tensor mean, Tensor rstd, float scale, float eps, "
     "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "absorbed_gather_backward(Tensor grad, Tensor q, Tensor weights, Tensor shifts, Tensor x, "
+    "absorbed_heads_backward(Tensor grad, Tensor q, Tensor weights, Tensor shifts, Tensor x, "
     "Tensor? positions, Tensor offsets, Tensor? counts, Tensor mean, Tensor rstd, Tensor pooled, "
     "Tensor mass, Tensor scores, Tensor lse, float scale, float eps, float dropout_p, "
     "Tensor? seed) -> (Tensor, Tensor, Tensor)"
 )
-# Channels of a head that a program holds.
-_WIDEST = 256
+# The most channels of a head that Triton takes: a program of the heads' kernels holds all of them.
+_MOST_CHANNELS = 256
 
 
-def absorbed_gather(
+def absorbed_heads(
     q: Tensor,
     weights: Tensor,
     shifts: Tensor,
@@ -46,24 +47,27 @@ def absorbed_gather(
     seed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""Gather what the heads' queries ask for, with absorbed_attention between two projections.
+    r"""Compute the outputs of all heads, with absorbed_attention between two projections.
 
     .. math:: \mathrm{pooled}\, W_v^\top + \mathrm{mass}\, b_v^\top, \quad \mathrm{pooled},
         \mathrm{mass} = \mathrm{absorbed\_attention}(\mathrm{scale} \cdot q W_k)
 
-    On Triton, which has no gradient of the tokens here, it is 7 launches forward and 7 backward.
+    On Triton it is 7 launches forward and 7 backward. Triton has no gradient of the tokens here:
+    where they need one, absorbed_attention is called between torch's products.
 
     Args:
         q: [B, H, C, E], or [1, H, C, E] for all bags.
-        weights: those of K and V with the tokens' LayerNorm in them, [2 H, E, W], as fold_norm
-            makes them; of the dtype to work in.
-        shifts: b of K and V, [2 H, E]. K's has no effect: it adds the same to all scores of a row.
+        weights: W_k, then W_v, [2 H, E, W], with the gain of the tokens' LayerNorm folded in (by
+            fold_norm), W = D + P; their dtype is that of the products.
+        shifts: b_k, then b_v, [2 H, E]. b_k has no effect: it adds the same number to all scores
+            of a row.
         scale: of the scores.
         x, offsets, positions, counts, statistics, eps, dropout_p, seed, backend: as in
             absorbed_attention.
 
     Returns:
-        [B, H, C, E], in float32 where Triton computes, as sums are; else of the weights' dtype.
+        [B, H, C, E], float32 where Triton computes, which does not round its sums; else of the
+        weights' dtype.
 
     Raises:
         ValueError: as absorbed_attention; or sizes of q, weights and shifts that do not fit.
@@ -80,27 +84,27 @@ def absorbed_gather(
     _check(q, weights, shifts, x, positions, offsets)
     seed = check_dropout(dropout_p, seed, x.device)
     check_counts(counts, x.shape[:1], x, dropout_p)
-    refuse_forward_mode("absorbed_gather")
+    refuse_forward_mode("absorbed_heads")
     if statistics is None:
         statistics = row_statistics(x, positions=positions, eps=eps, backend=backend)
     mean, rstd = check_statistics(statistics, x)
-    return torch.ops.motet.absorbed_gather(
+    return torch.ops.motet.absorbed_heads(
         q, weights, shifts, x, positions, offsets, counts, mean, rstd, scale, eps, dropout_p, seed
     )[0]
 
 
 def absorb_queries(q: Tensor, weights: Tensor, scale: float) -> Tensor:
     """Return scale · q W_k, [B, H·C, W], of q [B, H, C, E]."""
-    of_keys, _ = weights.unflatten(0, (2, -1)).unbind()
-    return torch.einsum("bhce,hew->bhcw", q * scale, of_keys).flatten(1, 2)
+    key_weight, _ = weights.unflatten(0, (2, -1)).unbind()
+    return torch.einsum("bhce,hew->bhcw", q * scale, key_weight).flatten(1, 2)
 
 
 def project_back(pooled: Tensor, mass: Tensor, weights: Tensor, shifts: Tensor) -> Tensor:
     """Return pooled W_vᵀ + mass b_vᵀ, [B, H, C, E], of pooled [B, H·C, W] and mass [B, H·C]."""
-    _, of_values = weights.unflatten(0, (2, -1)).unbind()
+    _, value_weight = weights.unflatten(0, (2, -1)).unbind()
     _, shift = shifts.unflatten(0, (2, -1)).unbind()
     pooled, mass = (part.unflatten(1, (len(shift), -1)) for part in (pooled, mass))
-    values = torch.einsum("bhcw,hew->bhce", pooled, of_values)
+    values = torch.einsum("bhcw,hew->bhce", pooled, value_weight)
     return torch.addcmul(values, mass[..., None], shift[:, None])
 
 
@@ -112,12 +116,15 @@ def _takes_triton(
     offsets: Tensor,
     backend: Backend,
 ) -> bool:
-    """Return whether the heads' projections are Triton's too; absorbed_attention may be, if not."""
-    of_rows = torch.is_grad_enabled() and any(
+    """Return whether Triton computes the heads' projections too.
+
+    If not, absorbed_attention, between torch's projections, may still be computed by Triton.
+    """
+    tokens_need_grad = torch.is_grad_enabled() and any(
         part is not None and part.requires_grad for part in (x, positions)
     )
-    nothing = not q.numel() or len(offsets) < 2
-    if backend == "compile" or of_rows or nothing or q.shape[-1] > _WIDEST:
+    is_empty = not q.numel() or len(offsets) < 2
+    if backend == "compile" or tokens_need_grad or is_empty or q.shape[-1] > _MOST_CHANNELS:
         return False
     return on_triton(backend, x.device.type, weights.dtype)
 
@@ -160,14 +167,14 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return what is attended, and pooled, mass, scores and lse of absorbed_attention."""
+    """Return the outputs of the heads, and pooled, mass, scores and lse of absorbed_attention."""
     from . import triton as launchers
 
     statistics = mean.contiguous(), rstd.contiguous()
     tokens = launchers.Tokens.of(x, positions, offsets, counts, *statistics, eps, dropout_p, seed)
-    own = launchers.Weights(weights.contiguous(), shifts.contiguous())
-    attended, made = launchers.gather(rows_apart(q), own, tokens, scale)
-    return attended, made.pooled, made.mass, made.scores, made.lse
+    folded = launchers.HeadWeights(weights.contiguous(), shifts.contiguous())
+    out, attended = launchers.attend_heads(rows_apart(q), folded, tokens, scale)
+    return out, attended.pooled, attended.mass, attended.scores, attended.lse
 
 
 def _backward_of(
@@ -195,15 +202,17 @@ def _backward_of(
 
     statistics = mean.contiguous(), rstd.contiguous()
     tokens = launchers.Tokens.of(x, positions, offsets, counts, *statistics, eps, dropout_p, seed)
-    own = launchers.Weights(weights.contiguous(), shifts.contiguous())
-    made = launchers.Attended(pooled, mass, scores, lse)
-    return launchers.gather_backward(rows_apart(grad), rows_apart(q), own, made, tokens, scale)
+    folded = launchers.HeadWeights(weights.contiguous(), shifts.contiguous())
+    attended = launchers.Attended(pooled, mass, scores, lse)
+    return launchers.attend_heads_backward(
+        rows_apart(grad), rows_apart(q), folded, attended, tokens, scale
+    )
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.scale, ctx.eps, ctx.dropout_p, seed = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros [T, R] for what nobody differentiates
+    ctx.set_materialize_grads(False)  # else torch makes zeros [T, R] as the gradient of the scores
     ctx.save_for_backward(*tensors, *output[1:], seed)
 
 
@@ -211,10 +220,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
     *saved, seed = ctx.saved_tensors
-    made = torch.ops.motet.absorbed_gather_backward(
+    grads = torch.ops.motet.absorbed_heads_backward(
         grad, *saved, ctx.scale, ctx.eps, ctx.dropout_p, seed
     )
-    return *made, *[None] * 10
+    return *grads, *[None] * 10
 
 
 def _fake(q, weights, shifts, x, positions, offsets, *_):
@@ -237,11 +246,11 @@ def _fake_backward(grad, q, weights, shifts, *_):
     )
 
 
-_LIBRARY.impl("absorbed_gather", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("absorbed_gather_backward", _backward_of, "CompositeExplicitAutograd")
-torch.library.register_fake("motet::absorbed_gather", _fake, lib=_LIBRARY)
-torch.library.register_fake("motet::absorbed_gather_backward", _fake_backward, lib=_LIBRARY)
+_LIBRARY.impl("absorbed_heads", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("absorbed_heads_backward", _backward_of, "CompositeExplicitAutograd")
+torch.library.register_fake("motet::absorbed_heads", _fake, lib=_LIBRARY)
+torch.library.register_fake("motet::absorbed_heads_backward", _fake_backward, lib=_LIBRARY)
 torch.library.register_autograd(
-    "motet::absorbed_gather", _backward, setup_context=_setup_context, lib=_LIBRARY
+    "motet::absorbed_heads", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
-refuse_second_derivative(_LIBRARY, "absorbed_gather")
+refuse_second_derivative(_LIBRARY, "absorbed_heads")

@@ -1,4 +1,4 @@
-"""absorbed_gather: its Triton kernels in the interpreter, against the same in torch's operators."""
+"""absorbed_heads: its Triton kernels in the interpreter, against the same in torch's operators."""
 
 import os
 from functools import partial
@@ -14,9 +14,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 import motet
-from motet.kernels.absorbed_attention import gather
+from motet.kernels.absorbed_attention import heads as heads_operator
 from motet.kernels.absorbed_attention import triton as launchers
-from motet.kernels.absorbed_attention.gather import absorbed_gather
+from motet.kernels.absorbed_attention.heads import absorbed_heads
 from motet.kernels.context_kv.triton import Centred, project
 from motet.kernels.dropout import dropout_mask
 from motet.kernels.row_statistics.reference import row_statistics_reference
@@ -48,7 +48,7 @@ def attended(backend: str, x: Tensor, offsets: Tensor = OFFSETS, **options: Any)
         for name in ("positions", "counts"):
             if own.get(name) is not None:
                 own[name] = own[name].to(q.dtype)
-        return absorbed_gather(
+        return absorbed_heads(
             q, weights, shifts, x.to(q.dtype), offsets, scale=SCALE, backend=backend, **own
         )
 
@@ -110,12 +110,12 @@ def test_dropout_is_that_of_the_seed() -> None:
 
     def literal(q: Tensor, weights: Tensor, shifts: Tensor) -> Tensor:
         z = torch.nn.functional.layer_norm(x.to(q.dtype), (37,))
-        asked, rows = gather.ask(q, weights, SCALE), []
+        asked, rows = heads_operator.absorb_queries(q, weights, SCALE), []
         for own, start, stop in zip(asked, OFFSETS[:-1], OFFSETS[1:], strict=True):
             dropped = torch.softmax(own @ z[start:stop].t(), -1) * kept[start:stop].t().to(q.dtype)
             rows.append((dropped @ z[start:stop], dropped.sum(-1)))
         pooled, mass = (torch.stack(part) for part in zip(*rows, strict=True))
-        return gather.project_back(pooled, mass, weights, shifts)
+        return heads_operator.project_back(pooled, mass, weights, shifts)
 
     own = attended("triton", x, dropout_p=0.3, seed=seed)
     assert_close(own(*args), with_gradients(literal)(*args))
@@ -130,12 +130,12 @@ def test_half_precision() -> None:
     dtype = torch.float16
     x = torch.randn(TOKENS, 64)
     args = tuple(part.to(dtype) for part in inputs(channels=64, width=16))
-    own = absorbed_gather(*args, x.to(dtype), OFFSETS, scale=SCALE, backend="triton")
+    own = absorbed_heads(*args, x.to(dtype), OFFSETS, scale=SCALE, backend="triton")
     assert own.dtype == torch.float32
 
     def run(backend: str):
         def of(*args: Tensor) -> Tensor:
-            return absorbed_gather(
+            return absorbed_heads(
                 *args, x.to(dtype).to(args[0].dtype), OFFSETS, scale=SCALE, backend=backend
             ).to(args[0].dtype)  # fmt: skip
 
@@ -156,7 +156,7 @@ def test_what_is_multiplied_with_tokens_is_centred(monkeypatch: pytest.MonkeyPat
     args = tuple(part.half().requires_grad_() for part in inputs(channels=42))
     q, weights, _ = args
     x, positions = torch.randn(TOKENS, 37).half(), torch.randn(TOKENS, 5)
-    out = absorbed_gather(*args, x, OFFSETS, positions=positions, scale=SCALE, backend="triton")
+    out = absorbed_heads(*args, x, OFFSETS, positions=positions, scale=SCALE, backend="triton")
     grad = torch.randn_like(out)
     out.backward(grad)
     rounded = q.double() * SCALE, grad.half().double()
@@ -171,7 +171,7 @@ def test_what_is_multiplied_with_tokens_is_centred(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_a_bag_alone_is_the_bag_in_a_batch(dropout_p: float) -> None:
-    """What a bag gathers and the gradients of its queries, bit for bit; rows behind belong to none.
+    """Outputs and gradients have the same bits; rows behind the last bag have no effect.
 
     Dropout's masks are drawn by the number of the bag, which is the first here.
     """
@@ -181,7 +181,7 @@ def test_a_bag_alone_is_the_bag_in_a_batch(dropout_p: float) -> None:
 
     def run(q: Tensor, offsets: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
         own = q.detach().requires_grad_()
-        out = absorbed_gather(
+        out = absorbed_heads(
             own, weights, shifts, tokens[0], offsets, positions=tokens[1], scale=SCALE,
             dropout_p=dropout_p, seed=seed, backend="triton",
         )  # fmt: skip
@@ -210,11 +210,11 @@ def test_registration() -> None:
         args = [part.requires_grad_() for part in inputs(channels=8, bags=bags)]
         tokens = (x, positions, offsets, None if dropout_p else torch.ones(12), mean, rstd)
         how = (SCALE, 1e-5, dropout_p, seed if dropout_p else None)
-        opcheck(torch.ops.motet.absorbed_gather, (*args, *tokens, *how))
+        opcheck(torch.ops.motet.absorbed_heads, (*args, *tokens, *how))
         plain = [part.detach() for part in args]
-        grad, *made = torch.ops.motet.absorbed_gather(*plain, *tokens, *how)
-        opcheck(torch.ops.motet.absorbed_gather_backward, (grad, *plain, *tokens, *made, *how))
-    run = partial(absorbed_gather, x=torch.randn(12, 8), offsets=offsets, scale=SCALE)
+        grad, *made = torch.ops.motet.absorbed_heads(*plain, *tokens, *how)
+        opcheck(torch.ops.motet.absorbed_heads_backward, (grad, *plain, *tokens, *made, *how))
+    run = partial(absorbed_heads, x=torch.randn(12, 8), offsets=offsets, scale=SCALE)
     assert_differentiable_once(
         lambda *t: run(*t, backend="triton"), *inputs(channels=8, bags=3)
     )  # fmt: skip
@@ -223,15 +223,15 @@ def test_registration() -> None:
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens with a gradient, heads too wide and no queries are absorbed_attention's, in torch."""
     calls: list[str] = []
-    composition = gather.absorbed_attention
+    composition = heads_operator.absorbed_attention
 
     def seen(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         calls.append(options["backend"])
         return composition(*args, **options)
 
-    monkeypatch.setattr(gather, "absorbed_attention", seen)
+    monkeypatch.setattr(heads_operator, "absorbed_attention", seen)
     offsets, x = offsets_of([4, 8]), torch.randn(12, 37)
-    run = partial(absorbed_gather, offsets=offsets, scale=SCALE)
+    run = partial(absorbed_heads, offsets=offsets, scale=SCALE)
     q, *folded = inputs(channels=37, bags=2)
     run(q, *folded, x, backend="triton")
     assert calls == []
@@ -250,7 +250,7 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_does_not_fit() -> None:
     x, offsets = torch.randn(12, 37), offsets_of([4, 8])
-    run = partial(absorbed_gather, offsets=offsets, scale=SCALE, backend="triton")
+    run = partial(absorbed_heads, offsets=offsets, scale=SCALE, backend="triton")
     q, weights, shifts = inputs(channels=37, bags=2)
     with pytest.raises(ValueError, match=r"weights: expected torch.float32 \[4, 5, 37\] on cpu"):
         run(q, weights[:, :, :36], shifts, x)
