@@ -152,7 +152,7 @@ def attended(
     dtype: str, heads: int, latents: int, width: int, *, channels: int = 0, shared: bool = False,
     q_dtype: str | None = None,
 ) -> Callable[[], None]:  # fmt: skip
-    """Return a function that calls the launchers of absorbed_gather at one size.
+    """Return a function that calls the launchers of absorbed_heads at one size.
 
     Its queries and values are `width` numbers per head; those of absorbed_attention are as wide as
     tokens.

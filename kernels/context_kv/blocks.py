@@ -1,4 +1,4 @@
-"""How many outputs of a product with the tokens a program computes, by arithmetic alone."""
+"""Which block of outputs one program of a product with the tokens computes."""
 
 from typing import NamedTuple
 
@@ -9,47 +9,56 @@ TMA = (90, 100, 103)
 
 
 class Columns(NamedTuple):
-    """The outputs of one program: a block, and a narrow one beside it, powers of 2 as tiles are.
+    """The outputs of one program: a main block, and a narrow block beside it, or 0 for none.
 
-    136 outputs, those of 17 latents and 8 heads, take 128 + 16 columns, not 256.
+    Triton's tiles have powers of 2 as sizes. With one block, the 136 outputs of 17 latents and 8
+    heads would take 256 columns, almost half of them padding; with two they take
+    128 + 16.
     """
 
     main: int
-    rest: int
+    narrow: int
 
     @property
     def width(self) -> int:
-        return self.main + self.rest
+        return self.main + self.narrow
 
 
-_NARROW = (Columns(16, 0), Columns(32, 0), Columns(64, 0))
-# Of 32 bits, or of what is normalised in registers.
-SINGLE = (*_NARROW, Columns(128, 0))
-# On sm_80, and in projections on sm_100, more spill.
-HALF = (*_NARROW, Columns(64, 16), Columns(128, 0), Columns(128, 16))
+_SMALL = (Columns(16, 0), Columns(32, 0), Columns(64, 0))
+# For 32-bit operands, and for tokens that are normalised in registers: the registers hold no more.
+SINGLE = (*_SMALL, Columns(128, 0))
+# For 16-bit operands on sm_80, and in projections on sm_100: larger ones spill registers.
+HALF = (*_SMALL, Columns(64, 16), Columns(128, 0), Columns(128, 16))
+# For pooling by TMA on sm_100.
 WIDE = (*HALF, Columns(256, 0))
+# For both products by TMA on sm_90.
 HOPPER = (*WIDE, Columns(128, 32), Columns(128, 64), Columns(256, 16))
 
 
 def columns_of(outputs: int, allowed: tuple[Columns, ...]) -> Columns:
-    """Return which columns, of those allowed, read least from the second-level cache.
+    """Return the block of outputs, of those allowed, with the fewest reads from the L2 cache.
 
-    That is 128 rows of tokens and its own outputs' weights in every step of a program.
+    In every step a program reads 128 rows of tokens and the rows of weights of its outputs, so the
+    reads are (128 + width) times the number of programs that the outputs take. Of two blocks with
+    equal reads the narrower one is taken.
     """
-    return min(allowed, key=lambda own: (cdiv(outputs, own.width) * (128 + own.width), own.width))
+    return min(
+        allowed, key=lambda block: (cdiv(outputs, block.width) * (128 + block.width), block.width)
+    )
 
 
 def padded_columns(outputs: int, capability: int) -> int:
-    """Return how many outputs a projection computes for `outputs`, beyond the last too."""
-    own = columns_of(outputs, HOPPER if capability == 90 else HALF)
-    return cdiv(outputs, own.width) * own.width
+    """Return how many outputs a projection computes for `outputs`, those of padding included."""
+    block = columns_of(outputs, HOPPER if capability == 90 else HALF)
+    return cdiv(outputs, block.width) * block.width
 
 
 def pool_chunk(outputs: int) -> int:
-    """Return the rows that one program pools: 512 to 16,384, 16 to 32 for each output.
+    """Return the rows that one program pools: 16 to 32 for each output, from 512 to 16,384.
 
-    Its result is float32, so that to write and to read the results of all programs takes an eighth
-    to a quarter of what reading the tokens in 16 bits does. Chunks depend on nothing else: a bag
-    alone is cut as it is in any batch.
+    A program writes one fp32 row of the tokens' width for each output, which another kernel reads.
+    With 16 to 32 rows for each output, that moves an eighth to a quarter of the bytes of the
+    tokens in 16 bits. The size of a chunk depends on nothing else, so that a bag is cut alike in
+    any batch.
     """
     return max(512, min(16384, next_power_of_2(32 * outputs + 1) // 2))

@@ -18,18 +18,21 @@ def forward(
     rstd: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the projections [S, T, O], and the statistics of the rows, empty if given."""
+    """Return the projections [S, T, O], and means and 1 / SDs of the rows.
+
+    The statistics are empty if the caller gave them.
+    """
     statistics = None if mean is None or rstd is None else (mean, rstd)
     sets, outputs, width = weight.shape
     y = weight.new_empty(sets, len(x), outputs)
-    found = len(x) if statistics is None else 0
-    means, rstds = (x.new_empty(found, dtype=wide(x.dtype)) for _ in range(2))
+    computed = len(x) if statistics is None else 0
+    means, rstds = (x.new_empty(computed, dtype=wide(x.dtype)) for _ in range(2))
     standardised = Standardiser(x, positions, eps, weight.dtype)
     for _, start, stop in chunks(bounds_of(offsets, len(x)), width, x):
         rows = slice(start, stop)
-        z, *own = standardised(rows, statistics)
+        z, *computed_statistics = standardised(rows, statistics)
         if statistics is None:
-            means[rows], rstds[rows] = own
+            means[rows], rstds[rows] = computed_statistics
         for s in range(sets):
             if bias is None:
                 torch.mm(z, weight[s].t(), out=y[s, rows])
@@ -46,39 +49,43 @@ def backward(
     offsets: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    given: bool,
+    statistics_given: bool,
     eps: float,
     *,
-    tokens: bool,
-    weights: bool,
+    needs_tokens: bool,
+    needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, positions and weight; empty where not asked for.
+    """Return the gradients of x, positions and weight, empty where they are not needed.
 
     Args:
-        tokens: whether those of x and positions are.
-        weights: whether that of weight is.
+        statistics_given: whether the caller gave mean and rstd to the forward pass.
+        needs_tokens: whether the gradients of x and positions are needed.
+        needs_weight: whether the gradient of weight is needed.
     """
     full = wide(x.dtype)
-    dweight = weight.new_zeros(weight.shape if weights else 0, dtype=full)
-    drows = x.new_empty((len(x), weight.shape[2]) if tokens else 0, dtype=full)
-    # Only the gradients of tokens are a bag's own.
-    bounds = bounds_of(offsets if tokens else None, len(x)) if weights or tokens else []
+    dweight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=full)
+    drows = x.new_empty((len(x), weight.shape[2]) if needs_tokens else 0, dtype=full)
+    # The gradients of a bag's tokens must not depend on the other bags. That of the weight is a sum
+    # over all bags, so that its chunks need not end where bags do.
+    needed = needs_weight or needs_tokens
+    bounds = bounds_of(offsets if needs_tokens else None, len(x)) if needed else []
     standardised = Standardiser(x, positions, eps, weight.dtype)
     for _, start, stop in chunks(bounds, weight.shape[2], x):
         rows = slice(start, stop)
-        # Computed again in the very bits of the forward pass, in one sweep.
-        z, _, own = standardised(rows, (mean, rstd) if given else None)
-        if weights:
+        # Normalised as in the forward pass, so that z has the same bits. Where the forward pass
+        # computed the statistics in C++, in one sweep with z, they are computed again with z.
+        z, _, row_rstd = standardised(rows, (mean, rstd) if statistics_given else None)
+        if needs_weight:
             for s in range(len(weight)):
                 if full == weight.dtype:
                     dweight[s].addmm_(grad[s, rows].t(), z)
                 else:
                     dweight[s] += grad[s, rows].t() @ z
-        if tokens:
+        if needs_tokens:
             dz = torch.zeros_like(z, dtype=full)
             for s in range(len(weight)):
                 dz += grad[s, rows] @ weight[s]
-            drows[rows] = standardise_backward(dz, z.to(full), own)
-    if not tokens:
+            drows[rows] = standardise_backward(dz, z.to(full), row_rstd)
+    if not needs_tokens:
         return x.new_empty(0), x.new_empty(0), dweight.to(weight.dtype)
     return *split_gradient(drows, x, positions), dweight.to(weight.dtype)

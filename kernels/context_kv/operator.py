@@ -19,7 +19,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "context_kv_backward(Tensor grad, Tensor x, Tensor? positions, Tensor weight, Tensor? offsets, "
-    "Tensor mean, Tensor rstd, bool given, float eps, str backend, bool[3] needed) "
+    "Tensor mean, Tensor rstd, bool statistics_given, float eps, str backend, bool[3] needed) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -35,15 +35,15 @@ def context_kv(
     eps: float = 1e-5,
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""Normalise context tokens and project them with several weight sets, reading them once.
+    r"""Normalise context tokens and project them by several weight sets, reading them once.
 
     .. math:: y_{s,t} = W_s \frac{z_t - \mu_t}{\sqrt{\sigma_t^2 + \epsilon}} + b_s,
         \quad z_t = [x_t \,|\, p_t]
 
     The K and V of HEALNet's Eq. 2 for all layers at once. The gain γ and shift β of a LayerNorm
     belong in the weights: W = W₀ diag(γ), b = W₀ β. Neither the normalised tokens nor their
-    concatenation with the positions is ever stored. Rows with a mean far above their standard
-    deviation lose no digits: they, or else the weights, are centred before the product.
+    concatenation with the positions is ever stored. Rows whose mean is far above their standard
+    deviation lose no digits: the rows, or else the weights, are centred before the product.
 
     Args:
         x: [T, D] tokens; [B, N, D] counts as B·N of them.
@@ -51,8 +51,8 @@ def context_kv(
         bias: [S, O] or [O], like `weight`.
         positions: [T, P], joined to the tokens; or [N, P] for every N tokens, T a multiple of N.
         offsets: int64 [B + 1], the bags. They change no number in exact arithmetic; with them a
-            bag gives the same bits in any batch. Results of tokens behind the last are undefined.
-        statistics: what row_statistics gives for these very rows, where known; None computes it.
+            bag gives the same bits in any batch. Results behind the last bag are undefined.
+        statistics: what row_statistics returned for these rows; None computes them.
         eps: ε.
         backend: "auto", "triton", "compile" (without statistics; with them "eager") or "eager".
 
@@ -117,8 +117,11 @@ def _check(
         raise ValueError(f"weight: expected a dtype that goes with {x.dtype}, got {weight.dtype}")
 
 
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what stands for statistics that were given: an operator returns no argument."""
+def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two empty tensors, for statistics that the caller gave.
+
+    A torch.library operator must not return one of its arguments.
+    """
     return x.new_empty(0, dtype=wide(x.dtype)), x.new_empty(0, dtype=wide(x.dtype))
 
 
@@ -133,19 +136,19 @@ def _forward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, and the means and 1 / SDs of the rows, empty where they were given."""
+    """Return y, and the means and 1 / SDs of the rows, empty if the caller gave them."""
     if not on_triton(backend, weight.device.type, weight.dtype):
         return cpu.forward(x, positions, weight, bias, offsets, mean, rstd, eps)
     from ..row_statistics.triton import statistics_of
     from . import triton as launchers
 
     x, positions = rows_apart(x), None if positions is None else rows_apart(positions)
-    own = mean is None
+    statistics_given = mean is not None
     mean, rstd = statistics_of(x, positions, mean, rstd, eps)
     centred, _ = launchers.centre(weight.contiguous(), x.shape[1], None)
     bias = None if bias is None else bias.contiguous()
     y = launchers.project(x, positions, centred, bias, None, mean, rstd, eps)
-    return (y, mean, rstd) if own else (y, *_nothing(x))
+    return (y, *_no_statistics(x)) if statistics_given else (y, mean, rstd)
 
 
 def _backward_rows(
@@ -156,43 +159,43 @@ def _backward_rows(
     offsets: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    given: bool,
+    statistics_given: bool,
     eps: float,
     backend: str,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, positions, weight and bias; empty where not `needed`.
+    """Return the gradients of x, positions, weight and bias, empty where they are not needed.
 
-    `needed` speaks of x or positions, of the weight, and of the bias.
+    `needed` says whether those of x or positions, of the weight, and of the bias are.
     """
-    tokens, weights, biases = needed
+    needs_tokens, needs_weight, needs_bias = needed
     dbias = x.new_empty(0)
     dweight = None
-    if weights and on_triton(backend, weight.device.type, weight.dtype):
+    if needs_weight and on_triton(backend, weight.device.type, weight.dtype):
         from . import triton as launchers
 
-        places = None if positions is None else rows_apart(positions)
+        p = None if positions is None else rows_apart(positions)
         dweight, sums = launchers.weight_gradient(
-            grad, rows_apart(x), places, mean.contiguous(), rstd.contiguous(), eps
+            grad, rows_apart(x), p, mean.contiguous(), rstd.contiguous(), eps
         )
-        dbias = sums if biases else dbias
-        if not tokens:
+        dbias = sums if needs_bias else dbias
+        if not needs_tokens:
             return x.new_empty(0), x.new_empty(0), dweight, dbias
-    elif biases:
+    elif needs_bias:
         dbias = grad.sum(1, dtype=wide(x.dtype)).to(weight.dtype)
-    dx, dpositions, rest = cpu.backward(
-        grad, x, positions, weight, offsets, mean, rstd, given, eps, tokens=tokens,
-        weights=weights and dweight is None,
+    dx, dpositions, cpu_dweight = cpu.backward(
+        grad, x, positions, weight, offsets, mean, rstd, statistics_given, eps,
+        needs_tokens=needs_tokens, needs_weight=needs_weight and dweight is None,
     )  # fmt: skip
-    return dx, dpositions, rest if dweight is None else dweight, dbias
+    return dx, dpositions, cpu_dweight if dweight is None else dweight, dbias
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, positions, weight, _, offsets, *given, ctx.eps, ctx.backend = inputs
-    ctx.given = given[0] is not None
+    x, positions, weight, _, offsets, *statistics, ctx.eps, ctx.backend = inputs
+    ctx.statistics_given = statistics[0] is not None
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for what nobody differentiates
-    statistics = given if ctx.given else output[1:]
+    ctx.set_materialize_grads(False)  # else torch makes zeros as the gradient of the statistics
+    statistics = statistics if ctx.statistics_given else output[1:]
     ctx.save_for_backward(x, positions, weight, offsets, *statistics)
 
 
@@ -200,16 +203,16 @@ def _backward(ctx, grad: Tensor | None, *_: None):
     if grad is None:
         return (None,) * 9
     x, positions, weight, offsets, mean, rstd = ctx.saved_tensors
-    of_x, of_positions, of_weight, of_bias = ctx.needs_input_grad[:4]
+    needs_x, needs_positions, needs_weight, needs_bias = ctx.needs_input_grad[:4]
     dx, dpositions, dweight, dbias = torch.ops.motet.context_kv_backward(
-        grad.contiguous(), x, positions, weight, offsets, mean, rstd, ctx.given, ctx.eps,
-        ctx.backend, [of_x or of_positions, of_weight, of_bias],
+        grad.contiguous(), x, positions, weight, offsets, mean, rstd, ctx.statistics_given,
+        ctx.eps, ctx.backend, [needs_x or needs_positions, needs_weight, needs_bias],
     )  # fmt: skip
     return (
-        dx if of_x else None,
-        dpositions if of_positions else None,
-        dweight if of_weight else None,
-        dbias if of_bias else None,
+        dx if needs_x else None,
+        dpositions if needs_positions else None,
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
         *[None] * 5,
     )
 
@@ -217,19 +220,19 @@ def _backward(ctx, grad: Tensor | None, *_: None):
 def _fake(x, positions, weight, bias, offsets, mean, rstd, eps, backend):
     y = weight.new_empty(weight.shape[0], x.shape[0], weight.shape[1])
     if mean is not None:
-        return y, *_nothing(x)
+        return y, *_no_statistics(x)
     return y, *(x.new_empty(x.shape[0], dtype=wide(x.dtype)) for _ in range(2))
 
 
-def _fake_backward(grad, x, positions, weight, offsets, mean, rstd, given, eps, backend, needed):
-    tokens, weights, biases = needed
+def _fake_backward(grad, x, positions, weight, *rest):
+    needs_tokens, needs_weight, needs_bias = rest[-1]
     return (
-        x.new_empty(x.shape if tokens else 0),
+        x.new_empty(x.shape if needs_tokens else 0),
         positions.new_empty(positions.shape)
-        if tokens and positions is not None
+        if needs_tokens and positions is not None
         else x.new_empty(0),
-        weight.new_empty(weight.shape if weights else 0),
-        weight.new_empty(weight.shape[:2]) if biases else x.new_empty(0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+        weight.new_empty(weight.shape[:2]) if needs_bias else x.new_empty(0),
     )
 
 

@@ -1,4 +1,4 @@
-"""context_kv, literally: what the fast forms are compared with."""
+"""context_kv as its equation says: the fast forms are compared with this one."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def context_kv_reference(
     positions: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Compute context_kv in torch, literally; weight [S, O, D + P]."""
+    """Compute context_kv in torch, as its equation says; weight [S, O, D + P]."""
     z = x
     if positions is not None:
         shared = positions.repeat(len(x) // len(positions), 1) if len(x) else positions[:0]

@@ -1,8 +1,9 @@
 """The products with the tokens on Hopper and Blackwell; triton.py says how they are launched.
 
-Tiles come by the tensor memory accelerator (TMA), from tensors that descriptors describe: one
-thread asks for a whole tile, so that no register holds an address, and rows or columns beyond the
-tensor read as zeros. Rows beyond a bag do not: they are the next bag's.
+The tensor memory accelerator (TMA) loads the tiles, from tensors that descriptors describe: one
+thread starts the copy of a tile into shared memory, and no registers are needed for addresses or
+data. There are no masks: rows and columns behind the end of the tensor read as zeros. Rows behind
+the end of a bag do not: they are those of the next bag, and the kernels must drop them.
 """
 
 import triton
@@ -17,9 +18,10 @@ def _chunk_of_slot(
     slot, offsets_ptr, n_bags, n_rows, CHUNK: tl.constexpr, BAGS: tl.constexpr,
     RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Return what chunk_of_slot does, without a loop: BAGS is at least n_bags.
+    """Return what chunk_of_slot does, without its loop over the bags: BAGS is at least n_bags.
 
-    Without offsets all rows are of one bag.
+    In project_tma_kernel the loop over channels must be the only one inside that over tiles: so the
+    two become one (`flatten`). Without offsets all rows are of one bag.
     """
     if RAGGED:
         b = tl.arange(0, BAGS)
@@ -38,25 +40,30 @@ def _chunk_of_slot(
 
 @triton.jit
 def _project_tile(
-    x_desc, weight_desc, rest_desc, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr, mean_ptr,
+    x_desc, weight_desc, narrow_desc, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr, mean_ptr,
     rstd_ptr, y_ptr, p_t, bag, t, length, first_column, n_total, n_positions, eps,
     COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, NARROW: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """Compute y of up to BLOCK_T rows from t on, of which `length` are the bag's."""
+    """Compute and store y of up to BLOCK_T rows from t on, of which the first `length` are the
+    bag's.
+
+    The sums of a tile, BLOCK_T x (BLOCK_O + NARROW), stay in registers while the loop goes through
+    the channels; a tile of x is read once and multiplied with both blocks of weights.
+    """
     first_row = first_column
-    if GROUPED:  # what is loaded beyond the bag's own weights is not stored
+    if GROUPED:  # weights of the next bag may be loaded too; their columns are not stored
         first_row = bag.to(tl.int32) * OUTPUTS + first_column
     acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    if REST > 0:
-        rest = tl.zeros([BLOCK_T, REST], tl.float32)
+    if NARROW > 0:
+        narrow = tl.zeros([BLOCK_T, NARROW], tl.float32)
     t_index = t.to(tl.int32)
     for d0 in range(0, D, BLOCK_D):
         x = x_desc.load([t_index, d0])
         acc = tl.dot(x, weight_desc.load([first_row, d0]).T, acc)
-        if REST > 0:
-            rest = tl.dot(x, rest_desc.load([first_row + BLOCK_O, d0]).T, rest)
+        if NARROW > 0:
+            narrow = tl.dot(x, narrow_desc.load([first_row + BLOCK_O, d0]).T, narrow)
     row = tl.arange(0, BLOCK_T)
     valid = row < length
     mean = tl.load(mean_ptr + t + row, mask=valid, other=0.0)
@@ -66,98 +73,101 @@ def _project_tile(
         rstd_ptr, y_ptr, p_t, n_total, n_positions, eps, COLUMNS, OUTPUTS, P, BLOCK_P, GROUPED,
         True,
     )  # fmt: skip
-    if REST > 0:
-        column = first_column + BLOCK_O + tl.arange(0, REST)
+    if NARROW > 0:
+        column = first_column + BLOCK_O + tl.arange(0, NARROW)
         finish_projection(
-            rest, column, row, valid, t, bag, mean, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
+            narrow, column, row, valid, t, bag, mean, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
             rstd_ptr, y_ptr, p_t, n_total, n_positions, eps, COLUMNS, OUTPUTS, P, BLOCK_P, GROUPED,
             True,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_bags", "n_total", "n_rows", "n_positions", "n_whole", "n_halves"])
+@triton.jit(do_not_specialize=["n_bags", "n_total", "n_rows", "n_positions", "n_full", "n_half"])
 def project_tma_kernel(
-    x_desc, half_desc, weight_desc, rest_desc, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
+    x_desc, half_desc, weight_desc, narrow_desc, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
     offsets_ptr, mean_ptr, rstd_ptr, y_ptr, p_t, n_bags, n_total, n_rows, n_positions, eps,
-    n_whole, n_halves,
+    n_full, n_half,
     COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, NARROW: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUPED: tl.constexpr, BAGS: tl.constexpr,
 ):  # fmt: skip
-    """Compute what project_kernel does with DIRECT, as many programs as there are multiprocessors.
+    """Compute what project_kernel does with DIRECT, by one program for each multiprocessor.
 
-    Each computes every nth of n_whole tiles of BLOCK_T rows, then perhaps one of n_halves tiles of
-    half as many, so that none waits long for the last. Neighbours read the same rows at the same
-    time. `flatten` makes one loop of those over tiles and over channels, so that the next tile's
-    operands are loaded while this one's results are stored. Tiles beyond their bag, left over,
-    store nothing.
+    A program computes every n_programs-th of n_full tiles of BLOCK_T rows; then, if its number is
+    below n_half, one tile of half as many rows. So all programs end at about the same time (see
+    _waves in triton.py). Programs with neighbouring numbers have the same rows and other outputs,
+    and read the rows at the same time. `flatten` makes one loop of those over tiles and over
+    channels, so that the operands of the next tile are loaded while the results of this one are
+    stored. Slots that no chunk of a bag takes have no valid rows, and store nothing.
     """
-    WIDTH: tl.constexpr = BLOCK_O + REST
+    WIDTH: tl.constexpr = BLOCK_O + NARROW
     o_tiles: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
     program = tl.program_id(0)
     n_programs = tl.num_programs(0)
-    for tile in tl.range(program, n_whole, n_programs, flatten=True):
+    for tile in tl.range(program, n_full, n_programs, flatten=True):
         slot = tile // o_tiles
         bag, origin, start, stop = _chunk_of_slot(
             slot, offsets_ptr, n_bags, n_rows, BLOCK_T, BAGS, GROUPED
         )
         _project_tile(
-            x_desc, weight_desc, rest_desc, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr, mean_ptr,
-            rstd_ptr, y_ptr, p_t, bag, origin + start, stop - start, tile % o_tiles * WIDTH,
-            n_total, n_positions, eps, COLUMNS, OUTPUTS, D, P, BLOCK_T, BLOCK_O, REST, BLOCK_D,
-            BLOCK_P, GROUPED,
+            x_desc, weight_desc, narrow_desc, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
+            mean_ptr, rstd_ptr, y_ptr, p_t, bag, origin + start, stop - start,
+            tile % o_tiles * WIDTH, n_total, n_positions, eps, COLUMNS, OUTPUTS, D, P, BLOCK_T,
+            BLOCK_O, NARROW, BLOCK_D, BLOCK_P, GROUPED,
         )  # fmt: skip
-    if program < n_halves:
+    if program < n_half:
         HALF: tl.constexpr = BLOCK_T // 2
-        slot = n_whole // o_tiles + program // (2 * o_tiles)
+        slot = n_full // o_tiles + program // (2 * o_tiles)
         bag, origin, start, stop = _chunk_of_slot(
             slot, offsets_ptr, n_bags, n_rows, BLOCK_T, BAGS, GROUPED
         )
         start += program // o_tiles % 2 * HALF
         _project_tile(
-            half_desc, weight_desc, rest_desc, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
+            half_desc, weight_desc, narrow_desc, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
             mean_ptr, rstd_ptr, y_ptr, p_t, bag, origin + start, stop - start,
             program % o_tiles * WIDTH, n_total, n_positions, eps, COLUMNS, OUTPUTS, D, P, HALF,
-            BLOCK_O, REST, BLOCK_D, BLOCK_P, GROUPED,
+            BLOCK_O, NARROW, BLOCK_D, BLOCK_P, GROUPED,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_bags", "n_rows", "n_slots"])
 def pool_tma_kernel(
-    a_desc, rest_desc, x_desc, offsets_ptr, partial_ptr, n_bags, n_rows, n_slots,
+    a_desc, narrow_desc, x_desc, offsets_ptr, partial_ptr, n_bags, n_rows, n_slots,
     COLUMNS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_O: tl.constexpr, NARROW: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Compute what pool_kernel does with SCALED, both operands from shared memory.
 
-    The product is x^T a, [BLOCK_D, BLOCK_O]: matrix units take 64 rows at a time, but columns by 8,
-    and O may be 136.
+    The product is computed as x^T a, [BLOCK_D, BLOCK_O], not as a^T x: matrix units take rows by 64
+    but columns by 8, and the outputs may be 136. The loop reads full blocks of rows without a mask;
+    the rows from `tail` on, fewer than a block, come after it, and those behind the bag's end are
+    set to zero: they are the next bag's.
     """
-    WIDTH: tl.constexpr = BLOCK_O + REST
+    WIDTH: tl.constexpr = BLOCK_O + NARROW
     slot, d0, o0 = pool_program(n_slots, COLUMNS, WIDTH, D, BLOCK_D)
     _, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_rows, CHUNK, RAGGED)
     if start >= stop:
         return
     first = (origin + start).to(tl.int32)
     end = (origin + stop).to(tl.int32)
-    whole = first + (end - first) // BLOCK_T * BLOCK_T
+    tail = first + (end - first) // BLOCK_T * BLOCK_T
     acc = tl.zeros([BLOCK_D, BLOCK_O], tl.float32)
-    if REST > 0:
-        rest = tl.zeros([BLOCK_D, REST], tl.float32)
-    for t in range(first, whole, BLOCK_T):
+    if NARROW > 0:
+        narrow = tl.zeros([BLOCK_D, NARROW], tl.float32)
+    for t in range(first, tail, BLOCK_T):
         x = x_desc.load([t, d0]).T
         acc = tl.dot(x, a_desc.load([t, o0]), acc)
-        if REST > 0:
-            rest = tl.dot(x, rest_desc.load([t, o0 + BLOCK_O]), rest)
-    if whole < end:  # rows of the next bag count for nothing
-        valid = (whole + tl.arange(0, BLOCK_T) < end)[:, None]
-        x = tl.where(valid, x_desc.load([whole, d0]), 0.0).T
-        acc = tl.dot(x, tl.where(valid, a_desc.load([whole, o0]), 0.0), acc)
-        if REST > 0:
-            a = tl.where(valid, rest_desc.load([whole, o0 + BLOCK_O]), 0.0)
-            rest = tl.dot(x, a, rest)
+        if NARROW > 0:
+            narrow = tl.dot(x, narrow_desc.load([t, o0 + BLOCK_O]), narrow)
+    if tail < end:
+        valid = (tail + tl.arange(0, BLOCK_T) < end)[:, None]
+        x = tl.where(valid, x_desc.load([tail, d0]), 0.0).T
+        acc = tl.dot(x, tl.where(valid, a_desc.load([tail, o0]), 0.0), acc)
+        if NARROW > 0:
+            a = tl.where(valid, narrow_desc.load([tail, o0 + BLOCK_O]), 0.0)
+            narrow = tl.dot(x, a, narrow)
     d = d0 + tl.arange(0, BLOCK_D)
     store_pooled(partial_ptr, acc.T, slot, o0 + tl.arange(0, BLOCK_O), d, COLUMNS, D)
-    if REST > 0:
-        column = o0 + BLOCK_O + tl.arange(0, REST)
-        store_pooled(partial_ptr, rest.T, slot, column, d, COLUMNS, D)
+    if NARROW > 0:
+        column = o0 + BLOCK_O + tl.arange(0, NARROW)
+        store_pooled(partial_ptr, narrow.T, slot, column, d, COLUMNS, D)

@@ -1,4 +1,12 @@
-"""The Triton kernels of context_kv; triton.py says how they are launched."""
+"""The two products with the tokens, and the small kernels around them; triton.py launches them.
+
+`project_kernel` multiplies rows of tokens by weights, summing over the channels; `pool_kernel`
+multiplies the transposed weights a by the tokens, summing over the rows. Both have the tokens x
+[T, D] with a stride between rows and 1 between channels, and positions p apart from them, which are
+too few channels to be worth the concatenation. No kernel adds atomically: each number has one
+writer, and sums over chunks are added up in order by a second kernel, so that the bits are the same
+in every run, and those of a bag in every batch.
+"""
 
 import triton
 import triton.language as tl
@@ -9,7 +17,10 @@ from ..tile_kernels import PRECISION, load_tile, row_factors
 
 @triton.jit
 def _deviations(z, mean, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Return z - mean, 0 in the columns beyond WIDTH."""
+    """Return z - mean in fp32, and 0 in columns behind WIDTH, which a load filled with zeros.
+
+    Without the mask these would be -mean, and add -mean times a weight if that is not zero there.
+    """
     deviation = z.to(tl.float32) - mean[:, None]
     if WIDTH % BLOCK == 0:
         return deviation
@@ -19,29 +30,30 @@ def _deviations(z, mean, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def centre_weights_kernel(
-    weight_ptr, own_ptr, own_p_ptr, sum_ptr, pooled_ptr, dmass_ptr, mass_ptr, delta_ptr,
+    weight_ptr, centred_ptr, centred_p_ptr, sum_ptr, pooled_ptr, dmass_ptr, mass_ptr, delta_ptr,
     D: tl.constexpr, P: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Take the mean off one row of weights, w[n, D + P].
+    """Subtract the mean from one row of weights, w[n, D + P].
 
-    own[n, D] and own_p[n, P] = w - mean(w), rounded, and sum[n] = the sum of what was rounded.
-    Where pooled [n, D + P] is given, w being its gradient: delta[n] = sum(w pooled) + dmass mass.
+    centred[n, D] and centred_p[n, P] are w - mean(w), rounded, and sum[n] the sum of the rounded
+    numbers, which the products with x are corrected by. If pooled [n, D + P] is given, w is its
+    gradient, and delta[n] = sum(w pooled) + dmass mass. A program holds its row in registers.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_W)
     inside = column < D + P
     weight = tl.load(weight_ptr + row * (D + P) + column, mask=inside, other=0.0).to(tl.float32)
-    own = tl.where(inside, weight - tl.sum(weight, 0) / (D + P), 0.0)
-    own = own.to(own_ptr.dtype.element_ty)
-    tl.store(own_ptr + row * D + column, own, mask=column < D)
+    centred = tl.where(inside, weight - tl.sum(weight, 0) / (D + P), 0.0)
+    centred = centred.to(centred_ptr.dtype.element_ty)
+    tl.store(centred_ptr + row * D + column, centred, mask=column < D)
     if P > 0:
-        tl.store(own_p_ptr + row * P + column - D, own, mask=inside & (column >= D))
-    tl.store(sum_ptr + row, tl.sum(own.to(tl.float32), 0))
+        tl.store(centred_p_ptr + row * P + column - D, centred, mask=inside & (column >= D))
+    tl.store(sum_ptr + row, tl.sum(centred.to(tl.float32), 0))
     if pooled_ptr is not None:
         at = row * (D + P) + column
         pooled = tl.load(pooled_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        of_mass = tl.load(dmass_ptr + row).to(tl.float32) * tl.load(mass_ptr + row).to(tl.float32)
-        tl.store(delta_ptr + row, tl.sum(weight * pooled, 0) + of_mass)
+        mass_term = tl.load(dmass_ptr + row).to(tl.float32) * tl.load(mass_ptr + row).to(tl.float32)
+        tl.store(delta_ptr + row, tl.sum(weight * pooled, 0) + mass_term)
 
 
 @triton.jit
@@ -51,13 +63,16 @@ def finish_projection(
     COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
     GROUPED: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """Make y of a tile acc = x weight^T of rows t + row and columns `column`, and store it.
+    """Turn a tile acc = x weight^T into y and store it, for rows t + row and columns `column`.
 
-    The positions' product is added. DIRECT: x and p went in as they lie in memory, and what their
-    mean adds to the product is taken off: mean times the sum of the weights, which are centred, so
-    that the sum is only what rounding left. Then rstd, and the bias.
+    y = rstd (acc + p weight_p^T - mean weight_sum) + bias. The term with the mean only if DIRECT:
+    then x and p were multiplied as they lie in memory, and each row's product contains its mean
+    times the sum of the weights. That sum is small, since the weights are centred: it is what
+    their rounding left. Without DIRECT the mean was subtracted from x before the product.
+    Column `column` of all S sets is output column % OUTPUTS of set column // OUTPUTS; if GROUPED, a
+    bag has one set, its own.
     """
-    wanted = column < COLUMNS
+    inside = column < COLUMNS
     set_row = column
     if GROUPED:
         weight_p_ptr += bag * OUTPUTS * P
@@ -65,21 +80,21 @@ def finish_projection(
     if P > 0:
         position = ((t + row) % n_positions).to(tl.int64)
         z = load_tile(p_ptr, position, p_t, valid, 0, P, BLOCK_P)
-        w = load_tile(weight_p_ptr, column, P, wanted, 0, P, BLOCK_P)
+        w = load_tile(weight_p_ptr, column, P, inside, 0, P, BLOCK_P)
         if not DIRECT:
             z = _deviations(z, mean, 0, P, BLOCK_P)
         acc = tl.dot(z.to(w.dtype), tl.trans(w), acc, input_precision=PRECISION)
     if DIRECT:
-        weight_sum = tl.load(weight_sum_ptr + set_row, mask=wanted, other=0.0)
+        weight_sum = tl.load(weight_sum_ptr + set_row, mask=inside, other=0.0)
         acc -= mean[:, None] * weight_sum[None, :]
     acc *= row_factors(rstd_ptr, t + row, valid, eps)[:, None]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + set_row, mask=wanted, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + set_row, mask=inside, other=0.0).to(tl.float32)[None, :]
     offset = column
     if OUTPUTS < COLUMNS:
         offset = (column // OUTPUTS).to(tl.int64) * n_total * OUTPUTS + column % OUTPUTS
     pointer = y_ptr + t * OUTPUTS + row[:, None] * OUTPUTS + offset[None, :]
-    tl.store(pointer, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & wanted[None, :])
+    tl.store(pointer, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["n_bags", "n_total", "n_rows", "n_positions"])
@@ -87,18 +102,24 @@ def project_kernel(
     x_ptr, p_ptr, weight_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr, offsets_ptr,
     mean_ptr, rstd_ptr, y_ptr, x_t, p_t, n_bags, n_total, n_rows, n_positions, eps,
     COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, NARROW: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUPED: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """y[s, t, o] = sum_w weight[s, o, w] zhat[t, w] + bias[s, o] for BLOCK_T rows of one bag.
 
-    The weights are centred: centre_weights_kernel. DIRECT: rstd (weight z - mean sum_w weight[w])
-    + bias with z as it lies in memory. Otherwise the mean is subtracted before the product. A
-    program has BLOCK_O outputs, and REST more beside them. weight [S O, D], weight_p [S O, P],
-    y [S, T, O].
+    weight [S O, D] and weight_p [S O, P] are centred (centre_weights_kernel), y [S, T, O]. DIRECT:
+    rstd (weight z - mean sum_w weight[w]) + bias, with z as it lies in memory; otherwise the mean
+    is subtracted from z in registers, before the product. GROUPED: one weight set for each bag, and
+    the rows of a slot belong to one bag.
+
+    A program has BLOCK_T rows and BLOCK_O outputs, and NARROW more outputs beside these. Their fp32
+    sums stay in registers through the loop over the channels, which reads each tile of x once for
+    both blocks. The programs of all outputs of the same rows have neighbouring numbers, so that
+    they run together and find the rows in the second-level cache. Rows behind the chunk's end
+    and columns behind COLUMNS are loaded as zeros and not stored.
     """
     program = tl.program_id(0)
-    WIDTH: tl.constexpr = BLOCK_O + REST
+    WIDTH: tl.constexpr = BLOCK_O + NARROW
     tiles: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
     slot = program // tiles
     bag, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_rows, BLOCK_T, GROUPED)
@@ -112,9 +133,9 @@ def project_kernel(
         weight_ptr += bag * OUTPUTS * D
     column = program % tiles * WIDTH + tl.arange(0, BLOCK_O)
     acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
-    if REST > 0:
-        beside = program % tiles * WIDTH + BLOCK_O + tl.arange(0, REST)
-        rest = tl.zeros([BLOCK_T, REST], tl.float32)
+    if NARROW > 0:
+        narrow_column = program % tiles * WIDTH + BLOCK_O + tl.arange(0, NARROW)
+        narrow = tl.zeros([BLOCK_T, NARROW], tl.float32)
     mean = tl.load(mean_ptr + t + row, mask=valid, other=0.0)
     for d0 in range(0, D, BLOCK_D):
         z = load_tile(x_ptr, row, x_t, valid, d0, D, BLOCK_D)
@@ -122,19 +143,19 @@ def project_kernel(
         if not DIRECT:
             z = _deviations(z, mean, d0, D, BLOCK_D).to(w.dtype)
         acc = tl.dot(z, tl.trans(w), acc, input_precision=PRECISION)
-        if REST > 0:
-            w = load_tile(weight_ptr, beside, D, beside < COLUMNS, d0, D, BLOCK_D)
-            rest = tl.dot(z, tl.trans(w), rest, input_precision=PRECISION)
+        if NARROW > 0:
+            w = load_tile(weight_ptr, narrow_column, D, narrow_column < COLUMNS, d0, D, BLOCK_D)
+            narrow = tl.dot(z, tl.trans(w), narrow, input_precision=PRECISION)
     finish_projection(
         acc, column, row, valid, t, bag, mean, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
         rstd_ptr, y_ptr, p_t, n_total, n_positions, eps, COLUMNS, OUTPUTS, P, BLOCK_P, GROUPED,
         DIRECT,
     )  # fmt: skip
-    if REST > 0:
+    if NARROW > 0:
         finish_projection(
-            rest, beside, row, valid, t, bag, mean, p_ptr, weight_p_ptr, weight_sum_ptr, bias_ptr,
-            rstd_ptr, y_ptr, p_t, n_total, n_positions, eps, COLUMNS, OUTPUTS, P, BLOCK_P, GROUPED,
-            DIRECT,
+            narrow, narrow_column, row, valid, t, bag, mean, p_ptr, weight_p_ptr, weight_sum_ptr,
+            bias_ptr, rstd_ptr, y_ptr, p_t, n_total, n_positions, eps, COLUMNS, OUTPUTS, P, BLOCK_P,
+            GROUPED, DIRECT,
         )  # fmt: skip
 
 
@@ -143,9 +164,10 @@ def add_positions(
     acc, a, p_ptr, p_t, t, valid, n_positions, mean_ptr, rstd_ptr,
     P: tl.constexpr, BLOCK_P: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Return acc + a[t]^T p[t mod n_positions], [BLOCK_O, BLOCK_P], of a tile a of rows t.
+    """Return acc + a[t]^T p[t mod n_positions], [BLOCK_O, BLOCK_P], for a tile a of rows t.
 
-    SCALED: a has been multiplied by rstd, and p goes in as it lies in memory; else normalised.
+    SCALED: a has been multiplied by rstd, and p is multiplied as it lies in memory; otherwise p is
+    normalised first.
     """
     p = load_tile(p_ptr, (t % n_positions).to(tl.int64), p_t, valid, 0, P, BLOCK_P).to(tl.float32)
     if not SCALED:
@@ -160,13 +182,13 @@ def store_side(
     side_ptr, slot, column, sums, places, start, stop, COLUMNS: tl.constexpr, P: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """side[slot, column] = [sums | places], of the rows start to stop if there are any."""
-    wanted = (column < COLUMNS) & (start < stop)
+    """Write side[slot, column] = [sums | places], unless the slot has no rows."""
+    valid = (column < COLUMNS) & (start < stop)
     at = (slot.to(tl.int64) * COLUMNS + column) * (1 + P)
-    tl.store(side_ptr + at, sums, mask=wanted)
+    tl.store(side_ptr + at, sums, mask=valid)
     if P > 0:
         place = tl.arange(0, BLOCK_P)
-        mask = wanted[:, None] & (place < P)[None, :]
+        mask = valid[:, None] & (place < P)[None, :]
         tl.store(side_ptr + at[:, None] + 1 + place[None, :], places, mask=mask)
 
 
@@ -176,25 +198,25 @@ def scale_gradient_kernel(
     COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradient [S, T, O] of y over one chunk of rows, by itself and with the positions.
+    """Sum the gradient [S, T, O] of y over one chunk of rows, alone and times the positions.
 
-    side[slot, column] = [sum_t grad | sum_t grad phat[t]^T]. Where `scaled` [T, S O] is given, it
-    becomes grad rstd, with which the tokens are multiplied as they lie in memory.
+    side[slot, column] = [sum_t grad | sum_t grad phat[t]^T]. If `scaled` [T, S O] is given, grad
+    rstd is written to it, by which the tokens are then pooled as they lie in memory.
     """
     slot = tl.program_id(0)
     start = slot * CHUNK
     stop = tl.minimum(start + CHUNK, n_rows)
     column = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    of_grad = column.to(tl.int64)
+    grad_column = column.to(tl.int64)
     if OUTPUTS < COLUMNS:
-        of_grad = (column // OUTPUTS).to(tl.int64) * n_rows * OUTPUTS + column % OUTPUTS
+        grad_column = (column // OUTPUTS).to(tl.int64) * n_rows * OUTPUTS + column % OUTPUTS
     sums = tl.zeros([BLOCK_O], tl.float32)
     places = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
     for t0 in range(start, stop, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T).to(tl.int64)
         valid = t < stop
         mask = valid[:, None] & (column < COLUMNS)[None, :]
-        grad = tl.load(grad_ptr + t[:, None] * OUTPUTS + of_grad[None, :], mask=mask, other=0.0)
+        grad = tl.load(grad_ptr + t[:, None] * OUTPUTS + grad_column[None, :], mask=mask, other=0.0)
         sums += tl.sum(grad.to(tl.float32), 0)
         if scaled_ptr is not None:
             factor = row_factors(rstd_ptr, t, valid, eps)
@@ -214,8 +236,9 @@ def pool_program(
 ):
     """Return a program's slot, its first channel of x, and its first output.
 
-    Slots go from the last to the first: the rows that a projection read last are still in the
-    second-level cache, and those that are read here last are read first by the next projection.
+    Slots are taken from the last to the first. A projection runs before and after, from the first
+    row to the last: its last rows are still in the second-level cache when the pooling
+    begins, and the pooling's last rows are in it when the next projection begins.
     """
     program = tl.program_id(0)
     o_tiles: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
@@ -236,15 +259,20 @@ def pool_kernel(
     a_ptr, x_ptr, mean_ptr, rstd_ptr, offsets_ptr, partial_ptr, a_s, a_units, x_t, n_bags, n_rows,
     n_slots, A_UNIT: tl.constexpr,
     COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, NARROW: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """partial[slot, o, d] = sum_t a[t, o] (x[t, d] - mean[t]) rstd[t] over one chunk of rows.
 
-    SCALED: sum_t a[t, o] x[t, d], both as they lie in memory: a has been multiplied by rstd, and
-    the mean is taken off the sums (combine_pool_kernel). a [S, T, O], partial [slots, S O, D].
+    a [S, T, O], partial [slots, S O, D] in fp32. SCALED: sum_t a[t, o] x[t, d], both as they lie in
+    memory: a has been multiplied by rstd, and combine_pool_kernel subtracts the mean from the sums.
+    a_units A_UNIT is the stride of a's rows: see _pool_by_pointers.
+
+    A program has BLOCK_O outputs, NARROW more beside them, and BLOCK_D channels of x. Their fp32
+    sums stay in registers through the loop over the chunk's rows. Every chunk has a slot of its own
+    in `partial`, so that no two programs add to the same number.
     """
-    WIDTH: tl.constexpr = BLOCK_O + REST
+    WIDTH: tl.constexpr = BLOCK_O + NARROW
     slot, d0, first_column = pool_program(n_slots, COLUMNS, WIDTH, D, BLOCK_D)
     _, origin, start, stop = chunk_of_slot(slot, offsets_ptr, n_bags, n_rows, CHUNK, RAGGED)
     if start >= stop:
@@ -261,9 +289,9 @@ def pool_kernel(
     if OUTPUTS < COLUMNS:
         a_column = (column // OUTPUTS).to(tl.int64) * a_s + column % OUTPUTS
     acc = tl.zeros([BLOCK_O, BLOCK_D], tl.float32)
-    if REST > 0:  # never with sets: OUTPUTS is COLUMNS
-        beside = first_column + BLOCK_O + tl.arange(0, REST)
-        rest = tl.zeros([REST, BLOCK_D], tl.float32)
+    if NARROW > 0:  # only with one set, where OUTPUTS is COLUMNS and a's column is the output
+        narrow_column = first_column + BLOCK_O + tl.arange(0, NARROW)
+        narrow = tl.zeros([NARROW, BLOCK_D], tl.float32)
     for t0 in range(0, length, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         valid = t < length
@@ -275,14 +303,14 @@ def pool_kernel(
             rstd = tl.load(rstd_ptr + t, mask=valid, other=0.0)
             x = (_deviations(x, mean, d0, D, BLOCK_D) * rstd[:, None]).to(a.dtype)
         acc = tl.dot(tl.trans(a), x, acc, input_precision=PRECISION)
-        if REST > 0:
-            mask = valid[:, None] & (beside < COLUMNS)[None, :]
-            a = tl.load(a_ptr + t[:, None] * a_t + beside[None, :], mask=mask, other=0.0)
-            rest = tl.dot(tl.trans(a), x, rest, input_precision=PRECISION)
+        if NARROW > 0:
+            mask = valid[:, None] & (narrow_column < COLUMNS)[None, :]
+            a = tl.load(a_ptr + t[:, None] * a_t + narrow_column[None, :], mask=mask, other=0.0)
+            narrow = tl.dot(tl.trans(a), x, narrow, input_precision=PRECISION)
     d = d0 + tl.arange(0, BLOCK_D)
     store_pooled(partial_ptr, acc, slot, column, d, COLUMNS, D)
-    if REST > 0:
-        store_pooled(partial_ptr, rest, slot, beside, d, COLUMNS, D)
+    if NARROW > 0:
+        store_pooled(partial_ptr, narrow, slot, narrow_column, d, COLUMNS, D)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_side"])
@@ -291,11 +319,13 @@ def combine_pool_kernel(
     COLUMNS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
     SIDE_CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunks of one bag and column in order, and take the mean over the width off.
+    """Add the chunks of one bag and column in order, and subtract the mean over the width.
 
-    out[bag, column] = [sum_j partial[slot + j] | sum_j positions' part of side] - its mean, sums
-    [bag, column] = sum_j sums of side. Where pooled is given, the rounding of what was summed is
-    taken out with the mean token: out -= sums / mass pooled.
+    out[bag, column] = v - mean(v), v = [sum_j partial[slot + j] | sum_j places of side], and
+    sums[bag, column] = sum_j sums of side. `partial` and `side` have chunks of different lengths.
+    If pooled is given, the sums would be zero but for rounding, and out -= sums / mass pooled
+    removes what that added (see _backward_of in absorbed_attention/operator.py). A program has the
+    D + P numbers of one row in registers.
     """
     row = tl.program_id(0)
     bag = row // COLUMNS
@@ -317,8 +347,8 @@ def combine_pool_kernel(
         sums += tl.sum(tl.load(side_ptr + at, mask=valid, other=0.0), 0)
         if P > 0:
             mask = valid[:, None] & (place < P)[None, :]
-            own = tl.load(side_ptr + at[:, None] + 1 + place[None, :], mask=mask, other=0.0)
-            places += tl.sum(own, 0)
+            part = tl.load(side_ptr + at[:, None] + 1 + place[None, :], mask=mask, other=0.0)
+            places += tl.sum(part, 0)
     mean = (tl.sum(out, 0) + tl.sum(places, 0)) / (D + P)
     out -= mean
     places -= mean
@@ -331,8 +361,8 @@ def combine_pool_kernel(
         share = tl.sum(sums, 0) / tl.where(mass > 0, mass, 1.0)
         out -= share * tl.load(pooled_ptr + at + d, mask=d < D, other=0.0).to(tl.float32)
         if P > 0:
-            own = tl.load(pooled_ptr + at + D + place, mask=place < P, other=0.0)
-            places -= share * own.to(tl.float32)
+            token = tl.load(pooled_ptr + at + D + place, mask=place < P, other=0.0)
+            places -= share * token.to(tl.float32)
     tl.store(out_ptr + at + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     if P > 0:
         tl.store(out_ptr + at + D + place, places.to(out_ptr.dtype.element_ty), mask=place < P)
