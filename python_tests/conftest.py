@@ -16,6 +16,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for benchmarks/, which is in the checkout alone
 IN_CI = os.environ.get("CI") == "true"
+SOAK = os.environ.get("MOTET_HYPOTHESIS") == "soak"
 MODELS = Path(__file__).parent / "golden"
 
 # The seeds of a property are fixed, so that a run never fails by chance; `make soak` explores.
@@ -28,7 +29,7 @@ settings.register_profile(
 )
 settings.register_profile("soak", parent=settings.get_profile("fixed"), derandomize=False,
                           max_examples=2000)  # fmt: skip
-settings.load_profile(os.environ.get("MOTET_HYPOTHESIS", "fixed"))
+settings.load_profile("soak" if SOAK else "fixed")
 
 # What torch has compiled for this checkout alone: entries of another name the modules of its tests,
 # which would be imported beside these.

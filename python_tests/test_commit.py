@@ -21,7 +21,7 @@ from motet.io.store.leases import Leases
 from motet.io.store.source import describe
 from motet.io.store.write import StoreWriter, note_failure
 
-from .conftest import ROOT
+from .conftest import ROOT, SOAK
 from .store_helpers import TILING, Slide, numbers, put, spec, tree
 
 
@@ -330,7 +330,7 @@ except StoreError as error:
 
 def test_killed_workers(tmp_path: Path) -> None:
     """kill -9 at random moments, one or two workers, until one ends: the bytes of a quiet run."""
-    seeds = 200 if os.environ.get("MOTET_HYPOTHESIS") == "soak" else 10
+    seeds = 200 if SOAK else 10
     memory = Path("/dev/shm")  # syncing to a disk takes 50 times longer than the rest
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
         script = ROOT / "python_tests" / "kill_store.py"

@@ -1,7 +1,6 @@
 """Honest evaluation: the libraries' figures, pooling by plain loops, intervals that cover."""
 
 import json
-import os
 from itertools import product
 
 import numpy as np
@@ -34,9 +33,7 @@ from sksurv.nonparametric import CensoringDistributionEstimator, SurvivalFunctio
 from sksurv.preprocessing import OneHotEncoder
 from sksurv.util import Surv
 
-from .conftest import data_path
-
-SOAK = os.environ.get("MOTET_HYPOTHESIS") == "soak"
+from .conftest import SOAK, data_path
 
 
 def hancock() -> tuple[pd.DataFrame, np.ndarray]:

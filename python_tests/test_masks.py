@@ -1,7 +1,6 @@
 """Masks in and out: exact shares, polygons, pictures, and what is no mask."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +34,12 @@ def test_coverage_is_that_of_a_literal_loop(mask: np.ndarray, footprint: float, 
     )
 
 
-def test_coverage_of_a_million_patches_is_exact_and_quick() -> None:
+def test_coverage_of_a_million_patches_is_exact() -> None:
     mask = made_mask(0, 2048, 1500, 0.5)
     size, footprint = (75_000, 102_400), 128.0  # 2.56 cells
     x, y = np.meshgrid(np.arange(1000) * 75, np.arange(1000) * 102)
     coords = np.stack([x.ravel(), y.ravel()], 1).astype(np.int32)
-    start = time.process_time()
     shares = coverage(mask, coords, footprint, size)
-    assert time.process_time() - start < 5  # measured: 0.6 s
     few = np.random.default_rng(0).choice(len(coords), 30)
     for n in few:
         (i, j) = coords[n, 1] // 50, coords[n, 0] // 50

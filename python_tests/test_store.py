@@ -1,10 +1,9 @@
-"""Feature stores: the format by its golden copy and by zarr alone, reading, damage, speed."""
+"""Feature stores: the format by its golden copy and by zarr alone, reading, damage."""
 
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from motet.io.store.array import StoredArray
 from motet.io.store.format import FLAGS
 from motet.io.store.write import StoreWriter, note_failure
 
+from .conftest import SOAK
 from .store_helpers import GOLDEN, TILING, Slide, numbers, put, spec, tree
 
 TISSUE = [1.0, 0.8, 0.6, 0.4, 0.2]
@@ -342,7 +342,7 @@ def test_a_huge_declaration_allocates_nothing(made: Made) -> None:
             FeatureStore(store.path)["a"].rows([0])
 
 
-# Scale and speed.
+# Scale.
 
 
 def copies(made: Made, n: int) -> tuple[FeatureStore, list[Slide]]:
@@ -370,50 +370,14 @@ def copies(made: Made, n: int) -> tuple[FeatureStore, list[Slide]]:
 
 
 def test_a_large_cohort(made: Made) -> None:
-    """500 slides, 10,000 under the soak profile; a finished cohort is resumed at its pace."""
-    n = 10_000 if os.environ.get("MOTET_HYPOTHESIS") == "soak" else 500
+    """500 slides, 10,000 under the soak profile; a finished cohort has nothing left to do."""
+    n = 10_000 if SOAK else 500
     store, slides = copies(made, n)
     writer = StoreWriter.open(store.path, TILING, "0" * 16, spec("made", 8))
-    start = time.perf_counter()
     assert {writer.state(slide) for slide in slides} == {"done"}
-    resumed = time.perf_counter()
     table = store.manifest()
-    listed = time.perf_counter()
     assert table["patches"].sum() == 100 * n
-    # 20 s of 10,000 slides; here 0.5 s.
-    assert resumed - start < 20 * n / 10_000
-    assert listed - resumed < 20 * n / 10_000
     assert len(store) == n
-
-
-def test_reading_is_as_fast_as_a_memory_map(made: Made) -> None:
-    """At least 0.8 of np.memmap and copy: whole bags with opening, 512 rows of an open slide."""
-    store = made({"a.svs": (np.zeros((4000, 1024), np.float32), None)}, width=1024)
-    key = next(iter(store))
-    slide = store[key]
-    path = f"{slide.path}/features/made/c/0/0"
-    rows = np.random.default_rng(0).choice(4000, 512, replace=False)
-    whole = np.memmap(path, np.float16, "r", shape=(4000, 1024))
-
-    def seconds(work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    def ratio(bare: Callable[[], object], ours: Callable[[], object], turns: int) -> float:
-        pairs = np.array([(seconds(bare), seconds(ours)) for _ in range(turns)])
-        return float(np.median(pairs[:, 0]) / np.median(pairs[:, 1]))
-
-    def best(bare: Callable[[], object], ours: Callable[[], object], turns: int) -> float:
-        """The best of five, so that a busy machine does not decide."""
-        return max(ratio(bare, ours, turns) for _ in range(5))
-
-    assert best(
-        lambda: np.array(np.memmap(path, np.float16, "r", shape=(4000, 1024))),
-        lambda: np.array(store[key].features),
-        15,
-    ) > 0.8  # fmt: skip
-    assert best(lambda: np.array(whole[rows]), lambda: slide.rows(rows), 40) > 0.8
 
 
 # Cohorts.
