@@ -241,7 +241,7 @@ def _rivals(device: str, deadline: float, *, small: bool) -> list[dict[str, Any]
     attentions = rivals.ATTENTIONS | (rivals.ON_CUDA if device == "cuda" else {})
     functions = {name: f for name, f in attentions.items() if name not in rivals.COMPILED}
     rows: list[dict[str, Any]] = []
-    batches = ((20, 20), (1, 20, 9)) if small else ((15_000,) * 8, bench.RAGGED)
+    batches = ((20, 20), (1, 20, 9)) if small else ((15_000,) * 8, bench.RAGGED_GPU)
     for lengths in batches:
         if time.monotonic() > deadline:
             break

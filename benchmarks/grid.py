@@ -101,7 +101,7 @@ def named_cells(*, small: bool = False) -> list[measure.Cell]:
     return [
         *(_cell(name, c, slides, s) for name, c in eight_heads for s in (False, True)),
         *(_cell(name, c, slides, True, dropout=0.1) for name, c in eight_heads),
-        *(_cell(name, c, bench.RAGGED, s) for name, c in eight_heads for s in (True, False)),
+        *(_cell(name, c, bench.RAGGED_GPU, s) for name, c in eight_heads for s in (True, False)),
         *(_cell(name, CONFIGS[name], (n,) * 8, True) for name in ("blca", "ucec")
           for n in (500, 2000, 8000, 60_000)),
         *(_cell(name, CONFIGS[name], (n,), True) for name in ("blca", "kirp")
@@ -120,7 +120,7 @@ def all_cells(*, small: bool = False) -> list[measure.Cell]:
         _cell(name, config, lengths, step, width=width, dropout=dropout)
         for width in (2048, 1024)
         for dropout in (0.0, 0.1)
-        for lengths in (*batches, bench.RAGGED)
+        for lengths in (*batches, bench.RAGGED_GPU)
         for name, config in CONFIGS.items()
         for step in (True, False)
         if step or not dropout  # dropout acts in training alone
