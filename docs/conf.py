@@ -41,7 +41,6 @@ nb_execution_timeout = 300
 nb_merge_streams = True
 
 default_role = "code"  # of docstrings, which set names in single backticks
-add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
