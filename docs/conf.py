@@ -1,5 +1,6 @@
 """How Sphinx builds the site: `make docs`. Building and viewing it need no network."""
 
+import os
 import re
 from typing import Any
 
@@ -22,7 +23,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["figures/README.md"]
-suppress_warnings = ["config.cache"]  # `html_math_renderer` below is a function
+
 
 html_theme = "furo"
 html_title = f"motet {version}"
@@ -34,11 +35,14 @@ html_show_sphinx = False
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-nb_execution_mode = "cache"
+# The kernels of notebooks show their pictures, whatever the environment says.
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # such as tqdm's notice that there are no widgets; errors still count
 
 default_role = "code"  # of docstrings, which set names in single backticks
 autodoc_member_order = "bysource"
