@@ -59,7 +59,8 @@ $(DOCS): $(INSTALLED)
 docs: $(DOCS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going --quiet docs build/docs
 docs-links: $(DOCS)  # needs the network
-	$(BIN)/python -m sphinx -b linkcheck --quiet -D nb_execution_mode=off docs build/docs-links
+	$(BIN)/python -m sphinx -b linkcheck --quiet -D nb_execution_mode=off \
+	-D suppress_warnings=myst-nb.lexer docs build/docs-links
 
 # The quick benchmarks, each with its error beside it.
 bench: $(INSTALLED)

@@ -362,6 +362,9 @@ def test_documents_link_to_what_exists() -> None:
         prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", prose):
             assert (path.parent / target).exists(), f"{path} links to {target}"
+    for path in [*SOURCES, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "csrc").rglob("*.?pp")]:
+        for page in re.findall(r"docs/[\w/-]+\.\w+", path.read_text()):
+            assert (ROOT / page).exists(), f"{path} names {page}"
 
 
 def test_figures_are_as_drawn() -> None:
