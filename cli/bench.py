@@ -69,10 +69,10 @@ def measure(
     row: dict[str, Any] = {"cell": cell.name, "dtype": dtype, "strategy": strategy}
     row["predicted_ms"] = 1e3 * planned.seconds
     try:
-        row["error"], row["allowed_error"] = _errors(cell, dtype, device)
+        row["error"], row["allowed_error"] = _measure_errors(cell, dtype, device)
         if not row["error"]["motet"] <= row["allowed_error"]:
             return row | {"failed": f"error {row['error']['motet']:.1e} is out of bounds"}
-        times, row["peak_mib"] = _times_and_peaks(cell, dtype, device, quick=quick)
+        times, row["peak_mib"] = _measure_times_and_peaks(cell, dtype, device, quick=quick)
     except RuntimeError as error:  # most often: out of memory
         return row | {"failed": " ".join(str(error).split())}
     row["ms"] = {name: timing._asdict() for name, timing in times.items()}
@@ -81,7 +81,7 @@ def measure(
     return row | {"roofline_share": 1e3 * least / times["motet"].median}
 
 
-def _contenders(work: Workload) -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
+def _make_contenders(work: Workload) -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
     """Return functions that make the functions to compare.
 
     On a GPU "motet" is the CUDA graph of `motet train`, and "eager" the same without a graph.
@@ -94,17 +94,18 @@ def _contenders(work: Workload) -> dict[str, Callable[[], Callable[[], list[Tens
     )
 
 
-def _errors(cell: Cell, dtype: str, device: str) -> tuple[dict[str, float], float]:
+def _measure_errors(cell: Cell, dtype: str, device: str) -> tuple[dict[str, float], float]:
     """Return the errors and the largest allowed error; on a CPU of short bags: float64 is slow."""
     work = Workload(cell if device == "cuda" else cell.shortened(300), dtype, device)
     exact = work.exact()
     errors = {
-        contender: relative_error(make()(), exact) for contender, make in _contenders(work).items()
+        contender: relative_error(make()(), exact)
+        for contender, make in _make_contenders(work).items()
     }
     return errors, 2 * errors["reference"] + FLOOR[dtype]
 
 
-def _times_and_peaks(
+def _measure_times_and_peaks(
     cell: Cell, dtype: str, device: str, *, quick: bool
 ) -> tuple[dict[str, Timing], dict[str, float]]:
     work, rounds = Workload(cell, dtype, device), 3 if quick else 15
@@ -115,7 +116,7 @@ def _times_and_peaks(
         runs[contender] = make()  # a graph allocates its memory here
         runs[contender]()
 
-    for contender, make in _contenders(work).items():
+    for contender, make in _make_contenders(work).items():
         if device == "cuda":
             peaks[contender] = cuda_peak(partial(begin, contender, make), work.tokens)
         else:
@@ -129,11 +130,11 @@ def _times_and_peaks(
     del work
     threads, strategies = torch.get_num_threads(), {"motet": None, "reference": "reference"}
     return times, {
-        name: in_child(threads, _memory_of, cell, dtype, s) for name, s in strategies.items()
+        name: in_child(threads, _measure_memory, cell, dtype, s) for name, s in strategies.items()
     }
 
 
-def _memory_of(cell: Cell, dtype: str, strategy: Strategy | None) -> float:
+def _measure_memory(cell: Cell, dtype: str, strategy: Strategy | None) -> float:
     """Return the growth of memory by a batch and a run on it; a small run loads libraries first."""
     Workload(cell.shortened(16), dtype, "cpu").run(strategy)
     return growth(lambda: Workload(cell, dtype, "cpu").run(strategy))
@@ -153,7 +154,7 @@ def main(
     check_folder("--json", path)
     table_file = sys.stderr if json_to == "-" else sys.stdout
     facts = about(device_name)
-    print(_header(facts), file=table_file)
+    print(_format_header(facts), file=table_file)
     roofline = measure_roofline(device_name, quick=quick)
     print(
         f"{roofline}\n{_EXPLAINED[device_name]}\n\n{_titles(device_name)}",
@@ -175,7 +176,7 @@ def main(
     return 1 if any("failed" in row for row in rows) else 0
 
 
-def _header(facts: Mapping[str, Any]) -> str:
+def _format_header(facts: Mapping[str, Any]) -> str:
     triton = f", triton {facts['triton']}" if "triton" in facts else ""
     return (
         f"motet bench: {facts['device']}, threads: {facts['threads']}; torch {facts['torch']}"
@@ -226,7 +227,7 @@ def _columns(device: str) -> dict[str, tuple[int, Callable[[Mapping[str, Any]], 
     }
 
 
-def _start(cell: str, dtype: str, strategy: str) -> str:
+def _format_start(cell: str, dtype: str, strategy: str) -> str:
     return f"{cell:24} {dtype:5} {strategy:9}"
 
 
@@ -235,11 +236,11 @@ def _titles(device: str) -> str:
         f"{title:{width}}" if width == 24 else f"{title:>{width}}"
         for title, (width, _) in _columns(device).items()
     ]
-    return " ".join([_start("cell", "dtype", "strategy"), *padded]).rstrip()
+    return " ".join([_format_start("cell", "dtype", "strategy"), *padded]).rstrip()
 
 
 def _show(row: Mapping[str, Any], device: str, file: TextIO) -> None:
-    start = _start(row["cell"], row["dtype"], row["strategy"])
+    start = _format_start(row["cell"], row["dtype"], row["strategy"])
     if "failed" in row:
         print(f"{start} {row['failed']}", file=file, flush=True)
         return

@@ -366,23 +366,23 @@ def measure_roofline(device: str, *, quick: bool = False) -> Roofline:
     size = 2**22 if quick else 2**30 if gpu else 2**28  # bytes, beyond the caches unless quick
     side = 256 if quick else 8192 if gpu else 2048
     x = torch.ones(size // 4, device=device)
-    summed = _best(x.sum, device)
-    copied = _best(partial(torch.empty_like(x).copy_, x), device)
+    summed = _best_time(x.sum, device)
+    copied = _best_time(partial(torch.empty_like(x).copy_, x), device)
     del x
     products = {}
     for name, dtype in DTYPES.items():
         a = torch.randn(side, side, device=device, dtype=dtype)
-        products[name] = 2 * side**3 / _best(partial(torch.mm, a, a), device)
+        products[name] = 2 * side**3 / _best_time(partial(torch.mm, a, a), device)
     if gpu and not torch.backends.cuda.matmul.allow_tf32:
         a = torch.randn(side, side, device=device)
         torch.backends.cuda.matmul.allow_tf32 = True
-        third = 2 * side**3 / _best(partial(torch.mm, a, a), device) / 3
+        third = 2 * side**3 / _best_time(partial(torch.mm, a, a), device) / 3
         torch.backends.cuda.matmul.allow_tf32 = False
         products["fp32"] = max(products["fp32"], third)
     return Roofline(size / summed, 2 * size / copied, products)
 
 
-def _best(run: Callable[[], object], device: str) -> float:
+def _best_time(run: Callable[[], object], device: str) -> float:
     time_ms = _make_cuda_timer() if device == "cuda" else _time_ms
     run()
     return min(time_ms(run) for _ in range(7)) / 1e3
@@ -391,11 +391,11 @@ def _best(run: Callable[[], object], device: str) -> float:
 def about(device: str) -> dict[str, Any]:
     """Return the conditions of a measurement: hardware, versions, revision, date."""
     facts = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _find_processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "motet": _version("motet"),
-        "revision": _revision(),
+        "revision": _find_revision(),
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -408,7 +408,7 @@ def about(device: str) -> dict[str, Any]:
     return facts
 
 
-def _processor() -> str:
+def _find_processor() -> str:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -423,7 +423,7 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _revision() -> str:
+def _find_revision() -> str:
     """Return the git revision, with "-dirty" if files differ; "unknown" without a checkout."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():  # git would describe a repository around it

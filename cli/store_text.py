@@ -22,7 +22,7 @@ def rows(store: FeatureStore) -> list[dict[str, Any]]:
 def table(store: FeatureStore) -> str:
     """Return the rows as text, with a last line of counts."""
     slides = rows(store)
-    cells = [[*_COLUMNS], *([_text(row[name]) for name in _COLUMNS] for row in slides)]
+    cells = [[*_COLUMNS], *([_format_value(row[name]) for name in _COLUMNS] for row in slides)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -57,9 +57,9 @@ def details(store: FeatureStore, name: str) -> dict[str, Any]:
 
 def details_text(store: FeatureStore, name: str) -> str:
     """Return the metadata of one slide as text, a line per entry."""
-    facts = list(_flat(details(store, name), ""))
+    facts = list(_flatten(details(store, name), ""))
     width = max(len(fact) for fact, _ in facts)
-    return "\n".join(f"{fact:{width}}  {_text(value)}" for fact, value in facts)
+    return "\n".join(f"{fact:{width}}  {_format_value(value)}" for fact, value in facts)
 
 
 def problems_text(store: FeatureStore, problems: list[Problem]) -> str:
@@ -69,15 +69,15 @@ def problems_text(store: FeatureStore, problems: list[Problem]) -> str:
     return "\n".join(f"{problem.key or store.path}: {problem.message}" for problem in problems)
 
 
-def _flat(value: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+def _flatten(value: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
     for name, entry in value.items():
         if isinstance(entry, dict):
-            yield from _flat(entry, f"{prefix}{name}.")
+            yield from _flatten(entry, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", entry
 
 
-def _text(value: object) -> str:
+def _format_value(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float) and math.isfinite(value):

@@ -25,7 +25,7 @@ def table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
         f"{'run':{width}}" + "".join(f"  {title:22}" for title in columns.values()),
     ]
     for run, metrics in results:
-        cells = [_cell(metrics.get(name)) for name in columns]
+        cells = [_format_metric(metrics.get(name)) for name in columns]
         lines.append(f"{run.path!s:{width}}" + "".join(f"  {cell:22}" for cell in cells))
     for run, metrics in results:
         if "reason" in metrics:
@@ -50,7 +50,7 @@ def as_json(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str
     return json.dumps(content, indent=2)
 
 
-def _cell(metric: dict[str, float] | None) -> str:
+def _format_metric(metric: dict[str, float] | None) -> str:
     if metric is None:
         return "-"
     return f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"

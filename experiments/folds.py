@@ -34,7 +34,7 @@ def split_cohort(cohort: Cohort, splits: Splits) -> list[Split]:
         folds = [
             cohort_split
             if cohort_split.validation
-            else _with_validation(
+            else _add_validation(
                 cohort, cohort_split, strata, splits, seed=splits.seed * 1_009 + number
             )
             for number, cohort_split in enumerate(cohort.splits)
@@ -60,7 +60,7 @@ def rows_of(cohort: Cohort, ids: tuple[str, ...]) -> NDArray[np.intp]:
     return np.array([row[patient] for patient in ids], np.intp)
 
 
-def _with_validation(
+def _add_validation(
     cohort: Cohort, cohort_split: Split, strata: NDArray[np.int64], splits: Splits, *, seed: int
 ) -> Split:
     # `splits.validation` is a share of all patients, as for drawn splits; `carve` needs a share of

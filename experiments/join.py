@@ -68,7 +68,7 @@ def merge_runs(
     if rank():  # nothing to train; and the first process may still be writing the blocks
         return Run(out, {}, [])
     _check_fit(runs)
-    config = _joint_config(runs, cohort, "merge", command, options)
+    config = _make_config(runs, cohort, "merge", command, options)
     spec = RunSpec(cohort, splits_of(runs[0]), config, out)
     return execute_run(spec, JoinBlocks(runs, cohort, LegoMerge, options))
 
@@ -96,7 +96,7 @@ def fuse_runs(
     _check_fit(runs)
     seed = runs[0].config["training"]["seed"]
     training = Settings.of("fuse", changes or {}, seed=seed).training
-    config = _joint_config(runs, cohort, "fuse", "fuse", options)
+    config = _make_config(runs, cohort, "fuse", "fuse", options)
     config["training"] = asdict(training)
     spec = RunSpec(cohort, splits_of(runs[0]), config, out)
     return execute_run(spec, JoinBlocks(runs, cohort, LegoFuse, options, training))
@@ -164,17 +164,17 @@ def _check_fit(runs: Sequence[Run]) -> None:
             )
 
 
-def _joint_config(
+def _make_config(
     runs: Sequence[Run], cohort: Cohort, model: str, command: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the configuration of a run of joined blocks; it has the digests of their weights."""
     names = [run.config["modalities"][0] for run in runs]
-    digests = [_block_digest(run) for run in runs]
+    digests = [_compute_digest(run) for run in runs]
     settings = Settings({**options, "blocks": digests}, Training(), Goal(**runs[0].config["goal"]))
     return run_config(cohort, model, names, settings, command=command)
 
 
-def _block_digest(run: Run) -> str:
+def _compute_digest(run: Run) -> str:
     """Return a SHA-256 of the weights of all folds; another training gives another one."""
     digest = hashlib.sha256()
     for number in range(len(run.splits)):

@@ -40,12 +40,12 @@ def make_model_card(
     Args:
         merged: the model.
         parts: its blocks.
-        typed: the recipe that the user typed, see `fenced`.
+        typed: the recipe that the user typed, see `make_code_block`.
         file: name of the model's file, in the folder of the card.
         digest: SHA-256 of that file.
     """
     result = f"`{file}`, SHA-256 `{digest}`"
-    return _card(MODEL_MARK, merged, parts, typed, result, _example(merged, file))
+    return _make_card(MODEL_MARK, merged, parts, typed, result, _make_example(merged, file))
 
 
 def make_run_card(merged: LegoMerge, parts: Sequence[CardEntry], typed: str) -> str:
@@ -54,14 +54,14 @@ def make_run_card(merged: LegoMerge, parts: Sequence[CardEntry], typed: str) -> 
     Args:
         merged: the model of the first fold.
         parts: its blocks.
-        typed: the recipe or the command that the user typed, see `fenced`.
+        typed: the recipe or the command that the user typed, see `make_code_block`.
     """
     folds = len(parts[0].models)
     result = f"this run folder, a model per fold, {folds} in all: `folds/0/model.safetensors`, ..."
-    return _card(RUN_MARK, merged, parts, typed, result, _USE_RUN)
+    return _make_card(RUN_MARK, merged, parts, typed, result, _USE_RUN)
 
 
-def fenced(language: str, text: str) -> str:
+def make_code_block(language: str, text: str) -> str:
     """Return text as a code block; the fence is longer than any backticks in the text."""
     ticks = "`" * max(3, _longest_ticks(text) + 1)
     return f"{ticks}{language}\n{text}{'' if text.endswith(chr(10)) else chr(10)}{ticks}"
@@ -105,7 +105,7 @@ model = run.fitted(0).model  # of the first fold: motet.load("folds/0/model.safe
 ```"""
 
 
-def _card(
+def _make_card(
     mark: str, merged: LegoMerge, parts: Sequence[CardEntry], typed: str, result: str, use: str
 ) -> str:
     harmonic = merged.method == "harmonic"
@@ -116,7 +116,7 @@ def _card(
         f"{len(parts)} trained LegoBlocks, joined with no training by motet {version('motet')}, as "
         "in MM-Lego (arXiv:2405.19950). Computed from the last complex latents Z_m of the blocks "
         "that a patient has, their weights w_m summing to 1:",
-        fenced("text", f"{latents}\n{head}"),
+        make_code_block("text", f"{latents}\n{head}"),
         f"* method: {merged.method}\n"
         f"* phase: {merged.phase}\n"
         f"* head: {merged.config['head']}\n"
@@ -141,16 +141,16 @@ def _describe_entry(part: CardEntry, weight: float) -> str:
         f"* SHA-256{whose}: `{part.digest}`",
         f"* weight: {weight:.6g}",
         f"* modality: {of_all_folds(lambda block: _inline_code(repr(block.modality)))}",
-        f"* encoder: {of_all_folds(_encoder)}",
-        f"* shapes: {of_all_folds(_shapes)}",
+        f"* encoder: {of_all_folds(_describe_encoder)}",
+        f"* shapes: {of_all_folds(_describe_shapes)}",
         f"* parameters: {of_all_folds(lambda b: str(sum(p.numel() for p in b.parameters())))}",
         "* metadata:\n",
-        fenced("json", json.dumps(part.metadata, indent=1, ensure_ascii=False)),
+        make_code_block("json", json.dumps(part.metadata, indent=1, ensure_ascii=False)),
     ]
     return "\n".join(lines)
 
 
-def _encoder(block: LegoBlock) -> str:
+def _describe_encoder(block: LegoBlock) -> str:
     config = block.config["encoder"]
     if config is None:
         return "none"
@@ -158,7 +158,7 @@ def _encoder(block: LegoBlock) -> str:
     return _inline_code(f"{config['type']}({', '.join(options)})")
 
 
-def _shapes(block: LegoBlock) -> str:
+def _describe_shapes(block: LegoBlock) -> str:
     config, modality = block.config, block.modality
     if isinstance(modality, Grid):
         shape = f"[B, {'size, ' * modality.axes}{modality.channels}]"
@@ -175,7 +175,7 @@ def _shapes(block: LegoBlock) -> str:
     )
 
 
-def _example(merged: LegoMerge, file: str) -> str:
+def _make_example(merged: LegoMerge, file: str) -> str:
     """Return example code that loads the model and predicts, with tensors of the right shapes."""
     dtype = next(merged.parameters()).dtype
     end = ")" if str(dtype) == "torch.float32" else f", dtype={dtype})"
@@ -209,7 +209,7 @@ def _example(merged: LegoMerge, file: str) -> str:
         f"{result} = model(inputs{passed})",
         f"{result} = model({{**inputs, {list(modalities)[-1]}: None}}{passed})  # one is missing",
     ]
-    return fenced("python", "\n".join(lines))
+    return make_code_block("python", "\n".join(lines))
 
 
 def _inline_code(text: str) -> str:

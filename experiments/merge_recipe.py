@@ -216,7 +216,7 @@ def _merge_files(recipe: Recipe, out: Path) -> Path:
                 metadata = json.loads(file.metadata()["motet"])
         except (ValueError, TypeError, OSError) as error:
             raise RecipeError(f"{recipe.error_prefix}blocks.{block.name}: {error}") from error
-        digest = _digest([block.path])
+        digest = _compute_digest([block.path])
         parts.append(
             merge_card.CardEntry(block.name, block.path_as_typed, digest, [model], metadata)
         )
@@ -229,8 +229,8 @@ def _merge_files(recipe: Recipe, out: Path) -> Path:
     # the folder as that of a merge, so that the same command may write it again.
     with replacing(out / MODEL) as model_file:
         save(merged, model_file)
-        typed = merge_card.fenced("yaml", recipe.text)
-        digest = _digest([model_file])
+        typed = merge_card.make_code_block("yaml", recipe.text)
+        digest = _compute_digest([model_file])
         write_text(
             out / merge_card.NAME, merge_card.make_model_card(merged, parts, typed, MODEL, digest)
         )
@@ -253,7 +253,7 @@ def _merge_runs(recipe: Recipe, out: Path, data: Path | None) -> Run:
         merge_card.CardEntry(
             block.name,
             block.path_as_typed,
-            _digest([run.fold(number) / MODEL for number in folds]),
+            _compute_digest([run.fold(number) / MODEL for number in folds]),
             [cast(LegoBlock, run.fitted(number).model) for number in folds],
             run.config,
         )
@@ -261,7 +261,7 @@ def _merge_runs(recipe: Recipe, out: Path, data: Path | None) -> Run:
     ]
     model = merged.fitted(0).model
     assert isinstance(model, LegoMerge)
-    typed = merge_card.fenced(recipe.language, recipe.text)
+    typed = merge_card.make_code_block(recipe.language, recipe.text)
     write_text(out / merge_card.NAME, merge_card.make_run_card(model, parts, typed))
     return merged
 
@@ -278,7 +278,7 @@ def _find_run(block: RecipeBlock) -> Run:
     return runs[names.index(block.name)]
 
 
-def _digest(paths: Sequence[Path]) -> str:
+def _compute_digest(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())

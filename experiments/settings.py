@@ -84,7 +84,7 @@ class Settings:
         Raises:
             ValueError: an unknown setting, or a value outside its range.
         """
-        options = _model_options(kind)
+        options = _find_model_options(kind)
         training = {f.name for f in fields(Training)} - {"seed"}
         goal = {f.name for f in fields(Goal)}
         allowed = set(options)
@@ -105,7 +105,7 @@ class Settings:
         return cls(select(options), Training(**select(training), seed=seed), Goal(**select(goal)))
 
 
-def _model_options(kind: str) -> set[str]:
+def _find_model_options(kind: str) -> set[str]:
     """Return the names of the arguments of a model that a user may set."""
     builder = {"healnet": HEALNet, "lego": LegoBlock}.get(kind)
     if builder is None:

@@ -60,10 +60,10 @@ class Attention(nn.Module):
         Returns:
             [B, C, D]; or [B, 1, D] if the update is the same for every latent.
         """
-        heads = keys.attend(self, self.queries(latents) if keys.needs_queries else None)
+        heads = keys.attend(self, self.compute_queries(latents) if keys.needs_queries else None)
         return F.leaky_relu(self.to_out(heads.transpose(1, 2).flatten(2)))
 
-    def queries(self, latents: Tensor) -> Tensor:
+    def compute_queries(self, latents: Tensor) -> Tensor:
         """Return unscaled queries Q [B, C, H·E]; for self-attention Q, K and V [B, C, 3·H·E]."""
         normed = self.norm(latents)
         q = self.to_q(normed)
@@ -71,17 +71,19 @@ class Attention(nn.Module):
 
     @property
     def query_weights(self) -> QueryWeights:
-        """The weights of `queries`."""
+        """The weights of `compute_queries`."""
         weight = self.to_q.weight
         if self.norm_context is None:
             weight = torch.cat([weight, self.to_kv.weight])
         return QueryWeights(self.norm.weight, self.norm.bias, weight)
 
-    def split(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """Return x [B, C, H·E] as [B, H, C, E]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def folded(self, padding: int, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, Tensor]:
+    def fold_token_norm(
+        self, padding: int, dtype: torch.dtype, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
         """Return the weights [2 H, E, W] and shifts [2 H, E] of K and V, LayerNorm included.
 
         With W = W₀ diag(γ) and b = W₀ β the gain γ and shift β of the LayerNorm are part of the
@@ -107,7 +109,7 @@ class Attention(nn.Module):
 class Keys(Protocol):
     """What the latents of a batch attend to in one layer, in one of the forms of `attention_forms`.
 
-    Queries are [B, C, Q] as `Attention.queries` returns them, or [1, C, Q] for all rows.
+    Queries are [B, C, Q] as `Attention.compute_queries` returns them, or [1, C, Q] for all rows.
     """
 
     context: Context

@@ -51,7 +51,7 @@ class OneTokenKeys:
     def project(cls, context: Context, attention: Attention, latents: int) -> "OneTokenKeys":
         """Project the tokens to V, for C latents."""
         v = one_token_values(attention.token_norm(context.with_positions()), attention.to_kv.weight)
-        return cls(context, attention.split(v), latents)
+        return cls(context, attention.split_heads(v), latents)
 
     def attend(
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
@@ -65,7 +65,7 @@ class OneTokenKeys:
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         ones = self.v.new_ones(len(self.v), attention.heads, self.latents, 1)
-        return self.context.without_missing(ones)
+        return self.context.zero_missing(ones)
 
 
 class CachedKeys:
@@ -103,7 +103,11 @@ class CachedKeys:
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
         assert queries is not None
-        q, counts, scale = attention.split(queries), self.context.packed_counts(), attention.scale
+        q, counts, scale = (
+            attention.split_heads(queries),
+            self.context.packed_counts(),
+            attention.scale,
+        )
         p, backend = attention.active_dropout, self.backend
         if not self._records:  # the first call makes those of all layers; later calls one each
             records = kv_records(
@@ -119,11 +123,11 @@ class CachedKeys:
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         assert queries is not None
-        q, k = attention.split(queries).detach(), self.kv[:, 0].detach()
+        q, k = attention.split_heads(queries).detach(), self.kv[:, 0].detach()
         q = F.pad(q, (0, k.shape[-1] - attention.head_dim))
         q = q.expand(len(self.offsets) - 1, -1, -1, -1)
         weights = attention_weights(q, k, self.offsets, scale=attention.scale, backend=self.backend)
-        return self.context.unpacked(weights)
+        return self.context.unpack(weights)
 
 
 class AbsorbedKeys:
@@ -153,7 +157,7 @@ class AbsorbedKeys:
     ) -> Tensor:
         assert queries is not None
         return absorbed_heads(
-            attention.split(queries),
+            attention.split_heads(queries),
             *self._fold_weights(attention),
             self.x,
             self.offsets,
@@ -177,7 +181,7 @@ class AbsorbedKeys:
             eps=attention.token_norm.eps,
             backend=self.backend,
         )
-        return self.context.unpacked(weights.unflatten(1, (attention.heads, -1)))
+        return self.context.unpack(weights.unflatten(1, (attention.heads, -1)))
 
     def _absorbed_queries(self, attention: Attention, queries: Tensor | None) -> Tensor:
         """Return scale · Q W_k diag(γ), [B, H·C, W].
@@ -186,14 +190,14 @@ class AbsorbedKeys:
         """
         assert queries is not None
         weights, _ = self._fold_weights(attention)
-        absorbed = absorb_queries(attention.split(queries), weights, attention.scale)
+        absorbed = absorb_queries(attention.split_heads(queries), weights, attention.scale)
         return absorbed.expand(len(self.offsets) - 1, -1, -1)
 
     def _fold_weights(self, attention: Attention) -> tuple[Tensor, Tensor]:
-        """Return `Attention.folded`, computed once for all layers."""
+        """Return `Attention.fold_token_norm`, computed once for all layers."""
         if attention not in self._folded:
             dtype = _product_dtype(attention.to_kv.weight)
-            self._folded[attention] = attention.folded(0, dtype, self.backend)
+            self._folded[attention] = attention.fold_token_norm(0, dtype, self.backend)
         return self._folded[attention]
 
 
@@ -249,7 +253,7 @@ class BatchedKeys:
         """Return the weights before dropout, [B·H, C, N]."""
         assert queries is not None
         bags = len(self.k) // attention.heads
-        q = attention.split(queries).expand(bags, -1, -1, -1).flatten(0, 1)
+        q = attention.split_heads(queries).expand(bags, -1, -1, -1).flatten(0, 1)
         scores = torch.baddbmm(self.bias, q, self.k.transpose(1, 2), alpha=attention.scale)
         return scores.softmax(-1)
 
@@ -272,15 +276,15 @@ class ReferenceKeys:
     ) -> Tensor:
         assert queries is not None
         return latent_attention_reference(
-            attention.split(queries), self.k, self.v, self.context.offsets,
+            attention.split_heads(queries), self.k, self.v, self.context.offsets,
             counts=self.context.counts, scale=attention.scale, dropout_p=attention.active_dropout,
         )  # fmt: skip
 
     def weights(self, attention: Attention, queries: Tensor | None) -> Tensor:
         assert queries is not None
-        q, context = attention.split(queries), self.context
+        q, context = attention.split_heads(queries), self.context
         weights = attention_weights(q, self.k, context.offsets, scale=attention.scale)
-        return context.without_missing(weights)
+        return context.zero_missing(weights)
 
 
 def prepare(
@@ -393,8 +397,8 @@ def _kv_of_all_layers(
     # from aligned addresses.
     padding = -first.head_dim % 16 if x.is_cuda else 0
     dtype = _product_dtype(first.to_kv.weight)
-    folded = [attention.folded(padding, dtype, backend) for attention in attentions]
-    weights, biases = (_stacked(tensors) for tensors in zip(*folded, strict=True))
+    folded = [attention.fold_token_norm(padding, dtype, backend) for attention in attentions]
+    weights, biases = (_stack(tensors) for tensors in zip(*folded, strict=True))
     y = context_kv(
         x, weights.flatten(1, 2), biases.flatten(1), positions=positions,
         offsets=offsets if bag_by_bag else None, statistics=statistics,
@@ -406,7 +410,7 @@ def _kv_of_all_layers(
     return [y.squeeze(0)] if len(attentions) == 1 else y.unbind(0)
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 

@@ -46,12 +46,12 @@ class SurvivalBaseline:
         """Predict patients, with curves at the times `grid` [G]; `patients` may be empty."""
         if not len(patients):
             return SurvivalPredictions((), np.zeros(0), np.zeros((0, len(grid))), grid)
-        x = flat(patients)
+        x = flatten(patients)
         return SurvivalPredictions(patients.ids, self.risk(x), self.curves(x, grid), grid)
 
     def scale(self, train: Patients) -> RiskScale:
         """Return the scale of the training patients' risks."""
-        return RiskScale.fit(self.risk(flat(train)))
+        return RiskScale.fit(self.risk(flatten(train)))
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class ClassBaseline:
         """Predict patients; `patients` may be empty."""
         if not len(patients):
             return ClassPredictions((), np.zeros((0, self.classes)))
-        return ClassPredictions(patients.ids, self.probabilities(flat(patients)))
+        return ClassPredictions(patients.ids, self.probabilities(flatten(patients)))
 
 
-def flat(patients: Patients) -> NDArray[np.float64]:
+def flatten(patients: Patients) -> NDArray[np.float64]:
     """Return all features of some patients as rows, [n, P]."""
     parts = []
     for name, table in patients.tables.items():
@@ -99,14 +99,14 @@ def ridge_cox(
     principal axes of the training patients, which are at most as many as patients: it is the same
     model, and takes milliseconds for thousands of features.
     """
-    x = flat(train)
+    x = flatten(train)
     centre = x.mean(0)
     axes = np.linalg.svd(x - centre, full_matrices=False)[2].T
 
     def rotate(features: NDArray[np.float64]) -> NDArray[np.float64]:
         return (features - centre) @ axes
 
-    features, validation_features = rotate(x), rotate(flat(validation))
+    features, validation_features = rotate(x), rotate(flatten(validation))
     times, events = outcome
     best, best_c = None, -1.0
     for penalty in PENALTIES:
@@ -120,7 +120,7 @@ def ridge_cox(
     model = best
     return SurvivalBaseline(
         lambda features: np.asarray(model.predict(rotate(features)), float),
-        lambda features, grid: _steps(model.predict_survival_function(rotate(features)), grid),
+        lambda features, grid: _read_steps(model.predict_survival_function(rotate(features)), grid),
         x.shape[1],
     )
 
@@ -131,11 +131,11 @@ def survival_forest(train: Patients, outcome: TimesAndEvents, seed: int) -> Surv
         TREES, min_samples_leaf=10, max_features="sqrt", n_jobs=-1, random_state=seed
     )
     times, events = outcome
-    forest.fit(flat(train), Surv.from_arrays(events, times))
+    forest.fit(flatten(train), Surv.from_arrays(events, times))
     return SurvivalBaseline(
         lambda features: np.asarray(forest.predict(features), float),
-        lambda features, grid: _steps(forest.predict_survival_function(features), grid),
-        _nodes(forest),
+        lambda features, grid: _read_steps(forest.predict_survival_function(features), grid),
+        _count_nodes(forest),
     )
 
 
@@ -143,7 +143,7 @@ def logistic(
     train: Patients, labels: Labels, validation: Patients, validation_labels: Labels
 ) -> ClassBaseline:
     """Fit (multinomial) logistic regression, the ridge penalty chosen by log loss on validation."""
-    x, validation_features = flat(train), flat(validation)
+    x, validation_features = flatten(train), flatten(validation)
     classes = np.unique(labels)
     best, best_loss = None, np.inf
     for strength in STRENGTHS:
@@ -160,16 +160,16 @@ def class_forest(train: Patients, labels: Labels, seed: int) -> ClassBaseline:
     """Fit a random forest."""
     forest = RandomForestClassifier(
         TREES, min_samples_leaf=3, max_features="sqrt", n_jobs=-1, random_state=seed
-    ).fit(flat(train), labels)
-    return ClassBaseline(forest.predict_proba, len(forest.classes_), _nodes(forest))
+    ).fit(flatten(train), labels)
+    return ClassBaseline(forest.predict_proba, len(forest.classes_), _count_nodes(forest))
 
 
-def _steps(functions: Any, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+def _read_steps(functions: Any, grid: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return step functions at the times `grid`: 1 before their first step, then its values."""
     first = functions[0]
     values = np.column_stack([np.ones(len(functions)), [f.y for f in functions]])
     return values[:, np.searchsorted(first.x, grid, side="right")]
 
 
-def _nodes(forest: Any) -> int:
+def _count_nodes(forest: Any) -> int:
     return sum(tree.tree_.node_count for tree in forest.estimators_)

@@ -63,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         }
     )
     tensors, memory = {}, set()
-    for name, tensor in _untied(model).items():
+    for name, tensor in _collect_tensors(model).items():
         plain = tensor.detach().cpu().contiguous()
         # safetensors refuses two tensors in the same memory (a buffer that is a view of a
         # parameter), so the second one is copied.
@@ -117,7 +117,7 @@ def load(
         raise ValueError(f"{path}: corrupt, its configuration has no {error}") from error
     if "upstream_latents" in tensors:
         model.upstream_latents = torch.zeros_like(tensors["upstream_latents"])
-    of_model = _untied(model)
+    of_model = _collect_tensors(model)
     for side, names in (
         ("the file", of_model.keys() - tensors),
         ("the model", tensors.keys() - of_model),
@@ -185,7 +185,7 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
-def _untied(model: nn.Module) -> dict[str, Tensor]:
+def _collect_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model by name; tied ones once, under their first name."""
     tensor_ids: set[int] = set()
     untied = {}

@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
     right: Floats  # [P, Q], the weight if the order is correct, half of it if the scores are tied
 
 
-def _pairs(
+def _make_pairs(
     first: NDArray[np.intp],
     second: NDArray[np.intp],
     weight: ArrayLike,
@@ -91,7 +91,7 @@ def concordance_per_fold(pairs: Sequence[Pairs]) -> list[float | None]:
     return [float(p.right.sum() / p.weight.sum()) if p.weight.any() else None for p in pairs]
 
 
-def _comparable(fold: SurvivalFold) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+def _find_comparable(fold: SurvivalFold) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Return the patients with an event, [P], and which patients certainly have it later, [P, n].
 
     Later: the time is longer, or equal and censored.
@@ -105,8 +105,8 @@ def harrell_pairs(folds: Sequence[SurvivalFold]) -> list[Pairs]:
     """Return the pairs of Harrell's c: those in which one patient certainly had the event first."""
 
     def make_pairs(fold: SurvivalFold) -> Pairs:
-        first, is_later = _comparable(fold)
-        return _pairs(first, np.arange(len(fold)), is_later, fold.risks)
+        first, is_later = _find_comparable(fold)
+        return _make_pairs(first, np.arange(len(fold)), is_later, fold.risks)
 
     message = "events: expected a comparable pair in some fold, got none"
     return _pairs_of_folds(folds, make_pairs, message)
@@ -120,9 +120,9 @@ def uno_pairs(folds: Sequence[SurvivalFold], tau: float) -> list[Pairs]:
     """
 
     def make_pairs(fold: SurvivalFold) -> Pairs:
-        first, is_later = _comparable(fold)
+        first, is_later = _find_comparable(fold)
         weight = inverse_censoring(fold, fold.times < tau)[first][:, None] ** 2
-        return _pairs(first, np.arange(len(fold)), is_later * weight, fold.risks)
+        return _make_pairs(first, np.arange(len(fold)), is_later * weight, fold.risks)
 
     message = f"tau: expected a comparable pair before it in some fold, got none: {tau}"
     return _pairs_of_folds(folds, make_pairs, message)
@@ -134,7 +134,9 @@ def auc_pairs(folds: Sequence[SurvivalFold], horizon: float) -> list[Pairs]:
     def make_pairs(fold: SurvivalFold) -> Pairs:
         early = fold.times <= horizon
         cases, controls = np.flatnonzero(early & fold.events), np.flatnonzero(~early)
-        return _pairs(cases, controls, inverse_censoring(fold, early)[cases][:, None], fold.risks)
+        return _make_pairs(
+            cases, controls, inverse_censoring(fold, early)[cases][:, None], fold.risks
+        )
 
     message = (
         f"horizons: expected an event by and a patient free of it at {horizon} in some fold, got "
@@ -150,7 +152,7 @@ def class_pairs(folds: Sequence[ClassFold], classes: int) -> list[list[Pairs]]:
         def make_pairs(fold: ClassFold) -> Pairs:
             is_k = fold.labels == k
             first, second = np.flatnonzero(is_k), np.flatnonzero(~is_k)
-            return _pairs(first, second, 1.0, fold.probabilities[:, k], tied=0.0)
+            return _make_pairs(first, second, 1.0, fold.probabilities[:, k], tied=0.0)
 
         message = f"labels: expected class {k} beside another in some fold, got neither"
         return _pairs_of_folds(folds, make_pairs, message)

@@ -81,13 +81,13 @@ class Context(NamedTuple):
         x, positions, _ = self.packed()
         return layer_norm_statistics(self.statistics.view(-1, 2), x.shape[1], positions, eps)
 
-    def unpacked(self, weights: Tensor) -> Tensor:
+    def unpack(self, weights: Tensor) -> Tensor:
         """Return weights [T, H, C] as [B, H, C, N] if the context is dense, else unchanged."""
         if self.offsets is not None:
             return weights
         return weights.unflatten(0, self.tokens.shape[:2]).permute(0, 2, 3, 1)
 
-    def without_missing(self, weights: Tensor) -> Tensor:
+    def zero_missing(self, weights: Tensor) -> Tensor:
         """Return the weights [B, H, C, N] with zeros where a row has no token."""
         if self.present is None:
             return weights
@@ -326,7 +326,7 @@ def read(
     count = math.prod(modality.token_shape(x))
     keep = None
     if mask is not None:
-        keep = _kept_by_mask(modality, x, mask, names.mask, items=items)
+        keep = _read_mask(modality, x, mask, names.mask, items=items)
         keep = keep.expand(rows * per_row, count)
     if keep is None and (present is not None or per_row * count == 0):
         keep = torch.ones(rows * per_row, count, dtype=torch.bool, device=x.device)
@@ -384,7 +384,7 @@ def _check_statistics(
         )
 
 
-def _kept_by_mask(modality: Modality, x: Tensor, mask: Any, name: str, *, items: bool) -> Tensor:
+def _read_mask(modality: Modality, x: Tensor, mask: Any, name: str, *, items: bool) -> Tensor:
     """Return the mask as bool [I, N], or as [I, 1] if it masks whole items.
 
     `items` is True if x is [B, K, ...] with K items per row.
@@ -417,7 +417,7 @@ def _read_jagged(
         raise ValueError(f"{name}: expected {input_shape(modality)}, got a nested tensor")
     if mask is not None:
         raise ValueError(f"{names.mask}: expected none, since a nested tensor has no padding")
-    values, offsets = _jagged_parts(x, name)
+    values, offsets = _split_jagged(x, name)
     if values.ndim != 2 or values.shape[-1] != modality.features:
         raise ValueError(
             f"{name}: expected {input_shape(modality)}, got a nested tensor with values of "
@@ -428,7 +428,7 @@ def _read_jagged(
     for part, width, argument in _per_token(modality, coords, statistics, names):
         if not part.is_nested:
             raise ValueError(f"{argument}: expected a nested tensor as {name} is, got a dense one")
-        part_values, part_offsets = _jagged_parts(part, argument)
+        part_values, part_offsets = _split_jagged(part, argument)
         # On a GPU only the shapes are compared: comparing values would wait for the device.
         same_bags = part_offsets.shape == offsets.shape
         same_bags = same_bags and (x.is_cuda or torch.equal(offsets, part_offsets))
@@ -447,7 +447,7 @@ def _read_jagged(
     )
 
 
-def _jagged_parts(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def _split_jagged(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Return the values [T, D] and offsets [B + 1] of a jagged NestedTensor."""
     if x.layout != torch.jagged:
         raise ValueError(

@@ -88,8 +88,8 @@ def evaluate_survival(
         "patients": sum(len(fold) for fold in folds),
         "events": int(sum(fold.events.sum() for fold in folds)),
         "folds": len(folds),
-        "harrell_c": _pooled(harrell_pairs(folds), resampling),
-        "uno_c": _pooled(uno_pairs(folds, tau), resampling, tau=tau),
+        "harrell_c": _pool_pairs(harrell_pairs(folds), resampling),
+        "uno_c": _pool_pairs(uno_pairs(folds, tau), resampling, tau=tau),
         "auc": _auc_over_time(folds, times, resampling),
     }
     if all(fold.curves is not None for fold in folds):
@@ -128,7 +128,7 @@ def evaluate_classes(
         >>> evaluate_classes([fold])["auc"]["value"]
         0.5
     """
-    folds, classes = _class_folds(folds)
+    folds, classes = _check_class_folds(folds)
     resampling = resample([fold.labels for fold in folds], draws, seed)
     labels = np.concatenate([fold.labels for fold in folds])
     predicted = np.concatenate([fold.probabilities.argmax(1) for fold in folds])
@@ -137,14 +137,14 @@ def evaluate_classes(
     recalls = [resampled_mean(right, resampling, labels == k) for k in range(classes)]
     metrics: dict[str, Any] = {"patients": len(labels), "classes": classes, "folds": len(folds)}
     if classes == 2:
-        metrics["auc"] = _pooled(pairs[0], resampling)
+        metrics["auc"] = _pool_pairs(pairs[0], resampling)
     else:
         metrics["macro_auc"] = {
-            **resampling.share(mean_auc(pairs, resampling))._asdict(),
+            **resampling.interval_of_share(mean_auc(pairs, resampling))._asdict(),
             "per_class": [concordance(of_class, resampling).value for of_class in pairs],
         }
-    metrics["balanced_accuracy"] = resampling.share(combine(recalls))._asdict()
-    metrics["accuracy"] = resampling.share(resampled_mean(right, resampling))._asdict()
+    metrics["balanced_accuracy"] = resampling.interval_of_share(combine(recalls))._asdict()
+    metrics["accuracy"] = resampling.interval_of_share(resampled_mean(right, resampling))._asdict()
     return metrics
 
 
@@ -173,9 +173,9 @@ def compare_survival(
         Comparison(difference=0.0, low=0.0, high=0.0, p=1.0)
     """
     a, b = _check_folds(a, SurvivalFold), _check_folds(b, SurvivalFold)
-    _same_patients([(f.times, f.events) for f in a], [(f.times, f.events) for f in b])
+    _check_same_patients([(f.times, f.events) for f in a], [(f.times, f.events) for f in b])
     resampling = resample([fold.events for fold in a], draws, seed)
-    return resampling.difference(*(concordance(harrell_pairs(x), resampling) for x in (a, b)))
+    return resampling.compare(*(concordance(harrell_pairs(x), resampling) for x in (a, b)))
 
 
 def compare_classes(
@@ -202,34 +202,38 @@ def compare_classes(
         >>> compare_classes([fold], [fold]).p
         1.0
     """
-    a, classes = _class_folds(a)
-    b, classes_of_b = _class_folds(b)
+    a, classes = _check_class_folds(a)
+    b, classes_of_b = _check_class_folds(b)
     if classes != classes_of_b:
         raise ValueError(f"b: expected {classes} classes as a, got {classes_of_b}")
-    _same_patients([(f.labels,) for f in a], [(f.labels,) for f in b])
+    _check_same_patients([(f.labels,) for f in a], [(f.labels,) for f in b])
     resampling = resample([fold.labels for fold in a], draws, seed)
-    return resampling.difference(*(mean_auc(class_pairs(x, classes), resampling) for x in (a, b)))
+    return resampling.compare(*(mean_auc(class_pairs(x, classes), resampling) for x in (a, b)))
 
 
 def _choose_times(
     folds: Sequence[SurvivalFold], tau: float | None, horizons: ArrayLike | None
 ) -> tuple[float, float, Floats]:
     """Return tau, the end of the integral of the Brier score, and the horizons."""
-    reach = _observed_until(folds, 0.0)
-    tau = _observed_until(folds, OBSERVED_SHARE) if tau is None else _time("tau", tau, reach)
+    reach = _find_observed_until(folds, 0.0)
+    tau = (
+        _find_observed_until(folds, OBSERVED_SHARE)
+        if tau is None
+        else _check_time("tau", tau, reach)
+    )
     curves_end = min((fold.grid[-1] for fold in folds if fold.grid is not None), default=np.inf)
     end = float(min(tau, curves_end))
     if horizons is None:
         event_times = [fold.times[fold.events & (fold.times < end)] for fold in folds]
-        return tau, end, _default_horizons(np.concatenate(event_times), end)
+        return tau, end, _choose_horizons(np.concatenate(event_times), end)
     limit = float(min(reach, curves_end))
-    times = np.unique([_time("horizons", t, limit) for t in np.ravel(horizons)])
+    times = np.unique([_check_time("horizons", t, limit) for t in np.ravel(horizons)])
     if not len(times):
         raise ValueError("horizons: expected at least one time, got none")
     return tau, end, times
 
 
-def _observed_until(folds: Sequence[SurvivalFold], share: float) -> float:
+def _find_observed_until(folds: Sequence[SurvivalFold], share: float) -> float:
     """Return the last time at which more than `share` of every training part are uncensored."""
 
     def last_time(fold: SurvivalFold) -> float:
@@ -240,15 +244,15 @@ def _observed_until(folds: Sequence[SurvivalFold], share: float) -> float:
     return float(min(last_time(fold) for fold in folds))
 
 
-def _default_horizons(events: Floats, end: float) -> Floats:
+def _choose_horizons(events: Floats, end: float) -> Floats:
     if not len(events):
         raise ValueError(f"horizons: expected test events before {end} to choose by, got none")
     return np.unique(np.quantile(events, [0.25, 0.5, 0.75]))
 
 
-def _pooled(pairs: Sequence[Pairs], resampling: Resampling, **facts: float) -> dict[str, Any]:
+def _pool_pairs(pairs: Sequence[Pairs], resampling: Resampling, **facts: float) -> dict[str, Any]:
     """Return the concordance of all pairs with its interval, and that of each fold."""
-    estimate = resampling.share(concordance(pairs, resampling))
+    estimate = resampling.interval_of_share(concordance(pairs, resampling))
     return {**estimate._asdict(), **facts, "per_fold": concordance_per_fold(pairs)}
 
 
@@ -264,13 +268,13 @@ def _auc_over_time(
     )
     survival = SurvivalFunctionEstimator().fit(outcome).predict_proba(times)
     falls = -np.diff(np.asarray(survival), prepend=1.0)
-    estimates = [resampling.share(figure) for figure in figures]
+    estimates = [resampling.interval_of_share(figure) for figure in figures]
     return {
         "times": times.tolist(),
         "values": [estimate.value for estimate in estimates],
         "low": [estimate.low for estimate in estimates],
         "high": [estimate.high for estimate in estimates],
-        "mean": resampling.share(combine(figures, falls / falls.sum()))._asdict(),
+        "mean": resampling.interval_of_share(combine(figures, falls / falls.sum()))._asdict(),
     }
 
 
@@ -318,7 +322,7 @@ def _brier(
     model_scores, reference_scores = (
         integrated(errors(steps, model=model)) for model in (True, False)
     )
-    score = resampling.number(resampled_mean(model_scores, resampling))
+    score = resampling.interval_of_number(resampled_mean(model_scores, resampling))
     return {
         "brier": {
             "times": times.tolist(),
@@ -409,7 +413,7 @@ def _risk_groups(folds: Sequence[SurvivalFold]) -> dict[str, Any]:
     return metrics
 
 
-def _time(name: str, value: Any, limit: float) -> float:
+def _check_time(name: str, value: Any, limit: float) -> float:
     time = float(value)
     if not 0 < time <= limit:
         raise ValueError(
@@ -429,7 +433,7 @@ def _check_folds(folds: Sequence[Any], kind: type) -> list[Any]:
     return checked
 
 
-def _class_folds(folds: Sequence[ClassFold]) -> tuple[list[ClassFold], int]:
+def _check_class_folds(folds: Sequence[ClassFold]) -> tuple[list[ClassFold], int]:
     checked = _check_folds(folds, ClassFold)
     widths = {fold.probabilities.shape[1] for fold in checked}
     if len(widths) > 1:
@@ -437,7 +441,9 @@ def _class_folds(folds: Sequence[ClassFold]) -> tuple[list[ClassFold], int]:
     return checked, widths.pop()
 
 
-def _same_patients(a: Sequence[tuple[NDArray, ...]], b: Sequence[tuple[NDArray, ...]]) -> None:
+def _check_same_patients(
+    a: Sequence[tuple[NDArray, ...]], b: Sequence[tuple[NDArray, ...]]
+) -> None:
     if len(a) != len(b):
         raise ValueError(f"b: expected {len(a)} folds as a, got {len(b)}")
     for number, (fold_a, fold_b) in enumerate(zip(a, b, strict=True)):

@@ -167,7 +167,7 @@ def read_patients(model: Model, patients: PatientBatch) -> dict[str, ModalityInp
     """
     parts = [part.name for part in fields(patients) if part.name != "target"]
     if isinstance(model, LegoBlock):
-        patients = replace(patients, **{n: _renamed_to_x(getattr(patients, n)) for n in parts})
+        patients = replace(patients, **{n: _rename_to_x(getattr(patients, n)) for n in parts})
     modalities = _modalities(model)
     ragged = [
         n for n, x in patients.x.items() if isinstance(x, Ragged) and n not in patients.present
@@ -206,7 +206,7 @@ def _read_ragged(
     return ModalityInput(**{**constants, "offsets": x.offsets.long(), **values})
 
 
-def _renamed_to_x(values: Mapping[str, Any]) -> dict[str, Any]:
+def _rename_to_x(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict.fromkeys("x", *values.values()) if values else {}
 
 

@@ -38,7 +38,7 @@ def logits_of(model: nn.Module, batch: PatientBatch) -> Tensor:
         logits = model(x, **{key: value.get(name) for key, value in options.items()})
     else:
         logits = model(inputs, **options)
-    return _widened(logits)
+    return _widen(logits)
 
 
 class StepGraphs:
@@ -123,7 +123,7 @@ class StepGraphs:
         trained = [p for p in state.parameters if p.requires_grad]
         if not trained:
             raise ValueError("model: expected at least one trainable parameter, got none")
-        reason = graphs.never or state.hooks or _several_processes()
+        reason = graphs.never or state.hooks or _find_processes()
         if not reason:
             with torch.no_grad(), self._autocast():
                 inputs = make_graph_inputs(self.model, read_patients(self.model, batch))
@@ -148,7 +148,7 @@ class StepGraphs:
         graphs.note_fallback(reason)
         for parameter in state.parameters:
             parameter.grad = None
-        return self._without_graph(batch, scale, trained)
+        return self._step_without_graph(batch, scale, trained)
 
     def report(self) -> list[dict[str, Any]]:
         """Return one dict for all calls of the same sizes.
@@ -185,7 +185,7 @@ class StepGraphs:
         """
         with torch.enable_grad():
             with self._autocast():
-                logits = _widened(_logits(self.model, rows, read))
+                logits = _widen(_compute_logits(self.model, rows, read))
                 loss = self.loss(logits, target)
             scaled = loss if scale is None else loss * scale
             with uncached_autocast(self._graphs.device, None):
@@ -207,7 +207,7 @@ class StepGraphs:
         _add_signs([self._gradients[id(p)] for p in trained], trained, self.l1, scale)
         return loss.detach(), (True,) * len(trained)
 
-    def _without_graph(
+    def _step_without_graph(
         self, batch: PatientBatch, scale: Tensor | None, trained: Sequence[nn.Parameter]
     ) -> Tensor:
         device = self._graphs.device
@@ -297,7 +297,7 @@ class CudaGraphs:
                         rows: int, read: Mapping[str, Context | ModalityInput], _: Any
                     ) -> Tensor:
                         with uncached_autocast(graphs.device, dtype):
-                            return _logits(model, rows, read)
+                            return _compute_logits(model, rows, read)
 
                     return graphs.call(state, (dtype,), graph_inputs, {}, compute).clone()
                 reason = graph_inputs
@@ -305,7 +305,7 @@ class CudaGraphs:
             if isinstance(model, LegoBlock):
                 (x,) = inputs.values() if isinstance(inputs, Mapping) else inputs
                 options["mask"] = options.pop("masks")
-                return model(x, **{key: _only(value) for key, value in options.items()})
+                return model(x, **{key: _only_value(value) for key, value in options.items()})
             return model(inputs, **options)
 
     def report(self) -> list[dict[str, Any]]:
@@ -341,25 +341,25 @@ def _add_signs(
     )
 
 
-def _logits(model: Model, rows: int, read: Mapping[str, Context | ModalityInput]) -> Tensor:
+def _compute_logits(model: Model, rows: int, read: Mapping[str, Context | ModalityInput]) -> Tensor:
     latents = compute_latents(model, rows, read)
     real = latents.real.contiguous() if latents.is_complex() else latents
     return real if model.head is None else model.head(real)
 
 
-def _widened(logits: Tensor) -> Tensor:
+def _widen(logits: Tensor) -> Tensor:
     """Return logits in float32 or wider, the precision in which losses are computed."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _only(value: Any) -> Any:
+def _only_value(value: Any) -> Any:
     """Return the one value of a dict or a sequence; None for None."""
     if value is None:
         return None
     return value.get("x") if isinstance(value, Mapping) else value[0]
 
 
-def _several_processes() -> str:
+def _find_processes() -> str:
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized()
     return "several processes exchange gradients" if several else ""

@@ -65,17 +65,17 @@ class SurvivalFold:
             object.__setattr__(self, f"{prefix}events", events)
         if not self.train_events.any():
             raise ValueError("train_events: expected at least one event, got none")
-        object.__setattr__(self, "risks", _finite("risks", self.risks, self.times.shape))
+        object.__setattr__(self, "risks", _check_finite("risks", self.risks, self.times.shape))
         if self.cut is not None:
-            object.__setattr__(self, "cut", float(_finite("cut", self.cut, ())))
+            object.__setattr__(self, "cut", float(_check_finite("cut", self.cut, ())))
         if (self.grid is None) != (self.curves is None):
             raise ValueError("grid: expected together with curves, got one without the other")
         if self.grid is None:
             return
-        grid = _finite("grid", self.grid, np.shape(self.grid))
+        grid = _check_finite("grid", self.grid, np.shape(self.grid))
         if grid.ndim != 1 or not len(grid) or not all(a < b for a, b in pairwise((0.0, *grid))):
             raise ValueError("grid: expected rising positive times [G], got other")
-        curves = _finite("curves", self.curves, (len(self.times), len(grid)))
+        curves = _check_finite("curves", self.curves, (len(self.times), len(grid)))
         # In single precision a curve may rise by a rounding error.
         rises = np.diff(curves, axis=1, prepend=1.0).max() > 1e-6
         if rises or curves.min() < 0:
@@ -132,7 +132,7 @@ class ClassFold:
             raise ValueError(
                 f"probabilities: expected [{len(labels)}, K], K at least 2, got {shape}"
             )
-        probabilities = _finite("probabilities", self.probabilities, shape)
+        probabilities = _check_finite("probabilities", self.probabilities, shape)
         if labels.min() < 0 or labels.max() >= shape[1]:
             raise ValueError(
                 f"labels: expected 0 to {shape[1] - 1}, got {labels.min()} to {labels.max()}"
@@ -148,7 +148,7 @@ class ClassFold:
         return len(self.labels)
 
 
-def _finite(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
+def _check_finite(name: str, values: Any, shape: tuple[int, ...]) -> Floats:
     array = np.asarray(values, float)
     if array.shape != shape:
         raise ValueError(f"{name}: expected {shape}, got {array.shape}")

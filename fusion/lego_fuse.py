@@ -80,7 +80,7 @@ class LegoFuse(JoinedBlocks):
         if mode != "stack":
             first = next(iter(self._blocks().values()))
             self.latents = nn.Parameter(first.latents.detach().clone())
-        self.config = self._config(head, mode=mode, weights=dict(self.weights), depth=depth)
+        self.config = self._make_config(head, mode=mode, weights=dict(self.weights), depth=depth)
 
     def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> Tensor:
         if self.mode == "upstream-weave":
@@ -102,7 +102,7 @@ class LegoFuse(JoinedBlocks):
         Raises:
             ValueError: a name that the model already has, or a block or weight that does not fit.
         """
-        blocks, weights = self._with_block(name, block), self._weights_with(name, weight)
+        blocks, weights = self._add_block(name, block), self._add_weight(name, weight)
         head: HeadMethod | Head = self.config["head"]
         if self.head is not None and block.head is not None:
             method = "slerp" if head == "given" else str(head)

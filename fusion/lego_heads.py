@@ -40,13 +40,13 @@ def merge_heads(heads: Sequence[Head], weights: Sequence[float], method: str = "
                 value = slerp(values, weights)
             else:
                 if method == "ot":
-                    values = [values[0], *(_matched_rows(values[0], v) for v in values[1:])]
+                    values = [values[0], *(_match_rows(values[0], v) for v in values[1:])]
                 value = torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum(0)
             parameter.copy_(value)
     return merged
 
 
-def _matched_rows(target: Tensor, other: Tensor) -> Tensor:
+def _match_rows(target: Tensor, other: Tensor) -> Tensor:
     """Return the rows of `other` in the order of those of `target` that they match best.
 
     By optimal transport with equal masses and Euclidean distances.

@@ -27,7 +27,7 @@ class JoinedBlocks(nn.Module):
         if not isinstance(head, Head):
             choice("head", head, get_args(HeadMethod))
         first = _check_fit(blocks)
-        self.weights = _positive_weights(weights, list(blocks))
+        self.weights = _check_weights(weights, list(blocks))
         self.blocks = nn.ModuleDict({name: copy.deepcopy(b) for name, b in blocks.items()})
         self.head: Head | None
         if isinstance(head, Head):
@@ -137,7 +137,7 @@ class JoinedBlocks(nn.Module):
         """Return the joint latents [B, C, D] of `rows` rows; `keys` are those of `prepare`."""
         raise NotImplementedError
 
-    def _config(self, head: str | Head, **fields: Any) -> dict[str, Any]:
+    def _make_config(self, head: str | Head, **fields: Any) -> dict[str, Any]:
         size = None
         if self.head is not None:
             size = [self.head.linear.in_features, self.head.linear.out_features]
@@ -151,7 +151,7 @@ class JoinedBlocks(nn.Module):
     def _blocks(self) -> dict[str, LegoBlock]:
         return {name: block for name, block in self.blocks.items() if isinstance(block, LegoBlock)}
 
-    def _with_block(self, name: str, block: LegoBlock) -> dict[str, LegoBlock]:
+    def _add_block(self, name: str, block: LegoBlock) -> dict[str, LegoBlock]:
         if name in self._blocks():
             raise ValueError(
                 f"name: expected a new modality, got {name!r}, which the model already has"
@@ -160,7 +160,7 @@ class JoinedBlocks(nn.Module):
         _check_fit(blocks)
         return blocks
 
-    def _weights_with(self, name: str, weight: float | None) -> dict[str, float]:
+    def _add_weight(self, name: str, weight: float | None) -> dict[str, float]:
         count = len(self.weights)
         share = 1 / (count + 1) if weight is None else weight
         if not 0 < share < 1:
@@ -189,7 +189,7 @@ def _check_fit(blocks: Any) -> LegoBlock:
     return first
 
 
-def _positive_weights(weights: Any, names: list[str]) -> dict[str, float]:
+def _check_weights(weights: Any, names: list[str]) -> dict[str, float]:
     if weights is None:
         return dict.fromkeys(names, 1 / len(names))
     if isinstance(weights, Mapping):

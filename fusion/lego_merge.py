@@ -75,7 +75,9 @@ class LegoMerge(JoinedBlocks):
             raise ValueError(f"method: upstream-harmonic takes 2 blocks, got {len(self.blocks)}")
         self.method: Method = method
         self.phase: Literal["principal", "circular"] = phase
-        self.config = self._config(head, method=method, weights=dict(self.weights), phase=phase)
+        self.config = self._make_config(
+            head, method=method, weights=dict(self.weights), phase=phase
+        )
 
     def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         blocks = self._blocks()
@@ -104,9 +106,9 @@ class LegoMerge(JoinedBlocks):
         """
         if self.config["head"] == "given":
             raise ValueError("head: expected a merged head to add to, got a given one")
-        weights = self._weights_with(name, weight)
+        weights = self._add_weight(name, weight)
         bigger = type(self)(
-            self._with_block(name, block),
+            self._add_block(name, block),
             method=self.method,
             head=self.config["head"],
             weights=weights,

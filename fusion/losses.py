@@ -67,7 +67,7 @@ def nll_loss(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
     if weights is not None:
-        weights = _checked_weights(weights, logits)
+        weights = _check_weights(weights, logits)
     return likelihood_of_bins(logits, bins, events, alpha=alpha, weights=weights)
 
 
@@ -99,7 +99,7 @@ def on_device_of(like: Tensor, numbers: Sequence[float]) -> Tensor:
     return torch.stack([like.new_full((), number) for number in numbers])
 
 
-def _checked_weights(weights: Tensor | Sequence[float], logits: Tensor) -> Tensor:
+def _check_weights(weights: Tensor | Sequence[float], logits: Tensor) -> Tensor:
     """Return the weights of the bins as a tensor [K], checked."""
     size = logits.shape[1]
     weights = torch.as_tensor(weights, dtype=logits.dtype, device=logits.device)

@@ -195,7 +195,7 @@ def run_literally(
     for index, layer_pass in enumerate(passes):
         if transform is None or not axes:
             if watch is not None:
-                watch(index, layer_pass.attention.queries(latents))
+                watch(index, layer_pass.attention.compute_queries(latents))
             latents = update(
                 layer_pass.attention, layer_pass.feed_forward, latents, layer_pass.keys
             )

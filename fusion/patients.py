@@ -50,13 +50,13 @@ class PatientBatch:
         From pinned memory the copy to a GPU does not block the host.
         """
         options.setdefault("non_blocking", torch.device(device).type == "cuda")
-        return self._each(lambda tensor: tensor.to(device, **options))
+        return self._map_tensors(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> Self:
         """Return the batch in pinned memory; torch's DataLoader calls this."""
-        return self._each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+        return self._map_tensors(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return change(value)

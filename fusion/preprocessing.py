@@ -261,9 +261,9 @@ def scaling_from_config(config: Mapping[str, Any]) -> Scaling:
     """Build a scaling from the values of `dataclasses.asdict`."""
     if "levels" in config:
         levels = {name: tuple(values) for name, values in config["levels"].items()}
-        return TableScaling(**{**_tuples(config), "levels": levels})
-    return BagScaling(**_tuples(config))
+        return TableScaling(**{**_lists_to_tuples(config), "levels": levels})
+    return BagScaling(**_lists_to_tuples(config))
 
 
-def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+def _lists_to_tuples(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}

@@ -72,40 +72,40 @@ class Resampling:
     fold: NDArray[np.intp]  # [n]
     stratum: NDArray[np.intp]  # [n], a number for each fold and event or class
 
-    def share(self, figure: Statistic) -> Estimate:
+    def interval_of_share(self, figure: Statistic) -> Estimate:
         """Return the interval of a figure in [0, 1]; it is widened on the logit scale."""
-        shape = self._shape(figure)
-        if shape is None:
+        bca = self._compute_bca(figure)
+        if bca is None:
             return Estimate(figure.value, figure.value, figure.value)
-        ends = logit(np.clip(shape.ends, 0, 1))  # rounding may give more than 1
-        low, high = expit(logit(figure.value) + (ends - logit(figure.value)) * shape.widening)
+        ends = logit(np.clip(bca.ends, 0, 1))  # rounding may give more than 1
+        low, high = expit(logit(figure.value) + (ends - logit(figure.value)) * bca.widening)
         return Estimate(figure.value, float(low), float(high))
 
-    def number(self, figure: Statistic) -> Estimate:
+    def interval_of_number(self, figure: Statistic) -> Estimate:
         """Return the interval of a figure that has no bounds."""
-        shape = self._shape(figure)
-        if shape is None:
+        bca = self._compute_bca(figure)
+        if bca is None:
             return Estimate(figure.value, figure.value, figure.value)
-        low, high = figure.value + (shape.ends - figure.value) * shape.widening
+        low, high = figure.value + (bca.ends - figure.value) * bca.widening
         return Estimate(figure.value, float(low), float(high))
 
-    def difference(self, a: Statistic, b: Statistic) -> Comparison:
+    def compare(self, a: Statistic, b: Statistic) -> Comparison:
         """Return a - b; p is the smallest level at which the interval excludes 0.
 
         p inverts the formula of the interval: it takes the share of (widened) draws below 0 and
         undoes the corrections for bias and acceleration.
         """
         figure = combine([a, b], [1.0, -1.0])
-        shape = self._shape(figure)
-        if shape is None:
+        bca = self._compute_bca(figure)
+        if bca is None:
             p = 2 / (len(figure.draws) + 1) if figure.value else 1.0
             return Comparison(figure.value, figure.value, figure.value, p)
-        widened = figure.value + (figure.draws - figure.value) * shape.widening
-        level = _level(widened, 0.0) - shape.bias
-        z = level / (1 + shape.acceleration * level) - shape.bias
-        return Comparison(*self.number(figure), float(2 * norm.sf(abs(z))))
+        widened = figure.value + (figure.draws - figure.value) * bca.widening
+        level = _normal_level(widened, 0.0) - bca.bias
+        z = level / (1 + bca.acceleration * level) - bca.bias
+        return Comparison(*self.interval_of_number(figure), float(2 * norm.sf(abs(z))))
 
-    def _shape(self, figure: Statistic) -> "_Shape | None":
+    def _compute_bca(self, figure: Statistic) -> "_BcaInterval | None":
         """Return Efron's (1987) BCa interval of the draws; None if nothing varies.
 
         Bias: the normal quantile of the share of draws below the value. Acceleration: the skewness
@@ -125,15 +125,15 @@ class Resampling:
             return None
         # A draw in which no comparable pair is left has no value (NaN).
         draws = figure.draws[np.isfinite(figure.draws)]
-        bias = _level(draws, figure.value)
+        bias = _normal_level(draws, figure.value)
         acceleration = float((within_stratum**3).sum() / (6 * variance**1.5))
         z = bias + norm.ppf([0.025, 0.975])
         levels = norm.cdf(bias + z / (1 - acceleration * z))
         widening = float(np.sqrt((within_fold**2).sum() / variance))
-        return _Shape(np.quantile(draws, levels), bias, acceleration, widening)
+        return _BcaInterval(np.quantile(draws, levels), bias, acceleration, widening)
 
 
-class _Shape(NamedTuple):
+class _BcaInterval(NamedTuple):
     """The parts of a BCa interval."""
 
     ends: Floats  # [2], before the widening
@@ -142,7 +142,7 @@ class _Shape(NamedTuple):
     widening: float  # factor on the distance of both ends from the value
 
 
-def _level(draws: Floats, value: float) -> float:
+def _normal_level(draws: Floats, value: float) -> float:
     """Return the normal quantile of the share of draws below `value`; ties count one half."""
     draws = draws[np.isfinite(draws)]
     below = ((draws < value).mean() + (draws <= value).mean()) / 2

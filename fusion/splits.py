@@ -50,7 +50,7 @@ def split(
     """
     count = integer("count", count)
     _check_shares(count, test, validation)
-    units, stratum = _units(groups, strata)
+    units, stratum = _number_groups(groups, strata)
     size = len(stratum)
     order = _interleave(stratum, np.random.default_rng(seed))
     cuts = [round(i * test * size) for i in range(count + 1)]
@@ -87,7 +87,7 @@ def carve(
     Returns:
         The rows that were not drawn, and the rows that were.
     """
-    units, stratum = _units(np.asarray(groups)[rows], np.asarray(strata)[rows])
+    units, stratum = _number_groups(np.asarray(groups)[rows], np.asarray(strata)[rows])
     all_units = np.arange(len(stratum))
     validated = _draw_units(all_units, stratum, round(share * len(stratum)), seed=(seed,))
     is_taken = np.isin(units, validated)
@@ -107,7 +107,9 @@ def _check_shares(count: int, test: float, validation: float) -> None:
         )
 
 
-def _units(groups: ArrayLike, strata: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _number_groups(
+    groups: ArrayLike, strata: ArrayLike
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the unit of each row, and the stratum of each unit.
 
     A unit is the number of a group, in the order of first appearance.

@@ -141,7 +141,7 @@ def train(
     state_file = None if resume is None else resume / "last.ckpt"
     state = None if state_file is None else _read_state(state_file)
     # Dropout draws from torch's global generators; their states are restored afterwards.
-    with _quiet(), torch.random.fork_rng():
+    with _silence_lightning(), torch.random.fork_rng():
         trainer = _make_trainer(settings, best, state_file)
         if state is not None:
             fit.on_load_checkpoint(state)
@@ -348,10 +348,12 @@ class _Fit(lightning.LightningModule):
         history = self.history
         # Lightning validates inside the training epoch, at its end. The training losses are read
         # only here, since reading them waits for the GPU.
-        losses = [_finite("training loss", loss) for loss in torch.stack(self.losses).tolist()]
+        losses = [
+            _check_finite("training loss", loss) for loss in torch.stack(self.losses).tolist()
+        ]
         loss = self.objective.loss(logits, target)
         self.log("validation_loss", loss)
-        history.validation_loss.append(_finite("validation loss", loss.item()))
+        history.validation_loss.append(_check_finite("validation loss", loss.item()))
         history.train_loss.append(sum(losses) / self.steps)
         history.seconds.append(time.perf_counter() - self.started)
         if self.graphs is not None:
@@ -429,14 +431,14 @@ def _return_batch(batch: Any) -> PatientBatch:
     return batch
 
 
-def _finite(name: str, loss: float) -> float:
+def _check_finite(name: str, loss: float) -> float:
     if not math.isfinite(loss):
         raise FloatingPointError(f"{name}: expected a finite number, got {loss}")
     return loss
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_lightning() -> Iterator[None]:
     """Suppress Lightning's hints about loggers, workers and devices."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

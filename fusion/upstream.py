@@ -16,7 +16,7 @@ from .upstream_models import (
     build_healnet,
     build_joined,
     check_expressible,
-    required,
+    require,
 )
 from .upstream_names import fill, named_tensors, real_name
 
@@ -68,7 +68,7 @@ def from_upstream(
             model: UpstreamModel = build_healnet(config)
         case "LegoBlock":
             model = build_block(
-                required(config, "in_shape"), config, state, "", _only_encoder(encoders)
+                require(config, "in_shape"), config, state, "", _only_encoder(encoders)
             )
         case "LegoMerge" | "LegoFuse":
             state = {real_name(name): tensor for name, tensor in state.items()}

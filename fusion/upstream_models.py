@@ -95,7 +95,7 @@ _EXPRESSIBLE: dict[type[nn.Module], tuple[str, dict[str, tuple[Any, ...]]]] = {
 
 def build_healnet(config: Mapping[str, Any]) -> HEALNet:
     """Build the authors' HealNet."""
-    channels, axes = required(config, "channel_dims"), required(config, "num_spatial_axes")
+    channels, axes = require(config, "channel_dims"), require(config, "num_spatial_axes")
     if len(channels) != len(axes) or len(channels) != config.get("n_modalities", len(channels)):
         raise ValueError(
             f"config: expected n_modalities channel_dims and num_spatial_axes, got {channels} and "
@@ -110,7 +110,7 @@ def build_healnet(config: Mapping[str, Any]) -> HEALNet:
         )
     return HEALNet(
         {str(i): Grid(c, axes=a) for i, (c, a) in enumerate(zip(channels, axes, strict=True))},
-        out_features=required(config, "out_dims") if arguments["final_classifier_head"] else None,
+        out_features=require(config, "out_dims") if arguments["final_classifier_head"] else None,
         depth=arguments["depth"],
         num_latents=arguments["l_c"],
         latent_dim=arguments["l_d"],
@@ -154,9 +154,9 @@ def build_block(
     share: ShareWeights = False if arguments["weight_sharing"] else "all-but-first"
     over_bag = f"{prefix}layers.0.3.norm.weight" in state  # attention and feed-forward come first
     wrapped = (
-        _bag_self_attention(in_shape[1], arguments, share, encoder)
+        _make_bag_self_attention(in_shape[1], arguments, share, encoder)
         if over_bag
-        else _wrapped(encoder)
+        else _wrap(encoder)
     )
     width = state.get(f"{prefix}layers.0.{2 if over_bag else 1}.norm_context.weight")
     if width is None:
@@ -182,7 +182,7 @@ def build_block(
     )
 
 
-def _bag_self_attention(
+def _make_bag_self_attention(
     features: int, arguments: dict[str, Any], share: ShareWeights, encoder: nn.Module | None
 ) -> BagSelfAttention:
     """Return the layer that the authors' block has instead of an encoder."""
@@ -198,7 +198,7 @@ def _bag_self_attention(
     )
 
 
-def _wrapped(encoder: nn.Module | None) -> UpstreamEncoder:
+def _wrap(encoder: nn.Module | None) -> UpstreamEncoder:
     if encoder is None:
         raise ValueError("encoders: expected the block's encoder, since it was trained with one")
     return UpstreamEncoder(copy.deepcopy(encoder))
@@ -210,7 +210,7 @@ def build_joined(
     encoders: Sequence[nn.Module | None],
 ) -> LegoMerge | LegoFuse:
     """Build the authors' LegoMerge or LegoFuse; if `state` lacks the merged head, add it there."""
-    shapes = required(config, "in_shapes")
+    shapes = require(config, "in_shapes")
     if len(shapes) != 2:
         raise ValueError(f"config['in_shapes']: expected 2 blocks, got {len(shapes)}")
     if encoders and len(encoders) != 2:
@@ -290,7 +290,7 @@ def _check_config(
             )
 
 
-def required(config: Mapping[str, Any], key: str) -> Any:
+def require(config: Mapping[str, Any], key: str) -> Any:
     """Return an argument for which the authors' constructor has no default."""
     if key not in config:
         raise ValueError(f"config: expected {key!r} for {config.get('model')}, got none")
