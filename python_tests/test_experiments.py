@@ -727,7 +727,7 @@ def test_an_interrupted_run_says_so(sign: signal.Signals, tmp_path: Path) -> Non
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert err == "motet train: interrupted; the same command goes on where it stopped\n"
+    assert err == "motet train: interrupted; give the same command again to continue\n"
 
 
 def test_new_patients_that_do_not_fit(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
