@@ -73,7 +73,11 @@ OPTIONAL = (
 def add_doctor(commands: Commands) -> None:
     """Add `motet doctor`."""
     doctor = commands.add_parser(
-        "doctor", help="check the installation, and say how to get what is missing"
+        "doctor",
+        help="check the installation, and say how to get what is missing",
+        description="Check the packages and devices that motet needs or can use. The states are "
+        "ok, missing, and off (motet works without it). Exit code 1: something that motet needs is "
+        "missing.",
     )
     add_json(doctor)
     doctor.set_defaults(run=_doctor)
@@ -140,8 +144,9 @@ def _check_gpu(torch) -> Check:
     if torch.cuda.is_available():
         return Check("GPU", "ok", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     if torch.version.cuda is None:
-        built = "this torch is built for CPUs"
-        return Check("GPU", "off", built, "with an NVIDIA GPU: https://pytorch.org/get-started")
+        built = "this torch is built for CPUs only"
+        cure = "with an NVIDIA GPU, a CUDA build of torch: https://pytorch.org/get-started"
+        return Check("GPU", "off", built, cure)
     return Check("GPU", "off", f"torch is built for CUDA {torch.version.cuda}, no device found")
 
 

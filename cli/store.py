@@ -11,13 +11,17 @@ from .options import Commands, add_json
 
 def add_store(commands: Commands) -> None:
     """Add `motet store` and its actions."""
-    store = commands.add_parser("store", help="list, check, export and import stores of features")
+    store = commands.add_parser(
+        "store",
+        help="list, check, export and import stores of features",
+        description="List, check, export and import stores of features, which motet tile writes.",
+    )
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def add(name: str, text: str, run: Callable[[argparse.Namespace], int], *, several=False):
         action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name != "import":
-            action.add_argument("store", type=Path, metavar="COHORT", help="the store's folder")
+            action.add_argument("store", type=Path, metavar="COHORT", help="folder of the store")
         if several or name == "show":
             action.add_argument(
                 "slides",
