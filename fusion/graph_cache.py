@@ -32,8 +32,8 @@ Computation = Callable[[int, Mapping[str, Context | ModalityInput], dict[str, Te
 def uncached_autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Return autocast to `dtype`, or autocast turned off if it is None; without its weight cache.
 
-    Autocast keeps converted weights until its outermost context ends. Memory that a graph reads
-    must outlive it, so a graph cannot use them: it converts the weights itself in every replay.
+    Autocast keeps converted weights until its outermost context ends. A graph needs the memory that
+    it reads for as long as it exists, so it converts the weights itself in every replay.
     """
     if dtype is None:
         return torch.autocast(device.type, enabled=False)

@@ -66,7 +66,7 @@ class Statistic(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Resampling:
-    """How often each bootstrap draw contains each patient, and what patients are drawn within."""
+    """The bootstrap draws: how often each contains each patient; fold and stratum of patients."""
 
     counts: Floats  # [draws, n]
     fold: NDArray[np.intp]  # [n]
