@@ -1,1 +1,1 @@
-"""Encoders: patches to rows of features. `load_encoder` is the way in."""
+"""Encoders: compute a row of features for each patch. Entry point: `load_encoder`."""

@@ -1,4 +1,4 @@
-"""What all encoders of patches have in common."""
+"""The base class of all encoders of patches, and functions that they share."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 
 
 class Encoder(ABC):
-    """A model that makes one row of features of each patch; `load_encoder` returns one.
+    """A model that computes a row of features for each patch; `load_encoder` returns one.
 
     Attributes:
-        id: its name, without folders of this machine.
-        width: D, how many features it gives.
+        id: its name, without paths of this machine.
+        width: D, the number of features.
         weights: hash of its weights, 16 hex digits, or "none".
-        transform: hash of what is done to the pixels first, 16 hex digits.
-        precision: what it computes in: "fp32", "bf16", "fp16".
-        input_px: the patches that it takes as they are, pixels per side; others are resized.
-            None if it takes any.
+        transform: hash of the preprocessing of pixels, 16 hex digits.
+        precision: of the computation: "fp32", "bf16", "fp16".
+        input_px: side of the patches that are not resized, px; None if no patches are resized.
 
     Example:
         >>> encoder = motet.io.load_encoder("stain-stats")
@@ -42,50 +41,46 @@ class Encoder(ABC):
     def encode(self, pixels: np.ndarray | Tensor) -> np.ndarray:
         """Return the features, float32 [B, D], of patches, uint8 [B, H, W, 3] (RGB).
 
-        The same batch gives the same bits on one machine. What else is in the batch, and how many,
-        changes a row by rounding at most (by nothing with "stain-stats").
+        On one machine the same batch gives the same bits. In another batch a row may differ by
+        rounding; with "stain-stats" it does not.
 
         Args:
-            pixels: numpy array, or torch tensor on the CPU or a GPU; models on the same GPU take it
-                without a copy through the host.
+            pixels: numpy array, or torch tensor on the CPU or a GPU; a model on the same GPU uses
+                it without a copy to the host.
 
         Raises:
-            ValueError: pixels of another dtype or shape; what the model returns is not [B, D].
-            MemoryError: the batch does not fit into the GPU's memory.
+            ValueError: pixels have another dtype or shape; the model returns no [B, D].
+            MemoryError: the batch does not fit into the memory of the GPU.
         """
 
     def spec(self) -> dict[str, Any]:
-        """Return what the features are a function of, beside the pixels, for JSON."""
+        """Return all that the features depend on, besides the pixels, for JSON."""
         return {
             key: getattr(self, key) for key in ("id", "width", "weights", "transform", "precision")
         }
 
 
-def checked(pixels: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """Return patches that are uint8 [B, H, W, 3].
-
-    Raises:
-        ValueError: they are something else.
-    """
+def check_pixels(pixels: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Return the pixels; raise ValueError unless they are uint8 [B, H, W, 3]."""
     dtype, shape = getattr(pixels, "dtype", None), list(getattr(pixels, "shape", []))
-    right = len(shape) == 4 and shape[1] > 0 and shape[2] > 0 and shape[3] == 3
-    if right and str(dtype).removeprefix("torch.") == "uint8":
+    valid_shape = len(shape) == 4 and shape[1] > 0 and shape[2] > 0 and shape[3] == 3
+    if valid_shape and str(dtype).removeprefix("torch.") == "uint8":
         return pixels
-    came = type(pixels).__name__ if dtype is None else f"{dtype} {shape}"
-    raise ValueError(f"pixels: expected uint8 [B, H, W, 3], got {came}")
+    got = type(pixels).__name__ if dtype is None else f"{dtype} {shape}"
+    raise ValueError(f"pixels: expected uint8 [B, H, W, 3], got {got}")
 
 
 def as_numpy(pixels: np.ndarray | Tensor) -> np.ndarray:
-    """Return pixels as a numpy array, from whichever device."""
+    """Return pixels as a numpy array, copied from their device if needed."""
     return pixels if isinstance(pixels, np.ndarray) else pixels.detach().cpu().numpy()
 
 
 def digest(value: object) -> str:
-    """Return 16 hex digits that stand for a value of JSON, whatever the order of its keys."""
+    """Return 16 hex digits of the SHA-256 of a JSON value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first lines of a message as one of bounded length."""
+    """Return the message of an error as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or "no message"

@@ -1,4 +1,4 @@
-"""Load an encoder: where each kind is found, by its name."""
+"""Load an encoder by its name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import suggest
-from .base import Encoder, as_numpy, checked, digest, one_line
+from .base import Encoder, as_numpy, check_pixels, digest, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,24 +37,25 @@ def load_encoder(
     weights: str | os.PathLike[str] | None = None,
     compile: bool = False,
 ) -> Encoder:
-    """Load the encoder that a name stands for (docs/how-to/encoders.md lists the kinds).
+    """Load an encoder by its name (docs/how-to/encoders.md lists the kinds).
 
     Args:
         name: "stain-stats", "torchvision:<name>", "timm:<name>", "hf:<repo or folder>",
-            "export:<file.pt2>" or "<package.module>:<callable>". Some take options:
+            "export:<file.pt2>" or "<package.module>:<callable>". Some have options:
             "hf:<repo>?pool=cls+mean".
-        device: "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:1".
-        precision: "fp32", "bf16" or "fp16"; "auto" is bf16 on GPUs that have it, else fp32.
-        weights: a file (.pth, .pt, .safetensors) for a torchvision or timm model, in place of its
-            published weights.
-        compile: True runs the model through torch.compile: slow once, then faster.
+        device: "auto" (a GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:1".
+        precision: "fp32", "bf16" or "fp16"; "auto" is bf16 on GPUs that support it, else fp32.
+        weights: a file (.pth, .pt, .safetensors) with weights for a torchvision or timm model,
+            instead of its published weights.
+        compile: True compiles the model with torch.compile: the first batch takes longer, others
+            less time.
 
     Returns:
         The encoder, ready to use.
 
     Raises:
-        ValueError: in one line: no such encoder, a package that is not installed or does not load,
-            weights that do not fit, an argument that this kind does not take.
+        ValueError: in one line: the encoder does not exist, its package is not installed or does
+            not load, weights do not fit, or the encoder does not have an argument.
 
     Example:
         >>> encoder = motet.io.load_encoder("stain-stats")
@@ -66,31 +67,31 @@ def load_encoder(
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:<number>, got {device!r}")
-    family, colon, rest = name.partition(":")
-    if family in FAMILIES and rest:
+    family, colon, model = name.partition(":")
+    if family in FAMILIES and model:
         return _from_zoo(name, weights, device, precision, compile)
     if name != "stain-stats" and not (colon and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name)):
         raise ValueError(f"no encoder {name!r}: {suggest(name, KNOWN)}")
-    given = {
+    is_default = {
         "device": device in ("auto", "cpu"),
         "precision": precision in ("auto", "fp32"),
         "weights": weights is None,
         "compile": not compile,
     }
-    if wrong := [argument for argument, right in given.items() if not right]:
-        raise ValueError(f"{wrong[0]}: {name} runs as it is, leave the argument out")
+    if unused := [argument for argument, default in is_default.items() if not default]:
+        raise ValueError(f"{unused[0]}: {name} has no such option, leave the argument out")
     if name == "stain-stats":
         from .stain_stats import StainStats
 
         return StainStats()
-    return _Called(name)
+    return _CallableEncoder(name)
 
 
 def _from_zoo(
     name: str, weights: str | os.PathLike[str] | None, device: str, precision: str, compile: bool
 ) -> Encoder:
     """Load a model of one of the FAMILIES, which need torch."""
-    family, _, rest = name.partition(":")
+    family, _, model_and_options = name.partition(":")
     file: dict[str, Path] = {}
     if weights is not None:
         if family not in ("torchvision", "timm"):
@@ -100,18 +101,18 @@ def _from_zoo(
             raise ValueError(f"weights: no file {str(file['weights'])!r}")
     from . import model_zoos
 
-    place, options = _options(name, rest, model_zoos.OPTIONS[family])
+    model, options = _parse_options(name, model_and_options, model_zoos.OPTIONS[family])
     load = getattr(model_zoos, f"load_{family}")
-    return load(place, options, model_zoos.Setup(device, precision, compile), **file)
+    return load(model, options, model_zoos.Setup(device, precision, compile), **file)
 
 
-class _Called(Encoder):
-    """A callable of the user's: uint8 [B, H, W, 3] to [B, D], both numpy."""
+class _CallableEncoder(Encoder):
+    """A callable of the user: uint8 [B, H, W, 3] to [B, D], both numpy arrays."""
 
     PROBE_PX = 256
 
     def __init__(self, name: str) -> None:
-        self._name, self._call = name, _found(name)
+        self._name, self._call = name, _import_callable(name)
         self.id = str(getattr(self._call, "id", name))
         self.weights = str(getattr(self._call, "weights", "none"))
         self.transform = digest({"callable": self.id})
@@ -124,7 +125,7 @@ class _Called(Encoder):
         self.width = int(width)
 
     def encode(self, pixels: np.ndarray | Tensor) -> np.ndarray:
-        pixels = as_numpy(checked(pixels))
+        pixels = as_numpy(check_pixels(pixels))
         if len(pixels) == 0:
             return np.empty((0, self.width), np.float32)
         rows = self._rows(pixels)
@@ -139,9 +140,9 @@ class _Called(Encoder):
         try:
             returned = self._call(pixels)
             rows = np.asarray(returned, dtype=np.float32)
-        except (MemoryError, OSError):  # not of the encoder's making
+        except (MemoryError, OSError):  # of the machine, not of the user's code
             raise
-        except Exception as error:  # a user's code raises anything
+        except Exception as error:  # the user's code may raise any exception
             raise ValueError(
                 f"encoder {self._name!r}: raised {type(error).__name__} on uint8 "
                 f"{list(pixels.shape)}: {one_line(error)}"
@@ -154,10 +155,10 @@ class _Called(Encoder):
         return rows
 
 
-def _found(name: str) -> Callable[[np.ndarray], Any]:
+def _import_callable(name: str) -> Callable[[np.ndarray], Any]:
     module, _, attribute = name.partition(":")
     try:
-        thing: Any = import_module(module)
+        target: Any = import_module(module)
     except ModuleNotFoundError as error:
         if not (error.name and f"{module}.".startswith(f"{error.name}.")):
             raise ValueError(f"encoder {name!r}: importing it failed: {one_line(error)}") from error
@@ -165,31 +166,39 @@ def _found(name: str) -> Callable[[np.ndarray], Any]:
             f"no encoder {name!r}: no module {error.name!r} (PYTHONPATH=. finds those of this "
             f"folder); {suggest(name, KNOWN)}"
         ) from None
-    except Exception as error:  # a user's module raises anything
+    except Exception as error:  # the user's module may raise any exception
         raise ValueError(
             f"encoder {name!r}: importing it raised {type(error).__name__}: {one_line(error)}"
         ) from error
     for part in attribute.split("."):
-        if not hasattr(thing, part):
-            known = [one for one in dir(thing) if not one.startswith("_")]
-            raise ValueError(f"no encoder {name!r}: no {part!r} there: {suggest(part, known)}")
-        thing = getattr(thing, part)
-    if not callable(thing):
-        raise ValueError(f"encoder {name!r}: expected a callable, got {type(thing).__name__}")
-    return thing
+        if not hasattr(target, part):
+            names = [public for public in dir(target) if not public.startswith("_")]
+            raise ValueError(f"no encoder {name!r}: no {part!r} there: {suggest(part, names)}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise ValueError(f"encoder {name!r}: expected a callable, got {type(target).__name__}")
+    return target
 
 
-def _options(name: str, rest: str, known: dict[str, tuple[str, ...]]) -> tuple[str, dict[str, str]]:
-    """Part "place?key=value&key=value"."""
-    place, _, query = rest.partition("?")
-    found = {}
+def _parse_options(
+    name: str, model_and_options: str, allowed: dict[str, tuple[str, ...]]
+) -> tuple[str, dict[str, str]]:
+    """Return the model and the options of "model?key=value&key=value".
+
+    Args:
+        name: of the encoder, for errors.
+        model_and_options: what follows the family in the name.
+        allowed: option to its values.
+    """
+    model, _, query = model_and_options.partition("?")
+    options = {}
     for part in filter(None, query.split("&")):
         key, _, value = part.partition("=")
-        if key not in known:
-            raise ValueError(f"encoder {name!r}: no option {key!r}: {suggest(key, known)}")
-        if value not in known[key]:
+        if key not in allowed:
+            raise ValueError(f"encoder {name!r}: no option {key!r}: {suggest(key, allowed)}")
+        if value not in allowed[key]:
             raise ValueError(
-                f"encoder {name!r}: {key}: expected one of {', '.join(known[key])}, got {value!r}"
+                f"encoder {name!r}: {key}: expected one of {', '.join(allowed[key])}, got {value!r}"
             )
-        found[key] = value
-    return place, found
+        options[key] = value
+    return model, options

@@ -1,4 +1,4 @@
-"""What all encoders on torch share: pixels to tensors, precision, devices, weights."""
+"""The base of all encoders on torch: preprocessing of pixels, precision, devices, weights."""
 
 from __future__ import annotations
 
@@ -14,52 +14,52 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import listed
-from .base import Encoder, checked, digest, one_line
+from .base import Encoder, check_pixels, digest, one_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how a model runs, as `load_encoder` was told."""
+    """The arguments of `load_encoder` that say where and in which precision a model runs."""
 
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
 
-    def where(self) -> torch.device:
-        there = torch.cuda.is_available()
+    def choose_device(self) -> torch.device:
+        has_cuda = torch.cuda.is_available()
         if self.device == "auto":
-            return torch.device("cuda" if there else "cpu")
+            return torch.device("cuda" if has_cuda else "cpu")
         device = torch.device(self.device)
         if device.type == "cuda" and not (
-            there and (device.index or 0) < torch.cuda.device_count()
+            has_cuda and (device.index or 0) < torch.cuda.device_count()
         ):
             raise ValueError(f"device: expected one that torch finds here, got {self.device!r}")
         return device
 
-    def how(self, device: torch.device) -> str:
+    def choose_precision(self, device: torch.device) -> str:
         if self.precision != "auto":
             return self.precision
-        # Before Ampere bf16 is emulated, many times slower than fp32.
-        half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return "bf16" if half else "fp32"
+        # Before Ampere (compute capability 8.0) bf16 is emulated, many times slower than fp32.
+        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "bf16" if has_bf16 else "fp32"
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to pixels, on the model's device: resize, crop, scale, standardise.
+    """The preprocessing of pixels, on the model's device: resize, crop, scale, standardise.
 
-    Resizing is antialiased and not rounded to whole grey levels in between, as PIL does.
+    Resizing is antialiased. Unlike PIL's, its result is not rounded to integers.
 
     Args:
-        resize: the shorter side in px, or height and width; None takes all sizes as they are.
-        crop: height and width of what is taken from the middle.
+        resize: the shorter side in px, or (height, width); None does not resize.
+        crop: (height, width) of the crop from the middle.
         interpolation: "nearest", "bilinear" or "bicubic".
-        scale: factor that makes a grey level 0..255 what mean and std are in.
+        scale: factor that converts a grey level 0..255 to the unit of mean and std.
         mean: of red, green and blue.
         std: of red, green and blue.
-        dtype: what the model takes; "uint8" is neither scaled nor standardised.
+        dtype: of the model's input; "uint8" is neither scaled nor standardised.
     """
 
     resize: int | tuple[int, int] | None = None
@@ -75,10 +75,10 @@ class Transform:
         return min(self.resize) if isinstance(self.resize, tuple) else self.resize
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return [B, 3, h, w] of uint8 [B, H, W, 3]; channels stay last in memory."""
+        """Return [B, 3, h, w] of uint8 [B, H, W, 3], in memory format channels_last."""
         x = pixels.permute(0, 3, 1, 2)
         height, width = x.shape[2:]
-        size = self._size(height, width)
+        size = self._resized(height, width)
         if size != (height, width):
             kind: dict[str, Any] = {} if self.interpolation == "nearest" else {"antialias": True}
             x = F.interpolate(x.float(), size, mode=self.interpolation, **kind).clamp(0, 255)
@@ -99,7 +99,8 @@ class Transform:
         x = torch.addcmul(shift[:, None, None], x.float(), factor)
         return x.to(getattr(torch, self.dtype))
 
-    def _size(self, height: int, width: int) -> tuple[int, int]:
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) of a patch after resizing."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, tuple):
@@ -112,16 +113,16 @@ class Transform:
 class TorchEncoder(Encoder):
     """Run a module on batches of patches.
 
-    Parameters of linear layers and convolutions are held in the precision; sums, norms and
-    what is added along the way stay in fp32 (autocast).
+    Parameters of linear layers and convolutions are converted to the precision. Norms, sums and
+    residual connections stay in fp32 (autocast).
 
     Args:
         name: the encoder's id.
-        module: takes what the transform gives, [B, 3, h, w], and returns [B, D].
-        transform: what is done to the pixels.
+        module: takes the output of the transform, [B, 3, h, w], and returns [B, D].
+        transform: preprocessing of the pixels.
         setup: device, precision, compile.
         batch: the only batch size that the module takes, None for any.
-        as_is: True leaves the module's dtypes and modes alone (it is an exported graph).
+        as_is: True does not change the module's dtypes and modes (it is an exported graph).
     """
 
     PROBE_PX = 224
@@ -137,8 +138,8 @@ class TorchEncoder(Encoder):
         as_is: bool = False,
     ) -> None:
         self.id = name
-        self.device = setup.where()
-        self.precision = setup.how(self.device)
+        self.device = setup.choose_device()
+        self.precision = setup.choose_precision(self.device)
         self.weights = hash_of(module.state_dict())
         self.transform = digest(asdict(transform))
         self.input_px = transform.input_px
@@ -147,14 +148,14 @@ class TorchEncoder(Encoder):
         if not as_is:
             module.eval().requires_grad_(False)
             if self._half is not None:
-                for part in module.modules():
-                    if isinstance(part, nn.Linear | nn.Conv2d):
-                        part.to(self._half)
+                for layer in module.modules():
+                    if isinstance(layer, nn.Linear | nn.Conv2d):
+                        layer.to(self._half)
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         module.to(self.device)
         self._module: Callable[[Tensor], Any] = module
         px = self.input_px or self.PROBE_PX
-        try:
+        try:  # the width is found by a run on a white patch
             self.width = self._rows(np.full((1, px, px, 3), 255, np.uint8)).shape[1]
         except (RuntimeError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(
@@ -164,7 +165,7 @@ class TorchEncoder(Encoder):
             self._module = torch.compile(module)
 
     def encode(self, pixels: np.ndarray | Tensor) -> np.ndarray:
-        if len(checked(pixels)) == 0:
+        if len(check_pixels(pixels)) == 0:
             return np.empty((0, self.width), np.float32)
         try:
             return self._rows(pixels).float().cpu().numpy()
@@ -176,7 +177,7 @@ class TorchEncoder(Encoder):
 
     @torch.inference_mode()
     def _rows(self, pixels: np.ndarray | Tensor) -> Tensor:
-        x = self._prepare(self._there(pixels))
+        x = self._prepare(self._to_device(pixels))
         autocast = torch.autocast(
             self.device.type, self._half or torch.bfloat16, enabled=self._half is not None
         )
@@ -184,84 +185,87 @@ class TorchEncoder(Encoder):
             if self._batch is None:
                 parts = [self._module(x)]
             else:
-                parts = [self._filled(part, self._batch) for part in x.split(self._batch)]
+                parts = [self._run_padded(part, self._batch) for part in x.split(self._batch)]
         for part in parts:
             if not isinstance(part, Tensor) or part.ndim != 2:
-                came = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
-                raise ValueError(f"encoder {self.id!r}: expected [B, D] of the model, got {came}")
+                got = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"encoder {self.id!r}: expected [B, D] of the model, got {got}")
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _filled(self, x: Tensor, size: int) -> Any:
-        """Run a part of a batch as a whole one: the last patch is repeated."""
+    def _run_padded(self, x: Tensor, size: int) -> Any:
+        """Run the module on a batch padded to `size` patches with copies of its last patch."""
         rows = self._module(torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]))
         return rows[: len(x)] if isinstance(rows, Tensor) else rows
 
-    def _there(self, pixels: np.ndarray | Tensor) -> Tensor:
+    def _to_device(self, pixels: np.ndarray | Tensor) -> Tensor:
         if isinstance(pixels, Tensor):
             return pixels.to(self.device)
-        # A copy that may be written, in pinned memory for CUDA, which torch keeps for the next.
+        # A copy, since torch accepts no read-only array; in pinned memory for CUDA, which torch
+        # uses again for the next batch.
         host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         host.numpy()[:] = pixels
         return host.to(self.device, non_blocking=True)
 
 
 def hash_of(state: Mapping[str, Any]) -> str:
-    """Return 16 hex digits that stand for names, dtypes, shapes and bytes of tensors."""
-    found = hashlib.sha256()
+    """Return 16 hex digits of the SHA-256 of the names, dtypes, shapes and bytes of tensors."""
+    sha256 = hashlib.sha256()
     for name, value in sorted(state.items()):
-        if not isinstance(value, Tensor):  # what modules keep beside their tensors
+        if not isinstance(value, Tensor):  # a module may keep other values in its state
             continue
-        found.update(f"{name}\0{value.dtype}\0{list(value.shape)}\0".encode())
+        sha256.update(f"{name}\0{value.dtype}\0{list(value.shape)}\0".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+        sha256.update(flat.view(torch.uint8).numpy().data)
+    return sha256.hexdigest()[:16]
 
 
-# What checkpoints wrap the tensors in, and what they call a classifier that is left out here.
+# Keys under which checkpoints store their tensors, and names of the classifier, which is not used.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 HEADS = ("fc", "classifier", "classifer", "head", "heads", "last_linear")
 
 
 def load_weights(module: nn.Module, file: Path) -> None:
-    """Fill a module without its classifier from a checkpoint, which may have one.
+    """Load a checkpoint into a module without classifier; the checkpoint may have one.
 
-    Prefixes such as "module." go. TIAToolbox's checkpoints, which number the module's children
-    ("feat_extract.0."), fit too.
+    Prefixes of names such as "module." are removed. Checkpoints of TIAToolbox, which number the
+    module's children ("feat_extract.0."), can be loaded too.
 
     Raises:
-        ValueError: the file is no checkpoint, or its tensors are not the module's.
+        ValueError: the file is no checkpoint, or its tensors are not those of the module.
     """
-    wanted = module.state_dict()
-    state = _read(file)
+    expected = module.state_dict()
     children = [name for name, _ in module.named_children()]
-    numbered = {}
-    for key, value in state.items():
-        start, _, rest = key.partition("feat_extract.")
-        number, _, rest = rest.partition(".")
+    tensors = {}  # by names in which TIAToolbox's numbers are replaced by those of the children
+    for key, value in _read_checkpoint(file).items():
+        start, _, end = key.partition("feat_extract.")
+        number, _, end = end.partition(".")
         if number.isdecimal() and int(number) < len(children):
-            key = f"{start}{children[int(number)]}.{rest}"
-        numbered[key] = value
-    # The prefix under which most of the names are found.
-    prefixes = {key[: -len(name)] for key in numbered for name in list(wanted)[:1]
+            key = f"{start}{children[int(number)]}.{end}"
+        tensors[key] = value
+    # The prefix with which most of the expected names are in the checkpoint.
+    prefixes = {key[: -len(name)] for key in tensors for name in list(expected)[:1]
                 if key.endswith(name)} | {""}  # fmt: skip
-    prefix = max(sorted(prefixes), key=lambda p: sum(p + name in numbered for name in wanted))
-    own = {key.removeprefix(prefix): value for key, value in numbered.items()}
-    extra = [key for key in own if key not in wanted and key.split(".")[0] not in HEADS]
-    # Counters of batches are of no use here, and old checkpoints have none.
-    missing = [key for key in wanted if key not in own and not key.endswith("num_batches_tracked")]
-    other = [
-        f"{key} {list(own[key].shape)} instead of {list(value.shape)}"
-        for key, value in wanted.items()
-        if key in own and own[key].shape != value.shape
+    prefix = max(sorted(prefixes), key=lambda p: sum(p + name in tensors for name in expected))
+    tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    extra = [key for key in tensors if key not in expected and key.split(".")[0] not in HEADS]
+    # Counters of batches have no effect in inference, and old checkpoints lack them.
+    missing = [
+        key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")
     ]
-    wrong = {"missing": missing, "unexpected": extra, "of another shape": other}
-    if any(wrong.values()):
-        said = "; ".join(f"{what}: {listed(keys, 4)}" for what, keys in wrong.items() if keys)
-        raise ValueError(f"weights: {str(file)!r} is of another model: {said}")
-    module.load_state_dict({key: own.get(key, value) for key, value in wanted.items()})
+    other_shape = [
+        f"{key} {list(tensors[key].shape)} instead of {list(value.shape)}"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    problems = {"missing": missing, "unexpected": extra, "of another shape": other_shape}
+    if any(problems.values()):
+        text = "; ".join(f"{kind}: {listed(keys, 4)}" for kind, keys in problems.items() if keys)
+        raise ValueError(f"weights: {str(file)!r} is of another model: {text}")
+    module.load_state_dict({key: tensors.get(key, value) for key, value in expected.items()})
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read_checkpoint(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name."""
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -271,7 +275,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # unpickling raises anything
+    except Exception as error:  # unpickling may raise any exception
         raise ValueError(
             f"weights: expected a checkpoint of tensors (.pth, .pt, .safetensors), got "
             f"{str(file)!r}: {one_line(error)}"
