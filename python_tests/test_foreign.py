@@ -81,7 +81,7 @@ def test_layouts(tmp_path: Path) -> None:
     torch.save({"feats": torch.ones(2, 3, dtype=torch.bfloat16), "coords": torch.ones(2, 2)},
                tmp_path / "d.pt")  # fmt: skip
     assert read_trident(tmp_path / "d.pt").coords is not None
-    with pytest.raises(SlideError, match="expected coords .* got features alone"):
+    with pytest.raises(SlideError, match="expected coords .* got only features"):
         read_coords(tmp_path / "clam/pt_files/b.pt")
 
 

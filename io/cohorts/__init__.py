@@ -1,1 +1,1 @@
-"""Cohorts: patients, their modalities, outcome and splits. `load_cohort` is the way in."""
+"""Cohorts: patients, their modalities, outcome and splits. Entry point: `load_cohort`."""

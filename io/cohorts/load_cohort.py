@@ -138,7 +138,7 @@ def _align(
 
 
 def _check_not_empty(name: str, modality: pd.DataFrame | Bags) -> None:
-    if isinstance(modality, Bags):  # `open_bags` and `_read_events` have checked it
+    if isinstance(modality, Bags):  # `open_bags` and `_read_measurements` have checked it
         return
     gaps = modality.isna()
     if gaps.to_numpy().all():

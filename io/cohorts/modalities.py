@@ -9,7 +9,7 @@ import pandas as pd
 
 from ..errors import CohortError, listed
 from .bags import Bags, MeasurementBags, open_bags
-from .schema import Codes, Columns, Events, Stores
+from .schema import BagFiles, Codes, Columns, Measurements
 from .tables import Tables, dates, hours_between, match_columns, natural_key, texts
 
 
@@ -30,9 +30,9 @@ def read_modality(name: str, tables: Tables, keep: set[str] | None) -> pd.DataFr
             return _read_columns(section, tables, keep, where)
         case Codes():
             return _read_codes(section, tables, keep, where)
-        case Events():
-            return _read_events(section, tables, keep, where)
-        case Stores():
+        case Measurements():
+            return _read_measurements(section, tables, keep, where)
+        case BagFiles():
             return _read_bags(section, tables, keep, where)
 
 
@@ -114,7 +114,9 @@ def _read_codes(section: Codes, tables: Tables, keep: set[str] | None, where: st
     return has_code
 
 
-def _read_events(section: Events, tables: Tables, keep: set[str] | None, where: str) -> Bags:
+def _read_measurements(
+    section: Measurements, tables: Tables, keep: set[str] | None, where: str
+) -> Bags:
     """Return bags of the measurements within `hours` after the time `since`."""
     _refuse_outcome([section.item, section.value], tables, where)
     since = section.since
@@ -145,7 +147,7 @@ def _read_events(section: Events, tables: Tables, keep: set[str] | None, where: 
     return Bags(bags, features=len(items), coords=1, extent=extent, names=items)
 
 
-def _read_bags(section: Stores, tables: Tables, keep: set[str] | None, where: str) -> Bags:
+def _read_bags(section: BagFiles, tables: Tables, keep: set[str] | None, where: str) -> Bags:
     keys = None
     if section.keys:
         column = section.keys.column

@@ -43,9 +43,9 @@ def plain(value: object) -> str:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
 
 
-Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
-Value = Annotated[str, BeforeValidator(_as_text)]
-Values = Annotated[list[Value], BeforeValidator(_as_list), Field(min_length=1)]
+TextList = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+CellText = Annotated[str, BeforeValidator(_as_text)]
+CellTextList = Annotated[list[CellText], BeforeValidator(_as_list), Field(min_length=1)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
@@ -59,13 +59,13 @@ class Section(BaseModel):
     def _only_known_keys(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             raise PydanticCustomError("mapping", "expected keys with values")
-        known = [field.alias or name for name, field in cls.model_fields.items()]
+        keys = [field.alias or name for name, field in cls.model_fields.items()]
         for key in value:
-            if key not in known:
+            if key not in keys:
                 raise PydanticCustomError(
                     "unknown",
                     "unknown key {key} (known: {known})",
-                    {"key": repr(key), "known": listed(known, 20)},
+                    {"key": repr(key), "known": listed(keys, 20)},
                 )
         return value
 
@@ -83,7 +83,7 @@ class Derive(Section):
 
 
 class Table(Section):
-    file: Names | None = None
+    file: TextList | None = None
     sksurv: str | None = None
     patient: str | None = None
     patients_of: str | None = None
@@ -103,7 +103,7 @@ class SurvivalOutcome(Section):
     time: str
     unit: str
     event: str
-    observed: Values = ["1"]
+    observed: CellTextList = ["1"]
     nonpositive: Literal["error", "drop"] = "error"
 
     @property
@@ -114,7 +114,7 @@ class SurvivalOutcome(Section):
 class LabelOutcome(Section):
     table: str
     label: str
-    names: dict[Value, str] | None = None
+    names: dict[CellText, str] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -134,8 +134,8 @@ class CodeOutcome(Section):
 
 class Columns(Section):
     table: str
-    columns: Names | None = None
-    categorical: Names | None = None
+    columns: TextList | None = None
+    categorical: TextList | None = None
 
 
 class Codes(Section):
@@ -149,7 +149,7 @@ class Since(Section):
     column: str
 
 
-class Events(Section):
+class Measurements(Section):
     table: str
     item: str
     value: str
@@ -163,8 +163,8 @@ class SlideColumn(Section):
     column: str
 
 
-class Stores(Section):
-    bags: Names
+class BagFiles(Section):
+    bags: TextList
     features: Annotated[int, Field(ge=1)] | None = None
     source: bool = False
     keys: SlideColumn | None = None
@@ -172,11 +172,11 @@ class Stores(Section):
 
 
 class SplitFiles(Section):
-    files: Names
+    files: TextList
 
 
 class SplitTest(Section):
-    test: Names
+    test: TextList
 
 
 def _by_key(kinds: dict[str, str], otherwise: str | None = None) -> Discriminator:
@@ -201,20 +201,20 @@ def _by_key(kinds: dict[str, str], otherwise: str | None = None) -> Discriminato
 
 
 # Tags are in <>, so that `_in_one_line` can remove them from the location of an error.
-Outcome = Annotated[
+OutcomeSection = Annotated[
     Annotated[SurvivalOutcome, Tag("<survival>")]
     | Annotated[LabelOutcome, Tag("<label>")]
     | Annotated[CodeOutcome, Tag("<code>")],
     _by_key({"time": "<survival>", "event": "<survival>", "label": "<label>", "code": "<code>"}),
 ]
-Modality = Annotated[
+ModalitySection = Annotated[
     Annotated[Columns, Tag("<columns>")]
     | Annotated[Codes, Tag("<codes>")]
-    | Annotated[Events, Tag("<events>")]
-    | Annotated[Stores, Tag("<bags>")],
+    | Annotated[Measurements, Tag("<events>")]
+    | Annotated[BagFiles, Tag("<bags>")],
     _by_key({"bags": "<bags>", "codes": "<codes>", "item": "<events>"}, "<columns>"),
 ]
-Splits = Annotated[
+SplitsSection = Annotated[
     Annotated[SplitFiles, Tag("<files>")] | Annotated[SplitTest, Tag("<test>")],
     _by_key({"files": "<files>", "test": "<test>"}),
 ]
@@ -225,9 +225,9 @@ class Spec(Section):
     patient: str
     group: str | None = None
     tables: dict[str, Table] = {}
-    outcome: Outcome | None = None
-    modalities: Annotated[dict[str, Modality], Field(min_length=1)]
-    splits: Splits | None = None
+    outcome: OutcomeSection | None = None
+    modalities: Annotated[dict[str, ModalitySection], Field(min_length=1)]
+    splits: SplitsSection | None = None
 
 
 class Loader(yaml.SafeLoader):
@@ -294,11 +294,11 @@ def _check_tables(spec: Spec) -> None:
             table_names[f"tables.{name}.patients_of"] = table.patients_of
     for name, modality in spec.modalities.items():
         where = f"modalities.{name}"
-        if not isinstance(modality, Stores):
+        if not isinstance(modality, BagFiles):
             table_names[f"{where}.table"] = modality.table
         elif modality.keys:
             table_names[f"{where}.keys.table"] = modality.keys.table
-        if isinstance(modality, Events):
+        if isinstance(modality, Measurements):
             table_names[f"{where}.since.table"] = modality.since.table
             if not modality.hours[0] < modality.hours[1]:
                 raise CohortError(f"{where}.hours: expected [first, last], got {modality.hours}")
@@ -307,6 +307,6 @@ def _check_tables(spec: Spec) -> None:
             raise CohortError(f"{where}: no table {name!r}: {suggest(name, spec.tables)}")
         if "tables." in where and (spec.tables[name].join or spec.tables[name].patients_of):
             raise CohortError(
-                f"{where}: expected a table read from its own file alone, but {name!r} has join or "
-                "patients_of itself"
+                f"{where}: expected a table without join and patients_of, but {name!r} has one of "
+                "them"
             )

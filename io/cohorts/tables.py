@@ -21,14 +21,14 @@ import pandas as pd
 
 from ..errors import CohortError, counted, listed, suggest
 from .schema import (
+    BagFiles,
     CodeOutcome,
     Codes,
     Columns,
-    Events,
     Join,
     LabelOutcome,
+    Measurements,
     Spec,
-    Stores,
     SurvivalOutcome,
     plain,
 )
@@ -336,9 +336,9 @@ def _text_columns(spec: Spec) -> set[str]:
                 names += modality.categorical or ()
             case Codes():
                 names.append(modality.codes)
-            case Events():
+            case Measurements():
                 names += [modality.item, modality.time, modality.since.column]
-            case Stores(keys=keys) if keys:
+            case BagFiles(keys=keys) if keys:
                 names.append(keys.column)
     return {name for name in names if name}
 

@@ -1,1 +1,1 @@
-"""Slides: one file of pixels, whoever wrote it. `open_slide` is the way in."""
+"""Slides: read regions of one image file, of any format. Entry point: `open_slide`."""

@@ -67,7 +67,7 @@ def _downsample(base: tuple[int, int], sides: tuple[int, int]) -> float:
     return float(min(candidates, key=lambda k: abs(k - mean))) if candidates else mean
 
 
-def sane_mpp(*values: float) -> float | None:
+def mean_mpp(*values: float) -> float | None:
     """Return the mean of resolutions, micrometres per px; None if one is not in 1e-3 to 1e3."""
     if not values or not all(isfinite(value) and 1e-3 < value < 1e3 for value in values):
         return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import SlideError
 from .colours import over_white
-from .levels import MAX_LEVELS, Pixels, make_levels, sane_mpp
+from .levels import MAX_LEVELS, Pixels, make_levels, mean_mpp
 from .library_errors import DAMAGE, opening
 from .slide import Slide
 from .tiff import TiffFile, TiffLevel, TileCache, read_tiles
@@ -65,7 +65,7 @@ class OpenSlideSlide(Slide):
         super().__init__(
             path, "openslide", properties.get("openslide.vendor", "unknown"), levels,
             (int(tile[0]), int(tile[1])) if all(side.isdigit() for side in tile) else None,
-            tiff.mpp if tiff and not tiff.needs_openslide else sane_mpp(*mpp),
+            tiff.mpp if tiff and not tiff.needs_openslide else mean_mpp(*mpp),
             {key: value for key, value in properties.items() if "Patient" not in key},
             tiff if same_levels else None,
         )  # fmt: skip

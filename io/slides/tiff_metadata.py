@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .levels import sane_mpp
+from .levels import mean_mpp
 
 
 def name_of(value: Any) -> str:
@@ -67,7 +67,7 @@ def mpp_of(base: Any, description: str, vendor: str) -> float | None:
             if size:
                 sizes += [_numbers([size.group(1)], factor)]
         if len(sizes) == 2 and None not in sizes:
-            return sane_mpp(*sizes)
+            return mean_mpp(*sizes)
     unit = {2: 25400.0, 3: 1e4}.get(base.tags.valueof(296, 2))
     axes = []
     for tag in (282, 283):
@@ -75,12 +75,12 @@ def mpp_of(base: Any, description: str, vendor: str) -> float | None:
         if not isinstance(value, tuple) or len(value) != 2 or 0 in value or unit is None:
             return None
         axes.append(unit * value[1] / value[0])
-    return sane_mpp(*axes) if all(0.05 <= axis <= 20 for axis in axes) else None
+    return mean_mpp(*axes) if all(0.05 <= axis <= 20 for axis in axes) else None
 
 
 def _numbers(texts: Any, factor: float = 1.0) -> float | None:
     try:
-        return sane_mpp(*(factor * float(text.replace(",", ".")) for text in texts))
+        return mean_mpp(*(factor * float(text.replace(",", ".")) for text in texts))
     except ValueError:
         return None
 

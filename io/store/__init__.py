@@ -1,1 +1,1 @@
-"""The feature store: a folder of slides' features, read, written and checked; README.md."""
+"""The feature store: a folder with the features of a cohort's slides; see README.md."""

@@ -88,7 +88,7 @@ def read_coords(path: str | os.PathLike[str]) -> ForeignFile:
     """
     file = read_trident(path)
     if file.coords is None:
-        raise SlideError(path, "unsupported", "expected coords [N, 2], got features alone")
+        raise SlideError(path, "unsupported", "expected coords [N, 2], got only features")
     return file
 
 
@@ -245,7 +245,7 @@ def _open_writer(out: Path, encoder: str, sources: Iterable[Source]) -> StoreWri
         except SlideError as caught:
             error = error or caught
     if width is None:
-        raise StoreError(f"no file has features: {error or 'coordinates alone'}")
+        raise StoreError(f"no file has features: {error or 'only coordinates'}")
     tiling = {"imported": True}
     unknown = dict.fromkeys(("weights", "transform", "precision"), "unknown")
     return StoreWriter.open(
@@ -271,7 +271,7 @@ def _import(
 ) -> None:
     file = read_trident(source.path)
     if file.features is None:
-        raise SlideError(source.path, "unsupported", "expected features, got coords alone")
+        raise SlideError(source.path, "unsupported", "expected features, got only coords")
     n, width = file.features.shape
     if width != writer.encoder["width"]:
         expected = writer.encoder["width"]

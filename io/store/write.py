@@ -228,7 +228,7 @@ class StoreWriter:
     def clean(self, leases: Leases) -> None:
         """Remove what dead workers left in `.tmp/` and `leases/`.
 
-        Keys whose lease a living worker holds are left alone.
+        The files of keys whose lease a living worker holds are kept.
         """
         remains = map(REMAINS.fullmatch, names_in(self.path / ".tmp"))
         leased_keys = filter(KEY.fullmatch, names_in(leases.folder))

@@ -1,1 +1,1 @@
-"""Tiling: from slides to features in a store. `tile_slides` is the way in; README.md."""
+"""Tiling: from slides to features in a store. Entry point: `tile_slides`; see README.md."""

@@ -153,8 +153,8 @@ def _inks(colour: Sequence[Floats]) -> list[tuple[Ink, Pair, Pair]]:
     import numpy as np
 
     red, green, blue = (-np.log10(np.clip(plane, 1 / 255, 1)) for plane in colour)
-    least = np.minimum(np.minimum(red, green), blue)
-    most = np.maximum(np.maximum(red, green), blue)
+    lowest = np.minimum(np.minimum(red, green), blue)
+    highest = np.maximum(np.maximum(red, green), blue)
 
     def cold(depth: float, ratio: float) -> Mask:
         return (red > depth) & (red > ratio * green) & (red > blue)
@@ -163,7 +163,7 @@ def _inks(colour: Sequence[Floats]) -> list[tuple[Ink, Pair, Pair]]:
         return (green > depth) & (np.abs(blue - green) < 0.25 * green) & (red < ratio * green)
 
     def black(depth: float, ratio: float) -> Mask:
-        return (least > depth) & (least > ratio * most)
+        return (lowest > depth) & (lowest > ratio * highest)
 
     return [
         (cold, (0.2, 1.5), (0.1, 1.15)),

@@ -5,7 +5,7 @@ parent writes the slide down as failed and starts another worker. Workers share 
 folder.
 
 How the parent finds the slide that killed a worker (`_next_workers`): a worker has several slides
-in work, and each of them may be the cause. The parent starts a worker for these slides alone, which
+in work, and each of them may be the cause. The parent starts a worker for only these slides, which
 opens one slide at a time. If it dies too, the one slide in work is the cause.
 """
 
@@ -41,7 +41,7 @@ counts as the cause of deaths by SIGKILL too."""
 STOPS = (StoreError, ValueError, OSError, RuntimeError, MemoryError)
 """Errors that stop a worker, and then all workers: they are not the fault of one slide."""
 
-Events = queue.Queue[tuple["_Child", dict[str, Any] | None]]
+EventQueue = queue.Queue[tuple["_Child", dict[str, Any] | None]]
 
 
 def run_here(
@@ -59,7 +59,7 @@ def run_here(
         StoreError, ValueError, OSError: the error that stopped a worker.
         ChildProcessError: a worker died, though not because of a slide.
     """
-    events: Events = queue.Queue()
+    events: EventQueue = queue.Queue()
     children = [_Child(settings, (i, workers), events) for i in range(workers)]
     try:
         while children:
@@ -101,7 +101,7 @@ def _event_to_error(event: dict[str, Any]) -> Exception:
 
 
 def _next_workers(
-    child: _Child, settings: WorkerSettings, events: Events, emit: Emit
+    child: _Child, settings: WorkerSettings, events: EventQueue, emit: Emit
 ) -> list[_Child]:
     """Start the worker that replaces one that has ended; return it in a list, or an empty list.
 
@@ -175,7 +175,7 @@ class _Child:
         self,
         settings: WorkerSettings,
         turn: tuple[int, int],
-        events: Events,
+        events: EventQueue,
         *,
         has_suspects_only: bool = False,
         deaths: int = 0,
@@ -193,7 +193,7 @@ class _Child:
                 [sys.executable, "-m", "motet.io.tiling.workers"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
                 text=True, encoding="utf-8",
-                # A Ctrl-C at the terminal then reaches the parent alone, which ends the children.
+                # A Ctrl-C at the terminal then reaches only the parent, which ends the children.
                 start_new_session=True,
                 env={**os.environ, **_gpu_environment(turn[0])},
             )  # fmt: skip
@@ -205,7 +205,7 @@ class _Child:
             # Standard input stays open: when it ends, the child knows that the parent is gone.
             self.process.stdin.flush()
 
-    def _listen(self, events: Events) -> None:
+    def _listen(self, events: EventQueue) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             events.put((self, json.loads(line)))
