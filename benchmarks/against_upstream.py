@@ -1,4 +1,4 @@
-"""Train the authors' HEALNet, with the authors' code, on given patients: motet's rival.
+"""Train the authors' HEALNet with the authors' code, on the splits of a run of ours.
 
     git clone https://github.com/konst-int-i/healnet DIR
     pip install einops python-box
@@ -6,38 +6,42 @@
     python benchmarks/against_upstream.py --checkout DIR --run runs/healnet --out runs/upstream
     motet evaluate runs/upstream runs/healnet
 
-The splits are those of the run of ours; what they predict is written as a run folder, so that the
-last command compares the two, patient by patient.
+The predictions of their model are written as a run folder, so that the last command compares the
+two models, patient by patient. None of their code is copied here: all of it is imported from the
+checkout.
 
-Nothing of theirs is copied here: all of it is imported from the checkout.
+These parts of theirs are used unchanged: `HealNet`; `nll_loss`; `calc_reg_loss`; `EarlyStopping`;
+of `Pipeline` the constructor, `load_data` (data loaders, bin weights), `make_model`,
+`train_survival_fold` (the training loop) and `evaluate_survival_epoch`; items and length of
+`TCGADataset`; the files `config/main_gpu.yml`, which the command of their README, `python3
+healnet/main.py`, reads, and `config/best_hyperparams.yml`.
 
-Theirs, as it is: `HealNet`; `nll_loss`; `calc_reg_loss`; `EarlyStopping`; of `Pipeline` the
-constructor, `load_data` (data loaders, bin weights), `make_model`, `train_survival_fold` (the whole
-training loop) and `evaluate_survival_epoch`; items and length of `TCGADataset`; the files
-`config/main_gpu.yml`, which the README's command `python3 healnet/main.py` reads, and
-`config/best_hyperparams.yml`.
+These parts are ours, because theirs need slides on disk or draw other splits:
 
-Ours, because theirs wants whole slides on disk or draws its own splits:
+* `TCGADataset` is filled without its constructor, with their columns as a single token of all
+  features. It has one row per patient instead of one per slide, so that no patient is in two parts.
+  Gaps are filled with means of the training part, and the time bins are those of the training part;
+  in their code both come from all rows.
+* `random_split` returns the given parts. The loop over folds replaces that of `Pipeline.main`, with
+  the same seeds. Their loop swaps test and validation part in the call of `train_survival_fold`,
+  which changes nothing if both are random parts of one size. Here the validation part decides when
+  to stop, and the test part is predicted once, at the end.
+* wandb, and libraries that only slides and other baselines need, are replaced by stubs; tqdm prints
+  nothing.
 
-* `TCGADataset` is filled without its constructor. The columns are theirs, and so is the single
-  token of all features. One row per patient instead of one per slide, so that nobody is in two
-  parts. Means that fill gaps and edges of the time bins come from the training part; theirs come
-  from all rows.
-* `random_split` returns the given parts. `Pipeline.main`'s loop over folds is ours, with its seeds.
-  Their loop calls `train_survival_fold` with test and validation part in each other's place, which
-  does no harm to random parts of one size; here the validation part decides when to stop and the
-  test part is predicted once, at the end.
-* wandb and what only slides and other baselines need are stubs, and tqdm is silent.
+Properties of their code that matter for the comparison:
 
-Worth knowing of what they do: features are not scaled (`--standardise` does, on the training part).
-`EarlyStopping` keeps references to the weights rather than copies, so what is tested are the last
-weights, `patience` epochs after the best. The loss is divided by 16, but every batch is a step, so
-that the L1 penalty weighs 16 times what is configured. Evaluation builds the graph of the gradients
-too. Eight workers load tables that lie in memory; `--in-process` does without.
+* Features are not scaled. `--standardise` scales them by the training part.
+* `EarlyStopping` keeps references to the weights instead of copies. So the tested weights are the
+  last ones, `patience` epochs after the best.
+* The loss is divided by 16, but every batch is a step. So the L1 penalty has 16 times its
+  configured weight.
+* Evaluation builds the graph of the gradients too.
+* Eight workers load tables that are in memory. `--in-process` loads them without workers.
 
-Seconds per epoch are taken side by side: after each fold of theirs the same fold is trained by
-ours, once with motet's recipe on the run's modalities, and once with all features as one token and
-their sizes, batch, rates and penalties.
+Seconds per epoch are measured side by side. After each fold of theirs the same fold is trained by
+ours: once with motet's recipe on the run's modalities, and once with all features as one token and
+with their sizes, batch size, learning rates and penalties.
 """
 
 import argparse
@@ -74,7 +78,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Subset
 
 ROOT = Path(__file__).parent.parent
-# What their modules import and training on tables never calls. wandb would also log to its server.
+# Their modules import these, but training on tables never calls them. wandb would also send logs to
+# its server.
 STUBS = (
     "wandb", "openslide", "h5py", "torchsummary", "torchmetrics", "torchvision",
     "torchvision.models",
@@ -89,9 +94,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkout", type=Path, required=True, help="their repository")
-    parser.add_argument("--run", type=Path, required=True, help="run of motet's HEALNet")
-    parser.add_argument("--out", type=Path, required=True, help="the run folder of theirs")
+    parser.add_argument(
+        "--checkout", type=Path, required=True, metavar="DIR",
+        help="a clone of konst-int-i/healnet",
+    )  # fmt: skip
+    parser.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="a finished run of motet's HEALNet"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the run folder of their model"
+    )
     shared = Path(os.environ.get("MOTET_DATA", ROOT.parent / "shared"))
     parser.add_argument(
         "--data",
@@ -99,8 +111,14 @@ def main() -> int:
         default=shared / "data" / "tcga",
         help="folder of the authors' tables (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="0 seeds the folds as they do")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N",
+        help="0 gives the folds the seeds of their code (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, default=2, metavar="N",
+        help="threads of torch (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--standardise", action="store_true", help="scale features by the training part"
     )
@@ -132,7 +150,7 @@ def main() -> int:
     )
     seconds: dict[str, list[float]] = {"theirs": [], "ours": [], "ours, their recipe": []}
     for number, fold in enumerate(ours.splits):
-        # Their seed of a fold is its number, from 1.
+        # In their code the seed of a fold is its number, from 1 on.
         seed = options.seed * len(ours.splits) + number + 1
         positions = {part: locate(table, fold[part]) for part in PARTS}
         logits, run = train_fold(
@@ -146,7 +164,8 @@ def main() -> int:
         risks, grid = objective.risk(logits), time_grid(times.iloc[train].to_numpy())
         c = motet.concordance_index(times.iloc[test], events.iloc[test], risks)
         if abs(c - run["c_reported_by_their_code"]) > 1e-6:
-            raise RuntimeError(  # then these are not the weights that they test
+            # The weights are not those that their code tested.
+            raise RuntimeError(
                 f"fold {number}: expected the c of their code, {run['c_reported_by_their_code']}, "
                 f"got {c}"
             )
@@ -159,14 +178,14 @@ def main() -> int:
         seconds["ours, their recipe"] += epochs_of(
             ours, one_token(cohort), number, their_recipe(config)
         )
-        said = ", ".join(f"{who} {statistics.median(s):.3f}" for who, s in seconds.items())
-        print(f"fold {number}: c {c:.3f}, {run['epochs']} epochs; s per epoch: {said}", flush=True)
+        text = ", ".join(f"{name} {statistics.median(s):.3f}" for name, s in seconds.items())
+        print(f"fold {number}: c {c:.3f}, {run['epochs']} epochs; s per epoch: {text}", flush=True)
 
     (options.out / "predictions.csv").write_text(theirs.predictions().to_csv(index=False))
     (options.out / "metrics.json").write_text(json.dumps(experiments.evaluate_run(theirs)))
     summary = {
         "cohort": name,
-        "seconds_per_epoch": {who: _spread(values) for who, values in seconds.items()},
+        "seconds_per_epoch": {name: _spread(values) for name, values in seconds.items()},
         "hyperparameters": dict(_pipeline(upstream, config).config),
         "revision": _revision(ROOT),
         "torch": torch.__version__,
@@ -194,22 +213,23 @@ def epochs_of(run: Run, cohort: Cohort, number: int, changes: dict[str, Any]) ->
 
 
 def one_token(cohort: Cohort) -> Cohort:
-    """Return the cohort with all its features as one modality, as theirs has them."""
+    """Return the cohort with all its features as one modality, as in the authors' code."""
     tables = [table for table in cohort.modalities.values() if isinstance(table, pd.DataFrame)]
     return replace(cohort, modalities={"omic": pd.concat(tables, axis=1)})
 
 
 def their_recipe(config: Any) -> dict[str, Any]:
     """Return their hyperparameters under the names of motet's settings."""
-    own = config["model_params"]
+    model, loop = config["model_params"], config["train_loop"]
     return {
-        "depth": own["depth"], "num_latents": own["num_latents"], "latent_dim": own["latent_dim"],
-        "heads": own["cross_heads"], "head_dim": own["cross_dim_head"],
-        "attn_dropout": own["attn_dropout"], "ff_dropout": own["ff_dropout"], "snn": own["snn"],
+        "depth": model["depth"], "num_latents": model["num_latents"],
+        "latent_dim": model["latent_dim"], "heads": model["cross_heads"],
+        "head_dim": model["cross_dim_head"], "attn_dropout": model["attn_dropout"],
+        "ff_dropout": model["ff_dropout"], "snn": model["snn"],
         "share_weights": False, "temperature": 0.5, "latent_init": "normal",
-        "epochs": config["train_loop"]["epochs"], "batch_size": config["train_loop"]["batch_size"],
-        "patience": config["train_loop"]["patience"], "max_lr": config["optimizer"]["max_lr"],
-        "alpha": 0.4, "weighted": True, "l1": 16 * own["l1"], "l2": 0,
+        "epochs": loop["epochs"], "batch_size": loop["batch_size"], "patience": loop["patience"],
+        "max_lr": config["optimizer"]["max_lr"],
+        "alpha": 0.4, "weighted": True, "l1": 16 * model["l1"], "l2": 0,
     }  # fmt: skip
 
 
@@ -217,7 +237,7 @@ def import_upstream(checkout: Path) -> ModuleType:
     """Return their module `healnet.main`.
 
     Raises:
-        FileNotFoundError: a folder that is no checkout of their repository.
+        FileNotFoundError: `checkout` is not a clone of their repository.
     """
     if not (checkout / "healnet" / "main.py").is_file():
         raise FileNotFoundError(
@@ -229,21 +249,21 @@ def import_upstream(checkout: Path) -> ModuleType:
     try:
         upstream = importlib.import_module("healnet.main")
     finally:
-        for name in STUBS:  # torch looks for some of them itself
+        for name in STUBS:  # torch imports some of them itself, and must not get the stubs
             del sys.modules[name]
-    upstream.MP_CONTEXT = "fork"  # which they set only when main.py is the program
+    upstream.MP_CONTEXT = "fork"  # their main.py sets it only if it is run as a program
     upstream.tqdm = iter
     return upstream
 
 
 def read_config(upstream: ModuleType, checkout: Path, cohort: str) -> Any:
-    """Return their configuration for the omic-only HEALNet, nothing of the training changed."""
+    """Return their configuration of HEALNet on omics alone; nothing of the training is changed."""
     config = upstream.Config(str(checkout / "config" / "main_gpu.yml")).read()
     config["dataset"] = cohort.removeprefix("tcga_")
     tuned = upstream.Config(str(checkout / config["hyperparams"])).read()
     if config["dataset"] not in tuned:
-        known = ", ".join(f"tcga_{name}" for name in tuned)
-        raise ValueError(f"cohort: expected one of {known}, got {cohort}")
+        cohorts = ", ".join(f"tcga_{name}" for name in tuned)
+        raise ValueError(f"cohort: expected one of {cohorts}, got {cohort}")
     config["model_params"] = tuned[config["dataset"]]
     config["sources"] = ["omic"]
     config["model"] = "healnet"
@@ -254,22 +274,24 @@ def read_table(path: Path) -> pd.DataFrame:
     """Return their table with one row per patient, by patient id.
 
     Raises:
-        ValueError: rows of one patient that differ in what is used.
+        ValueError: the rows of a patient differ in a column that is used.
     """
     table = pd.read_csv(path, index_col=0, low_memory=False)
     used = table.drop(columns=["slide_id", "train"])
     patients = used.drop_duplicates().set_index("case_id")
     if not patients.index.is_unique:
-        twice = patients.index[patients.index.duplicated()].unique().tolist()
-        raise ValueError(f"{path}: expected equal rows for one patient, got others for {twice[:5]}")
+        duplicates = patients.index[patients.index.duplicated()].unique().tolist()
+        raise ValueError(
+            f"{path}: expected equal rows for each patient, got different rows for {duplicates[:5]}"
+        )
     return patients
 
 
 def locate(table: pd.DataFrame, patients: Sequence[str]) -> NDArray[np.int64]:
-    """Return the rows of patients.
+    """Return the row numbers of patients.
 
     Raises:
-        ValueError: patients that the table lacks.
+        ValueError: the table lacks a patient.
     """
     rows = table.index.get_indexer(patients)
     if (rows < 0).any():
@@ -290,18 +312,18 @@ def train_fold(
     """Train on one fold.
 
     Returns:
-        Logits of the test patients, and what happened: epochs, losses, seconds.
+        Logits of the test patients, and facts of the training: epochs, losses, seconds.
     """
     pipeline = _pipeline(upstream, config)
     data = fill_dataset(upstream, pipeline, table, positions["train"], standardise=standardise)
     parts = {part: Subset(data, rows.tolist()) for part, rows in positions.items()}
     torch.manual_seed(seed)
     np.random.seed(seed)
-    given = (parts["train"], parts["test"], parts["validation"])  # in the order of their unpacking
+    split = (parts["train"], parts["test"], parts["validation"])  # in the order of their unpacking
     with (
         contextlib.redirect_stdout(io.StringIO()),
         mock.patch.object(upstream, "TCGADataset", return_value=data),
-        mock.patch.object(torch.utils.data, "random_split", return_value=given),
+        mock.patch.object(torch.utils.data, "random_split", return_value=split),
     ):
         train_data, validation_data, test_data = pipeline.load_data()
         model = pipeline.make_model(train_data)
@@ -309,7 +331,7 @@ def train_fold(
         model, *_, reported, _ = pipeline.train_survival_fold(
             model, train_data, test_data=test_data, val_data=validation_data, fold=seed
         )
-    model.eval()  # their evaluation leaves the model in training
+    model.eval()  # their evaluation leaves the model in training mode
     with torch.no_grad():
         logits = [model([x.to(pipeline.device) for x in batch[0]]).cpu() for batch in test_data]
     losses = clock.losses[:-1]  # the last evaluation is that of the test part
@@ -334,14 +356,15 @@ def fill_dataset(
     *,
     standardise: bool,
 ) -> Any:
-    """Return their dataset, filled by what the training part says."""
+    """Return their dataset of all patients; means, scales and bins are of the training part."""
     features = table.drop(columns=[c for c in NOT_FEATURES if c in table]).astype(float)
-    known = features.iloc[train]
-    features = features.fillna(known.mean())
+    train_features = features.iloc[train]
+    mean, std = train_features.mean(), train_features.std()
+    features = features.fillna(mean)
     if standardise:
-        features = (features - known.mean()) / known.std().replace(0, 1).fillna(1)
+        features = (features - mean) / std.replace(0, 1).fillna(1)
     times, censored = table["survival_months"], table["censorship"].astype(int)
-    # Quantiles of the uncensored times, as theirs.
+    # Quantiles of the uncensored times, as in their code.
     bins = motet.TimeBins.fit(times.iloc[train], censored.iloc[train] == 0, pipeline.output_dims)
     data = upstream.TCGADataset.__new__(upstream.TCGADataset)
     data.sources = pipeline.sources
@@ -353,7 +376,10 @@ def fill_dataset(
 
 
 class _Clock:
-    """Their evaluation, with the seconds that it takes and the seconds since it last ended."""
+    """A wrapper of their evaluation that records its losses and times.
+
+    `within` has the seconds of each evaluation, `between` the seconds since the last one ended.
+    """
 
     def __init__(self, evaluate: Any) -> None:
         self.evaluate = evaluate
@@ -378,7 +404,7 @@ def _pipeline(upstream: ModuleType, config: Any) -> Any:
 
 def _in_process(*arguments: Any, **options: Any) -> DataLoader[Any]:
     for name in ("multiprocessing_context", "persistent_workers", "prefetch_factor"):
-        del options[name]  # which mean nothing without workers
+        del options[name]  # DataLoader refuses them without workers
     return DataLoader(*arguments, **{**options, "num_workers": 0})
 
 

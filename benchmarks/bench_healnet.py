@@ -1,11 +1,13 @@
-"""HEALNet, forward and a training step, with their errors: pytest-benchmark, or a script.
+"""HEALNet's forward pass and training step, timed with their errors.
 
+    make bench    the small sizes, by pytest-benchmark
     python benchmarks/bench_healnet.py --published DIR [--rounds N] [--tokens N] [--json FILE]
     python benchmarks/bench_healnet.py --scaling --figure scaling.png
 
-The first times a training step of the authors' code (see published.py) and of ours in one run, in
-turns, on the same data, drawn afresh for each round: an omic row of 2181 and 4 bags of patches,
-whose features both encode positions. The second shows how ours grows with the size of a bag.
+The second times a training step of the authors' code (see published.py) and of ours in one run, in
+turns. Both get the same data, drawn anew for each round: an omic row of 2181 features and 4 bags of
+patches, both with encoded positions. The third shows how time and memory of our step grow with the
+size of a bag.
 """
 
 import argparse
@@ -37,27 +39,28 @@ QUICK = [
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """Parametrise without importing pytest, which the authors' environment need not have."""
-    metafunc.parametrize("who", ["motet", "reference"])
+    """Parametrise without importing pytest, which the authors' environment may lack."""
+    metafunc.parametrize("contender", ["motet", "reference"])
     metafunc.parametrize("cell", QUICK, ids=lambda cell: cell.name)
 
 
-def bench_healnet(benchmark, cell: measure.Cell, who: str) -> None:
-    work = measure.Workload(cell, "fp32", "cpu")
-    strategy = None if who == "motet" else "reference"
+def bench_healnet(benchmark, cell: measure.Cell, contender: str) -> None:
+    workload = measure.Workload(cell, "fp32", "cpu")
+    strategy = None if contender == "motet" else "reference"
     benchmark.group = cell.name
-    benchmark.extra_info["error"] = error = measure.relative_error(work.run(strategy), work.exact())
+    error = measure.relative_error(workload.run(strategy), workload.exact())
+    benchmark.extra_info["error"] = error
     assert error < measure.FLOOR["fp32"]
-    benchmark.pedantic(work.run, (strategy,), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(workload.run, (strategy,), rounds=5, warmup_rounds=1)
 
 
 class Table(NamedTuple):
-    """One comparison over all configurations."""
+    """A table that compares both implementations on all configurations."""
 
     title: str
     shared: bool
-    """Whether the layers share weights. Theirs never shares the first layer's, so that outputs can
-    be compared only where nothing is shared."""
+    """Whether the layers share weights. In the authors' code the first layer never shares its
+    weights, so the logits of the two can be compared only if no layer does."""
     heads: int
 
 
@@ -69,7 +72,7 @@ TABLES = (
 
 
 def their_config(config: measure.Config, *, shared: bool) -> dict[str, Any]:
-    """Return the arguments of their constructor."""
+    """Return the arguments of the authors' constructor."""
     return {
         "n_modalities": 2,
         "channel_dims": [OMIC, PATCH],
@@ -88,7 +91,7 @@ def their_config(config: measure.Config, *, shared: bool) -> dict[str, Any]:
 
 
 def models(checkout: Path, config: measure.Config, *, shared: bool) -> dict[str, nn.Module]:
-    """Return theirs and ours, with equal weights where nothing is shared."""
+    """Return the authors' model and ours, with equal weights unless layers share weights."""
     from benchmarks.published import published_healnet
 
     torch.manual_seed(0)
@@ -122,7 +125,8 @@ def step(model: nn.Module, tensors: list[Tensor], *, half: bool = False) -> list
     """Return the gradients of all parameters."""
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         logits = logits_of(model, tensors)
-    # Theirs repeats modules and ours leaves none out: what asks a single token has no gradient.
+    # allow_unused: with a single token the attention weight is always 1, so that the weights of the
+    # queries have no gradient. Both models compute them all the same.
     return list(
         torch.autograd.grad(
             logits.square().sum(), list(model.parameters()), allow_unused=True,
@@ -142,7 +146,7 @@ def redraw(data: list[Tensor]) -> None:
 
 
 def compare(checkout: Path, options: argparse.Namespace, table: Table) -> list[dict[str, Any]]:
-    """Measure one table, row by row."""
+    """Measure and print one table; return its rows."""
     rows = []
     print(f"\n{table.title}\n{_TITLE}")
     for name, config in measure.CONFIGS.items():
@@ -162,18 +166,18 @@ def compare(checkout: Path, options: argparse.Namespace, table: Table) -> list[d
 def compare_one(
     checkout: Path, options: argparse.Namespace, config: measure.Config, shared: bool
 ) -> dict[str, Any]:
-    """Return errors, times and peaks of both; no time where something is wrong.
+    """Return errors, times and peak memory of both implementations.
 
     Raises:
-        ValueError: outputs that differ, or an error of more than twice theirs.
+        ValueError: the logits differ, or our error is more than twice theirs and the floor.
     """
-    both = models(checkout, config, shared=shared)
-    row: dict[str, Any] = errors_of(both, min(options.tokens, 300), equal=not shared)
+    pair = models(checkout, config, shared=shared)
+    row: dict[str, Any] = errors_of(pair, min(options.tokens, 300), equal=not shared)
     data = batch(BAGS, options.tokens)
     contenders: dict[str, Callable[[], object]] = {
-        name: partial(step, model, data) for name, model in both.items()
+        name: partial(step, model, data) for name, model in pair.items()
     }
-    contenders["ours bf16"] = partial(step, both["ours"], data, half=True)
+    contenders["ours bf16"] = partial(step, pair["ours"], data, half=True)
     times = measure.in_turns(
         contenders, "cpu", rounds=options.rounds, seconds=options.seconds,
         before=partial(redraw, data),
@@ -184,22 +188,26 @@ def compare_one(
     del data, contenders
     threads = torch.get_num_threads()
     row["peak_mib"] = {
-        who: measure.in_child(
-            threads, memory_of, checkout, config, shared, who, BAGS, options.tokens
+        name: measure.in_child(
+            threads, memory_of, checkout, config, shared, name, BAGS, options.tokens
         )
-        for who in both
+        for name in pair
     }
-    theirs, ours = (max(peak, 1.0) for peak in row["peak_mib"].values())  # 0 with few tokens
+    # With few tokens a peak may be 0.
+    theirs, ours = (max(peak, 1.0) for peak in row["peak_mib"].values())
     row["memory_ratio"] = theirs / ours
     return row
 
 
-def errors_of(both: dict[str, nn.Module], tokens: int, *, equal: bool) -> dict[str, Any]:
-    """Return the errors of gradients against float64, and by how much the logits differ."""
+def errors_of(pair: dict[str, nn.Module], tokens: int, *, equal: bool) -> dict[str, Any]:
+    """Return the errors of the gradients against float64, and the difference of the logits.
+
+    The difference is None unless the models have `equal` weights.
+    """
     data = batch(2, tokens)
     wide = [x.double() for x in data]
     errors = {}
-    for name, model in both.items():
+    for name, model in pair.items():
         exact = step(copy.deepcopy(model).double(), wide)
         errors[name] = measure.relative_error(step(model, data), exact)
         errors[f"{name} bf16"] = measure.relative_error(step(model, data, half=True), exact)
@@ -210,7 +218,7 @@ def errors_of(both: dict[str, nn.Module], tokens: int, *, equal: bool) -> dict[s
     difference = None
     if equal:
         with torch.no_grad():
-            theirs, ours = (logits_of(model, data) for model in both.values())
+            theirs, ours = (logits_of(model, data) for model in pair.values())
         difference = (theirs - ours).abs().max().item()
         if not difference < TOLERANCE:
             raise ValueError(f"logits differ by {difference:.1e}, expected < {TOLERANCE:.0e}")
@@ -221,16 +229,19 @@ TOLERANCE = _error_floors.DEEP_MODEL["float32"]  # of logits
 
 
 def memory_of(
-    checkout: Path, config: measure.Config, shared: bool, who: str, bags: int, tokens: int
+    checkout: Path, config: measure.Config, shared: bool, name: str, bags: int, tokens: int
 ) -> float:
-    """Return the growth in MiB by data and a training step, after one with short bags."""
-    model = models(checkout, config, shared=shared)[who]
+    """Return the MiB by which peak memory grows with the data and a training step.
+
+    A step with short bags runs before: what it allocates once does not count.
+    """
+    model = models(checkout, config, shared=shared)[name]
     step(model, batch(bags, 16))
     return measure.growth(lambda: step(model, batch(bags, tokens)))
 
 
 def scaling_of(tokens: int, rounds: int) -> dict[str, float]:
-    """Return milliseconds and peak MiB of a training step with one bag, in this process."""
+    """Return milliseconds and peak MiB of a training step with one bag, run in this process."""
     cell = measure.Cell(str(tokens), measure.CONFIGS["blca"], (tokens,), step=True)
     measure.Workload(cell.shortened(16), "fp32", "cpu").run()
     peak = measure.growth(lambda: measure.Workload(cell, "fp32", "cpu").run())
@@ -255,7 +266,7 @@ def scaling(options: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw time and memory over the size of a bag."""
+    """Draw time and memory against the size of a bag."""
     from matplotlib.figure import Figure
 
     tokens = [row["tokens"] for row in rows]
@@ -269,7 +280,7 @@ def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
     )  # fmt: skip
     left.set(title="training step, median and quartiles", ylabel="ms")
     right.plot(tokens, [row["peak_mib"] for row in rows], "o-", color="#2b6cb0", label="peak")
-    right.plot(tokens, data, "--", color="#a0aec0", label="of these the data")
+    right.plot(tokens, data, "--", color="#a0aec0", label="the data's part")
     right.set(title="memory", ylabel="MiB")
     right.legend(frameon=False)
     for axes in (left, right):
@@ -303,18 +314,33 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--published", type=Path, metavar="DIR", help="the authors' checkout")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=120.0,
-        help="no further round of a row after so many, from the third on (default: %(default)s)",
+        "--published", type=Path, metavar="DIR", help="a clone of konst-int-i/healnet"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, metavar="N",
+        help="threads of torch (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=4000, help="per bag (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, metavar="N",
+        help="times that each contender runs, at most (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, metavar="S",
+        help="after three rounds, start none of a row after this time (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, default=4000, metavar="N",
+        help="patches of a bag (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
-    parser.add_argument("--scaling", action="store_true", help="the size of a bag instead")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="where --scaling draws")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too")
+    parser.add_argument(
+        "--scaling", action="store_true", help="measure our step with bags of growing size instead"
+    )
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="the file that --scaling draws")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results to this file too"
+    )
     options = parser.parse_args()
     if not options.scaling and options.published is None:
         parser.error("expected --published DIR or --scaling")
@@ -324,7 +350,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Compare, or scale."""
+    """Compare with the authors' code, or measure the growth; return the exit code."""
     options = _options()
     try:
         measure.choose_device("cpu", options.threads)
@@ -333,18 +359,18 @@ def main() -> int:
         facts = measure.about("cpu")
         print(json.dumps(facts))
         if options.scaling:
-            found: dict[str, Any] = {"scaling": scaling(options)}
+            results: dict[str, Any] = {"scaling": scaling(options)}
         else:
             rows = {table.title: compare(options.published, options, table) for table in TABLES}
-            found = {"bags": BAGS, "tokens": options.tokens, "tables": rows}
+            results = {"bags": BAGS, "tokens": options.tokens, "tables": rows}
     except ValueError as error:
         print(f"bench_healnet: {error}", file=sys.stderr)
         return 2
     if options.json is not None:
-        options.json.write_text(json.dumps({**facts, **found}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**facts, **results}, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # for benchmarks.published
+    sys.path.insert(0, str(ROOT))  # so that this script can import benchmarks.published
     sys.exit(main())

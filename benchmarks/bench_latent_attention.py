@@ -1,11 +1,12 @@
-"""The operators alone: attention on cached K | V, and the projection that makes them.
+"""The operators alone: attention on cached K and V, and the projection that makes them.
 
+    make bench    the small sizes, by pytest-benchmark
     python benchmarks/bench_latent_attention.py [--device cuda] [--dtype bf16] [--json FILE]
 
-Everything that can compute the same runs in turns, on the same tensors, each with its error against
-float64; what cannot says why. K and V lie as the projection leaves them, [T, 2, H, E]: what wants
-ragged bags padded pads them within its time. `make bench` takes the small sizes, by
-pytest-benchmark.
+All libraries that compute the same function run in turns, on the same tensors, each with its error
+against float64. For a library that cannot run, the reason is listed. K and V have the layout in
+which the projection writes them, [T, 2, H, E]: if a library needs padded bags, its time includes
+the padding.
 """
 
 import argparse
@@ -31,7 +32,7 @@ Project = Callable[["Projection"], Tensor]
 
 
 class Inputs(NamedTuple):
-    """What latents attend to; bags of one length, or ragged."""
+    """Queries, keys and values of bags, of one length or ragged."""
 
     q: Tensor
     """[B, H, C, E]."""
@@ -46,12 +47,15 @@ class Inputs(NamedTuple):
         return len(set(self.lengths)) == 1
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """Return the same in another dtype, as leaves that ask for gradients."""
+        """Return a copy in another dtype, as leaves that require gradients."""
         q, kv = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.kv))
         return self._replace(q=q, kv=kv)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return K and V as [B, H, N, E] and which keys are real, [B, 1, 1, N]; None if all."""
+        """Return K and V as [B, H, N, E], and the mask of real keys, [B, 1, 1, N].
+
+        The mask is None if all keys are real.
+        """
         if self.dense:
             kv, real = self.kv.unflatten(0, (len(self.lengths), -1)), None
         else:
@@ -118,17 +122,17 @@ def varlen(inputs: Inputs, dropout_p: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     _without_dropout("varlen_attn", dropout_p)
-    return _of_packed(inputs, partial(varlen_attn, scale=inputs.scale))
+    return _call_packed(partial(varlen_attn, scale=inputs.scale), inputs)
 
 
 def flash(inputs: Inputs, dropout_p: float) -> Tensor:
     function = importlib.import_module("flash_attn").flash_attn_varlen_func
-    own = {"dropout_p": dropout_p, "softmax_scale": inputs.scale}
-    return _of_packed(inputs, partial(function, **own))
+    options = {"dropout_p": dropout_p, "softmax_scale": inputs.scale}
+    return _call_packed(partial(function, **options), inputs)
 
 
-def _of_packed(inputs: Inputs, function: Callable[..., Any]) -> Tensor:
-    """Call what takes packed queries and keys with offsets of both."""
+def _call_packed(function: Callable[..., Any], inputs: Inputs) -> Tensor:
+    """Call a function of packed queries and keys, and the offsets of both."""
     bags, _, latents, _ = inputs.q.shape
     packed = inputs.q.transpose(1, 2).flatten(0, 1)
     queries = latents * torch.arange(bags + 1, device=packed.device, dtype=torch.int32)
@@ -152,17 +156,20 @@ ATTENTIONS: dict[str, Attend] = {
 ON_CUDA: dict[str, Attend] = {"varlen_attn": varlen, "flash-attn": flash}
 
 
-# What is compiled for each size, in up to a minute; left out by --quick.
+# These are compiled anew for each size, which takes up to a minute; --quick leaves them out.
 COMPILED = {"reference, compiled", "FlexAttention", "the same, compiled"}
 
 
 def inputs_of(config: measure.Config, lengths: Sequence[int], dtype: str, device: str) -> Inputs:
-    """Draw queries, keys and values; on CUDA heads end in zeros up to a multiple of 16, as
-    HEALNet's do there, which is also what other libraries want."""
+    """Draw queries, keys and values.
+
+    On CUDA heads are padded with zeros to a multiple of 16, as HEALNet's are there. Other libraries
+    need this too.
+    """
     torch.manual_seed(0)
-    own = {"dtype": measure.DTYPES[dtype], "device": device}
-    q = torch.randn(len(lengths), config.heads, config.latents, config.head_dim, **own)
-    kv = torch.randn(sum(lengths), 2, config.heads, config.head_dim, **own)
+    options = {"dtype": measure.DTYPES[dtype], "device": device}
+    q = torch.randn(len(lengths), config.heads, config.latents, config.head_dim, **options)
+    kv = torch.randn(sum(lengths), 2, config.heads, config.head_dim, **options)
     padding = -config.head_dim % 16 if device == "cuda" else 0
     q, kv = (F.pad(x, (0, padding)).requires_grad_() for x in (q, kv))
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
@@ -173,24 +180,25 @@ def attend(
     function: Attend, inputs: Inputs, grad: Tensor, *, backward: bool, dropout_p: float = 0.0
 ) -> list[Tensor]:
     """Return the output, or the gradients of queries, keys and values."""
-    if not backward:  # detached, since FlexAttention asks no more than whether grad is required
+    if not backward:  # detached: FlexAttention ignores no_grad and looks at requires_grad alone
         return [function(inputs._replace(q=inputs.q.detach(), kv=inputs.kv.detach()), dropout_p)]
     out = function(inputs, dropout_p)
     return list(torch.autograd.grad(out, (inputs.q, inputs.kv), grad.to(out.dtype)))
 
 
 class Projection(NamedTuple):
-    """What K and V are made of."""
+    """The tokens, weights and shifts from which K and V are computed."""
 
     x: Tensor
     """[T, D]."""
     weight: Tensor
-    """[O, D], of every K and V."""
+    """[O, D], the weights of K and V."""
     bias: Tensor
 
     def to(self, dtype: torch.dtype) -> "Projection":
-        own = (x.detach().to(dtype).requires_grad_() for x in (self.weight, self.bias))
-        return Projection(self.x.to(dtype), *own)
+        """Return a copy in another dtype, whose parameters require gradients."""
+        parameters = (x.detach().to(dtype).requires_grad_() for x in (self.weight, self.bias))
+        return Projection(self.x.to(dtype), *parameters)
 
 
 def project(inputs: Projection) -> Tensor:
@@ -222,11 +230,12 @@ def projection_of(
 ) -> Projection:
     """Draw tokens, weights and shifts."""
     torch.manual_seed(0)
-    own = {"dtype": measure.DTYPES[dtype], "device": device}
+    options = {"dtype": measure.DTYPES[dtype], "device": device}
     outputs = 2 * config.heads * config.head_dim
-    x = torch.randn(tokens, width, **own)
-    weight = torch.randn(outputs, width, device=device).div_(width**0.5).to(own["dtype"])
-    return Projection(x, weight.requires_grad_(), torch.randn(outputs, **own, requires_grad=True))
+    x = torch.randn(tokens, width, **options)
+    weight = torch.randn(outputs, width, device=device).div_(width**0.5).to(options["dtype"])
+    bias = torch.randn(outputs, **options, requires_grad=True)
+    return Projection(x, weight.requires_grad_(), bias)
 
 
 def project_with(
@@ -248,28 +257,30 @@ def pytest_generate_tests(metafunc) -> None:
     """Parametrise the quick benchmarks."""
     metafunc.parametrize("backward", [False, True], ids=["forward", "both"])
     if "lengths" in metafunc.fixturenames:
-        metafunc.parametrize("who", ["motet", "reference", "SDPA"])
+        metafunc.parametrize("contender", ["motet", "reference", "SDPA"])
         metafunc.parametrize("lengths", [SMALL, SMALL_RAGGED], ids=bench.shape_name)
     else:
-        metafunc.parametrize("who", ["motet", "layer_norm + linear"])
+        metafunc.parametrize("contender", ["motet", "layer_norm + linear"])
 
 
-def bench_latent_attention(benchmark, who: str, lengths: Sequence[int], backward: bool) -> None:
+def bench_latent_attention(
+    benchmark, contender: str, lengths: Sequence[int], backward: bool
+) -> None:
     inputs = inputs_of(measure.CONFIGS["blca"], lengths, "fp32", "cpu")
     grad = torch.randn_like(inputs.q)
     exact = attend(reference, inputs.to(torch.float64), grad, backward=backward)
-    run = partial(attend, ATTENTIONS[who], inputs, grad, backward=backward)
+    run = partial(attend, ATTENTIONS[contender], inputs, grad, backward=backward)
     benchmark.group = f"{bench.shape_name(lengths)} {'both' if backward else 'forward'}"
     benchmark.extra_info["error"] = error = measure.relative_error(run(), exact)
     assert error < measure.FLOOR["fp32"]
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
 
-def bench_context_kv(benchmark, who: str, backward: bool) -> None:
+def bench_context_kv(benchmark, contender: str, backward: bool) -> None:
     inputs = projection_of(measure.CONFIGS["blca"], 1400, 512, "fp32", "cpu")
     grad = torch.randn(1400, len(inputs.weight))
     exact = project_with(project_reference, inputs.to(torch.float64), grad, backward=backward)
-    run = partial(project_with, PROJECTIONS[who], inputs, grad, backward=backward)
+    run = partial(project_with, PROJECTIONS[contender], inputs, grad, backward=backward)
     benchmark.group = f"context_kv {'both' if backward else 'forward'}"
     benchmark.extra_info["error"] = error = measure.relative_error(run(), exact)
     assert error < measure.FLOOR["fp32"]
@@ -284,93 +295,107 @@ def measure_cell(
     dtype: str,
     rounds: int,
 ) -> dict[str, Any]:
-    """Time those whose errors are in bounds; print and return all."""
+    """Time the contenders whose error is within bounds; print and return the row.
+
+    Args:
+        name: of the row.
+        contenders: functions to time, by name; motet first.
+        errors: of each contender, or the reason why it has none.
+        device: "cpu" or "cuda".
+        dtype: "fp32" or "bf16".
+        rounds: at most so many.
+    """
     first = errors[next(iter(contenders))]
-    known = [error for error in (errors.get("reference"), first) if isinstance(error, float)]
-    allowed = 2 * known[0] + measure.FLOOR[dtype] if known else 0.0
-    fit, failed = {}, {}
-    for who, run in contenders.items():
-        error = errors[who]
+    # The bound follows the reference's error, or if the reference did not run, motet's.
+    numbers = [error for error in (errors.get("reference"), first) if isinstance(error, float)]
+    allowed = 2 * numbers[0] + measure.FLOOR[dtype] if numbers else 0.0
+    correct, failed = {}, {}
+    for contender, run in contenders.items():
+        error = errors[contender]
         if isinstance(error, str):
-            failed[who] = error
+            failed[contender] = error
         elif not error <= allowed:
-            failed[who] = f"error {error:.1e} is out of bounds"
+            failed[contender] = f"error {error:.1e} is out of bounds"
         else:
-            reason, _ = tried(run)  # dropout may be what it cannot do
-            (failed if reason else fit)[who] = reason or run
-    times = measure.in_turns(fit, device, rounds=rounds) if fit else {}
+            reason, _ = try_run(run)  # errors are without dropout, which a library may lack
+            (failed if reason else correct)[contender] = reason or run
+    times = measure.in_turns(correct, device, rounds=rounds) if correct else {}
     print(f"\n{name}")
-    best = times.get("motet")
-    for who in contenders:
-        if who in failed:
-            print(f"  {who:20} {failed[who]}")
+    ours = times.get("motet")
+    for contender in contenders:
+        if contender in failed:
+            print(f"  {contender:20} {failed[contender]}")
         else:
-            beside = times[who].median / best.median if best else float("nan")
-            print(f"  {who:20} {times[who]!s:28} {beside:6.2f}  error {errors[who]:.0e}")
+            timing, error = times[contender], errors[contender]
+            ratio = timing.median / ours.median if ours else float("nan")
+            print(f"  {contender:20} {timing!s:28} {ratio:6.2f}  error {error:.0e}")
     sys.stdout.flush()
-    ms = {who: timing._asdict() for who, timing in times.items()}
+    ms = {contender: timing._asdict() for contender, timing in times.items()}
     return {"name": name, "ms": ms, "error": errors, "failed": failed}
 
 
-def tried(run: Callable[[], list[Tensor]]) -> tuple[str, list[Tensor]]:
-    """Return the reason why something does not run, in one line, or what it returns."""
+def try_run(run: Callable[[], list[Tensor]]) -> tuple[str, list[Tensor]]:
+    """Return "" and the results, or the reason why a function does not run, in one line."""
     try:
         return "", run()
-    except Exception as error:  # compilers and other libraries raise anything
+    except Exception as error:  # compilers and other libraries raise exceptions of every type
         lines = f"{type(error).__name__}: {error}".splitlines()
         return lines[0][:160], []
 
 
 def error_of(run: Callable[[], list[Tensor]], exact: list[Tensor]) -> float | str:
-    reason, found = tried(run)
-    return reason or measure.relative_error(found, exact)
+    """Return the error of a function's results, or the reason why it does not run."""
+    reason, results = try_run(run)
+    return reason or measure.relative_error(results, exact)
 
 
 def attention_rows(
-    name: str, inputs: Inputs, dtype: str, functions: dict[str, Attend], rounds: int
+    size: str, inputs: Inputs, dtype: str, functions: dict[str, Attend], rounds: int
 ) -> list[dict[str, Any]]:
-    """Measure all attentions on some keys: forward and both ways, without and with dropout."""
+    """Measure all attentions: forward, forward and backward; without and with dropout."""
     grad = torch.randn_like(inputs.q)
     rows, device = [], inputs.q.device.type
     for backward in (False, True):
         exact = attend(reference, inputs.to(torch.float64), grad, backward=backward)
         errors = {
-            who: error_of(partial(attend, function, inputs, grad, backward=backward), exact)
-            for who, function in functions.items()
+            name: error_of(partial(attend, function, inputs, grad, backward=backward), exact)
+            for name, function in functions.items()
         }
         for dropout_p in (0.0, 0.1):
             runs: dict[str, Callable[[], list[Tensor]]] = {
-                who: partial(attend, function, inputs, grad, backward=backward, dropout_p=dropout_p)
-                for who, function in functions.items()
+                name: partial(
+                    attend, function, inputs, grad, backward=backward, dropout_p=dropout_p
+                )
+                for name, function in functions.items()
             }
             passes = "forward + backward" if backward else "forward"
-            # Masks differ between contenders, so the error is that without dropout.
-            title = f"attention {name} {dtype} {passes}, dropout {dropout_p:g}"
+            # The error is that without dropout: contenders drop different weights.
+            title = f"attention {size} {dtype} {passes}, dropout {dropout_p:g}"
             rows.append(measure_cell(title, runs, errors, device, dtype, rounds))
     return rows
 
 
 def projection_rows(
-    name: str, inputs: Projection, dtype: str, functions: dict[str, Project], rounds: int
+    size: str, inputs: Projection, dtype: str, functions: dict[str, Project], rounds: int
 ) -> list[dict[str, Any]]:
-    """Measure all ways of making K and V."""
-    device, own = inputs.x.device.type, inputs.weight.dtype
-    grad = torch.randn(len(inputs.x), len(inputs.weight), device=device, dtype=own)
+    """Measure all projections: forward, forward and backward."""
+    device = inputs.x.device.type
+    grad = torch.randn(len(inputs.x), len(inputs.weight), device=device, dtype=inputs.weight.dtype)
     rows = []
     for backward in (False, True):
         wide = inputs.to(torch.float64)
         exact = project_with(project_reference, wide, grad, backward=backward)
         runs: dict[str, Callable[[], list[Tensor]]] = {
-            who: partial(project_with, function, inputs, grad, backward=backward)
-            for who, function in functions.items()
+            name: partial(project_with, function, inputs, grad, backward=backward)
+            for name, function in functions.items()
         }
-        errors = {who: error_of(run, exact) for who, run in runs.items()}
-        reason, found = tried(partial(project_with, project_reference, inputs, grad,
-                                      backward=backward))  # fmt: skip
+        errors = {name: error_of(run, exact) for name, run in runs.items()}
+        reason, results = try_run(partial(project_with, project_reference, inputs, grad,
+                                          backward=backward))  # fmt: skip
         if not reason:
-            errors["reference"] = measure.relative_error(found, exact)
+            errors["reference"] = measure.relative_error(results, exact)
         passes = "forward + backward" if backward else "forward"
-        title = f"context_kv {name} {dtype} {passes}"
+        title = f"context_kv {size} {dtype} {passes}"
         rows.append(measure_cell(title, runs, errors, device, dtype, rounds))
     return rows
 
@@ -379,18 +404,27 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="(default: cuda if torch finds a GPU)"
+    )
     parser.add_argument("--dtype", choices=tuple(measure.DTYPES), help="(default: both)")
-    parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
-    parser.add_argument("--config", choices=tuple(measure.CONFIGS), help="(default: all)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch")
+    parser.add_argument(
+        "--rounds", type=int, default=15, metavar="N",
+        help="times that each contender runs, at most (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", choices=tuple(measure.CONFIGS), help="one model's sizes (default: all)"
+    )
     parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results to this file too"
+    )
     return parser.parse_args()
 
 
 def main() -> int:
-    """Measure every operator, configuration and dtype."""
+    """Measure every operator, configuration and dtype; return the exit code."""
     options = _options()
     try:
         device = measure.choose_device(options.device, options.threads)
@@ -400,24 +434,24 @@ def main() -> int:
         return 2
     facts = measure.about(device)
     print(json.dumps(facts))
-    print("ms: median (quartiles), in turns; beside it how often motet's; error against float64")
+    print("ms: median (quartiles), in turns; multiple of motet's median; error against float64")
     rows, width = [], 64 if options.quick else 2048
-    torch._dynamo.config.recompile_limit = 64  # every size is compiled for itself
+    torch._dynamo.config.recompile_limit = 64  # every size is compiled separately
     attentions = ATTENTIONS | (ON_CUDA if device == "cuda" else {})
     projections = dict(PROJECTIONS)
-    for who in COMPILED if options.quick else ():
-        attentions.pop(who, None)
-        projections.pop(who, None)
-    for cell in bench.cells(device, quick=options.quick)[::2]:  # of each batch once
+    for name in COMPILED if options.quick else ():
+        attentions.pop(name, None)
+        projections.pop(name, None)
+    for cell in bench.cells(device, quick=options.quick)[::2]:  # each batch once, not twice
         if options.config not in (None, cell.name.split()[0]):
             continue
-        name = cell.name.removesuffix(" forward")
+        size = cell.name.removesuffix(" forward")
         for dtype in measure.DTYPES if options.dtype is None else (options.dtype,):
             inputs = inputs_of(cell.config, cell.lengths, dtype, device)
-            rows += attention_rows(name, inputs, dtype, attentions, options.rounds)
+            rows += attention_rows(size, inputs, dtype, attentions, options.rounds)
             tokens = sum(cell.lengths)
             projection = projection_of(cell.config, tokens, width, dtype, device)
-            rows += projection_rows(name, projection, dtype, projections, options.rounds)
+            rows += projection_rows(size, projection, dtype, projections, options.rounds)
     if options.json is not None:
         options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     return 0

@@ -1,12 +1,14 @@
-"""LegoBlock, LegoMerge and LegoFuse, forward and a step: pytest-benchmark, or a script.
+"""LegoBlock, LegoMerge and LegoFuse: the forward pass and a training step, timed.
 
+    make bench    the small sizes, by pytest-benchmark
     python benchmarks/bench_lego.py --published DIR [--rounds N] [--json FILE]
     python benchmarks/bench_lego.py --blocks 16
 
-The first times the authors' code (see published.py) and ours in one run, in turns, with the same
-parameters on the same 8 samples. Their block runs its encoder and transforms its context in every
-pass; a second table does both once in theirs too. Encoders cost nothing here, so that what is
-timed are the blocks. The second shows what M blocks cost over M times one block.
+The second times the authors' code (see published.py) and ours in one run, in turns, with equal
+parameters on the same 8 samples. Their block transforms its context again in every pass;
+"theirs, context once" is their block with a single transform. Encoders do nothing here, so that
+only the blocks are timed. The third gives the cost of a model of M blocks as a share of M times the
+cost of one block.
 """
 
 import argparse
@@ -33,64 +35,67 @@ CONTEXTS = ((1, 2181), (100, 1024), (4000, 1024))
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """Parametrise without importing pytest, which the authors' environment need not have."""
+    """Parametrise without importing pytest, which the authors' environment may lack."""
     from benchmarks.cells import lego_cells
 
-    metafunc.parametrize("who", ["motet", "reference"])
+    metafunc.parametrize("contender", ["motet", "reference"])
     metafunc.parametrize("cell", lego_cells("cpu", tokens=100), ids=lambda cell: cell.name)
 
 
-def bench_lego(benchmark, cell: Any, who: str) -> None:
-    run = cell.contenders()[who]
+def bench_lego(benchmark, cell: Any, contender: str) -> None:
+    run = cell.contenders()[contender]
     benchmark.group = cell.name
     benchmark.extra_info["error"] = error = cell.error(lambda *_: run())
     assert error < _error_floors.DEEP_MODEL["float32"]
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
 
 
-class Given(nn.Module):
-    """An encoder whose work is done: it returns the tokens that it is given."""
+class IdentityEncoder(nn.Module):
+    """An encoder that returns its input, which is tokens already."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.in_features = width  # which their block asks its last module for
+        self.in_features = width  # their block reads it from the encoder's last module
 
     def forward(self, x: Any) -> Tensor:
         return x[0] if isinstance(x, list) else x
 
 
-def blocks(published: Any, latents: tuple[int, int], width: int, seed: int = 0) -> Any:
-    """Return their LegoBlock and our constructor arguments for it."""
+def make_block(published: Any, latents: tuple[int, int], width: int, seed: int = 0) -> Any:
+    """Return their LegoBlock, and the arguments of its constructor."""
     torch.manual_seed(seed)
-    own = {"l_c": latents[0], "l_d": latents[1], "depth": DEPTH}
-    block = published.LegoBlock(in_shape=(1, width), encoder=Given(width), **own)
-    with torch.no_grad():  # equal heads, such as untrained LayerNorms, are NaN to their slerp
+    arguments = {"l_c": latents[0], "l_d": latents[1], "depth": DEPTH}
+    block = published.LegoBlock(in_shape=(1, width), encoder=IdentityEncoder(width), **arguments)
+    with torch.no_grad():  # their slerp of equal heads, such as untrained LayerNorms, is NaN
         for parameter in block.to_logits.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return block, own
+    return block, arguments
 
 
-def pair(published: Any, latents: tuple[int, int], width: int) -> dict[str, nn.Module]:
+def make_block_pair(published: Any, latents: tuple[int, int], width: int) -> dict[str, nn.Module]:
     """Return their LegoBlock and ours, with equal parameters."""
-    theirs, own = blocks(published, latents, width)
-    config = {"model": "LegoBlock", "in_shape": (1, width), **own}
-    ours = motet.from_upstream(config, theirs.state_dict(), [Given(width)])
+    theirs, arguments = make_block(published, latents, width)
+    config = {"model": "LegoBlock", "in_shape": (1, width), **arguments}
+    ours = motet.from_upstream(config, theirs.state_dict(), [IdentityEncoder(width)])
     return {"theirs": theirs.eval(), "ours": ours}
 
 
-def joined(published: Any, kind: str, latents: tuple[int, int], width: int) -> dict[str, nn.Module]:
+def make_joined_pair(
+    published: Any, kind: str, latents: tuple[int, int], width: int
+) -> dict[str, nn.Module]:
     """Return their LegoMerge or LegoFuse of two blocks and ours, with equal parameters."""
     name, method = kind.split()
-    parts = [blocks(published, latents, width, seed) for seed in range(2)]
+    blocks = [make_block(published, latents, width, seed) for seed in range(2)]
     argument = "merge_method" if name == "LegoMerge" else "fuse_method"
-    theirs = getattr(published, name)([block for block, _ in parts], **{argument: method})
+    theirs = getattr(published, name)([block for block, _ in blocks], **{argument: method})
     config = {
         "model": name,
         "in_shapes": [(1, width)] * 2,
-        "block": parts[0][1],
+        "block": blocks[0][1],
         argument: method,
     }
-    ours = motet.from_upstream(config, theirs.state_dict(), [Given(width), Given(width)])
+    encoders = [IdentityEncoder(width), IdentityEncoder(width)]
+    ours = motet.from_upstream(config, theirs.state_dict(), encoders)
     return {"theirs": theirs.eval(), "ours": ours}
 
 
@@ -110,49 +115,51 @@ def run(model: nn.Module, inputs: list[Tensor], *, step: bool) -> list[Tensor]:
 
 
 @contextmanager
-def context_once(tokens: Tensor) -> Iterator[None]:
-    """Answer transforms of the context from the first one's result."""
-    plain, known = torch.fft.fft, {}
+def transform_once(tokens: Tensor) -> Iterator[None]:
+    """Patch torch.fft.fft: the transform of `tokens` is computed once and then reused."""
+    plain, cache = torch.fft.fft, {}
 
     def fft(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if x is not tokens:
             return plain(x, *arguments, **options)
-        if x not in known:
-            known[x] = plain(x, *arguments, **options)
-        return known[x]
+        if x not in cache:
+            cache[x] = plain(x, *arguments, **options)
+        return cache[x]
 
     with mock.patch("torch.fft.fft", fft):
         yield
 
 
-def hoisted(model: nn.Module, inputs: list[Tensor], *, step: bool) -> list[Tensor]:
-    """Return what `run` does; the context is transformed once per call."""
-    with context_once(inputs[0]):
+def run_with_context_once(model: nn.Module, inputs: list[Tensor], *, step: bool) -> list[Tensor]:
+    """Return what `run` returns; the context is transformed once per call."""
+    with transform_once(inputs[0]):
         return run(model, inputs, step=step)
 
 
-def errors_of(both: dict[str, nn.Module], inputs: list[Tensor], *, step: bool) -> dict[str, float]:
-    """Return the errors of both against float64, and how far their float64 logits lie apart.
+def errors_of(pair: dict[str, nn.Module], inputs: list[Tensor], *, step: bool) -> dict[str, float]:
+    """Return the errors of both against float64, and the difference of their float64 logits.
 
     Raises:
-        ValueError: logits that differ, or an error of more than twice theirs.
+        ValueError: the logits differ, or our error is more than twice theirs and the floor.
     """
-    wide = {name: copy.deepcopy(model).double() for name, model in both.items()}
+    wide = {name: copy.deepcopy(model).double() for name, model in pair.items()}
     doubles = [x.double() for x in inputs]
     errors = {
         name: measure.relative_error(
             run(model, inputs, step=step), run(wide[name], doubles, step=step)
         )
-        for name, model in both.items()
+        for name, model in pair.items()
     }
     theirs, ours = (run(model, doubles, step=False)[0] for model in wide.values())
     errors["difference"] = difference = measure.relative_error([ours], [theirs])
-    # Where the imaginary part is zero in theory, the phase in their harmonic merge is that of
-    # rounding noise: see docs/how-to/authors-checkpoints.md.
-    noisy = isinstance(both["ours"], motet.LegoMerge) and both["ours"].method != "sum"
-    most = _error_floors.MODEL["float64"]
-    if not (difference < most or noisy):
-        raise ValueError(f"float64 logits differ by {difference:.1e}, expected < {most:.0e}")
+    # Where the imaginary part is zero in theory, the phase in their harmonic merge comes from
+    # rounding errors (docs/how-to/authors-checkpoints.md). Then the logits of the two need not agree.
+    noisy = isinstance(pair["ours"], motet.LegoMerge) and pair["ours"].method != "sum"
+    allowed_difference = _error_floors.MODEL["float64"]
+    if not (difference < allowed_difference or noisy):
+        raise ValueError(
+            f"float64 logits differ by {difference:.1e}, expected < {allowed_difference:.0e}"
+        )
     allowed = 2 * errors["theirs"] + measure.FLOOR["fp32"]
     if not errors["ours"] <= allowed:
         raise ValueError(f"error {errors['ours']:.1e}, expected at most {allowed:.1e}")
@@ -168,16 +175,16 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for tokens, width in CONTEXTS:
             if options.quick and tokens > 100:
                 continue
-            yield from rows_of("LegoBlock", pair(published, latents, width), latents, tokens, width,
-                               options)  # fmt: skip
+            pair = make_block_pair(published, latents, width)
+            yield from rows_of("LegoBlock", pair, latents, tokens, width, options)
         for kind in ("LegoMerge sum", "LegoMerge harmonic", "LegoFuse stack", "LegoFuse weave"):
-            models = joined(published, kind, latents, CONTEXTS[0][1])
-            yield from rows_of(kind, models, latents, *CONTEXTS[0], options)
+            pair = make_joined_pair(published, kind, latents, CONTEXTS[0][1])
+            yield from rows_of(kind, pair, latents, *CONTEXTS[0], options)
 
 
 def rows_of(
     name: str,
-    both: dict[str, nn.Module],
+    pair: dict[str, nn.Module],
     latents: tuple[int, int],
     tokens: int,
     width: int,
@@ -193,25 +200,27 @@ def rows_of(
             "latents": latents,
             "context": (SAMPLES, tokens, width),
             "what": "step" if step else "forward",
-            "error": errors_of(both, short, step=step),
+            "error": errors_of(pair, short, step=step),
         }
         contenders: dict[str, Callable[[], object]] = {
-            who: partial(run, model, inputs, step=step) for who, model in both.items()
+            contender: partial(run, model, inputs, step=step) for contender, model in pair.items()
         }
         if name == "LegoBlock":
-            contenders["theirs, context once"] = partial(hoisted, both["theirs"], inputs, step=step)
+            contenders["theirs, context once"] = partial(
+                run_with_context_once, pair["theirs"], inputs, step=step
+            )
         times = measure.in_turns(contenders, "cpu", rounds=options.rounds, seconds=options.seconds)
-        row["ms"] = {who: timing._asdict() for who, timing in times.items()}
+        row["ms"] = {contender: timing._asdict() for contender, timing in times.items()}
         row["ratio"] = {
-            who: timing.median / times["ours"].median
-            for who, timing in times.items()
-            if who != "ours"
+            contender: timing.median / times["ours"].median
+            for contender, timing in times.items()
+            if contender != "ours"
         }
         yield row
 
 
 def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield what LegoMerge of M blocks costs over M times one block."""
+    """Yield the cost of LegoMerge of M blocks as a share of M times the cost of one block."""
     torch.manual_seed(0)
     tokens, width = 100, 256
     block = motet.LegoBlock(motet.Bag(width), out_features=4, depth=DEPTH).eval()
@@ -231,14 +240,14 @@ def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {
                 "blocks": count,
                 "what": "step" if step else "forward",
-                "ms": {who: timing._asdict() for who, timing in times.items()},
+                "ms": {contender: timing._asdict() for contender, timing in times.items()},
                 "over": times["merged"].median / (count * times["one"].median),
             }
         count *= 2
 
 
 def _line(row: dict[str, Any]) -> str:
-    ms = {who: str(measure.Timing(**timing)) for who, timing in row["ms"].items()}
+    ms = {contender: str(measure.Timing(**timing)) for contender, timing in row["ms"].items()}
     if "blocks" in row:
         return (
             f"{row['blocks']:6} {row['what']:8} {ms['one']:>24} {ms['merged']:>26} "
@@ -268,18 +277,29 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--published", type=Path, metavar="DIR", help="the authors' checkout")
     parser.add_argument(
-        "--blocks", type=int, default=0, metavar="M", help="cost of 1, 2, 4 ... M blocks instead"
+        "--published", type=Path, metavar="DIR", help="a clone of konst-int-i/mm-lego"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=31, help="(default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=20.0,
-        help="no further round of a row after so many, from the third on (default: %(default)s)",
+        "--blocks", type=int, default=0, metavar="M",
+        help="measure our models of 1, 2, 4 ... M blocks instead",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, default=2, metavar="N",
+        help="threads of torch (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, default=31, metavar="N",
+        help="times that each contender runs, at most (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, metavar="S",
+        help="after three rounds, start none of a row after this time (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="sizes that only show that it works")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results to this file too"
+    )
     options = parser.parse_args()
     if not options.blocks and options.published is None:
         parser.error("expected --published DIR or --blocks M")
@@ -289,7 +309,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Compare, or count blocks."""
+    """Compare with the authors' code, or measure models of many blocks; return the exit code."""
     options = _options()
     rows = []
     try:
@@ -310,5 +330,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # for benchmarks.published
+    sys.path.insert(0, str(ROOT))  # so that this script can import benchmarks.published
     sys.exit(main())

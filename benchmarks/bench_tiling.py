@@ -1,13 +1,17 @@
-"""Slides to stores beside raw cuCIM and an OpenSlide loop, and stores beside memory maps.
+"""Slides to stores, timed beside cuCIM and OpenSlide; reading of stores, beside memory maps.
 
     python -m benchmarks.bench_tiling SLIDE.svs [--side 24576] [--json FILE]
 
-makes a big slide (SLIDE.svs repeated, mirrored now and then, inside a disc, as a pyramid of JPEG
-tiles) and times in turns, over the same patches: cuCIM's batched iterator alone; the pipeline up
-to decoded pixels, with opening, tissue and damage; an OpenSlide loop; `tile_slides` with
-stain-stats to the committed store. The error of pixels is their largest difference from
-OpenSlide's. Then opening to the first tile in a fresh process, memory over many slides, and reading
-a store.
+makes a big slide, a pyramid of JPEG tiles: SLIDE.svs repeated inside a disc, every second copy
+mirrored. On it these are timed in turns, over the same patches:
+
+* cuCIM's batched iterator alone;
+* the pipeline up to decoded pixels, with opening, tissue and damage;
+* a loop with OpenSlide;
+* `tile_slides` with stain-stats, until the store is committed.
+
+The error of pixels is their largest difference from OpenSlide's. Then follow the time from opening
+a slide to the first patch in a new process, memory over many slides, and reading of a store.
 """
 
 import argparse
@@ -46,25 +50,25 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("who", ["motet", "cucim", "openslide"])
-def bench_decoding(benchmark, small: Path, who: str) -> None:
-    """Tiles of a small slide; errors are against OpenSlide."""
-    tiles = _patches(small)[1]
-    benchmark.group = f"{len(tiles)} tiles of a small slide"
-    benchmark.extra_info["error"] = error = pixel_error(small, tiles)
+@pytest.mark.parametrize("contender", ["motet", "cucim", "openslide"])
+def bench_decoding(benchmark, small: Path, contender: str) -> None:
+    """Decode the patches of a small slide; errors are against OpenSlide."""
+    corners = _tissue_corners(small)
+    benchmark.group = f"{len(corners)} patches of a small slide"
+    benchmark.extra_info["error"] = error = pixel_error(small)
     assert error == 0
-    benchmark.pedantic(DECODERS[who], (small, tiles), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(DECODERS[contender], (small, corners), rounds=3, warmup_rounds=1)
 
 
-def _patches(path: Path) -> tuple[Grid, NDArray[np.int32]]:
-    """Return the grid of a slide at about 0.5 um per pixel, and its patches of tissue."""
+def _tissue_corners(path: Path) -> NDArray[np.int32]:
+    """Return the corners of a slide's tissue patches at about 0.5 um per pixel."""
     with open_slide(path) as slide:
-        grid, wanted = _tissue(slide)
-        return grid, grid.coords[wanted]
+        grid, rows = _find_tissue_rows(slide)
+        return grid.coords[rows]
 
 
-def _tissue(slide: Slide) -> tuple[Grid, NDArray[np.int64]]:
-    """As the pipeline does before it decodes."""
+def _find_tissue_rows(slide: Slide) -> tuple[Grid, NDArray[np.int64]]:
+    """Return the grid, and the rows of its tissue patches, as the pipeline does before decoding."""
     grid = make_grid(slide, Tiling(mpp=0.5, tile_px=TILE), slide.mpp or MPP)
     size = (slide.levels[0].width, slide.levels[0].height)
     thumb = slide.thumbnail(thumb_px(slide))
@@ -74,33 +78,35 @@ def _tissue(slide: Slide) -> tuple[Grid, NDArray[np.int64]]:
     return grid, np.flatnonzero((tissue >= 0.1) & ~damaged_patches(slide, grid))
 
 
-def by_motet(path: Path, tiles: NDArray[np.int32]) -> int:
+def by_motet(path: Path, corners: NDArray[np.int32]) -> int:
+    """Find the tissue and decode its patches; return their number."""
     with open_slide(path, reader="cucim") as slide:
-        grid, wanted = _tissue(slide)
-        assert len(wanted) == len(tiles)
-        return sum(len(b.rows) for b in read_patches(slide, grid, wanted, workers=WORKERS))
+        grid, rows = _find_tissue_rows(slide)
+        assert len(rows) == len(corners)
+        return sum(len(b.rows) for b in read_patches(slide, grid, rows, workers=WORKERS))
 
 
-def by_cucim(path: Path, tiles: NDArray[np.int32]) -> int:
-    """Nothing but the batched iterator, at the batch size that is best here."""
+def by_cucim(path: Path, corners: NDArray[np.int32]) -> int:
+    """Decode with the batched iterator alone, at the batch size that was fastest."""
     from cucim import CuImage
 
     image, count = CuImage(str(path)), 0
-    corners = [tuple(corner) for corner in tiles.tolist()]
     for pixels in image.read_region(
-        corners, (TILE, TILE), level=0, batch_size=16, num_workers=WORKERS
-    ):
+        [tuple(corner) for corner in corners.tolist()], (TILE, TILE), level=0, batch_size=16,
+        num_workers=WORKERS,
+    ):  # fmt: skip
         count += np.asarray(pixels).shape[0]
     return count
 
 
-def by_openslide(path: Path, tiles: NDArray[np.int32]) -> int:
+def by_openslide(path: Path, corners: NDArray[np.int32]) -> int:
+    """Decode patch by patch."""
     from openslide import OpenSlide
 
     with OpenSlide(path) as slide:
-        for x, y in tiles.tolist():
+        for x, y in corners.tolist():
             np.asarray(slide.read_region((x, y), 0, (TILE, TILE)).convert("RGB"))
-    return len(tiles)
+    return len(corners)
 
 
 DECODERS: dict[str, Callable[[Path, NDArray[np.int32]], int]] = {
@@ -110,34 +116,38 @@ DECODERS: dict[str, Callable[[Path, NDArray[np.int32]], int]] = {
 }
 
 
-def pixel_error(path: Path, tiles: NDArray[np.int32], some: int = 50) -> int:
-    """Return the largest difference, in grey levels, between our patches and OpenSlide's."""
+def pixel_error(path: Path, count: int = 50) -> int:
+    """Return the largest difference, in grey levels, between our patches and OpenSlide's.
+
+    Of about `count` patches, spread over the slide.
+    """
     from openslide import OpenSlide
 
     worst = 0
     with open_slide(path, reader="cucim") as slide, OpenSlide(path) as exact:
-        grid, wanted = _tissue(slide)
-        wanted = wanted[:: max(1, len(wanted) // some)]
-        for batch in read_patches(slide, grid, wanted, workers=WORKERS):
+        grid, rows = _find_tissue_rows(slide)
+        rows = rows[:: max(1, len(rows) // count)]
+        for batch in read_patches(slide, grid, rows, workers=WORKERS):
             for row, pixels in zip(batch.rows, batch.pixels, strict=True):
-                x, y = grid.coords[wanted[row]].tolist()
-                theirs = exact.read_region((x, y), 0, (TILE, TILE)).convert("RGB")
-                worst = max(worst, int(np.abs(np.asarray(theirs, int) - pixels).max()))
+                x, y = grid.coords[rows[row]].tolist()
+                expected = exact.read_region((x, y), 0, (TILE, TILE)).convert("RGB")
+                worst = max(worst, int(np.abs(np.asarray(expected, int) - pixels).max()))
     return worst
 
 
 def make_big(source: Path, path: Path, side: int) -> None:
-    """Write the big slide: the source repeated inside a disc on a background of 242."""
+    """Write the big slide: the source repeated inside a disc, on a background of grey level 242."""
     import tifffile
 
     with open_slide(source) as slide:
         width, height = slide.levels[0].width, slide.levels[0].height
-        piece = slide.read(0, 0, 0, width, height)
+        pixels = slide.read(0, 0, 0, width, height)
     image = np.full((side, side, 3), 242, np.uint8)
     for i, y in enumerate(range(0, side, height)):
         for j, x in enumerate(range(0, side, width)):
-            part = image[y : y + height, x : x + width]
-            part[:] = piece[:: (-1) ** i, :: (-1) ** j][: part.shape[0], : part.shape[1]]
+            region = image[y : y + height, x : x + width]
+            mirrored = pixels[:: (-1) ** i, :: (-1) ** j]
+            region[:] = mirrored[: region.shape[0], : region.shape[1]]
     across = np.arange(side) - side / 2
     for y in range(side):
         image[y, across**2 + across[y] ** 2 > (0.45 * side) ** 2] = 242
@@ -158,49 +168,48 @@ def make_big(source: Path, path: Path, side: int) -> None:
 
 
 def speed(path: Path, rounds: int) -> dict[str, Any]:
-    """Time all in turns, over the same tiles; OpenSlide on every eighth."""
-    tiles = _patches(path)[1]
-    some = tiles[::8]
+    """Time all contenders in turns, over the same patches; OpenSlide on every eighth."""
+    corners = _tissue_corners(path)
+    few_corners = corners[::8]
+    options: Any = {"encoder": "stain-stats", "mpp": 0.5, "tile_px": TILE, "workers": 0}
     seconds: dict[str, list[float]] = {"motet": [], "cucim": [], "openslide": [], "store": []}
 
-    def timed(who: str, run: Callable[[], object], count: int) -> None:
+    def add_time(contender: str, run: Callable[[], object], count: int) -> None:
         started = time.perf_counter()
         run()
-        seconds[who].append((time.perf_counter() - started) / count)
+        seconds[contender].append((time.perf_counter() - started) / count)
 
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):
-            timed("cucim", lambda: by_cucim(path, tiles), len(tiles))
-            timed("motet", lambda: by_motet(path, tiles), len(tiles))
-            timed("openslide", lambda: by_openslide(path, some), len(some))
-            how: Any = {"encoder": "stain-stats", "mpp": 0.5, "tile_px": TILE, "workers": 0}
+            add_time("cucim", lambda: by_cucim(path, corners), len(corners))
+            add_time("motet", lambda: by_motet(path, corners), len(corners))
+            add_time("openslide", lambda: by_openslide(path, few_corners), len(few_corners))
             out = Path(folder, str(i))
-            timed("store", lambda out=out, how=how: tile_slides(path, out, **how), len(tiles))
-    rate = {who: 1 / statistics.median(times) for who, times in seconds.items()}
+            add_time("store", lambda out=out: tile_slides(path, out, **options), len(corners))
+    rate = {name: 1 / statistics.median(times) for name, times in seconds.items()}
     return {
-        "tiles": len(tiles),
+        "tiles": len(corners),
         "tiles_per_s": rate,
-        "spread": {who: [1 / max(t), 1 / min(t)] for who, t in seconds.items()},
+        "spread": {name: [1 / max(times), 1 / min(times)] for name, times in seconds.items()},
         "of_cucim": rate["motet"] / rate["cucim"],
         "over_openslide": rate["motet"] / rate["openslide"],
         "store_over_openslide": rate["store"] / rate["openslide"],
-        "pixel_error": pixel_error(path, tiles),
+        "pixel_error": pixel_error(path),
     }
 
 
 def first_tile_s(path: Path, rounds: int) -> float:
-    """Return the median seconds of a fresh process from the call of open_slide to a tile."""
+    """Return the median seconds from the call of open_slide to a patch, in a new process."""
     code = (
         "import sys, time; import motet; t = time.perf_counter();"
         "s = motet.io.open_slide(sys.argv[1]); s.read(0, 8192, 8192, 256, 256);"
         "print(time.perf_counter() - t)"
     )
     command = [sys.executable, "-c", code, str(path)]
-    found = [
+    return statistics.median(
         float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         for _ in range(rounds)
-    ]
-    return statistics.median(found)
+    )
 
 
 MEMORY = """
@@ -217,7 +226,7 @@ print(peaks[len(peaks) // 10], peaks[-1])
 
 
 def memory(source: Path, folder: Path, slides: int) -> dict[str, float]:
-    """Return a process's peak in MiB over a cohort, after a tenth of it and at its end."""
+    """Return a process's peak memory in MiB after a tenth of a cohort, and at its end."""
     for i in range(slides):
         shutil.copyfile(source, folder / f"slide-{i:04d}{source.suffix}")
     command = [sys.executable, "-c", MEMORY, str(folder), str(folder.with_suffix(".store"))]
@@ -227,7 +236,7 @@ def memory(source: Path, folder: Path, slides: int) -> dict[str, float]:
 
 
 def reading(folder: Path, tokens: int, width: int, rounds: int) -> dict[str, Any]:
-    """Time whole bags and 512 random rows beside np.memmap and a copy."""
+    """Time complete bags and 512 random rows of a store, beside copies from np.memmap."""
     from motet.io import import_features
 
     features = np.random.default_rng(0).standard_normal((tokens, width)).astype(np.float16)
@@ -235,23 +244,23 @@ def reading(folder: Path, tokens: int, width: int, rounds: int) -> dict[str, Any
     np.savez(folder / "bag.npz", features=features, coords=coords)
     import_features(folder / "bag.npz", folder / "store", encoder="random")
     np.save(folder / "bag.npy", features)
-    some = np.random.default_rng(1).choice(tokens, 512)
+    random_rows = np.random.default_rng(1).choice(tokens, 512)
 
     def memmap_all() -> NDArray[np.float16]:
         return np.array(np.load(folder / "bag.npy", mmap_mode="r"))
 
     def memmap_some() -> NDArray[np.float16]:
-        return np.load(folder / "bag.npy", mmap_mode="r")[some]
+        return np.load(folder / "bag.npy", mmap_mode="r")[random_rows]
 
     store = FeatureStore(folder / "store")
     runs: dict[str, Callable[[], NDArray[np.float16]]] = {
         "all_memmap": memmap_all,
         "all_store": lambda: np.array(store["bag"].features),
         "some_memmap": memmap_some,
-        "some_store": lambda: store["bag"].rows(some),
+        "some_store": lambda: store["bag"].rows(random_rows),
     }
     for name, run in runs.items():
-        assert (run() == (features if name.startswith("all") else features[some])).all()
+        assert (run() == (features if name.startswith("all") else features[random_rows])).all()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -266,7 +275,8 @@ def reading(folder: Path, tokens: int, width: int, rounds: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def parts(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+def results(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Yield each measurement's name and figures."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         big = folder / "big.tif"
@@ -283,17 +293,28 @@ def parts(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slide", type=Path, help="such as CMU-1-Small-Region.svs")
-    parser.add_argument("--side", type=int, default=SIDE, help="px; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--slides", type=int, default=200, help="for memory; default: %(default)s")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--side", type=int, default=SIDE, metavar="PX",
+        help="side of the big slide in pixels (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N",
+        help="times that each contender runs (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slides", type=int, default=200, metavar="N",
+        help="slides of the cohort for memory (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results to this file too"
+    )
     options = parser.parse_args()
-    found: dict[str, Any] = {"about": measure.about("cpu")}
-    for name, figures in parts(options):
-        found[name] = figures
+    report: dict[str, Any] = {"about": measure.about("cpu")}
+    for name, figures in results(options):
+        report[name] = figures
         print(name, json.dumps(figures, indent=2), flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write the tables of docs/performance.md: `python benchmarks/performance.py`.
 
-From every benchmarks/results/gpu-cells-*.json, which `make gpu` writes, and, marked as predictions,
-from the planner. A test compares the page with what this prints.
+Measured times are those of every benchmarks/results/gpu-cells-*.json, which `make gpu` writes;
+predicted ones are the planner's, and marked as such. A test checks that the page has the tables.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from motet.cli import measure
 from motet.kernels.chips import CHIPS, Chip
 
-sys.path.append(str(Path(__file__).parent.parent))  # where a script does not look
+sys.path.append(str(Path(__file__).parent.parent))  # so that this script can import benchmarks
 
 from benchmarks.grid import ROOFLINES_ALLOWED
 
@@ -29,7 +29,7 @@ SHOWN = {
     "planned bf16, graph": "motet, graph",
     "planned bf16, static graph": "motet, static graph",
 }
-# Models, the sizes of their kernels in benchmarks/launches.py, and the kernels.
+# (model, name of the size in benchmarks/launches.py, kernels)
 COMPILED = (
     ("blca", "context bf16 2048 to 1x256", ("project",)),
     ("blca", "attention bf16 8x16 c25", ("attend", "dq", "dkv")),
@@ -42,15 +42,15 @@ COMPILED = (
 
 
 def main() -> int:
-    """Put the tables in the page."""
+    """Write the tables into the page; return the exit code."""
     PAGE.write_text(with_tables(PAGE.read_text()))
     return 0
 
 
 def with_tables(page: str) -> str:
-    """Return the page with its tables as the files say."""
-    before, rest = page.split(BEGIN, 1)
-    return before + BEGIN + "\n".join(tables()) + "\n" + END + rest.split(END, 1)[1]
+    """Return the page with tables of the current files."""
+    before, after = page.split(BEGIN, 1)
+    return before + BEGIN + "\n".join(tables()) + "\n" + END + after.split(END, 1)[1]
 
 
 def tables() -> Iterator[str]:
@@ -61,7 +61,7 @@ def tables() -> Iterator[str]:
         versions = f"torch {report['torch']}, triton {report['triton']}, {report['date'][:10]}"
         note = f" {report['note']}" if "note" in report else ""
         yield f"{versions}; `benchmarks/results/{path.name}`.{note}\n"
-        yield from _measured(report["cells"])
+        yield from _measured_table(report["cells"])
     yield "\n### Predicted, not measured\n"
     yield (
         "8 bags of 15,000 patches, bfloat16, statistics of the tokens known, the batch in its "
@@ -70,54 +70,60 @@ def tables() -> Iterator[str]:
         "Python are those of an H200 and its host at revision 7918d87. Rates of other chips come "
         "from their data sheets."
     )
-    for kind in ("step", "forward"):
-        yield from _predicted(kind == "step")
-    yield from _demanded()
-    yield from _compiled()
+    for step in (True, False):
+        yield from _predicted_table(step)
+    yield from _demanded_table()
+    yield from _compiled_table()
 
 
-def _measured(cells: list[dict[str, Any]]) -> Iterator[str]:
-    titles = [title for who, title in SHOWN.items() if any(who in c["contenders"] for c in cells)]
-    whose = {who: title for who, title in SHOWN.items() if title in titles}
-    yield f"| ms (error) | {' | '.join(titles)} | roofline |"
-    yield "|---" * (len(titles) + 2) + "|"
+def _measured_table(cells: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table of measured times, a row per cell."""
+    shown = {
+        name: title
+        for name, title in SHOWN.items()
+        if any(name in cell["contenders"] for cell in cells)
+    }
+    yield f"| ms (error) | {' | '.join(shown.values())} | roofline |"
+    yield "|---" * (len(shown) + 2) + "|"
     for cell in cells:
-        timed = {who: cell["contenders"].get(who, {}) for who in whose}
-        row = [_figure(own) for own in timed.values()]
+        results = {name: cell["contenders"].get(name, {}) for name in shown}
+        row = [_figure(result) for result in results.values()]
         if any(figure != "-" for figure in row):
-            yield f"| {cell['cell']} | {' | '.join(row)} | {_roofline(timed)} |"
+            yield f"| {cell['cell']} | {' | '.join(row)} | {_roofline(results)} |"
 
 
-def _figure(own: dict[str, Any]) -> str:
-    if "ms" not in own:
+def _figure(result: dict[str, Any]) -> str:
+    if "ms" not in result:
         return "-"
-    return f"{measure.figures(own['ms']['median'])} ({own['error']:.0e})"
+    return f"{measure.figures(result['ms']['median'])} ({result['error']:.0e})"
 
 
-def _roofline(timed: dict[str, dict[str, Any]]) -> str:
-    """Return the least time in ms, which every contender's share says."""
-    for who, own in timed.items():
-        if "ms" in own and "bf16" in who:
-            return measure.figures(own["ms"]["median"] * own["roofline_share"])
+def _roofline(results: dict[str, dict[str, Any]]) -> str:
+    """Return the roofline in ms: the time of any bf16 contender, times its share."""
+    for name, result in results.items():
+        if "ms" in result and "bf16" in name:
+            return measure.figures(result["ms"]["median"] * result["roofline_share"])
     return "-"
 
 
 class Prediction(NamedTuple):
-    """What the planner says of a cell on a chip, as a graph if not said otherwise."""
+    """The planner's predictions of a cell on a chip."""
 
     strategy: str
+    """The fastest in a graph."""
     graph_ms: float
     eager_ms: float
-    """Of the strategy that is best in eager mode."""
+    """Of the strategy that is fastest in eager mode."""
     roofline_ms: float
 
     @property
     def rooflines(self) -> float:
+        """The time of the graph as a multiple of the roofline."""
         return self.graph_ms / self.roofline_ms
 
 
-def predicted(cell: measure.Cell, chip: Chip) -> Prediction:
-    """Predict a cell in bfloat16, on tokens with known statistics."""
+def predict(cell: measure.Cell, chip: Chip) -> Prediction:
+    """Predict a cell in bfloat16, on tokens whose statistics are given."""
     graph, eager = (
         cell.plan("bf16", chip, graph=graph, statistics=True) for graph in (True, False)
     )
@@ -133,25 +139,25 @@ def _slides(name: str, *, step: bool) -> measure.Cell:
     return measure.Cell(name, measure.CONFIGS[name], (15_000,) * 8, step)
 
 
-def _predicted(step: bool) -> Iterator[str]:
-    """Yield a table of all chips."""
+def _predicted_table(step: bool) -> Iterator[str]:
+    """Yield the lines of a table of predicted times on all chips."""
     kind = "training step" if step else "forward"
     names = [f"{name}, predicted" for name in CHIPS]
     yield f"\n| {kind}, ms: graph (times the roofline), eager | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for name in measure.CONFIGS:
-        row = [predicted(_slides(name, step=step), chip) for chip in CHIPS.values()]
-        shown = [
-            f"{measure.figures(times.graph_ms)} ({times.rooflines:.1f}), "
-            f"{measure.figures(times.eager_ms)}"
-            for times in row
+        predictions = [predict(_slides(name, step=step), chip) for chip in CHIPS.values()]
+        row = [
+            f"{measure.figures(prediction.graph_ms)} ({prediction.rooflines:.1f}), "
+            f"{measure.figures(prediction.eager_ms)}"
+            for prediction in predictions
         ]
-        yield f"| {name} | {' | '.join(shown)} |"
+        yield f"| {name} | {' | '.join(row)} |"
 
 
-def _demanded() -> Iterator[str]:
-    """Yield what is demanded of an H200, with what was measured of the kernels before."""
-    before = _before()
+def _demanded_table() -> Iterator[str]:
+    """Yield the lines of a table of an H200: predicted and demanded, and measured at 7918d87."""
+    measured = _measured_at_7918d87()
     yield (
         "\n| H200, a graph | strategy | roofline, ms | predicted, ms | predicted / roofline | "
         "goal | | measured at 7918d87: graph, eager |"
@@ -159,32 +165,34 @@ def _demanded() -> Iterator[str]:
     yield "|---" * 8 + "|"
     for name in measure.CONFIGS:
         for step in (True, False):
-            own = predicted(_slides(name, step=step), CHIPS["H200"])
-            demanded = ROOFLINES_ALLOWED["step" if step else own.strategy]
-            verdict = "met" if own.rooflines <= demanded else "missed"
+            prediction = predict(_slides(name, step=step), CHIPS["H200"])
+            rooflines = prediction.rooflines
+            demanded = ROOFLINES_ALLOWED["step" if step else prediction.strategy]
+            verdict = "met" if rooflines <= demanded else "missed"
             kind = "step" if step else "forward"
             yield (
-                f"| {name} {kind} | {own.strategy} | {measure.figures(own.roofline_ms)} | "
-                f"{measure.figures(own.graph_ms)} | {own.rooflines:.2f} | {demanded} | {verdict} | "
-                f"{before.get(f'{name} 8x15000 {kind}', '-')} |"
+                f"| {name} {kind} | {prediction.strategy} | "
+                f"{measure.figures(prediction.roofline_ms)} | "
+                f"{measure.figures(prediction.graph_ms)} | {rooflines:.2f} | {demanded} | "
+                f"{verdict} | {measured.get(f'{name} 8x15000 {kind}', '-')} |"
             )
 
 
-def _before() -> dict[str, str]:
-    """Return what the first figures of an H200 are, by cell."""
+def _measured_at_7918d87() -> dict[str, str]:
+    """Return the first times that were measured on an H200, as text by cell: graph, eager."""
     path = ROOT / "benchmarks" / "results" / "gpu-cells-NVIDIA-H200-7918d87.json"
-    found = {}
+    names = ("planned bf16, static graph", "planned bf16")
+    texts = {}
     for row in json.loads(path.read_text())["cells"]:
-        own = [
-            row["contenders"].get(who, {}) for who in ("planned bf16, static graph", "planned bf16")
-        ]
-        if all("ms" in one for one in own):
-            found[row["cell"]] = ", ".join(measure.figures(one["ms"]["median"]) for one in own)
-    return found
+        results = [row["contenders"].get(name, {}) for name in names]
+        if all("ms" in result for result in results):
+            figures = (measure.figures(result["ms"]["median"]) for result in results)
+            texts[row["cell"]] = ", ".join(figures)
+    return texts
 
 
-def _compiled() -> Iterator[str]:
-    """Yield what the compiler made of the kernels that take the time, from registers.json."""
+def _compiled_table() -> Iterator[str]:
+    """Yield the lines of a table of the longest kernels as compiled, from registers.json."""
     table = json.loads((ROOT / "benchmarks" / "results" / "registers.json").read_text())
     yield "\n### Compiled, not run\n"
     yield (

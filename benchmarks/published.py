@@ -1,10 +1,10 @@
-"""The authors' HEALNet and MM-Lego out of checkouts of theirs; nothing of them is copied here.
+"""The authors' HEALNet and MM-Lego, imported from clones of their repositories.
 
     git clone https://github.com/konst-int-i/healnet DIR
     git clone https://github.com/konst-int-i/mm-lego DIR
     pip install einops
 
-is all that it takes.
+Nothing else is needed, and none of their code is copied here.
 """
 
 import importlib
@@ -22,12 +22,12 @@ LEGO = Path("mm_lego") / "models"
 
 
 def published_healnet(checkout: Path) -> type[torch.nn.Module]:
-    """Return their class HealNet, from its file alone: the package around it wants torchvision.
+    """Return their class HealNet, from its file alone: their package imports torchvision.
 
     Raises:
-        ValueError: a folder that is no checkout of theirs, or no einops.
+        ValueError: `checkout` is not a clone of their repository, or einops is not installed.
     """
-    path = _checked(checkout, MODULE, "healnet")
+    path = _check_checkout(checkout, MODULE, "healnet")
     name = "published_healnet"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -42,12 +42,13 @@ def published_healnet(checkout: Path) -> type[torch.nn.Module]:
 def published_lego(checkout: Path) -> ModuleType:
     """Return their module with LegoBlock, LegoMerge and LegoFuse.
 
-    What it imports for training and for optimal transport are stand-ins: the models never ask.
+    Stand-ins replace the libraries that it imports for training and for optimal transport, which
+    the models never call.
 
     Raises:
-        ValueError: a folder that is no checkout of theirs, or no einops.
+        ValueError: `checkout` is not a clone of their repository, or einops is not installed.
     """
-    folder = _checked(checkout, LEGO / "lego.py", "mm-lego").parent
+    folder = _check_checkout(checkout, LEGO / "lego.py", "mm-lego").parent
     for name, path in (("mm_lego", folder.parent), ("mm_lego.models", folder)):
         package = ModuleType(name)
         package.__path__ = [str(path)]
@@ -59,7 +60,8 @@ def published_lego(checkout: Path) -> ModuleType:
         return importlib.import_module("mm_lego.models.lego")
 
 
-def _checked(checkout: Path, module: Path, repository: str) -> Path:
+def _check_checkout(checkout: Path, module: Path, repository: str) -> Path:
+    """Return the path of a module of theirs."""
     path = checkout / module
     if not path.is_file():
         raise ValueError(
@@ -72,18 +74,19 @@ def _checked(checkout: Path, module: Path, repository: str) -> Path:
 
 
 def call(model: Any, tensors: list[torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Return their logits.
+    """Return the logits of their model.
 
-    Their forward changes the list that it is given, and goes on where an attention raises, for
-    want of memory above all.
+    Their forward pass changes the list of its inputs, so it gets a copy. It also catches exceptions
+    of an attention, mostly out of memory, and continues without that attention: this is an error
+    here.
 
     Raises:
-        RuntimeError: an attention that did not take place.
+        RuntimeError: an attention was left out.
     """
     attentions = [module for module in model.modules() if hasattr(module, "attn_weights")]
     for attention in attentions:
         attention.attn_weights = None
     logits = model(list(tensors), mask=mask)
     if any(attention.attn_weights is None for attention in attentions):
-        raise RuntimeError("their code left out an attention that raised an error")
+        raise RuntimeError("the authors' code left out an attention after an error")
     return logits

@@ -1,7 +1,7 @@
-"""Run what docs/results.md reports: `python benchmarks/results.py [--table] COHORT ...`.
+"""Run the experiments of docs/results.md: `python benchmarks/results.py [--table] COHORT ...`.
 
-Types the commands that it prints, one after the other, into runs/results/COHORT; runs that are
-there already are not repeated. `--table` prints the tables of what is there, as Markdown.
+Prints `motet` commands and runs them one after the other, into runs/results/COHORT. Finished runs
+are not repeated. `--table` runs nothing: it prints tables of the finished runs, as Markdown.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from motet import experiments
 from motet.experiments import Run
 
 OUT = Path("runs/results")
-# Diagnoses are coded at discharge, when the outcome is known.
+# Diagnoses are left out: they are coded at discharge, when the outcome is known.
 MODALITIES = {"mimic3_demo_death": ["--modalities", "static,labs"]}
 CLINICAL = {"tcga_blca": "clinical", "tcga_kirp": "clinical", "hancock_os": "clinical",
             "hancock_rfs": "clinical"}  # fmt: skip
@@ -33,7 +33,7 @@ NAMES = {
 
 
 def main() -> int:
-    """Run, or print."""
+    """Run, or print tables; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true", help="print the tables of finished runs")
     parser.add_argument("cohorts", nargs="+", metavar="COHORT")
@@ -49,7 +49,7 @@ def main() -> int:
 def run(cohort: str) -> None:
     """Run every model on a cohort."""
     survival = cohort.startswith(("tcga", "hancock", "breast_cancer"))
-    chosen = MODALITIES.get(cohort, [])
+    modalities = MODALITIES.get(cohort, [])
     out = OUT / cohort
     seconds = json.loads((out / "seconds.json").read_text()) if out.is_dir() else {}
 
@@ -64,16 +64,16 @@ def run(cohort: str) -> None:
         (out / "seconds.json").write_text(json.dumps(seconds))
 
     for model in ("cox", "rsf") if survival else ("logistic", "forest"):
-        motet(model, "train", cohort, "--model", model, *chosen)
+        motet(model, "train", cohort, "--model", model, *modalities)
     if cohort in CLINICAL:
         motet("clinical", "train", cohort, "--model", "cox", "--modalities", CLINICAL[cohort])
-    motet("healnet", "train", cohort, "--model", "healnet", *chosen)
-    motet("lego", "train", cohort, "--model", "lego", *chosen)
+    motet("healnet", "train", cohort, "--model", "healnet", *modalities)
+    motet("lego", "train", cohort, "--model", "lego", *modalities)
     motet("fuse", "fuse", str(out / "lego"))
 
 
 def table(cohort: str) -> None:
-    """Print a cohort's figures beside its linear model."""
+    """Print a cohort's figures, and their differences from those of its linear model."""
     out = OUT / cohort
     seconds = json.loads((out / "seconds.json").read_text())
     first = Run.finished(out / ("cox" if (out / "cox").exists() else "logistic"))
@@ -88,25 +88,32 @@ def table(cohort: str) -> None:
         out / "lego" / "blocks" / name for name in Run.open(out / "lego").config["modalities"]
     ]
     folders = [out / name for name in NAMES if (out / name).exists()]
-    place = folders.index(out / "healnet") + 1
+    healnet_end = folders.index(out / "healnet") + 1  # the blocks' rows come after HEALNet's
     print(f"\n{counts}, {metrics['folds']} test parts.\n")
-    title = {"harrell_c": "Harrell's c", "auc": "AUC", "macro_auc": "macro AUC"}[metric]
-    other = {"balanced_accuracy": "balanced accuracy", "integrated_brier": "integrated Brier"}
-    difference = f"difference from {NAMES[first.path.name]}"
-    print(f"| model | {title} | {difference} | {other[second]} | seconds |")
+    titles = {
+        "harrell_c": "Harrell's c", "auc": "AUC", "macro_auc": "macro AUC",
+        "balanced_accuracy": "balanced accuracy", "integrated_brier": "integrated Brier",
+    }  # fmt: skip
+    print(
+        f"| model | {titles[metric]} | less {NAMES[first.path.name]} (paired) | {titles[second]} | "
+        "seconds |"
+    )
     print("|---|---|---|---|---|")
-    for folder in [*folders[:place], *blocks, *folders[place:]]:
-        one = Run.finished(folder)
-        found = experiments.read_metrics(one)
-        if not found["patients"]:  # nobody in the test part has the modality
+    for folder in [*folders[:healnet_end], *blocks, *folders[healnet_end:]]:
+        run = Run.finished(folder)
+        figures = experiments.read_metrics(run)
+        if not figures["patients"]:  # no patient of the test part has the block's modality
             continue
         name = NAMES.get(folder.name) if folder.parent == out else f"LegoBlock {folder.name}"
-        gap = "" if folder == first.path else _signed(*experiments.compare_runs(one, first)[:3])
+        gap = "" if folder == first.path else _signed(*experiments.compare_runs(run, first)[:3])
         wall = f"{seconds[folder.name]:.0f}" if folder.parent == out else ""
-        print(f"| {name} | {_cell(found[metric])} | {gap} | {_cell(found[second])} | {wall} |")
+        print(
+            f"| {name} | {_interval(figures[metric])} | {gap} | {_interval(figures[second])} | "
+            f"{wall} |"
+        )
 
 
-def _cell(figure: dict[str, float]) -> str:
+def _interval(figure: dict[str, float]) -> str:
     return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
 
 

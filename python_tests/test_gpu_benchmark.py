@@ -104,7 +104,7 @@ def test_kernels_below_their_share_of_the_roofline_are_named(monkeypatch) -> Non
     ]
     for strategy, demanded in profiling.LAUNCHED.items():
         cell = measure.Cell("", measure.CONFIGS["blca"], (15_000,) * 8, True)
-        assert set(demanded) <= profiling.works(cell, strategy).keys()
+        assert set(demanded) <= profiling.kernel_works(cell, strategy).keys()
 
 
 def test_kernels_slower_than_with_another_triton_are_named(tmp_path: Path, monkeypatch) -> None:
