@@ -1,5 +1,5 @@
-# `make demo` and `make test` set up everything on a fresh machine: virtual environment, install,
-# build. PYTHON chooses the interpreter (3.11 or later).
+# `make demo`, `make test` and most other targets first set up a virtual environment, in which motet
+# is built and installed. PYTHON selects its interpreter (3.11 or later).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 ifeq ($(shell uname -s),Linux)
-# By itself: what cuCIM asks for beside it are gigabytes of CUDA.
+# Without its dependencies, which are gigabytes of CUDA libraries.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps cucim-cu13
 endif
 	touch $@
@@ -26,9 +26,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-# What numbers depend on, as other processors compute: one with AVX2 and without AVX-512 (most AMD
-# EPYCs), and one with neither. torch, MKL, oneDNN, OpenBLAS and our C++ choose their code by these.
-# What torch's compiler keeps is kept without regard to ATEN_CPU_CAPABILITY: each has its own cache.
+# The numeric tests, computed as on two other processors: one with AVX2 but without AVX-512 (most AMD
+# EPYCs), and one with neither. These variables decide which code torch, MKL, oneDNN, OpenBLAS and
+# our C++ run. Each processor has its own cache of compiled code, because torch's compiler ignores
+# ATEN_CPU_CAPABILITY when it looks code up.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	OPENBLAS_CORETYPE=Haswell MOTET_SIMD=32 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-avx2
 SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
@@ -62,25 +63,30 @@ docs-links: $(DOCS)  # needs the network
 	$(BIN)/python -m sphinx -b linkcheck --quiet -D nb_execution_mode=off \
 	-D suppress_warnings=myst-nb.lexer docs build/docs-links
 
-# The quick benchmarks, each with its error beside it.
+# The quick benchmarks; every time has its error beside it.
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,stddev,rounds --benchmark-group-by=group
 
-# How the cost of a step grows with patches and modalities: measured here, predicted for an H200.
+# How the cost of a training step grows with patches and modalities: measured on this CPU, predicted
+# for an H200 (three minutes).
 cost-growth: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost_growth.py
 
-# What the paper claims, put to the test (docs/claims.md), on the cohorts whose data are there:
-# about an hour. The same again goes on where it stopped.
+# Test the paper's claims (docs/claims.md) on the cohorts whose data are on this machine: about an
+# hour. If it was interrupted, the same command continues it.
 claims: $(INSTALLED)
 	for name in interference merging overlap addition scaling; do \
 	$(BIN)/python -m benchmarks.claims $$name --out runs/claims/$$name || exit; \
 	done
 
-# On the GPU at hand, each useful alone, each a JSON file in $(RESULTS): all checks (under 90 s),
-# the kernels of a training step, which fails where one is slower than demanded or than with another
-# Triton (60 s), 40 cells (200 s), the whole grid (again goes on where it stopped). Uses the
-# environment that is active, since GPU machines bring their own torch.
+# On the GPU of this machine. The targets do not depend on each other, and each writes a JSON file to
+# $(RESULTS):
+#   gpu-check    all checks (under 90 s)
+#   gpu-profile  the kernels of a training step (60 s); it fails if one of them is slower than
+#                demanded, or than with another Triton
+#   gpu          40 cells (200 s)
+#   gpu-full     all cells, for 500 s; the same command again continues
+# They use the active environment, since GPU machines bring their own torch.
 # PUBLISHED=DIR, a clone of konst-int-i/healnet, adds the authors' code.
 GPU = $(PYTHON) benchmarks/gpu.py $(1) --out $(RESULTS) $(if $(PUBLISHED),--published $(PUBLISHED))
 gpu-check: gpu-install
@@ -94,11 +100,12 @@ gpu-full: gpu-install
 gpu-install:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 
-# The properties with fresh seeds and many more examples.
+# The property tests (hypothesis), with new seeds and many more examples.
 soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 MOTET_HYPOTHESIS=soak $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-# The C++ under AddressSanitizer and UndefinedBehaviorSanitizer, which stop at the first fault.
+# The tests of the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, which stop at the first
+# fault.
 SANITIZED := build/sanitize
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)

@@ -153,7 +153,7 @@ def errors_of(pair: dict[str, nn.Module], inputs: list[Tensor], *, step: bool) -
     theirs, ours = (run(model, doubles, step=False)[0] for model in wide.values())
     errors["difference"] = difference = measure.relative_error([ours], [theirs])
     # Where the imaginary part is zero in theory, the phase in their harmonic merge comes from
-    # rounding errors (docs/how-to/authors-checkpoints.md). Then the logits of the two need not agree.
+    # rounding errors (docs/how-to/authors-checkpoints.md). Then the two logits need not agree.
     noisy = isinstance(pair["ours"], motet.LegoMerge) and pair["ours"].method != "sum"
     allowed_difference = _error_floors.MODEL["float64"]
     if not (difference < allowed_difference or noisy):
