@@ -1,4 +1,4 @@
-# The exact versions that the tests run with. On a CPU:
+# motet with exactly the versions that its tests run with. On a CPU:
 #   docker build -t motet .
 #   docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" motet demo --out runs/demo
 # On NVIDIA GPUs:
@@ -6,11 +6,11 @@
 #   docker run --rm --gpus all motet doctor
 FROM python:3.11-slim
 
-# The compiler stays: Triton on a GPU and torch.compile call it when they run.
+# The compiler stays in the image: Triton on a GPU and torch.compile call it at run time.
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 
-# torch first: it is by far the largest layer, and changes seldom.
+# torch first, in a layer of its own: it is by far the largest, and rarely changes.
 ARG TORCH=cpu
 COPY constraints.txt /tmp/
 ENV PIP_NO_CACHE_DIR=1 PIP_CONSTRAINT=/tmp/constraints.txt
@@ -20,7 +20,8 @@ RUN MOTET_REQUIRE_NATIVE=1 pip wheel --no-deps --wheel-dir /tmp/wheels /tmp/mote
     && pip install "$(echo /tmp/wheels/motet-*.whl)[ot,wsi]" \
     && rm -rf /tmp/motet /tmp/wheels
 
-# Any user may run it: what matplotlib, Triton and torch keep goes where all may write.
+# The image runs as any user: matplotlib, Triton and torch write their caches to $HOME, and every
+# user may write to /tmp.
 ENV HOME=/tmp
 WORKDIR /data
 ENTRYPOINT ["motet"]

@@ -1,8 +1,8 @@
-"""Maps the repository root to the package `motet` and builds its C++ modules, `_C`, with CMake.
+"""Map the repository root to the package `motet`, and build its C++ modules, `_C`, with CMake.
 
-Everything else about the project is declared in pyproject.toml. The C++ never needs torch. Where it
-cannot be built (no compiler), the package installs without it and computes with torch and numpy
-instead; MOTET_REQUIRE_NATIVE=1 makes that an error.
+All other facts about the project are in pyproject.toml. The C++ does not use torch. If it cannot be
+built, for example without a compiler, the package is installed without it and computes with torch
+and numpy instead. MOTET_REQUIRE_NATIVE=1 makes a failed build an error.
 """
 
 import os
@@ -34,8 +34,8 @@ class CMakeBuild(build_ext):
             )
 
     def build_extensions(self) -> None:
-        """Build all of them in one run of CMake, which installs each into its own package."""
-        import pybind11  # pyright: ignore[reportMissingImports], a requirement of the build alone
+        """Build all modules in one run of CMake, which installs each into its package."""
+        import pybind11  # pyright: ignore[reportMissingImports], needed for the build alone
 
         paths = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
         (target,) = {path.resolve().parent.parent for path in paths}
@@ -63,9 +63,9 @@ class BuildPy(build_py):
 
 
 def packages(*folders: str) -> list[str]:
-    """Return the packages in these folders, and in the folders of these."""
-    found = (path.parent for folder in folders for path in (ROOT / folder).rglob("__init__.py"))
-    return sorted(".".join(("motet", *path.relative_to(ROOT).parts)) for path in found)
+    """Return the names of all packages in these folders, at any depth."""
+    paths = (path.parent for folder in folders for path in (ROOT / folder).rglob("__init__.py"))
+    return sorted(".".join(("motet", *path.relative_to(ROOT).parts)) for path in paths)
 
 
 setup(
