@@ -1,8 +1,8 @@
 """What GPUs can do: one place for every number that belongs to a chip.
 
-Data sheets give what a chip is built for. Rates are what copies and a library's largest products
-reach of that: measured on an H200, on the others taken to be the same share of their data sheet.
-`Chip.source` tells which of the numbers are measured.
+Data sheets give a chip's peak rates. The rates here are what copies and a library's largest
+products reach: measured on an H200; other chips are assumed to reach the same share of their data
+sheets. `Chip.source` says of each number whether it is measured, predicted or from a data sheet.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 
-# Shares of the roofline that kernels must reach with bags of 8,000 tokens or more. The time of the
-# roofline is the larger of bytes / bandwidth and FLOP / matrix rate. `make gpu-profile` compares.
+# Shares of the roofline that kernels must reach with bags of 8,000 tokens or more: goals, not
+# measurements; `make gpu-profile` compares the two. The time of the roofline is the larger of
+# bytes / bandwidth and FLOP / matrix rate.
 DEMANDED = {
     "project_kernel": 0.75,
     "pool_kernel": 0.65,
@@ -21,18 +22,20 @@ DEMANDED = {
     "dkv_kernel": 0.60,
     "mm": 0.70,
 }
-# Shares that benchmarks/fit_planner.py found in what an H200 did at revision 7918d87. Launches and
-# the host are those of that revision too; its products and its attention have been written anew.
+# Shares that benchmarks/fit_planner.py found in measurements on an H200 at revision 7918d87. The
+# times of launches and of the host below are of that revision too. The kernels of products and of
+# attention have been rewritten since: for these the demanded shares are assumed.
 _FITTED = {
     "softmax_statistics_kernel": 0.48,
     "softmax_weights_kernel": 0.48,
     "softmax_gradient_kernel": 0.48,
 }
-# Of kernels that nobody has measured.
+# Assumed shares of kernels that have not been measured.
 _EXPECTED = {"row_statistics_kernel": 0.75, "scale_gradient_kernel": 0.60}
-# Of kernels that are not listed: small ones, and torch's.
+# The assumed share of kernels that are not listed: small ones, and torch's.
 _ANY_SHARE = 0.50
-# Seconds of a launch whose programs are few and wait for each other's results.
+# Seconds of a launch of kernels whose few programs each do long chains of small products: the time
+# does not depend on the number of tokens. Estimates, not measured.
 _LATENCIES = {
     "pass_kernel": 12e-6,
     "update_backward_kernel": 12e-6,
@@ -61,17 +64,17 @@ class Chip:
     exponentials: float
     """Exponentials/s of the special function units."""
     random_numbers: float
-    """Dropout decisions/s, on top of what a kernel does without."""
+    """Dropout decisions/s, of the time that a kernel with dropout takes longer than one without."""
     shares: Mapping[str, float]
     """Share of its roofline that a kernel reaches, by name."""
     latencies: Mapping[str, float]
-    """Seconds of a launch, where they are more than `launch_s`, by the kernel's name."""
+    """Seconds of a launch by the kernel's name, of kernels that take more than `launch_s`."""
     launch_s: float = 3.3e-6
-    """Seconds of a small launch in a CUDA graph, or behind another that runs."""
+    """Seconds of a small launch in a CUDA graph, or while another kernel runs."""
     host_launch_s: float = 49e-6
-    """Seconds that Python needs for one launch in eager mode, autograd and autocast included."""
+    """Seconds that Python takes for one launch in eager mode, with autograd and autocast."""
     host_s: float = 1.26e-3
-    """Seconds that Python needs for a pass besides, whatever its size."""
+    """Seconds that Python takes for a pass of any size, besides its launches."""
     measured: frozenset[str] = frozenset()
 
     def share(self, kernel: str) -> float:
@@ -86,7 +89,7 @@ class Chip:
         return "data sheet" if name in sheet else "predicted"
 
 
-# What an H200 was measured to reach: 4.1 of 4.8 TB/s, 740 of 989 TFLOP/s.
+# Measured on an H200: a copy reaches 4.1 of 4.8 TB/s, a large bf16 product 740 of 989 TFLOP/s.
 _REACHED_BANDWIDTH, _REACHED_MATRIX = 4.1 / 4.8, 740 / 989
 
 
@@ -104,7 +107,7 @@ def _chip(
     ghz: float,
     measured: frozenset[str] = frozenset(),
 ) -> Chip:
-    """Return a chip by its data sheet: bytes/s and dense FLOP/s."""
+    """Return a chip, given its data sheet: bytes/s, dense FLOP/s, and the clock in GHz."""
     matrix = {
         torch.bfloat16: _REACHED_MATRIX * half,
         torch.float16: _REACHED_MATRIX * half,
@@ -112,7 +115,8 @@ def _chip(
         torch.float64: _REACHED_MATRIX * double,
     }
     units = 16 * ghz * 1e9 * multiprocessors  # special function units: 16 a clock
-    drawn = 2.9e11 * multiprocessors * ghz / (132 * 1.8)  # as fitted on an H200
+    # Fitted on an H200 (132 multiprocessors, 1.8 GHz), and scaled to this chip.
+    drawn = 2.9e11 * multiprocessors * ghz / (132 * 1.8)
     return Chip(
         name, capability, multiprocessors, l2_mib << 20, shared_kib << 10,
         _REACHED_BANDWIDTH * bandwidth, matrix, units, drawn,

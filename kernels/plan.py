@@ -1,4 +1,4 @@
-"""Which way to compute latent-query cross-attention, decided from sizes alone."""
+"""The planner: it chooses the strategy of latent-query cross-attention, from sizes alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ Strategy = Literal["cached", "absorbed", "reference"]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a CPU can do; the figures are rates that real products and copies reach."""
+    """What a CPU can do: rates that real products and copies reach."""
 
     name: str
     flops: dict[torch.dtype, float]
@@ -35,7 +35,11 @@ class Machine:
 
 
 def cpu_machine(threads: int, amx: bool) -> Machine:
-    """A server CPU, by what one Sapphire Rapids core reaches here, times the threads."""
+    """Return a server CPU: rates measured on one Sapphire Rapids core, times the threads.
+
+    They are round numbers, measured when the planner was written. Without AMX, bfloat16 is no
+    faster than float32, and float16 ten times slower.
+    """
     single = 1.3e11
     half = 7e11 if amx else 1e11
     flops = {
@@ -59,18 +63,18 @@ _AMX = torch.cpu._is_amx_tile_supported()
 
 @dataclass(frozen=True)
 class Plan:
-    """A strategy, with its predicted cost and that of what it was chosen over.
+    """The chosen strategy, with its predicted cost and those of the other strategies.
 
     Args:
-        strategy: "nothing", no bag has a token; "one token", its weight is 1, so V alone is
-            computed; "cached", K and V of all layers by one product; "absorbed", the projections
-            are taken into the queries, K and V never exist; "reference", every layer on its own,
-            literally, for tests.
-        backend: as asked for.
-        machine: what the predictions are for.
+        strategy: "nothing": no bag has a token. "one token": no bag has a second one; the weight of
+            a single token is 1, so only V is computed. "cached": K and V of all layers by one
+            product. "absorbed": the projections are multiplied into the queries, and K and V are
+            not computed. "reference": the equation as it stands, layer after layer, for tests.
+        backend: the argument of `plan`.
+        machine: the name of the CPU or GPU that the predictions are for.
         costs: predicted `Cost` by strategy, the chosen one's among them: flop, bytes, seconds,
             graph_seconds, host_seconds, launches.
-        reason: why, in a few words.
+        reason: why this strategy, in a few words.
         graph: whether the time of a CUDA graph decided, not that of eager mode.
 
     Example:
@@ -91,11 +95,12 @@ class Plan:
 
     @property
     def cost(self) -> Cost:
+        """The predicted cost of the chosen strategy."""
         return self.costs[self.strategy]
 
     @property
     def seconds(self) -> float:
-        """The predicted time by which it was chosen, of a CUDA graph or of eager mode."""
+        """The predicted time that decided: as a graph if `graph`, else in eager mode."""
         return self.cost.graph_seconds if self.graph else self.cost.seconds
 
     def __str__(self) -> str:
@@ -117,7 +122,7 @@ _for_graphs = False
 
 @contextmanager
 def for_graphs() -> Iterator[None]:
-    """Let `plan` choose for a CUDA graph: around a capture, and around the runs before it."""
+    """Make `plan` choose for a CUDA graph: during a capture, and the warm-up runs before it."""
     global _for_graphs
     former, _for_graphs = _for_graphs, True
     try:
@@ -148,16 +153,13 @@ def plan(
     strategy: Strategy | None = None,
     backend: Backend = "auto",
 ) -> Plan:
-    """Choose how one modality of a batch is attended to in all layers of a forward pass.
+    """Choose how all layers of a forward pass attend to one modality of a batch.
 
-    A pure function: the same sizes give the same plan. Degenerate cases come first (no token, one
-    token per bag); then the strategy with the least predicted time. On a GPU that is the time of
-    all kernels of a pass, those between the attentions included, for a training step with its loss
-    and Adam: in eager mode, where Python starts one kernel after the other, or in a CUDA graph if
-    `graph` says so. LayerNorm's gain and shift are
-    always taken into the weights; its mean is subtracted from the tokens before a product, not
-    after it, so that rows with a mean far above their standard deviation lose no digits. (It is
-    taken out afterwards for bfloat16 tokens on a GPU, whose own rounding is larger than that.)
+    A pure function: the same sizes give the same plan. If no bag has a token, or none a second one,
+    there is nothing to choose. Otherwise it is the strategy with the least predicted time. On a GPU
+    that is the time of all kernels of a pass, with those between the attentions, and for a training
+    step with the loss and Adam: in eager mode, where Python starts one kernel after the other, or
+    as a CUDA graph if `graph`. docs/design/algebra.md describes the strategies and the prediction.
 
     Args:
         tokens: T, of all bags together.
@@ -166,20 +168,21 @@ def plan(
         latents: C.
         heads: H.
         head_dim: E.
-        layers: L, in which the modality is attended to.
-        weight_sets: how many of these layers have weights of their own.
-        longest: tokens of the longest bag, where it is known.
+        layers: L, the layers that attend to the modality.
+        weight_sets: how many of these layers have weights of their own; 1 if all share them.
+        longest: tokens of the longest bag; None if not known.
         dtype: of the products.
-        device: "cpu", "cuda" (the GPU at hand), "A100", "H100", "H200", "B200", a `Machine` or a
+        device: "cpu", "cuda" (the current GPU), "A100", "H100", "H200", "B200", a `Machine` or a
             `Chip`.
         training: count the backward pass too.
         dropout: probability of dropping an attention weight.
-        weights: whether the attention weights are wanted as well.
-        tokens_need_grad: whether the tokens come from something that is trained.
-        statistics: whether those of the tokens are known, which a GPU reads them for otherwise.
-        graph: whether to choose for a CUDA graph instead of eager mode; None if one is captured.
-        strategy: "cached", "absorbed" or "reference" instead of the cheapest, where there is a
-            choice: degenerate cases come first.
+        weights: whether the attention weights are returned as well.
+        tokens_need_grad: whether the tokens need a gradient, as those of a trained encoder do.
+        statistics: whether the means and 1 / SDs of the tokens are known; else a GPU reads the
+            tokens once more for them.
+        graph: whether to choose for a CUDA graph, not for eager mode; None: during a capture only.
+        strategy: "cached", "absorbed" or "reference": takes this one instead of the fastest, if
+            some bag has a second token; None for the fastest.
         backend: "auto", "triton", "compile" or "eager".
 
     Returns:
@@ -215,13 +218,14 @@ def plan(
     on_gpu = isinstance(machine, Chip)
     costs = gpu_costs(sizes, machine, dtype) if on_gpu else _cpu_costs(sizes, machine, dtype)
     if strategy is not None:
-        return Plan(strategy, backend, machine.name, costs, "asked for", graph)
+        return Plan(strategy, backend, machine.name, costs, "set by strategy=", graph)
     faster = _time(costs["absorbed"], graph) < _time(costs["cached"], graph)
     best = "absorbed" if faster else "cached"
     return Plan(best, backend, machine.name, costs, "least predicted time", graph)
 
 
 def _time(cost: Cost, graph: bool) -> float:
+    """Return the predicted time that decides."""
     return cost.graph_seconds if graph else cost.seconds
 
 
@@ -235,7 +239,7 @@ def _check_sizes(**sizes: int) -> None:
 def _degenerate(
     s: Sizes, machine: Machine | Chip, dtype: torch.dtype, backend: Backend, graph: bool
 ) -> Plan:
-    """Plan for bags of no token, or of one."""
+    """Return the plan for bags of at most one token."""
     if isinstance(machine, Chip):
         cost = single_cost(s, machine, dtype)
     else:
@@ -257,14 +261,15 @@ def _machine(device: str | torch.device | Machine | Chip) -> Machine | Chip:
     if device in CHIPS:
         return CHIPS[device]
     if device not in ("cpu", "cuda"):
-        known = ", ".join(map(repr, ("cpu", "cuda", *CHIPS)))
-        raise ValueError(f"device: expected one of {known}, a Machine or a Chip, got {device!r}")
-    return _at_hand(device)
+        names = ", ".join(map(repr, ("cpu", "cuda", *CHIPS)))
+        raise ValueError(f"device: expected one of {names}, a Machine or a Chip, got {device!r}")
+    return _current(device)
 
 
-def _at_hand(device: str) -> Machine | Chip:
+def _current(device: str) -> Machine | Chip:
+    """Return this machine's CPU or GPU; an A100 for a GPU that chips.py does not list."""
     if device == "cpu":
-        # torch.compile cannot ask for the threads; no choice depends on them.
+        # torch.compile cannot trace get_num_threads; no choice depends on it.
         return cpu_machine(1 if torch.compiler.is_compiling() else torch.get_num_threads(), _AMX)
     if not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA device at hand, or a name such as 'H200'")
@@ -278,6 +283,7 @@ def _cpu_costs(s: Sizes, machine: Machine, dtype: torch.dtype) -> dict[str, Cost
 
 
 def _cpu_cost(work: Work, s: Sizes, machine: Machine, dtype: torch.dtype) -> Cost:
+    """Return the cost of work on a CPU, which does one thing at a time: the times add up."""
     elements = work.passes * s.tokens * s.width
     busy = work.flop / machine.flops[dtype] + elements / machine.rows
     busy += work.moved / machine.bandwidth + work.scores / machine.scores

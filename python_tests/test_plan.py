@@ -217,7 +217,7 @@ def test_a_longest_bag_of_two_tokens_is_no_degenerate_case() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_is_asked_for_is_chosen(strategy) -> None:
     chosen = planned(strategy=strategy, device="H200")
-    assert (chosen.strategy, chosen.reason) == (strategy, "asked for")
+    assert (chosen.strategy, chosen.reason) == (strategy, "set by strategy=")
     assert chosen.costs == planned(device="H200").costs
 
 
