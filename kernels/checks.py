@@ -19,7 +19,7 @@ def same_tensors(
 ) -> list[Tensor]:
     """Return `tensors` as a list after checking that they agree in shape, dtype and device.
 
-    Errors call the sequence `name`, and its tensors `each`, by default name[0], name[1], ...
+    Errors call the sequence `name` and its tensors by `each`, or name[0], name[1] and so on.
     """
     if isinstance(tensors, Tensor):
         raise TypeError(f"{name}: expected a sequence of tensors, got one tensor")
@@ -36,38 +36,40 @@ def same_tensors(
             and tensor.device == first.device
         ):
             continue
-        own, other = (each[j] if each else f"{name}[{j}]" for j in (i, 0))
+        this, other = (each[j] if each else f"{name}[{j}]" for j in (i, 0))
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{own}: expected a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{this}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in dtypes:
             expected = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(f"{own}: expected {expected}, got {tensor.dtype}")
-        for what in ("shape", "dtype", "device"):
-            got, expected = getattr(tensor, what), getattr(first, what)
+            raise ValueError(f"{this}: expected {expected}, got {tensor.dtype}")
+        for attribute in ("shape", "dtype", "device"):
+            got, expected = getattr(tensor, attribute), getattr(first, attribute)
             if got != expected:
-                if what == "shape":
+                if attribute == "shape":
                     got, expected = tuple(got), tuple(expected)
-                raise ValueError(f"{own}: expected the {what} of {other}, {expected}, got {got}")
+                raise ValueError(
+                    f"{this}: expected the {attribute} of {other}, {expected}, got {got}"
+                )
     return tensors
 
 
-def same_kind(name: str, tensor: Tensor, like: Tensor, whose: str) -> None:
-    """Raise unless `tensor` has the dtype and the device of `like`."""
+def same_kind(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """Raise unless `tensor` has the dtype and the device of `like`, which errors call by name."""
     if (tensor.dtype, tensor.device) != (like.dtype, like.device):
         raise ValueError(
-            f"{name}: expected {like.dtype} on {like.device} as {whose}, got {tensor.dtype} on "
+            f"{name}: expected {like.dtype} on {like.device} as {like_name}, got {tensor.dtype} on "
             f"{tensor.device}"
         )
 
 
 def refuse_forward_mode(operator: str) -> None:
-    """Raise in forward-mode differentiation, in which torch would take the derivative for zero."""
+    """Raise in forward-mode differentiation: torch would silently take the derivative as zero."""
     if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
         raise NotImplementedError(f"{operator}: expected reverse mode, got forward-mode autograd")
 
 
 def normalised_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return `count` weights that sum to 1; None means equal ones."""
+    """Return `count` weights, divided by their sum; None means equal weights."""
     if weights is None:
         return [1.0 / count] * count
     if not isinstance(weights, Iterable) or isinstance(weights, str):
@@ -88,12 +90,13 @@ def check_offsets(
     device: torch.device,
     bags: int | None = None,
     *,
-    whole: bool = True,
+    covers_all: bool = True,
 ) -> None:
-    """Raise unless `offsets` are int64 and rise from 0 to `tokens`; up to it if not `whole`.
+    """Raise unless `offsets` are int64 and rise from 0 to `tokens`.
 
-    Their values are looked at on the CPU; on CUDA, where that would wait for the device, only with
-    MOTET_CHECK=1 in the environment; under torch.compile not at all.
+    If not `covers_all`, the last bag may end before `tokens`. The values are checked on the CPU. On
+    CUDA, where reading them waits for the device, they are checked only with MOTET_CHECK=1 in
+    the environment; under torch.compile never.
     """
     if not isinstance(offsets, Tensor):
         raise TypeError(f"offsets: expected a tensor, got {type(offsets).__name__}")
@@ -109,19 +112,19 @@ def check_offsets(
         return
     if device.type == "cpu" or os.environ.get("MOTET_CHECK") == "1":
         bounds = offsets.tolist()
-        ends = bounds[-1] == tokens if whole else bounds[-1] <= tokens
+        ends = bounds[-1] == tokens if covers_all else bounds[-1] <= tokens
         if bounds[0] != 0 or not ends or sorted(bounds) != bounds:
             shown = bounds if len(bounds) < 12 else f"{bounds[:5]} … {bounds[-5:]}"
             raise ValueError(
-                f"offsets: expected to rise from 0 to {tokens}{'' if whole else ' or less'}, the "
-                f"number of tokens, got {shown}"
+                f"offsets: expected to rise from 0 to {tokens}{'' if covers_all else ' or less'}, "
+                f"the number of tokens, got {shown}"
             )
 
 
 def check_counts(
     counts: Tensor | None, keys: Sequence[int], like: Tensor, dropout_p: float
 ) -> None:
-    """Raise unless there are no counts, or positive ones of the shape `keys` and no dropout."""
+    """Raise unless counts are None, or positive and of the shape `keys`, without dropout."""
     if counts is None:
         return
     if not isinstance(counts, Tensor):
@@ -139,10 +142,10 @@ def check_counts(
         )
     if torch.compiler.is_compiling() or not counts.numel():
         return
-    # As with the values of offsets.
+    # When values are read: as in check_offsets.
     if counts.device.type == "cpu" or os.environ.get("MOTET_CHECK") == "1":
         lowest, highest = (bound.item() for bound in counts.aminmax())
-        if not (lowest > 0 and highest < math.inf):  # NaN is both bounds
+        if not (lowest > 0 and highest < math.inf):  # with a NaN among them, both are NaN
             raise ValueError(
                 f"counts: expected positive finite numbers, got {lowest:g} to {highest:g}"
             )
@@ -171,15 +174,16 @@ def check_rows(x: Tensor, positions: Tensor | None, offsets: Tensor | None) -> N
         if positions.device != x.device:
             raise ValueError(f"positions: expected {x.device} as x, got {positions.device}")
     if offsets is not None:
-        check_offsets(offsets, len(x), x.device, whole=False)
+        check_offsets(offsets, len(x), x.device, covers_all=False)
 
 
 def check_statistics(
     statistics: tuple[Tensor, Tensor] | None, x: Tensor
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Return the statistics of rows x that row_statistics gives, two None for None.
+    """Return means and 1 / SDs of rows x, as row_statistics returned them, or two None for None.
 
-    Raise unless they fit.
+    Raises:
+        ValueError, TypeError: they do not fit x.
     """
     if statistics is None:
         return None, None

@@ -1,7 +1,7 @@
 """Ragged bags: one after the other in one tensor, bag b from offsets[b] to offsets[b + 1].
 
-How the work on them is cut, always counted from the start of each bag, so that a bag alone is
-computed as it is in any batch.
+These functions cut the work on them into chunks and groups. Chunks are counted from the start of
+each bag, so that a bag alone is computed as it is in any batch, and gives the same bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Neighbouring bags of one length up to this are attended to by one product: below it, the time of a
-# bag is that of starting a dozen operators.
+# Neighbouring bags of equal length, up to this many tokens, are attended to by one batched product:
+# in a shorter bag, a dozen operators take less time to compute than to start.
 TOGETHER = 512
-# A matrix of a batch that begins at another byte modulo this, operand or result, may be multiplied
-# in another order (MKL's narrow products): a bag would not have the bits that it has alone.
+# Every matrix of a batched product, operand or result, must begin at a multiple of this. Else MKL
+# may sum a narrow product in another order, and a bag would not have the bits that it has alone.
 ALIGNED_BYTES = 64
-# Rows of a chunk times their width: 8 MiB in float32, written and read back within the caches.
-# Twice or half of it was 3 to 20 % slower on two Sapphire Rapids cores.
+# Rows of a chunk times their width: 8 MiB in float32, which stays in the caches between two
+# operators. Twice or half of it was 3 to 20 % slower on two Sapphire Rapids cores.
 CHUNK_ELEMENTS = 1 << 21
-# On CUDA starting an operator takes longer than 2 million numbers do: 1 GiB in float32.
+# On CUDA an operator takes longer to start than to compute 2 million numbers: 1 GiB in float32.
 CUDA_CHUNK_ELEMENTS = 1 << 28
 
 
@@ -37,41 +37,44 @@ def bags_of(tokens: Tensor, offsets: Tensor | None) -> list[Tensor]:
     return [tokens[bag].transpose(0, 1) for bag in slices_of(offsets)]
 
 
-class Run(NamedTuple):
-    """Neighbouring bags of one length, or one bag."""
+class EqualBags(NamedTuple):
+    """A group of G neighbouring bags of equal length, which one batched product computes."""
 
     first: int
+    """The number of the first bag."""
     bags: int
+    """G; 1 for bags that are longer than TOGETHER."""
     start: int | None
-    """The first bag's first token; None if bags are an axis of their own."""
+    """The first token of the first bag; None if the tensors have an axis of bags."""
     length: int
+    """N, the tokens of each bag."""
 
     def of(self, x: Tensor) -> Tensor:
-        """Return this run's part [G·H, ...] of x [B, H, ...]."""
+        """Return this group's part [G·H, ...] of x [B, H, ...]."""
         return x[self.first : self.first + self.bags].flatten(0, 1)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return this run's part of x [B, H, C, E], aligned, as wide as its `tokens`."""
-        own = self.of(x)
-        return padded(own) if self._copies(x) else aligned(own)
+        """Return this group's part of x [B, H, C, E], aligned, as wide as its `tokens`."""
+        part = self.of(x)
+        return padded(part) if self._copies(x) else aligned(part)
 
-    def put(self, target: Tensor, x: Tensor) -> None:
-        """Write x [G·H, ...] into this run's part of target [B, H, ...]."""
-        own = target[self.first : self.first + self.bags]
-        own.copy_(x.unflatten(0, own.shape[:2]))
+    def write(self, target: Tensor, x: Tensor) -> None:
+        """Write x [G·H, ...] into this group's part of target [B, H, ...]."""
+        part = target[self.first : self.first + self.bags]
+        part.copy_(x.unflatten(0, part.shape[:2]))
 
     def view(self, tokens: Tensor) -> Tensor:
-        """Return a view [G, H, N, E] of this run's tokens."""
+        """Return a view [G, H, N, E] of this group's tokens."""
         if self.start is None:
             return tokens[self.first : self.first + self.bags]
-        own = tokens[self.start : self.start + self.bags * self.length]
-        return own.unflatten(0, (self.bags, self.length)).transpose(1, 2)
+        part = tokens[self.start : self.start + self.bags * self.length]
+        return part.unflatten(0, (self.bags, self.length)).transpose(1, 2)
 
     def tokens(self, tokens: Tensor) -> Tensor:
-        """Return this run's tokens, a view [H, N, E] of a long bag.
+        """Return this group's tokens: a view [H, N, E] of a long bag, or a copy of short bags.
 
-        Of short bags a copy [G·H, N, E'] with zeros so that it is aligned: one bag alone is
-        multiplied as it is among others.
+        The copy [G·H, N, E'] has columns of zeros where rows would not be aligned: so one bag alone
+        is multiplied as it is among others.
         """
         view = self.view(tokens)
         if self._copies(tokens):
@@ -79,56 +82,57 @@ class Run(NamedTuple):
         return view[0]
 
     def _copies(self, x: Tensor) -> bool:
-        """Whether the tokens are copied; float64's longer products depend on their place too."""
+        """Return whether `tokens` copies: in float64 also long bags, whose products MKL may sum in
+        another order too."""
         return self.length <= TOGETHER or x.dtype == torch.float64
 
     def bias(self, counts: Tensor | None, heads: int) -> Tensor | None:
-        """Return what the counts of this run's keys add to their scores, [G·H, 1, N]."""
+        """Return log(counts) of this group's keys, to add to their scores, [G·H, 1, N]."""
         if counts is None:
             return None
         if self.start is None:
-            own = counts[self.first : self.first + self.bags]
+            part = counts[self.first : self.first + self.bags]
         else:
-            own = counts[self.start : self.start + self.bags * self.length]
-        own = own.log().reshape(self.bags, 1, 1, self.length)
-        return own.expand(-1, heads, -1, -1).flatten(0, 1)
+            part = counts[self.start : self.start + self.bags * self.length]
+        bias = part.log().reshape(self.bags, 1, 1, self.length)
+        return bias.expand(-1, heads, -1, -1).flatten(0, 1)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return x, copied where it does not begin at a multiple of ALIGNED_BYTES."""
+    """Return x, or a copy of it if it does not begin at a multiple of ALIGNED_BYTES."""
     return x.clone() if x.data_ptr() % ALIGNED_BYTES else x
 
 
 def padded(x: Tensor) -> Tensor:
-    """Return x [G, n, E] with columns of zeros where a row is no multiple of ALIGNED_BYTES."""
+    """Return x [G, n, E] with columns of zeros up to rows of a multiple of ALIGNED_BYTES."""
     missing = -x.shape[-1] % (ALIGNED_BYTES // x.element_size())
     return pad(x, (0, missing)) if missing else x
 
 
-def runs_of(k: Tensor, offsets: Tensor | None) -> list[Run]:
-    """Cut the bags that have tokens into runs."""
+def equal_bags(k: Tensor, offsets: Tensor | None) -> list[EqualBags]:
+    """Group the bags of keys k that have tokens; a bag longer than TOGETHER is a group."""
     if offsets is None:
         bags, _, length, _ = k.shape
         lengths, starts = [length] * bags, [None] * bags
     else:
         starts = offsets.tolist()
         lengths = [stop - start for start, stop in pairwise(starts)]
-    runs: list[Run] = []
+    groups: list[EqualBags] = []
     for bag, length in enumerate(lengths):
-        last = runs[-1] if runs else None
+        last = groups[-1] if groups else None
         if not length:
             continue
         if last and length == last.length <= TOGETHER and last.first + last.bags == bag:
-            runs[-1] = last._replace(bags=last.bags + 1)
+            groups[-1] = last._replace(bags=last.bags + 1)
         else:
-            runs.append(Run(bag, 1, starts[bag], length))
-    return runs
+            groups.append(EqualBags(bag, 1, starts[bag], length))
+    return groups
 
 
 def bounds_of(offsets: Tensor | None, tokens: int) -> list[int]:
-    """Return where the bags start and the last one stops; without offsets all is one bag.
+    """Return where the bags start and the last one stops; without offsets all rows are one bag.
 
-    Rows behind the last bag are one more, so that what is computed of them is defined.
+    Rows behind the last bag count as one more bag, so that their results are defined.
     """
     if offsets is None:
         return [0, tokens]
@@ -137,9 +141,10 @@ def bounds_of(offsets: Tensor | None, tokens: int) -> list[int]:
 
 
 def chunks(bounds: Sequence[int], width: int, x: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yield (bag, start, stop) of chunks of rows of x, counted from the start of each bag.
+    """Yield (bag, start, stop) of chunks of rows of x.
 
-    So that the products of a bag have the same shapes, and the same bits, in any batch.
+    They are counted from the start of each bag, so that the products of a bag have the same shapes,
+    and the same bits, in any batch.
     """
     rows = chunk_rows(width, x)
     for bag, (first, last) in enumerate(pairwise(bounds)):
@@ -148,11 +153,11 @@ def chunks(bounds: Sequence[int], width: int, x: Tensor) -> Iterator[tuple[int, 
 
 
 def chunk_rows(width: int, x: Tensor) -> int:
-    """Return the rows of a chunk where x lies, a multiple of 64."""
+    """Return the rows of a chunk, a multiple of 64, for rows of `width` on the device of x."""
     elements = CUDA_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS
     return max(64, elements // max(width, 1) // 64 * 64)
 
 
 def count_slots(rows: int, bags: int, chunk: int) -> int:
-    """Return how many programs `chunk_of_slot` of ragged_kernels can need, for any offsets."""
+    """Return how many slots `chunk_of_slot` of ragged_kernels needs at most, for any offsets."""
     return rows // chunk + bags

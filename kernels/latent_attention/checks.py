@@ -12,11 +12,11 @@ def check_attention(
     offsets: Tensor | None,
     v: Tensor | None = None,
     *,
-    whole: bool = True,
+    covers_all: bool = True,
 ) -> None:
-    """Raise unless queries, keys and values fit together; arguments as of latent_attention.
+    """Raise unless queries, keys and values fit together; the arguments are latent_attention's.
 
-    False for `whole`: there may be tokens behind the last bag.
+    `covers_all`: the bags must cover all tokens. If False, there may be tokens behind the last bag.
     """
     named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, tensor in named.items():
@@ -46,7 +46,7 @@ def check_attention(
                 f"{tensor.device}"
             )
     if offsets is not None:
-        check_offsets(offsets, len(k), k.device, batch, whole=whole)
+        check_offsets(offsets, len(k), k.device, batch, covers_all=covers_all)
 
 
 def check_lse(lse: Tensor | None, q: Tensor) -> None:

@@ -20,8 +20,8 @@ from .records import like_record, record_width, takes_triton
 from .reference import scale_of, softmax_weights
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
-# The result is float32 also for half precision, since its rounding would be that of a difference in
-# the backward pass; callers round it.
+# The result is float32 also for tensors in half precision: the backward pass subtracts a number
+# computed from it, and the difference may be as small as its rounding would be. Callers round it.
 _LIBRARY.define(
     "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? offsets, Tensor? counts, float scale, "
     "float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
@@ -32,8 +32,8 @@ _LIBRARY.define(
     "str backend) -> (Tensor, Tensor, Tensor)"
 )
 # The same with K and V in one tensor [T, 2, H, P], as one projection makes them, or with Q, K and V
-# in one tensor [B, C, 3, H, E]: their gradient is then written in place too, instead of being put
-# together from two or three.
+# in one tensor [B, C, 3, H, E]: their gradient is then written into one tensor too, instead of
+# being concatenated from two or three.
 _LIBRARY.define(
     "latent_attention_kv(Tensor q, Tensor kv, Tensor offsets, Tensor? counts, float scale, "
     "float dropout_p, Tensor? seed, str backend, Tensor? record) -> (Tensor, Tensor)"
@@ -69,25 +69,25 @@ def latent_attention(
 
     .. math:: \mathrm{dropout}(\mathrm{softmax}(\mathrm{scale} \cdot q k^\top)) v
 
-    HEALNet, Eq. 2. A bag without tokens gives zeros; one with a single token gives its value.
-    Tokens of one bag never see another's: a bag alone gives the bits that it gives in a batch, on
-    one device. The scores are never all in memory; the backward pass computes them again.
+    HEALNet, Eq. 2. The result of a bag without tokens is zero; that of a single token is its value.
+    A bag alone gives the same bits as in any batch, on one device. The scores are never all in
+    memory; the backward pass computes them again.
 
     Args:
         q: [B, H, C, E] queries.
         k: [B, H, N, E] keys, or [T, H, E] for ragged bags, T tokens in all. Any strides.
         v: values, like `k`.
-        offsets: int64 [B + 1] for ragged bags: bag b owns tokens offsets[b] to offsets[b + 1].
+        offsets: int64 [B + 1] for ragged bags: bag b has tokens offsets[b] to offsets[b + 1].
         counts: [B, N], or [T] with `offsets`: how many tokens each key stands for, float32 (float64
-            for float64 tensors), positive; None means 1 each. A key that counts m times is m equal
-            keys: its score rises by log m. No gradient flows to them. Their values are checked
-            where those of offsets are, on the CPU or under MOTET_CHECK=1.
+            for float64 tensors), positive; None means 1 each. A key of count m acts as m equal
+            keys: its score rises by log m. Counts get no gradient. Their values are checked on the
+            CPU, elsewhere only with MOTET_CHECK=1, as those of `offsets` are.
         scale: factor on the scores; None means E ** -0.5.
         dropout_p: probability of dropping an attention weight, in [0, 1); 0 with `counts`, since
             the tokens that a key stands for would be dropped together.
         seed: int64 [1], what the mask is drawn from; None draws one from torch's generator. The
-            mask of a bag depends on the seed, the bag's place in the batch and its own sizes, not
-            on how the work is cut or on other bags.
+            mask of a bag depends on the seed, the bag's place in the batch and its sizes, not on
+            how the work is cut or on other bags.
         backend: "auto", "triton", "compile" (without dropout; with it "eager") or "eager".
 
     Returns:
@@ -127,25 +127,26 @@ def latent_attention_kv(
     seed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Compute latent_attention with K and V in one tensor, as context_kv makes them.
+    """Compute latent_attention with K and V in one tensor, as context_kv returns them.
 
     Args:
         q: [B, H, C, E], or [1, H, C, E] for all bags.
-        kv: [T, 2, H, P], where P is E, or E and numbers that are zero up to the next multiple of
-            16, on which rows start where loads can be asynchronous. Tokens behind the last bag
-            belong to none; their gradient is zero, as is that of the numbers behind the Eth.
-        record: one of those that kv_records made of `kv`, for this call alone; the gradient goes to
-            `kv` through it. None for a gradient of this call's own.
+        kv: [T, 2, H, P]. P is E, or the next multiple of 16, with zeros behind the Eth number: so
+            rows begin at multiples of 32 bytes, and loads can be asynchronous. Tokens behind
+            the last bag belong to no bag; their gradient is zero, as is that of the padding.
+        record: one of the records that kv_records made for `kv`, used by this call only; the
+            gradient reaches `kv` through it (see records.py). None: this call computes the gradient
+            of `kv` itself.
         offsets, counts, scale, dropout_p, seed, backend: see latent_attention.
 
     Returns:
-        [B, H, C, E] in float32 (float64), as sums are, for lego_pass to round; and the
-        log-sum-exp of the scores [B, H, C], which attention_weights takes; it includes the counts,
-        so that these weights are those of one token out of a key's.
+        [B, H, C, E] in float32 (float64), not rounded: lego_pass does that; and the log-sum-exp of
+        the scores [B, H, C], which attention_weights takes. It includes the counts, so that a
+        weight computed from it is that of one of the tokens that a key stands for.
     """
     bags, width = len(offsets) - 1, q.shape[-1]
     k, v = kv[..., :width].unbind(1)
-    check_attention(q.expand(bags, -1, -1, -1), k, offsets, v=v, whole=False)
+    check_attention(q.expand(bags, -1, -1, -1), k, offsets, v=v, covers_all=False)
     if kv.shape[-1] not in (width, width + -width % 16):
         raise ValueError(
             f"kv: expected rows of {width} numbers, or of {width + -width % 16}, got "
@@ -211,7 +212,7 @@ def attention_weights(
         k: [B, H, N, E] keys, or [T, H, E] with `offsets`.
         offsets: int64 [B + 1], see latent_attention.
         scale: factor on the scores; None means E ** -0.5.
-        lse: [B, H, C], the log-sum-exp of the scaled scores where it is known; None computes it.
+        lse: [B, H, C], the log-sum-exp of the scaled scores, if known; None computes it.
         reduce: "mean" for one number per token, the mean over heads and latents, for which the full
             map is never in memory; None for all.
         backend: "auto", "triton" or "eager" ("compile" counts as "eager").
@@ -304,8 +305,8 @@ def _backward_into(
     seed: Tensor | None,
     backend: str,
 ) -> None:
-    """Fill `results`: dq, dk and dv."""
-    if not out.numel():  # nobody attends
+    """Write dq, dk and dv into `results`."""
+    if not out.numel():  # no bags, or no queries
         for result in results:
             result.zero_()
         return
@@ -315,27 +316,29 @@ def _backward_into(
         dq, dk, dv = results
         grad, q, k, v = map(rows_apart, (grad, q, k, v))
         record = like_record(grad)
-        own = (out, lse, scale, dropout_p, seed, dq, record)
-        launchers.query_gradient(grad, q, k, v, offsets, counts, *own)
-        own = (q.shape[-1], scale, dropout_p, dk, dv)
-        launchers.kv_gradient(record[:, :, None], k, v, offsets, counts, *own)
+        launchers.query_gradient(
+            grad, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, dq, record
+        )
+        launchers.kv_gradient(
+            record[:, :, None], k, v, offsets, counts, q.shape[-1], scale, dropout_p, dk, dv
+        )
         return
     dq, dk, dv = results
     width, bags = q.shape[-1], len(out)
     for result in (dk, dv):
         result[..., width:] = 0
     k, v, dk, dv = (x[..., :width] for x in (k, v, dk, dv))
-    own = dq if len(q) == bags else dq.new_empty(out.shape)
+    bags_dq = dq if len(q) == bags else dq.new_empty(out.shape)
     cpu.backward_into(
         grad.to(q.dtype), q.expand(bags, -1, -1, -1), k, v, offsets, counts, lse, scale, dropout_p,
-        seed, own, dk, dv,
+        seed, bags_dq, dk, dv,
     )  # fmt: skip
-    if own is not dq:
-        torch.sum(own, 0, keepdim=True, out=dq)
+    if bags_dq is not dq:
+        torch.sum(bags_dq, 0, keepdim=True, out=dq)
 
 
 def _like_queries(q: Tensor) -> Tensor:
-    """Return where their gradient goes: it lies in memory as they do, so that nobody copies it."""
+    """Return memory for their gradient, with their strides, so that autograd need not copy it."""
     return torch.empty_like(rows_apart(q))
 
 
@@ -353,20 +356,20 @@ def _forward_kv(q, kv, offsets, counts, scale, dropout_p, seed, backend, record)
 def _backward_of_kv(
     grad, q, kv, offsets, counts, out, lse, scale, dropout_p, seed, backend, recorded
 ):
-    """Return the gradient of q, and that of kv, or what a record takes for its own."""
-    dq, own = _like_queries(q), (out, lse, scale, dropout_p, seed)
+    """Return the gradient of q; and that of kv, or, if `recorded`, that of the record."""
+    dq, options = _like_queries(q), (out, lse, scale, dropout_p, seed)
     if not recorded:
         dkv = kv.new_empty(kv.shape)
         results, (k, v) = (dq, dkv[:, 0], dkv[:, 1]), kv.unbind(1)
-        _backward_into(results, grad, q, k, v, offsets, counts, *own, backend)
+        _backward_into(results, grad, q, k, v, offsets, counts, *options, backend)
         return dq, dkv
     record = like_record(grad)
-    if not grad.numel():  # nobody attends
+    if not grad.numel():  # no bags, or no queries
         return dq.zero_(), record
     from . import triton as launchers
 
     grad, q, k, v = map(rows_apart, (grad, q, kv[:, 0], kv[:, 1]))
-    launchers.query_gradient(grad, q, k, v, offsets, counts, *own, dq, record)
+    launchers.query_gradient(grad, q, k, v, offsets, counts, *options, dq, record)
     return dq, record
 
 
@@ -384,20 +387,22 @@ def _backward_of_self(grad, qkv, *rest):
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.dropout_p, seed, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # zeros for the log-sum-exp, which nobody differentiates
+    ctx.set_materialize_grads(False)  # else torch makes zeros as the gradient of the log-sum-exp
     ctx.save_for_backward(*tensors, seed, *output)
 
 
-def _differentiated_by(operator: str) -> Callable[..., Any]:
+def _differentiated_by(name: str) -> Callable[..., Any]:
+    """Return an autograd function that calls the backward operator of this name."""
+
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * len(ctx.needs_input_grad)
+        no_grads = (None,) * len(ctx.needs_input_grad)
         if grad is None:
-            return nothing
+            return no_grads
         *tensors, seed, out, lse = ctx.saved_tensors
-        run = getattr(torch.ops.motet, operator)
-        grads = run(grad, *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend)
+        operator = getattr(torch.ops.motet, name)
+        grads = operator(grad, *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend)
         grads = (grads,) if isinstance(grads, Tensor) else tuple(grads)
-        return grads + nothing[len(grads) :]
+        return grads + no_grads[len(grads) :]
 
     return backward
 
@@ -409,14 +414,16 @@ def _setup_context_kv(ctx, inputs, output) -> None:
 
 
 def _backward_kv(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 7
+    no_grads = (None,) * 7
     if grad is None:
-        return None, None, *nothing
+        return None, None, *no_grads
     *tensors, seed, out, lse = ctx.saved_tensors
-    dq, other = torch.ops.motet.latent_attention_kv_backward(
+    dq, dkv_or_record = torch.ops.motet.latent_attention_kv_backward(
         grad, *tensors, out, lse, ctx.scale, ctx.dropout_p, seed, ctx.backend, ctx.recorded
     )
-    return (dq, None, *nothing[1:], other) if ctx.recorded else (dq, other, *nothing)
+    if ctx.recorded:
+        return dq, None, *no_grads[1:], dkv_or_record
+    return dq, dkv_or_record, *no_grads
 
 
 def _fake(q, k, v, offsets, *rest):

@@ -1,10 +1,12 @@
-"""The gradient of K and V once for all layers that attend to them, instead of a sum over layers.
+"""The gradient of K and V, computed once for all layers that attend to them.
 
-On a GPU a layer's backward pass computes what it must, the gradient of its queries. What the
-gradient of K and V needs of the layer, its queries, the gradient of its result and two numbers per
-latent, is a thousandth of K and V: the layer returns it as the gradient of a `record`, a tensor
-that nobody reads. Autograd brings the records of all layers to `kv_records`, whose backward pass
-reads K and V once and writes their gradient once.
+Autograd would compute it for every layer and add the layers up, reading and writing tensors as
+large as K and V for each. So, on a GPU, a layer's backward pass computes the gradient of its
+queries only. What the gradient of K and V needs of a layer (its queries, the gradient of its
+result, two numbers and a seed for each latent) takes a thousandth of the memory of K and V. The
+layer returns it as the gradient of its `record`: an input of the layer whose values are never
+read. Autograd stacks the gradients of the records of all layers and gives them to the backward
+pass of `kv_records`, which reads K and V once and writes their gradient once.
 """
 
 from collections.abc import Sequence
@@ -28,22 +30,23 @@ _LIBRARY.define(
 
 
 def takes_triton(backend: str, q: Tensor) -> bool:
-    """Return whether Triton attends from queries [B, H, C, E], or torch."""
+    """Return whether Triton computes the attention of queries [B, H, C, E]; else torch does."""
     too_wide = "takes heads of up to 256 numbers" if q.shape[-1] > 256 else ""
     return on_triton(backend, q.device.type, q.dtype, too_wide)
 
 
 def record_width(width: int) -> int:
-    """Return how many numbers a latent's record has for heads of `width`.
+    """Return how many numbers the record of one latent and head has, for heads of `width`.
 
-    The query and the gradient of the result, each up to the next multiple of 16, the log-sum-exp,
-    the inner product of result and gradient, and the seed of the dropout mask in 4 words.
+    These are the query and the gradient of the result, each padded to a multiple of 16; then eight:
+    the log-sum-exp, the inner product of the result and its gradient, the seed of the dropout mask
+    in 4 words, and two zeros.
     """
     return 2 * (width + -width % 16) + 8
 
 
 def like_record(grad: Tensor) -> Tensor:
-    """Return where what a layer leaves goes, from the gradient of its result [B, H, C, E]."""
+    """Return memory for the record of a layer, given the gradient of its result [B, H, C, E]."""
     size = (*grad.shape[:3], record_width(grad.shape[3]))
     return grad.new_empty(size, dtype=torch.float32)
 
@@ -59,7 +62,7 @@ def kv_records(
     dropout_p: float,
     backend: Backend,
 ) -> Sequence[Tensor]:
-    """Return the records of as many layers as will attend to `kv`, one for each.
+    """Return one record for each of the layers that will attend to `kv`.
 
     Args:
         q: [B, H, C, E], the queries of one of these layers, or [1, H, C, E].
@@ -68,16 +71,18 @@ def kv_records(
         layers: L.
 
     Returns:
-        L times [B, H, C, record_width(E)], which hold nothing; none where each layer's backward
-        pass computes the gradient of K and V itself, as torch does, or where there is none.
+        L tensors [B, H, C, record_width(E)] of undefined values. An empty sequence if K and V need
+        no gradient, or if torch computes: then each layer's backward pass has its own gradient of K
+        and V.
     """
     if not (torch.is_grad_enabled() and kv.requires_grad):
         return ()
     if (backend == "compile" and not dropout_p) or not takes_triton(backend, q):
         return ()
     sizes = (layers, *q.shape[2:])
-    made = torch.ops.motet.kv_records(kv, offsets, counts, *sizes, scale, dropout_p)
-    return (made.squeeze(2),) if layers == 1 else made.unbind(2)  # a view, where there is one
+    records = torch.ops.motet.kv_records(kv, offsets, counts, *sizes, scale, dropout_p)
+    # The gradient of unbind is a stack, a copy; that of squeeze is a view.
+    return (records.squeeze(2),) if layers == 1 else records.unbind(2)
 
 
 def _forward(
@@ -99,16 +104,17 @@ def _backward_of(
     from . import triton as launchers
 
     dkv = kv.new_empty(kv.shape)
-    if not records.numel():  # nobody attends
+    if not records.numel():  # no bags, or no queries
         return dkv.zero_()
     (k, v), (dk, dv) = rows_apart(kv).unbind(1), dkv.unbind(1)
-    own = (width, scale, dropout_p, dk, dv)
-    launchers.kv_gradient(records.contiguous(), k, v, offsets, counts, *own)
+    launchers.kv_gradient(
+        records.contiguous(), k, v, offsets, counts, width, scale, dropout_p, dk, dv
+    )
     return dkv
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    kv, offsets, counts, _, _, *ctx.rest = inputs
+    kv, offsets, counts, _, _, *ctx.options = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(kv, offsets, counts)
 
@@ -116,7 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
-    dkv = torch.ops.motet.kv_records_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    dkv = torch.ops.motet.kv_records_backward(grad, *ctx.saved_tensors, *ctx.options)
     return (dkv, *(None,) * 7)
 
 

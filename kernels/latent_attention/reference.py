@@ -1,4 +1,4 @@
-"""latent_attention, literally: what the fast forms are compared with."""
+"""latent_attention as its equation says: the fast forms are compared with this one."""
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,14 @@ def latent_attention_reference(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Compute latent_attention in torch, literally, bag after bag."""
+    """Compute latent_attention in torch, as its equation says, bag after bag."""
     if offsets is None:
-        own = None if counts is None else counts[:, None, None]
-        return F.dropout(softmax_weights(q, k, scale, own), dropout_p) @ v
+        bag_counts = None if counts is None else counts[:, None, None]
+        return F.dropout(softmax_weights(q, k, scale, bag_counts), dropout_p) @ v
     bags = []
     for b, bag in enumerate(slices_of(offsets)):
-        own = None if counts is None else counts[bag]
-        weights = softmax_weights(q[b], k[bag].transpose(0, 1), scale, own)
+        bag_counts = None if counts is None else counts[bag]
+        weights = softmax_weights(q[b], k[bag].transpose(0, 1), scale, bag_counts)
         bags.append(F.dropout(weights, dropout_p) @ v[bag].transpose(0, 1))
     return torch.stack(bags) if bags else torch.empty_like(q)
 

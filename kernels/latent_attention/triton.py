@@ -1,9 +1,11 @@
 """Launches the Triton kernels of latent_attention: few queries, very many ragged keys, no atomics.
 
-Keys are processed in chunks of a fixed length, counted from the start of each bag. A program
-reduces one chunk for one head, or four narrow ones, and writes a partial result; a second kernel
-adds the partial results of a bag in order. So a bag alone gives what it gives in any batch, bit for
-bit. The gradient of K and V takes no sum over programs: one owns its keys, for all layers.
+Few queries alone would make few programs. So the keys are cut in chunks of a fixed length, counted
+from the start of each bag. A program reduces one chunk for one head, or for four narrow heads, and
+writes a partial result; a second kernel adds the partial results of a bag in order. The cut
+depends on nothing but the bag, so that a bag alone gives the bits that it gives in any batch. The
+gradient of K and V is not a sum over programs: one program has its keys, and all latents of all
+layers.
 """
 
 from typing import NamedTuple
@@ -27,7 +29,7 @@ from .triton_kernels import (
 
 
 class _Blocks(NamedTuple):
-    """How a pass over the keys is cut. Never depends on the number of keys."""
+    """How a pass over the keys is cut. Must not depend on the number of keys or of bags."""
 
     chunk: int
     block_c: int
@@ -36,7 +38,7 @@ class _Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     heads: int = 1
-    """Heads that a program takes."""
+    """Heads that a program computes."""
 
 
 def attend(
@@ -63,20 +65,21 @@ def attend(
         seed: int64 [1] on the device, or an int; see dropout_mask. None without dropout.
 
     Returns:
-        fp32 [B, H, C, E], zeros for an empty bag, and fp32 [B, H, C] before dropout, -inf for one.
+        fp32 [B, H, C, E], zeros for an empty bag; and the log-sum-exp, fp32 [B, H, C], before
+        dropout, -inf for an empty bag.
     """
     bags, (heads, latents, width) = _bags(k, offsets), q.shape[1:]
     blocks = _forward_blocks(q)
     slots = _slots(k, offsets, bags, blocks.chunk)
-    own = {"dtype": torch.float32, "device": q.device}
-    out = torch.empty(bags, heads, latents, width, **own)
-    lse = torch.empty(bags, heads, latents, **own)
-    whole = _whole(q, k, offsets, blocks)
-    partial, peak, total = out, lse, lse
-    if not whole:
-        partial = torch.empty(slots, heads, latents, k.shape[-1], **own)
-        peak, total = (torch.empty(slots, heads, latents, **own) for _ in range(2))
-    shared = _constants(q, offsets, blocks)
+    fp32 = {"dtype": torch.float32, "device": q.device}
+    out = torch.empty(bags, heads, latents, width, **fp32)
+    lse = torch.empty(bags, heads, latents, **fp32)
+    one_chunk = _one_chunk(q, k, offsets, blocks)
+    partial, peak, total = out, lse, lse  # total is not written then
+    if not one_chunk:
+        partial = torch.empty(slots, heads, latents, k.shape[-1], **fp32)
+        peak, total = (torch.empty(slots, heads, latents, **fp32) for _ in range(2))
+    constants = _constants(q, offsets, blocks)
     counts = None if counts is None else counts.contiguous()
     if slots:
         launch(
@@ -84,12 +87,12 @@ def attend(
             q, k, v, offsets, counts, partial, peak, total, _seed(seed, dropout_p, q),
             *_strides_of_queries(q, bags), *_strides(k, offsets), *_strides(v, offsets),
             bags, _keys(k, offsets), heads, scale, representable(dropout_p),
-            1 / (1 - dropout_p), **shared, WHOLE=whole,
+            1 / (1 - dropout_p), **constants, ONE_CHUNK=one_chunk,
             PADDED=k.shape[-1], BLOCK_N=blocks.block_n, DROPOUT=dropout_p > 0,
             COUNTS=counts is not None, HEADS=blocks.heads,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
-    if out.numel() and not whole:
+    if out.numel() and not one_chunk:
         launch(
             combine_attend_kernel, q, (bags * heads * latents,),
             partial, peak, total, offsets, out, lse, _keys(k, offsets), heads,
@@ -114,20 +117,21 @@ def query_gradient(
     result: Tensor,
     record: Tensor,
 ) -> None:
-    """Write the gradient of `attend` with respect to q, and what that of k and v needs of q.
+    """Write the gradient of `attend` with respect to q, and the record for that of k and v.
 
     Args:
         dout: [B, H, C, E], the gradient of out, last stride 1.
         q, k, v, offsets, counts, scale, dropout_p, seed: as given to attend.
         out, lse: what attend returned, not empty.
-        result: where the gradient goes, shaped like `q`, last stride 1.
-        record: where what `kv_gradient` needs goes, fp32 [B, H, C, record_width(E)], contiguous.
+        result: where to write the gradient, shaped like `q`, last stride 1.
+        record: where to write what `kv_gradient` needs of this layer, fp32
+            [B, H, C, record_width(E)], contiguous.
     """
     bags, heads, latents, width = out.shape
     blocks = _dq_blocks(q, counted=counts is not None)
     slots = _slots(k, offsets, bags, blocks.chunk)
-    partial, whole = result, _whole(q, k, offsets, blocks)
-    if not whole:
+    partial, one_chunk = result, _one_chunk(q, k, offsets, blocks)
+    if not one_chunk:
         size = slots, heads, latents, k.shape[-1]
         partial = torch.empty(size, dtype=torch.float32, device=q.device)
     if slots:
@@ -138,12 +142,12 @@ def query_gradient(
             *dout.stride()[:3], *_strides_of_queries(q, bags),
             *_strides(k, offsets), *_strides(v, offsets), *result.stride()[:3],
             bags, _keys(k, offsets), heads, scale, representable(dropout_p), 1 / (1 - dropout_p),
-            WHOLE=whole,
+            ONE_CHUNK=one_chunk,
             **_constants(q, offsets, blocks), PADDED=k.shape[-1], BLOCK_N=blocks.block_n,
             DROPOUT=dropout_p > 0, COUNTS=counts is not None, HEADS=blocks.heads,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
-    if whole:
+    if one_chunk:
         return
     launch(
         combine_dq_kernel, q, (len(q) * heads * latents,),
@@ -169,16 +173,17 @@ def kv_gradient(
 
     Args:
         records: fp32 [B, H, L, C, record_width(E)], contiguous, what `query_gradient` wrote for
-            every layer; zeros for one whose result nobody differentiates.
+            every layer; zeros for a layer whose result has no gradient.
         k, v, offsets, counts, scale, dropout_p: as given to attend.
         width: E.
-        dk, dv: where to write, shaped like `k`, zeros behind the last bag; any strides, the last 1.
+        dk, dv: where to write, shaped like `k`; any strides, the last 1. Rows behind the last bag
+            become zero.
     """
     bags, heads, layers, latents, _ = records.shape
     blocks = _dkv_blocks(k, width, layers * latents)
     if offsets is None:
         slots = bags * cdiv(k.shape[2], blocks.block_n)
-    else:  # the rows behind the last bag are one bag more
+    else:  # the rows behind the last bag count as one more bag
         slots = count_slots(k.shape[0], bags + 1, blocks.block_n)
     if slots:
         launch(
@@ -207,16 +212,16 @@ def weights(
     Args:
         q, k, offsets, scale: as given to attend.
         lse: what attend returned.
-        reduce: "mean" averages over heads and latents on the way; None returns all.
+        reduce: "mean" for the mean over heads and latents; None for all weights.
 
     Returns:
-        [T, H, C], or [B, H, C, N] without offsets, of q's dtype; "mean": fp32 [T] or [B, N].
+        [T, H, C], or [B, H, C, N] without offsets, of q's dtype; with "mean" fp32 [T] or [B, N].
     """
     bags, heads, latents, _ = q.shape
     blocks = _forward_blocks(q)
     slots = _slots(k, offsets, bags, blocks.chunk)
     ragged = offsets is not None
-    shared = _constants(q, offsets, blocks)
+    constants = _constants(q, offsets, blocks)
     mean = reduce == "mean"
     if mean:
         shape = k.shape[:1] if ragged else (bags, k.shape[2])
@@ -232,7 +237,7 @@ def weights(
         launch(
             mean_weights_kernel if mean else weights_kernel, q, (programs,),
             q, k, offsets, lse, out, *q.stride()[:3], *_strides(k, offsets), *strides,
-            bags, _keys(k, offsets), heads, scale, **shared, BLOCK_N=blocks.block_n,
+            bags, _keys(k, offsets), heads, scale, **constants, BLOCK_N=blocks.block_n,
             num_warps=blocks.num_warps, num_stages=blocks.num_stages,
         )  # fmt: skip
     return out
@@ -241,45 +246,47 @@ def weights(
 def _forward_blocks(q: Tensor) -> _Blocks:
     """Choose blocks that spill no register on sm_80, sm_90 or sm_100 (benchmarks/registers.py)."""
     _, heads, latents, width = q.shape
-    block_e, taken = _block_e(width), _heads(q)
-    chunk = _chunk(heads // taken, latents)
+    block_e, per_program = _block_e(width), _heads(q)
+    chunk = _chunk(heads // per_program, latents)
     block_c = max(16, min(64, next_power_of_2(latents)))
     if q.element_size() == 2:
-        # 64 keys spill for heads of 32 (4 to 10 stores on sm_80 and sm_90).
-        block_n = 32 if taken > 1 or block_e in (32, 256) else 64
-        # 4 warps spill once for heads of 128 with dropout.
+        # Blocks of 64 keys spill for heads of 32 (4 to 10 stores on sm_80 and sm_90).
+        block_n = 32 if per_program > 1 or block_e in (32, 256) else 64
+        # With 4 warps one store spills for heads of 128 with dropout.
         warps, stages = 8 if block_e >= 128 else 4, 2 if block_e <= 32 else 3
-        return _Blocks(chunk, block_c, block_n, block_e, warps, stages, taken)
-    # tf32x3 keeps two parts of every operand in registers.
+        return _Blocks(chunk, block_c, block_n, block_e, warps, stages, per_program)
+    # A product in tf32x3 splits every operand in two parts, both in registers: blocks are smaller.
     block_c = min(block_c, 16 if block_e > 32 else 32)
-    block_n = 16 if taken > 1 or block_e == 256 else 32
-    return _Blocks(chunk, block_c, block_n, block_e, 4 if block_e <= 64 else 8, 2, taken)
+    block_n = 16 if per_program > 1 or block_e == 256 else 32
+    return _Blocks(chunk, block_c, block_n, block_e, 4 if block_e <= 64 else 8, 2, per_program)
 
 
 def _dq_blocks(q: Tensor, *, counted: bool) -> _Blocks:
+    """Choose blocks for the gradient of the queries; `counted`: there are counts."""
     _, heads, latents, width = q.shape
-    block_e, taken, chip = _block_e(width), _heads(q), capability(q)
-    chunk = _chunk(heads // taken, latents)
+    block_e, per_program, chip = _block_e(width), _heads(q), capability(q)
+    chunk = _chunk(heads // per_program, latents)
     if q.element_size() == 2:
-        # 64 latents take 255 registers on sm_80, and spill with counts on sm_100.
+        # Blocks of 64 latents take all 255 registers on sm_80, and spill with counts on sm_100.
         tall = block_e <= 64 and (chip == 90 or (chip > 90 and not counted))
         block_c = max(16, min(64 if tall else 32, next_power_of_2(latents)))
-        block_n = 512 // block_e if taken > 1 else 64 if block_e <= 128 else 32
+        block_n = 512 // block_e if per_program > 1 else 64 if block_e <= 128 else 32
         warps = 4 if block_e <= 64 else 8
     else:
         block_c, block_n, warps = 16, 16, 4 if block_e <= 32 else 8
-    return _Blocks(chunk, block_c, block_n, block_e, warps, 2, taken)
+    return _Blocks(chunk, block_c, block_n, block_e, warps, 2, per_program)
 
 
 def _dkv_blocks(k: Tensor, width: int, latents: int) -> _Blocks:
-    """A program takes one block of keys of one head, and all latents of all layers.
+    """Choose blocks for the gradient of K and V.
 
-    It reads these latents for every block: the larger the block, the less often.
+    A program has one block of keys of one head, and reads all latents of all layers: the larger the
+    blocks of keys, the less often the latents are read.
     """
     block_e = _block_e(width)
     block_c = 16 if -latents % 32 >= 16 else 32
     if k.element_size() == 2:
-        # 64 keys and heads of 64 spill 24 times with dropout on sm_80.
+        # Blocks of 64 keys with heads of 64 spill 24 stores with dropout on sm_80.
         small = block_e == 256 or (block_e == 64 and capability(k) < 90)
         block_n = 128 if block_e <= 32 else 32 if small else 64
         warps = 4 if block_e == 64 else 8
@@ -289,10 +296,10 @@ def _dkv_blocks(k: Tensor, width: int, latents: int) -> _Blocks:
 
 
 def _heads(q: Tensor) -> int:
-    """Return how many heads a program takes: 4 narrow ones of few latents, a warp for each.
+    """Return how many heads a program computes: 4 narrow heads of few latents, a warp each, or 1.
 
-    Alone, such a head's rows are pieces of 32 or 64 bytes, and two of four warps would compute the
-    same 16 of 32 latents.
+    With one such head, a program would read pieces of 32 or 64 bytes of each row of K, and two of
+    its four warps would compute the same 16 of 32 latents.
     """
     _, heads, latents, width = q.shape
     narrow = _block_e(width) * q.element_size() <= 64
@@ -304,9 +311,10 @@ def _block_e(width: int) -> int:
 
 
 def _chunk(programs: int, latents: int) -> int:
-    """Return the keys of a chunk, for which so many programs start side by side, at 64 latents."""
-    # A bag of 15,000 patches fills 59 of 132 multiprocessors with chunks of 256 and one program for
-    # each, 118 with two.
+    """Return the keys of a chunk; `programs` is how many share a chunk, up to 64 latents each."""
+    # A bag of 15,000 patches has 59 chunks of 256 keys. With one program for each, 59 of the 132
+    # multiprocessors of an H100 have work; with two, 118. With more, 512 keys make fewer partial
+    # results.
     return 256 if programs <= 2 and latents <= 64 else 512
 
 
@@ -331,29 +339,33 @@ def _slots(k: Tensor, offsets: Tensor | None, bags: int, chunk: int) -> int:
     return count_slots(k.shape[0], bags, chunk)
 
 
-def _whole(q: Tensor, k: Tensor, offsets: Tensor | None, blocks: _Blocks) -> bool:
-    """Return whether every bag is one chunk, and nothing is left to add: latents to themselves."""
+def _one_chunk(q: Tensor, k: Tensor, offsets: Tensor | None, blocks: _Blocks) -> bool:
+    """Return whether every bag is one chunk, so that no partial results need to be added.
+
+    Self-attention of the latents is the case that matters.
+    """
     return offsets is None and 0 < k.shape[2] <= blocks.chunk and k.shape[-1] == q.shape[-1]
 
 
 def _keys(k: Tensor, offsets: Tensor | None) -> int:
-    """Keys per bag; 0 stands for what the offsets say."""
+    """Return the number of keys of each bag; 0 with offsets, which say it then."""
     return k.shape[2] if offsets is None else 0
 
 
 def _strides(x: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
-    """Strides of bag, head and key."""
+    """Return the strides of bag, head and key."""
     return x.stride()[:3] if offsets is None else (0, x.stride(1), x.stride(0))
 
 
 def _strides_of_queries(q: Tensor, bags: int) -> tuple[int, ...]:
-    """Strides of bag, head and latent; all bags may have the same queries."""
+    """Return the strides of bag, head and latent; that of the bag is 0 for shared queries."""
     return (q.stride(0) if len(q) == bags else 0, *q.stride()[1:3])
 
 
 def _seed(seed: Tensor | int | None, dropout_p: float, q: Tensor) -> Tensor | None:
+    """Return the seed as a tensor on the device, None without dropout."""
     if not dropout_p:
         return None
-    if isinstance(seed, int):  # full() fills on the device; tensor() would copy from the host
+    if isinstance(seed, int):  # full() writes on the device; tensor() would copy from the host
         return torch.full((1,), seed, dtype=torch.int64, device=q.device)
     return seed

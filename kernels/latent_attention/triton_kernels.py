@@ -1,4 +1,10 @@
-"""The Triton kernels of latent_attention; triton.py says how they are launched."""
+"""The Triton kernels of latent_attention; triton.py says how they are launched.
+
+A slot is a chunk of one bag's keys (ragged_kernels.py). q_b, q_h and q_c are the strides of q
+between bags, heads and latents; others alike. Exponentials are powers of 2, one instruction each:
+scores are multiplied by log2(e). Keys and latents behind the last are loaded as zeros; they get the
+score -inf or the weight 0, and are not stored.
+"""
 
 import triton
 import triton.language as tl
@@ -37,7 +43,7 @@ def _load_heads(
 ):  # fmt: skip
     """Load rows of one head, [BLOCK, BLOCK_E], or of several, [HEADS, BLOCK, BLOCK_E].
 
-    One head stays a matrix: only products of matrices become Hopper's own.
+    One head has no axis for it: Triton uses Hopper's wgmma for products of matrices only.
     """
     if HEADS == 1:
         value = _load_rows(base, row, stride, valid, E, BLOCK_E)
@@ -70,8 +76,8 @@ def _store_heads(
 
 
 @triton.jit
-def _of_heads(column, head_stride, HEADS: tl.constexpr):
-    """Return where numbers [BLOCK] of one head or [HEADS, BLOCK] of several lie."""
+def _at_heads(column, head_stride, HEADS: tl.constexpr):
+    """Return the offsets of `column`, [BLOCK], in one head, or [HEADS, BLOCK] in several."""
     return column if HEADS == 1 else tl.arange(0, HEADS)[:, None] * head_stride + column[None, :]
 
 
@@ -107,7 +113,7 @@ def _kept(
 
 @triton.jit
 def _log2_counts(base, n, length):
-    """Return log2 of the counts of keys n, which raise their scores; 0 from `length` on."""
+    """Return log2 of the counts of keys n, to add to their scores; 0 from `length` on."""
     return tl.log2(tl.load(base + n, mask=n < length, other=1.0))
 
 
@@ -119,15 +125,19 @@ def attend_kernel(
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr, HEADS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Reduce one chunk of keys for HEADS heads and up to BLOCK_C latents.
 
-    K and V have rows of PADDED numbers, zero from the Eth on, read for loads to be asynchronous.
     With s = scale q k^T + log counts over the chunk's keys n: peak = max_n s log2(e),
     total = sum_n 2^(s log2(e) - peak), partial = sum_n dropped 2^(s log2(e) - peak) v_n.
-    partial [slots, H, C, PADDED], peak and total [slots, H, C]. WHOLE: every bag is one chunk, and
-    what combine_attend_kernel makes of it is written there, out and lse for partial and peak.
+    partial [slots, H, C, PADDED], peak and total [slots, H, C]. ONE_CHUNK: every bag is one chunk,
+    and the final out and lse are written instead of partial and peak.
+
+    q, partial, peak and total stay in registers while the loop reads the keys and values (flash
+    attention); sums are relative to the highest score so far, and shrink when a higher one comes.
+    Dropout comes after the softmax: total includes the weights that it drops. Rows of K and V have
+    PADDED numbers, zeros from the Eth on, so that loads can be asynchronous.
     """
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -161,23 +171,23 @@ def attend_kernel(
         p = tl.exp2(s - tl.expand_dims(new_peak, -1))
         total = total * shrink + tl.sum(p, -1)
         if DROPOUT:
-            at = head * C + _of_heads(c, C, HEADS)
+            at = head * C + _at_heads(c, C, HEADS)
             kept = _kept(seed, start + n0, at, bag.to(tl.int32), dropout_p, BLOCK_C, BLOCK_N, HEADS)
             p = tl.where(kept, p, 0.0)
         v = _load_heads(v_ptr, v_h, n, v_n, n < length, PADDED, BLOCK_E, HEADS)
         partial = partial * tl.expand_dims(shrink, -1)
         partial = tl.dot(p.to(v.dtype), v, partial, input_precision=PRECISION)
         peak = new_peak
-    if WHOLE:
+    if ONE_CHUNK:
         partial = partial * tl.expand_dims(undrop / total, -1)
         peak = (peak + tl.log2(total)) * LN_2
     row = (slot.to(tl.int64) * H + head) * C
     _store_heads(
         partial_ptr + row * PADDED, C * PADDED, c, PADDED, c < C, partial, PADDED, BLOCK_E, HEADS
     )
-    at, valid = row + _of_heads(c, C, HEADS), _of_heads(c, 0, HEADS) < C
+    at, valid = row + _at_heads(c, C, HEADS), _at_heads(c, 0, HEADS) < C
     tl.store(peak_ptr + at, peak, mask=valid)
-    if not WHOLE:
+    if not ONE_CHUNK:
         tl.store(total_ptr + at, total, mask=valid)
 
 
@@ -189,7 +199,7 @@ def combine_attend_kernel(
 ):  # fmt: skip
     """Add the chunks of one bag, head and latent in order.
 
-    out = undrop sum_j 2^(peak_j - max) partial_j / sum_j 2^(peak_j - max) total_j, and lse.
+    lse, and out = undrop sum_j 2^(peak_j - max) partial_j / sum_j 2^(peak_j - max) total_j.
     """
     program = tl.program_id(0)
     bag = program // C // H
@@ -203,15 +213,15 @@ def combine_attend_kernel(
     for j0 in range(0, chunks, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         at = (slot + j) * (C * H) + row
-        own_peak = tl.load(peak_ptr + at, mask=j < chunks, other=float("-inf"))
-        own_total = tl.load(total_ptr + at, mask=j < chunks, other=0.0)
+        chunk_peak = tl.load(peak_ptr + at, mask=j < chunks, other=float("-inf"))
+        chunk_total = tl.load(total_ptr + at, mask=j < chunks, other=0.0)
         mask = (j[:, None] < chunks) & (e[None, :] < E)
-        own = tl.load(partial_ptr + at[:, None] * PADDED + e[None, :], mask=mask, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(own_peak, 0))
+        chunk_out = tl.load(partial_ptr + at[:, None] * PADDED + e[None, :], mask=mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(chunk_peak, 0))
         shrink = tl.exp2(peak - new_peak)
-        factor = tl.exp2(own_peak - new_peak)
-        total = total * shrink + tl.sum(factor * own_total, 0)
-        out = out * shrink + tl.sum(factor[:, None] * own, 0)
+        factor = tl.exp2(chunk_peak - new_peak)
+        total = total * shrink + tl.sum(factor * chunk_total, 0)
+        out = out * shrink + tl.sum(factor[:, None] * chunk_out, 0)
         peak = new_peak
     total = tl.where(chunks > 0, total, 1.0)  # an empty bag: out = 0, lse = -inf
     at = program.to(tl.int64)
@@ -227,7 +237,8 @@ def _store_record(
 ):  # fmt: skip
     """Write what dkv_kernel needs of latents: q and dout, then lse, delta and the seed's 4 words.
 
-    A row of a record has 2 R + 8 numbers, R the next multiple of 16 from E on, the last two zero.
+    A row of a record has 2 R + 8 numbers, R being E up to the next multiple of 16; the last two are
+    zero. A word has 16 bits of the seed: fp32 holds such integers exactly.
     """
     R: tl.constexpr = (E + 15) // 16 * 16
     W: tl.constexpr = 2 * R + 8
@@ -260,15 +271,15 @@ def dq_kernel(
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, COUNTS: tl.constexpr, HEADS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write the part of dq / scale that one chunk of keys has, for HEADS heads, BLOCK_C latents.
+    """Write the part of dq / scale of one chunk of keys, for HEADS heads and BLOCK_C latents.
 
-    p = exp(scale q k^T + log counts - lse), ds = p (kept undrop dout v^T - delta) with
-    delta = rowsum(dout out), which dropout has gone into already, and partial = ds k
-    [slots, H, C, PADDED], zero for a slot left over, since that of queries that all bags share is
-    the sum of all. WHOLE: every bag is one chunk, and partial is dq. The programs of a bag's first
-    chunk write its records [B, H, C, .].
+    p = exp(scale q k^T + log counts - lse), ds = p (kept undrop dout v^T - delta) and partial =
+    ds k, [slots, H, C, PADDED]; delta = rowsum(dout out) includes the dropout, since out does. A
+    slot without keys writes zeros: combine_dq_kernel adds all slots if all bags share the queries.
+    ONE_CHUNK: every bag is one chunk, and dq is written instead of partial. The programs of a bag's
+    first chunk write its records [B, H, C, .] too. q, dout and dq stay in registers.
     """
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -280,10 +291,10 @@ def dq_kernel(
     q = _load_heads(q_ptr + bag * q_b + head * q_h, q_h, c, q_c, c < C, E, BLOCK_E, HEADS)
     dout_ptr += bag * dout_b + head * dout_h
     dout = _load_heads(dout_ptr, dout_h, c, dout_c, c < C, E, BLOCK_E, HEADS).to(q.dtype)
-    # From the float32 result: what half precision rounds off it would be multiplied by the keys.
+    # From the result in float32: an error of delta is multiplied by the mean of the bag's keys.
     out = _load_heads(out_ptr + row * E, C * E, c, E, c < C, E, BLOCK_E, HEADS)
     delta = tl.sum(dout.to(tl.float32) * out, -1)
-    at, valid = _of_heads(c, C, HEADS), _of_heads(c, 0, HEADS) < C
+    at, valid = _at_heads(c, C, HEADS), _at_heads(c, 0, HEADS) < C
     lse = tl.load(lse_ptr + row + at, mask=valid, other=0.0) * LOG2_E
     seed = bag * 0
     if DROPOUT:
@@ -313,10 +324,10 @@ def dq_kernel(
                 HEADS,
             )  # fmt: skip
             dp = tl.where(kept, dp * undrop, 0.0)
-        # The weight of a bag's only key is 1 whatever q and k are; rounding would leave 1e-6.
+        # The weight of a bag's only key is 1, whatever q and k are: ds is 0, not 1e-6 of rounding.
         ds = tl.where(stop > 1, p * (dp - tl.expand_dims(delta, -1)), 0.0).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    if WHOLE:
+    if ONE_CHUNK:
         partial_ptr += bag * dq_b + head * dq_h
         _store_heads(partial_ptr, dq_h, c, dq_c, c < C, dq * scale, E, BLOCK_E, HEADS)
     else:
@@ -324,7 +335,7 @@ def dq_kernel(
         _store_heads(partial_ptr, C * PADDED, c, PADDED, c < C, dq, PADDED, BLOCK_E, HEADS)
 
 
-@triton.jit(do_not_specialize=["n_bags", "n_keys", "n_slots"])
+@triton.jit(do_not_specialize=["n_keys", "n_slots"])
 def combine_dq_kernel(
     partial_ptr, offsets_ptr, dq_ptr, dq_b, dq_h, dq_c, n_keys, n_slots, H, scale,
     C: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
@@ -332,7 +343,7 @@ def combine_dq_kernel(
 ):  # fmt: skip
     """Add the chunks of one bag, head and latent in order: dq = scale sum_j partial_j.
 
-    SHARED: all bags have the same queries, and the chunks of all are added.
+    SHARED: all bags have the same queries, and the chunks of all bags are added.
     """
     program = tl.program_id(0)
     BLOCK_J: tl.constexpr = 2048 // BLOCK_E
@@ -348,8 +359,8 @@ def combine_dq_kernel(
         j = j0 + tl.arange(0, BLOCK_J)
         at = (slot + j) * (C * H) + row
         mask = (j[:, None] < chunks) & (e[None, :] < E)
-        own = tl.load(partial_ptr + at[:, None] * PADDED + e[None, :], mask=mask, other=0.0)
-        dq += tl.sum(own, 0)
+        chunk_dq = tl.load(partial_ptr + at[:, None] * PADDED + e[None, :], mask=mask, other=0.0)
+        dq += tl.sum(chunk_dq, 0)
     at = bag * dq_b + row // C * dq_h + row % C * dq_c + e
     tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=e < E)
 
@@ -368,7 +379,8 @@ def dkv_kernel(
     With p and ds as in dq_kernel, dv = (kept undrop p)^T dout and dk = scale ds^T q, summed over
     the n_latents = L C rows of records [B, H, L C, .] in order. A row of zeros adds nothing: its
     dout and its delta are zero. Of n_rows ragged keys, those behind the last bag get zeros: they
-    are rows of the product that gives the gradient of the weights.
+    are rows of the product that gives the gradient of the weights. k, v, dk and dv stay in
+    registers while the loop reads the latents: tiles are [keys, latents], not as above.
     """
     program = tl.program_id(0)
     head = program % H
@@ -385,34 +397,34 @@ def dkv_kernel(
     k = _load_rows(k_ptr + bag * k_b + head * k_h + first * k_n, n, k_n, valid, PADDED, BLOCK_E)
     v = _load_rows(v_ptr + bag * v_b + head * v_h + first * v_n, n, v_n, valid, PADDED, BLOCK_E)
     if COUNTS:
-        raised = _log2_counts(counts_ptr + bag * n_keys + first, n, stop - start)
+        log2_counts = _log2_counts(counts_ptr + bag * n_keys + first, n, stop - start)
     R: tl.constexpr = (E + 15) // 16 * 16
     records_ptr += (bag * H + head) * n_latents * (2 * R + 8)
     dk = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for r0 in range(0, tl.where(bag < n_bags, n_latents, 0), BLOCK_C):
         r = r0 + tl.arange(0, BLOCK_C)
-        asks = r < n_latents
-        q = _load_rows(records_ptr, r, 2 * R + 8, asks, R, BLOCK_E).to(k.dtype)
-        dout = _load_rows(records_ptr + R, r, 2 * R + 8, asks, R, BLOCK_E).to(k.dtype)
+        valid_r = r < n_latents
+        q = _load_rows(records_ptr, r, 2 * R + 8, valid_r, R, BLOCK_E).to(k.dtype)
+        dout = _load_rows(records_ptr + R, r, 2 * R + 8, valid_r, R, BLOCK_E).to(k.dtype)
         tail_ptr = records_ptr + 2 * R + r * (2 * R + 8)
-        lse = tl.load(tail_ptr, mask=asks, other=0.0)
-        delta = tl.load(tail_ptr + 1, mask=asks, other=0.0)
+        lse = tl.load(tail_ptr, mask=valid_r, other=0.0)
+        delta = tl.load(tail_ptr + 1, mask=valid_r, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
         if COUNTS:
-            s += raised[:, None]
+            s += log2_counts[:, None]
         p = tl.exp2(s - lse[None, :])
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         dropped = p
         if DROPOUT:
-            seed = _seed_of(tail_ptr, asks)[:, None]
+            seed = _seed_of(tail_ptr, valid_r)[:, None]
             row = head * C + r % C
             kept = kept_weights(seed, start, row, bag.to(tl.int32), dropout_p, BLOCK_N)
             kept = tl.trans(kept)
             dropped = tl.where(kept, p * undrop, 0.0)
             dp = tl.where(kept, dp * undrop, 0.0)
         dv = tl.dot(dropped.to(k.dtype), dout, dv, input_precision=PRECISION)
-        # The weight of a bag's only key is 1 whatever q and k are; rounding would leave 1e-6.
+        # As in dq_kernel.
         ds = tl.where(stop > 1, p * (dp - delta[None, :]), 0.0).to(k.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     dk_ptr += bag * dk_b + head * dk_h + first * dk_n
@@ -480,7 +492,7 @@ def mean_weights_kernel(
             c = i % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
             q = _load_rows(q_ptr + bag * q_b + head * q_h, c, q_c, c < C, E, BLOCK_E)
             at = lse_ptr + (bag * H + head) * C + c
-            lse = tl.load(at, mask=c < C, other=float("inf")) * LOG2_E
+            lse = tl.load(at, mask=c < C, other=float("inf")) * LOG2_E  # inf: a weight of 0
             k = _load_rows(k_ptr + head * k_h, n, k_n, n < length, E, BLOCK_E)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
             total += tl.sum(tl.exp2(s - lse[:, None]), 0)
