@@ -32,7 +32,7 @@ from motet.kernels.context_kv.reference import context_kv_reference
 from motet.kernels.harmonic_merge.reference import harmonic_merge_reference
 from motet.kernels.latent_attention.reference import latent_attention_reference
 from motet.kernels.lego_pass.operator import lego_pass
-from motet.kernels.lego_pass.weights import QueryWeights, Update
+from motet.kernels.lego_pass.weights import QueryWeights, UpdateWeights
 from torch import Tensor
 
 # Of norms, relative.
@@ -396,7 +396,7 @@ def _lego_pass(
             half = t[0].dtype != torch.float64 and dtype != torch.float32
             with torch.autocast("cuda", dtype if half else torch.bfloat16, enabled=half):
                 found = lego_pass(
-                    t[0], t[2], Update(*t[3:11]), imaginary=t[1], present=present, axes=axes,
+                    t[0], t[2], UpdateWeights(*t[3:11]), imaginary=t[1], present=present, axes=axes,
                     query_weights=QueryWeights(*t[11:]), backend=backend,
                 )  # fmt: skip
             return [x for x in found if x is not None]

@@ -20,7 +20,7 @@ from ..kernels.lego_pass.spectrum import (
     restore_rows,
     self_conjugate,
 )
-from ..kernels.lego_pass.weights import QueryWeights, Update
+from ..kernels.lego_pass.weights import QueryWeights, UpdateWeights
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .layers import FeedForward, update
@@ -235,9 +235,9 @@ def _make_shared(
     return shared
 
 
-def _make_update(layer_pass: Pass) -> Update:
-    out, feed = layer_pass.attention.to_out, layer_pass.feed_forward
-    return Update(
+def _update_of(step: Step) -> UpdateWeights:
+    out, feed = step.attention.to_out, step.feed_forward
+    return UpdateWeights(
         out.weight, out.bias, feed.norm.weight, feed.norm.bias,
         feed.up.weight, feed.up.bias, feed.down.weight, feed.down.bias,
     )  # fmt: skip

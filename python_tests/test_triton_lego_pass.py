@@ -18,7 +18,7 @@ from motet.kernels.dropout import dropout_mask
 from motet.kernels.lego_pass import cpu, operator
 from motet.kernels.lego_pass import triton as launchers
 from motet.kernels.lego_pass.operator import lego_pass
-from motet.kernels.lego_pass.weights import QueryWeights, Update
+from motet.kernels.lego_pass.weights import QueryWeights, UpdateWeights
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
@@ -40,7 +40,7 @@ TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
 @pytest.fixture
 def _large_blocks(monkeypatch):
     """Take large steps, which the interpreter is quick with."""
-    for name in ("_pass_blocks", "_asking_blocks", "_update_blocks"):
+    for name in ("_pass_blocks", "_query_blocks", "_update_blocks"):
         real = getattr(launchers, name)
 
         def large(*args, real=real):
@@ -71,7 +71,7 @@ def inputs(size, heads=(2, 5), *, one=False, shared=False, imaginary=True, query
 
 
 def weights_of(tensors):
-    return Update(*tensors[:8]), QueryWeights(*tensors[8:]) if len(tensors) > 8 else None
+    return UpdateWeights(*tensors[:8]), QueryWeights(*tensors[8:]) if len(tensors) > 8 else None
 
 
 def passing(backend, *, imaginary=True, autocast=None, **options):
@@ -471,7 +471,8 @@ def test_launches(monkeypatch):
 def test_what_does_not_fit(change, error, message):
     real, attended, imaginary, *weights = inputs((3, 7, 13))
     given = {
-        "real": real, "attended": attended, "update": Update(*weights[:8]), "imaginary": imaginary,
+        "real": real, "attended": attended, "update": UpdateWeights(*weights[:8]),
+        "imaginary": imaginary,
         "axes": TWO_D, "backend": "triton",
     } | change  # fmt: skip
     with pytest.raises(error, match=message):
@@ -481,7 +482,7 @@ def test_what_does_not_fit(change, error, message):
 @pytest.mark.parametrize("index", range(11))
 def test_weights_that_do_not_fit(index):
     args = inputs((3, 7, 13))
-    names = [f"update.{field.name}" for field in fields(Update) if field.init]
+    names = [f"update.{field.name}" for field in fields(UpdateWeights) if field.init]
     names += [f"query_weights.{field.name}" for field in fields(QueryWeights) if field.init]
     args[3 + index] = args[3 + index][..., :-1]
     with pytest.raises(ValueError, match=f"{names[index]}: expected "):

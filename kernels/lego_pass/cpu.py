@@ -6,13 +6,13 @@ from torch import Tensor
 
 from ..dropout import keep_mask
 from .spectrum import normalise_columns
-from .weights import QueryWeights, Update
+from .weights import QueryWeights, UpdateWeights
 
 
 def update_and_query(
     real: Tensor,
     attended: Tensor | None,
-    update: Update | None,
+    update: UpdateWeights | None,
     imaginary: Tensor | None,
     present: Tensor | None,
     snn: bool,
@@ -23,7 +23,7 @@ def update_and_query(
     scaled: Tensor | None,
     query_weights: QueryWeights | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return what lego_pass returns, of its arguments."""
+    """Compute lego_pass; see there for the arguments and the results."""
     x = real
     if attended is not None and update is not None:
         x = _updated(x, attended, update, snn, dropout_p, seed)
@@ -37,7 +37,7 @@ def update_and_query(
 def _updated(
     real: Tensor,
     attended: Tensor,
-    update: Update,
+    update: UpdateWeights,
     snn: bool,
     dropout_p: float,
     seed: Tensor | None,
@@ -50,14 +50,14 @@ def _updated(
     value, gate = F.linear(normed, update.up_weight, update.up_bias).chunk(2, dim=-1)
     if torch.is_grad_enabled():
         gated = value * (F.selu(gate) if snn else F.gelu(gate))
-    else:  # nobody will ask for the factors again
+    else:  # in place: no backward pass needs the factors
         gated = value.mul_(F.selu(gate, inplace=True) if snn else F.gelu(gate))
     out = F.linear(gated, update.down_weight, update.down_bias)
     if not dropout_p:
         return x + out
     if seed is None:
         return x + F.dropout(out, dropout_p)
-    # One bag of all rows, each of one mask.
+    # keep_mask takes all rows as one bag.
     return x + out * keep_mask(seed, 0, out.shape, dropout_p, out)
 
 

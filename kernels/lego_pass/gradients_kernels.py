@@ -1,4 +1,10 @@
-"""The Triton kernel that writes the gradients of all weights of a pass of lego_pass."""
+"""The Triton kernel that writes the gradients of all weights of a pass of lego_pass.
+
+One launch has a program for every tile of every gradient. The number of a program runs through the
+parts in order: each part takes the number counted from its own first tile, and does nothing if the
+number is not one of its tiles. A program sums over all rows by itself, in fp32 registers and in
+order, so that no number has two writers and the bits are the same in every run.
+"""
 
 import triton
 import triton.language as tl
@@ -12,10 +18,10 @@ def _gradient_of_matrix(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of left^T right [M, N], of rows that are LEFT and RIGHT numbers apart.
+    """Write one tile of left^T right [M, N]; rows of left and right have LEFT and RIGHT numbers.
 
-    Nothing where `tile` is none of this matrix. What lies behind M or N numbers of a row is read,
-    since loads that stop between two multiples of 16 bytes are not asynchronous, and not stored.
+    Rows may be longer than M and N. The numbers behind M and N are loaded, since loads that stop
+    between two multiples of 16 bytes are not asynchronous, but their results are not stored.
     """
     across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     down: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
@@ -35,7 +41,7 @@ def _gradient_of_matrix(
 def _gradient_of_vectors(
     tile, partial_ptr, out_ptr, n_programs, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write BLOCK of the sums over partial [programs, SIZE], in order."""
+    """Write BLOCK numbers of the sum of partial [programs, SIZE] over the programs, in order."""
     i = tile * BLOCK + tl.arange(0, BLOCK)
     if (tile >= 0) & (tile * BLOCK < SIZE):
         total = tl.zeros([BLOCK], tl.float32)
@@ -44,35 +50,36 @@ def _gradient_of_vectors(
         tl.store(out_ptr + i, total, mask=i < SIZE)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_programs", "n_askers"])
+@triton.jit(do_not_specialize=["n_rows", "n_programs", "n_query_programs"])
 def gradients_kernel(
     dupdate_ptr, dhidden_ptr, dout_ptr, dpre_ptr, normed_ptr, gated_ptr, flat_ptr, partial_ptr,
     dquery_weights_ptr, dqueries_ptr, query_normed_ptr, query_partial_ptr,
     n_rows, n_programs, n_query_programs,
-    D: tl.constexpr, INNER: tl.constexpr, Q: tl.constexpr, ROOM: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    D: tl.constexpr, INNER: tl.constexpr, Q: tl.constexpr, PADDED: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of `Update.flat` and `QueryWeights.flat`: a program, a tile of one part.
+    """Write the gradients of `UpdateWeights.flat` and `QueryWeights.flat`.
 
-    Of what the two kernels before wrote, in rows of ROOM where it is as wide as the latents. Sums
-    run over the rows in order, in fp32.
+    The operands are those that update_backward_kernel and query_backward_kernel wrote. Operands as
+    wide as the latents have rows of PADDED numbers, others of their own width.
     """
     tile = tl.program_id(0)
     across: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     down: tl.constexpr = (D + BLOCK_M - 1) // BLOCK_M
     if dupdate_ptr is not None:
         _gradient_of_matrix(
-            tile, dhidden_ptr, normed_ptr, dupdate_ptr, n_rows, 8 * D, D, 8 * D, ROOM, DTYPE,
+            tile, dhidden_ptr, normed_ptr, dupdate_ptr, n_rows, 8 * D, D, 8 * D, PADDED, DTYPE,
             BLOCK_M, BLOCK_N, BLOCK_T,
         )  # fmt: skip
         tile -= (8 * D + BLOCK_M - 1) // BLOCK_M * across
         _gradient_of_matrix(
-            tile, dout_ptr, gated_ptr, dupdate_ptr + 8 * D * D, n_rows, D, 4 * D, ROOM, 4 * D,
+            tile, dout_ptr, gated_ptr, dupdate_ptr + 8 * D * D, n_rows, D, 4 * D, PADDED, 4 * D,
             DTYPE, BLOCK_M, BLOCK_N, BLOCK_T,
         )  # fmt: skip
         tile -= down * ((4 * D + BLOCK_N - 1) // BLOCK_N)
         _gradient_of_matrix(
-            tile, dpre_ptr, flat_ptr, dupdate_ptr + 12 * D * D, n_rows, D, INNER, ROOM, INNER,
+            tile, dpre_ptr, flat_ptr, dupdate_ptr + 12 * D * D, n_rows, D, INNER, PADDED, INNER,
             DTYPE, BLOCK_M, BLOCK_N, BLOCK_T,
         )  # fmt: skip
         tile -= down * ((INNER + BLOCK_N - 1) // BLOCK_N)
@@ -81,8 +88,8 @@ def gradients_kernel(
         tile -= (12 * D + BLOCK_V - 1) // BLOCK_V
     if dquery_weights_ptr is not None:
         _gradient_of_matrix(
-            tile, dqueries_ptr, query_normed_ptr, dquery_weights_ptr, n_rows, Q, D, Q, ROOM, DTYPE,
-            BLOCK_M, BLOCK_N, BLOCK_T,
+            tile, dqueries_ptr, query_normed_ptr, dquery_weights_ptr, n_rows, Q, D, Q, PADDED,
+            DTYPE, BLOCK_M, BLOCK_N, BLOCK_T,
         )  # fmt: skip
         tile -= (Q + BLOCK_M - 1) // BLOCK_M * across
         _gradient_of_vectors(

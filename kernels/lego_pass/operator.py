@@ -12,10 +12,11 @@ from ..dropout import check_dropout
 from ..layout import rows_apart
 from .cpu import compute_queries, update_and_query
 from .spectrum import AXES, normalise_columns, scale_shape
-from .weights import QueryWeights, Update
+from .weights import QueryWeights, UpdateWeights
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
-# The Triton form alone. The last result is the scale of `column_scale`, for the backward pass.
+# Registered for the Triton form only. The last result is the scale of `column_scale`, which the
+# backward pass needs.
 _OF_PASS = (
     "Tensor? attended, Tensor? update, Tensor? query_weights, Tensor? present, Tensor? scaled, "
     "Tensor? seed, float dropout_p, bool snn, int[] axes, SymInt rows, ScalarType products"
@@ -23,7 +24,7 @@ _OF_PASS = (
 _LIBRARY.define(
     f"lego_pass(Tensor real, Tensor? imaginary, {_OF_PASS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-# The gradients of real, imaginary, attended, `Update.flat` and `QueryWeights.flat`.
+# The gradients of real, imaginary, attended, `UpdateWeights.flat` and `QueryWeights.flat`.
 _LIBRARY.define(
     "lego_pass_backward(Tensor? grad_real, Tensor? grad_imaginary, Tensor? grad_queries, "
     f"Tensor x, Tensor? y, Tensor scale, Tensor real, {_OF_PASS}) "
@@ -34,7 +35,7 @@ _LIBRARY.define(
 def lego_pass(
     real: Tensor,
     attended: Tensor | None = None,
-    update: Update | None = None,
+    update: UpdateWeights | None = None,
     *,
     imaginary: Tensor | None = None,
     present: Tensor | None = None,
@@ -47,7 +48,7 @@ def lego_pass(
     query_weights: QueryWeights | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    r"""Go from what one attention attended to the queries of the next.
+    r"""Compute the latents and the queries of the next attention from the result of the last one.
 
     .. math::
         x &= \mathrm{Re} Z + \mathrm{LeakyReLU}(W_o h + b_o), \quad
@@ -56,47 +57,47 @@ def lego_pass(
         q = W_q \, \mathrm{LN}(\mathrm{Re} Z)
 
     MM-Lego, Eq. 3, with the residual and the gated feed-forward of the authors' code; the second
-    line is their normalisation, carried over to the spectrum. Without axes it is what HEALNet does
+    line is their normalisation, applied to the spectrum. Without axes it is what HEALNet does
     between two attentions (Eq. 1 and 2). On a GPU it is one Triton kernel, and three backward.
 
     Args:
-        real: [B, C, D], Re Z; or [1, C, D], shared by all rows.
-        attended: [B, H, C, E] or [B, H, 1, E], what the heads attended, in any dtype; None for no
-            update, only what follows, and then no `update`, the weights.
+        real: Re Z, [B, C, D]; or [1, C, D], shared by all samples.
+        attended: h, [B, H, C or 1, E], the outputs of the heads; None skips the first line.
+        update: the weights of the first line; None without `attended`.
         imaginary: Im Z, [B, C, D] or [1, C, D]; None for zero.
-        present: bool [B], False where a row keeps its real part; None if none does.
+        present: bool [B], False where a sample keeps its real part; None to update all.
         snn: gate the feed-forward with SELU instead of GELU.
         dropout_p: probability of dropping an output of the feed-forward, in [0, 1).
         seed: int64 [1], what the mask is drawn from; None draws one. On Triton the mask is the
-            `dropout_mask` of one head with D keys, whatever the cut of the work.
+            `dropout_mask` of one head with D keys, however the work is cut.
         axes: along which Z is normalised, see AXES; () for no normalisation.
-        rows: C of the whole spectrum where `real` holds its first rows // 2 + 1; None if all.
-        scaled: bool [B], False where a row is not normalised; None if all are.
-        query_weights: the weights of the next queries, or queries, keys and values; None for none.
+        rows: C of the full spectrum if `real` has its first rows // 2 + 1; None if it has all.
+        scaled: bool [B], False where a sample is not normalised; None to normalise all.
+        query_weights: of the next queries, or of queries, keys and values; None for no queries.
         backend: "auto", "triton" (latents of up to 256 numbers, up to 32 bits; differentiable
             once, in reverse mode), "compile" or "eager" (these two run the same operators here).
 
     Returns:
-        Re Z and Im Z, [B, C, D] (Im Z as it came where nothing is normalised), and the queries
-        [B, C, Q], not scaled. Each is None where it has no input.
+        Re Z and Im Z, [B, C, D] (Im Z is the argument itself without axes), and the queries
+        [B, C, Q], not scaled; None without `imaginary`, or without `query_weights`.
 
     Raises:
-        ValueError: an unknown backend, or Triton where it cannot be had; before the kernels, also
-            shapes, dtypes or devices that do not fit.
-        TypeError: before the kernels, something that is not a tensor.
+        ValueError: an unknown backend, or "triton" where it cannot compute; on Triton also shapes,
+            dtypes or devices that do not fit.
+        TypeError: on Triton, something that is not a tensor.
     """
     check_backend(backend)
     wide = "takes latents of up to 256 numbers" if real.shape[-1] > 256 else ""
-    rest = (present, snn, dropout_p, seed, axes, rows, scaled, query_weights)
+    options = (present, snn, dropout_p, seed, axes, rows, scaled, query_weights)
     if backend != "compile" and on_triton(backend, real.device.type, real.dtype, wide):
-        return _on_triton(real, attended, update, imaginary, *rest)
-    return update_and_query(real, attended, update, imaginary, *rest)
+        return _on_triton(real, attended, update, imaginary, *options)
+    return update_and_query(real, attended, update, imaginary, *options)
 
 
 def _check(
     real: Tensor,
     attended: Tensor | None,
-    update: Update | None,
+    update: UpdateWeights | None,
     imaginary: Tensor | None,
     present: Tensor | None,
     axes: tuple[int, ...],
@@ -123,8 +124,8 @@ def _check(
     expected = [] if attended is None else [("attended", attended, shape)]
     expected += _expected_weights(update, query_weights, dim, shape[1] * shape[3])
     if imaginary is not None:
-        for_all = isinstance(imaginary, Tensor) and imaginary.shape[:1] == (1,)
-        expected.append(("imaginary", imaginary, (1 if for_all else bags, latents, dim)))
+        is_shared = isinstance(imaginary, Tensor) and imaginary.shape[:1] == (1,)
+        expected.append(("imaginary", imaginary, (1 if is_shared else bags, latents, dim)))
     for name, part, shape in expected:
         if not isinstance(part, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(part).__name__}")
@@ -146,7 +147,7 @@ def _check(
 
 
 def _expected_weights(
-    update: Update | None, query_weights: QueryWeights | None, dim: int, inner: int
+    update: UpdateWeights | None, query_weights: QueryWeights | None, dim: int, inner: int
 ) -> list[tuple[str, Any, Sequence[int]]]:
     """Return names, tensors and shapes of the weights for latents of `dim` and H · E = inner."""
     flat, expected = (dim,), []
@@ -186,7 +187,7 @@ def _check_flags(flags: dict[str, Tensor | None], bags: int, device: torch.devic
 def _on_triton(
     real: Tensor,
     attended: Tensor | None,
-    update: Update | None,
+    update: UpdateWeights | None,
     imaginary: Tensor | None,
     present: Tensor | None,
     snn: bool,
@@ -197,12 +198,13 @@ def _on_triton(
     scaled: Tensor | None,
     query_weights: QueryWeights | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Run the kernels; normalise and ask in torch where a sample is too large for one program."""
+    """Run the kernels; normalise and query in torch if a sample is too large for one program."""
     scaled = scaled if axes else None
     if attended is None and isinstance(scaled, Tensor) and len(real) == 1:
-        real = real.expand(len(scaled), -1, -1)  # alike until some are normalised, and some not
+        # Samples are equal until some of them are normalised and others are not.
+        real = real.expand(len(scaled), -1, -1)
         imaginary = None if imaginary is None else imaginary.expand(len(scaled), -1, -1)
-    # Before kernels that would read beyond what is there; torch's operators look themselves.
+    # The kernels do not check: they would read behind the end of a tensor.
     _check(real, attended, update, imaginary, present, axes, rows, scaled, query_weights)
     seed = check_dropout(dropout_p, seed, real.device)
     refuse_forward_mode("lego_pass")
@@ -244,7 +246,7 @@ def _products(weight: Tensor) -> torch.dtype:
 
 
 def _fits(latents: int, dim: int) -> bool:
-    """Return whether one Triton program can hold a sample [C, D]."""
+    """Return whether one Triton program can hold a sample [C, D], in a tile of powers of 2."""
     tile = [16, 16]
     for i, size in enumerate((latents, dim)):
         while tile[i] < size:
@@ -277,11 +279,11 @@ def _backward_of(
 ) -> tuple[Tensor, ...]:
     from . import triton as launchers
 
-    of_real, of_imaginary, of_queries = _contiguous((grad_real, grad_imaginary, grad_queries))
+    dx, dy, dqueries = _contiguous((grad_real, grad_imaginary, grad_queries))
     update, query_weights, present, scaled, seed = _contiguous(rest[:5])
     return launchers.backward(
-        of_real, of_imaginary, of_queries, x, y, scale, real.contiguous(), _apart(attended),
-        update, query_weights, present, scaled, seed, *rest[5:],
+        dx, dy, dqueries, x, y, scale, real.contiguous(), _apart(attended), update, query_weights,
+        present, scaled, seed, *rest[5:],
     )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""The spectrum of latents and tokens, and its normalisation, without transforms in between.
+"""The spectrum of latents and tokens, and its normalisation, without transforms between passes.
 
-A pass transforms the latents, updates the real part and transforms back; the next pass transforms
-the result again. Between two passes F(F⁻¹ z) = z, so only the first latents are transformed
-(`compute_spectrum`), and the loop keeps Re z and Im z as two real tensors. Dividing the latents by
-their norm along the transformed axes before a transform multiplies each column of z by a factor
-(Parseval's theorem).
+In the authors' code a pass transforms the latents, updates the real part and transforms back; the
+next pass transforms the result again. Since F(F⁻¹ z) = z, only the first latents are transformed
+(`compute_spectrum`), and the passes keep Re z and Im z as two real tensors. To divide the latents
+by their norm along the transformed axes before a transform is to multiply each column of z by a
+factor (Parseval's theorem): `column_scale`. docs/design/algebra.md, section 2, derives this.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The axes of latents [B, C, D] along which each transform, and so its normalisation, runs.
+# The axes of latents [B, C, D] of each transform, and of its normalisation.
 AXES: dict[str | None, tuple[int, ...]] = {
     "2d": (-2, -1),
     "latents": (-2,),
@@ -32,14 +32,14 @@ def compute_spectrum(
 ) -> tuple[Tensor, Tensor]:
     """Return Re F and Im F of real latents [..., C, D].
 
-    Where F is real in exact numbers, Im F is exactly zero: rounding noise there would decide the
-    phase of a merge, since a negative real number has phase π or -π.
+    Where F is real in exact arithmetic, Im F is set to zero. A negative real number has phase π or
+    -π: which of them, and so the phase of a merge, would be decided by rounding noise in Im F.
 
     Args:
         latents: float32 or float64.
-        axes: along which to transform, of AXES, not empty.
-        half: of a transform along the latents alone, return rows 0 to C // 2, [..., C // 2 + 1, D];
-            the others follow from these (`restore_rows`).
+        axes: along which to transform, a value of AXES, not empty.
+        half: return rows 0 to C // 2 only, [..., C // 2 + 1, D]; for a transform along the latents
+            alone. The other rows follow from these (`restore_rows`).
         real_at: the result of `self_conjugate`; None to compute it.
     """
     if real_at is None:
@@ -49,7 +49,7 @@ def compute_spectrum(
 
 
 def fourier(x: Tensor, axes: tuple[int, ...], *, inverse: bool = False) -> Tensor:
-    """Return the transform of x along `axes`, complex; also of no rows, which MKL refuses."""
+    """Return the transform of x along `axes`, complex; an empty x too, which MKL would refuse."""
     if x.numel() == 0:
         return x if x.is_complex() else torch.complex(x, x)
     return torch.fft.ifftn(x, dim=axes) if inverse else torch.fft.fftn(x, dim=axes)
@@ -67,8 +67,8 @@ def self_conjugate(
     return marks
 
 
-# Up to so many tokens, their cosine transform is sooner done on a CPU as a product with a matrix
-# than by the FFT, which puts the tokens of each feature side by side first and computes sines too.
+# Up to this many tokens, a product with a matrix of cosines is faster on a CPU than the FFT, which
+# first copies the tokens of each feature side by side, and computes the sines too.
 DENSE = 256
 
 
@@ -76,7 +76,7 @@ def _cosines(tokens: Tensor) -> Tensor:
     """Return cos(2 π k n / N) for k = 0 ... N // 2 and n = 0 ... N - 1, [N // 2 + 1, N]."""
     count = tokens.shape[-2]
     n = torch.arange(count)
-    # Taken from one period of the cosine in float64, so that no digits are lost in the angle.
+    # The angle is reduced to one period in integers, so that it loses no digits.
     period = (n.double() * (2 * math.pi / count)).cos().to(tokens.dtype)
     return period[n[: count // 2 + 1, None] * n % count]
 
@@ -112,35 +112,35 @@ def restore_rows(real: Tensor, imaginary: Tensor | None, rows: int) -> tuple[Ten
         return real, imaginary
     real = torch.cat([real, real[..., 1 : mirrored + 1, :].flip(-2)], dim=-2)
     if imaginary is not None:
-        rest = imaginary[..., 1 : mirrored + 1, :].flip(-2)
-        imaginary = torch.cat([imaginary, -rest], dim=-2)
+        mirror = imaginary[..., 1 : mirrored + 1, :].flip(-2)
+        imaginary = torch.cat([imaginary, -mirror], dim=-2)
     return real, imaginary
 
 
 def column_scale(
     real: Tensor, imaginary: Tensor | None, axes: tuple[int, ...], rows: int
 ) -> Tensor:
-    """Return √n / ‖z‖, which dividing latents by their norm along `axes` makes of their spectrum z.
+    """Return √n / ‖z‖, the factor on a spectrum z if its latents are divided by their norm.
 
     Args:
-        real, imaginary: Re z and Im z, [..., C, D], of which `imaginary` may be None for zero.
-        axes: of the transform; n is the product of their lengths.
-        rows: C of the whole spectrum, of which `real` may hold the first rows // 2 + 1.
+        real, imaginary: Re z and Im z, [..., C, D]; None for an Im z of zero.
+        axes: of the transform and the norm; n is the product of their lengths.
+        rows: C of the full spectrum, of which `real` may hold the first rows // 2 + 1.
 
     Returns:
-        Of the shape of `real`, but 1 along `axes`.
+        A tensor of the shape of `real`, but 1 along `axes`.
     """
     square = real.square()
     if imaginary is not None:
         square = torch.addcmul(square, imaginary, imaginary)
     total = square.sum(axes, keepdim=True)
-    if square.shape[-2] < rows:  # all but the self-conjugate rows stand for two
+    if square.shape[-2] < rows:  # every row stands for two, except the self-conjugate ones
         once = square[..., :1, :] if rows % 2 else square[..., :1, :] + square[..., -1:, :]
         total = 2 * total - once
     n = 1
     for axis in axes:
         n *= rows if axis == -2 else real.shape[-1]
-    # At least the smallest normal number, whose gradient is finite.
+    # The sum is at least the smallest normal number: the gradient of its rsqrt is finite.
     return (total / n).clamp_min(torch.finfo(total.dtype).tiny).rsqrt()
 
 
@@ -151,7 +151,7 @@ def normalise_columns(
     rows: int | None = None,
     scaled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return √n Z / ‖Z‖; arguments as of `lego_pass`."""
+    """Return √n Z / ‖Z‖; the arguments are those of `lego_pass`."""
     scale = column_scale(real, imaginary, axes, rows or real.shape[-2])
     if scaled is not None:
         scale = torch.where(scaled[:, None, None], scale, 1)

@@ -1,13 +1,14 @@
-"""Launches the Triton kernels of lego_pass: from what one attention attended to the next queries.
+"""Launches the Triton kernels of lego_pass: from the result of one attention to the next queries.
 
-A program owns some rows of the latents, from the output projection to the queries; a hidden
-activation is never in memory. Where Z is normalised along the latents, its rows are those of one
-sample; otherwise samples do not matter. Weights are read as they lie, through the second-level
+A program has some rows of the latents, from the output projection to the queries; no hidden
+activation is written to memory. Where Z is normalised along the latents, a program has all rows of
+one sample; otherwise it may have rows of several samples. Weights are read through the second-level
 cache, and rounded to the dtype of the products on the way.
 
-Going back takes three kernels: one through queries and normalisation, one through the update, and
-one for the gradients of all weights. The former two write the operands of the gradients of
-matrices, and sums over their rows for the gradients of vectors; the last one multiplies, and adds.
+The backward pass has three kernels: one through the queries and the normalisation, one through the
+update, and one for the gradients of all weights. The first two write the operands of the products
+that are the gradients of matrices, and sums over their rows for the gradients of vectors. The third
+multiplies the former and adds the latter up.
 """
 
 from collections.abc import Sequence
@@ -24,30 +25,37 @@ from .spectrum import scale_shape
 from .triton_kernels import pass_kernel, query_backward_kernel, update_backward_kernel
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Numbers of a vector that a program of gradients_kernel adds up.
+# Numbers of a vector's gradient that a program of gradients_kernel adds up.
 _VECTOR = 128
 
 
 class _Blocks(NamedTuple):
-    """Rows of a program; channels of the latents, of heads and of the hidden layer of a step."""
+    """How the work of a kernel is cut."""
 
     block_c: int
+    """Rows of a program."""
     block_k: int
+    """Channels of the latents in a step of a product over them."""
     block_e: int
+    """Channels of a head, or of the queries, in a step."""
     block_f: int
+    """Channels of the hidden layer in a step."""
     num_warps: int
     num_stages: int
 
 
 class _Operands(NamedTuple):
-    """What the gradients of a set of weights are made of; rows are those of all samples, B C."""
+    """The operands of the gradients of a set of weights; rows are those of all samples, B C.
+
+    The gradient of a matrix is left^T right.
+    """
 
     weights: Tensor
-    """Update.flat or Asking.flat."""
+    """UpdateWeights.flat or QueryWeights.flat."""
     left: Sequence[Tensor]
-    """[B C, ...], the gradients of what the matrices made."""
+    """[B C, ...], for each matrix the gradient of its product."""
     right: Sequence[Tensor]
-    """[B C, ...], what they were applied to."""
+    """[B C, ...], for each matrix the rows that it was applied to."""
     partial: Tensor
     """fp32 [programs, ...], sums over a program's rows for the gradients of the vectors."""
 
@@ -67,17 +75,17 @@ def forward(
     rows: int,
     products: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return Re Z, Im Z, the queries and the scale; empty where there is none.
+    """Return Re Z, Im Z, the queries and the scale, each empty if it is not computed.
 
     Args:
-        real: contiguous [B or 1, C, D]; a sample fits in a tile of 8,192 numbers, its sides rounded
-            up to powers of 2, if its rows are normalised together.
-        imaginary: like `real`, or None; not without axes.
+        real: contiguous [B or 1, C, D]. If the axes include the latents, a sample must fit in a
+            tile of 8,192 numbers, its sides rounded up to powers of 2.
+        imaginary: like `real`, or None; only with axes.
         attended: [B, H, C or 1, E], last stride 1; None for no update.
-        update, query_weights: `Update.flat` and `QueryWeights.flat`; None without attended
-            and without queries.
+        update: `UpdateWeights.flat`, None without attended.
+        query_weights: `QueryWeights.flat`, None for no queries.
         present, scaled, seed, dropout_p, snn, axes: contiguous, as given to lego_pass.
-        rows: of the whole spectrum.
+        rows: C of the full spectrum.
         products: dtype of the products.
     """
     latents, dim = real.shape[1:]
@@ -91,14 +99,14 @@ def forward(
     scale = real.new_empty(scale_shape(x.shape, axes), dtype=torch.float32)
     blocks = _pass_blocks(latents if -2 in axes else 0, dim, products)
     programs = _programs(bags, latents, axes, blocks)
-    room = (programs * blocks.block_c, _power(dim))
-    normed, kept = real.new_empty(room, dtype=products), _kept_room(real, room, seed)
+    scratch = (programs * blocks.block_c, _power(dim))
+    normed, kept = real.new_empty(scratch, dtype=products), _kept_scratch(real, scratch, seed)
     if x.numel():
         launch(
             pass_kernel, x, (programs,),
             real, imaginary, attended, update, query_weights, present, scaled, seed,
             x, y, queries, scale, normed, kept, *_strides(attended), bags * latents,
-            **_normalising(axes, rows, latents, dim), **_dropping(dropout_p), **_heads(attended),
+            **_normalisation(axes, rows, latents, dim), **_dropout(dropout_p), **_heads(attended),
             Q=query_width, SHARED=len(real) < bags, SNN=snn, BLOCK_K=blocks.block_k,
             BLOCK_F=blocks.block_f, **_constants(blocks, latents, dim, products),
         )  # fmt: skip
@@ -125,24 +133,25 @@ def backward(
     rows: int,
     products: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return what motet::lego_pass_backward returns, of its arguments, contiguous as in forward."""
+    """Compute motet::lego_pass_backward; tensors are contiguous where those of `forward` are."""
     dy = x.new_empty(0 if y is None else x.shape)
-    dx, for_queries, for_update = grad_real, None, None
+    dx, query_operands, update_operands = grad_real, None, None
     if dx is None or grad_queries is not None or axes or attended is None:
-        dx, for_queries = _query_backward(
+        dx, query_operands = _query_backward(
             grad_real, grad_imaginary, grad_queries, x, y, scale, dy, query_weights, scaled, axes,
             rows, products,
         )  # fmt: skip
     dreal, dattended = dx.to(real.dtype), x.new_empty(0)
     if attended is not None:
         assert update is not None
-        dreal, dattended, for_update = _update_backward(
+        dreal, dattended, update_operands = _update_backward(
             dx, real, attended, update, present, seed, dropout_p, snn, products
         )
     if len(real) < len(x):
         dreal = dreal.sum(0, keepdim=True)
         dy = dy if y is None else dy.sum(0, keepdim=True)
-    return dreal, dy, dattended, *_of_weights(x, for_update, for_queries, products)
+    dweights = _weight_gradients(x, update_operands, query_operands, products)
+    return dreal, dy, dattended, *dweights
 
 
 def _query_backward(
@@ -159,7 +168,10 @@ def _query_backward(
     rows: int,
     products: torch.dtype,
 ) -> tuple[Tensor, _Operands | None]:
-    """Go back through queries and normalisation: fill dy; return dx, and asking's operands."""
+    """Write dy; return dx and the operands of the query weights' gradients, None without queries.
+
+    dx and dy are the gradients of Re Z and Im Z before the normalisation.
+    """
     bags, latents, dim = x.shape
     query_width = 0 if grad_queries is None else _query_width(query_weights, dim)
     blocks = _query_blocks(latents if -2 in axes else 0, dim, products)
@@ -172,7 +184,7 @@ def _query_backward(
             query_backward_kernel, x, (programs,),
             grad_real, grad_imaginary, grad_queries, x, y, scale, scaled, query_weights,
             dx, dy, normed, partial, bags * latents, Q=query_width,
-            **_normalising(axes, rows, latents, dim),
+            **_normalisation(axes, rows, latents, dim),
             **_constants(blocks, latents, dim, products),
         )  # fmt: skip
     if grad_queries is None or query_weights is None:
@@ -191,86 +203,93 @@ def _update_backward(
     snn: bool,
     products: torch.dtype,
 ) -> tuple[Tensor, Tensor, _Operands]:
-    """Go back through the update: return the gradients of real, [B, C, D], and of attended.
-
-    And the operands of the gradients of its weights.
-    """
+    """Return the gradients of real [B, C, D] and attended, and the operands for the weights."""
     (bags, heads, _, width), (latents, dim) = attended.shape, real.shape[1:]
-    count, one = bags * latents, attended.shape[2] < latents
+    count, is_shared = bags * latents, attended.shape[2] < latents
     blocks = _update_blocks(dim, products)
     programs = cdiv(count, blocks.block_c)
     dreal = real.new_empty(bags, latents, dim)
     dattended = attended.new_empty(
-        (bags, heads, latents, width), dtype=torch.float32 if one else attended.dtype
+        (bags, heads, latents, width), dtype=torch.float32 if is_shared else attended.dtype
     )
-    room = (programs * blocks.block_c, _power(dim))
-    normed, dout, dpre = (real.new_empty(room, dtype=products) for _ in range(3))
+    scratch = (programs * blocks.block_c, _power(dim))
+    normed, dout, dpre = (real.new_empty(scratch, dtype=products) for _ in range(3))
     flat, gated, dhidden = (
         real.new_empty(count, size, dtype=products) for size in (heads * width, 4 * dim, 8 * dim)
     )
     partial = real.new_empty(programs, 12 * dim, dtype=torch.float32)
-    kept = _kept_room(real, room, seed)
+    kept = _kept_scratch(real, scratch, seed)
     if count * dim:
         launch(
             update_backward_kernel, real, (programs,),
             dx, real, attended, update, present, seed,
             dreal, dattended, flat, normed, gated, dhidden, dout, dpre, partial, kept,
-            *_strides(attended), count, **_dropping(dropout_p), **_heads(attended),
+            *_strides(attended), count, **_dropout(dropout_p), **_heads(attended),
             SHARED=len(real) < bags, SNN=snn, BLOCK_K=blocks.block_k, BLOCK_F=blocks.block_f,
             **_constants(blocks, latents, dim, products),
         )  # fmt: skip
-    if one:
+    if is_shared:  # all latents took the same outputs of the heads
         dattended = dattended.sum(2, keepdim=True).to(attended.dtype)
     operands = _Operands(update, [dhidden, dout, dpre], [normed, gated, flat], partial)
     return dreal, dattended, operands
 
 
-def _of_weights(
-    x: Tensor, for_update: _Operands | None, for_queries: _Operands | None, products: torch.dtype
+def _weight_gradients(
+    x: Tensor,
+    update_operands: _Operands | None,
+    query_operands: _Operands | None,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of Update.flat and Asking.flat, fp32; empty where there is none."""
+    """Return the gradients of UpdateWeights.flat and QueryWeights.flat, fp32.
+
+    Each is empty if there are no operands for it.
+    """
     bags, latents, dim = x.shape
-    inner = 0 if for_update is None else for_update.right[2].shape[1]
-    query_width = 0 if for_queries is None else for_queries.left[0].shape[2]
+    inner = 0 if update_operands is None else update_operands.right[2].shape[1]
+    query_width = 0 if query_operands is None else query_operands.left[0].shape[2]
     block_m, block_n, block_t = _gradient_blocks(products)
-    # Of both, in the order in which the kernel takes them.
+    # Of both sets: the matrices, and how many numbers the vectors have, in the kernel's order.
     shapes = [[(8 * dim, dim), (dim, 4 * dim), (dim, inner)], [(query_width, dim)]]
-    tiles, found, pointers, programs = 0, [], [], []
+    tiles, grads, pointers, programs = 0, [], [], []
     for operands, matrices, vectors in zip(
-        (for_update, for_queries), shapes, (12 * dim, 2 * dim), strict=True
+        (update_operands, query_operands), shapes, (12 * dim, 2 * dim), strict=True
     ):
         shape = 0 if operands is None else operands.weights.shape
-        found.append(x.new_empty(shape, dtype=torch.float32))
+        grads.append(x.new_empty(shape, dtype=torch.float32))
         if operands is None:
             pointers += [None] * (2 * len(matrices) + 2)
             programs.append(0)
             continue
         tiles += sum(cdiv(m, block_m) * cdiv(n, block_n) for m, n in matrices)
         tiles += cdiv(vectors, _VECTOR)
-        pointers += [found[-1], *operands.left, *operands.right, operands.partial]
+        pointers += [grads[-1], *operands.left, *operands.right, operands.partial]
         programs.append(len(operands.partial))
     if tiles:
         launch(
             gradients_kernel, x, (tiles,), *pointers, bags * latents, *programs, D=dim,
-            INNER=inner, Q=query_width, ROOM=_power(dim), DTYPE=_DTYPES[products], BLOCK_M=block_m,
-            BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_V=_VECTOR, num_warps=4, num_stages=2,
+            INNER=inner, Q=query_width, PADDED=_power(dim), DTYPE=_DTYPES[products],
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_V=_VECTOR,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
-    dupdate, dquery_weights = found
+    dupdate, dquery_weights = grads
     return dupdate, dquery_weights
 
 
 def _gradient_blocks(products: torch.dtype) -> tuple[int, int, int]:
-    """Return a tile of a matrix's gradient, and the rows of a step."""
+    """Return the sides of a tile of a matrix's gradient, and the rows of a step."""
     return (32, 32, 32) if products == torch.float32 else (64, 64, 16)
 
 
 def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
-    """Choose blocks for whole samples of `latents`, or rows of any (0), that spill no register."""
+    """Choose blocks that spill no registers.
+
+    With `latents` > 0 a program has all rows of one sample of so many latents; with 0, any rows.
+    """
     rows = _power(latents) if latents else (32 if dim <= 64 else 16)
-    if products == torch.float32:  # two parts of every operand are kept in registers
+    if products == torch.float32:  # registers hold two parts of every operand (tf32x3)
         return _Blocks(rows, min(32, _power(dim)), 16, 16, 8, 2)
-    # Other steps spill on sm_100 (3 to 8 stores), and so do 8 warps for 16 rows of 128; for a whole
-    # sample in 16 rows so do 64 of the hidden layer (2 stores on sm_90).
+    # Other steps spill on sm_100 (3 to 8 stores), and so do 8 warps for 16 rows of 128. With all
+    # rows of a sample in 16 rows, steps of 64 in the hidden layer spill too (2 stores on sm_90).
     few = rows == 16 and 64 < dim <= 128
     block_k = min(64 if dim <= 64 else 32, _power(dim))
     if few and latents:
@@ -279,31 +298,35 @@ def _pass_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
 
 
 def _query_blocks(latents: int, dim: int, products: torch.dtype) -> _Blocks:
+    """Choose blocks for query_backward_kernel."""
     blocks = _pass_blocks(latents, dim, products)
-    # fp32: 16 queries a step spill for 32 rows of 128 (one store on sm_80); 32 for rows of 256 (two
-    # on sm_90).
+    # In fp32, steps of 16 queries spill for 32 rows of 128 (1 store on sm_80), and steps of 32 for
+    # rows of 256 (2 stores on sm_90).
     if dim > 128:
         return blocks._replace(block_e=16)
     return blocks._replace(block_e=32) if dim > 64 else blocks
 
 
 def _update_blocks(dim: int, products: torch.dtype) -> _Blocks:
-    if products == torch.float32:  # 32 of the hidden layer spill on sm_100 (3 stores)
+    """Choose blocks for update_backward_kernel."""
+    if products == torch.float32:  # steps of 32 in the hidden layer spill on sm_100 (3 stores)
         return _Blocks(16, min(32, _power(dim)), 32, 16, 8, 2)
-    # 32 channels of a head spill for 62 channels of the latents (2 stores on sm_90).
+    # Steps of 32 channels of a head spill with 62 channels of the latents (2 stores on sm_90).
     return _Blocks(16, min(64, _power(dim)), 16 if dim <= 64 else 32, 32, 8, 2)
 
 
 def _power(size: int) -> int:
+    """Return the block that holds `size`: a power of 2, at least 16, as products need it."""
     return max(16, next_power_of_2(size))
 
 
 def _programs(bags: int, latents: int, axes: Sequence[int], blocks: _Blocks) -> int:
+    """Return one program a sample if the axes include the latents, else one a block of rows."""
     return bags if -2 in axes else cdiv(bags * latents, blocks.block_c)
 
 
 def _query_width(query_weights: Tensor | None, dim: int) -> int:
-    """Return Q of Asking.flat, [Q D + 2 D]."""
+    """Return Q of QueryWeights.flat, [Q D + 2 D]."""
     return 0 if query_weights is None else len(query_weights) // dim - 2
 
 
@@ -319,15 +342,17 @@ def _heads(attended: Tensor | None) -> dict[str, int]:
     return {"H": heads, "E": width}
 
 
-def _kept_room(like: Tensor, room: tuple[int, int], seed: Tensor | None) -> Tensor | None:
-    return None if seed is None else like.new_empty(room, dtype=torch.int8)
+def _kept_scratch(like: Tensor, shape: tuple[int, int], seed: Tensor | None) -> Tensor | None:
+    """Return memory for the dropout mask, None without dropout."""
+    return None if seed is None else like.new_empty(shape, dtype=torch.int8)
 
 
-def _dropping(dropout_p: float) -> dict[str, float]:
+def _dropout(dropout_p: float) -> dict[str, float]:
     return {"dropout_p": representable(dropout_p), "kept_scale": 1 / (1 - dropout_p)}
 
 
-def _normalising(axes: Sequence[int], rows: int, latents: int, dim: int) -> dict[str, Any]:
+def _normalisation(axes: Sequence[int], rows: int, latents: int, dim: int) -> dict[str, Any]:
+    """Return what the kernels take about the normalisation; `count` is n of √n Z / ‖Z‖."""
     return {
         "count": float((rows if -2 in axes else 1) * (dim if -1 in axes else 1)),
         "HALF": rows if -2 in axes and rows > latents else 0,

@@ -1,4 +1,4 @@
-"""The weights that a pass takes."""
+"""The weights of lego_pass: of the update of the latents, and of the next queries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ from torch import Tensor
 
 
 class _Flat:
-    """Weights that kernels take as one tensor."""
+    """A set of weights that kernels read from one tensor, `flat`."""
 
     _flat: Tensor | None = None
 
     @property
     def flat(self) -> Tensor:
-        """All of them beside each other, in the order of `_parts`.
+        """All weights, flattened and concatenated in the order of `_parts`.
 
-        Made once, so that passes which share the weights add up one gradient, and not one for each.
+        It is computed once for all passes that share the weights: so autograd adds up one gradient
+        of one tensor, not one of each weight.
         """
         if self._flat is None:
             self._flat = torch.cat([part.flatten() for part in self._parts()])
@@ -27,16 +28,17 @@ class _Flat:
 
 
 @dataclass(eq=False)
-class Update(_Flat):
-    """The weights of what follows an attention: its output projection, and the feed-forward."""
+class UpdateWeights(_Flat):
+    """The weights that update the latents: the attention's output projection, the feed-forward."""
 
     out_weight: Tensor
     """[D, H · E]."""
     out_bias: Tensor
     """[D]."""
     norm_weight: Tensor
-    """[D], as `norm_bias`: LayerNorm before the feed-forward."""
+    """[D]: gain of the LayerNorm before the feed-forward."""
     norm_bias: Tensor
+    """[D]: its shift."""
     up_weight: Tensor
     """[8 D, D]: values, then gates."""
     up_bias: Tensor
@@ -55,13 +57,14 @@ class Update(_Flat):
 
 @dataclass(eq=False)
 class QueryWeights(_Flat):
-    """The weights that make the queries of an attention."""
+    """The weights that compute the queries of an attention from the latents."""
 
     norm_weight: Tensor
-    """[D], as `norm_bias`: LayerNorm of the latents."""
+    """[D]: gain of the LayerNorm of the latents."""
     norm_bias: Tensor
+    """[D]: its shift."""
     weight: Tensor
-    """[Q, D], Q = H · E; of self-attention 3 H · E, of queries, keys and values."""
+    """[Q, D], Q = H · E; for self-attention Q = 3 H · E: queries, keys and values."""
 
     def _parts(self) -> Sequence[Tensor]:
         return self.weight, self.norm_weight, self.norm_bias
