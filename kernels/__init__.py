@@ -1,7 +1,7 @@
 """Operators: a reference, fast backends and torch.library registration for each."""
 
-# An operator and its folder share a name. Imported here, the name is the function's for good: a
-# folder takes its name only when it is first loaded, which has happened then.
+# An operator and its folder share a name. Python binds the folder to the name once, when it first
+# loads the folder. The imports below do that, and then bind the name to the function, for good.
 from .absorbed_attention.operator import absorbed_attention
 from .context_kv.operator import context_kv
 from .harmonic_merge.operator import harmonic_merge

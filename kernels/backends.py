@@ -1,4 +1,4 @@
-"""Who computes: Triton on a GPU, else torch."""
+"""Which backend computes: Triton on a GPU, else torch."""
 
 import importlib
 import os
@@ -16,18 +16,19 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_backend(backend: str) -> None:
-    """Raise unless `backend` is one."""
+    """Raise unless `backend` is the name of a backend."""
     choice("backend", backend, ("auto", "triton", "compile", "eager"))
 
 
 def on_triton(backend: str, device: str, dtype: torch.dtype, why_not: str = "") -> bool:
-    """Return whether Triton computes tensors of this type of device and dtype, or torch.
+    """Return whether Triton computes tensors on this type of device and of this dtype; else torch.
 
     "auto" takes Triton for CUDA tensors of up to 32 bits; Triton has no matrix product in float64.
-    `why_not` is what the operator itself knows against it.
+    `why_not` is the operator's reason against Triton, "" if it has none: it completes a sentence
+    that begins with "'triton'".
 
     Raises:
-        ValueError: "triton" was asked for and cannot be had.
+        ValueError: `backend` is "triton", and Triton cannot compute these tensors.
     """
     if backend == "eager":
         return False
@@ -68,12 +69,15 @@ def capability(x: Tensor) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Return how many programs of the largest kind run at a time; 3 in the interpreter."""
+    """Return the number of multiprocessors: of programs that run at a time, if each fills one.
+
+    3 in the interpreter, so that tests have some programs.
+    """
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
 def refuse_second_derivative(library: torch.library.Library, operator: str) -> None:
-    """Make differentiating an operator's backward an error; torch would take it for zero."""
+    """Make a second derivative of an operator an error; torch would silently take it as zero."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""Dropout of attention weights: masks that depend on the seed and the bag alone."""
+"""Dropout of attention weights: masks that depend only on the seed, the bag and its sizes."""
 
 import struct
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return the seed of the dropout mask, drawn if need be; None without dropout."""
+    """Return the seed of the dropout mask, drawn if it is None; None without dropout."""
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p!r}")
     if dropout_p == 0:
@@ -28,7 +28,10 @@ def check_dropout(dropout_p: float, seed: Tensor | None, device: torch.device) -
 def keep_mask(
     seed: Tensor, bag: int, shape: Sequence[int], dropout_p: float, like: Tensor
 ) -> Tensor:
-    """Return 1 / (1 - p) for the weights of a bag that are kept, else 0; one generator per bag."""
+    """Return the dropout mask of a bag: 1 / (1 - p) for weights that are kept, else 0.
+
+    torch draws it, from a generator for each bag; Triton's masks are those of `dropout_mask`.
+    """
     generator = torch.Generator(like.device).manual_seed((int(seed) + bag) % 2**62)
     return like.new_empty(shape).bernoulli_(1 - dropout_p, generator=generator).div_(1 - dropout_p)
 
@@ -38,9 +41,10 @@ def dropout_mask(
 ) -> Tensor:
     """Return which weights the Triton kernels keep, in plain torch on any device.
 
-    Weight (key position n in bag b, head h, latent c) is kept if word n % 4 of
-    Philox4x32-10(key seed, counter (n // 4, h C + c, b, 0)) is at least 2^32 dropout_p, so that the
-    mask does not depend on how the work is cut (Salmon et al. 2011, Parallel random numbers).
+    The weight of key position n in bag b, head h and latent c is kept if word n % 4 of
+    Philox4x32-10(key seed, counter (n // 4, h C + c, b, 0)) is at least 2^32 dropout_p. So the mask
+    does not depend on how the work is cut, and the backward pass can draw it again (Salmon et al.
+    2011, Parallel random numbers).
 
     Args:
         q: [B, H, C, E], for its shape.
@@ -70,7 +74,7 @@ def dropout_mask(
 
 
 def _philox(seed: Tensor | int, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10 in int64, which holds 32-bit words without a sign."""
+    """Return the 4 words of Philox4x32-10, in int64: torch has no uint32 arithmetic."""
     low = 0xFFFFFFFF
     key_0, key_1 = seed & low, (seed >> 32) & low
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
@@ -88,6 +92,6 @@ def _philox(seed: Tensor | int, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Ten
 
 
 def representable(dropout_p: float) -> float:
-    """Round to fp32, as a launch does, but stay below 1."""
+    """Return dropout_p rounded to fp32, as a kernel's argument is, but below 1."""
     (rounded,) = struct.unpack("f", struct.pack("f", dropout_p))
     return min(rounded, 1 - 2**-24)

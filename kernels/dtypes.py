@@ -1,4 +1,4 @@
-"""Dtypes that the operators take, and what they sum up in."""
+"""Dtypes that the operators take, and those that they sum up in."""
 
 import torch
 
@@ -6,5 +6,5 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of what is summed up over tensors of `dtype`: statistics, softmax."""
+    """Return the dtype of sums over tensors of `dtype`: statistics, softmax, gradients."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -11,8 +11,8 @@ def launch(
 ) -> None:
     """Launch a Triton kernel, `kernel[grid](*arguments, **options)`, on the device of a tensor.
 
-    Untyped, since Triton's decorator declares the kernel's own parameters, but neither num_warps
-    nor num_stages.
+    The arguments are not type-checked: Triton's decorator declares the parameters of the kernel,
+    but not num_warps and num_stages.
     """
     with torch.cuda.device_of(device_of):
         kernel[grid](*arguments, **options)

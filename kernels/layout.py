@@ -1,4 +1,4 @@
-"""How tensors lie in memory, and what an operator can take of that."""
+"""How tensors lie in memory: strides, orders of axes, and the `out` of the merges."""
 
 from collections.abc import Sequence
 
@@ -9,23 +9,23 @@ from .checks import same_tensors
 
 
 def rows_apart(x: Tensor) -> Tensor:
-    """Return x, copied if the numbers of a row are not neighbours, as the Triton kernels want."""
+    """Return x, or a contiguous copy if its last stride is not 1, which the kernels require."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def dense_order(x: Tensor) -> list[int] | None:
-    """Return the order of axes in which x is contiguous, None if there is none."""
+    """Return the order of axes in which x is contiguous, or None if it has gaps."""
     order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
     return order if x.permute(order).is_contiguous() else None
 
 
 def original_order(x: Tensor, order: list[int]) -> Tensor:
-    """Return the tensor of which x is permute(order)."""
+    """Return the tensor t with t.permute(order) = x."""
     return x.permute(sorted(range(x.ndim), key=order.__getitem__))
 
 
 def refuse_overlap(name: str, tensors: Sequence[Tensor], out: Tensor) -> None:
-    """Raise unless each contiguous tensor lies apart from `out`, or is the very same."""
+    """Raise if a contiguous tensor shares a part of its memory with `out`, but not all of it."""
     start, size = out.data_ptr(), out.numel() * out.itemsize
     for i, x in enumerate(tensors):
         if 0 < abs(x.data_ptr() - start) < size:
@@ -35,7 +35,8 @@ def refuse_overlap(name: str, tensors: Sequence[Tensor], out: Tensor) -> None:
 def check_out(out: Tensor, tensors: Sequence[Tensor], name: str, lazily: str) -> None:
     """Raise unless a merge of `tensors`, called `name`, can be written to `out`.
 
-    The error says that `out` must not be `lazily` (conjugated, negated) what torch does when read.
+    `lazily` is "conjugated" or "negated", for the error: torch may mark a view so and do it only
+    when the view is read.
     """
     first = tensors[0]
     same_tensors([first, out], "out", (first.dtype,), each=(f"{name}[0]", "out"))

@@ -1,4 +1,4 @@
-"""The one place that knows whether the C++ module was built."""
+"""Whether the C++ module was built: the only place that imports it."""
 
 import warnings
 from functools import cache
@@ -21,18 +21,18 @@ else:
 
 
 def native() -> ModuleType | None:
-    """Return motet.kernels._C, or None after saying once that torch computes instead."""
+    """Return motet.kernels._C; or None, with one warning that torch computes instead."""
     if _module is None:
-        _say_once()
+        _warn_once()
     return _module
 
 
 def direct(*tensors: Tensor) -> ModuleType | None:
-    """Return the C++ module where a call of it is all that a torch.library operator would do.
+    """Return the C++ module if it can be called without torch's dispatcher, else None.
 
-    That is for contiguous CPU tensors of torch's own class, with no gradient to record and nobody
-    watching: no torch.compile, tracing, function transform or dispatch mode. The dispatcher takes
-    15 µs through Python, as long as merging 15,000 numbers.
+    It can for contiguous CPU tensors of class torch.Tensor which need no gradient, outside of
+    torch.compile, tracing, function transforms and dispatch modes. The dispatcher takes 15 µs
+    through Python, as long as merging 15,000 numbers.
     """
     if (
         torch.compiler.is_compiling()
@@ -57,12 +57,12 @@ def direct(*tensors: Tensor) -> ModuleType | None:
 
 
 def status() -> str:
-    """Return "" if the C++ module is loaded, else why not."""
+    """Return "" if the C++ module is loaded, else the error of its import."""
     return _reason
 
 
 @cache
-def _say_once() -> None:
+def _warn_once() -> None:
     warnings.warn(
         f"motet.kernels._C is not available ({_reason}): torch computes instead, more slowly, and "
         f"results differ in their last digits. To build it: {CURE}.",

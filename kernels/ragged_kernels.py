@@ -1,4 +1,8 @@
-"""Triton functions that give programs their chunks of ragged bags (see ragged.py)."""
+"""Triton functions that find the chunk of a ragged bag which a program computes.
+
+The grid has `count_slots` slots (ragged.py), for any offsets: a launch needs to know the number of
+bags and rows only, not the offsets, which lie on the device.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _bag_of_slot(slot, offsets_ptr, n_bags, CHUNK: tl.constexpr):
-    """Return the last bag whose first slot is not behind `slot`."""
+    """Return the last bag whose first slot is at most `slot`, by counting these bags."""
     before = 0
     for b0 in range(0, n_bags, 128):
         b = b0 + tl.arange(0, 128)
@@ -21,10 +25,10 @@ def chunk_of_slot(
 ):  # fmt: skip
     """Return a slot's bag, the bag's first row, and where the chunk starts and stops in the bag.
 
-    Bag b's chunks take the slots from offsets[b] // CHUNK + b on. That rises from bag to bag by at
-    least ceil(length / CHUNK), so that no scan over the bags and no map is needed; a slot left over
-    starts behind its bag's end. Without offsets, bags have n_rows rows each and start at row 0 of
-    their own.
+    Bag b's chunks have the slots from offsets[b] // CHUNK + b on. From bag to bag this rises by at
+    least ceil(length / CHUNK), so that bags never share a slot, and no prefix sum over the bags is
+    needed. It may rise by one more: that slot has no chunk, and start >= stop. Without offsets
+    every bag has n_rows rows, counted from 0 in each.
     """
     if RAGGED:
         bag = _bag_of_slot(slot, offsets_ptr, n_bags, CHUNK)
@@ -42,7 +46,7 @@ def chunk_of_slot(
 
 @triton.jit
 def chunk_of_any_row(slot, offsets_ptr, n_bags, n_rows, CHUNK: tl.constexpr):
-    """Do as chunk_of_slot, with the rows behind the last bag, up to n_rows, as one bag more."""
+    """Do as chunk_of_slot; the rows behind the last bag, up to n_rows, count as one more bag."""
     bag = _bag_of_slot(slot, offsets_ptr, n_bags + 1, CHUNK)
     origin = tl.load(offsets_ptr + bag)
     end = tl.load(offsets_ptr + bag + 1, mask=bag < n_bags, other=0)

@@ -12,7 +12,10 @@ from .ragged import chunk_rows
 
 
 class Standardiser:
-    """Normalises rows of [x | p], a chunk at a time, on their way into a product in `dtype`."""
+    """Normalises rows of [x | p], a chunk at a time, before a product in `dtype`.
+
+    C++ reads x once for the statistics and the normalised rows, where it is built; else torch.
+    """
 
     def __init__(self, x: Tensor, positions: Tensor | None, eps: float, dtype: torch.dtype) -> None:
         self.x, self.eps, self.dtype, self.full = x, eps, dtype, wide(x.dtype)
@@ -29,7 +32,11 @@ class Standardiser:
     def __call__(
         self, rows: slice, statistics: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the normalised rows, valid until the next call, their means and 1 / SDs."""
+        """Return the normalised rows, their means and their 1 / SDs.
+
+        The next call overwrites the rows. `statistics`, of all rows, are used if given: then with
+        torch, whose rounding is not that of C++.
+        """
         x, positions = self.x[rows], self.positions
         if statistics is None and self.module is not None:
             z = self.room[: len(x)]
@@ -52,12 +59,12 @@ class Standardiser:
 
 
 def _buffer(x: Tensor) -> NDArray[Any]:
-    """Return a view for the C++ module; half precision as integers, which have a format."""
+    """Return a view for the C++ module, of 16-bit numbers as int16: NumPy has no bfloat16."""
     return (x.detach() if x.itemsize > 2 else x.detach().view(torch.int16)).numpy()
 
 
 def positions_of(positions: Tensor, rows: slice, tokens: int) -> Tensor:
-    """Return the positions of some rows, given those of all tokens or of every N."""
+    """Return the positions of some rows; `positions` are those of all tokens, or repeat."""
     if len(positions) == tokens:
         return positions[rows]
     first, last = rows.start // len(positions), (rows.stop - 1) // len(positions)
@@ -78,5 +85,5 @@ def split_gradient(grad: Tensor, x: Tensor, positions: Tensor | None) -> tuple[T
     if positions is None:
         return dx, x.new_empty(0)
     periods = len(x) // len(positions) if len(positions) else 0
-    own = grad[:, x.shape[1] :].reshape(periods, *positions.shape)
-    return dx, own.sum(0).to(positions.dtype)
+    dpositions = grad[:, x.shape[1] :].reshape(periods, *positions.shape)
+    return dx, dpositions.sum(0).to(positions.dtype)

@@ -408,7 +408,7 @@ def test_fallback_warns_once_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None
     expected = harmonic_merge(latents)
     monkeypatch.setattr(native, "_module", None)
     monkeypatch.setattr(native, "_reason", "not built")
-    native._say_once.cache_clear()
+    native._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="torch computes instead") as seen:
         for _ in range(3):
             assert torch.allclose(harmonic_merge(latents), expected, rtol=1e-13)

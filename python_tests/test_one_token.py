@@ -123,9 +123,9 @@ def test_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 30, dtype=torch.float64)
     weight = torch.randn(12, 30, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="is not available"):
-        native._say_once.cache_clear()
+        native._warn_once.cache_clear()
         found = with_gradients(one_token_values)(x, weight)
-    native._say_once.cache_clear()
+    native._warn_once.cache_clear()
     for a, b in zip(found, with_gradients(reference)(x, weight), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -1,1 +1,1 @@
-"""A LayerNorm's gain and shift, taken into the weights that follow it."""
+"""A LayerNorm's gain and shift, folded into the weights that follow it."""

@@ -1,4 +1,4 @@
-"""A LayerNorm's gain and shift, taken into the weights that follow it."""
+"""A LayerNorm's gain and shift, folded into the weights that follow it."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..checks import refuse_forward_mode
 from .reference import fold_norm_reference
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
-# The Triton form alone.
+# Registered for the Triton form only.
 _LIBRARY.define(
     "fold_norm(Tensor weight, Tensor gain, Tensor shift, SymInt padding, ScalarType dtype) "
     "-> (Tensor, Tensor)"
@@ -31,25 +31,26 @@ def fold_norm(
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    r"""Fold the gain and shift of a LayerNorm into weights, so that tokens are only standardised.
+    r"""Fold a LayerNorm's gain and shift into the weights behind it: rows are only standardised.
 
     .. math:: W \mathrm{LN}(x) = W \mathrm{diag}(\gamma) \hat x + W \beta
 
-    On a GPU it is one launch forward and one backward, casts and padding included.
+    On a GPU it is one launch forward and one backward, with casts and padding.
 
     Args:
         weight: W, [G, E, D], for G heads of E outputs each.
         gain: γ, [D].
         shift: β, [D].
-        padding: rows of zeros that every head gets.
-        dtype: of the results, which are computed in that of the weights; None for the same.
+        padding: how many rows of zeros each head gets behind its E.
+        dtype: of the results; None for that of the weights, in which they are computed.
         backend: "auto", "triton", "compile" or "eager".
 
     Returns:
         W diag(γ), [G, E + padding, D], and W β, [G, E + padding]. Differentiable once on Triton.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; or Triton where it cannot be had.
+        ValueError: on Triton, shapes, dtypes or devices that do not fit; or "triton" where it
+            cannot compute.
     """
     dtype = weight.dtype if dtype is None else dtype
     if backend != "compile" and on_triton(backend, weight.device.type, weight.dtype):

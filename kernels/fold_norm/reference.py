@@ -1,4 +1,4 @@
-"""fold_norm, literally."""
+"""fold_norm as its equation says: the fast forms are compared with this one."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of fold_norm; a program owns a row forward, some columns backward."""
+"""Launches the Triton kernels of fold_norm: a program has a row forward, some columns backward."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch import Tensor
 from ..launch import cdiv, launch
 from .triton_kernels import fold_backward_kernel, fold_kernel
 
-# Numbers of a row at a time; rows, and the columns of a program, of the backward pass.
+# Forward: numbers of a row in a step. Backward: rows in a step, and columns of a program.
 _BLOCK_D, _BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 64, 32
 
 
 def fold(
     weight: Tensor, gain: Tensor, shift: Tensor, padding: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return what motet::fold_norm returns, of contiguous arguments."""
+    """Compute motet::fold_norm of contiguous arguments."""
     groups, rows, width = weight.shape
     folded = weight.new_empty(groups, rows + padding, width, dtype=dtype)
     bias = weight.new_empty(groups, rows + padding, dtype=dtype)

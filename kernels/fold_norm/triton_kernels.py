@@ -9,15 +9,18 @@ def fold_kernel(
     weight_ptr, gain_ptr, shift_ptr, folded_ptr, bias_ptr,
     E: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write one row of weight diag(gain) and its number of weight shift; zeros behind the Eth."""
+    """Write one row of weight diag(gain), and its number of weight shift.
+
+    Results have PADDED rows for each head, of which the rows behind the Eth become zeros.
+    """
     row = tl.program_id(0)
-    there = row % PADDED < E
+    exists = row % PADDED < E
     weight_ptr += (row // PADDED * E + row % PADDED) * D
     folded_ptr += row * D
     total = tl.zeros([BLOCK_D], tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        weight = tl.load(weight_ptr + d, mask=(d < D) & there, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + d, mask=(d < D) & exists, other=0.0).to(tl.float32)
         gain = tl.load(gain_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         tl.store(folded_ptr + d, (weight * gain).to(folded_ptr.dtype.element_ty), mask=d < D)
@@ -31,7 +34,11 @@ def fold_backward_kernel(
     n_rows, E: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of BLOCK_D columns of the weights, and of their gains and shifts."""
+    """Write the gradients of BLOCK_D columns of the weights, and of their gains and shifts.
+
+    A program reads all rows of its columns, so that the sums over rows, which are the gradients of
+    gain and shift, need no second launch. They have BLOCK_N partial sums a column in registers.
+    """
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     gain = tl.load(gain_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     shift = tl.load(shift_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def _polar(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |z| and z / |z|, 0 at 0; by parts, since complex division loses tiny numbers."""
+    """Return |z| and z / |z|, 0 at 0; parts are divided: complex division loses tiny numbers."""
     size = torch.hypot(z.real, z.imag)
     safe = torch.where(size > 0, size, 1)
     return size, torch.complex(z.real / safe, z.imag / safe)

@@ -22,7 +22,7 @@ _LIBRARY.define(
     "harmonic_merge_out(Tensor[] latents, float[] weights, str phase, Tensor(a!) out, "
     "str backend) -> ()"
 )
-# The Triton form alone.
+# Registered for the Triton form only.
 _LIBRARY.define(
     "harmonic_merge_backward(Tensor grad, Tensor merged, Tensor[] latents, float[] weights, "
     "str phase) -> Tensor[]"
@@ -47,11 +47,11 @@ def harmonic_merge(
     the gradient is zero.
 
     Args:
-        latents: one or more complex64 or complex128 tensors of one shape, dtype and device; there
-            is no broadcasting. Any strides: read as they lie where all are contiguous, or dense in
-            one order of axes (all transposed, say); else those that differ are copied.
+        latents: one or more complex64 or complex128 tensors of one shape, dtype and device, without
+            broadcasting. They are read in place if all are contiguous, or dense in the same order
+            of axes (all transposed, say); tensors with other strides are copied.
         weights: one non-negative number per tensor, normalised to sum to 1; None means equal. A
-            tensor of weight zero takes no part.
+            tensor of weight zero has no effect.
         phase: "principal", the mean of the angles in (-π, π], where a negative real number with an
             imaginary part of -0.0 counts as -π; or "circular", the angle of the mean of the unit
             phasors, which has no branch cut (0 where the phasors cancel exactly).
@@ -60,13 +60,13 @@ def harmonic_merge(
             torch; "triton"; or "eager", which is torch, as is "compile".
 
     Returns:
-        A complex tensor of the same shape and dtype, its axes in memory in the order of the first
-        of `latents` where that has no gaps; `out` if given.
+        A complex tensor of the same shape and dtype, in memory in the order of axes of the first of
+        `latents` if that has no gaps; `out` if given.
 
     Raises:
         ValueError: tensors that differ in shape, dtype or device, weights that do not fit, an
-            unknown `phase`, a `backend` that cannot be had, or an `out` that does not match, that
-            has gaps, or that shares memory with a part of a latent.
+            unknown `phase`, a `backend` that cannot compute them, or an `out` that does not match,
+            that has gaps, or that shares only a part of its memory with a latent.
         TypeError: something that is not a tensor.
 
     Example:
@@ -79,7 +79,7 @@ def harmonic_merge(
     choice("phase", phase, ("principal", "circular"))
     check_backend(backend)
     refuse_forward_mode("harmonic_merge")
-    latents, weights = _taking_part(latents, weights)
+    latents, weights = _with_weight(latents, weights)
     first = latents[0] if out is None else out
     if out is not None:
         check_out(out, latents, "latents", "conjugated")
@@ -91,8 +91,8 @@ def harmonic_merge(
     return _dispatched(latents, weights, phase, out, backend)
 
 
-def _taking_part(latents: list[Tensor], weights: list[float]) -> tuple[list[Tensor], list[float]]:
-    """Return the tensors that have a weight, and their weights."""
+def _with_weight(latents: list[Tensor], weights: list[float]) -> tuple[list[Tensor], list[float]]:
+    """Return the tensors whose weight is not zero, and their weights."""
     if 0.0 not in weights:
         return latents, weights
     return [z for z, w in zip(latents, weights, strict=True) if w], [w for w in weights if w]
@@ -101,7 +101,7 @@ def _taking_part(latents: list[Tensor], weights: list[float]) -> tuple[list[Tens
 def _dispatched(
     latents: list[Tensor], weights: list[float], phase: str, out: Tensor | None, backend: str
 ) -> Tensor:
-    """Call the torch.library operator on tensors contiguous in the order of axes that they have."""
+    """Call the torch.library operator, with axes permuted so that dense tensors are contiguous."""
     first = latents[0] if out is None else out
     order = None if all(z.is_contiguous() for z in [*latents, first]) else dense_order(first)
     if order is not None:
@@ -137,16 +137,17 @@ def _forward_out(
 
 
 def _plain(z: Tensor) -> Tensor:
-    """Return a contiguous tensor that holds what reading z gives."""
+    """Return z detached and contiguous, with its lazy conjugation and negation carried out."""
     return z.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _takes_triton(latents: list[Tensor], backend: str) -> bool:
     first = latents[0]
-    wrong = "" if first.dtype == torch.complex64 else f"takes complex64, got {first.dtype}"
+    why_not = "" if first.dtype == torch.complex64 else f"takes complex64, got {first.dtype}"
     if len(latents) > 8:
-        wrong = f"takes up to 8 tensors, got {len(latents)}"
-    return on_triton(backend, first.device.type, first.dtype.to_real(), wrong) and len(latents) > 1
+        why_not = f"takes up to 8 tensors, got {len(latents)}"
+    takes = on_triton(backend, first.device.type, first.dtype.to_real(), why_not)
+    return takes and len(latents) > 1
 
 
 def _backward_of(
@@ -175,7 +176,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     merged, *latents = ctx.saved_tensors
-    # torch's operators where a second derivative may follow.
+    # The kernel has no derivative: torch's operators compute where a second one may follow.
     if not torch.is_grad_enabled() and _takes_triton(latents, ctx.backend):
         operator = torch.ops.motet.harmonic_merge_backward
     else:

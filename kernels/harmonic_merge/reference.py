@@ -1,4 +1,4 @@
-"""harmonic_merge, literally: what the fast forms are compared with."""
+"""harmonic_merge as its equation says: the fast forms are compared with this one."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from ..checks import normalised_weights
 def harmonic_merge_reference(
     latents: Sequence[Tensor], weights: Sequence[float] | None = None, phase: str = "principal"
 ) -> Tensor:
-    """Compute harmonic_merge in torch, literally."""
+    """Compute harmonic_merge in torch, as its equation says."""
     if len(latents) == 1:
         return latents[0].clone()
     z = torch.stack(list(latents))
@@ -19,7 +19,7 @@ def harmonic_merge_reference(
     w = torch.tensor(shares, dtype=z.real.dtype, device=z.device)
     w = w.reshape(-1, *[1] * latents[0].ndim)
     magnitude = torch.hypot(z.real, z.imag)
-    low = magnitude.amin(0)  # ratios to the smallest, so that nothing over- or underflows
+    low = magnitude.amin(0)  # ratios low / magnitude are at most 1, and cannot overflow
     mean = low / (w * (low / magnitude)).sum(0)
     mean = torch.where(low == 0, torch.zeros_like(mean), mean)
     if phase == "principal":

@@ -1,7 +1,7 @@
-"""Launches the Triton kernels of harmonic_merge: any number of complex64 tensors, each read once.
+"""Launches the Triton kernels of harmonic_merge, for any number of complex64 tensors.
 
-It is bound by memory, so that the phases are taken by polynomials for two equal weights too, where
-the C++ gets by with square roots.
+Memory bounds them, not arithmetic: so phases are computed by polynomials for two inputs of equal
+weights too, for which the C++ needs square roots only.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,12 @@ def merge_backward(
     """Return the gradients of contiguous complex64 tensors, given that of their merge."""
     grads, size = [torch.empty_like(z) for z in latents], merged.numel()
     if size:
-        parts, own = (tuple(torch.view_as_real(z) for z in given) for given in (latents, grads))
+        parts, grad_parts = (
+            tuple(torch.view_as_real(z) for z in tensors) for tensors in (latents, grads)
+        )
         launch(
             merge_backward_kernel, merged, (cdiv(size, BLOCK),),
-            torch.view_as_real(grad), torch.view_as_real(merged), parts, tuple(weights), own, size,
-            CIRCULAR=phase == "circular", BLOCK=BLOCK, num_warps=4,
+            torch.view_as_real(grad), torch.view_as_real(merged), parts, tuple(weights),
+            grad_parts, size, CIRCULAR=phase == "circular", BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return grads

@@ -1,4 +1,11 @@
-"""The Triton kernels of harmonic_merge; triton.py says how they are launched."""
+"""The Triton kernels of harmonic_merge; triton.py says how they are launched.
+
+A program merges BLOCK numbers of all inputs. Complex numbers lie in memory as (re, im) pairs:
+[BLOCK, 2] tiles are loaded and split. `parts` and `weights` are tuples, over which the loops are
+unrolled at compile time. Divisions and square roots are rounded correctly (div_rn, sqrt_rn), which
+those of plain operators on a GPU are not. The polynomials are of the kind that
+docs/design/merge-polynomials.md derives for the C++, in float32 and so with fewer terms.
+"""
 
 import triton
 import triton.language as tl
@@ -6,10 +13,15 @@ import triton.language as tl
 
 @triton.jit
 def merge_kernel(parts, weights, out, size, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr):
+    """Write 1 / sum_i (w_i / |z_i|), turned by the mean phase, of BLOCK numbers.
+
+    Inputs are read twice: the second time from the caches.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     pairs = at[:, None] * 2 + tl.arange(0, 2)[None, :]
-    # The smallest of the larger parts: ratios to it neither over- nor underflow.
+    # The larger part of |re| and |im| is |z| up to a factor of 1 to sqrt(2). Magnitudes are taken
+    # relative to the smallest of these: the ratios base / |z| are at most 1 and cannot overflow.
     base = tl.full((BLOCK,), float("inf"), tl.float32)
     for j in tl.static_range(len(parts)):
         re, im = tl.split(tl.load(parts[j] + pairs, mask=inside[:, None], other=1.0))
@@ -38,7 +50,7 @@ def merge_kernel(parts, weights, out, size, CIRCULAR: tl.constexpr, BLOCK: tl.co
     else:
         cos, sin = _turned(x)
     mean = tl.div_rn(base, reciprocal)
-    # Zero where an input is.
+    # The result is zero if an input is zero.
     re = tl.where(base == 0, 0.0, mean * cos)
     im = tl.where(base == 0, 0.0, mean * sin)
     tl.store(out + pairs, tl.join(re, im), mask=inside[:, None])
@@ -66,15 +78,15 @@ def merge_backward_kernel(
     square = x * x + y * y
     for j in tl.static_range(len(parts)):
         length, cos, sin = _polar(parts[j] + pairs, inside)
-        turning = weights[j]
+        phase_weight = weights[j]
         if CIRCULAR:
-            share = weights[j] * (cos * x + sin * y)
-            turning = tl.div_rn(share, tl.where(square == 0, 1.0, square))
+            cosine = weights[j] * (cos * x + sin * y)
+            phase_weight = tl.div_rn(cosine, tl.where(square == 0, 1.0, square))
         ratio = tl.div_rn(mean, tl.where(length == 0, 1.0, length))
         a = weights[j] * along * ratio * ratio
-        b = -turning * across * ratio
-        own = tl.join(cos * a - sin * b, cos * b + sin * a)
-        tl.store(grads[j] + pairs, own, mask=inside[:, None])
+        b = -phase_weight * across * ratio
+        part = tl.join(cos * a - sin * b, cos * b + sin * a)
+        tl.store(grads[j] + pairs, part, mask=inside[:, None])
 
 
 @triton.jit
@@ -91,27 +103,34 @@ def _polar(pointer, inside):
 
 @triton.jit
 def _larger(a, b):
+    """Return the larger one, or NaN if either is NaN: maximum() alone would hide it."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _smaller(a, b):
+    """Return the smaller one, or NaN if either is NaN."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _negative(x):
-    """Whether the sign is set, that of zero too."""
+    """Return whether the sign bit is set, also of -0.0: the branch cut depends on it."""
     return x.to(tl.int32, bitcast=True) < 0
 
 
 @triton.jit
 def _angle(re, im, slope):
-    """atan2(im, re), given the smaller of |re| and |im| over the larger."""
+    """Return atan2(im, re), given slope = the smaller of |re| and |im| over the larger.
+
+    slope is the tangent of an angle of 0 to 45 degrees. Above tan(pi/8), (slope - 1) / (slope + 1)
+    is the tangent of that angle minus pi/4: so the polynomial serves |x| <= tan(pi/8) only. Then
+    the angle is brought to its octant, by pi/2 - a and pi - a, and gets the sign of im.
+    """
     wide = slope > 0.41421357  # tan(pi/8)
     x = tl.where(wide, tl.div_rn(slope - 1, slope + 1), slope)
     square = x * x
-    # atan(x) / x, 6e-10 off.
+    # (atan(x) - x) / x^3 by Horner's rule; atan(x) / x is off by 6e-10 at most.
     series = square * -0.06032459460398834 + 0.10572580136282739
     series = series * square - 0.14239962985546747
     series = series * square + 0.19998210516714143
@@ -125,9 +144,13 @@ def _angle(re, im, slope):
 
 @triton.jit
 def _turned(angle):
-    """cos and sin of |angle| < 4."""
+    """Return cos and sin of |angle| < 4: a mean of phases is within pi, and rounding.
+
+    The nearest multiple of pi/2 is subtracted, which leaves |x| <= pi/4; its number modulo 4 says
+    which of the two polynomials is the cosine, and the signs.
+    """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
-    # pi/2 in two parts, of which the first has few enough bits for products that are exact.
+    # pi/2 in two parts. The first has so few bits that its product with `quarter` is exact.
     x = (angle - quarter * 1.5703125) - quarter * 0.0004838267948966
     square = x * x
     sine = square * 2.7171142903332335e-06 - 0.00019839174161687443

@@ -1,1 +1,1 @@
-"""The mean of the latents, a LayerNorm and a linear layer: from latents to logits."""
+"""The head of a model, from latents to logits: their mean, a LayerNorm and a linear layer."""

@@ -10,13 +10,13 @@ from ..checks import refuse_forward_mode
 from .reference import head_reference
 
 _LIBRARY = torch.library.Library("motet", "FRAGMENT")
-# The Triton form alone. The last two results are the standardised means and 1 / SD, for the
-# backward pass.
+# Registered for the Triton form only. The last two results are the standardised means and 1 / SD,
+# which the backward pass needs.
 _LIBRARY.define(
     "head(Tensor latents, Tensor gain, Tensor shift, Tensor weight, Tensor bias, float eps) "
     "-> (Tensor, Tensor, Tensor)"
 )
-# The gradients of all that is differentiable, in the order of `head`.
+# The gradients of latents, gain, shift, weight and bias.
 _LIBRARY.define(
     "head_backward(Tensor grad, Tensor normal, Tensor rstd, Tensor gain, Tensor shift, "
     "Tensor weight, SymInt latents, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -33,12 +33,12 @@ def head(
     eps: float,
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""Take the mean over the latents, its LayerNorm, and a linear layer of that.
+    r"""Compute a linear layer of the LayerNorm of the mean of the latents.
 
     .. math:: W \, \mathrm{LN}\Big(\frac1C \sum_c S_c\Big) + b
 
-    On a GPU it is one launch forward and one backward. In the dtype of the weights also under
-    autocast: rounding a few rows and weights would take longer than to multiply them.
+    On a GPU it is one launch forward and one backward. It is computed in the dtype of the weights
+    under autocast too: to cast a few rows and weights would take longer than to multiply them.
 
     Args:
         latents: S, [B, C, D].
@@ -54,12 +54,12 @@ def head(
         [B, K]. Differentiable once on Triton.
 
     Raises:
-        ValueError: Triton where it cannot be had; before the kernels, also shapes, dtypes or
-            devices that do not fit.
+        ValueError: "triton" where it cannot compute; on Triton also shapes, dtypes or devices that
+            do not fit.
     """
-    size = weight.shape[-1] <= 256 and weight.shape[0] <= 1024
-    why = "" if size else "takes up to 256 numbers a latent, and 1,024 outputs"
-    if backend != "compile" and on_triton(backend, weight.device.type, weight.dtype, why):
+    fits = weight.shape[-1] <= 256 and weight.shape[0] <= 1024
+    why_not = "" if fits else "takes up to 256 numbers a latent, and 1,024 outputs"
+    if backend != "compile" and on_triton(backend, weight.device.type, weight.dtype, why_not):
         _check(latents, gain, shift, weight, bias)
         refuse_forward_mode("head")
         return torch.ops.motet.head(latents, gain, shift, weight, bias, eps)[0]

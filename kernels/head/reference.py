@@ -1,4 +1,4 @@
-"""head, literally."""
+"""head as its equation says: the fast forms are compared with this one."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of head; a program owns a sample, or backward some columns."""
+"""Launches the Triton kernels of head: a program has a sample, or backward also some columns."""
 
 import torch
 from torch import Tensor
@@ -6,16 +6,16 @@ from torch import Tensor
 from ..launch import cdiv, launch, next_power_of_2
 from .triton_kernels import head_backward_kernel, head_kernel
 
-# Latents and outputs of a sample at a time.
+# Latents, and outputs, of a sample in a step.
 _BLOCK_C, _BLOCK_K = 16, 16
-# Samples, outputs and columns at a time of a program that adds up the gradients of weights.
+# Gradients of weights: samples and outputs in a step, and columns of a program.
 _SAMPLES, _OUTPUTS, _COLUMNS = 16, 16, 8
 
 
 def forward(
     latents: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what motet::head returns, of contiguous weights and latents of any strides."""
+    """Compute motet::head of contiguous weights and latents of any strides."""
     (bags, count, dim), outputs = latents.shape, len(weight)
     logits = weight.new_empty(bags, outputs)
     normal = weight.new_empty(bags, dim, dtype=torch.float32)
@@ -40,7 +40,7 @@ def backward(
     count: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return what motet::head_backward returns, of contiguous arguments."""
+    """Compute motet::head_backward of contiguous arguments."""
     (bags, dim), outputs = normal.shape, len(weight)
     dlatents = normal.new_empty(bags, count, dim, dtype=dtype)
     dgain, dshift, dweight = (torch.empty_like(x) for x in (gain, shift, weight))

@@ -1,4 +1,8 @@
-"""The Triton kernels of head; triton.py says how they are launched."""
+"""The Triton kernels of head; triton.py says how they are launched.
+
+Products are sums of elementwise products in float32, without matrix units: a model has few outputs.
+All D channels of a row are one block of BLOCK_D.
+"""
 
 import triton
 import triton.language as tl
@@ -12,7 +16,7 @@ def _vector(base, i, size):
 
 @triton.jit
 def _matrix(base, row, rows, column, width):
-    """Load rows and columns of a contiguous matrix in float32, zeros beyond its sides."""
+    """Load rows and columns of a contiguous matrix in float32, zeros behind its sides."""
     mask = (row < rows)[:, None] & (column < width)[None, :]
     at = row[:, None] * width + column[None, :]
     return tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
@@ -51,7 +55,7 @@ def head_kernel(
 
 
 @triton.jit
-def _of_sample(
+def _sample_gradient(
     sample, dlogits_ptr, normal_ptr, rstd_ptr, gain_ptr, weight_ptr, dlatents_ptr, n_outputs,
     C: tl.constexpr, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -73,17 +77,17 @@ def _of_sample(
         c = c0 + tl.arange(0, BLOCK_C)
         mask = (c < C)[:, None] & (d < D)[None, :]
         at = c[:, None] * D + d[None, :]
-        own = tl.zeros([BLOCK_C, BLOCK_D], tl.float32) + grad[None, :]
-        tl.store(dlatents_ptr + at, own.to(dlatents_ptr.dtype.element_ty), mask=mask)
+        grads = tl.zeros([BLOCK_C, BLOCK_D], tl.float32) + grad[None, :]
+        tl.store(dlatents_ptr + at, grads.to(dlatents_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _of_columns(
+def _column_gradients(
     first, dlogits_ptr, normal_ptr, gain_ptr, shift_ptr, weight_ptr, dgain_ptr, dshift_ptr,
     dweight_ptr, dbias_ptr, n_samples, n_outputs,
     D: tl.constexpr, SAMPLES: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of COLUMNS columns of the weights; those of the first, also of the bias.
+    """Write the gradients of COLUMNS columns of the weights; the first program, of the bias too.
 
     With M = dlogits^T normal and m = dlogits^T 1, summed over the samples in order: dW is
     M diag(gain) + m shift^T, dgain the sum over outputs of W M, and dshift that of W m.
@@ -109,8 +113,8 @@ def _of_columns(
         tl.store(at, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
         dgain += tl.sum(weight * moment, 0)
         dshift += tl.sum(weight * total[:, None], 0)
-        own = (k < n_outputs) & (first == 0)
-        tl.store(dbias_ptr + k, total.to(dbias_ptr.dtype.element_ty), mask=own)
+        has_bias = (k < n_outputs) & (first == 0)
+        tl.store(dbias_ptr + k, total.to(dbias_ptr.dtype.element_ty), mask=has_bias)
     tl.store(dgain_ptr + d, dgain.to(dgain_ptr.dtype.element_ty), mask=d < D)
     tl.store(dshift_ptr + d, dshift.to(dshift_ptr.dtype.element_ty), mask=d < D)
 
@@ -125,12 +129,12 @@ def head_backward_kernel(
     """Write the gradients of one sample's latents, or of COLUMNS columns of the weights."""
     program = tl.program_id(0)
     if program < n_samples:
-        _of_sample(
+        _sample_gradient(
             program, dlogits_ptr, normal_ptr, rstd_ptr, gain_ptr, weight_ptr, dlatents_ptr,
             n_outputs, C, D, BLOCK_C, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     else:
-        _of_columns(
+        _column_gradients(
             (program - n_samples) * COLUMNS, dlogits_ptr, normal_ptr, gain_ptr, shift_ptr,
             weight_ptr, dgain_ptr, dshift_ptr, dweight_ptr, dbias_ptr, n_samples, n_outputs, D,
             SAMPLES, OUTPUTS, COLUMNS,

@@ -1,1 +1,1 @@
-"""Values of the one token that a row has: what attention takes of it, whatever Q and K are."""
+"""Attention to a single token: its weight is 1, so that the result is the token's value."""

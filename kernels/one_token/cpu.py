@@ -1,27 +1,27 @@
-"""one_token_values in C++ (csrc), for a few rows at a time."""
+"""one_token_values in C++ (csrc), a few rows at a time."""
 
 import torch
 from torch import Tensor
 
 from ..native import direct
 
-# So many rows fit the registers at once. More are taken in parts, which is as fast as torch's
-# product, so that a row has the same bits in a batch of any size.
+# Rows of one call of the C++: the registers hold the sums of so many. More rows take several calls,
+# which is as fast as torch's product, and gives a row the same bits in a batch of any size.
 FEW_ROWS = 16
 
 
 def few_rows(operator: str, rows: Tensor, values: Tensor, width: int) -> Tensor | None:
-    """Call the C++ for rows that end in `width` numbers; return None where it is not for them."""
+    """Call the C++ operator of this name; return [..., width], or None if it cannot compute it."""
     if values.dtype not in (torch.float32, torch.float64):
         return None
-    own = as_matrix(rows.detach()).contiguous()
-    module = direct(own, values)
+    matrix = as_matrix(rows.detach()).contiguous()
+    module = direct(matrix, values)
     if module is None:
         return None
-    out = torch.empty(len(own), width, dtype=values.dtype)
+    out = torch.empty(len(matrix), width, dtype=values.dtype)
     call, threads = getattr(module, operator), torch.get_num_threads()
-    for part, into in zip(own.split(FEW_ROWS), out.split(FEW_ROWS), strict=True):
-        call(part.numpy(), values.numpy(), into.numpy(), threads)
+    for rows_in, rows_out in zip(matrix.split(FEW_ROWS), out.split(FEW_ROWS), strict=True):
+        call(rows_in.numpy(), values.numpy(), rows_out.numpy(), threads)
     return out.view(*rows.shape[:-1], width)
 
 

@@ -1,4 +1,4 @@
-"""Values of the one token that a row has: what attention takes of it, whatever Q and K are."""
+"""Attention to a single token: its weight is 1, so that the result is the token's value."""
 
 from typing import Any, cast
 
@@ -14,14 +14,14 @@ def one_token_values(tokens: Tensor, weight: Tensor) -> Tensor:
 
     .. math:: y_r = W_v x_r, \quad W = [W_k \,|\, W_v]
 
-    HEALNet's Eq. 2 for one token: the softmax of a single score is 1, so that V is all there is. A
-    few rows read the weights once from memory, and a row has the same bits beside any others; the
-    gradient of `weight` is written once.
+    HEALNet's Eq. 2 for one token: the softmax of a single score is 1, whatever Q and K are, so that
+    the result is V. A few rows read the weights once from memory, and a row has the same bits
+    beside any others; the gradient of `weight` is written once.
 
     Args:
         tokens: [..., K].
-        weight: [2 M, K], of which the first half belongs to the keys; its dtype and device are
-            those of the tokens, but for autocast.
+        weight: [2 M, K], first the M rows of the keys, which are not read. Of the dtype and device
+            of the tokens; under autocast of any dtype.
 
     Returns:
         [..., M]. Differentiable in both, any number of times.
@@ -71,17 +71,17 @@ class _Values(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore
         tokens, weight = ctx.saved_tensors
         values = weight[len(weight) // 2 :]
-        again = torch.is_grad_enabled()  # to be differentiated again
-        of_tokens = of_weight = None
+        differentiable = torch.is_grad_enabled()  # a second derivative may follow
+        dtokens = dweight = None
         if ctx.needs_input_grad[0]:
-            if not again:
-                of_tokens = few_rows("few_rows_backward", grad, values.detach(), tokens.shape[-1])
-            of_tokens = grad @ values if of_tokens is None else of_tokens
+            if not differentiable:
+                dtokens = few_rows("few_rows_backward", grad, values.detach(), tokens.shape[-1])
+            dtokens = grad @ values if dtokens is None else dtokens
         if ctx.needs_input_grad[1]:
             grad, tokens = as_matrix(grad).t(), as_matrix(tokens)
-            if again:
-                return of_tokens, F.pad(grad @ tokens, (0, 0, len(values), 0))
-            of_weight = weight.new_empty(weight.shape)
-            of_weight[: len(values)].zero_()
-            torch.mm(grad, tokens, out=of_weight[len(values) :])
-        return of_tokens, of_weight
+            if differentiable:
+                return dtokens, F.pad(grad @ tokens, (0, 0, len(values), 0))
+            dweight = weight.new_empty(weight.shape)
+            dweight[: len(values)].zero_()
+            torch.mm(grad, tokens, out=dweight[len(values) :])
+        return dtokens, dweight

@@ -1,1 +1,1 @@
-"""Means and 1 / SDs of context rows, known before the products that need them."""
+"""Means and 1 / SDs of context rows, computed before the products that need them."""

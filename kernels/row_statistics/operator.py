@@ -1,4 +1,4 @@
-"""Means and 1 / SDs of context rows, known before the products that need them."""
+"""Means and 1 / SDs of context rows, computed before the products that need them."""
 
 import torch
 from torch import Tensor
@@ -22,14 +22,15 @@ def row_statistics(
     eps: float = 1e-5,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the statistics by which a LayerNorm normalises context tokens.
+    r"""Return the means and 1 / SDs by which a LayerNorm normalises context tokens.
 
     .. math:: \mu_t, \quad \frac{1}{\sqrt{\sigma_t^2 + \epsilon}}
         \quad\text{of}\quad z_t = [x_t \,|\, p_t]
 
-    What context_kv and absorbed_attention take as `statistics`: tokens that are read several times,
-    by the layers of a model or in every epoch, need them once. A row's statistics do not depend on
-    the rows beside it. Rows with a mean far above their standard deviation lose no digits.
+    context_kv and absorbed_attention take them as `statistics`: for tokens that are read several
+    times, by the layers of a model or in every epoch, they need to be computed once only. A row's
+    statistics do not depend on other rows. Rows whose mean is far above their standard deviation
+    lose no digits.
 
     Args:
         x: [T, D] tokens; [B, N, D] counts as B·N of them.
@@ -38,8 +39,8 @@ def row_statistics(
         backend: "auto", "triton" or "eager" ("compile" counts as "eager").
 
     Returns:
-        μ and 1/√(σ² + ε), [T] each, float32 (float64 for float64 tokens). No gradient flows through
-        them: that of the operators that take them has their part in it.
+        μ and 1/√(σ² + ε), [T] each, float32 (float64 for float64 tokens). They have no gradient:
+        the operators that take them include it in their gradient of the tokens.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.

@@ -1,4 +1,4 @@
-"""row_statistics, literally: what the fast forms are compared with."""
+"""row_statistics as its equation says: the fast forms are compared with this one."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ..dtypes import wide
 def row_statistics_reference(
     x: Tensor, *, positions: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Compute row_statistics in torch, literally."""
+    """Compute row_statistics in torch, as its equation says."""
     z = x.to(wide(x.dtype))
     if positions is not None:
         shared = positions.repeat(len(x) // len(positions), 1) if len(x) else positions[:0]

@@ -1,4 +1,4 @@
-"""Launches the Triton kernel that reads rows for their means and 1 / SDs."""
+"""Launches the Triton kernel that computes the means and 1 / SDs of rows."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def forward(x: Tensor, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if not rows:
         return mean, rstd
-    # A row of up to 4096 numbers is read in one piece, 8192 numbers by a program of 4 warps.
+    # A row of up to 4096 numbers is one block. A program of 4 warps holds 8192 numbers.
     block_d, block_p = min(4096, next_power_of_2(width)), next_power_of_2(max(channels, 1))
     block_t = max(1, 8192 // max(block_d, block_p, 64))
     launch(
@@ -35,7 +35,7 @@ def forward(x: Tensor, p: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
 def statistics_of(
     x: Tensor, p: Tensor | None, mean: Tensor | None, rstd: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and rstd, contiguous; those of the rows of [x | p] where they are None."""
+    """Return mean and rstd, contiguous; computes those of the rows of [x | p] if they are None."""
     if mean is None or rstd is None:
         return forward(x, p, eps)
     return mean.contiguous(), rstd.contiguous()

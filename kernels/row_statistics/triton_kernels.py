@@ -10,18 +10,19 @@ from ..tile_kernels import load_tile
 def _join(mean, m2, count, z, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Add a block of columns to the mean and the sum of squared deviations m2 of `count` columns.
 
-    Chan et al. 1983, Eq. 2.1. The block's own mean is taken twice, the second time of what is left:
-    so the rounding of a large mean does not reach m2, and a constant row has no deviation.
+    Chan et al. 1983, Eq. 2.1. The mean of the block is computed twice, the second time of the
+    deviations from the first: so the rounding of a large mean does not reach m2, and a constant row
+    has a deviation of exactly zero.
     """
     column = first + tl.arange(0, BLOCK)
     inside = (column < WIDTH)[None, :]
     size = tl.minimum(WIDTH - first, BLOCK).to(tl.float32)
-    own = tl.sum(z, 1) / size
-    left = tl.where(inside, z - own[:, None], 0.0)
-    shift = tl.sum(left, 1) / size
-    left = tl.where(inside, left - shift[:, None], 0.0)
-    move = (own - mean) + shift
-    m2 += tl.sum(left * left, 1) + move * move * (count * size / (count + size))
+    block_mean = tl.sum(z, 1) / size
+    deviation = tl.where(inside, z - block_mean[:, None], 0.0)
+    shift = tl.sum(deviation, 1) / size
+    deviation = tl.where(inside, deviation - shift[:, None], 0.0)
+    move = (block_mean - mean) + shift
+    m2 += tl.sum(deviation * deviation, 1) + move * move * (count * size / (count + size))
     return mean + move * (size / (count + size)), m2, count + size
 
 
@@ -33,8 +34,9 @@ def row_statistics_kernel(
 ):  # fmt: skip
     """mean[t] and rstd[t] = 1 / sqrt(var[t] + eps) of BLOCK_T rows [x[t] | p[t mod n_positions]].
 
-    Nothing else is done with a block: were it an operand of a product too, Triton would give it one
-    buffer less, and refill it while the matrix units of sm_90 still read it.
+    The product that needs the statistics is another kernel, although both read x. If a tile were
+    summed up and multiplied in one loop, Triton would give it one buffer less, and refill it while
+    the matrix units of sm_90 still read it: a data race (benchmarks/loops.py).
     """
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = t < n_rows

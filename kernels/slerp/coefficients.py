@@ -1,4 +1,4 @@
-"""What slerp multiplies the vectors with, from the cosines between them."""
+"""The coefficients of slerp, from the cosines between the vectors."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,17 @@ from torch import Tensor
 
 from ..checks import normalised_weights
 
-# Closer than this to opposite, the great circle between two vectors is undefined in practice.
+# Two vectors whose cosine is closer than this to -1 count as opposite: many great circles join
+# them, and rounding would choose one. Chosen.
 _OPPOSITE = 1e-7
 
-# Less of the weighted logarithms along the mean than this cannot stand for its direction.
+# The least y . p (see slerp_coefficients) from which c = y / (y . p) is computed; below it the
+# division would amplify rounding a thousand times. Chosen.
 _FLAT = 1e-3
 
 
 def shares_of(weights: Sequence[float] | float | None, count: int) -> list[float]:
-    """Return one weight per vector, summing to 1; one number is the weight of the second of two."""
+    """Return one weight per vector, in sum 1; a single number is that of the second of two."""
     if weights is None or (isinstance(weights, Iterable) and getattr(weights, "ndim", 1) > 0):
         return normalised_weights(weights, count)
     t = float(cast(float, weights))
@@ -33,12 +35,12 @@ def slerp_coefficients(cosines: Tensor, weights: Sequence[float]) -> Tensor:
     """Return the c_i of the weighted Karcher mean Σ c_i u_i, float64 [n].
 
     Args:
-        cosines: float64 [n, n] on the CPU, cosines between the vectors; 0 with itself for a zero
-            vector.
+        cosines: float64 [n, n] on the CPU, between the vectors; a zero vector has the cosine 0 with
+            itself.
         weights: n numbers that sum to 1.
     """
     w = torch.tensor(list(weights), dtype=torch.float64)
-    # Negated, so that NaN is caught too.
+    # `not (a > b)`, so that NaN is caught too.
     if not (cosines.diagonal() > 0.5).all() or not (cosines > _OPPOSITE - 1.0).all():
         return w
     if len(w) == 2:

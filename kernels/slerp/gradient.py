@@ -7,7 +7,7 @@ from .coefficients import cosines_between, inverse_sinc, slerp_coefficients
 
 
 def gradient(grad: Tensor, vectors: list[Tensor], weights: list[float]) -> list[Tensor]:
-    """Differentiate Σ c_i v_i: directly, and through the c_i by the implicit function theorem.
+    """Return the gradients of Σ c_i v_i: directly, and through c by the implicit function theorem.
 
     With p = G c (G the cosines) and y_i = w_i Θ_i / sin Θ_i at cos Θ_i = p_i, the coefficients
     satisfy c = y / (y·p). Hence (I - J G) dc = J dG c with J = dc/dp, and for h_i = <grad, v_i>:
@@ -29,8 +29,8 @@ def gradient(grad: Tensor, vectors: list[Tensor], weights: list[float]) -> list[
         adjoint = jacobian.T @ torch.linalg.solve(system.T, h)
         pull = torch.outer(adjoint, direct) + torch.outer(direct, adjoint)
         pull = (pull - torch.diag(pull.diagonal())) / (norms[:, None] * norms)
-        own = -(pull * cosines * norms[:, None] * norms).sum(1) / norms**2
-        weight = (pull + torch.diag(own)).tolist()
+        diagonal = -(pull * cosines * norms[:, None] * norms).sum(1) / norms**2
+        weight = (pull + torch.diag(diagonal)).tolist()
         for i in range(n):
             for j in range(n):
                 grads[i] = grads[i] + weight[i][j] * vectors[j].double()

@@ -33,14 +33,15 @@ def slerp(
 
     with Θ the angle between a and b and t the weight of b (MM-Lego, section 3.3). For more than
     two, the weighted Karcher mean of the unit vectors u_i is written as Σ c_i u_i, and Σ c_i v_i is
-    returned: at two it is the formula above, whatever the norms. Vectors of which one is zero, two
-    are opposite, or which spread so far that no mean stands out are interpolated linearly.
+    returned: for two vectors this is the formula above, whatever their norms. The interpolation is
+    linear if a vector is zero, if two are opposite, or if they spread so far that the mean on the
+    sphere is not determined.
     Differentiable in `vectors`, once, in reverse mode.
 
     Args:
-        vectors: one or more float32 or float64 tensors of one shape, dtype and device; there is no
-            broadcasting. Any strides: read as they lie where all are contiguous, or dense in one
-            order of axes (all transposed, say); else those that differ are copied.
+        vectors: one or more float32 or float64 tensors of one shape, dtype and device, without
+            broadcasting. They are read in place if all are contiguous, or dense in the same order
+            of axes (all transposed, say); tensors with other strides are copied.
         weights: one non-negative number per tensor, normalised to sum to 1; None means equal. For
             two tensors also t in [0, 1], the weight of the second: 0 returns the first, 1 the
             second.
@@ -49,13 +50,13 @@ def slerp(
             torch; "triton"; or "eager", which is torch, as is "compile".
 
     Returns:
-        A tensor of the same shape and dtype, its axes in memory in the order of the first of
-        `vectors` where that has no gaps; `out` if given.
+        A tensor of the same shape and dtype, in memory in the order of axes of the first of
+        `vectors` if that has no gaps; `out` if given.
 
     Raises:
         ValueError: tensors that differ in shape, dtype or device, weights that do not fit, a t
-            outside [0, 1], a `backend` that cannot be had, or an `out` that does not match, that
-            has gaps, or that shares memory with a part of a vector.
+            outside [0, 1], a `backend` that cannot compute them, or an `out` that does not match,
+            that has gaps, or that shares only a part of its memory with a vector.
         TypeError: something that is not a tensor.
 
     Example:
@@ -74,7 +75,7 @@ def slerp(
         result = torch.empty_like(first) if out is None else out
         run(module, vectors, shares, result)
         return result
-    if first.device.type == "mps":  # which has no float64, in which angles are taken
+    if first.device.type == "mps":  # it has no float64, in which angles are computed
         result = torch.ops.motet.slerp([v.cpu() for v in vectors], shares, backend).to(first.device)
         return result if out is None else out.copy_(result)
     return _dispatched(vectors, shares, out, backend)
@@ -83,7 +84,7 @@ def slerp(
 def _dispatched(
     vectors: list[Tensor], shares: list[float], out: Tensor | None, backend: str
 ) -> Tensor:
-    """Call the torch.library operator on tensors contiguous in the order of axes that they have."""
+    """Call the torch.library operator, with axes permuted so that dense tensors are contiguous."""
     first = vectors[0] if out is None else out
     order = None if all(v.is_contiguous() for v in [*vectors, first]) else dense_order(first)
     if order is not None:
@@ -108,11 +109,10 @@ def _forward_out(vectors: list[Tensor], weights: list[float], out: Tensor, backe
         if module is not None:
             run(module, vectors, weights, out.detach())
             return
-    wrong = "" if out.dtype == torch.float32 else f"takes float32, got {out.dtype}"
+    why_not = "" if out.dtype == torch.float32 else f"takes float32, got {out.dtype}"
     if len(vectors) > 8:
-        wrong = f"takes up to 8 vectors, got {len(vectors)}"
-    refuse_overlap("vectors", vectors, out)
-    if not on_triton(backend, out.device.type, out.dtype, wrong):
+        why_not = f"takes up to 8 vectors, got {len(vectors)}"
+    if not on_triton(backend, out.device.type, out.dtype, why_not):
         out.copy_(slerp_reference(vectors, weights))
         return
     from . import triton as launchers
@@ -125,7 +125,7 @@ def _fake(vectors: list[Tensor], weights: list[float], backend: str) -> Tensor:
     return torch.empty(vectors[0].shape, dtype=vectors[0].dtype, device=vectors[0].device)
 
 
-def _twice(ctx, grads):
+def _refuse_second(ctx, grads):
     raise NotImplementedError("slerp: expected one derivative, got a request for the second")
 
 
@@ -152,7 +152,7 @@ torch.library.register_fake(
     ],
     lib=_LIBRARY,
 )
-torch.library.register_autograd("motet::slerp_backward", _twice, lib=_LIBRARY)
+torch.library.register_autograd("motet::slerp_backward", _refuse_second, lib=_LIBRARY)
 torch.library.register_autograd(
     "motet::slerp", _backward, setup_context=_setup_context, lib=_LIBRARY
 )

@@ -1,4 +1,4 @@
-"""slerp, literally: what the fast forms are compared with."""
+"""slerp as its equation says: the fast forms are compared with this one."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from .coefficients import cosines_between, shares_of, slerp_coefficients
 def slerp_reference(
     vectors: Sequence[Tensor], weights: Sequence[float] | float | None = None
 ) -> Tensor:
-    """Compute slerp in torch, literally."""
+    """Compute slerp in torch, as its equation says."""
     cosines, _ = cosines_between(vectors)
     coefficients = slerp_coefficients(cosines, shares_of(weights, len(vectors))).tolist()
     terms = [c * v.double() for c, v in zip(coefficients, vectors, strict=True)]

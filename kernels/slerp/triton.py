@@ -26,10 +26,10 @@ def products(vectors: Sequence[Tensor]) -> Tensor:
         grid, like = (chunks,), vectors[0]
         launch(products_kernel, like, grid, tuple(vectors), partial, size, CHUNK=CHUNK, BLOCK=BLOCK)
     sums = partial.sum(0)
-    found = sums.new_empty(count, count)
+    gram = sums.new_empty(count, count)
     rows, columns = torch.tril_indices(count, count, device=device)
-    found[rows, columns] = found[columns, rows] = sums
-    return found
+    gram[rows, columns] = gram[columns, rows] = sums
+    return gram
 
 
 def combine(vectors: Sequence[Tensor], coefficients: Tensor, out: Tensor) -> None:
