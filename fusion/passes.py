@@ -235,8 +235,8 @@ def _make_shared(
     return shared
 
 
-def _update_of(step: Step) -> UpdateWeights:
-    out, feed = step.attention.to_out, step.feed_forward
+def _make_update(layer_pass: Pass) -> UpdateWeights:
+    out, feed = layer_pass.attention.to_out, layer_pass.feed_forward
     return UpdateWeights(
         out.weight, out.bias, feed.norm.weight, feed.norm.bias,
         feed.up.weight, feed.up.bias, feed.down.weight, feed.down.bias,

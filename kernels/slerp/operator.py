@@ -112,6 +112,7 @@ def _forward_out(vectors: list[Tensor], weights: list[float], out: Tensor, backe
     why_not = "" if out.dtype == torch.float32 else f"takes float32, got {out.dtype}"
     if len(vectors) > 8:
         why_not = f"takes up to 8 vectors, got {len(vectors)}"
+    refuse_overlap("vectors", vectors, out)
     if not on_triton(backend, out.device.type, out.dtype, why_not):
         out.copy_(slerp_reference(vectors, weights))
         return
