@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import choice
-from ..kernels import attention_weights, context_kv, plan, row_statistics
+from ..kernels import Plan, attention_weights, context_kv, plan, row_statistics
 from ..kernels.absorbed_attention.heads import absorb_queries, absorbed_heads, project_back
 from ..kernels.absorbed_attention.operator import absorbed_weights
 from ..kernels.backends import Backend, check_backend
@@ -313,42 +313,31 @@ def prepare(
         return [OneTokenKeys.project(context, attention, latents) for attention in attentions]
     first, layers = attentions[0], layers or [1] * len(attentions)
     x, positions, offsets = packed = context.packed()
-    bags, weight, eps = len(offsets) - 1, first.to_kv.weight, first.token_norm.eps
-    planned = _plan_strategy(
-        x, bags, first, strategy, backend,
+    eps = first.token_norm.eps
+    planned = _plan(
+        x, len(offsets) - 1, first, strategy, backend,
         latents=latents, layers=sum(layers), weight_sets=len(attentions),
     )  # fmt: skip
-    # `plan` has chosen between "cached" and "absorbed" from FLOP, bytes and launches. For bags of
-    # fewer than 256 tokens on average, two more decisions are made here, after the plan:
-    #
-    # 1. `short`: K and V of all bags come from one product instead of one product per bag. Per bag,
-    #    50 patches take twice the time of one product, most of it to read the weights again. The
-    #    price: a bag's last bits then depend on the other bags of its batch.
-    # 2. `small`: on a CPU, if the caller asks for no strategy, torch's operators compute the
-    #    planned strategy, since calling motet's own takes longer than such small products do.
-    short = len(x) < 256 * bags
-    small = short and strategy is None and not x.is_cuda and backend != "triton"
     statistics = context.packed_statistics(eps)
-    if planned == "absorbed":
-        if small and context.offsets is None:
+    if planned.strategy == "absorbed":
+        if planned.by_torch and context.offsets is None:
             return [BatchedAbsorbedKeys.normalise(context, first)] * len(attentions)
         if statistics is None and x.is_cuda and backend in ("auto", "triton"):
             # Computed here once instead of in every layer. On a CPU the rows are normalised on
             # their way into the product, which gives the statistics at no cost.
             statistics = row_statistics(x, positions=positions, eps=eps, backend=backend)
         return [AbsorbedKeys(context, packed, statistics, backend)] * len(attentions)
-    if small and len(x) <= len(weight):
-        # T tokens are normalised for each set of weights, or the 2·H·E rows of its weights are
-        # folded with the LayerNorm: here the tokens are fewer.
+    if planned.by_torch:
         if context.offsets is None:
             return [BatchedKeys(context, attention) for attention in attentions]
         return [CachedKeys.project(context, offsets, a, backend) for a in attentions]
-    kv = _kv_of_all_layers(packed, attentions, statistics, bag_by_bag=not short, backend=backend)
+    by_bag = not planned.one_product
+    kv = _kv_of_all_layers(packed, attentions, statistics, bag_by_bag=by_bag, backend=backend)
     pairs = zip(kv, layers, strict=True)
     return [CachedKeys(context, offsets, kv_of_set, backend, uses) for kv_of_set, uses in pairs]
 
 
-def _plan_strategy(
+def _plan(
     x: Tensor,
     bags: int,
     attention: Attention,
@@ -358,8 +347,8 @@ def _plan_strategy(
     latents: int,
     layers: int,
     weight_sets: int,
-) -> str:
-    """Return the strategy that `plan` chooses for tokens [T, D]."""
+) -> Plan:
+    """Return the plan for tokens [T, D] of these bags."""
     return plan(
         len(x),
         attention.to_kv.in_features,
@@ -376,7 +365,7 @@ def _plan_strategy(
         tokens_need_grad=x.requires_grad,
         strategy=strategy,
         backend=backend,
-    ).strategy
+    )
 
 
 def _kv_of_all_layers(

@@ -76,6 +76,9 @@ class Plan:
             graph_seconds, host_seconds, launches.
         reason: why this strategy, in a few words.
         graph: whether the time of a CUDA graph decided, not that of eager mode.
+        one_product: whether K and V of all bags come from one product, not from one per bag: for
+            short bags. A bag's last bits then depend on the other bags of its batch.
+        by_torch: whether torch's own operators carry the strategy out: for short bags on a CPU.
 
     Example:
         >>> chosen = motet.kernels.plan(300, 64, bags=4, latents=5, heads=2, head_dim=8, layers=2,
@@ -92,6 +95,8 @@ class Plan:
     costs: dict[str, Cost]
     reason: str
     graph: bool = False
+    one_product: bool = False
+    by_torch: bool = False
 
     @property
     def cost(self) -> Cost:
@@ -116,6 +121,11 @@ class Plan:
             lines.append(line)
         return "\n".join(lines)
 
+
+# Bags of fewer tokens on average are short. With one product per bag, bags of 50 patches take twice
+# the time of one product for all, most of it to read the weights again. On a CPU such products are
+# so small that a call of motet's operators takes longer than the product (measured on two cores).
+SHORT_BAG = 256
 
 _for_graphs = False
 
@@ -217,11 +227,18 @@ def plan(
         return _degenerate(sizes, machine, dtype, backend, graph)
     on_gpu = isinstance(machine, Chip)
     costs = gpu_costs(sizes, machine, dtype) if on_gpu else _cpu_costs(sizes, machine, dtype)
+    short = tokens < SHORT_BAG * bags
     if strategy is not None:
-        return Plan(strategy, backend, machine.name, costs, "set by strategy=", graph)
+        reason = "set by strategy="
+        return Plan(strategy, backend, machine.name, costs, reason, graph, one_product=short)
     faster = _time(costs["absorbed"], graph) < _time(costs["cached"], graph)
     best = "absorbed" if faster else "cached"
-    return Plan(best, backend, machine.name, costs, "least predicted time", graph)
+    # K and V by torch normalise all tokens for each set of weights; ours fold the LayerNorm into
+    # the 2·H·E rows of its weights: torch's way pays while the tokens are fewer than these rows.
+    pays = best == "absorbed" or tokens <= 2 * heads * head_dim
+    by_torch = short and pays and not on_gpu and backend != "triton"
+    reason = "least predicted time"
+    return Plan(best, backend, machine.name, costs, reason, graph, short, by_torch)
 
 
 def _time(cost: Cost, graph: bool) -> float:
@@ -249,7 +266,8 @@ def _degenerate(
         cost = Cost(flop, moved, seconds, seconds, machine.launch, 1)
     if s.tokens == 0:
         reason = "no bag has a token"
-        return Plan("nothing", backend, machine.name, {"nothing": cost}, reason, graph)
+        costs = {"nothing": cost}
+        return Plan("nothing", backend, machine.name, costs, reason, graph, one_product=True)
     reason = "no bag has a second token"
     return Plan("one token", backend, machine.name, {"one token": cost}, reason, graph)
 

@@ -50,6 +50,20 @@ def test_short_bags_are_not_absorbed(machine: Machine) -> None:
     assert planned(1600, training=True, device=machine, **sizes).strategy == "cached"
 
 
+def test_short_bags_share_a_product() -> None:
+    """On a CPU torch computes it, unless a strategy, Triton or many tokens speak against it."""
+    for device in (CPUS[0], "H200"):
+        assert planned(8 * 256 - 1, device=device).one_product
+        assert not planned(8 * 256, device=device).one_product
+        assert planned(8 * 100, device=device, strategy="cached").one_product
+    short = planned(8 * 30, device=CPUS[0])
+    assert (short.strategy, short.by_torch) == ("cached", True)
+    # More tokens than the 2 x 8 x 16 rows of the weights that the LayerNorm is folded into.
+    assert not planned(8 * 40, device=CPUS[0]).by_torch
+    for options in ({"strategy": "cached"}, {"backend": "triton"}, {"device": "H200"}):
+        assert not planned(8 * 30, **{"device": CPUS[0], **options}).by_torch
+
+
 @pytest.mark.parametrize("device", CHIPS)
 def test_gpus_are_known_by_name_without_one_at_hand(device: str) -> None:
     for name in ("25x16", "17x27"):
