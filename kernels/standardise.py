@@ -25,9 +25,9 @@ class Standardiser:
         if self.module is not None:
             if self.positions is not None:
                 self.positions = self.positions.contiguous()
-            low = dtype if dtype == torch.bfloat16 else self.full
+            buffer_dtype = dtype if dtype == torch.bfloat16 else self.full
             rows = min(chunk_rows(self.width, x), len(x))
-            self.room = x.new_empty(rows, self.width, dtype=low)
+            self.buffer = x.new_empty(rows, self.width, dtype=buffer_dtype)
 
     def __call__(
         self, rows: slice, statistics: tuple[Tensor, Tensor] | None = None
@@ -39,7 +39,7 @@ class Standardiser:
         """
         x, positions = self.x[rows], self.positions
         if statistics is None and self.module is not None:
-            z = self.room[: len(x)]
+            z = self.buffer[: len(x)]
             mean, rstd = (x.new_empty(len(x), dtype=self.full) for _ in range(2))
             period = 1 if positions is None else len(positions)
             self.module.standardise(
