@@ -459,7 +459,7 @@ def choose_device(name: str | None, threads: int | None) -> str:
 def check_folder(option: str, path: Path | None) -> None:
     """Raise a ValueError unless the file can be written; called before hours of measuring."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"{option}: expected a file in an existing folder, got {str(path)!r}")
+        raise ValueError(f"{option}: expected a file in a folder that exists, got {str(path)!r}")
 
 
 def figures(value: float) -> str:

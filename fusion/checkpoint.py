@@ -117,18 +117,16 @@ def load(
         raise ValueError(f"{path}: corrupt, its configuration has no {error}") from error
     if "upstream_latents" in tensors:
         model.upstream_latents = torch.zeros_like(tensors["upstream_latents"])
-    of_model = _collect_tensors(model)
-    for side, names in (
-        ("the file", of_model.keys() - tensors),
-        ("the model", tensors.keys() - of_model),
-    ):
+    targets = _collect_tensors(model)
+    missing, unknown = targets.keys() - tensors, tensors.keys() - targets
+    for side, names in (("the file", missing), ("the model", unknown)):
         if names:
             examples = ", ".join(sorted(names)[:3])
             raise ValueError(
                 f"{path}: {side} has no {examples} ({len(names)} in all); {_DIFFERENT}"
             )
     with torch.no_grad():
-        for name, tensor in of_model.items():
+        for name, tensor in targets.items():
             if tensor.shape != tensors[name].shape:
                 raise ValueError(
                     f"{path}: expected {name} {tuple(tensor.shape)}, got "
