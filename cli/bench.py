@@ -186,18 +186,18 @@ def _format_header(facts: Mapping[str, Any]) -> str:
 
 _EXPLAINED = {
     device: (
-        "ms: median (quartiles), in turns with the reference, the literal equation in torch"
-        f"{note}.\nx: reference ms / ms. roofline: least possible time / ms, from the rates above, "
-        "for\ntokens that are read once (twice in a step) and the FLOP of the strategy.\n"
-        f"MiB: {memory}, data included.\nerror: relative error of logits or gradients against "
-        f"float64, as a norm{short};\nif it is too large, nothing is timed."
+        f"ms: median (quartiles), measured in turns with the reference, which is the\nliteral "
+        f"equation in torch{note}.\nx: reference ms / ms.\nroofline: least possible time / ms, by "
+        "the rates above, if tokens are read once\n(twice in a step) and the strategy's FLOP are "
+        f"computed.\nMiB: {memory}, data included.\nerror: relative error of logits or "
+        f"gradients (norms) against float64{short}.\nIf it is too large, nothing is timed."
     )
     for device, memory, note, short in (
-        ("cpu", "growth of the peak resident memory of a fresh process", "", ", of short bags"),
+        ("cpu", "growth of the peak resident memory of a fresh process", "", "\n(of short bags)"),
         (
             "cuda",
             "peak of torch's allocations on the GPU",
-            ",\nand with eager mode; ms is the time of a CUDA graph, copy of the batch included",
+            ", and with eager mode.\nms is the time of a CUDA graph, with the copy of the batch",
             "",
         ),
     )
