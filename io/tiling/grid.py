@@ -149,17 +149,9 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
             "too-large",
             f"expected at most {MAX_PATCHES} patches, got {rows} x {columns}",
         )
-    begins = [np.rint(np.arange(n) * length) for n in (columns, rows)]
-    # The last begin of a patch inside of the slide. Rounding may put a begin half a unit beyond.
-    lasts = [math.floor(side - length + 1e-6) for side in sides]
-    edges = [begin > last for begin, last in zip(begins, lasts, strict=True)]
-    if tiling.border == "drop":
-        edges = [np.zeros_like(edge) for edge in edges]
-    if tiling.border != "pad":
-        begins = [
-            np.minimum(begin, max(last, 0)) for begin, last in zip(begins, lasts, strict=True)
-        ]
-    corners = np.stack([np.tile(begins[0], rows), np.repeat(begins[1], columns)], axis=1)
+    xs, beyond_x = _patch_begins(columns, length, sides[0], tiling.border)
+    ys, beyond_y = _patch_begins(rows, length, sides[1], tiling.border)
+    corners = np.stack([np.tile(xs, rows), np.repeat(ys, columns)], axis=1)
     return Grid(
         level=index,
         ratio=1.0 if copies else target / level.downsample,
@@ -169,9 +161,27 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
         tile_px=tiling.tile_px,
         coords=np.rint(corners * unit).astype(np.int32),
         corners=corners * (unit / level.downsample),
-        edge=(edges[1][:, None] | edges[0]).ravel(),
+        edge=(beyond_y[:, None] | beyond_x).ravel(),
         shape=(rows, columns),
     )
+
+
+def _patch_begins(
+    count: int, length: float, side: int, border: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the patches of one axis begin, and True for those that reach beyond the side.
+
+    With border "shift" these are moved inwards, and stay True.
+    """
+    begins = np.rint(np.arange(count) * length)
+    # The last begin of a patch inside of the slide. Rounding may put a begin half a unit beyond.
+    last = math.floor(side - length + 1e-6)
+    beyond = begins > last
+    if border == "drop":
+        beyond = np.zeros_like(beyond)
+    if border != "pad":
+        begins = np.minimum(begins, max(last, 0))
+    return begins, beyond
 
 
 def _target_and_level(slide: Slide, tiling: Tiling, mpp: float | None) -> tuple[float, int]:

@@ -90,9 +90,8 @@ def write_report(
     `slides/<key>.png` is a slide's thumbnail with the outlines of its tissue and its patches.
     Patches with a flag are filled: orange for pen, yellow for blur, black for corrupt, light blue
     for edge. `sheets/` holds contact sheets of 48 slides each. `slides.csv` has one line per slide,
-    failed ones too. `index.html` shows all of these, failed and empty slides first; its links are
-    relative, and it loads nothing from the internet. A further call draws only the slides that are
-    newer than their pictures.
+    failed ones too. `index.html` shows all, failed and empty slides first; its links are relative,
+    and it loads nothing from the internet. A further call draws only slides that have changed.
 
     Args:
         cohort: folder of the store.

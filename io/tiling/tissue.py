@@ -209,10 +209,8 @@ def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
 
     _check(thumb, um_per_px)
     if tissue.dtype != bool or tissue.shape != thumb.shape[:2]:
-        expected = list(thumb.shape[:2])
-        raise ValueError(
-            f"tissue: expected bool {expected}, got {tissue.dtype} {list(tissue.shape)}"
-        )
+        got = f"{tissue.dtype} {list(tissue.shape)}"
+        raise ValueError(f"tissue: expected bool {list(thumb.shape[:2])}, got {got}")
     blurred = np.zeros(tissue.shape, bool)
     if um_per_px is None or um_per_px > _COARSEST_UM or not tissue.any():
         return blurred
