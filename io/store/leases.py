@@ -249,8 +249,8 @@ def _create_exclusively(path: Path, text: bytes) -> bool:
 def _read_lease(path: Path) -> _LeaseState | None:
     """Read a lease; None if there is no such file.
 
-    It is opened even where its times alone are needed: a network file system then asks its server
-    for the times instead of returning cached ones.
+    The times are read from the open file: opening makes a network file system ask its server for
+    them, instead of returning cached ones.
     """
     try:
         with open(path, "rb") as file:

@@ -10,8 +10,8 @@ What is on the disk after each step, and what a crash at that point leaves:
    the content of its file is not. Once the fsyncs have returned, the whole folder is on the disk.
 4. `commit`, second part: remove `failed/<key>.json`; rename the folder to `slides/<key>.zarr`. The
    rename is atomic: readers see no slide or the complete one. Then fsync of `slides/`, so that
-   the rename too survives a power failure. A crash between the two removes a note of a failure
-   at worst: the slide is then to be done again.
+   the rename too survives a power failure. A crash between the removal and the rename leaves the
+   slide in neither folder: it is done again.
 
 Only the holder of the key's lease (leases.py) removes `.tmp/<key>.*` of other workers (`recover`
 in disk.py), because without the lease such a folder may belong to a worker that is still writing.

@@ -50,7 +50,7 @@ class SlideWriter:
     places, so rows may come in any order and no copy of the features is held in memory.
 
     Args:
-        target: where to, and of which encoder.
+        target: the cohort folder and the encoder.
         key: key of the slide.
         width: D.
         arrays: the other arrays by name; "flags" must be there.
@@ -314,7 +314,7 @@ def _write_array(folder: Path, array: NDArray[Any], *, packed: bool) -> None:
 
     Args:
         folder: of the array; created.
-        array: what to write.
+        array: its values.
         packed: True for an image: one chunk, compressed.
     """
     rows = max(1, len(array)) if packed else _chunk_rows(array.shape, array.itemsize)
