@@ -254,11 +254,12 @@ def quality(measurements: Iterable[Measurement], chip_of: Callable[[Measurement]
         errors[kind].append(predicted / measurement.seconds - 1)
         if measurement.contender in ("cached bf16", "absorbed bf16"):
             pairs[measurement.cell][measurement.strategy] = (predicted, measurement.seconds)
-    both = [pair for pair in pairs.values() if len(pair) == 2]
+    complete = [pair for pair in pairs.values() if len(pair) == 2]
     right = sum(
-        min(pair, key=lambda s: pair[s][0]) == min(pair, key=lambda s: pair[s][1]) for pair in both
+        min(pair, key=lambda s: pair[s][0]) == min(pair, key=lambda s: pair[s][1])
+        for pair in complete
     )
-    return Quality(errors, right, len(both))
+    return Quality(errors, right, len(complete))
 
 
 def by_cell(measurement: Measurement) -> str:

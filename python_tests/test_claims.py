@@ -51,52 +51,52 @@ ABOVE, BELOW, NEITHER = row(0.2, 0.1, 0.3), row(-0.2, -0.3, -0.1), row(0.1, -0.1
 
 
 def test_sentences_follow_the_intervals() -> None:
-    assert rows.said("A", "B", [ABOVE]) == "A is better than B on a (+0.200, +0.100 to +0.300)"
-    assert rows.said("A", "B", [BELOW]) == "A is worse than B on a (-0.200, -0.300 to -0.100)"
+    assert rows.describe("A", "B", [ABOVE]) == "A is better than B on a (+0.200, +0.100 to +0.300)"
+    assert rows.describe("A", "B", [BELOW]) == "A is worse than B on a (-0.200, -0.300 to -0.100)"
     none = "A shows no difference from B on a (+0.100, -0.100 to +0.300)"
-    assert rows.said("A", "B", [NEITHER]) == none
-    both = rows.said("A", "B", [ABOVE, NEITHER, BELOW])
+    assert rows.describe("A", "B", [NEITHER]) == none
+    both = rows.describe("A", "B", [ABOVE, NEITHER, BELOW])
     assert both.index("better") < both.index("worse") < both.index("no difference")
     assert rows.verdict([ABOVE]) == "as the paper claims"
     assert rows.verdict([ABOVE, NEITHER]) == "as the paper claims where any is shown"
     assert rows.verdict([BELOW, NEITHER]) == "against the paper's claim"
     assert rows.verdict([ABOVE, BELOW]) == "partly as the paper claims, partly against it"
     assert rows.verdict([NEITHER]) == "neither for nor against the paper's claim"
-    assert "against" in rows.no_loss([ABOVE, BELOW])
-    assert rows.no_loss([ABOVE, NEITHER]).startswith("no loss shown")
-    assert rows.no_loss([NEITHER, row(0, -0.02, 0.02, case="b")]).endswith(
+    assert "against" in rows.loss_verdict([ABOVE, BELOW])
+    assert rows.loss_verdict([ABOVE, NEITHER]).startswith("no loss shown")
+    assert rows.loss_verdict([NEITHER, row(0, -0.02, 0.02, case="b")]).endswith(
         "none above 0.100 on a and 0.020 on b left possible"
     )
 
 
 def test_claims_say_what_their_rows_say() -> None:
-    better = merging.say([row(0.2, 0.1, 0.3, than=than) for than in merging.RIVALS])
+    better = merging.conclude([row(0.2, 0.1, 0.3, than=than) for than in merging.RIVALS])
     assert better.count("is better than") == 2
     assert better.count("as the paper claims") == 2
-    worse = merging.say([row(-0.2, -0.3, -0.1, than=than) for than in merging.RIVALS])
+    worse = merging.conclude([row(-0.2, -0.3, -0.1, than=than) for than in merging.RIVALS])
     assert worse.count("is worse than") == 2
     assert worse.count("against the paper's claim") == 2
     # Neither single seeds nor single blocks decide.
     unseen = [row(-0.2, -0.3, -0.1, than=merging.RIVALS[0], **one) for one in
               ({"seed": 0}, {"block": "genes"})]  # fmt: skip
-    assert "worse" not in merging.say([row(0.2, 0.1, 0.3, than=merging.RIVALS[0]), *unseen])
+    assert "worse" not in merging.conclude([row(0.2, 0.1, 0.3, than=merging.RIVALS[0]), *unseen])
 
     none = {"what": "LegoMerge, 0% in common"}
     end = row(0.1, -0.1, 0.3, than="HEALNet, all", **none)
     lost = row(-0.2, -0.3, -0.1, than="100% in common", **none)
     kept = row(0.0, -0.05, 0.05, than="100% in common", **none)
-    assert "is worse than that of blocks with all" in overlap.say([lost, end])
-    assert "none above 0.050 on a left possible" in overlap.say([kept, end])
+    assert "is worse than that of blocks with all" in overlap.conclude([lost, end])
+    assert "none above 0.050 on a left possible" in overlap.conclude([kept, end])
 
     steps = [row(0.2, 0.1, 0.3, than="the first alone"), row(-0.2, -0.3, -0.1, than="one less")]
-    said = addition.say(steps)
+    said = addition.conclude(steps)
     assert "is better than its first modality alone" in said
     assert "0 of the additions improve the model by themselves, 1 make it worse" in said
 
     paper, plain = ", ".join(interference.PAPER), ", ".join(interference.PLAIN)
     probe = row(0.2, 0.1, 0.3, what=paper, than=plain)
     worth = row(-0.2, -0.3, -0.1, what=f"{paper}, others shuffled", than=plain)
-    said = interference.say([probe, worth])
+    said = interference.conclude([probe, worth])
     assert "keep more of a block than those merged without a transform" in said
     assert said.index("as the paper claims") < said.index("against the paper's claim")
 
@@ -148,7 +148,7 @@ def test_probes_read_what_is_there() -> None:
     train, test = slice(0, 200), slice(200, None)
 
     def r2(seen: torch.Tensor) -> float:
-        errors = interference._probe(seen[train], seen[test], targets[train], targets[test])
+        errors = interference._probe_errors(seen[train], seen[test], targets[train], targets[test])
         return 1 - errors[:, 0].sum() / errors[:, 1].sum()
 
     assert r2(latents) > 0.999
@@ -160,18 +160,18 @@ def test_overlaps_are_exact(share: float) -> None:
     """As many training patients per block at every overlap, that share of them in common."""
     cohort = load_cohort("breast_cancer")
     (fold,) = (split_of(cohort),)
-    first, common, own = overlap.parts_in_common(cohort, fold, share, 3)
+    first, common, own = overlap.draw_patients(cohort, fold, share, 3)
     k = len(fold.train) // 2
     assert len(first) == len(common | own) == k
     assert common == first & (common | own)
     assert len(common) == round(share * k)
     assert first | own <= set(fold.train)
-    assert first == overlap.parts_in_common(cohort, fold, 0.0, 3)[0]
+    assert first == overlap.draw_patients(cohort, fold, 0.0, 3)[0]
     outcome = pd.Series(cohort.outcome.events, cohort.patients)  # pyright: ignore
     events = [outcome[list(part)].mean() for part in (first, common | own)]
     assert abs(events[0] - events[1]) < 0.05
 
-    masked = overlap.only_these(cohort, fold, {"genes": first, "clinical": common | own})
+    masked = overlap.mask_patients(cohort, fold, {"genes": first, "clinical": common | own})
     genes = masked.modalities["genes"]
     assert set(genes.index[genes.notna().any(axis=1)]) == {  # pyright: ignore
         *first, *fold.validation, *fold.test
@@ -184,9 +184,9 @@ def test_overlaps_are_exact(share: float) -> None:
 def test_overlap_needs_patients_with_both() -> None:
     cohort = load_cohort("breast_cancer")
     fold = split_of(cohort)
-    bare = overlap.only_these(cohort, fold, {"genes": set(), "clinical": set(fold.train)})
+    bare = overlap.mask_patients(cohort, fold, {"genes": set(), "clinical": set(fold.train)})
     with pytest.raises(ValueError, match="training patients who have genes and clinical, got none"):
-        overlap.parts_in_common(bare, fold, 0.5, 0)
+        overlap.draw_patients(bare, fold, 0.5, 0)
 
 
 def test_overlaps_of_bags() -> None:
@@ -195,7 +195,7 @@ def test_overlaps_of_bags() -> None:
     table = pd.DataFrame({"x": [1.0, 2.0, 3.0, 4.0]}, index=list("abcd"))
     cohort = Cohort("c", tuple("abcd"), tuple("abcd"), None, {"bag": bags, "row": table}, None)
     fold = motet.io.Split(("a", "b"), ("c",), ("d",))
-    masked = overlap.only_these(cohort, fold, {"bag": {"a"}, "row": {"b"}})
+    masked = overlap.mask_patients(cohort, fold, {"bag": {"a"}, "row": {"b"}})
     assert masked.modalities["bag"].patients == ("a", "c", "d")  # pyright: ignore
     assert masked.modalities["row"]["x"].isna().tolist() == [True, False, False, False]  # pyright: ignore
 
@@ -284,7 +284,7 @@ def test_interference(shared: Path) -> None:
     run = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d")
     cohort = load_cohort("breast_cancer")
     one = study.Study("breast_cancer", cohort, run.path.parent.parent, 1, True)
-    left = interference._leftover(one, 0, "2d", "2d")
+    left = interference._predict(one, 0, "2d", "2d")
     predicted = scores.scores_of(run)
     for mine, theirs in zip(left.merged["harmonic"], predicted, strict=True):
         assert mine.ids == theirs.ids
@@ -292,7 +292,7 @@ def test_interference(shared: Path) -> None:
     # Shuffled: the other modality's patients differ, so its predictions do; the blocks' do not.
     for name in ("genes", "clinical"):
         assert not np.array_equal(
-            left.alone["mean"][name][0].fold.risks, left.merged["mean"][0].fold.risks  # pyright: ignore
+            left.shuffled["mean"][name][0].fold.risks, left.merged["mean"][0].fold.risks  # pyright: ignore
         )  # fmt: skip
 
 
@@ -361,7 +361,7 @@ def test_a_killed_claim_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(train, "merge_runs", killed)
     assert main(command) == 130
-    assert "goes on where it stopped" in capsys.readouterr().err
+    assert "continues where it stopped" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
     trained = sorted(tmp_path.glob("runs/**/model.safetensors"))
     assert len(trained) == 2
@@ -440,8 +440,8 @@ def test_cohorts_without_data_are_left_out(tmp_path: Path, capsys) -> None:
         "modalities": None,
         "seeds": 1,
         "quick": True,
-        "given": False,
-        "usual": {},
+        "required": False,
+        "defaults": {},
     }
     found = study.studies(("hancock_os", "breast_cancer"), tmp_path, **options)
     assert [one.name for one in found] == ["breast_cancer"]

@@ -1,4 +1,4 @@
-"""What merging does to what each block knew, in the frequency domain and without a transform."""
+"""How much of each block's information a merge keeps, in the frequency domain and without it."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,100 +15,134 @@ from motet.fusion.resampling import Estimate
 from motet.fusion.training import predict_logits
 from torch import Tensor, nn
 
-from .rows import Found, Row, mean_of, means, over_seeds, said, verdict
-from .scores import DRAWS, Floats, Scores, Tested, figure, less, tested, values_of
+from .rows import Figure, Row, describe, mean_of, means, over_seeds, verdict
+from .scores import (
+    DRAWS,
+    Floats,
+    PartPredictions,
+    Scores,
+    compute_difference,
+    compute_metric,
+    part_predictions,
+    values_of,
+)
 from .study import Study, fitted_at, models_of
 
 PENALTIES = np.logspace(-1, 5, 13)
 CLIP = 5.0  # standard deviations
 TRANSFORMS = {"2d": "2d", "latents": "latents", "none": None}
 METHODS = ("harmonic", "mean", "sum", "product")
-# The paper's merge, and the plainest one without a transform.
+# The paper's merge, and the simplest merge without a transform.
 PAPER, PLAIN = ("2d", "harmonic"), ("none", "mean")
+COMPARED = [(PAPER, PLAIN), *((("2d", method), ("none", method)) for method in METHODS)]
+"""Pairs of merges, (transform, method), whose difference is a row."""
 PROBE = "R² of the probe"
 
 
-class Leftover(NamedTuple):
-    """What was predicted with the blocks of one seed and one transform."""
+class MergePredictions(NamedTuple):
+    """The predictions with the blocks of one seed and one transform."""
 
-    own: dict[str, Scores]
-    """Each block alone."""
+    blocks: dict[str, Scores]
+    """By block: of the block alone."""
     merged: dict[str, Scores]
-    """By method."""
-    alone: dict[str, dict[str, Scores]]
-    """By method and block: merged, the other modalities those of another patient."""
+    """By method: of the merged model."""
+    shuffled: dict[str, dict[str, Scores]]
+    """By method and block: of the merged model, if all modalities but the block's are taken from
+    another patient."""
     probes: dict[str, dict[str, list[Floats]]]
     """By method and block: squared errors of the probe and of the mean, [n, 2] per fold."""
 
 
 def measure(study: Study) -> list[Row]:
-    """Merge blocks, with and without a transform, by every method: what is left of each block?
+    """Merge blocks with and without a transform, by every method; measure the loss of each block.
 
-    * A merged model, the other modalities being those of another patient, so that they add nothing
-      but interference; less the block by itself.
-    * The merged model as it is, whose other modalities inform as well; less the block by itself.
-    * R² on test patients of a ridge probe of the block's logits on the merged latents, fitted on
-      training patients.
+    There are three measures for a block:
 
-    Of patients who have all modalities, so that every merge is one of all blocks. Means over blocks
-    are over those whose own interval is above chance: the others have nothing to lose.
+    * "others shuffled": the metric of the merged model less that of the block alone, if all other
+      modalities are taken from another patient. Then they add nothing but interference.
+    * "merged": the metric of the merged model less that of the block alone. Here the other
+      modalities add information too.
+    * R² on test patients of a linear (ridge) probe, which predicts the block's logits from the
+      merged latents and is fitted on training patients.
+
+    Only patients with all modalities count, so that every merge is a merge of all blocks. Means
+    over blocks leave out the blocks whose own interval is not above chance: they have no
+    information to lose.
 
     Raises:
-        ValueError: too few patients who have all modalities.
+        ValueError: too few patients have all modalities.
     """
     seeds = [
-        {name: _leftover(study, seed, name, fft) for name, fft in TRANSFORMS.items()}
+        {name: _predict(study, seed, name, fft) for name, fft in TRANSFORMS.items()}
         for seed in range(study.seeds)
     ]
     names = list(study.cohort.modalities)
     rows: list[Row] = []
 
-    def add(what: str, found: list[dict[str, Found]], measure: str, than: str = "") -> None:
-        """Add rows per block, and of the mean over those that know anything."""
-        row = partial(over_seeds, case=study.name, what=what, than=than, measure=measure)
-        for name in found[0]:
-            rows.extend(row([one[name] for one in found], block=name))
-        rows.extend(row([mean_of([one[name] for name in kept]) for one in found]))
+    def add(label: str, figures: list[dict[str, Figure]], measure: str, than: str = "") -> None:
+        """Add rows for each block, and for the mean over the informative blocks.
 
-    own = {
-        transform: [{name: figure(seed[transform].own[name]) for name in names} for seed in seeds]
+        `figures` has a dict for each seed, by block.
+        """
+        row = partial(over_seeds, case=study.name, what=label, than=than, measure=measure)
+        for name in figures[0]:
+            rows.extend(row([by_block[name] for by_block in figures], block=name))
+        rows.extend(
+            row([mean_of([by_block[name] for name in informative]) for by_block in figures])
+        )
+
+    alone = {
+        transform: [
+            {name: compute_metric(seed[transform].blocks[name]) for name in names} for seed in seeds
+        ]
         for transform in TRANSFORMS
     }
-    kept = [
+    informative = [
         name
         for name in names
-        if all(statistics.fmean(one[name][0].low for one in own[t]) > 0.5 for t in own)
+        if all(
+            statistics.fmean(by_block[name][0].low for by_block in figures) > 0.5
+            for figures in alone.values()
+        )
     ] or names
-    for transform, found in own.items():
-        add(f"{transform}, block alone", found, study.measure)
+    for transform, figures in alone.items():
+        add(f"{transform}, block alone", figures, study.measure)
+        predictions = [seed[transform] for seed in seeds]
         for method in METHODS:
-            what, parts = f"{transform}, {method}", [seed[transform] for seed in seeds]
+            merge = f"{transform}, {method}"
             shuffled = [
-                {name: less(part.alone[method][name], part.own[name]) for name in names}
-                for part in parts
-            ]
-            add(f"{what}, others shuffled", shuffled, study.measure, "block alone")
+                {name: compute_difference(p.shuffled[method][name], p.blocks[name])
+                 for name in names}
+                for p in predictions
+            ]  # fmt: skip
+            add(f"{merge}, others shuffled", shuffled, study.measure, "block alone")
             merged = [
-                {name: less(part.merged[method], part.own[name]) for name in names}
-                for part in parts
+                {name: compute_difference(p.merged[method], p.blocks[name]) for name in names}
+                for p in predictions
             ]
-            add(f"{what}, merged", merged, study.measure, "block alone")
-    for ours, theirs in [(PAPER, PLAIN), *((("2d", m), ("none", m)) for m in METHODS)]:
-        (transform, method), (other, way) = ours, theirs
-        pairs = [(seed[transform].alone[method], seed[other].alone[way]) for seed in seeds]
-        found = [{name: less(a[name], b[name]) for name in names} for a, b in pairs]
-        add(f"{transform}, {method}, others shuffled", found, study.measure, f"{other}, {way}")
-    return rows + _probe_rows(study, seeds, kept)
+            add(f"{merge}, merged", merged, study.measure, "block alone")
+    for (transform, method), (other_transform, other_method) in COMPARED:
+        pairs = [
+            (seed[transform].shuffled[method], seed[other_transform].shuffled[other_method])
+            for seed in seeds
+        ]
+        differences = [
+            {name: compute_difference(a[name], b[name]) for name in names} for a, b in pairs
+        ]
+        label = f"{transform}, {method}, others shuffled"
+        add(label, differences, study.measure, f"{other_transform}, {other_method}")
+    return rows + _probe_rows(study, seeds, informative)
 
 
-def _leftover(study: Study, seed: int, transform: str, fft: str | None) -> Leftover:
-    # The same runs as of the other claims where the transform is the default.
+def _predict(study: Study, seed: int, transform: str, fft: str | None) -> MergePredictions:
+    """Train blocks with one transform, merge them by every method, and predict the test parts."""
+    # With the default transform these are the runs of the other claims: no change is given.
     run = study.train("lego", seed, transform, changes={} if fft == "2d" else {"fft": fft})
-    found = Leftover({}, {}, {m: {} for m in METHODS}, {m: {} for m in METHODS})
+    predictions = MergePredictions({}, {}, {m: {} for m in METHODS}, {m: {} for m in METHODS})
     runs = study.blocks(run)
     for number, split in enumerate(run.splits):
         fitted = fitted_at(runs, number)
-        scaling = {name: one.scaling[name] for name, one in fitted.items()}
+        scaling = {name: block.scaling[name] for name, block in fitted.items()}
         parts = {}
         for part in ("train", "test"):
             patients = Patients.of(study.cohort.modalities, scaling, split[part])
@@ -121,45 +155,54 @@ def _leftover(study: Study, seed: int, transform: str, fft: str | None) -> Lefto
                 f"{len(train)} in the train part and {len(test)} in the test part of fold "
                 f"{number + 1}; choose other --modalities"
             )
-        # Everyone's other modalities are those of the next in a random circle.
+        # The patients stand in a random circle, and each gets the other modalities of a neighbour:
+        # no patient gets their own.
         circle = np.random.default_rng((seed, number)).permutation(len(test))
         donors = torch.empty(len(test), dtype=torch.long)
         donors[circle] = torch.from_numpy(np.roll(circle, 1))
         others = test.select(donors)
         objective = next(iter(fitted.values())).objective
-        scored = partial(_scored, run, number, test.ids, objective)
+        score = partial(_score, run, number, test.ids, objective)
         logits = {}
-        for name, one in fitted.items():
+        for name, block in fitted.items():
             logits[name] = [
-                predict_logits(one.model, one.patients(study.cohort.modalities, part.ids))
+                predict_logits(block.model, block.patients(study.cohort.modalities, part.ids))
                 for part in (train, test)
             ]
-            found.own.setdefault(name, []).append(scored(logits[name][1]))
+            predictions.blocks.setdefault(name, []).append(score(logits[name][1]))
         for method in METHODS:
             model = LegoMerge(models_of(fitted), method=cast(Any, method)).eval()
-            own, latents = _outputs(model, test)
-            learned = _outputs(model, train)[1]
-            found.merged.setdefault(method, []).append(scored(own))
+            merged_logits, test_latents = _outputs(model, test)
+            train_latents = _outputs(model, train)[1]
+            predictions.merged.setdefault(method, []).append(score(merged_logits))
             for name in fitted:
-                alone = scored(_outputs(model, test, others, name)[0])
-                found.alone[method].setdefault(name, []).append(alone)
-                errors = _probe(learned, latents, *logits[name])
-                found.probes[method].setdefault(name, []).append(errors)
-    return found
+                shuffled = score(_outputs(model, test, others, name)[0])
+                predictions.shuffled[method].setdefault(name, []).append(shuffled)
+                errors = _probe_errors(train_latents, test_latents, *logits[name])
+                predictions.probes[method].setdefault(name, []).append(errors)
+    return predictions
 
 
-def _scored(
+def _score(
     run: Run, number: int, ids: Sequence[str], objective: Objective, logits: Tensor
-) -> Tested:
-    return tested(run, number, ids, values_of(objective, logits))
+) -> PartPredictions:
+    return part_predictions(run, number, ids, values_of(objective, logits))
 
 
 @torch.no_grad()
 def _outputs(
     model: nn.Module, patients: Patients, others: Patients | None = None, kept: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Return logits and latents; all modalities but `kept` taken from `others`, if given."""
-    found = []
+    """Return logits and latents of patients.
+
+    Args:
+        model: the merged model.
+        patients: whose outputs are computed.
+        others: patients from whom all modalities but `kept` are taken, one for each; None to take
+            all from `patients`.
+        kept: the modality that is always taken from `patients`.
+    """
+    outputs = []
     for rows in torch.arange(len(patients)).split(16):
         batch = patients.__getitems__(rows.tolist())
         if others is not None:
@@ -171,19 +214,21 @@ def _outputs(
                 {},
             )
         inputs, options = batch.arguments()
-        found.append(model(inputs, **options, return_latents=True))
-    logits, latents = zip(*found, strict=True)
+        outputs.append(model(inputs, **options, return_latents=True))
+    logits, latents = zip(*outputs, strict=True)
     return torch.cat(logits), torch.cat(latents)
 
 
-def _probe(train: Tensor, test: Tensor, targets: Tensor, own: Tensor) -> Floats:
-    """Return squared errors [n, 2], of a ridge probe and of the training mean.
+def _probe_errors(
+    train_latents: Tensor, test_latents: Tensor, train_logits: Tensor, test_logits: Tensor
+) -> Floats:
+    """Return the squared errors of a ridge probe, and of the training mean, [n, 2].
 
     Args:
-        train: merged latents of the training patients, [m, C, D].
-        test: of the test patients, [n, C, D].
-        targets: logits [m, K] of a block, of the training patients.
-        own: of the test patients, [n, K].
+        train_latents: merged latents of the training patients, [m, C, D].
+        test_latents: merged latents of the test patients, [n, C, D].
+        train_logits: a block's logits of the training patients, [m, K].
+        test_logits: a block's logits of the test patients, [n, K].
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.preprocessing import StandardScaler
@@ -192,65 +237,80 @@ def _probe(train: Tensor, test: Tensor, targets: Tensor, own: Tensor) -> Floats:
         parts = torch.view_as_real(latents) if latents.is_complex() else latents
         return parts.flatten(1).double().numpy()
 
-    # Clipped: of real numbers a harmonic merge makes parts that are zero but where a sign differs,
-    # and a sign that differs in no training patient would be worth any number of deviations.
-    scale = StandardScaler().fit(flat(train))
-    x, x_test = (np.clip(scale.transform(flat(z)), -CLIP, CLIP) for z in (train, test))
-    unit = StandardScaler().fit(targets.double().numpy())
-    y, truth = (np.asarray(unit.transform(z.double().numpy())) for z in (targets, own))
-    guess = np.reshape(RidgeCV(PENALTIES).fit(x, y).predict(x_test), truth.shape)
-    return np.stack([((truth - guess) ** 2).sum(1), (truth**2).sum(1)], axis=1)
+    # Clipped, because of the harmonic merge of real numbers. Its imaginary part is zero unless the
+    # signs of the merged numbers differ. If they differ in almost no training patient, the standard
+    # deviation is tiny, and a test patient in whom they differ would be huge after scaling.
+    scaler = StandardScaler().fit(flat(train_latents))
+    x, x_test = (
+        np.clip(scaler.transform(flat(z)), -CLIP, CLIP) for z in (train_latents, test_latents)
+    )
+    y_scaler = StandardScaler().fit(train_logits.double().numpy())
+    y, y_test = (
+        np.asarray(y_scaler.transform(z.double().numpy())) for z in (train_logits, test_logits)
+    )
+    predicted = np.reshape(RidgeCV(PENALTIES).fit(x, y).predict(x_test), y_test.shape)
+    return np.stack([((y_test - predicted) ** 2).sum(1), (y_test**2).sum(1)], axis=1)
 
 
-def _probe_rows(study: Study, seeds: list[dict[str, Leftover]], kept: list[str]) -> list[Row]:
-    """Return R² over the patients of all folds, its differences paired."""
+def _probe_rows(
+    study: Study, seeds: list[dict[str, MergePredictions]], informative: list[str]
+) -> list[Row]:
+    """Return the rows of R² over the patients of all folds, and of paired differences.
+
+    `informative` are the blocks over which means are taken.
+    """
     names = list(study.cohort.modalities)
-    drawn: dict[tuple[str, str, str], list[tuple[float, Floats, int]]] = {}
+    # (transform, method, block or "" for the mean) -> for each seed R², R² of the bootstrap, n.
+    results: dict[tuple[str, str, str], list[tuple[float, Floats, int]]] = {}
     for number, seed in enumerate(seeds):
         size = sum(map(len, next(iter(next(iter(seed.values())).probes["mean"].values()))))
         generator = np.random.default_rng(number)
         counts = generator.multinomial(size, np.full(size, 1 / size), size=DRAWS)
-        for transform, part in seed.items():
+        for transform, predictions in seed.items():
             for method in METHODS:
-                shares = {}
+                r2 = {}
                 for name in names:
-                    errors = np.concatenate(part.probes[method][name])
+                    errors = np.concatenate(predictions.probes[method][name])
                     sums, total = counts @ errors, errors.sum(0)
-                    shares[name] = (1 - total[0] / total[1], 1 - sums[:, 0] / sums[:, 1], size)
-                values, draws, _ = zip(*(shares[name] for name in kept), strict=True)
-                shares[""] = (statistics.fmean(values), np.mean(draws, axis=0), size)
-                for name, share in shares.items():
-                    drawn.setdefault((transform, method, name), []).append(share)
+                    r2[name] = (1 - total[0] / total[1], 1 - sums[:, 0] / sums[:, 1], size)
+                values, draws, _ = zip(*(r2[name] for name in informative), strict=True)
+                r2[""] = (statistics.fmean(values), np.mean(draws, axis=0), size)
+                for name, result in r2.items():
+                    results.setdefault((transform, method, name), []).append(result)
 
-    def percentiles(value: float, draws: Floats, size: int) -> Found:
+    def make_figure(value: float, draws: Floats, size: int) -> Figure:
         return Estimate(value, *map(float, np.quantile(draws, [0.025, 0.975]))), size
 
     rows = []
     row = partial(over_seeds, case=study.name, measure=PROBE)
-    for (transform, method, name), shares in drawn.items():
-        found = [percentiles(*share) for share in shares]
-        rows += row(found, what=f"{transform}, {method}", block=name)
-    for ours, theirs in [(PAPER, PLAIN), *((("2d", m), ("none", m)) for m in METHODS)]:
-        found = [
-            percentiles(a[0] - b[0], a[1] - b[1], a[2])
-            for a, b in zip(drawn[*ours, ""], drawn[*theirs, ""], strict=True)
+    for (transform, method, name), seed_results in results.items():
+        figures = [make_figure(*result) for result in seed_results]
+        rows += row(figures, what=f"{transform}, {method}", block=name)
+    for merge, other in COMPARED:
+        differences = [
+            make_figure(a[0] - b[0], a[1] - b[1], a[2])
+            for a, b in zip(results[*merge, ""], results[*other, ""], strict=True)
         ]
-        rows += row(found, what=", ".join(ours), than=", ".join(theirs))
+        rows += row(differences, what=", ".join(merge), than=", ".join(other))
     return rows
 
 
-def say(rows: Sequence[Row]) -> str:
-    """Say what is left in the frequency domain, as the paper merges, and without a transform."""
-    ours, theirs = ", ".join(PAPER), ", ".join(PLAIN)
-    probes, figures = (
-        [row for row in means(rows) if row.what == what and row.than == theirs]
-        for what in (ours, f"{ours}, others shuffled")
+def conclude(rows: Sequence[Row]) -> str:
+    """Return a sentence: the paper's merge against the simplest merge without a transform."""
+    paper, plain = ", ".join(PAPER), ", ".join(PLAIN)
+    probes, shuffled = (
+        [row for row in means(rows) if row.what == label and row.than == plain]
+        for label in (paper, f"{paper}, others shuffled")
     )
-    merged = "latents merged in the frequency domain (2d, harmonic)"
-    plain = "those merged without a transform (mean)"
-    keep = said(merged, plain, probes, more="keep more of a block than", less="keep less than")
-    worth = said("what the former predict", "what the latter do", figures)
+    kept = describe(
+        "latents merged in the frequency domain (2d, harmonic)",
+        "those merged without a transform (mean)",
+        probes,
+        above_verb="keep more of a block than",
+        below_verb="keep less than",
+    )
+    worth = describe("what the former predict", "what the latter do", shuffled)
     return (
-        f"Read by a linear probe, {keep}: {verdict(probes)}; once the other modalities are another "
-        f"patient's, {worth}: {verdict(figures)}."
+        f"Read by a linear probe, {kept}: {verdict(probes)}; once the other modalities are another "
+        f"patient's, {worth}: {verdict(shuffled)}."
     )

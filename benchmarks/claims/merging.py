@@ -5,8 +5,8 @@ from functools import partial
 
 from motet.experiments import Run
 
-from .rows import Row, means, over_seeds, said, verdict
-from .scores import ensemble, figure, less, scores_of, tested
+from .rows import Row, describe, means, over_seeds, verdict
+from .scores import compute_difference, compute_metric, ensemble, part_predictions, scores_of
 from .study import Study, fitted_at
 
 RIVALS = ("its best block (validation)", "its best block (hindsight)", "the ensemble")
@@ -15,10 +15,10 @@ RIVALS = ("its best block (validation)", "its best block (hindsight)", "the ense
 def measure(study: Study) -> list[Row]:
     """Compare LegoMerge, without training, with its blocks and with their ensemble.
 
-    The best block is that of the lowest validation loss, fold by fold, as a user would choose; and,
-    a higher bar, the one that proves best on the test patients.
+    There are two best blocks. The first has the lowest validation loss in each fold: a user would
+    choose it. The second, which is harder to beat, has the best metric on the test patients.
     """
-    merged, chosen, hindsight, joint = [], [], [], []
+    merged, chosen, hindsight, ensembles = [], [], [], []
     for seed in range(study.seeds):
         run = study.train("lego", seed, "2d")
         blocks = study.blocks(run)
@@ -32,33 +32,35 @@ def measure(study: Study) -> list[Row]:
         chosen.append(
             [part for i, name in enumerate(best) for part in scores[name] if part.number == i]
         )
-        hindsight.append(max(scores.values(), key=lambda parts: figure(parts)[0][0]))
-        joint.append(
+        hindsight.append(max(scores.values(), key=lambda parts: compute_metric(parts)[0][0]))
+        ensembles.append(
             [
-                tested(
-                    run, number, *ensemble(fitted_at(blocks, number), study.cohort, part["test"])
+                part_predictions(
+                    run, number, *ensemble(fitted_at(blocks, number), study.cohort, split["test"])
                 )
-                for number, part in enumerate(run.splits)
+                for number, split in enumerate(run.splits)
             ]
         )
     row = partial(over_seeds, case=study.name, measure=study.measure)
-    rows = row([figure(scores) for scores in merged], what="LegoMerge")
-    for name, other in zip(RIVALS, (chosen, hindsight, joint), strict=True):
-        rows += row([figure(scores) for scores in other], what=name)
-        found = [less(a, b) for a, b in zip(merged, other, strict=True)]
-        rows += row(found, what="LegoMerge", than=name)
+    rows = row([compute_metric(scores) for scores in merged], what="LegoMerge")
+    for name, rival in zip(RIVALS, (chosen, hindsight, ensembles), strict=True):
+        rows += row([compute_metric(scores) for scores in rival], what=name)
+        differences = [compute_difference(a, b) for a, b in zip(merged, rival, strict=True)]
+        rows += row(differences, what="LegoMerge", than=name)
     return rows
 
 
 def _validation_loss(run: Run, number: int) -> float:
+    """Return the validation loss of a block's kept weights: those of its best epoch."""
     history = run.facts(number)["history"]
     return history["validation_loss"][history["best_epoch"] - 1]
 
 
-def say(rows: Sequence[Row]) -> str:
-    """Say how LegoMerge does beside the block a user would choose, and beside the ensemble."""
-    parts = []
+def conclude(rows: Sequence[Row]) -> str:
+    """Return a sentence: LegoMerge against the block that a user would choose, and the ensemble."""
+    clauses = []
     for rival in (RIVALS[0], RIVALS[2]):
         differences = [row for row in means(rows) if row.than == rival]
-        parts.append(f"{said('LegoMerge', rival, differences)}: {verdict(differences)}")
-    return "; ".join(parts) + "."
+        clause = describe("LegoMerge", rival, differences)
+        clauses.append(f"{clause}: {verdict(differences)}")
+    return "; ".join(clauses) + "."

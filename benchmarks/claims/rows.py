@@ -1,4 +1,4 @@
-"""What a claim finds: figures with intervals, and the sentence that the intervals decide."""
+"""The rows of a claim's results: figures with intervals, and sentences decided by the intervals."""
 
 import math
 import statistics
@@ -14,16 +14,16 @@ class Row:
     """One figure with its 95 % interval; a row of results.csv.
 
     Args:
-        case: the cohort, or what was timed.
+        case: the cohort, or the model and pass that were timed.
         what: the model or the setting.
-        than: what is subtracted, "" for a figure by itself.
-        block: the block it is about, "" for all.
-        measure: what it is measured by, with its unit.
+        than: the model or setting whose figure is subtracted; "" if none is.
+        block: the block that the figure is of; "" for all blocks.
+        measure: the metric, with its unit.
         seed: None for the mean over seeds.
-        n: patients, or repetitions.
+        n: number of patients, or of repetitions.
         value: the figure.
         low: lower end of the interval.
-        high: upper end.
+        high: upper end of the interval.
     """
 
     case: str
@@ -43,21 +43,28 @@ class Row:
         return f"{self.case} ({ends})"
 
 
-Found = tuple[Estimate | Comparison, int]
-"""A figure or a difference, and the patients it is of."""
+Figure = tuple[Estimate | Comparison, int]
+"""A metric or a difference of metrics, with its interval, and the number of patients."""
 
 
 def over_seeds(
-    found: Sequence[Found], *, case: str, what: str, measure: str, than: str = "", block: str = ""
+    figures: Sequence[Figure],
+    *,
+    case: str,
+    what: str,
+    measure: str,
+    than: str = "",
+    block: str = "",
 ) -> list[Row]:
-    """Return a row per seed, then their mean.
+    """Return a row for each seed, then a row for their mean.
 
-    The mean's interval: the ends averaged, since the standard deviation of a mean is at most the
-    mean of the standard deviations, however many patients the seeds share; and in quadrature the
-    standard error of the seeds, since the bootstrap of patients holds the trained models fixed. Of
-    one seed nothing is known of the latter.
+    The interval of the mean has two parts, added in quadrature. The first is the mean of the
+    intervals' ends: the standard deviation of a mean is at most the mean of the standard
+    deviations, however many patients the seeds share. The second is the standard error over the
+    seeds, because the bootstrap of patients holds the trained models fixed. With one seed the
+    second part is unknown and left out.
     """
-    numbers = [(*figure[:3], n) for figure, n in found]
+    numbers = [(*figure[:3], n) for figure, n in figures]
     row = partial(Row, case, what, than, block, measure)
     rows = [row(seed, n, *ends) for seed, (*ends, n) in enumerate(numbers)]
     value, low, high, n = (statistics.fmean(column) for column in zip(*numbers, strict=True))
@@ -67,14 +74,17 @@ def over_seeds(
             value - math.hypot(value - low, spread),
             value + math.hypot(high - value, spread),
         )
-        high = high if than else min(high, 1.0)  # a share
+        high = high if than else min(high, 1.0)  # no metric is above 1; a difference may be
     return [*rows, row(None, round(n), value, low, high)]
 
 
-def mean_of(found: Sequence[Found]) -> Found:
-    """Return the mean of several figures of the same patients, its interval never too narrow."""
-    ends = [statistics.fmean(column) for column in zip(*(f[:3] for f, _ in found), strict=True)]
-    return Estimate(*ends), found[0][1]
+def mean_of(figures: Sequence[Figure]) -> Figure:
+    """Return the mean of figures of the same patients.
+
+    Its interval is the mean of the intervals, which is never too narrow.
+    """
+    columns = zip(*(figure[:3] for figure, _ in figures), strict=True)
+    return Estimate(*map(statistics.fmean, columns)), figures[0][1]
 
 
 def means(rows: Sequence[Row]) -> list[Row]:
@@ -82,27 +92,32 @@ def means(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.seed is None and not row.block]
 
 
-def said(
-    what: str,
-    than: str,
+def describe(
+    subject: str,
+    other: str,
     rows: Sequence[Row],
     *,
-    more: str = "is better than",
-    less: str = "is worse than",
+    above_verb: str = "is better than",
+    below_verb: str = "is worse than",
 ) -> str:
-    """Say on which cases a difference is shown, in which direction, and on which none is."""
+    """Return a clause about the differences of `subject` less `other` in `rows`.
+
+    It names the cases above 0, those below 0, and those without a shown difference, whose interval
+    contains 0.
+    """
     above = ", ".join(str(row) for row in rows if row.low > 0)
     below = ", ".join(str(row) for row in rows if row.high < 0)
     neither = ", ".join(str(row) for row in rows if row.low <= 0 <= row.high)
     if not (above or below):
-        return f"{what} shows no difference from {than} on {neither}"
-    parts = [f"{more} {than} on {above}"] * bool(above)
-    parts += [f"{less} {than} on {below}"] * bool(below)
-    return f"{what} {', '.join(parts)}" + f", and shows no difference on {neither}" * bool(neither)
+        return f"{subject} shows no difference from {other} on {neither}"
+    parts = [f"{above_verb} {other} on {above}"] * bool(above)
+    parts += [f"{below_verb} {other} on {below}"] * bool(below)
+    clause = f"{subject} {', '.join(parts)}"
+    return clause + f", and shows no difference on {neither}" * bool(neither)
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Say whether differences bear out a claim that they are above 0."""
+    """Return a phrase: whether the rows support a claim that all differences are above 0."""
     above, below = any(row.low > 0 for row in rows), any(row.high < 0 for row in rows)
     if above and below:
         return "partly as the paper claims, partly against it"
@@ -112,9 +127,9 @@ def verdict(rows: Sequence[Row]) -> str:
     return "against the paper's claim" if below else "neither for nor against the paper's claim"
 
 
-def no_loss(rows: Sequence[Row]) -> str:
-    """Say whether differences bear out a claim that nothing is lost."""
+def loss_verdict(rows: Sequence[Row]) -> str:
+    """Return a phrase: whether the rows support a claim that no difference is below 0."""
     if any(row.high < 0 for row in rows):
         return "against the paper's claim that nothing is lost"
-    most = " and ".join(f"{max(-row.low, 0):.3f} on {row.case}" for row in rows)
-    return f"no loss shown, as the paper claims, and none above {most} left possible"
+    bounds = " and ".join(f"{max(-row.low, 0):.3f} on {row.case}" for row in rows)
+    return f"no loss shown, as the paper claims, and none above {bounds} left possible"

@@ -1,4 +1,4 @@
-"""What joined models of 1 to 16 equal blocks cost, in time and memory."""
+"""The cost of merged and fused models of 1 to 16 equal blocks, in time and memory."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +19,9 @@ from .scores import DRAWS, Floats
 
 COUNTS = (1, 2, 4, 8, 12, 16)
 WIDTH, TOKENS, ROWS = 64, 64, 4
-REPEATS = 4  # of one block per turn, of two half as many: small models are timed as long as others
+REPEATS = 4  # passes of a model of one block per turn, 2 of two blocks: turns take equally long
 WITHIN = 0.10
+"""The largest deviation from M times the time of one block that counts as linear."""
 JOINED: dict[str, Callable[..., nn.Module]] = {
     "LegoMerge": LegoMerge,
     "LegoFuse stack": partial(LegoFuse, mode="stack"),
@@ -30,10 +31,10 @@ PASSES = ("forward", "forward and backward")
 
 
 def measure(quick: bool) -> list[Row]:
-    """Time models of 1 to 16 equal blocks in turns, and measure their memory in fresh processes.
+    """Time models of 1 to 16 equal blocks in turns, and measure their memory in new processes.
 
-    Each block of the default sizes reads a bag of 64 tokens of width 64, of 4 patients; one
-    thread, whose CPU time other processes hardly change.
+    The blocks have the default sizes, and each gets a bag of 64 tokens of width 64 from each of 4
+    patients. One thread; what is measured is its CPU time, which other processes hardly change.
     """
     counts, rounds, children = ((1, 2, 3), 3, 1) if quick else (COUNTS, 9, 3)
     threads = torch.get_num_threads()
@@ -42,16 +43,16 @@ def measure(quick: bool) -> list[Row]:
     seconds: dict[tuple[str, str, int], list[float]] = {cell: [] for cell in cells}
     order = np.random.default_rng(0)
     try:
-        works = {cell: _work(*cell) for cell in cells}
-        for work in works.values():
-            work()
+        passes = {cell: _make_pass(*cell) for cell in cells}
+        for run in passes.values():
+            run()
         for _ in range(rounds):
             for number in order.permutation(len(cells)):
                 cell = cells[number]
                 repeats = max(1, REPEATS // cell[2])
                 started = time.process_time()
                 for _ in range(repeats):
-                    works[cell]()
+                    passes[cell]()
                 seconds[cell].append((time.process_time() - started) / repeats)
     finally:
         torch.set_num_threads(threads)
@@ -64,8 +65,8 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def _work(kind: str, step: str, count: int, **sizes: int) -> Callable[[], object]:
-    """Return what is timed: one pass of a model of `count` equal blocks."""
+def _make_pass(kind: str, step: str, count: int, **sizes: int) -> Callable[[], object]:
+    """Return the function to time: one pass of a model of `count` equal blocks."""
     torch.manual_seed(count)
     names = [f"m{i}" for i in range(count)]
     blocks = {name: LegoBlock(Bag(WIDTH), out_features=4, **cast(Any, sizes)) for name in names}
@@ -76,32 +77,40 @@ def _work(kind: str, step: str, count: int, **sizes: int) -> Callable[[], object
         with torch.no_grad():
             return model(x)
 
-    def both() -> object:
+    def forward_and_backward() -> object:
         model.zero_grad()
         return model(x).sum().backward()
 
-    return forward if step == PASSES[0] else both
+    return forward if step == PASSES[0] else forward_and_backward
 
 
 def _memory_of(kind: str, step: str, counts: Sequence[int]) -> list[float]:
-    """Return by how many MiB the peak grows by a model, its data and a pass, for rising counts.
+    """Return the MiB of a model, its data and a pass, for each of the rising counts.
 
-    A peak is never given back, so that the largest model so far is what it has grown by.
+    The peak memory of a process never falls. So each count adds to it only what the model needs
+    beyond the smaller ones, and the sum so far is what this model needs.
     """
-    _work(kind, step, 1, num_latents=2, latent_dim=2, heads=1, head_dim=1)()  # loads libraries
-    grown = 0.0
-    return [grown := grown + growth(lambda m=m: _work(kind, step, m)()) for m in counts]
+    # A pass of a tiny model first, which loads the libraries.
+    _make_pass(kind, step, 1, num_latents=2, latent_dim=2, heads=1, head_dim=1)()
+    total = 0.0
+    return [total := total + growth(lambda m=m: _make_pass(kind, step, m)()) for m in counts]
 
 
 def straight(counts: Sequence[int], values: Sequence[float]) -> tuple[Floats, float]:
-    """Return slope and start of the straight line nearest in share, and the worst share off it."""
+    """Return slope and intercept of the straight line with the least relative squared deviation.
+
+    And the largest relative deviation from it.
+    """
     line = np.polyfit(counts, values, 1, w=1 / np.maximum(values, 1e-12))
     fitted = np.polyval(line, counts)
     return line, float((np.abs(values - fitted) / np.maximum(fitted, 1e-12)).max())
 
 
 def _time_rows(kind: str, step: str, seconds: Mapping[int, Sequence[float]]) -> list[Row]:
-    """Return medians over rounds, M blocks over M times one, and the line; rounds resampled."""
+    """Return the rows of times: medians, M blocks over M times one, and the straight line.
+
+    The intervals are from a bootstrap of the rounds.
+    """
     counts, case = list(seconds), f"{kind}, {step}"
     times = 1e3 * np.array([seconds[m] for m in counts])  # [M, rounds]
     rounds = times.shape[1]
@@ -109,9 +118,9 @@ def _time_rows(kind: str, step: str, seconds: Mapping[int, Sequence[float]]) -> 
     medians = np.median(times[:, drawn], axis=2)  # [M, draws]
     middle = np.median(times, axis=1)
 
-    def row(what: str, measure: str, value: float, draws: Floats) -> Row:
+    def row(label: str, measure: str, value: float, draws: Floats) -> Row:
         low, high = map(float, np.quantile(draws, [0.025, 0.975]))
-        return Row(case, what, "", "", measure, None, rounds, float(value), low, high)
+        return Row(case, label, "", "", measure, None, rounds, float(value), low, high)
 
     rows = [row(str(m), "ms", middle[i], medians[i]) for i, m in enumerate(counts)]
     for i, m in enumerate(counts[1:], 1):
@@ -125,40 +134,44 @@ def _time_rows(kind: str, step: str, seconds: Mapping[int, Sequence[float]]) -> 
 
 
 def _memory_rows(kind: str, step: str, counts: Sequence[int], mib: Floats) -> list[Row]:
-    """Return medians over processes [processes, M] with the range, and the line through them."""
-    fits = [straight(counts, list(one)) for one in mib]
-    found = {(str(m), "MiB"): mib[:, i] for i, m in enumerate(counts)}
-    found["per further block", "MiB"] = np.array([line[0] for line, _ in fits])
-    found["worst from the line", "share of MiB"] = np.array([worst for _, worst in fits])
+    """Return the rows of memory: medians over processes, and the straight line.
+
+    `mib` is [processes, M]. The intervals are the range over the processes.
+    """
+    fits = [straight(counts, list(process)) for process in mib]
+    samples = {(str(m), "MiB"): mib[:, i] for i, m in enumerate(counts)}
+    samples["per further block", "MiB"] = np.array([line[0] for line, _ in fits])
+    samples["worst from the line", "share of MiB"] = np.array([worst for _, worst in fits])
     return [
         Row(
-            f"{kind}, {step}", what, "", "", measure, None, len(mib), float(np.median(values)),
+            f"{kind}, {step}", label, "", "", measure, None, len(mib), float(np.median(values)),
             float(values.min()), float(values.max()),
         )
-        for (what, measure), values in found.items()
+        for (label, measure), values in samples.items()
     ]  # fmt: skip
 
 
-def say(rows: Sequence[Row]) -> str:
-    """Say how far the costs are from M times that of one block, and from a straight line."""
-    parts = []
+def conclude(rows: Sequence[Row]) -> str:
+    """Return a sentence: the deviation from M times one block, and from a straight line."""
+    clauses = []
     for case in dict.fromkeys(row.case for row in rows):
-        own = [row for row in rows if row.case == case]
-        off = max(
-            (row for row in own if row.measure == "share of M blocks"),
+        case_rows = [row for row in rows if row.case == case]
+        worst = max(
+            (row for row in case_rows if row.measure == "share of M blocks"),
             key=lambda row: abs(row.value - 1),
         )
-        line = next(row for row in own if row.measure == "share of ms")
-        memory = next(row for row in own if row.measure == "share of MiB")
-        parts.append(
-            f"{case}: {off.what} blocks take {off.value:.2f} ({off.low:.2f} to {off.high:.2f}) of "
-            f"{off.what} times one, {_within(off)}; times are {line.value:.0%} and memory "
-            f"{memory.value:.0%} from a straight line at worst"
+        line = next(row for row in case_rows if row.measure == "share of ms")
+        memory = next(row for row in case_rows if row.measure == "share of MiB")
+        clauses.append(
+            f"{case}: {worst.what} blocks take {worst.value:.2f} ({worst.low:.2f} to "
+            f"{worst.high:.2f}) of {worst.what} times one, {_within(worst)}; times are "
+            f"{line.value:.0%} and memory {memory.value:.0%} from a straight line at worst"
         )
-    return "; ".join(parts) + "."
+    return "; ".join(clauses) + "."
 
 
 def _within(row: Row) -> str:
+    """Return a phrase: whether the interval of a share lies within WITHIN of 1."""
     if row.low >= 1 - WITHIN and row.high <= 1 + WITHIN:
         return f"within {WITHIN:.0%}"
     if row.high < 1 - WITHIN:

@@ -1,4 +1,4 @@
-"""Out-of-fold predictions of whatever was put together from trained blocks, and their figures."""
+"""Out-of-fold predictions of models made of trained blocks, and the metrics of the predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,87 +23,91 @@ from motet.io import Cohort
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .rows import Found
+from .rows import Figure
 
 Floats = NDArray[np.float64]
 DRAWS = 1000
 
 
-class Tested(NamedTuple):
-    """The patients of one test part and what was predicted of them."""
+class PartPredictions(NamedTuple):
+    """The patients of one test part, with their outcomes and predictions."""
 
     number: int
-    """Of the split."""
+    """The number of the split."""
     ids: tuple[str, ...]
     fold: SurvivalFold | ClassFold
 
-    def only(self, ids: set[str]) -> "Tested":
-        """Return some of the patients."""
+    def only(self, ids: set[str]) -> "PartPredictions":
+        """Return the predictions of those patients that are in `ids`."""
         keep = np.array([patient in ids for patient in self.ids], bool)
         names = ("labels", "probabilities") if isinstance(self.fold, ClassFold) else (
             "times", "events", "risks"
         )  # fmt: skip
         fold = replace(self.fold, **{name: getattr(self.fold, name)[keep] for name in names})
-        return Tested(self.number, tuple(np.asarray(self.ids, object)[keep]), fold)
+        return PartPredictions(self.number, tuple(np.asarray(self.ids, object)[keep]), fold)
 
 
-Scores = list[Tested]
-"""Out-of-fold predictions, one entry per test part."""
+Scores = list[PartPredictions]
+"""Out-of-fold predictions, one entry for each test part."""
 
 
-def tested(run: Run, number: int, ids: Sequence[str], values: Floats) -> Tested:
-    """Return predictions of one fold: risks [n], or probabilities [n, K]."""
+def part_predictions(run: Run, number: int, ids: Sequence[str], values: Floats) -> PartPredictions:
+    """Return predictions of one test part: risks [n], or probabilities [n, K]."""
     outcome = run.outcome()
-    own = outcome.loc[list(ids)]
+    test = outcome.loc[list(ids)]
     if run.config["classes"] is not None:
-        return Tested(number, tuple(ids), ClassFold(own["label"].to_numpy(), values))
+        fold = ClassFold(test["label"].to_numpy(), values)
+        return PartPredictions(number, tuple(ids), fold)
     train = outcome.loc[run.splits[number]["train"]]
-    known = [part[name].to_numpy() for part in (own, train) for name in ("time", "event")]
-    return Tested(number, tuple(ids), SurvivalFold(known[0], known[1], values, *known[2:]))
+    times, events = test["time"].to_numpy(), test["event"].to_numpy()
+    fold = SurvivalFold(times, events, values, train["time"].to_numpy(), train["event"].to_numpy())
+    return PartPredictions(number, tuple(ids), fold)
 
 
 def scores_of(run: Run) -> Scores:
-    """Return what a run predicted out of fold."""
+    """Return the out-of-fold predictions of a run."""
     classes = run.config["classes"]
     columns = "risk" if classes is None else [f"p_{name}" for name in classes]
     return [
-        tested(run, int(str(number)), frame["patient"].tolist(), frame[columns].to_numpy())
+        part_predictions(
+            run, int(str(number)), frame["patient"].tolist(), frame[columns].to_numpy()
+        )
         for number, frame in run.predictions().groupby("fold")
     ]
 
 
 def ids_of(scores: Scores) -> set[str]:
-    """Return all patients tested."""
+    """Return the ids of all tested patients."""
     return {patient for part in scores for patient in part.ids}
 
 
-def folds_of(scores: Scores, only: set[str]) -> Any:
-    """Return the folds for evaluation, of some patients."""
-    return [part.only(only).fold for part in scores if only & set(part.ids)]
+def folds_of(scores: Scores, ids: set[str]) -> Any:
+    """Return the folds for evaluation, of the patients in `ids` alone."""
+    return [part.only(ids).fold for part in scores if ids & set(part.ids)]
 
 
-def figure(scores: Scores) -> Found:
-    """Return Harrell's c, the AUC or the macro AUC, and the patients it is of."""
+def compute_metric(scores: Scores) -> Figure:
+    """Return Harrell's c, the AUC or the macro AUC."""
     folds = folds_of(scores, ids_of(scores))
     if isinstance(folds[0], ClassFold):
-        found = evaluate_classes(folds, draws=DRAWS)
-        auc = found["auc"] if "auc" in found else found["macro_auc"]
+        metrics = evaluate_classes(folds, draws=DRAWS)
+        metric = metrics["auc"] if "auc" in metrics else metrics["macro_auc"]
     else:
-        found = evaluate_survival(folds, draws=DRAWS)
-        auc = found["harrell_c"]
-    return Estimate(auc["value"], auc["low"], auc["high"]), found["patients"]
+        metrics = evaluate_survival(folds, draws=DRAWS)
+        metric = metrics["harrell_c"]
+    return Estimate(metric["value"], metric["low"], metric["high"]), metrics["patients"]
 
 
-def less(a: Scores, b: Scores) -> Found:
-    """Return how much better a is than b, on the patients that both predict."""
-    both = ids_of(a) & ids_of(b)
-    folds = folds_of(a, both), folds_of(b, both)
+def compute_difference(a: Scores, b: Scores) -> Figure:
+    """Return the metric of a less that of b, on the patients whom both predict."""
+    ids = ids_of(a) & ids_of(b)
+    folds = folds_of(a, ids), folds_of(b, ids)
     compare = compare_classes if isinstance(folds[0][0], ClassFold) else compare_survival
-    return compare(*folds, draws=DRAWS), len(both)
+    return compare(*folds, draws=DRAWS), len(ids)
 
 
 def values_of(objective: Objective, logits: Tensor) -> Floats:
-    """Return what logits say: risks [n], or probabilities [n, K]."""
+    """Return the predictions of logits: risks [n], or probabilities [n, K]."""
     if isinstance(objective, Classification):
         return objective.probabilities(logits)
     return objective.risk(logits)
@@ -112,9 +116,10 @@ def values_of(objective: Objective, logits: Tensor) -> Floats:
 def ensemble(
     blocks: Mapping[str, Fitted], cohort: Cohort, ids: Sequence[str]
 ) -> tuple[tuple[str, ...], Floats]:
-    """Return who has any of the blocks' modalities, and what the blocks say together.
+    """Return the patients with any of the blocks' modalities, and the ensemble's predictions.
 
-    That is the mean of the hazards, or probabilities, of the blocks that a patient has.
+    The ensemble is the mean of the hazards, or probabilities, of those blocks whose modality a
+    patient has.
     """
     total, count, objective = None, torch.zeros(len(ids), 1, dtype=torch.float64), None
     for name, fitted in blocks.items():
@@ -130,7 +135,7 @@ def ensemble(
         count[has] += 1
     assert total is not None
     assert objective is not None
-    there = count.squeeze(1) > 0
-    mean = (total / count)[there]
+    has_any = count.squeeze(1) > 0
+    mean = (total / count)[has_any]
     joint = mean.log() if isinstance(objective, Classification) else mean.logit()
-    return tuple(np.asarray(ids, object)[there.numpy()]), values_of(objective, joint)
+    return tuple(np.asarray(ids, object)[has_any.numpy()]), values_of(objective, joint)

@@ -1,4 +1,4 @@
-"""A cohort of a claim, and what is trained on it."""
+"""A cohort of a claim, and the training of models on it."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,15 @@ from motet.fusion.fitted import Fitted
 from motet.fusion.lego_block import LegoBlock
 from motet.io import Classes, Cohort, CohortError, load_cohort
 
-# Diagnoses of MIMIC are coded at discharge, when the outcome is known; the test set of breast TCGA
-# has no protein.
+# The modalities in use. MIMIC's diagnoses are left out: they are coded at discharge, when the
+# outcome is known. The test set of breast TCGA has no protein.
 MODALITIES = {
     "mimic3_demo_death": ("static", "labs"),
     "mimic3_demo_icd9_neoplasms": ("static", "labs"),
     "mimic3_demo_icd9_respiratory": ("static", "labs"),
     "breast_tcga": ("mrna", "mirna"),
 }
-# What --quick trains: something that shows that it works.
+# Settings of --quick, which only shows that a claim can be computed.
 QUICK = {"epochs": 2, "num_latents": 4, "latent_dim": 8}
 
 
@@ -29,11 +29,11 @@ class Study:
     """A cohort of a claim.
 
     Args:
-        name: what it is called in the results.
+        name: of the cohort, in the results.
         cohort: the patients.
-        out: where its runs are.
-        seeds: number of seeds: of splits (without split files), weights and dropout.
-        quick: whether to train next to nothing.
+        out: the folder of its runs.
+        seeds: number of seeds, for splits (if there are no split files), weights and dropout.
+        quick: train tiny models for two epochs.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Study:
 
     @property
     def measure(self) -> str:
-        """What the cohort's predictions are measured by."""
+        """The name of the metric of the cohort's predictions."""
         if isinstance(self.cohort.outcome, Classes):
             return "AUC" if len(self.cohort.outcome.names) == 2 else "macro AUC"
         return "Harrell's c"
 
     @property
     def splits(self) -> int:
-        """Number of splits that test every patient once, where there are no split files."""
+        """The number of splits, which test every patient once, if there are no split files."""
         return 2 if self.quick else 5
 
     def train(
@@ -63,7 +63,7 @@ class Study:
         cohort: Cohort | None = None,
         changes: Mapping[str, Any] | None = None,
     ) -> Run:
-        """Train, or go on, or return what was trained."""
+        """Train a run or continue it; return it unchanged if it is finished."""
         return experiments.train_run(
             cohort or self.cohort,
             kind,
@@ -75,7 +75,7 @@ class Study:
     def blocks(self, run: Run) -> dict[str, Run]:
         """Return the runs of the blocks of a "lego" run, by modality."""
         runs = experiments.blocks_of([run.path])
-        return {one.config["modalities"][0]: one for one in runs}
+        return {block.config["modalities"][0]: block for block in runs}
 
 
 def studies(
@@ -86,42 +86,54 @@ def studies(
     modalities: Sequence[str] | None,
     seeds: int,
     quick: bool,
-    given: bool,
-    usual: Mapping[str, tuple[str, ...]],
+    required: bool,
+    defaults: Mapping[str, tuple[str, ...]],
 ) -> list[Study]:
-    """Load the cohorts; of the default ones, those whose data are there.
+    """Load cohorts.
 
-    `usual` names the modalities of some cohorts, unless they are given.
+    Args:
+        names: of the cohorts.
+        out: folder of the claim.
+        data: folder of the cohorts' files.
+        modalities: those to use of every cohort; None for the default ones.
+        seeds: number of seeds.
+        quick: train tiny models for two epochs.
+        required: raise if the data of a cohort are missing; otherwise it is left out.
+        defaults: default modalities of some cohorts.
+
+    Raises:
+        CohortError: a required cohort cannot be loaded.
+        ValueError: no cohort is left, or the modalities are unknown or fewer than two.
     """
-    found = []
+    loaded = []
     for name in names:
         try:
             cohort = load_cohort(name, data=data)
         except CohortError as error:
-            if given:
+            if required:
                 raise
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
-        wanted = modalities or {**MODALITIES, **usual}.get(name, tuple(cohort.modalities))
-        unknown = [one for one in wanted if one not in cohort.modalities]
-        if unknown or len(set(wanted)) < 2:
+        chosen = modalities or {**MODALITIES, **defaults}.get(name, tuple(cohort.modalities))
+        unknown = [modality for modality in chosen if modality not in cohort.modalities]
+        if unknown or len(set(chosen)) < 2:
             raise ValueError(
                 f"--modalities: expected at least two of {', '.join(cohort.modalities)}, got "
-                f"{', '.join(wanted)}"
+                f"{', '.join(chosen)}"
             )
-        cohort = replace(cohort, modalities={one: cohort.modalities[one] for one in wanted})
-        short = Path(name).stem
-        found.append(Study(short, cohort, out / "runs" / short, seeds, quick))
-    if not found:
-        raise ValueError("--cohort: the data of no default cohort are there; name a cohort")
-    return found
+        cohort = replace(cohort, modalities={m: cohort.modalities[m] for m in chosen})
+        stem = Path(name).stem
+        loaded.append(Study(stem, cohort, out / "runs" / stem, seeds, quick))
+    if not loaded:
+        raise ValueError("--cohort: no default cohort has its data on this machine; name a cohort")
+    return loaded
 
 
 def fitted_at(blocks: Mapping[str, Run], number: int) -> dict[str, Fitted]:
-    """Return the trained blocks of one fold with what was fitted beside them, by modality."""
+    """Return the trained blocks of one fold, by modality, with their scaling and objective."""
     return {name: run.fitted(number) for name, run in blocks.items()}
 
 
 def models_of(fitted: Mapping[str, Fitted]) -> dict[str, LegoBlock]:
-    """Return the blocks themselves."""
-    return {name: cast(LegoBlock, one.model) for name, one in fitted.items()}
+    """Return the models of trained blocks."""
+    return {name: cast(LegoBlock, block.model) for name, block in fitted.items()}
