@@ -15,7 +15,7 @@ import copy
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,12 +148,12 @@ def redraw(data: list[Tensor]) -> None:
 def compare(checkout: Path, options: argparse.Namespace, table: Table) -> list[dict[str, Any]]:
     """Measure and print one table; return its rows."""
     rows = []
-    print(f"\n{table.title}\n{_TITLE}")
+    print(f"\n{table.title}")
     for name, config in measure.CONFIGS.items():
         config = config._replace(heads=table.heads)
         row = {"config": name, **compare_one(checkout, options, config, table.shared)}
         rows.append(row)
-        print(_row(row), flush=True)
+        print(*lines(row), sep="\n", flush=True)
     ratios = [row["ratio"] for row in rows]
     memory = [row["memory_ratio"] for row in rows]
     print(
@@ -289,25 +289,19 @@ def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-_TITLE = (
-    f"{'':5} {'theirs ms':>24} {'ours ms':>24} {'ratio':>6} {'ours bf16 ms':>24} {'ratio':>6} "
-    f"{'MiB':>6} {'MiB':>6} {'ratio':>6} {'error':>7} {'error':>7} {'bf16':>7} {'bf16':>7} "
-    f"{'logits differ':>14}\n"
-    f"{'':5} {'':>24} {'':>24} {'':>6} {'':>24} {'':>6} {'theirs':>6} {'ours':>6} {'':>6} "
-    f"{'theirs':>7} {'ours':>7} {'theirs':>7} {'ours':>7}"
-)
-
-
-def _row(row: dict[str, Any]) -> str:
-    ms = {name: str(measure.Timing(**timing)) for name, timing in row["ms"].items()}
-    peak, error = row["peak_mib"], row["error"]
-    difference = "-" if row["difference"] is None else f"{row['difference']:.1e}"
-    return (
-        f"{row['config']:5} {ms['theirs']:>24} {ms['ours']:>24} {row['ratio']:6.2f} "
-        f"{ms['ours bf16']:>24} {row['ratio_bf16']:6.2f} {peak['theirs']:6.0f} {peak['ours']:6.0f} "
-        f"{row['memory_ratio']:6.2f} {error['theirs']:7.0e} {error['ours']:7.0e} "
-        f"{error['theirs bf16']:7.0e} {error['ours bf16']:7.0e} {difference:>14}"
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    """Yield a row as lines of text: one for each contender, then the ratios."""
+    yield row["config"]
+    for name, timing in row["ms"].items():
+        peak = f", peak {row['peak_mib'][name]:.0f} MiB" if name in row["peak_mib"] else ""
+        time = str(measure.Timing(**timing))
+        yield f"  {name:12} {time:>26} ms, error {row['error'][name]:.0e}{peak}"
+    yield (
+        f"  theirs / ours: {row['ratio']:.2f}, in bf16 {row['ratio_bf16']:.2f}, memory "
+        f"{row['memory_ratio']:.2f}; their error in bf16 {row['error']['theirs bf16']:.0e}"
     )
+    if row["difference"] is not None:
+        yield f"  logits differ by {row['difference']:.1e}"
 
 
 def _options() -> argparse.Namespace:

@@ -246,31 +246,30 @@ def scaling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         count *= 2
 
 
-def _line(row: dict[str, Any]) -> str:
-    ms = {contender: str(measure.Timing(**timing)) for contender, timing in row["ms"].items()}
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    """Yield a row as lines of text."""
+    times = {contender: str(measure.Timing(**timing)) for contender, timing in row["ms"].items()}
     if "blocks" in row:
-        return (
-            f"{row['blocks']:6} {row['what']:8} {ms['one']:>24} {ms['merged']:>26} "
-            f"{row['over']:9.3f}"
+        yield (
+            f"{row['blocks']:6} {row['what']:8} {times['one']:>26} {times['merged']:>26} "
+            f"{row['over']:14.3f}"
         )
+        return
     latents = "x".join(map(str, row["latents"]))
     context = "x".join(map(str, row["context"]))
-    once = "theirs, context once"
-    return (
-        f"{row['model']:18} {latents:7} {context:12} {row['what']:8} {ms['theirs']:>24} "
-        f"{ms['ours']:>24} {row['ratio']['theirs']:6.2f} {ms.get(once, ''):>24} "
-        f"{row['ratio'].get(once, float('nan')):6.2f} {row['error']['theirs']:7.0e} "
-        f"{row['error']['ours']:7.0e} {row['error']['difference']:9.0e}"
+    yield (
+        f"\n{row['model']}, latents {latents}, context {context}, {row['what']} "
+        f"(float64 logits differ by {row['error']['difference']:.0e})"
     )
+    for contender, time in times.items():
+        error = f", error {row['error'][contender]:.0e}" if contender in row["error"] else ""
+        ratio = f", {row['ratio'][contender]:.2f} x ours" if contender in row["ratio"] else ""
+        yield f"  {contender:20} {time:>26} ms{error}{ratio}"
 
 
-_TITLE = (
-    f"{'':18} {'latents':7} {'context':12} {'':8} {'theirs ms':>24} {'ours ms':>24} {'ratio':>6} "
-    f"{'theirs, context once, ms':>24} {'ratio':>6} {'error':>7} {'error':>7} {'logits':>9}\n"
-    f"{'':18} {'':7} {'':12} {'':8} {'':>24} {'':>24} {'':>6} {'':>24} {'':>6} {'theirs':>7} "
-    f"{'ours':>7} {'differ':>9}"
+_BLOCKS_TITLE = (
+    f"{'blocks':>6} {'':8} {'one block, ms':>26} {'merged, ms':>26} {'over M x one':>14}"
 )
-_BLOCKS_TITLE = f"{'blocks':>6} {'':8} {'one block ms':>24} {'merged ms':>26} {'of M times':>9}"
 
 
 def _options() -> argparse.Namespace:
@@ -317,10 +316,11 @@ def main() -> int:
         measure.check_folder("--json", options.json)
         facts = measure.about("cpu")
         print(json.dumps(facts))
-        print(_BLOCKS_TITLE if options.blocks else _TITLE)
+        if options.blocks:
+            print(_BLOCKS_TITLE)
         for row in scaling(options) if options.blocks else compare(options):
             rows.append(row)
-            print(_line(row), flush=True)
+            print(*lines(row), sep="\n", flush=True)
     except ValueError as error:
         print(f"bench_lego: {error}", file=sys.stderr)
         return 2
