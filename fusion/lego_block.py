@@ -30,7 +30,7 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
-from .passes import LegoLayer, Pass, PassOptions, Spectrum, Transform, run_passes
+from .passes import FourierTransform, LegoLayer, Pass, PassOptions, Spectrum, run_passes
 
 
 class LegoOutput(NamedTuple):
@@ -173,7 +173,7 @@ class LegoBlock(nn.Module):
         """Draw the weights. Their order is fixed: in another order, a seed gives another model."""
         width = config["latent_dim"]
         self.fft = config["fft"]
-        self.transform = Transform(self.fft, config["num_latents"], width)
+        self.transform = FourierTransform(self.fft, config["num_latents"], width)
         self.spectral_context = config["context"] == "spectrum"
         self.normalise: bool = config["normalise"]
         self.track_imaginary: bool = config["track_imaginary"]

@@ -62,7 +62,7 @@ class Spectrum(NamedTuple):
         return self.real if self.imaginary is None else torch.complex(self.real, self.imaginary)
 
 
-class Transform(nn.Module):
+class FourierTransform(nn.Module):
     """The Fourier transform of latents [B, C, D] along the axes of `fft`, see LegoBlock."""
 
     def __init__(self, fft: str | None, rows: int, columns: int) -> None:
@@ -123,7 +123,7 @@ class Pass(NamedTuple):
 def run_passes(
     start: Tensor,
     passes: Sequence[Pass],
-    transform: Transform | None,
+    transform: FourierTransform | None,
     options: PassOptions,
     watch: PassObserver | None = None,
 ) -> Spectrum:
@@ -185,7 +185,7 @@ def run_passes(
 def run_literally(
     start: Tensor,
     passes: Sequence[Pass],
-    transform: Transform | None,
+    transform: FourierTransform | None,
     watch: PassObserver | None = None,
 ) -> Spectrum:
     """Run passes on real latents [B, C, D], equation by equation; arguments as of `run_passes`."""

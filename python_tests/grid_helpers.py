@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 from motet.io.errors import SlideError
-from motet.io.tiling.grid import Grid, Tiling, make_grid
+from motet.io.tiling.grid import PatchGrid, Tiling, make_grid
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -79,7 +79,7 @@ def pyramid(width: int, height: int, *factors: float) -> ArraySlide:
     return ArraySlide([Level(int(width / f), int(height / f), float(f)) for f in factors])
 
 
-def grid_of(slide: Any, own_mpp: float | None = None, **tiling: Any) -> Grid:
+def grid_of(slide: Any, own_mpp: float | None = None, **tiling: Any) -> PatchGrid:
     return make_grid(slide, Tiling(**tiling), own_mpp)
 
 

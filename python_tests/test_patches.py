@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from motet.io.errors import SlideError
 from motet.io.slides.open_slide import open_slide
 from motet.io.tiling import patches
-from motet.io.tiling.grid import Grid, Tiling, damaged_patches, make_grid
+from motet.io.tiling.grid import PatchGrid, Tiling, damaged_patches, make_grid
 from motet.io.tiling.patches import PatchBatch, probe_decoder, read_patches
 from motet.io.tiling.resample import area_resample_reference
 
@@ -21,7 +21,7 @@ from .grid_helpers import ArraySlide, Level, grid_of, pyramid, slides, tilings
 from .slides import draw_tissue
 
 
-def read(slide: Any, grid: Grid, wanted: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+def read(slide: Any, grid: PatchGrid, wanted: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return all pixels in the order of wanted, zero where lost, and which were lost."""
     wanted = np.asarray(wanted, np.int64)
     size = grid.tile_px
@@ -40,7 +40,7 @@ def read(slide: Any, grid: Grid, wanted: Any, **options: Any) -> tuple[np.ndarra
     return pixels, lost
 
 
-def expected(slide: ArraySlide, grid: Grid, patch: int) -> np.ndarray:
+def expected(slide: ArraySlide, grid: PatchGrid, patch: int) -> np.ndarray:
     """The area mean of the level over the footprint that coords say; white beyond the slide."""
     level, image = slide.levels[grid.level], slide.image(grid.level)
     begin = grid.coords[patch] / level.downsample

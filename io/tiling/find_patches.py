@@ -13,7 +13,7 @@ from PIL import Image
 from ..slides.slide import Slide
 from ..slides.thumbnails import thumbnail_level
 from ..store.format import FLAGS
-from .grid import Grid, Tiling, damaged_patches, make_grid
+from .grid import PatchGrid, Tiling, damaged_patches, make_grid
 from .masks import coverage, read_mask
 from .tissue import blur_mask, pen_mask, tissue_mask
 
@@ -40,7 +40,7 @@ class TissuePatches:
         mask: bool [h, w], the tissue in the thumbnail.
     """
 
-    grid: Grid
+    grid: PatchGrid
     kept: NDArray[np.int64]
     tissue: NDArray[np.float64]
     flags: NDArray[np.uint8]

@@ -79,7 +79,7 @@ class Tiling:
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class PatchGrid:
     """The G patches of a slide, row by row.
 
     Args:
@@ -107,7 +107,7 @@ class Grid:
     shape: tuple[int, int]
 
 
-def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
+def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> PatchGrid:
     """Choose a level of a slide and place patches on it.
 
     The level is the coarsest one whose resolution is at least that of the patches, with a tolerance
@@ -152,7 +152,7 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> Grid:
     xs, beyond_x = _patch_begins(columns, length, sides[0], tiling.border)
     ys, beyond_y = _patch_begins(rows, length, sides[1], tiling.border)
     corners = np.stack([np.tile(xs, rows), np.repeat(ys, columns)], axis=1)
-    return Grid(
+    return PatchGrid(
         level=index,
         ratio=1.0 if copies else target / level.downsample,
         read_px=tiling.tile_px * scale / level.downsample,
@@ -207,7 +207,7 @@ def _target_and_level(slide: Slide, tiling: Tiling, mpp: float | None) -> tuple[
     return target, max(fine_levels, key=lambda i: slide.levels[i].downsample)
 
 
-def damaged_patches(slide: Slide, grid: Grid) -> np.ndarray:
+def damaged_patches(slide: Slide, grid: PatchGrid) -> np.ndarray:
     """Return bool [G]: True if a patch needs pixels of a damaged tile of the file.
 
     Args:

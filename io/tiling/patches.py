@@ -31,7 +31,7 @@ from .resample import area_resample, area_resample_torch
 
 if TYPE_CHECKING:
     from ..slides.slide import Slide
-    from .grid import Grid
+    from .grid import PatchGrid
 
 READ_PX = 2304  # most px per side of a block: 16 MB of pixels
 READ_COST = 0.02  # cost of a read beside that of its tiles, as a share of decoding a tile: 5 µs
@@ -58,7 +58,7 @@ class PatchBatch:
 
 def read_patches(
     slide: Slide,
-    grid: Grid,
+    grid: PatchGrid,
     indices: np.ndarray,
     *,
     batch: int = 64,
@@ -93,7 +93,7 @@ def read_patches(
 
 def _read_blocks(
     slide: Slide,
-    grid: Grid,
+    grid: PatchGrid,
     indices: np.ndarray,
     blocks: _Blocks,
     batch: int,
@@ -144,7 +144,7 @@ def _read_blocks(
         pool.shutdown(cancel_futures=True)
 
 
-def _are_tiles(slide: Slide, grid: Grid) -> bool:
+def _are_tiles(slide: Slide, grid: PatchGrid) -> bool:
     """Return True if the patches are tiles of the file and cuCIM decodes these."""
     side = grid.tile_px
     same_size = grid.ratio == 1 and slide.tile_px == (side, side)
@@ -152,7 +152,7 @@ def _are_tiles(slide: Slide, grid: Grid) -> bool:
 
 
 def _read_tiles(
-    slide: Slide, grid: Grid, indices: np.ndarray, order: np.ndarray, batch: int, workers: int
+    slide: Slide, grid: PatchGrid, indices: np.ndarray, order: np.ndarray, batch: int, workers: int
 ) -> Iterator[PatchBatch]:
     """Read patches that are tiles by one call, with cuCIM's own threads, which need no GIL.
 
@@ -171,7 +171,7 @@ def _read_tiles(
         yield buffer.finish()
 
 
-def probe_decoder(slide: Slide, grid: Grid) -> str:
+def probe_decoder(slide: Slide, grid: PatchGrid) -> str:
     """Return "cuda" if decoding there is faster and gives the same pixels, else "cpu".
 
     Up to 64 patches from the middle of the grid are decoded twice on both; the second time is
@@ -222,7 +222,7 @@ class _Blocks:
     side: int
 
     @classmethod
-    def choose(cls, slide: Slide, grid: Grid, indices: np.ndarray) -> _Blocks:
+    def choose(cls, slide: Slide, grid: PatchGrid, indices: np.ndarray) -> _Blocks:
         """Choose k: the smallest whose cost, tiles decoded plus reads, is within 1 % of the least.
 
         A tile that two blocks touch is decoded twice and counts twice.
@@ -272,7 +272,7 @@ class _Blocks:
 class _BlockReader:
     """Read blocks, and patches that are larger than a block may be."""
 
-    def __init__(self, slide: Slide, grid: Grid, options: dict[str, Any]) -> None:
+    def __init__(self, slide: Slide, grid: PatchGrid, options: dict[str, Any]) -> None:
         self.slide, self.grid, self.options = slide, grid, options
         # A patch of more than READ_PX is read in parts, and each part resampled: what `patches`
         # then yields has the patch's own resolution, hence a ratio of 1.

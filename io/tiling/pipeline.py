@@ -34,7 +34,7 @@ from ..store.write import StoreWriter, note_failure
 from ..store.write_slide import SlideWriter
 from .ahead import Ahead
 from .find_patches import find_patches
-from .grid import Grid, Tiling, make_grid
+from .grid import PatchGrid, Tiling, make_grid
 from .patches import PatchBatch, probe_decoder, read_patches
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class SlideJob:
     source: Source
     lease: Lease
     slide: Slide
-    grid: Grid
+    grid: PatchGrid
     patches: NDArray[np.int64]
     """The n patches to embed, as indices of the grid."""
     rows: NDArray[np.int64]

@@ -8,7 +8,7 @@ from ..launch import cdiv, next_power_of_2
 TMA = (90, 100, 103)
 
 
-class Columns(NamedTuple):
+class ColumnBlocks(NamedTuple):
     """The outputs of one program: a main block, and a narrow block beside it, or 0 for none.
 
     Triton's tiles have powers of 2 as sizes. With one block, the 136 outputs of 17 latents and 8
@@ -24,18 +24,18 @@ class Columns(NamedTuple):
         return self.main + self.narrow
 
 
-_SMALL = (Columns(16, 0), Columns(32, 0), Columns(64, 0))
+_SMALL = (ColumnBlocks(16, 0), ColumnBlocks(32, 0), ColumnBlocks(64, 0))
 # For 32-bit operands, and for tokens that are normalised in registers: the registers hold no more.
-SINGLE = (*_SMALL, Columns(128, 0))
+SINGLE = (*_SMALL, ColumnBlocks(128, 0))
 # For 16-bit operands on sm_80, and in projections on sm_100: larger ones spill registers.
-HALF = (*_SMALL, Columns(64, 16), Columns(128, 0), Columns(128, 16))
+HALF = (*_SMALL, ColumnBlocks(64, 16), ColumnBlocks(128, 0), ColumnBlocks(128, 16))
 # For pooling by TMA on sm_100.
-WIDE = (*HALF, Columns(256, 0))
+WIDE = (*HALF, ColumnBlocks(256, 0))
 # For both products by TMA on sm_90.
-HOPPER = (*WIDE, Columns(128, 32), Columns(128, 64), Columns(256, 16))
+HOPPER = (*WIDE, ColumnBlocks(128, 32), ColumnBlocks(128, 64), ColumnBlocks(256, 16))
 
 
-def columns_of(outputs: int, allowed: tuple[Columns, ...]) -> Columns:
+def columns_of(outputs: int, allowed: tuple[ColumnBlocks, ...]) -> ColumnBlocks:
     """Return the block of outputs, of those allowed, with the fewest reads from the L2 cache.
 
     In every step a program reads 128 rows of tokens and the rows of weights of its outputs, so the

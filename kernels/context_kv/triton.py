@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..backends import capability, multiprocessors
 from ..launch import cdiv, launch, next_power_of_2
 from ..ragged import count_slots
-from .blocks import HALF, HOPPER, SINGLE, TMA, WIDE, Columns, columns_of, pool_chunk
+from .blocks import HALF, HOPPER, SINGLE, TMA, WIDE, ColumnBlocks, columns_of, pool_chunk
 from .tma_kernels import pool_tma_kernel, project_tma_kernel
 from .triton_kernels import (
     centre_weights_kernel,
@@ -338,7 +338,7 @@ def _pool_by_pointers(
     unit = 8 if a.stride(-2) % 8 == 0 else 1
     block = columns_of(columns, HALF if plain else SINGLE)
     if not plain and capability(x) > 90:  # blocks of 128 outputs spill registers (2 stores)
-        block = Columns(min(64, block.main), 0)
+        block = ColumnBlocks(min(64, block.main), 0)
     block_d = 32 if width <= 32 else 128 if plain and width > 64 else 64
     launch(
         pool_kernel, x, (slots * cdiv(width, block_d) * cdiv(columns, block.width),),
@@ -432,7 +432,7 @@ def _tma(*tensors: Tensor) -> bool:
     )
 
 
-def _long_side(block: Columns, capability: int) -> int:
+def _long_side(block: ColumnBlocks, capability: int) -> int:
     """Return the other side of a program's tile, beside its outputs: rows, or channels of x.
 
     It is as long as the registers of 8 warps hold the sums of the tile: the longer, the fewer bytes
