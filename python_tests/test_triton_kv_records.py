@@ -35,7 +35,7 @@ ON: dict[str, Any] = {"backend": "triton", "scale": SCALE}
 def layers_of(
     q: Tensor, kv: Tensor, *, recorded: bool, counts: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """Return what layers gather, each with queries of its own and a mask of its own."""
+    """Return the outputs of layers, each with queries of its own and a mask of its own."""
     width, offsets = q.shape[-1], offsets_of(LENGTHS)
     kv = torch.nn.functional.pad(kv, (0, -width % 16, *4 * [0], 0, 30))  # rows behind the last bag
     counts = None if counts is None else torch.cat([counts, counts.new_ones(30)])
