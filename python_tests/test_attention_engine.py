@@ -389,10 +389,10 @@ def test_dropout_keeps_the_mean(strategy, single: bool) -> None:
     with torch.no_grad():
         (keys,) = prepare(context, [attention], latents=latents.shape[-2], strategy=strategy)
         draws = torch.stack(
-            [keys.attend(attention, attention.queries(latents)) for _ in range(400)]
+            [keys.attend(attention, attention.compute_queries(latents)) for _ in range(400)]
         )
         attention.eval()
-        expected = keys.attend(attention, attention.queries(latents))
+        expected = keys.attend(attention, attention.compute_queries(latents))
     error = (draws.mean(0) - expected) / (draws.std(0) / len(draws) ** 0.5)
     assert error.abs().max() < 5
     assert draws.std(0).min() > 0
