@@ -423,7 +423,7 @@ def test_baselines(tmp_path: Path) -> None:
     fold = Fold.learn(cohort, list(cohort.modalities), split, 0, Goal())
     train, held = fold.train, fold.validation
     model = baselines.ridge_cox(train.patients, train.outcome, held.patients, held.outcome)  # pyright: ignore
-    x, test = baselines.flat(train.patients), baselines.flat(fold.test.patients)
+    x, test = baselines.flatten(train.patients), baselines.flatten(fold.test.patients)
     times, events = train.outcome
     expected = [
         CoxPHSurvivalAnalysis(alpha=penalty, ties="efron").fit(x, Surv.from_arrays(events, times))
