@@ -22,17 +22,14 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["figures/README.md"]
-
 
 html_theme = "furo"
 html_title = f"motet {version}"
-html_static_path: list[str] = []
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 # The kernels of notebooks show their pictures, whatever the environment says.
@@ -49,7 +46,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
-napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 nitpicky = True

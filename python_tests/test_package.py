@@ -6,6 +6,7 @@ import inspect
 import itertools
 import re
 import runpy
+import shlex
 import sys
 import tomllib
 from enum import EnumType
@@ -354,6 +355,19 @@ def test_documents_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
         exec(compile(block, path.name, "exec"), names)
+
+
+def test_commands_in_documents_are_understood() -> None:
+    from motet.cli import entry
+
+    parser, seen = entry._parser(), 0
+    for path in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.DOTALL):
+            for line in re.findall(r"^motet .*", block.replace("\\\n", " "), re.MULTILINE):
+                words = shlex.split(re.sub(r"\$\w+", "0", line), comments=True)
+                parser.parse_args(words[1:])  # exits where a word is not known
+                seen += 1
+    assert seen > 30
 
 
 def test_documents_link_to_what_exists() -> None:
