@@ -7,8 +7,8 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test test-cpus lint docs docs-links bench claims cost-growth gpu gpu-check gpu-profile \
-	gpu-full gpu-install soak sanitize clean
+.PHONY: demo test test-slow test-all test-cpus coverage lint docs docs-links bench claims cost-growth gpu \
+	gpu-check gpu-profile gpu-full gpu-install soak sanitize clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -22,9 +22,25 @@ endif
 demo: $(INSTALLED)
 	$(BIN)/motet demo --out runs/demo
 
-# One thread per test process: two workers on two cores do not fight over them.
+# One thread per test process: two workers on two cores do not fight over them. A worker that has
+# nothing left to do takes tests from another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+# What to run after a change: at most four minutes on two cores, and every promise is touched.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+	$(PYTEST) -m "not slow"
+
+# The rest: builds, compilation ahead of time, simulations, kills, every case of large tests.
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+test-all: test test-slow
+
+# Lines of the package that `make test` runs in its own processes, and that all tests run.
+coverage: $(INSTALLED)
+	$(BIN)/pip install --quiet pytest-cov
+	$(PYTEST) -m "not slow" --cov motet --cov-report term:skip-covered
+	$(PYTEST) -m slow --cov motet --cov-append --cov-report term:skip-covered
 
 # The numeric tests, computed as on two other processors: one with AVX2 but without AVX-512 (most AMD
 # EPYCs), and one with neither. These variables decide which code torch, MKL, oneDNN, OpenBLAS and
@@ -39,8 +55,8 @@ NUMERIC := $(addprefix python_tests/test_,$(addsuffix .py,absorbed_attention att
 	stain_planes triton_context_kv triton_kernels triton_kv_records triton_lego_pass triton_operators))
 NUMBERS := "not compile and not registration and not memory and not fuzz"
 test-cpus: $(INSTALLED)
-	$(AVX2) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -k $(NUMBERS) $(NUMERIC)
-	$(SSE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -k $(NUMBERS) $(NUMERIC)
+	$(AVX2) $(PYTEST) -m "not slow" -k $(NUMBERS) $(NUMERIC)
+	$(SSE) $(PYTEST) -m "not slow" -k $(NUMBERS) $(NUMERIC)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -100,9 +116,9 @@ gpu-full: gpu-install
 gpu-install:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 
-# The property tests (hypothesis), with new seeds and many more examples.
+# All tests: the property tests (hypothesis) with new seeds and many more examples, and everything that CI samples.
 soak: $(INSTALLED)
-	OMP_NUM_THREADS=1 MOTET_HYPOTHESIS=soak $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+	MOTET_HYPOTHESIS=soak $(PYTEST)
 
 # The tests of the C++ under AddressSanitizer and UndefinedBehaviorSanitizer, which stop at the first
 # fault.

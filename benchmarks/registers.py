@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import re
 import subprocess
 import sys
@@ -300,13 +301,20 @@ def main() -> None:
         "--chip", type=int, nargs="+", default=list(SHARED_BYTES), choices=list(SHARED_BYTES),
         help="compute capabilities, times 10 (default: all)",
     )  # fmt: skip
+    parser.add_argument("--some", type=int, metavar="N",
+                        help="take N of the launches, drawn by --seed")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--keys", action="store_true",
                         help="compile nothing; print as JSON what would be compiled")  # fmt: skip
     options = parser.parse_args()
     launches = _choose(options)
+    all_forms = sorted(set().union(*map(forms, launches)))
+    if options.loops:
+        launches = [launch for launch in launches if launch.multiplies()]
+    if options.some is not None and options.some < len(launches):
+        launches = random.Random(options.seed).sample(launches, options.some)
     if options.keys:
         keys = [f"{launch.chip} {launch.key()}" for launch in launches]
-        all_forms = sorted(set().union(*map(forms, launches)))
         print(json.dumps({"sources": sources(), "keys": keys, "forms": all_forms}))
         return
     with tempfile.TemporaryDirectory() as cache:
@@ -315,8 +323,7 @@ def main() -> None:
         _recorded.extend(launches)
         with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
             if options.loops:
-                products = [i for i, launch in enumerate(launches) if launch.multiplies()]
-                results = list(pool.imap(_check_loops_of_number, products))
+                results = list(pool.imap(_check_loops_of_number, range(len(launches))))
                 wrong = [fault for _, loop_faults in results for fault in loop_faults]
                 wgmma = sum(uses for uses, _ in results)
                 print(json.dumps({"triton": triton.__version__, "wgmma": wgmma, "wrong": wrong}))

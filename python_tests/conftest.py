@@ -1,11 +1,15 @@
 """What the tests share: where data lies, how close is close enough, deterministic properties."""
 
+import itertools
 import operator
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,10 +17,15 @@ from hypothesis import HealthCheck, settings
 from motet import _error_floors
 from torch import Tensor
 
+Thing = TypeVar("Thing")
+
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for benchmarks/, which is in the checkout alone
 IN_CI = os.environ.get("CI") == "true"
 SOAK = os.environ.get("MOTET_HYPOTHESIS") == "soak"
+# Of what is drawn, another part is drawn every day. In the environment, so that the processes of
+# one run of tests draw the same.
+SEED = int(os.environ.setdefault("MOTET_SEED", str(date.today().toordinal())))
 MODELS = Path(__file__).parent / "golden"
 
 # The seeds of a property are fixed, so that a run never fails by chance; `make soak` explores.
@@ -40,6 +49,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # pytest-xdist runs one worker per core
+
+
+def drawn(things: Iterable[Thing], count: int) -> list[Thing]:
+    """Draw some of the things by SEED; under `make soak` return all of them."""
+    return list(things) if SOAK else random.Random(SEED).sample(list(things), count)
+
+
+def pytest_report_header() -> str:
+    return f"drawn with MOTET_SEED={SEED}"
 
 
 def data_path(*parts: str) -> Path:
@@ -252,6 +270,38 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `sampled`, mark those slow that cover nothing new.
+
+    What stays fast covers every value of every parameter of the test, or with sampled(2) every pair
+    of values of two parameters.
+    """
+    tests: dict[tuple[str, str], list[pytest.Function]] = {}
+    for item in items:
+        if hasattr(item, "callspec") and item.get_closest_marker("sampled"):
+            tests.setdefault((str(item.path), item.originalname), []).append(item)
+    for cases in tests.values():
+        for case in _covering_nothing_new(cases):
+            case.add_marker("slow")
+
+
+def _covering_nothing_new(cases: list[pytest.Function]) -> list[pytest.Function]:
+    """Return the cases that are left when all that there is to cover is covered, greedily."""
+    (strength,) = next(cases[0].iter_markers("sampled")).args or (1,)
+    covers = {}
+    for case in cases:
+        values = sorted((name, repr(value)) for name, value in case.callspec.params.items())
+        covers[case] = {*itertools.combinations(values, strength)}
+    covered: set[object] = set()
+    while covers:
+        best = max(covers, key=lambda case: len(covers[case] - covered))
+        if not covers[best] - covered:
+            break
+        covered |= covers.pop(best)
+    return list(covers)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -259,16 +309,16 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Leave Triton's interpreter to its own tests; fixtures of whole modules too."""
+    """Leave Triton's interpreter to the modules marked `interpreted`; their fixtures too."""
     with pytest.MonkeyPatch.context() as patch:
-        if "test_triton" not in request.path.name:
-            patch.delenv("TRITON_INTERPRET", raising=False)
-        else:
+        if request.node.get_closest_marker("interpreted"):
             from . import interpreter
 
             builder = interpreter.InterpreterBuilder
             patch.setattr(builder, "create_dot", interpreter.create_dot)
             patch.setattr(builder, "create_splat", interpreter.create_splat)
+        else:
+            patch.delenv("TRITON_INTERPRET", raising=False)
         yield
 
 

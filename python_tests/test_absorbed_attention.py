@@ -404,6 +404,7 @@ def test_weights(lengths: list[int], dtype: torch.dtype) -> None:
             torch.testing.assert_close(bag.sum(0), torch.ones(4, **WIDE), rtol=0, atol=atol)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lengths", [[4, 0, 3], [0, 0], []], ids=str)
 @pytest.mark.parametrize("channels", [None, 2])
 @pytest.mark.parametrize("option", [None, "dropout", "counts"])
@@ -485,6 +486,7 @@ def test_compiles_whole_for_any_size(counted: bool) -> None:
 
 
 # torch's own, where offsets break the graph; it says so only where warnings are errors.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_the_compiled_backend() -> None:
     lengths = [4]

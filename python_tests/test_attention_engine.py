@@ -277,6 +277,7 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("strategy", ["cached", "absorbed"])
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -448,7 +449,14 @@ def test_gradients_with_dropout(strategy: str) -> None:
     assert torch.autograd.gradcheck(update, needed, fast_mode=True)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(strategy, marks=[] if strategy is None else pytest.mark.slow)
+        for strategy in STRATEGIES
+    ],
+    ids=named,
+)
 def test_compiles_whole_for_any_number_of_tokens(strategy) -> None:
     modalities = {"cells": motet.Bag(4, coords=2, extent=100.0)}
     sizes = {"num_latents": 5, "latent_dim": 12, "heads": 2, "head_dim": 4, "depth": 1}

@@ -28,6 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return run
 
 
+@pytest.mark.slow
 def test_bench_prints_json() -> None:
     command = [sys.executable, "-m", "motet", "bench", "--quick", "--device", "cpu", "--dtype"]
     run = subprocess.run([*command, "fp32", "--threads", "1", "--json", "-"], capture_output=True,

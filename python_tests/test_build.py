@@ -78,6 +78,7 @@ def test_conda_and_citation_say_what_pip_is_told() -> None:
 NO_COMPILER = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
 
 
+@pytest.mark.slow
 def test_source_distribution_builds_the_module(tmp_path: Path) -> None:
     source = copied(tmp_path / "source")
     make = "import sys; from setuptools import build_meta as b; print(b.build_sdist(sys.argv[1]))"
@@ -88,6 +89,7 @@ def test_source_distribution_builds_the_module(tmp_path: Path) -> None:
     assert has_native(build(tmp_path / "wheels", archive)) == (shutil.which("c++") is not None)
 
 
+@pytest.mark.slow
 def test_a_broken_module_is_an_error_where_it_is_required(tmp_path: Path) -> None:
     """What `make lint` relies on: warnings are errors, and errors stop it."""
     source = copied(tmp_path / "source")
@@ -101,6 +103,7 @@ def test_a_broken_module_is_an_error_where_it_is_required(tmp_path: Path) -> Non
     assert pip_wheel(tmp_path / "wheels", copied(source), **NO_COMPILER, **strict).returncode != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", [True, False])
 def test_wheel(compiler: bool, tmp_path: Path) -> None:
     wheel = build(

@@ -330,6 +330,7 @@ def test_compiles_whole_for_any_size() -> None:
     assert_compiles(run, *(Case(tokens=3 * n, per_bag=n, positions=2).draw() for n in (4, 9)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(), Case(positions=2)], ids=["plain", "positions"])
 def test_the_compiled_backend(case: Case) -> None:
     args = case.draw()

@@ -438,6 +438,7 @@ if SOAK:
     SIZES += [(0.45, 1, 200), (0.45, 5, 60), (0.45, 5, 114), (1.5, 1, 200), (1.5, 5, 114)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beta", "folds", "n"), SIZES)
 def test_survival_intervals_cover(beta: float, folds: int, n: int) -> None:
     """Harrell's c is 0.60 and 0.80; truth from 300 cohorts of 300, so for Uno's c and the AUC."""
@@ -459,6 +460,7 @@ def test_survival_intervals_cover(beta: float, folds: int, n: int) -> None:
         assert_covers(list(column))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folds", "n"), [(1, 100), (5, 60)])
 def test_paired_intervals_cover(folds: int, n: int) -> None:
     """Two models of equal skill whose errors correlate: the difference is 0."""

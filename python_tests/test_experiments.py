@@ -1,5 +1,6 @@
 """Runs from end to end: leakage, killed runs, new patients, every shipped cohort, bad input."""
 
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from motet.io import Bags, Classes, Cohort, Split, Survival, load_cohort
 from motet.io.cohorts.bags import LazyBags
 from safetensors import safe_open
 
-from .conftest import data_path
+from .conftest import data_path, run_python
 
 QUICK = ["--set", "epochs=2", "--set", "num_latents=4", "--set", "latent_dim=8"]
 SMALL = {"epochs": 2, "num_latents": 4, "latent_dim": 8}
@@ -36,12 +38,18 @@ SHIPPED = sorted(
 )
 
 
-def motet_command(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "motet", *map(str, arguments)],
-        capture_output=True, text=True, check=check, cwd="/",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def motet_command(*arguments: object) -> tuple[str, str]:
+    """Run a command that succeeds, in this process; return its standard output and error."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        assert cli.main([*map(str, arguments)]) == 0
+    return out.getvalue(), err.getvalue()
+
+
+def in_another_process(*arguments: object) -> None:
+    run_python(
+        "import sys; from motet import cli; sys.exit(cli.main(sys.argv[1:]))", *map(str, arguments)
+    )
 
 
 def breast_cancer() -> Cohort:
@@ -167,21 +175,21 @@ def test_given_splits_are_used_and_checked() -> None:
 def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     """Train, evaluate, predict in another process: the same risks, also with a modality missing."""
     out = tmp_path / "runs" / "healnet"
-    shown = motet_command("train", "breast_cancer", "--model", "healnet", "--out", out, *QUICK,
-                          "--splits", 2, "--test", 0.5, "--json")  # fmt: skip
-    assert shown.stderr == ""
-    metrics = json.loads(shown.stdout)["runs"][str(out)]
+    train = ["train", "breast_cancer", "--model", "healnet", "--out", out, *QUICK]
+    shown, errors = motet_command(*train, "--splits", 2, "--test", 0.5, "--json")
+    assert errors == ""
+    metrics = json.loads(shown)["runs"][str(out)]
     assert metrics == json.loads((out / "metrics.json").read_text())
     frame = pd.read_csv(out / "predictions.csv", dtype={"patient": str})
     assert sorted(frame["patient"]) == sorted(breast_cancer().patients)
     assert "epoch 2: train" in (out / "log.txt").read_text()
 
     # Curves in predictions.csv are what the metrics were made of.
-    again = motet_command("evaluate", out, "--json", "--draws", 1000)
-    assert json.loads(again.stdout)["runs"][str(out)] == metrics
+    again, _ = motet_command("evaluate", out, "--json", "--draws", 1000)
+    assert json.loads(again)["runs"][str(out)] == metrics
 
     new = tmp_path / "new.csv"
-    motet_command("predict", out, "breast_cancer", "--out", new)
+    in_another_process("predict", out, "breast_cancer", "--out", new)
     predicted = pd.read_csv(new, dtype={"patient": str}).set_index("patient")
     run, cohort = Run.finished(out), breast_cancer()
     with torch.no_grad():
@@ -334,6 +342,7 @@ def test_a_bag_is_read_once_per_fold(kind: str, runs: int, tmp_path: Path) -> No
     assert max(counted.reads.values()) == 2 * runs
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """Killed at random moments, a run ends with the very files of one that was not."""
     changes = ["--set", "epochs=30", "--set", "patience=30", *QUICK[2:], "--splits", "2"]
@@ -364,6 +373,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert not list((tmp_path / "killed").glob("folds/*/last.ckpt"))
 
 
+@pytest.mark.slow
 def test_torchrun_leaves_one_run_folder(tmp_path: Path) -> None:
     """Two processes: the first one alone writes, and the blocks are merged once they are there."""
     with socket.socket() as free:
@@ -456,6 +466,7 @@ def test_baselines(tmp_path: Path) -> None:
     np.testing.assert_allclose(table["p_early"] + table["p_late"], 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_cohort_trains_with_one_command(name: str, tmp_path: Path) -> None:
     if name != "breast_cancer":
@@ -710,7 +721,9 @@ def test_predictions_overwrite_nothing_else(
     assert "got 1e+35 for patient '000'" in printed
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_says_so(sign: signal.Signals, tmp_path: Path) -> None:
     command = ["train", "breast_cancer", "--model", "healnet", "--set", "epochs=500", "--out"]
     process = subprocess.Popen(

@@ -2,13 +2,14 @@
 
 import ast
 import itertools
+import json
 import subprocess
 import sys
 import tomllib
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, run_python
 
 KERNELS = ROOT / "kernels"
 OPERATORS = sorted(path.parent.name for path in KERNELS.glob("*/operator.py"))
@@ -27,20 +28,29 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_an_operator_is_the_function_in_any_order_of_imports(order: tuple[str, ...]) -> None:
-    code = "\n".join(
-        (
-            *order,
-            "import importlib, motet.kernels, sys, types",
-            "for name in motet.kernels.__all__:",
-            "    assert not isinstance(getattr(motet.kernels, name), types.ModuleType), name",
-            "from motet.kernels.slerp import reference",
-            "assert f is motet.kernels.slerp is sys.modules['motet.kernels.slerp.operator'].slerp",
-            "assert importlib.import_module('motet.kernels.slerp').reference is reference",
-        )
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+CHECK = """
+import importlib, motet.kernels, sys, types
+for name in motet.kernels.__all__:
+    assert not isinstance(getattr(motet.kernels, name), types.ModuleType), name
+from motet.kernels.slerp import reference
+assert f is motet.kernels.slerp is sys.modules["motet.kernels.slerp.operator"].slerp
+assert importlib.import_module("motet.kernels.slerp").reference is reference
+"""
+# A fork for each order, so that torch is imported once.
+IN_FORKS = """
+import json, os, sys, torch
+for order, code in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if child == 0:
+        exec(code, {})
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, order
+"""
+
+
+def test_an_operator_is_the_function_in_any_order_of_imports() -> None:
+    programs = {name: "\n".join((*order, CHECK)) for name, order in ORDERS.items()}
+    run_python(IN_FORKS, json.dumps(programs))
 
 
 def test_a_launcher_imports_triton_itself() -> None:

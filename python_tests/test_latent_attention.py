@@ -566,6 +566,7 @@ def test_the_same_seed_is_the_same_mask(form: str, backend: str, monkeypatch) ->
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("lengths", [[4, 0, 3], [0, 0], []], ids=str)
 @pytest.mark.parametrize("option", [None, "dropout", "counts"])
 def test_registration(lengths: list[int], option: str | None) -> None:
@@ -603,6 +604,7 @@ def test_registration_dense() -> None:
         opcheck(torch.ops.motet.latent_attention, (q, k, v, None, counts, 0.5, 0.0, None, "auto"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles_whole_for_any_size(form: str, counted: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import motet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.fusion.attention_forms import prepare
 from torch import Tensor, nn
@@ -223,6 +223,7 @@ def test_merge_equals_equation_4() -> None:
     assert close(out.logits, merged.head(out.latents.real))
 
 
+@settings(max_examples=settings().max_examples // 5)  # each is 70 forward passes
 @given(st.integers(0, 1000))
 def test_rows_merge_the_blocks_they_have(seed: int) -> None:
     blocks = blocks_of(4)
@@ -432,19 +433,28 @@ def test_untracked_imaginary_part_is_exactly_zero() -> None:
     assert torch.equal(out.latents.imag, torch.zeros_like(out.latents.imag))
 
 
-def test_compiles_whole() -> None:
+JOINED = {
+    "merge": motet.LegoMerge,
+    "stack": lambda blocks: motet.LegoFuse(blocks, mode="stack"),
+    "weave": lambda blocks: motet.LegoFuse(blocks, mode="weave"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["merge", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("stack", "weave"))]
+)
+def test_compiles_whole(kind: str) -> None:
     blocks, x = blocks_of(2), inputs_of(2)
-    pair = {name: x[name] for name in blocks}
-    for model in (
-        motet.LegoMerge(blocks),
-        motet.LegoFuse(blocks, mode="stack"),
-        motet.LegoFuse(blocks, mode="weave"),
-    ):
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert close(compiled(pair), model(pair))
-        torch._dynamo.reset()
-    compiled = torch.compile(blocks["wsi"], fullgraph=True, backend="aot_eager")
-    assert close(compiled(x["wsi"]), blocks["wsi"](x["wsi"]))
+    pair, model = {name: x[name] for name in blocks}, JOINED[kind](blocks)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert close(compiled(pair), model(pair))
+
+
+def test_a_block_compiles_whole() -> None:
+    block, x = blocks_of(2)["wsi"], inputs_of(2)["wsi"]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert close(compiled(x), block(x))
 
 
 def test_refusals() -> None:

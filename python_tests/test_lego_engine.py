@@ -72,6 +72,7 @@ def covering() -> Iterator[Any]:
                         )  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("size", "fft", "depth", "normalise", "track", "context"), list(covering())
 )
@@ -279,7 +280,10 @@ def test_half_precision_needs_autocast() -> None:
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("fft", [*FFTS, None])
+@pytest.mark.parametrize(
+    "fft",
+    ["latents", *(pytest.param(fft, marks=pytest.mark.slow) for fft in ("2d", "width", None))],
+)
 def test_compiles_whole(fft: Any) -> None:
     block = block_of((6, 5), fft=fft, depth=2, normalise=True, context="spectrum").eval()
     x = torch.randn(2, 4, 6, **WIDE)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from motet.io.errors import SlideError
 from motet.io.slides.open_slide import open_slide
@@ -56,6 +56,7 @@ def expected(slide: ArraySlide, grid: PatchGrid, patch: int) -> np.ndarray:
     return area_resample_reference(crop, y + steps, x + steps, grid.ratio)
 
 
+@settings(max_examples=settings().max_examples // 4)
 @given(slides(), tilings, st.data())
 def test_pixels_are_those_of_the_coordinates(
     slide: ArraySlide, tiling: Tiling, data: st.DataObject

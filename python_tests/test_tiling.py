@@ -142,7 +142,10 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
-@pytest.mark.parametrize("seed", range(200 if SOAK else 10))
+@pytest.mark.parametrize(
+    "seed",
+    [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 200 if SOAK else 6))],
+)
 def test_kill_and_resume(cohort: Path, undisturbed: Path, tmp_path: Path, seed: int) -> None:
     """kill -9 of the command or a worker at a random moment, until a run comes through."""
     random = np.random.default_rng(seed)
@@ -209,6 +212,7 @@ def damage(path: Path, random: np.random.Generator, share: float) -> set[int]:
     return hit
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("compression", ["jpeg", "deflate", "aperio_jp2000_rgb"])
 def test_damaged_tiles_are_flagged_and_never_embedded(
@@ -481,8 +485,8 @@ def test_ray_survives_a_killed_worker(cohort: Path, undisturbed: Path, tmp_path:
 
 
 def test_a_cohort_of_many_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """10,000 slides under `make soak`, 500 here: each once; resuming opens none of them."""
-    count = 10_000 if SOAK else 500
+    """10,000 slides under `make soak`, 100 here: each once; resuming opens none of them."""
+    count = 10_000 if SOAK else 100
     slides, store = tmp_path / "slides", tmp_path / "store"
     slides.mkdir()
     make_pyramid(slides / "slide-00000.tif", size=(700, 700), factors=(1, 4))

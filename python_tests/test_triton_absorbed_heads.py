@@ -24,7 +24,11 @@ from torch.library import opcheck
 
 from .conftest import assert_as_good_as, assert_differentiable_once, offsets_of, with_gradients
 
-pytestmark = pytest.mark.usefixtures("_poisoned")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.sampled,
+    pytest.mark.usefixtures("_poisoned"),
+]
 LENGTHS = [40, 0, 1, 1, 88]
 BAGS, TOKENS = len(LENGTHS), sum(LENGTHS)
 OFFSETS = offsets_of(LENGTHS)

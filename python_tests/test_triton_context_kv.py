@@ -35,7 +35,11 @@ from .conftest import assert_as_good_as, offsets_of
 
 EPS = 1e-5
 RAGGED = [300, 0, 1, 530]
-pytestmark = pytest.mark.usefixtures("_poisoned")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.sampled,
+    pytest.mark.usefixtures("_poisoned"),
+]
 
 
 @pytest.fixture(params=[0, 90], ids=["pointers", "tma"])

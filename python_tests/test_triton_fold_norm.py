@@ -16,7 +16,11 @@ from torch.library import opcheck
 
 from .conftest import assert_as_good_as, assert_differentiable_once, with_gradients
 
-pytestmark = pytest.mark.usefixtures("_poisoned")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.sampled,
+    pytest.mark.usefixtures("_poisoned"),
+]
 
 
 def inputs(groups, rows, width):

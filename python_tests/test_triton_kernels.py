@@ -28,7 +28,11 @@ from .conftest import assert_as_good_as, offsets_of
 
 SCALE = 0.3
 RAGGED = [300, 0, 1, 530]
-pytestmark = pytest.mark.usefixtures("_poisoned")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.sampled,
+    pytest.mark.usefixtures("_poisoned"),
+]
 
 
 def literal_attention(q, k, v, offsets, keep, dropout_p, counts=None):

@@ -26,7 +26,11 @@ from motet.kernels.latent_attention.reference import latent_attention_reference
 
 from .conftest import assert_as_good_as, offsets_of, with_gradients
 
-pytestmark = pytest.mark.usefixtures("_poisoned")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.sampled,
+    pytest.mark.usefixtures("_poisoned"),
+]
 LENGTHS = [40, 0, 1, 89]
 SCALE, LAYERS = 0.3, 3
 ON: dict[str, Any] = {"backend": "triton", "scale": SCALE}

@@ -49,6 +49,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .conftest import ROOT
 
+pytestmark = pytest.mark.interpreted
+
 KERNELS = ROOT / "kernels"
 
 

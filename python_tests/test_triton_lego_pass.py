@@ -32,7 +32,11 @@ from .conftest import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("_poisoned")
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.sampled,
+    pytest.mark.usefixtures("_poisoned"),
+]
 
 TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
 

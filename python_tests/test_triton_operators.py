@@ -34,6 +34,8 @@ from motet.kernels.row_statistics.reference import row_statistics_reference
 
 from .conftest import Function, assert_as_good_as, with_gradients
 
+pytestmark = [pytest.mark.interpreted, pytest.mark.sampled]
+
 OFFSETS = torch.tensor([0, 40, 40, 41, 130])
 ON, EAGER = {"backend": "triton"}, {"backend": "eager"}
 
