@@ -2,8 +2,8 @@
 
 An operator or model passes if its error against float64 is at most 2 err(reference) + floor, with
 the reference in the same dtype. The floor is for errors that the reference happens not to have: a
-sum in another order, a result that is rounded once more. Tests (`python_tests/conftest.py`), checks
-on a GPU (`benchmarks/checks.py`) and benchmarks use these tables; the keys are the dtypes.
+sum in another order, a result that is rounded once more. Tests and the checks on a GPU
+(`python_tests/comparison.py`) and benchmarks use these tables; the keys are the dtypes.
 
 With u the unit roundoff (float64 1.1e-16, float32 6.0e-8, float16 4.9e-4, bfloat16 3.9e-3), one
 rounding is at most u for a number and, as a root mean square over many, about 0.4 u; a sum of n

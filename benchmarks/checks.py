@@ -1,9 +1,10 @@
 """What `make gpu-check` checks: operators, and by model_checks.py models, against float64.
 
-An operator may err by twice what its literal reference errs in the same dtype, and the floor below.
+An operator may err by twice what its literal reference errs in the same dtype, and the floor below:
+the tests' rule (python_tests/comparison.py), with errors as norms.
 """
 
-import math
+import copy
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ from motet.kernels.latent_attention.reference import latent_attention_reference
 from motet.kernels.lego_pass.operator import lego_pass
 from motet.kernels.lego_pass.weights import QueryWeights, UpdateWeights
 from torch import Tensor
+
+from python_tests.comparison import Function, errors, results_of, with_gradients
 
 # Of norms, relative.
 FLOOR = {getattr(torch, name): floor for name, floor in _error_floors.OPERATOR.items()}
@@ -96,8 +99,8 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
             yield f"latent_attention dropout {title}", partial(_dropout, *on)
             yield f"attention_weights {title}", partial(_weights, *on)
             yield f"absorbed_attention {title}", partial(_absorbed, *on)
-            yield f"absorbed_heads {title}", partial(_load_attended, *on)
-            yield f"absorbed_heads shared {title}", partial(_load_attended, *on, shared=True)
+            yield f"absorbed_heads {title}", partial(_heads_outputs, *on)
+            yield f"absorbed_heads shared {title}", partial(_heads_outputs, *on, shared=True)
             yield f"a bag alone {title}, bit for bit", partial(_alone, *on)
         for shape in ((1, 17, 63), (8, 16, 103)):  # as released, and the widest heads
             own = partial(_attention, device, backend, torch.bfloat16, shape=shape)
@@ -119,36 +122,30 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
 
 
 def _compare(
-    function: Callable[..., list[Tensor]],
-    reference: Callable[..., list[Tensor]],
-    tensors: Sequence[Tensor],
-    dtype: torch.dtype,
+    function: Function, reference: Function, tensors: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Return the error of results and gradients, and what is allowed."""
+    """Return the error of results and gradients in a dtype, and what is allowed."""
     low = [x.detach().to(dtype) for x in tensors]
-    exact = _with_gradients(reference, [x.double() for x in low])
-    own, literal = (_with_gradients(f, low) for f in (function, reference))
-    if not all(x.isfinite().all() for x in own):
-        return math.inf, 0.0
-    return (
-        measure.relative_error(own, exact),
-        2 * measure.relative_error(literal, exact) + FLOOR[dtype],
+    return _within(with_gradients(function), with_gradients(reference), low, FLOOR[dtype])
+
+
+def _within(
+    function: Function, reference: Function, tensors: Sequence[Tensor], floor: float
+) -> tuple[float, float]:
+    """Return the error of all results together and what is allowed, in norms of what is right."""
+    norms: list[float] = []
+
+    def together(function: Function) -> Function:
+        return lambda *x: torch.cat([r.double().flatten() for r in results_of(function, *x)])
+
+    def absolute(_: torch.dtype, norm: float) -> float:
+        norms.append(norm)
+        return floor * norm
+
+    ((error, allowed),) = errors(
+        together(function), together(reference), *tensors, size="norm", floor=absolute
     )
-
-
-def _with_gradients(
-    function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]
-) -> list[Tensor]:
-    leaves = [x.clone().requires_grad_() for x in tensors]
-    outs = function(*leaves)
-    generator = torch.Generator(outs[0].device).manual_seed(1)
-    terms = [
-        out * torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
-        for out in outs
-    ]
-    loss = torch.stack([term.double().sum() for term in terms]).sum()
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return [x.detach() for x in (*outs, *gradients)]
+    return error / norms[0], allowed / norms[0]
 
 
 def _offsets(lengths: Sequence[int], device: str) -> Tensor:
@@ -162,12 +159,12 @@ def _projection(
     weight = torch.randn(2, 48, 205, device=device) / 14
     bias, positions = torch.randn(2, 48, device=device), torch.randn(250, 5, device=device)
 
-    def own(weight: Tensor, bias: Tensor) -> list[Tensor]:
-        return [context_kv(x, weight, bias, positions=positions, backend=backend)]
+    def own(weight: Tensor, bias: Tensor) -> Tensor:
+        return context_kv(x, weight, bias, positions=positions, backend=backend)
 
-    def literal(weight: Tensor, bias: Tensor) -> list[Tensor]:
+    def literal(weight: Tensor, bias: Tensor) -> Tensor:
         wide = x.to(weight.dtype) if weight.dtype == torch.float64 else x
-        return [context_kv_reference(wide, weight, bias, positions=positions)]
+        return context_kv_reference(wide, weight, bias, positions=positions)
 
     return _compare(own, literal, (weight, bias), dtype)
 
@@ -196,11 +193,11 @@ def _attention(
         k, v = (x.unflatten(0, (2, 250)).transpose(1, 2) for x in (k, v))
         offsets = None
 
-    def own(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        return [latent_attention(q, k, v, offsets, backend=backend)]
+    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return latent_attention(q, k, v, offsets, backend=backend)
 
-    def literal(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        return [latent_attention_reference(q, k, v, offsets)]
+    def literal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return latent_attention_reference(q, k, v, offsets)
 
     return _compare(own, literal, (q, k, v), dtype)
 
@@ -216,42 +213,44 @@ def _dropout(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, floa
     basis = torch.cat([torch.eye(64, device=device)[: stop - start] for start, stop in bags])
     basis = basis[:, None].expand(-1, 8, -1)
 
-    def own(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        return [latent_attention(q, k, v, offsets, dropout_p=DROPOUT, seed=seed, backend=backend)]
+    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return latent_attention(q, k, v, offsets, dropout_p=DROPOUT, seed=seed, backend=backend)
 
     with torch.no_grad():
-        kept = own(*(x.to(dtype) for x in (q / 8, k, basis)))[0] > 0  # [B, H, C, key]
+        kept = own(*(x.to(dtype) for x in (q / 8, k, basis))) > 0  # [B, H, C, key]
     share = torch.cat([kept[b, ..., : stop - start].flatten() for b, (start, stop) in
                        enumerate(bags)]).double().mean().item()  # fmt: skip
     if abs(share - (1 - DROPOUT)) > 0.02:  # 7 standard deviations
         raise ArithmeticError(f"kept {share:.3f} of the weights, expected {1 - DROPOUT}")
 
-    def literal(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    def literal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
         for b, (start, stop) in enumerate(bags):
             keys, values = (x[start:stop].transpose(0, 1) for x in (k, v))
             weights = torch.softmax(q[b] @ keys.mT / 8, dim=-1)  # 8 is the root of the width
             mask = kept[b, ..., : stop - start] / (1 - DROPOUT)
             outs.append((weights * mask.to(weights.dtype)) @ values)
-        return [torch.stack(outs)]
+        return torch.stack(outs)
 
     return _compare(own, literal, (q, k, v), dtype)
 
 
 def _weights(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
     q, k, _, offsets = _qkv(device, RAGGED, (8, 25, 16))
-    q, k = q.to(dtype), k.to(dtype)
-    exact = attention_weights(q.double(), k.double(), offsets, backend="eager")
-    exact = [exact, exact.mean((1, 2))]
-    sums = [
-        torch.logsumexp(q[b].float() @ k[start:stop].float().permute(1, 2, 0) / 4, -1)
-        for b, (start, stop) in enumerate(pairwise(offsets.tolist()))
-    ]
-    full = attention_weights(q, k, offsets, lse=torch.stack(sums), backend=backend)
-    mean = attention_weights(q, k, offsets, reduce="mean", backend=backend)
-    literal = attention_weights(q, k, offsets, backend="eager")
-    allowed = 2 * measure.relative_error([literal, literal.mean((1, 2))], exact) + 4 * FLOOR[dtype]
-    return measure.relative_error([full, mean], exact), allowed
+
+    def own(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        sums = [
+            torch.logsumexp(q[b].float() @ k[start:stop].float().permute(1, 2, 0) / 4, -1)
+            for b, (start, stop) in enumerate(pairwise(offsets.tolist()))
+        ]
+        full = attention_weights(q, k, offsets, lse=torch.stack(sums), backend=backend)
+        return full, attention_weights(q, k, offsets, reduce="mean", backend=backend)
+
+    def literal(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        full = attention_weights(q, k, offsets, backend="eager")
+        return full, full.mean((1, 2))
+
+    return _within(own, literal, (q.to(dtype), k.to(dtype)), 4 * FLOOR[dtype])
 
 
 def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
@@ -263,19 +262,19 @@ def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, flo
     positions = torch.randn(sum(lengths), 5, device=device)
     offsets = _offsets(lengths, device)
 
-    def own(queries: Tensor) -> list[Tensor]:
-        return list(absorbed_attention(queries, x, offsets, positions=positions, backend=backend))
+    def own(queries: Tensor) -> tuple[Tensor, ...]:
+        return absorbed_attention(queries, x, offsets, positions=positions, backend=backend)
 
-    def literal(queries: Tensor) -> list[Tensor]:
+    def literal(queries: Tensor) -> tuple[Tensor, ...]:
         wide = x.double() if queries.dtype == torch.float64 else x
         pooled, mass = absorbed_attention_reference(queries, wide, offsets, positions=positions)
         filled = (offsets.diff() > 0)[:, None].to(mass.dtype)
-        return [pooled, mass * filled]
+        return pooled, mass * filled
 
     return _compare(own, literal, (queries,), dtype)
 
 
-def _load_attended(
+def _heads_outputs(
     device: str, backend: Any, dtype: torch.dtype, *, shared: bool = False
 ) -> tuple[float, float]:
     """Compare the heads' outputs with torch's; `shared`: all bags have the same queries."""
@@ -285,13 +284,13 @@ def _load_attended(
     x = torch.randn(sum(lengths), 203, device=device).to(dtype)
     positions, offsets = torch.randn(sum(lengths), 5, device=device), _offsets(lengths, device)
 
-    def attended(backend: Any) -> Callable[..., list[Tensor]]:
-        def run(q: Tensor, *folded: Tensor) -> list[Tensor]:
+    def attended(backend: Any) -> Function:
+        def run(q: Tensor, *folded: Tensor) -> Tensor:
             own = x.double() if q.dtype == torch.float64 else x
             out = absorbed_heads(
                 q, *folded, own, offsets, positions=positions, scale=0.25, backend=backend
             )
-            return [out.to(q.dtype)]
+            return out.to(q.dtype)
 
         return run
 
@@ -353,10 +352,10 @@ def _harmonic(device: str, backend: Any, count: int) -> tuple[float, float]:
     parts = [torch.randn(9, 1000, 2, device=device) for _ in range(count)]
     weights = [1.0 + i for i in range(count)]
 
-    def merged(merge: Callable[..., Tensor], **how: Any) -> Callable[..., list[Tensor]]:
-        return lambda *x: [
-            torch.view_as_real(merge([torch.view_as_complex(p) for p in x], weights, **how))
-        ]
+    def merged(merge: Callable[..., Tensor], **how: Any) -> Function:
+        return lambda *x: torch.view_as_real(
+            merge([torch.view_as_complex(p) for p in x], weights, **how)
+        )
 
     pair = merged(harmonic_merge, backend=backend), merged(harmonic_merge_reference)
     return _compare(*pair, parts, torch.float32)
@@ -366,8 +365,8 @@ def _slerp(device: str, backend: Any, count: int) -> tuple[float, float]:
     vectors = [torch.randn(100_000, device=device) for _ in range(count)]
     weights = [1.0 + i for i in range(count)]
     return _compare(
-        lambda *x: [slerp(x, weights, backend=backend)],
-        lambda *x: [slerp(x, weights, backend="eager")],
+        lambda *x: slerp(x, weights, backend=backend),
+        lambda *x: slerp(x, weights, backend="eager"),
         vectors,
         torch.float32,
     )
@@ -391,15 +390,15 @@ def _lego_pass(
         tensors[bias] = tensors[bias].sign() * (1 + tensors[bias].abs())
     present = torch.tensor([True, False, True, True, True], device="cuda")
 
-    def run(backend: Any) -> Callable[..., list[Tensor]]:
-        def call(*t: Tensor) -> list[Tensor]:
+    def run(backend: Any) -> Function:
+        def call(*t: Tensor) -> tuple[Tensor, ...]:
             half = t[0].dtype != torch.float64 and dtype != torch.float32
             with torch.autocast("cuda", dtype if half else torch.bfloat16, enabled=half):
                 found = lego_pass(
                     t[0], t[2], UpdateWeights(*t[3:11]), imaginary=t[1], present=present, axes=axes,
                     query_weights=QueryWeights(*t[11:]), backend=backend,
                 )  # fmt: skip
-            return [x for x in found if x is not None]
+            return tuple(x for x in found if x is not None)
 
         return call
 
@@ -441,15 +440,21 @@ def _encoder(device: str, precision: str) -> tuple[float, float]:
     model, (dtype,) = _Patches().eval(), [t for t, name in NAMES.items() if name == precision]
     pixels = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8)
     x = pixels.permute(0, 3, 1, 2) / 255
-    with torch.no_grad():
-        exact = model.double()(x.double())
-        model = model.float().to(device)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            literal = model(x.to(device))
+    wide = copy.deepcopy(model).double()
+    model = model.to(device)
     encoder = TorchEncoder("check", model, Transform(), Setup(device, precision))
-    own = torch.from_numpy(encoder.encode(pixels.numpy()))
-    allowed = 2 * measure.relative_error([literal.double().cpu()], [exact]) + FLOOR[dtype]
-    return measure.relative_error([own.double()], [exact]), allowed
+
+    def own(_: Tensor) -> Tensor:
+        return torch.from_numpy(encoder.encode(pixels.numpy()))
+
+    @torch.no_grad()
+    def literal(x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            return wide(x)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return model(x.to(device)).cpu()
+
+    return _within(own, literal, (x,), FLOOR[dtype])
 
 
 def _patches_there(device: str) -> tuple[float, float]:

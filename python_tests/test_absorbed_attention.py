@@ -18,18 +18,15 @@ from motet.kernels.dtypes import wide
 from torch import Tensor
 from torch.library import opcheck
 
+from .comparison import EXACT, FLOOR, assert_as_good_as, with_gradients
 from .conftest import (
-    EXACT,
-    FLOOR,
     ROWS,
-    assert_as_good_as,
     assert_compiles,
     assert_differentiable_once,
     assert_leaves_no_trace,
     offsets_of,
     rows_of,
     views_of,
-    with_gradients,
 )
 
 absorbed_attention = motet.kernels.absorbed_attention

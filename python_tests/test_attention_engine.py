@@ -23,17 +23,8 @@ from motet.fusion.context import Context
 from torch import Tensor
 from torch.func import functional_call
 
-from .conftest import (
-    EXACT,
-    ROWS,
-    Function,
-    assert_as_good_as,
-    assert_leaves_no_trace,
-    offsets_of,
-    randomised,
-    rows_of,
-    with_gradients,
-)
+from .comparison import EXACT, Function, assert_as_good_as, with_gradients
+from .conftest import ROWS, assert_leaves_no_trace, offsets_of, randomised, rows_of
 from .upstream_helpers import HEALNETS, TOLERANCE, load
 
 STRATEGIES = ["cached", "absorbed", None]

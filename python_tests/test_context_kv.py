@@ -17,17 +17,15 @@ from motet.kernels.native import native
 from torch import Tensor
 from torch.library import opcheck
 
+from .comparison import EXACT, assert_as_good_as, with_gradients
 from .conftest import (
-    EXACT,
     ROWS,
-    assert_as_good_as,
     assert_compiles,
     assert_differentiable_once,
     assert_leaves_no_trace,
     offsets_of,
     rows_of,
     views_of,
-    with_gradients,
 )
 
 context_kv = motet.kernels.context_kv

@@ -71,7 +71,7 @@ def test_branch_cut_and_signed_zeros(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_native_is_as_good_as_torch(dtype, phase: str, count: int, scale: float) -> None:
-    from .conftest import assert_as_good_as
+    from .comparison import assert_as_good_as
 
     latents = [(scale * torch.randn(7, 13, dtype=torch.complex128)).to(dtype) for _ in range(count)]
     weights = (torch.rand(count, dtype=torch.float64) + 0.1).tolist()

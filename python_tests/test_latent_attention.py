@@ -18,16 +18,13 @@ from motet.kernels.latent_attention.reference import latent_attention_reference
 from torch import Tensor
 from torch.library import opcheck
 
+from .comparison import EXACT, FLOOR, assert_as_good_as, with_gradients
 from .conftest import (
-    EXACT,
-    FLOOR,
-    assert_as_good_as,
     assert_compiles,
     assert_differentiable_once,
     assert_leaves_no_trace,
     offsets_of,
     views_of,
-    with_gradients,
 )
 
 latent_attention = motet.kernels.latent_attention

@@ -18,7 +18,8 @@ from motet.kernels.lego_pass.spectrum import (
 )
 from torch import Tensor, nn
 
-from .conftest import assert_as_good_as, offsets_of, randomised, results_of, with_gradients
+from .comparison import assert_as_good_as, results_of, with_gradients
+from .conftest import offsets_of, randomised
 
 WIDE = {"dtype": torch.float64}
 EXACT = {"rtol": 0.0, "atol": 1e-9}

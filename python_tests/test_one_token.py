@@ -11,7 +11,8 @@ from motet.kernels import native
 from motet.kernels.one_token.operator import one_token_values
 from torch import Tensor
 
-from .conftest import assert_as_good_as, assert_compiles, views_of, with_gradients
+from .comparison import assert_as_good_as, with_gradients
+from .conftest import assert_compiles, views_of
 
 SIZES = [(1, 1), (2, 3), (7, 15), (16, 16), (17, 33), (33, 129), (5, 255), (40, 513), (3, 1100)]
 

@@ -9,7 +9,8 @@ from motet.kernels.row_statistics.reference import row_statistics_reference
 from torch import Tensor
 from torch.library import opcheck
 
-from .conftest import EXACT, assert_compiles, views_of
+from .comparison import EXACT
+from .conftest import assert_compiles, views_of
 
 row_statistics = motet.kernels.row_statistics
 LOW = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,7 +12,7 @@ from motet.kernels import native
 from motet.kernels.slerp.reference import slerp_reference
 from torch.library import opcheck
 
-from .conftest import assert_as_good_as
+from .comparison import assert_as_good_as
 
 slerp = motet.kernels.slerp
 

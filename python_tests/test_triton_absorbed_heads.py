@@ -22,7 +22,8 @@ from motet.kernels.dropout import dropout_mask
 from motet.kernels.row_statistics.reference import row_statistics_reference
 from torch.library import opcheck
 
-from .conftest import assert_as_good_as, assert_differentiable_once, offsets_of, with_gradients
+from .comparison import assert_as_good_as, with_gradients
+from .conftest import assert_differentiable_once, offsets_of
 
 pytestmark = [
     pytest.mark.interpreted,

@@ -31,7 +31,8 @@ from motet.kernels.ragged import count_slots
 from motet.kernels.row_statistics.triton import forward as row_statistics
 from triton.runtime.interpreter import InterpretedFunction
 
-from .conftest import assert_as_good_as, offsets_of
+from .comparison import assert_as_good_as
+from .conftest import offsets_of
 
 EPS = 1e-5
 RAGGED = [300, 0, 1, 530]

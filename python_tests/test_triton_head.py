@@ -14,7 +14,8 @@ import motet
 from motet.kernels.head.operator import head
 from torch.library import opcheck
 
-from .conftest import assert_as_good_as, assert_differentiable_once, with_gradients
+from .comparison import assert_as_good_as, with_gradients
+from .conftest import assert_differentiable_once
 
 pytestmark = [
     pytest.mark.interpreted,

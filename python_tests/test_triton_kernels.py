@@ -24,7 +24,8 @@ from motet.kernels.latent_attention.triton import attend, kv_gradient, query_gra
 from motet.kernels.ragged import count_slots
 from triton.runtime.interpreter import InterpretedFunction
 
-from .conftest import assert_as_good_as, offsets_of
+from .comparison import assert_as_good_as
+from .conftest import offsets_of
 
 SCALE = 0.3
 RAGGED = [300, 0, 1, 530]

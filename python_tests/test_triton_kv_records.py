@@ -24,7 +24,8 @@ from motet.kernels.latent_attention.operator import latent_attention_kv
 from motet.kernels.latent_attention.records import kv_records, record_width
 from motet.kernels.latent_attention.reference import latent_attention_reference
 
-from .conftest import assert_as_good_as, offsets_of, with_gradients
+from .comparison import assert_as_good_as, with_gradients
+from .conftest import offsets_of
 
 pytestmark = [
     pytest.mark.interpreted,

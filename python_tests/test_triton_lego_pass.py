@@ -23,13 +23,12 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+from .comparison import assert_as_good_as, with_gradients
 from .conftest import (
-    assert_as_good_as,
     assert_compiles,
     assert_differentiable_once,
     assert_leaves_no_trace,
     views_of,
-    with_gradients,
 )
 
 pytestmark = [

@@ -32,7 +32,7 @@ from motet.kernels.latent_attention.operator import latent_attention_kv, latent_
 from motet.kernels.latent_attention.reference import latent_attention_reference
 from motet.kernels.row_statistics.reference import row_statistics_reference
 
-from .conftest import Function, assert_as_good_as, with_gradients
+from .comparison import Function, assert_as_good_as, with_gradients
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.sampled]
 
