@@ -13,6 +13,7 @@ from typing import TypeVar
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from motet.kernels import native
 from torch import Tensor
 
 from .comparison import Function, results_of, with_gradients
@@ -54,6 +55,20 @@ torch.set_num_threads(1)  # pytest-xdist runs one worker per core
 def drawn(things: Iterable[Thing], count: int) -> list[Thing]:
     """Draw some of the things by SEED; under `make soak` return all of them."""
     return list(things) if SOAK else random.Random(SEED).sample(list(things), count)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if native.status():  # it says so once, which would fail whichever test is the first
+        ignored = "ignore:motet.kernels._C is not available:RuntimeWarning"
+        config.addinivalue_line("filterwarnings", ignored)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `native` without the C++ modules; fail where these are required."""
+    if native.status() and item.get_closest_marker("native"):
+        why = f"the C++ modules are not built ({native.status()}); {native.CURE}"
+        required = IN_CI or os.environ.get("MOTET_REQUIRE_NATIVE") == "1"
+        pytest.fail(why) if required else pytest.skip(why)
 
 
 def pytest_report_header() -> str:

@@ -19,9 +19,8 @@ from motet.kernels import native
 from .bindings_helpers import LAYOUTS, REFUSALS, STRANGE, Carved, outcome
 from .conftest import ROOT
 
-_C = native.native()
-if _C is None:
-    pytest.skip("motet.kernels._C is not built", allow_module_level=True)
+pytestmark = pytest.mark.native
+_C: Any = native.native()
 
 # Most combinations are refused at once; a call takes a millisecond.
 fuzzed = settings(max_examples=6 * settings().max_examples)

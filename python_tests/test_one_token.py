@@ -46,6 +46,7 @@ def test_float32(rows: int) -> None:
     assert_as_good_as(with_gradients(one_token_values), with_gradients(reference), x, weight)
 
 
+@pytest.mark.native
 def test_a_row_has_the_same_bits_beside_any_others() -> None:
     x, weight, grad = torch.randn(16, 700), torch.randn(512, 700), torch.randn(16, 256)
 

@@ -158,10 +158,12 @@ def test_without_the_module_numpy_computes(monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(area_resample(image, at, at, 2.1), expected)
 
 
+@pytest.mark.native
 def test_the_module_is_built_where_the_other_one_is() -> None:
     assert native.status() == ""
 
 
+@pytest.mark.native
 @settings(max_examples=6 * settings().max_examples)
 @given(st.data())
 def test_bindings_fuzz(data: st.DataObject) -> None:
@@ -230,6 +232,7 @@ np.savez(sys.argv[2], **found)
 """
 
 
+@pytest.mark.native
 def test_every_width_of_registers(tmp_path: Any) -> None:
     spec = importlib.util.find_spec("motet.io._C")
     assert spec is not None

@@ -31,6 +31,7 @@ def computed(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return planes.copy(), within
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("height", SIDES)
 def test_both_ways_give_the_same_bits(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for width in SIDES:
@@ -75,6 +76,7 @@ def test_squares_of_many_rows_do_not_overflow() -> None:
     assert (planes == planes[..., :1, :1]).all()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("down", "words"),
     [
@@ -97,6 +99,7 @@ def test_cuts_that_do_not_fit_are_refused(down: list[int], words: str) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.native
 @settings(max_examples=3 * settings().max_examples)
 @given(st.data())
 def test_bindings_fuzz(data: st.DataObject) -> None:
@@ -159,6 +162,7 @@ np.savez(sys.argv[1], **found)
 """
 
 
+@pytest.mark.native
 def test_every_width_of_registers(tmp_path: Any) -> None:
     found = []
     for simd in (16, 32, 64):

@@ -569,6 +569,7 @@ def test_decoding_follows_the_encoder_to_its_gpu(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an encoder on CUDA the probe decides; its tensors reach the encoder as they are."""
+    pytest.importorskip("cucim", reason="only cuCIM decodes on a GPU, and it is not installed")
     from motet.io.slides.cucim import CuCimSlide
     from motet.io.tiling import pipeline
 
