@@ -340,7 +340,6 @@ def test_out() -> None:
         harmonic_merge([b, b], out=torch.empty(3, dtype=torch.complex64))
 
 
-@pytest.mark.native  # torch makes its result apart, and copies it
 def test_out_that_overlaps_an_input() -> None:
     row = torch.randn(9, dtype=torch.complex64)
     for backend in ("auto", "eager"):

@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo  # before torch.cuda is faked: it imports from there
 
 if torch.cuda.is_available():
     pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
