@@ -1,13 +1,12 @@
 """Load the C++ module of this folder, `_C`, if it was built. Only this file imports it."""
 
+from importlib import import_module
 from types import ModuleType
 
-try:
-    from . import _C as _module  # pyright: ignore[reportAttributeAccessIssue]
+try:  # not `from . import _C`, whose error would speak of a circular import
+    _module, _reason = import_module("._C", __package__), ""
 except ImportError as error:
     _module, _reason = None, str(error)
-else:
-    _reason = ""
 
 
 def native() -> ModuleType | None:

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -12,12 +13,10 @@ CURE = (
     "--force-reinstall --no-deps --no-cache-dir"
 )
 
-try:
-    from . import _C as _module  # pyright: ignore[reportAttributeAccessIssue]
+try:  # not `from . import _C`, whose error would speak of a circular import
+    _module, _reason = import_module("._C", __package__), ""
 except ImportError as error:
     _module, _reason = None, str(error)
-else:
-    _reason = ""
 
 
 def native() -> ModuleType | None:
