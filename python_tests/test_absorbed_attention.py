@@ -86,24 +86,24 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_equals_the_reference(lengths: list[int], channels: int | None) -> None:
     args = draw(lengths, places=None if channels is None else (sum(lengths), channels))
-    mine, theirs = (with_gradients(f(lengths))(*args) for f in (call, reference))
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    actual, expected = (with_gradients(f(lengths))(*args) for f in (call, reference))
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.usefixtures("_poisoned", "_small_chunks")
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [89, 89], [89, 0, 178], [70, 84]], ids=str)
 def test_shared_positions(lengths: list[int]) -> None:
     args = draw(lengths, places=(89 if 89 in lengths else 7, 2))
-    mine, theirs = (with_gradients(f(lengths))(*args) for f in (call, reference))
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    actual, expected = (with_gradients(f(lengths))(*args) for f in (call, reference))
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (0, 5), (11, 1), (1, 17)])
 def test_sizes_at_the_edge(rows: int, width: int) -> None:
     args = draw([4, 0, 3], rows=rows, width=width)
-    mine, theirs = (with_gradients(f([4, 0, 3]))(*args) for f in (call, reference))
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    actual, expected = (with_gradients(f([4, 0, 3]))(*args) for f in (call, reference))
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 def test_bags_without_tokens_and_with_one() -> None:
@@ -121,9 +121,9 @@ def test_bags_without_tokens_and_with_one() -> None:
 @pytest.mark.parametrize("places", [None, (50, 4)])
 def test_rows_with_any_mean_lose_no_digits(kind, dtype: torch.dtype, places) -> None:
     lengths = [70, 0, 1, 79]
-    queries, *rest = draw(lengths, dtype, rows=8, width=48, places=places, kind=kind)
+    queries, *tokens = draw(lengths, dtype, rows=8, width=48, places=places, kind=kind)
     assert_as_good_as(
-        with_gradients(call(lengths)), with_gradients(reference(lengths)), queries / 8, *rest
+        with_gradients(call(lengths)), with_gradients(reference(lengths)), queries / 8, *tokens
     )
 
 
@@ -210,33 +210,33 @@ def test_gradients(dropout_p: float, places: tuple[int, int] | None) -> None:
 def test_no_gradient_where_none_is_wanted() -> None:
     lengths = [3, 4]
     queries, x, places = draw(lengths, places=(7, 2))
-    every = with_gradients(call(lengths))(queries, x, places)[2:]
+    all_gradients = with_gradients(call(lengths))(queries, x, places)[2:]
     generator = torch.Generator().manual_seed(0)
-    for wanted in ([0], [1], [2], [0, 2]):
-        args = [a.clone().requires_grad_(i in wanted) for i, a in enumerate((queries, x, places))]
+    for indices in ([0], [1], [2], [0, 2]):
+        args = [a.clone().requires_grad_(i in indices) for i, a in enumerate((queries, x, places))]
         results = call(lengths)(*args)
         generator.manual_seed(0)
         sums = [torch.randn(r.shape, generator=generator).bfloat16().double() for r in results]
-        some = torch.autograd.grad(results, [args[i] for i in wanted], sums)
-        for i, gradient in zip(wanted, some, strict=True):
-            torch.testing.assert_close(gradient, every[i], **EXACT)
+        gradients = torch.autograd.grad(results, [args[i] for i in indices], sums)
+        for i, gradient in zip(indices, gradients, strict=True):
+            torch.testing.assert_close(gradient, all_gradients[i], **EXACT)
 
 
 def test_one_result_is_enough_for_a_gradient() -> None:
     args = [a.requires_grad_() for a in draw([3, 4])]
     for i in range(2):
         options = {"allow_unused": True, "materialize_grads": True}
-        mine, theirs = (
+        actual, expected = (
             torch.autograd.grad(f([3, 4])(*args)[i].square().sum(), args, **options)
             for f in (call, reference)
         )
-        torch.testing.assert_close(mine, theirs, **EXACT)
+        torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.usefixtures("_poisoned", "_small_chunks")
-@pytest.mark.parametrize("how", ["eager", "compile", "reference"])
+@pytest.mark.parametrize("mode", ["eager", "compile", "reference"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_a_count_is_so_many_equal_tokens(lengths: list[int], how: str, monkeypatch) -> None:
+def test_a_count_is_so_many_equal_tokens(lengths: list[int], mode: str, monkeypatch) -> None:
     """Results and gradients, those of a token being the sum over its copies."""
     monkeypatch.setattr(operator, "compiled", lambda function: function)
     args, counts = draw(lengths, places=(sum(lengths), 2)), counts_of(sum(lengths))
@@ -246,9 +246,12 @@ def test_a_count_is_so_many_equal_tokens(lengths: list[int], how: str, monkeypat
     def literal(queries: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         return reference(longer)(queries, x[index], positions[index])
 
-    own = {"counts": counts}
-    mine = reference(lengths, **own) if how == "reference" else call(lengths, backend=how, **own)
-    results = [with_gradients(f)(*args) for f in (mine, literal)]
+    options = {"counts": counts}
+    if mode == "reference":
+        counted = reference(lengths, **options)
+    else:
+        counted = call(lengths, backend=mode, **options)
+    results = [with_gradients(f)(*args) for f in (counted, literal)]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
@@ -257,8 +260,8 @@ def test_a_count_is_so_many_equal_tokens(lengths: list[int], how: str, monkeypat
 def test_counts_of_1_change_no_bit(dtype: torch.dtype) -> None:
     lengths = [70, 0, 1, 79]
     args, ones = draw(lengths, dtype), torch.ones(150, dtype=wide(dtype))
-    mine, theirs = (with_gradients(call(lengths, counts=c))(*args) for c in (ones, None))
-    assert all(map(torch.equal, mine, theirs))
+    with_ones, without = (with_gradients(call(lengths, counts=c))(*args) for c in (ones, None))
+    assert all(map(torch.equal, with_ones, without))
 
 
 @pytest.mark.usefixtures("_small_chunks")
@@ -268,11 +271,11 @@ def test_counts_of_any_size_are_as_good_as_torch(dtype: torch.dtype, size: float
     lengths, counts = [70, 0, 1, 79], size * (1 + 3 * torch.rand(150))
     queries, x = draw(lengths, dtype, rows=8, width=48)
 
-    def run(own, queries: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        return own(lengths, counts=counts.to(wide(x.dtype)))(queries, x)
+    def run(make, queries: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return make(lengths, counts=counts.to(wide(x.dtype)))(queries, x)
 
     assert_as_good_as(
-        *(with_gradients(lambda *t, own=own: run(own, *t)) for own in (call, reference)),
+        *(with_gradients(lambda *t, make=make: run(make, *t)) for make in (call, reference)),
         queries / 8, x,
     )  # fmt: skip
 
@@ -297,8 +300,8 @@ def kept(lengths: list[int], seed: int = 5, dropout_p: float = P) -> list[Tensor
     pooled, mass = absorbed_attention(queries, x, offsets_of(lengths), **options)
     rstd = (1 / wide - 1 / wide**2 + 1e-5) ** -0.5  # of a normalised unit vector
     masks = []
-    for own, total, count in zip(pooled, mass, lengths, strict=True):
-        weights = own / rstd + total[:, None] / wide
+    for bag, total, count in zip(pooled, mass, lengths, strict=True):
+        weights = bag / rstd + total[:, None] / wide
         scaled = weights[:, :count] * count * (1 - dropout_p)
         assert ((scaled - scaled.round()).abs() < 1e-9).all()
         assert (weights[:, count:].abs() < 1e-12).all()
@@ -328,13 +331,13 @@ def test_masks_of_bags_queries_and_seeds_are_independent() -> None:
 def test_the_mask_depends_on_the_seed_and_not_on_chunks_or_other_bags(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first, mine, last = kept([9, 140, 3])
-    assert torch.equal(mine, kept([50, 140])[1])
+    first, middle, last = kept([9, 140, 3])
+    assert torch.equal(middle, kept([50, 140])[1])
     assert torch.equal(first, kept([9])[0])
     assert torch.equal(last, kept([0, 0, 3])[2])
-    assert not torch.equal(mine, kept([9, 140, 3], seed=6)[1])
+    assert not torch.equal(middle, kept([9, 140, 3], seed=6)[1])
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
-    assert all(map(torch.equal, kept([9, 140, 3]), (first, mine, last)))
+    assert all(map(torch.equal, kept([9, 140, 3]), (first, middle, last)))
 
 
 def test_dropout_keeps_the_mean() -> None:
@@ -414,16 +417,16 @@ def test_registration(lengths: list[int], channels: int | None, option: str | No
     options = (1e-5, *((0.5, torch.tensor([5])) if option == "dropout" else (0.0, None)), "auto")
     operators = torch.ops.motet
     args = [a if a is None else a.clone().requires_grad_() for a in (queries, x, positions)]
-    for given_ in ((None, None), statistics):
-        opcheck(operators.absorbed_attention, (*args, *bags, *given_, *options))
+    for pair in ((None, None), statistics):
+        opcheck(operators.absorbed_attention, (*args, *bags, *pair, *options))
     plain = (queries, x, positions, *bags)
     made = operators.absorbed_attention(*plain, None, None, *options)
     grads = [torch.randn_like(part) for part in made[:2]]
     for rows in (True, False):
-        for own in (True, False):
+        for statistics_given in (True, False):
             opcheck(
                 operators.absorbed_attention_backward,
-                (*grads, *plain, *statistics, own, *made[:4], *options, rows),
+                (*grads, *plain, *statistics, statistics_given, *made[:4], *options, rows),
             )
 
 
@@ -438,14 +441,14 @@ def test_statistics_of_a_former_call_change_rounding_only(places: tuple[int, int
     for options in ({}, {"dropout_p": 0.4, "seed": seed}, {"backend": "compile"}):
         plain = with_gradients(call(lengths, **options | {"backend": "auto"}))(*args)
         for pair in ((mean, rstd), apart):
-            own = with_gradients(call(lengths, statistics=pair, **options))(*args)
-            torch.testing.assert_close(own, plain, **EXACT)
+            result = with_gradients(call(lengths, statistics=pair, **options))(*args)
+            torch.testing.assert_close(result, plain, **EXACT)
     bags = (*args[:2], offsets_of(lengths))
-    own = absorbed_weights(*bags, positions=positions, statistics=(mean, rstd))
-    torch.testing.assert_close(own, absorbed_weights(*bags, positions=positions), **EXACT)
+    result = absorbed_weights(*bags, positions=positions, statistics=(mean, rstd))
+    torch.testing.assert_close(result, absorbed_weights(*bags, positions=positions), **EXACT)
     # and they are taken: others give other weights
     other = absorbed_weights(*bags, positions=positions, statistics=(mean, 2 * rstd))
-    assert not torch.allclose(own, other)
+    assert not torch.allclose(result, other)
 
 
 def test_rows_behind_the_last_bag() -> None:
@@ -453,16 +456,16 @@ def test_rows_behind_the_last_bag() -> None:
     queries, x = draw([70, 0, 30])
     padded, offsets = torch.cat([x, x.new_full((40, 5), torch.nan)]), offsets_of([70, 0, 30])
     operators = torch.ops.motet
-    rest = (1e-5, 0.0, None, "eager")
+    options = (1e-5, 0.0, None, "eager")
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
         plain = (queries, x, None, offsets, None)
         pooled, mass, scores, lse, *statistics = operators.absorbed_attention(
-            *plain, None, None, *rest
+            *plain, None, None, *options
         )
         made = (pooled, mass, scores, lse)
         dqueries, dx, _ = operators.absorbed_attention_backward(
-            pooled, mass, *plain, *statistics, False, *made, *rest, True
+            pooled, mass, *plain, *statistics, False, *made, *options, True
         )
         assert not dx[100:].any()
         return pooled, mass, scores[:100], lse, dqueries, dx[:100]
@@ -488,18 +491,20 @@ def test_compiles_whole_for_any_size(counted: bool) -> None:
 def test_the_compiled_backend() -> None:
     lengths = [4]
     args = draw(lengths)
-    mine, theirs = (f(lengths) for f in (lambda n: call(n, backend="compile"), reference))
-    torch.testing.assert_close(with_gradients(mine)(*args), with_gradients(theirs)(*args), **EXACT)
+    actual, expected = (f(lengths) for f in (lambda n: call(n, backend="compile"), reference))
+    torch.testing.assert_close(
+        with_gradients(actual)(*args), with_gradients(expected)(*args), **EXACT
+    )
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_what_the_compiled_backend_computes(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "compiled", lambda function: function)
     args = draw(lengths)
-    mine, theirs = (
+    actual, expected = (
         with_gradients(call(lengths, backend=backend))(*args) for backend in ("compile", "eager")
     )
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 def test_there_is_one_derivative() -> None:
@@ -529,8 +534,8 @@ def test_expanded_arguments() -> None:
     lengths = [9, 0, 12]
     shapes = [(3, 4, 7), (21, 5), (7, 2)]
     args = [torch.randn(shape[-1], **WIDE).expand(shape) for shape in shapes]
-    mine, theirs = (with_gradients(f(lengths))(*args) for f in (call, reference))
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    actual, expected = (with_gradients(f(lengths))(*args) for f in (call, reference))
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 def refused() -> list[tuple[type[Exception], str, tuple, dict]]:
@@ -611,5 +616,5 @@ def test_tokens_behind_the_last_bag_belong_to_none() -> None:
         pooled, mass = absorbed_attention(queries, x[:count], offsets)
         return [pooled, mass, *torch.autograd.grad(pooled.square().sum() + mass.sum(), queries)]
 
-    for mine, theirs in zip(outcome(9), outcome(7), strict=True):
-        assert torch.equal(mine, theirs)
+    for padded, exact in zip(outcome(9), outcome(7), strict=True):
+        assert torch.equal(padded, exact)

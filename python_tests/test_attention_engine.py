@@ -73,15 +73,15 @@ def run_of(
 
     def run(*tensors: Tensor) -> Tensor:
         weights = dict(zip(parameters, tensors, strict=False))
-        given = dict(zip(inputs, tensors[len(weights) :], strict=True))
+        features = dict(zip(inputs, tensors[len(weights) :], strict=True))
         if layout == "jagged":
-            bags = [given["wsi"][0], given["wsi"][1, :0], given["wsi"][2, :1]]
-            given["wsi"] = torch.nested.as_nested_tensor(bags, layout=torch.jagged)
+            bags = [features["wsi"][0], features["wsi"][1, :0], features["wsi"][2, :1]]
+            features["wsi"] = torch.nested.as_nested_tensor(bags, layout=torch.jagged)
         dtype = tensors[0].dtype
-        own = {**described, "coords": {"cells": described["coords"]["cells"].to(dtype)}}
+        fields = {**described, "coords": {"cells": described["coords"]["cells"].to(dtype)}}
         low = autocast and dtype != torch.float64
         with torch.autocast("cpu", autocast) if low else nullcontext():
-            return functional_call(model, weights, (given,), {**own, **options})
+            return functional_call(model, weights, (features,), {**fields, **options})
 
     return run, [*(p.detach() for p in parameters.values()), *inputs.values()]
 
@@ -102,10 +102,12 @@ def test_every_strategy_is_the_reference(options, layout: str, strategy) -> None
     """Outputs and the gradients of all parameters and inputs."""
     model = model_of(**options)
     torch.manual_seed(0)
-    mine, args = run_of(model, layout, strategy=strategy)
+    actual, args = run_of(model, layout, strategy=strategy)
     torch.manual_seed(0)
-    theirs, _ = run_of(model, layout, strategy="reference")
-    torch.testing.assert_close(with_gradients(mine)(*args), with_gradients(theirs)(*args), **EXACT)
+    expected, _ = run_of(model, layout, strategy="reference")
+    torch.testing.assert_close(
+        with_gradients(actual)(*args), with_gradients(expected)(*args), **EXACT
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
@@ -144,10 +146,12 @@ def _compiled_in_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_backend_is_the_reference(backend: str, layout: str, strategy: str) -> None:
     model = model_of(depth=2, share_weights=False)
     torch.manual_seed(0)
-    mine, args = run_of(model, layout, strategy=strategy, backend=backend)
+    actual, args = run_of(model, layout, strategy=strategy, backend=backend)
     torch.manual_seed(0)
-    theirs, _ = run_of(model, layout, strategy="reference")
-    torch.testing.assert_close(with_gradients(mine)(*args), with_gradients(theirs)(*args), **EXACT)
+    expected, _ = run_of(model, layout, strategy="reference")
+    torch.testing.assert_close(
+        with_gradients(actual)(*args), with_gradients(expected)(*args), **EXACT
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
@@ -191,21 +195,21 @@ def test_short_bags_together(form: Any, counted: bool, shared: bool) -> None:
     ]
 
     def run(literal: bool, tokens: Tensor, queries: Tensor) -> list[Tensor]:
-        context, asked = Context(tokens, counts=counts), queries
+        context, row_queries = Context(tokens, counts=counts), queries
         if literal:
             keys: Any = ReferenceKeys(context, attention)
-            asked = queries.expand(3, -1, -1)
+            row_queries = queries.expand(3, -1, -1)
         elif form is BatchedKeys:
             keys = BatchedKeys(context, attention)
         else:
             keys = BatchedAbsorbedKeys(context, torch.nn.functional.layer_norm(tokens, (6,)))
-        out = keys.attend(attention, asked)
+        out = keys.attend(attention, row_queries)
         grads = torch.autograd.grad(
             (out * out.detach().cos()).sum(), [tokens, queries, *parameters], retain_graph=True
         )
         if counted:
             return [out, *grads]
-        return [out, *grads, keys.weights(attention, asked.detach())]
+        return [out, *grads, keys.weights(attention, row_queries.detach())]
 
     tokens = torch.randn(3, 9, 6, **WIDE).requires_grad_()
     expected = run(True, tokens, queries.requires_grad_())
@@ -245,15 +249,15 @@ def models_of(
     masks = {"wsi": torch.arange(40) < torch.tensor([40, 0, 17])[:, None]}
 
     def run(*weights: Tensor) -> Tensor:
-        own = weights[0].dtype
-        options_ = {**options, "masks": masks, "coords": {"cells": coords.to(own)}}
-        low = autocast and own != torch.float64
+        run_dtype = weights[0].dtype
+        options_ = {**options, "masks": masks, "coords": {"cells": coords.to(run_dtype)}}
+        low = autocast and run_dtype != torch.float64
         logits = []
         for i in range(MODELS):
             one = dict(zip(names, (weight[i] for weight in weights), strict=True))
-            given = {name: x[i].to(own) for name, x in inputs.items()}
+            features = {name: x[i].to(run_dtype) for name, x in inputs.items()}
             with torch.autocast("cpu", autocast) if low else nullcontext():
-                logits.append(functional_call(model, one, (given,), options_))
+                logits.append(functional_call(model, one, (features,), options_))
         return torch.stack(logits)
 
     return run, stacked
@@ -281,9 +285,9 @@ def test_every_strategy_is_as_good_as_the_reference(
     """
     monkeypatch.setattr("torch.nn.functional.leaky_relu", lambda x: x)
     dtype, autocast = PRECISIONS[precision]
-    mine, stacked = models_of(dtype, kind, autocast, strategy=strategy)
-    theirs, _ = models_of(dtype, kind, autocast, strategy="reference")
-    functions = (with_gradients(mine), with_gradients(theirs))
+    actual, stacked = models_of(dtype, kind, autocast, strategy=strategy)
+    expected, _ = models_of(dtype, kind, autocast, strategy="reference")
+    functions = (with_gradients(actual), with_gradients(expected))
     assert_as_good_as(*functions, *stacked, worked_in=autocast or dtype, rms=True)
 
 
@@ -294,19 +298,19 @@ def test_attention_is_the_references_and_changes_no_logit(layout: str, strategy)
     torch.manual_seed(0)
     plain, args = run_of(model, layout, strategy=strategy)
     torch.manual_seed(0)
-    asked, _ = run_of(model, layout, strategy=strategy, return_attention=True)
+    returning, _ = run_of(model, layout, strategy=strategy, return_attention=True)
     torch.manual_seed(0)
     reference, _ = run_of(model, layout, strategy="reference", return_attention=True)
-    logits, out, expected = plain(*args), asked(*args), reference(*args)
+    logits, out, expected = plain(*args), returning(*args), reference(*args)
     assert torch.equal(out.logits, logits)
     assert out.attention.keys() == expected.attention.keys()
     for name, layers in out.attention.items():
         assert len(layers) == 3
-        for mine, theirs in zip(layers, expected.attention[name], strict=True):
-            pairs = zip(parts(mine), parts(theirs), strict=True)
-            for own, other in pairs:
-                torch.testing.assert_close(own, other, **EXACT)
-            assert not mine.requires_grad
+        for layer, reference_layer in zip(layers, expected.attention[name], strict=True):
+            pairs = zip(parts(layer), parts(reference_layer), strict=True)
+            for actual_rows, expected_rows in pairs:
+                torch.testing.assert_close(actual_rows, expected_rows, **EXACT)
+            assert not layer.requires_grad
 
 
 def parts(weights: Tensor) -> list[Tensor]:
@@ -432,8 +436,8 @@ def test_gradients_with_dropout(strategy: str) -> None:
 
     def update(latents: Tensor, tokens: Tensor, *weights: Tensor) -> Tensor:
         torch.manual_seed(3)
-        own = dict(zip(names, weights, strict=True))
-        return functional_call(module, own, (latents, tokens))
+        parameters = dict(zip(names, weights, strict=True))
+        return functional_call(module, parameters, (latents, tokens))
 
     args = (latents, context.tokens, *module.parameters())
     needed = [a.detach().requires_grad_() for a in args]

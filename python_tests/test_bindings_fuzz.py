@@ -144,11 +144,11 @@ def test_few_rows(data: st.DataObject) -> None:
     made: list[Carved] = []
 
     def array(*shape: int) -> Any:
-        own = kind if data.draw(st.integers(0, 15)) else data.draw(st.sampled_from(KINDS))
+        dtype = kind if data.draw(st.integers(0, 15)) else data.draw(st.sampled_from(KINDS))
         if not data.draw(st.integers(0, 15)):
             shape = data.draw(shapes)
         layout = "plain" if data.draw(st.integers(0, 7)) else data.draw(st.sampled_from(LAYOUTS))
-        made.append(Carved(data.draw(st.integers(0, 9999)), own, shape, layout))
+        made.append(Carved(data.draw(st.integers(0, 9999)), dtype, shape, layout))
         return made[-1].array
 
     ends = (outputs, inputs) if backward else (inputs, outputs)
@@ -235,21 +235,21 @@ def test_every_width_of_registers(width: int, tmp_path: Any) -> None:
     spec = importlib.util.find_spec("motet.kernels._C")
     assert spec is not None
     assert spec.origin is not None
-    found = []
+    archives = []
     for simd in (width, 64):
         file = tmp_path / f"{simd}.npz"
         subprocess.run(
             [sys.executable, "-c", SCRIPT, spec.origin, str(file)],
             env=os.environ | {"MOTET_SIMD": str(simd)}, check=True, cwd=ROOT,
         )  # fmt: skip
-        found.append(np.load(file))
-    for name in found[0]:
-        own, widest = (results[name] for results in found)
-        scale = 1e-5 if own.dtype.name in ("float32", "complex64") else 1e-13
-        assert np.isfinite(own).all() or not name.startswith("few_rows"), name
+        archives.append(np.load(file))
+    for name in archives[0]:
+        narrow, widest = (results[name] for results in archives)
+        scale = 1e-5 if narrow.dtype.name in ("float32", "complex64") else 1e-13
+        assert np.isfinite(narrow).all() or not name.startswith("few_rows"), name
         if name.startswith("standardise"):
             bound = scale * 10
         else:  # sums of many elements, but for harmonic_merge, which goes element by element
-            whole = name.startswith(("slerp", "few_rows"))
-            bound = scale * (np.abs(widest).max() if whole else np.abs(widest))
-        assert (np.abs(own - widest) <= bound).all(), name
+            by_largest = name.startswith(("slerp", "few_rows"))
+            bound = scale * (np.abs(widest).max() if by_largest else np.abs(widest))
+        assert (np.abs(narrow - widest) <= bound).all(), name

@@ -51,9 +51,9 @@ class Case(NamedTuple):
     def call(self, function=context_kv, **options):
         """Return `function` of x, weight and, where there are any, bias and positions."""
 
-        def called(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-            bias = rest[0] if self.bias else None
-            positions = rest[-1] if self.positions else None
+        def called(x: Tensor, weight: Tensor, *optional: Tensor) -> Tensor:
+            bias = optional[0] if self.bias else None
+            positions = optional[-1] if self.positions else None
             return function(x, weight, bias, positions=positions, **options)
 
         return called
@@ -96,8 +96,8 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_the_reference(case: Case) -> None:
     args = case.draw()
-    mine, theirs = (with_gradients(f)(*args) for f in (case.call(), case.reference))
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    actual, expected = (with_gradients(f)(*args) for f in (case.call(), case.reference))
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.usefixtures("arithmetic")
@@ -180,8 +180,8 @@ def test_shared_positions_are_own_ones_repeated() -> None:
     case = CASES["shared positions across chunks"]
     x, weight, bias, places = case.draw()
     shared = with_gradients(case.call())(x, weight, bias, places)
-    y, *gradients, own = with_gradients(case.call())(x, weight, bias, places.repeat(3, 1))
-    summed = own.unflatten(0, (3, 89)).sum(0)
+    y, *gradients, repeated = with_gradients(case.call())(x, weight, bias, places.repeat(3, 1))
+    summed = repeated.unflatten(0, (3, 89)).sum(0)
     torch.testing.assert_close(shared, (y, *gradients, summed), **EXACT)
 
 
@@ -233,15 +233,15 @@ def test_statistics_of_a_former_call_change_rounding_only(positions: int) -> Non
     _, mean, rstd = torch.ops.motet.context_kv(
         args[0], places, args[1], bias, None, None, None, 1e-5, "auto"
     )
-    own = motet.kernels.row_statistics(args[0], positions=places)
-    assert all(map(torch.equal, own, (mean, rstd)))
+    computed = motet.kernels.row_statistics(args[0], positions=places)
+    assert all(map(torch.equal, computed, (mean, rstd)))
     z = context_kv_reference(args[0], torch.eye(5 + positions).double()[None], positions=places)[0]
     joined = args[0] if places is None else torch.cat([args[0], places.repeat(2, 1)], 1)
     torch.testing.assert_close((joined - mean[:, None]) * rstd[:, None], z, **EXACT)
     apart = torch.stack((mean, rstd), 1).unbind(1)
     for statistics in ((mean, rstd), apart):
-        given_ = with_gradients(case.call(statistics=statistics))(*args)
-        torch.testing.assert_close(given_, with_gradients(case.call())(*args), **EXACT)
+        actual = with_gradients(case.call(statistics=statistics))(*args)
+        torch.testing.assert_close(actual, with_gradients(case.call())(*args), **EXACT)
 
 
 def test_rows_behind_the_last_bag() -> None:
@@ -251,10 +251,14 @@ def test_rows_behind_the_last_bag() -> None:
     grad[:, 100:] = 0
 
     def run(rows: int) -> tuple[Tensor, ...]:
-        own = (x[:rows], None, weight)
-        y, *statistics = torch.ops.motet.context_kv(*own, bias, offsets, None, None, 1e-5, "eager")
-        rest = (*statistics, False, 1e-5, "eager", [True] * 3)
-        dx, _, *sums = torch.ops.motet.context_kv_backward(grad[:, :rows], *own, offsets, *rest)
+        inputs = (x[:rows], None, weight)
+        y, *statistics = torch.ops.motet.context_kv(
+            *inputs, bias, offsets, None, None, 1e-5, "eager"
+        )
+        options = (*statistics, False, 1e-5, "eager", [True] * 3)
+        dx, _, *sums = torch.ops.motet.context_kv_backward(
+            grad[:, :rows], *inputs, offsets, *options
+        )
         assert y.isfinite().all()
         assert not dx[100:].any()
         return y[:, :100], *(part[:100] for part in (*statistics, dx)), *sums
@@ -264,11 +268,11 @@ def test_rows_behind_the_last_bag() -> None:
 
 def test_chunks_on_cuda_are_larger() -> None:
     bounds, x = [0, 100_000, 100_000, 300_000], torch.empty(0)
-    here = list(ragged.chunks(bounds, 2048, x))
+    on_cpu = list(ragged.chunks(bounds, 2048, x))
     with mock.patch.object(Tensor, "is_cuda", new=True, create=True):
-        there = list(ragged.chunks(bounds, 2048, x))
-    assert len(here) > 100
-    assert there == [(0, 0, 100_000), (2, 100_000, 231_072), (2, 231_072, 300_000)]
+        on_cuda = list(ragged.chunks(bounds, 2048, x))
+    assert len(on_cpu) > 100
+    assert on_cuda == [(0, 0, 100_000), (2, 100_000, 231_072), (2, 231_072, 300_000)]
 
 
 def test_gradients() -> None:
@@ -277,35 +281,33 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(case.call(offsets=torch.tensor([0, 1, 4])), args)
 
 
-@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [0, 3], [1, 2]])
-def test_only_the_gradients_that_are_wanted(wanted: list[int]) -> None:
+@pytest.mark.parametrize("indices", [[0], [1], [2], [3], [0, 3], [1, 2]])
+def test_only_the_gradients_that_are_wanted(indices: list[int]) -> None:
     """What comes out does not depend on what else is asked for."""
     case = Case(tokens=6, per_bag=3, positions=2)
-    args = [a.requires_grad_(i in wanted) for i, a in enumerate(case.draw())]
-    every = with_gradients(case.call())(*args)[1:]
+    args = [a.requires_grad_(i in indices) for i, a in enumerate(case.draw())]
+    all_gradients = with_gradients(case.call())(*args)[1:]
     y = with_gradients(case.call())(*args)[0]
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(y.shape, generator=generator).bfloat16().double()
-    some = torch.autograd.grad(case.call()(*args), [args[i] for i in wanted], weights)
-    for i, gradient in zip(wanted, some, strict=True):
-        torch.testing.assert_close(gradient, every[i], **EXACT)
+    gradients = torch.autograd.grad(case.call()(*args), [args[i] for i in indices], weights)
+    for i, gradient in zip(indices, gradients, strict=True):
+        torch.testing.assert_close(gradient, all_gradients[i], **EXACT)
 
 
 @pytest.mark.parametrize("name", ["plain", "no bias", "shared positions", "no token"])
 def test_registration(name: str) -> None:
     case = CASES[name]
-    x, weight, *rest = (a.requires_grad_() for a in case.draw())
-    bias = rest[0] if case.bias else None
-    positions = rest[-1] if case.positions else None
+    x, weight, *optional = (a.requires_grad_() for a in case.draw())
+    bias = optional[0] if case.bias else None
+    positions = optional[-1] if case.positions else None
     offsets = offsets_of([case.tokens // 2, case.tokens - case.tokens // 2])
     opcheck(
         torch.ops.motet.context_kv,
         (x, positions, weight, bias, offsets, None, None, 1e-5, "auto"),
     )
-    given_ = torch.randn(2, case.tokens).double().unbind()
-    opcheck(
-        torch.ops.motet.context_kv, (x, positions, weight, bias, offsets, *given_, 1e-5, "auto")
-    )
+    pair = torch.randn(2, case.tokens).double().unbind()
+    opcheck(torch.ops.motet.context_kv, (x, positions, weight, bias, offsets, *pair, 1e-5, "auto"))
     x, weight = x.detach(), weight.detach()
     positions = None if positions is None else positions.detach()
     statistics = torch.randn(2, case.tokens).double().unbind()
@@ -329,8 +331,8 @@ def test_compiles_whole_for_any_size() -> None:
 @pytest.mark.parametrize("case", [Case(), Case(positions=2)], ids=["plain", "positions"])
 def test_the_compiled_backend(case: Case) -> None:
     args = case.draw()
-    mine = with_gradients(case.call(backend="compile"))(*args)
-    torch.testing.assert_close(mine, with_gradients(case.reference)(*args), **EXACT)
+    actual = with_gradients(case.call(backend="compile"))(*args)
+    torch.testing.assert_close(actual, with_gradients(case.reference)(*args), **EXACT)
 
 
 def test_there_is_one_derivative() -> None:
@@ -360,8 +362,8 @@ def test_expanded_arguments() -> None:
     expanded = [
         a.expand(n, *a.shape[1:]) for a, n in zip(narrow, (21, 2, 2, 7), strict=True)
     ]  # fmt: skip
-    mine, theirs = (with_gradients(f)(*expanded) for f in (case.call(), case.reference))
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    actual, expected = (with_gradients(f)(*expanded) for f in (case.call(), case.reference))
+    torch.testing.assert_close(actual, expected, **EXACT)
     # The gradient that comes in may be expanded too, as that of a sum is.
     args = [a.requires_grad_() for a in case.draw()]
     pair = [torch.autograd.grad(f(*args).sum(), args) for f in (case.call(), case.reference)]
@@ -374,8 +376,8 @@ def test_peak_memory_is_that_of_inputs_outputs_and_some_chunks() -> None:
 import re, torch
 from motet.kernels import context_kv
 torch.set_num_threads(1)
-def mib(what):
-    return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+def mib(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 weight = torch.randn(2, 64, 2048)
 context_kv(torch.randn(4, 2048), weight)
 x = torch.randn(16384, 2048)  # 128 MiB
@@ -474,5 +476,5 @@ def test_tokens_behind_the_last_bag_belong_to_none() -> None:
         y = context_kv(x[:count], weight, offsets=offsets)
         return [y[:, :7], *torch.autograd.grad(y, weight, grad[:, :count])]
 
-    for mine, theirs in zip(outcome(9), outcome(7), strict=True):
-        torch.testing.assert_close(mine, theirs, **EXACT)
+    for padded, exact in zip(outcome(9), outcome(7), strict=True):
+        torch.testing.assert_close(padded, exact, **EXACT)

@@ -285,8 +285,8 @@ def test_whoever_watches_sees_the_operators() -> None:
 
 
 def test_layouts() -> None:
-    whole = torch.randn(6, 8, dtype=torch.complex128)
-    views = [whole.t(), whole.t().conj(), whole[::2, ::2], whole[:1].expand(6, 8), whole[:0]]
+    matrix = torch.randn(6, 8, dtype=torch.complex128)
+    views = [matrix.t(), matrix.t().conj(), matrix[::2, ::2], matrix[:1].expand(6, 8), matrix[:0]]
     for view in views:
         expected = harmonic_merge_reference([view, view * 2j], [0.5, 0.5])
         assert torch.allclose(harmonic_merge([view, view * 2j]), expected, rtol=1e-13)

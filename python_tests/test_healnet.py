@@ -237,10 +237,10 @@ def test_weight_sharing() -> None:
     def count(**options: Any) -> int:
         return sum(p.numel() for p in model_of(depth=3, **options).parameters())
 
-    shared, first, own = (count(share_weights=s) for s in (True, "all-but-first", False))
-    assert shared < first < own
+    shared, first, unshared = (count(share_weights=s) for s in (True, "all-but-first", False))
+    assert shared < first < unshared
     one = count(share_weights=True) - 5 * 12 - (12 * 2 + 12 * 3 + 3)
-    assert own - shared == 2 * one
+    assert unshared - shared == 2 * one
     feed_forward = 12 * 2 + 12 * 96 + 96 + 48 * 12 + 12
     assert first - shared == one - 4 * feed_forward  # its second set has one for all modalities
     inputs, coords = inputs_of(2)
@@ -346,9 +346,9 @@ def test_refusals() -> None:
         (ValueError, "coords\\['cells'\\]: expected \\(2, 3, 2\\)", {"cells": cells},
          {"coords": {"cells": coords[:, :2]}}),
     ]  # fmt: skip
-    for error, message, given_, options in cases:
+    for error, message, values, options in cases:
         with pytest.raises(error, match=message):
-            model(given_, **options)
+            model(values, **options)
     with pytest.raises(ValueError, match="expected none, since a nested tensor"):
         bag = torch.nested.nested_tensor([torch.randn(3, 6, **WIDE)], layout=torch.jagged)
         model({"wsi": bag}, masks={"wsi": ok[:1, None]})
@@ -415,16 +415,16 @@ def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
     def outcome(single: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         packed = missing and not single
-        given = tokens[rows, 0] if packed else tokens
-        context = Context(given, offsets=offsets if packed else None, single=single)
+        context_tokens = tokens[rows, 0] if packed else tokens
+        context = Context(context_tokens, offsets=offsets if packed else None, single=single)
         if single:
             context = context._replace(present=present)
         strategy = None if single else "reference"
         (keys,) = prepare(context, [attention], latents=latents.shape[-2], strategy=strategy)
         update = attention(latents, keys).expand(4, 7, 6)[rows]
-        wanted = [tokens, attention.to_out.weight, attention.to_kv.weight, attention.to_q.weight]
+        inputs = [tokens, attention.to_out.weight, attention.to_kv.weight, attention.to_q.weight]
         gradients = torch.autograd.grad(
-            update.square().sum(), wanted, allow_unused=True, materialize_grads=True
+            update.square().sum(), inputs, allow_unused=True, materialize_grads=True
         )
         return [update, *gradients]
 
@@ -433,8 +433,8 @@ def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
         update = outcome(True)[0]
         assert (update != update[:, :1]).any()
         return
-    for mine, theirs in zip(outcome(True), outcome(False), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(outcome(True), outcome(False), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("strategy", [None, "reference"])
@@ -446,11 +446,11 @@ def test_what_a_missing_row_holds_does_not_matter(strategy: Any) -> None:
     x, bag, at = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((5,), (1, 4), (1, 1)))
 
     def outcome(value: float) -> list[torch.Tensor]:
-        given = [part.clone() for part in (x, bag, at)]
-        for part in given:
+        copies = [part.clone() for part in (x, bag, at)]
+        for part in copies:
             part[1] = value
         out = model(
-            {"omic": given[0], "wsi": given[1]}, coords={"wsi": given[2]},
+            {"omic": copies[0], "wsi": copies[1]}, coords={"wsi": copies[2]},
             present={"omic": present, "wsi": present}, strategy=strategy, return_attention=True,
         )  # fmt: skip
         assert (out.attention["omic"][0][1] == 0).all()
@@ -462,6 +462,6 @@ def test_what_a_missing_row_holds_does_not_matter(strategy: Any) -> None:
         return [out.logits, *gradients]
 
     zeros, filled = outcome(0.0), outcome(float("nan"))
-    for mine, theirs in zip(zeros, filled, strict=True):
-        assert torch.equal(mine, theirs)
-        assert mine.isfinite().all()
+    for expected, actual in zip(zeros, filled, strict=True):
+        assert torch.equal(expected, actual)
+        assert expected.isfinite().all()

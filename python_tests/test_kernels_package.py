@@ -57,10 +57,10 @@ def test_a_launcher_imports_triton_itself() -> None:
     """A file called triton.py hides no library."""
     pytest.importorskip("triton")
     code = "from motet.kernels.slerp import triton_kernels as k; print(k.triton.__name__, k.tl)"
-    said = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], check=True, cwd="/", capture_output=True, text=True
     )
-    assert said.stdout.startswith("triton <module 'triton.language'")
+    assert process.stdout.startswith("triton <module 'triton.language'")
 
 
 def test_operators_have_the_same_files() -> None:
