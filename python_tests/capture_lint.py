@@ -65,7 +65,7 @@ def reason(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if adds and torch._C._current_graph_task_id() == -1:
             return "waits for the largest index"
     devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-    asked = kwargs.get("device")
-    if packet is aten._to_copy and asked is not None and torch.device(asked).type not in devices:
+    device = kwargs.get("device")
+    if packet is aten._to_copy and device is not None and torch.device(device).type not in devices:
         return "copies between devices"
     return "" if len(devices) <= 1 else "mixes devices"

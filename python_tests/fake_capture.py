@@ -39,7 +39,7 @@ def _write(into: Any, of: Any) -> None:
     if isinstance(into, Tensor):
         into.copy_(of)
     elif isinstance(into, tuple):
-        for own, other in zip(into, of, strict=True):
-            _write(own, other)
+        for item, source in zip(into, of, strict=True):
+            _write(item, source)
     else:
         assert into == of  # a graph cannot change what is no tensor

@@ -21,8 +21,8 @@ def loss_of(logits: Tensor, target: Target) -> Tensor:
 
 def healnet(**options: Any) -> nn.Module:
     shapes = {"omic": motet.Tabular(7), "wsi": motet.Bag(6, coords=2)}
-    own = {"self_attention": 1, **SIZES, **options}
-    return randomised(motet.HEALNet(shapes, out_features=3, **own).double())
+    sizes = {"self_attention": 1, **SIZES, **options}
+    return randomised(motet.HEALNet(shapes, out_features=3, **sizes).double())
 
 
 def lego(kind: str, encoder: bool = False, **options: Any) -> nn.Module:
@@ -85,7 +85,7 @@ def rename(model: nn.Module, values: dict[str, Any], deep: bool = False) -> dict
     if not isinstance(model, motet.LegoBlock):
         return values
     if deep:
-        return {key: rename(model, own) for key, own in values.items()}
+        return {key: rename(model, options) for key, options in values.items()}
     return dict.fromkeys("x", *values.values()) if values else {}
 
 

@@ -69,7 +69,7 @@ def test_a_gpu_has_a_column_for_eager_mode(capsys) -> None:
 def test_bench_has_no_time_for_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = bench.cells("cpu", quick=True)[0]
     roofline = measure.Roofline(1e9, 1e9, {"fp32": 1e9, "bf16": 1e9})
-    monkeypatch.setattr(bench, "relative_error", lambda own, exact: 0.1)
+    monkeypatch.setattr(bench, "relative_error", lambda result, exact: 0.1)
     monkeypatch.setitem(measure.FLOOR, "fp32", -0.15)
     row = bench.measure(cell, "fp32", "cpu", roofline, quick=True)
     assert row["failed"] == "error 1.0e-01 is out of bounds"
@@ -113,9 +113,9 @@ def test_a_workload_is_as_good_as_the_reference(step: bool) -> None:
 
 
 def test_relative_error_is_that_of_the_norms() -> None:
-    own = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])]
+    result = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])]
     exact = [torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([3.0]).double()]
-    assert measure.relative_error(own, exact) == pytest.approx(5 / math.hypot(3, 3))
+    assert measure.relative_error(result, exact) == pytest.approx(5 / math.hypot(3, 3))
 
 
 def test_roofline_is_the_larger_of_traffic_and_products() -> None:
@@ -163,10 +163,12 @@ def test_scaling(script, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("bench_healnet", "bench_healnet"), ("gpu", "make gpu")]
+    ("name", "program"), [("bench_healnet", "bench_healnet"), ("gpu", "make gpu")]
 )
-def test_a_folder_without_the_authors_code(script, capsys, tmp_path, name: str, said: str) -> None:
-    own = ["cells", "--device", "cpu", "--out", tmp_path] if name == "gpu" else ["--threads", 1]
-    assert script(name, "--published", tmp_path, *own) == 2
+def test_a_folder_without_the_authors_code(
+    script, capsys, tmp_path, name: str, program: str
+) -> None:
+    options = ["cells", "--device", "cpu", "--out", tmp_path] if name == "gpu" else ["--threads", 1]
+    assert script(name, "--published", tmp_path, *options) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{said}: --published: expected a clone of konst-int-i/healnet, got ")
+    assert line.startswith(f"{program}: --published: expected a clone of konst-int-i/healnet, got ")

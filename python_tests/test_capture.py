@@ -56,7 +56,7 @@ class Cuda:
         self.pools = 0
         self.allocating: set[int] = set()
         self.taken: dict[int, int] = {}
-        self.said: list[str] = []
+        self.events: list[str] = []
 
     def pool(self) -> int:
         self.pools += 1
@@ -77,7 +77,7 @@ class Cuda:
     ) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         assert not gc.isenabled()
-        self.said.append("capture")
+        self.events.append("capture")
         self.current = stream
         if self.fails == "begin":
             raise RuntimeError("begin: out of memory")
@@ -123,13 +123,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "set_stream": fake.set_stream,
         "stream": fake.stream,
         "device": lambda index: nullcontext(),
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: fake.said.append("replay")),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: fake.events.append("replay")),
         "graph": fake.graph,
-        "memory_reserved": lambda index: (len(fake.said) + 1) << 20,
+        "memory_reserved": lambda index: (len(fake.events) + 1) << 20,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     for name, value in {
-        "_cuda_clearCublasWorkspaces": lambda: fake.said.append("clear"),
+        "_cuda_clearCublasWorkspaces": lambda: fake.events.append("clear"),
         "_cuda_endAllocateToPool": fake.end_allocate,
         "_cuda_releasePool": fake.release,
     }.items():
@@ -146,28 +146,28 @@ def test_a_capture(cuda: Cuda) -> None:
         return motet.kernels.plan(300, 64, **sizes, device="H200").graph
 
     def run() -> Tensor:
-        cuda.said.append("run")
+        cuda.events.append("run")
         cuda.kernel()
         assert planned_for_graphs()  # in the runs before, too: they compile what is captured
         mean.add_(1)
         return mean * 2
 
-    own = CudaCapture(torch.device("cuda"))
-    first = own.pool
-    recording = own(run, [mean])
-    assert cuda.said == [*["run"] * WARM_UPS, "clear", "capture", "run", "clear"]
-    assert recording.mib == 1  # what the fake's memory says: one word was said meanwhile
+    cuda_capture = CudaCapture(torch.device("cuda"))
+    first = cuda_capture.pool
+    recording = cuda_capture(run, [mean])
+    assert cuda.events == [*["run"] * WARM_UPS, "clear", "capture", "run", "clear"]
+    assert recording.mib == 1  # the fake's memory grows by 1 MiB per event: "run" is one
     assert torch.equal(recording.result, torch.full((2,), 2.0))
     assert mean[0] == 1  # the three warm-ups were undone; this is of the fake, which runs at once
     assert cuda.generator.state.offset == 0
     assert cuda.current is cuda.default
     assert gc.isenabled()
-    assert own.refused == ""
+    assert cuda_capture.refused == ""
     assert not planned_for_graphs()
     recording.replay()
-    assert cuda.said[-1] == "replay"
-    own.release()
-    assert own.pool != first
+    assert cuda.events[-1] == "replay"
+    cuda_capture.release()
+    assert cuda_capture.pool != first
 
 
 def test_a_collector_that_was_off_stays_off(cuda: Cuda) -> None:
@@ -181,22 +181,22 @@ def test_a_collector_that_was_off_stays_off(cuda: Cuda) -> None:
 
 @pytest.mark.parametrize("where", ["begin", "body", "end"])
 def test_a_capture_that_fails_leaves_nothing_behind(where: str, cuda: Cuda) -> None:
-    own = CudaCapture(CUDA)
-    own(cuda.kernel, [])
+    cuda_capture = CudaCapture(CUDA)
+    cuda_capture(cuda.kernel, [])
     cuda.fails = where
     with pytest.raises(CaptureError, match="a capture failed: RuntimeError: (begin|operation)"):
-        own(cuda.kernel, [])
+        cuda_capture(cuda.kernel, [])
     assert cuda.current is cuda.default
     assert gc.isenabled()
     assert not cuda.allocating
-    assert cuda.taken == {own.pool: 1}  # what the capture before holds
+    assert cuda.taken == {cuda_capture.pool: 1}  # what the capture before holds
     assert not cuda.generator.state.capturing
     assert cuda.generator.state.offset == 0
     cuda.kernel()  # draws
-    assert cuda.said[-1] == "clear"
+    assert cuda.events[-1] == "clear"
     # It is the process's, whoever asks: the random numbers of older graphs come from the old state.
-    assert CudaCapture(CUDA).refused == own.refused != ""
-    assert "\n" not in own.refused
+    assert CudaCapture(CUDA).refused == cuda_capture.refused != ""
+    assert "\n" not in cuda_capture.refused
     assert CudaCapture(torch.device("cuda", 1)).refused == ""
 
 
@@ -205,9 +205,9 @@ def test_an_interrupt_is_handed_on(cuda: Cuda) -> None:
         if cuda.capturing:
             raise KeyboardInterrupt
 
-    own = CudaCapture(CUDA)
+    cuda_capture = CudaCapture(CUDA)
     with pytest.raises((KeyboardInterrupt, CaptureError)):
-        own(run, [])
+        cuda_capture(run, [])
     assert gc.isenabled()
     assert cuda.current is cuda.default
 
@@ -225,18 +225,18 @@ def test_steps_go_on_without_graphs(where: str, cuda: Cuda) -> None:
     batch = batch_of(9, 0, 30)
     steps(batch)
     cuda.fails = where
-    found = []
+    results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        if not found:
+        if not results:
             with pytest.warns(RuntimeWarning, match="StepGraphs: a capture failed: RuntimeError"):
-                found.append(steps(batch))
+                results.append(steps(batch))
             continue
-        found.append(steps(batch))
-    assert found[0] == found[1] != found[2]
+        results.append(steps(batch))
+    assert results[0] == results[1] != results[2]
     assert steps.report()[0]["how"] == "eager"
     assert sum(steps.fell_back.values()) == 3
-    assert cuda.said.count("capture") == 1
+    assert cuda.events.count("capture") == 1
     model.eval()
     for _ in range(2):
         assert_close(graphed(steps, batch), eager(model, batch))

@@ -49,8 +49,8 @@ def test_steps(name: str, training: bool, scale: float | None) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.3
-    whole = name in ("a table alone", "an encoder")
-    batch = of(batch_of(9, 0, 30, coords="weights" in name, missing=not whole))
+    complete = name in ("a table alone", "an encoder")
+    batch = of(batch_of(9, 0, 30, coords="weights" in name, missing=not complete))
     steps = motet.StepGraphs(model, loss_of, l1=0.1, capture=capture)
     factor = {} if scale is None else {"scale": torch.tensor(scale)}
     for _ in range(2):

@@ -17,40 +17,44 @@ def growth(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_picture_page_and_numbers_agree(growth) -> None:
-    found, again = json.loads(growth.RESULT.read_text()), "run `benchmarks/cost_growth.py --draw`"
-    assert growth.digest(found) in growth.PICTURE.read_text(), again
+    report, again = json.loads(growth.RESULT.read_text()), "run `benchmarks/cost_growth.py --draw`"
+    assert growth.digest(report) in growth.PICTURE.read_text(), again
     page = growth.PAGE.read_text()
-    assert growth.with_table(page, found) == page, again
-    for row, own in zip(found["h200"], growth.predict_h200(), strict=True):
-        assert row.pop("predicted_ms") == pytest.approx(own.pop("predicted_ms"), rel=1e-6), again
-        assert row == own, again
+    assert growth.with_table(page, report) == page, again
+    for row, predicted in zip(report["h200"], growth.predict_h200(), strict=True):
+        assert row.pop("predicted_ms") == pytest.approx(predicted.pop("predicted_ms"), rel=1e-6), (
+            again
+        )
+        assert row == predicted, again
 
 
 def test_the_measured_cost_is_linear(growth) -> None:
     """From 4,000 tokens of a batch to 480,000, and from 1 modality to 16."""
-    found = json.loads(growth.RESULT.read_text())
-    assert {(r["bags"], r["patches"], r["modalities"]) for r in found["cpu"]} == set(
+    report = json.loads(growth.RESULT.read_text())
+    assert {(r["bags"], r["patches"], r["modalities"]) for r in report["cpu"]} == set(
         growth.batches()
     )
-    grown = growth.slopes(found)
+    grown = growth.slopes(report)
     assert len(grown) == 6
     for name, exponent in grown.items():
         if name.startswith("motet"):
             assert 0.85 <= exponent <= 1.15, name
-    for row in found["cpu"]:
+    for row in report["cpu"]:
         assert row["error"]["motet"] <= 2 * row["error"]["literal"] + 1e-6
 
 
 def test_the_predicted_cost_is_linear(growth) -> None:
     """Of an H200 from 8 bags of 8,000 patches on: below, launches and latents take the time."""
-    found = json.loads(growth.RESULT.read_text())["h200"]
-    long = [r for r in found if r["bags"] == 8 and r["patches"] >= 8000 and r["modalities"] == 1]
+    h200_rows = json.loads(growth.RESULT.read_text())["h200"]
+    long = [
+        r for r in h200_rows if r["bags"] == 8 and r["patches"] >= 8000 and r["modalities"] == 1
+    ]
     times = [row["predicted_ms"] for row in long]
     assert 0.8 <= growth.slope([row["patches"] for row in long], times) <= 1.0
-    rows = growth.modality_rows(found)
+    rows = growth.modality_rows(h200_rows)
     times = [row["predicted_ms"] for row in rows]
     assert 0.9 <= growth.slope([row["modalities"] for row in rows], times) <= 1.0
-    measured = [row for row in found if "measured_ms" in row]
+    measured = [row for row in h200_rows if "measured_ms" in row]
     assert len(measured) == 8
 
 
@@ -68,8 +72,8 @@ def test_it_measures(growth, monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["cost_growth.py"])
     assert growth.main() == 0
     assert re.search(r"8 x 10, 2 modalities: motet .* ms, literal", capsys.readouterr().out)
-    found = json.loads(growth.RESULT.read_text())
-    assert growth.digest(found) in growth.PICTURE.read_text()
+    report = json.loads(growth.RESULT.read_text())
+    assert growth.digest(report) in growth.PICTURE.read_text()
     first = page.read_text()
     assert first.startswith("before\n")
     assert first.endswith("after\n")
@@ -78,4 +82,4 @@ def test_it_measures(growth, monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["cost_growth.py", "--draw"])
     assert growth.main() == 0
     assert page.read_text() == first
-    assert json.loads(growth.RESULT.read_text()) == found
+    assert json.loads(growth.RESULT.read_text()) == report

@@ -26,30 +26,32 @@ def test_the_form_of_the_model_predicts_what_it_has_not_seen(planner, path: Path
     """Every cell, and every model, from the others: the faster strategy and the times."""
     figures = planner.read(path)
     for key, worst in ((planner.by_cell, 0.42), (planner.by_model, 0.45)):
-        found = planner.leave_one_out(figures, key)
-        assert found.compared >= 10
-        assert found.right >= 0.9 * found.compared
+        quality = planner.leave_one_out(figures, key)
+        assert quality.compared >= 10
+        assert quality.right >= 0.9 * quality.compared
         # What is reached; 94 % of the times in eager mode, all of the graphs. The rest are forward
         # passes on ragged bags that exist as K and V, slower than predicted by 31 to 40 %, and two
         # others by up to 43 % faster.
-        assert found.within("eager") >= 0.93
-        assert found.within("graph") == 1.0
-        assert max(map(abs, found.errors["eager"] + found.errors["graph"])) < worst
+        assert quality.within("eager") >= 0.93
+        assert quality.within("graph") == 1.0
+        assert max(map(abs, quality.errors["eager"] + quality.errors["graph"])) < worst
 
 
 def test_what_the_library_calls_measured_is_what_the_fit_finds(planner) -> None:
     """Launches, Python and the softmax kernels of the H200, from the newest file of one."""
     figures = planner.read(max((p for p in FILES if "H200" in p.name), key=planner.date_of))
-    found, known = planner.fit(figures, figures.measurements), CHIPS["H200"]
+    fitted, shipped = planner.fit(figures, figures.measurements), CHIPS["H200"]
     for field in ("launch_s", "host_launch_s", "host_s", "random_numbers"):
-        assert known.source(field) == "measured"
-        assert getattr(known, field) == pytest.approx(getattr(found, field), rel=0.05)
-    softmax = "_softmax" if "_softmax" in found.shares else "softmax_gradient_kernel"
-    assert known.source("softmax_gradient_kernel") == "measured"
-    assert known.shares["softmax_gradient_kernel"] == pytest.approx(found.shares[softmax], rel=0.05)
+        assert shipped.source(field) == "measured"
+        assert getattr(shipped, field) == pytest.approx(getattr(fitted, field), rel=0.05)
+    softmax = "_softmax" if "_softmax" in fitted.shares else "softmax_gradient_kernel"
+    assert shipped.source("softmax_gradient_kernel") == "measured"
+    assert shipped.shares["softmax_gradient_kernel"] == pytest.approx(
+        fitted.shares[softmax], rel=0.05
+    )
     roofline = json.loads(FILES[0].read_text())["roofline"]
-    assert known.bandwidth == pytest.approx(roofline["copy"])
-    assert known.matrix[torch.bfloat16] == pytest.approx(roofline["products"]["bf16"])
+    assert shipped.bandwidth == pytest.approx(roofline["copy"])
+    assert shipped.matrix[torch.bfloat16] == pytest.approx(roofline["products"]["bf16"])
 
 
 def profile_of(planner, chip):
@@ -58,10 +60,11 @@ def profile_of(planner, chip):
         cell = planner.Cell("kirp", planner.CONFIGS["kirp"], (15_000,) * 8, step=True)
         mode = planner.LaunchMode(strategy, False, statistics=True)
         yield {"model": "kirp", "strategy": strategy, "lengths": cell.lengths, "kernels": [
-            {"kernel": own.kernel, "role": own.kernel, "launches": own.times,
-             "us": 1e6 * own.times * own.least(chip, torch.bfloat16) / chip.share(own.kernel)}
-            for own in planner.list_launches("made", chip, cell, strategy, mode)
-            if own.kernel in DEMANDED
+            {"kernel": launch.kernel, "role": launch.kernel, "launches": launch.times,
+             "us": 1e6 * launch.times * launch.least(chip, torch.bfloat16)
+                   / chip.share(launch.kernel)}
+            for launch in planner.list_launches("made", chip, cell, strategy, mode)
+            if launch.kernel in DEMANDED
         ]}  # fmt: skip
 
 
@@ -71,9 +74,9 @@ def test_it_finds_the_numbers_that_times_were_made_with(
 ) -> None:
     """Times of a chip that does not exist, of the kernels that the library launches today."""
     h200 = CHIPS["H200"]
-    own = {name: 0.9 * share for name, share in DEMANDED.items()}
+    shares = {name: 0.9 * share for name, share in DEMANDED.items()}
     made = dataclasses.replace(
-        h200, shares={**h200.shares, **own}, launch_s=5e-6, host_launch_s=3e-5, host_s=2e-3
+        h200, shares={**h200.shares, **shares}, launch_s=5e-6, host_launch_s=3e-5, host_s=2e-3
     )
     report = {"device": "NVIDIA H200", "revision": "made", "cells": []}
     for cell in planner.grid.named_cells():
@@ -94,12 +97,12 @@ def test_it_finds_the_numbers_that_times_were_made_with(
         beside.write_text(json.dumps({"revision": "made", "rows": rows}))
     figures = planner.read(path)
     assert bool(figures.unknown) == (not profiled)
-    found = planner.fit(figures, figures.measurements)
+    fitted = planner.fit(figures, figures.measurements)
     for field in ("launch_s", "host_launch_s", "host_s"):
-        assert getattr(found, field) == pytest.approx(getattr(made, field), rel=0.02)
-    for name, share in own.items():
-        assert found.shares[name] == pytest.approx(share, rel=0.05)
-    quality = planner.quality(figures.measurements, lambda _: found)
+        assert getattr(fitted, field) == pytest.approx(getattr(made, field), rel=0.02)
+    for name, share in shares.items():
+        assert fitted.shares[name] == pytest.approx(share, rel=0.05)
+    quality = planner.quality(figures.measurements, lambda _: fitted)
     assert quality.right == quality.compared == 40
     assert quality.within("eager", 0.02) == quality.within("graph", 0.02) == 1.0
 

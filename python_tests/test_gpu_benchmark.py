@@ -32,14 +32,15 @@ MEASURED = {"reference bf16", "planned bf16", "folded bf16", "reference fp32"}
 
 
 def assert_measured(cell: dict) -> None:
-    timed = {who: own for who, own in cell["contenders"].items() if "failed" not in own}
+    rows = cell["contenders"]
+    timed = {name: row for name, row in rows.items() if "failed" not in row}
     assert set(timed) == MEASURED
-    for own in timed.values():
-        assert own["ms"]["median"] > 0
-        assert own["error"] <= own["allowed"] < 0.1
-    absent = [own for own in cell["contenders"].values() if "failed" in own]
-    assert not any(own["fault"] for own in absent)
-    assert {"needs CUDA", "no --published DIR"} <= {own["failed"] for own in absent}
+    for row in timed.values():
+        assert row["ms"]["median"] > 0
+        assert row["error"] <= row["allowed"] < 0.1
+    absent = [row for row in rows.values() if "failed" in row]
+    assert not any(row["fault"] for row in absent)
+    assert {"needs CUDA", "no --published DIR"} <= {row["failed"] for row in absent}
 
 
 def report_of(tmp_path: Path, step: str, *more: str) -> dict:
@@ -71,8 +72,10 @@ def test_the_profile_on_a_cpu(tmp_path: Path) -> None:
     *models, products = report["rows"]
     assert len(models) == 8
     for row in models:
-        assert row["gpu_us"] == pytest.approx(sum(own["us"] for own in row["kernels"]))
-        shares = [own["roofline_share"] for own in row["kernels"] if "roofline_share" in own]
+        assert row["gpu_us"] == pytest.approx(sum(kernel["us"] for kernel in row["kernels"]))
+        shares = [
+            kernel["roofline_share"] for kernel in row["kernels"] if "roofline_share" in kernel
+        ]
         assert len(shares) == (row["strategy"] == "cached")  # a CPU has none of the kernels
     assert {"128", "136", "512"} <= products["products"].keys()
 
@@ -183,8 +186,8 @@ def test_what_says_most_comes_first(run, tmp_path: Path, monkeypatch) -> None:
     assert run("cells", "--device", "cpu", "--small", "--out", tmp_path) == 0
     cells = [cell.name for cell in grid.named_cells(small=True)]
     assert [name for name, _ in measured] == cells * 2
-    assert all(who == set(grid.FIRST) for _, who in measured[: len(cells)])
-    assert all(who == {grid.USUAL, *grid.LAST} for _, who in measured[len(cells) :])
+    assert all(names == set(grid.FIRST) for _, names in measured[: len(cells)])
+    assert all(names == {grid.USUAL, *grid.LAST} for _, names in measured[len(cells) :])
 
 
 def test_no_time_left_is_no_failure(run, tmp_path: Path) -> None:
@@ -197,16 +200,16 @@ def test_demands_are_compared_with_what_was_measured() -> None:
     grid = import_module("benchmarks.grid")
 
     def row(name: str, ours: float, theirs: float) -> dict:
-        own = {"ms": {"median": ours}, "roofline_share": 0.4 / ours, "peak_mib": 250}
+        planned = {"ms": {"median": ours}, "roofline_share": 0.4 / ours, "peak_mib": 250}
         return {"cell": name, "graph_strategy": "absorbed", "contenders": {
-            "planned bf16, static graph": own,
+            "planned bf16, static graph": planned,
             "published bf16": {"ms": {"median": theirs}, "peak_mib": 1000},
         }}  # fmt: skip
 
     names = ("blca 8x15000 step", "brca 8x15000 forward", "kirp 8 ragged step", "blca 8x500 step")
-    found = list(grid.demands([row(name, 2.0, 14.0) for name in names]))
-    assert [own["cell"] for own in found] == list(names[:3])
-    step, forward, ragged = found
+    rows = list(grid.demands([row(name, 2.0, 14.0) for name in names]))
+    assert [row["cell"] for row in rows] == list(names[:3])
+    step, forward, ragged = rows
     assert step["rooflines"] == pytest.approx(5.0)
     assert (step["rooflines_allowed"], step["times_demanded"]) == (2.7, 9.0)
     assert step["times_published"] == pytest.approx(7.0)
@@ -230,12 +233,12 @@ def test_the_grid_goes_on_where_it_stopped(run, capsys, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert run(*arguments, 60) == 0
     (path,) = tmp_path.iterdir()
-    first, *rest = path.read_text().splitlines()
-    path.write_text("\n".join(rest) + "\n")
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join(others) + "\n")
     assert run(*arguments, 60) == 0
     assert "0 cells with faults; 0 left" in capsys.readouterr().out
     lines = path.read_text().splitlines()
-    assert lines[:-1] == rest
+    assert lines[:-1] == others
     cells = [json.loads(line) for line in lines]
     assert cells[-1]["cell"] == json.loads(first)["cell"]
     for cell in cells:
@@ -264,12 +267,12 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         run = work.graphed()
         for _ in range(3):  # replays
             assert measure.relative_error(run(), work.exact()) < 1e-5
-        own = "planned bf16, graph"
-        found = grid.measure_cell(
-            cell, {own: grid.FIRST[own]}, grid.GridSettings("cpu", rounds=3), roofline, {}
-        )[own]
-        assert found["error"] <= found["allowed"] < 0.1
-        assert found["roofline_share"] > 0
+        name = "planned bf16, graph"
+        figures = grid.measure_cell(
+            cell, {name: grid.FIRST[name]}, grid.GridSettings("cpu", rounds=3), roofline, {}
+        )[name]
+        assert figures["error"] <= figures["allowed"] < 0.1
+        assert figures["roofline_share"] > 0
     work.model.head.register_forward_hook(lambda *_: None)
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="no graph: hooks would"):
         work.graphed()  # eager mode is not measured in its name

@@ -35,10 +35,10 @@ from .graph_helpers import (
 
 def assert_same(a: tuple[Tensor, Any], b: tuple[Tensor, Any], within: float = 1e-10) -> None:
     torch.testing.assert_close(a[0], b[0], rtol=within, atol=within)
-    for own, theirs in zip(a[1], b[1], strict=True):
-        assert (own is None) == (theirs is None)
-        if own is not None:
-            torch.testing.assert_close(own, theirs, rtol=within, atol=within)
+    for actual, expected in zip(a[1], b[1], strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=within, atol=within)
 
 
 LENGTHS = ((9, 0, 30), (20, 18, 1), (0, 0, 40), (1, 80, 9))
@@ -52,14 +52,15 @@ def test_losses_and_gradients_of_ragged_batches_that_share_one_graph(name: str) 
         if isinstance(module, nn.AlphaDropout):
             module.p = 0.0
     graphs = motet.StepGraphs(model, loss_of, capture=capture)
-    whole = name in ("a table alone", "an encoder")  # what a LegoBlock's encoder can be captured of
+    # A LegoBlock with an encoder is captured only for batches in which no row misses its modality.
+    complete = name in ("a table alone", "an encoder")
     coords = "weights" in name
     for seed, lengths in enumerate(LENGTHS):
-        batch = of(batch_of(*lengths, coords=coords, missing=not whole, seed=seed))
+        batch = of(batch_of(*lengths, coords=coords, missing=not complete, seed=seed))
         assert_same(graphed(graphs, batch), eager(model, batch))
     assert capture.captured == 1
-    (known,) = graphs.report()
-    assert (known["how"], known["calls"], known["replays"]) == ("graph", 4, 3)
+    (entry,) = graphs.report()
+    assert (entry["how"], entry["calls"], entry["replays"]) == ("graph", 4, 3)
     assert graphs.fell_back == {}
 
 
@@ -68,11 +69,11 @@ def test_the_first_call_and_the_replays_give_the_same_bits() -> None:
     model = healnet(attn_dropout=0.3, ff_dropout=0.3).train()
     graphs = motet.StepGraphs(model, loss_of, capture=FakeCapture())
     batch = batch_of(9, 0, 30)
-    found = []
+    results = []
     for seed in (1, 1, 2, 1):
         torch.manual_seed(seed)
-        found.append(graphed(graphs, batch))
-    first, again, other, last = found
+        results.append(graphed(graphs, batch))
+    first, again, other, last = results
     for same in (again, last):
         assert_same(first, same, within=0)
     assert first[0] != other[0]
@@ -82,14 +83,14 @@ def test_the_first_call_and_the_replays_give_the_same_bits() -> None:
 def test_what_lies_behind_the_last_bag_does_not_matter() -> None:
     model = healnet(share_weights=False).train()
     graphs = motet.StepGraphs(model, loss_of, capture=FakeCapture())
-    found = []
+    results = []
     for filling in (1.0, 1.0, -3e5, 7e-9):
         for flat in graphs._graphs._static._flat.values():
             if flat.is_floating_point():
                 flat.fill_(filling)
-        found.append(graphed(graphs, batch_of(9, 0, 30)))
-    for other in found[1:]:
-        assert_same(found[0], other, within=0)
+        results.append(graphed(graphs, batch_of(9, 0, 30)))
+    for other in results[1:]:
+        assert_same(results[0], other, within=0)
 
 
 def test_dense_bags_share_graphs_with_ragged_ones() -> None:
@@ -109,9 +110,9 @@ def test_dense_bags_share_graphs_with_ragged_ones() -> None:
 def test_bags_that_are_said_to_be_missing() -> None:
     model, capture = healnet().train(), FakeCapture()
     graphs = motet.StepGraphs(model, loss_of, capture=capture)
-    whole = batch_of(9, 20, 30)
-    without = {**whole.present, "wsi": torch.tensor([True, False, True])}
-    for batch in (whole, replace(whole, present=without)):
+    full = batch_of(9, 20, 30)
+    without = {**full.present, "wsi": torch.tensor([True, False, True])}
+    for batch in (full, replace(full, present=without)):
         assert_same(graphed(graphs, batch), eager(model, batch))
     assert capture.captured == 1
 
@@ -128,8 +129,8 @@ def test_weights_that_a_batch_does_not_touch(l1: float) -> None:
     """They have no gradient, or that of L1 alone, as without a graph; nobody's bags are bags."""
     model = healnet().train()
     graphs = motet.StepGraphs(model, loss_of, l1=l1, capture=FakeCapture())
-    whole = batch_of(9, 0, 30, missing=False)
-    for batch in (whole, only(whole, "omic"), only(whole, "omic"), batch_of(0, 0, 0), whole):
+    full = batch_of(9, 0, 30, missing=False)
+    for batch in (full, only(full, "omic"), only(full, "omic"), batch_of(0, 0, 0), full):
         loss, expected = eager(model, batch)
         assert any(gradient is None for gradient in expected)
         if l1:
@@ -147,8 +148,8 @@ def test_a_scale_multiplies_the_gradients_and_not_the_loss() -> None:
     loss, expected = graphed(plain, batch)
     graphs = motet.StepGraphs(model, loss_of, l1=0.1, capture=FakeCapture())
     for scale in (4.0, 4.0, 0.5):
-        found = graphed(graphs, batch, scale=torch.tensor(scale))
-        assert_same(found, (loss, [scale * gradient for gradient in expected]))
+        result = graphed(graphs, batch, scale=torch.tensor(scale))
+        assert_same(result, (loss, [scale * gradient for gradient in expected]))
 
 
 def test_results_outlive_the_next_call() -> None:
@@ -252,7 +253,7 @@ def test_no_more_than_max_graphs() -> None:
         graphs(small)
     assert capture.captured == 1
     assert graphs.fell_back == {"more than 1 sizes": 2}
-    assert [(own["how"], own["why"], own["calls"], own["replays"]) for own in graphs.report()] == [
+    assert [(row["how"], row["why"], row["calls"], row["replays"]) for row in graphs.report()] == [
         ("graph", "", 2, 1), ("eager", "more than 1 sizes", 3, 0),
     ]  # fmt: skip
     assert graphs.report()[0]["sizes"] == "3 rows: omic 3 x 1 x 7, wsi 256 x 6"
@@ -269,14 +270,14 @@ def test_after_a_capture_that_failed_all_goes_on_without() -> None:
     capture.fails = "a capture failed: out of memory"
     with pytest.warns(RuntimeWarning, match="a capture failed: out of memory"):
         torch.manual_seed(3)
-        found = graphed(graphs, small)
+        result = graphed(graphs, small)
     torch.manual_seed(3)
-    assert_same(found, graphed(motet.StepGraphs(model, loss_of, capture=FakeCapture()), small))
+    assert_same(result, graphed(motet.StepGraphs(model, loss_of, capture=FakeCapture()), small))
     assert capture.forgotten == 1
     for _ in range(2):
         graphs(large)
     assert capture.captured == 1
-    assert {own["how"] for own in graphs.report()} == {"eager"}
+    assert {entry["how"] for entry in graphs.report()} == {"eager"}
     assert graphs.fell_back == {capture.fails: 3}
 
 
@@ -296,21 +297,21 @@ def falls_back(model: nn.Module, batch: PatientBatch, why: str, **options: Any) 
     capture = FakeCapture()
     graphs = motet.StepGraphs(model, loss_of, capture=capture, **options)
     with pytest.warns(RuntimeWarning, match=f"StepGraphs: {why}; such calls run without a CUDA"):
-        found = graphed(graphs, batch)
-    assert_same(found, eager(model, batch), within=0)
+        result = graphed(graphs, batch)
+    assert_same(result, eager(model, batch), within=0)
     assert_same(graphed(graphs, batch), eager(model, batch), within=0)
     assert capture.captured == 0
-    (known,) = graphs.report()
-    assert (known["sizes"], known["how"], known["calls"]) == ("", "eager", 2)
+    (entry,) = graphs.report()
+    assert (entry["sizes"], entry["how"], entry["calls"]) == ("", "eager", 2)
 
 
 def test_what_is_not_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, table = batch_of(9, 0, 30), only(batch_of(9, 0, 30, missing=False), "omic")
-    bags = only(whole, "wsi")
+    batch, table = batch_of(9, 0, 30), only(batch_of(9, 0, 30, missing=False), "omic")
+    bags = only(batch, "wsi")
     wide = {"out_features": 3, **SIZES}
 
-    own = motet.LegoBlock(motet.Tabular(7), nn.Linear(7, 4), **wide).double()
-    falls_back(own, table, "the encoder Linear may not fit into a graph")
+    custom = motet.LegoBlock(motet.Tabular(7), nn.Linear(7, 4), **wide).double()
+    falls_back(custom, table, "the encoder Linear may not fit into a graph")
     encoded = motet.LegoBlock(motet.Bag(6), motet.ABMIL(6, hidden=8), **wide).double().eval()
     falls_back(encoded, bags, "an encoder takes ragged or missing bags one by one")
     falls_back(
@@ -332,14 +333,14 @@ def test_what_is_not_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         hooked = healnet()
         hook(hooked)
-        falls_back(hooked, whole, hooks)
+        falls_back(hooked, batch, hooks)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    falls_back(healnet(), whole, hooks)
+    falls_back(healnet(), batch, hooks)
     handle.remove()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    falls_back(healnet(), whole, "several processes exchange gradients")
+    falls_back(healnet(), batch, "several processes exchange gradients")
     monkeypatch.setenv("MOTET_CHECK", "1")
-    falls_back(healnet(), whole, "MOTET_CHECK=1 reads the values of tensors")
+    falls_back(healnet(), batch, "MOTET_CHECK=1 reads the values of tensors")
 
 
 def test_without_a_graph_l1_and_the_scale_count_all_the_same() -> None:
@@ -348,8 +349,8 @@ def test_without_a_graph_l1_and_the_scale_count_all_the_same() -> None:
     model.head.register_forward_hook(lambda *_: None)
     graphs = motet.StepGraphs(model, loss_of, l1=0.1, capture=FakeCapture())
     with pytest.warns(RuntimeWarning, match="hooks"):
-        found = graphed(graphs, batch, scale=torch.tensor(2.0))
-    torch.testing.assert_close(found[1], [2 * gradient for gradient in expected])
+        result = graphed(graphs, batch, scale=torch.tensor(2.0))
+    torch.testing.assert_close(result[1], [2 * gradient for gradient in expected])
     graphs(only(batch, "omic"))
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -368,17 +369,17 @@ def single(batch: PatientBatch) -> PatientBatch:
 def test_autocast_is_asked_for_or_found() -> None:
     model, batch = healnet().float().train(), batch_of(9, 0, 30)
     batch = single(batch)
-    asking = motet.StepGraphs(model, loss_of, autocast=torch.bfloat16, capture=FakeCapture())
-    finding = motet.StepGraphs(model, loss_of, capture=FakeCapture())
-    asked = [graphed(asking, batch) for _ in range(2)]
+    explicit = motet.StepGraphs(model, loss_of, autocast=torch.bfloat16, capture=FakeCapture())
+    ambient = motet.StepGraphs(model, loss_of, capture=FakeCapture())
+    by_option = [graphed(explicit, batch) for _ in range(2)]
     with torch.autocast("cpu", torch.bfloat16):
-        found = [graphed(finding, batch) for _ in range(2)]
-    for one in (*asked, *found):
-        assert_same(one, asked[0], within=0)
+        by_context = [graphed(ambient, batch) for _ in range(2)]
+    for one in (*by_option, *by_context):
+        assert_same(one, by_option[0], within=0)
     model.head.register_forward_hook(lambda *_: None)
     with pytest.warns(RuntimeWarning, match="hooks"):
-        assert_same(graphed(asking, batch), asked[0], within=0.05)
-        assert graphed(finding, batch)[0] != asked[0][0]
+        assert_same(graphed(explicit, batch), by_option[0], within=0.05)
+        assert graphed(ambient, batch)[0] != by_option[0][0]
 
 
 # Predictions
@@ -389,17 +390,19 @@ def test_predictions_of_ragged_batches_share_one_graph(name: str) -> None:
     make, of = MODELS[name]
     model, capture = make().eval(), FakeCapture()
     graphs = motet.CudaGraphs(model, capture=capture)
-    whole = name in ("a table alone", "an encoder")
+    complete = name in ("a table alone", "an encoder")
     results = []
     with torch.no_grad():
         for seed, lengths in enumerate(LENGTHS):
-            batch = of(batch_of(*lengths, coords="weights" in name, missing=not whole, seed=seed))
+            batch = of(
+                batch_of(*lengths, coords="weights" in name, missing=not complete, seed=seed)
+            )
             inputs, options = batch.arguments()
             results.append(
                 (graphs(rename(model, inputs), **rename(model, options, deep=True)), batch)
             )
-        for found, batch in results:  # they outlive the next replay
-            torch.testing.assert_close(found, logits_of(model, batch), rtol=1e-10, atol=1e-10)
+        for result, batch in results:  # they outlive the next replay
+            torch.testing.assert_close(result, logits_of(model, batch), rtol=1e-10, atol=1e-10)
     assert capture.captured == 1
 
 
@@ -410,8 +413,8 @@ def test_predictions_under_inference_mode_and_without() -> None:
     inputs, options = batch.arguments()
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         with mode():
-            found = graphs(inputs, **options)
-            torch.testing.assert_close(found, model(inputs, **options))
+            result = graphs(inputs, **options)
+            torch.testing.assert_close(result, model(inputs, **options))
     assert capture.captured == 1
     with pytest.raises(RuntimeError, match="under torch.no_grad.*motet.StepGraphs has"):
         graphs(inputs, **options)
