@@ -43,7 +43,7 @@ def test_healnet(share, tmp_path) -> None:
 
 def test_lego(tmp_path) -> None:
     blocks, x = blocks_of(4), inputs_of(2)
-    own = {"mri": blocks["mri"].encoder}
+    encoders = {"mri": blocks["mri"].encoder}
     path = tmp_path / "model.safetensors"
     motet.save(blocks["wsi"], path)
     loaded = motet.load(path)
@@ -56,16 +56,16 @@ def test_lego(tmp_path) -> None:
         randomised(motet.LegoFuse(blocks).add("other", blocks["omic"])),
     ):
         motet.save(model, path)
-        before = {k: v.clone() for k, v in own["mri"].state_dict().items()}
-        loaded = motet.load(path, encoders=own)
+        before = {k: v.clone() for k, v in encoders["mri"].state_dict().items()}
+        loaded = motet.load(path, encoders=encoders)
         inputs = {**x, "other": x["omic"]} if "other" in model.blocks else x
         assert torch.equal(loaded(inputs), model(inputs))
         assert loaded.config == model.config
-        assert all(torch.equal(before[k], v) for k, v in own["mri"].state_dict().items())
+        assert all(torch.equal(before[k], v) for k, v in encoders["mri"].state_dict().items())
     with pytest.raises(ValueError, match="expected the block's own encoder, a Convolution"):
         motet.load(path)
     with pytest.raises(ValueError, match="encoders: unknown modality 'ct'"):
-        motet.load(path, encoders={**own, "ct": nn.Identity()})
+        motet.load(path, encoders={**encoders, "ct": nn.Identity()})
     with pytest.raises(ValueError, match="another architecture"):
         motet.load(path, encoders={"mri": nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))})
     motet.save(blocks["mri"], path)
@@ -89,10 +89,10 @@ def test_every_model_that_can_be_built_can_be_saved(tmp_path) -> None:
         sizes = {"num_latents": 4, "latent_dim": 8, "heads": 2, "head_dim": 4}
         return motet.LegoBlock(motet.Tabular(3), encoder, out_features=out_features, **sizes)
 
-    given = motet.fusion.layers.Head(8, 7)
+    head = motet.fusion.layers.Head(8, 7)
     for model in (
-        motet.LegoMerge({"a": block(None), "b": block(None)}, head=given),
-        motet.LegoMerge({"a": block(2), "b": block(2)}, head=given),
+        motet.LegoMerge({"a": block(None), "b": block(None)}, head=head),
+        motet.LegoMerge({"a": block(2), "b": block(2)}, head=head),
         motet.LegoFuse({"a": block(None), "b": block(None)}),
     ):
         motet.save(model.eval(), path)
@@ -107,12 +107,12 @@ def test_every_model_that_can_be_built_can_be_saved(tmp_path) -> None:
             super().__init__(3, 5)
             self.register_buffer("start", self.weight.detach())
 
-    own = block(2, SNN()).eval()
-    motet.save(own, path)
-    assert torch.equal(motet.load(path, encoders=SNN())(x), own(x))
+    custom = block(2, SNN()).eval()
+    motet.save(custom, path)
+    assert torch.equal(motet.load(path, encoders=SNN())(x), custom(x))
     with pytest.raises(ValueError, match="the block's own encoder, a SNN"):
         motet.load(path)
-    motet.save(motet.LegoMerge({"a": own}), path)
+    motet.save(motet.LegoMerge({"a": custom}), path)
     with pytest.raises(TypeError, match="encoders: expected a dict"):
         motet.load(path, encoders=SNN())
 

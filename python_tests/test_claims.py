@@ -40,8 +40,8 @@ def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def row(value: float, low: float, high: float, **fields: Any) -> Row:
-    known = {"case": "a", "what": "x", "than": "y", "block": "", "measure": "AUC", "seed": None}
-    return Row(**{**known, "n": 9, "value": value, "low": low, "high": high, **fields})
+    defaults = {"case": "a", "what": "x", "than": "y", "block": "", "measure": "AUC", "seed": None}
+    return Row(**{**defaults, "n": 9, "value": value, "low": low, "high": high, **fields})
 
 
 ABOVE, BELOW, NEITHER = row(0.2, 0.1, 0.3), row(-0.2, -0.3, -0.1), row(0.1, -0.1, 0.3)
@@ -89,16 +89,16 @@ def test_claims_say_what_their_rows_say() -> None:
     assert "none above 0.050 on a left possible" in overlap.conclude([kept, end])
 
     steps = [row(0.2, 0.1, 0.3, than="the first alone"), row(-0.2, -0.3, -0.1, than="one less")]
-    said = addition.conclude(steps)
-    assert "is better than its first modality alone" in said
-    assert "0 of the additions improve the model by themselves, 1 make it worse" in said
+    sentence = addition.conclude(steps)
+    assert "is better than its first modality alone" in sentence
+    assert "0 of the additions improve the model by themselves, 1 make it worse" in sentence
 
     paper, plain = ", ".join(interference.PAPER), ", ".join(interference.PLAIN)
     probe = row(0.2, 0.1, 0.3, what=paper, than=plain)
     worth = row(-0.2, -0.3, -0.1, what=f"{paper}, others shuffled", than=plain)
-    said = interference.conclude([probe, worth])
-    assert "keep more of a block than those merged without a transform" in said
-    assert said.index("as the paper claims") < said.index("against the paper's claim")
+    sentence = interference.conclude([probe, worth])
+    assert "keep more of a block than those merged without a transform" in sentence
+    assert sentence.index("as the paper claims") < sentence.index("against the paper's claim")
 
 
 @pytest.mark.parametrize(
@@ -111,22 +111,22 @@ def test_claims_say_what_their_rows_say() -> None:
     ],
 )
 def test_scaling_says_what_the_interval_says(low: float, high: float, words: str) -> None:
-    found = scaling._within(row((low + high) / 2, low, high))
-    assert found == words
+    sentence = scaling._within(row((low + high) / 2, low, high))
+    assert sentence == words
 
 
 def test_a_mean_over_seeds_keeps_every_seed() -> None:
-    found = [(motet.Estimate(0.6, 0.5, 0.7), 10), (motet.Estimate(0.8, 0.6, 0.9), 12)]
-    first, second, mean = rows.over_seeds(found, case="a", what="x", measure="AUC")
+    estimates = [(motet.Estimate(0.6, 0.5, 0.7), 10), (motet.Estimate(0.8, 0.6, 0.9), 12)]
+    first, second, mean = rows.over_seeds(estimates, case="a", what="x", measure="AUC")
     assert (first.seed, second.seed, mean.seed) == (0, 1, None)
     assert (first.value, second.value) == (0.6, 0.8)
     # Ends averaged, 0.15 below and 0.1 above; standard error of the seeds 0.1.
     ends = 0.7 - np.hypot(0.15, 0.196), 0.7 + np.hypot(0.1, 0.196)
     assert (mean.value, mean.low, mean.high) == pytest.approx((0.7, *ends), abs=1e-12)
-    alone = rows.over_seeds(found[:1], case="a", what="x", measure="AUC")[1]
+    alone = rows.over_seeds(estimates[:1], case="a", what="x", measure="AUC")[1]
     assert (alone.value, alone.low, alone.high) == (0.6, 0.5, 0.7)
-    *_, share = rows.over_seeds([*found, (motet.Estimate(1.0, 0.9, 1.0), 9)], case="a", what="x",
-                                measure="AUC")  # fmt: skip
+    estimates.append((motet.Estimate(1.0, 0.9, 1.0), 9))
+    *_, share = rows.over_seeds(estimates, case="a", what="x", measure="AUC")
     assert share.high == 1.0
     assert rows.means([first, mean, row(1, 1, 1, block="genes")]) == [mean]
 
@@ -160,18 +160,18 @@ def test_overlaps_are_exact(share: float) -> None:
     """As many training patients per block at every overlap, that share of them in common."""
     cohort = load_cohort("breast_cancer")
     (fold,) = (split_of(cohort),)
-    first, common, own = overlap.draw_patients(cohort, fold, share, 3)
+    first, common, second_only = overlap.draw_patients(cohort, fold, share, 3)
     k = len(fold.train) // 2
-    assert len(first) == len(common | own) == k
-    assert common == first & (common | own)
+    assert len(first) == len(common | second_only) == k
+    assert common == first & (common | second_only)
     assert len(common) == round(share * k)
-    assert first | own <= set(fold.train)
+    assert first | second_only <= set(fold.train)
     assert first == overlap.draw_patients(cohort, fold, 0.0, 3)[0]
     outcome = pd.Series(cohort.outcome.events, cohort.patients)  # pyright: ignore
-    events = [outcome[list(part)].mean() for part in (first, common | own)]
+    events = [outcome[list(part)].mean() for part in (first, common | second_only)]
     assert abs(events[0] - events[1]) < 0.05
 
-    masked = overlap.mask_patients(cohort, fold, {"genes": first, "clinical": common | own})
+    masked = overlap.mask_patients(cohort, fold, {"genes": first, "clinical": common | second_only})
     genes = masked.modalities["genes"]
     assert set(genes.index[genes.notna().any(axis=1)]) == {  # pyright: ignore
         *first, *fold.validation, *fold.test
@@ -217,46 +217,46 @@ def results(out: Path) -> dict[str, Any]:
     """Read what a claim wrote: a figure, and JSON that is true to the CSV."""
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert 5_000 < (out / "figure.png").stat().st_size < 150_000
-    found = json.loads((out / "results.json").read_text())
+    report = json.loads((out / "results.json").read_text())
     table = pd.read_csv(out / "results.csv", keep_default_na=False)
-    assert len(table) == len(found["rows"]) > 3
-    for line, known in zip(table.to_dict("records"), found["rows"], strict=True):
-        assert list(line) == list(known)
+    assert len(table) == len(report["rows"]) > 3
+    for line, entry in zip(table.to_dict("records"), report["rows"], strict=True):
+        assert list(line) == list(entry)
         for name in ("value", "low", "high"):
-            assert float(line[name]) == pytest.approx(known[name], abs=1e-12)
-            assert np.isfinite(known[name])
+            assert float(line[name]) == pytest.approx(entry[name], abs=1e-12)
+            assert np.isfinite(entry[name])
         for name in ("case", "what", "than", "block", "measure"):
-            assert line[name] == known[name]
-        assert line["seed"] == ("" if known["seed"] is None else str(known["seed"]))
-        assert known["low"] <= known["value"] <= known["high"]
-        assert known["n"] > 0
-    return found
+            assert line[name] == entry[name]
+        assert line["seed"] == ("" if entry["seed"] is None else str(entry["seed"]))
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert entry["n"] > 0
+    return report
 
 
-def of_all(found: dict[str, Any]) -> list[dict[str, Any]]:
-    return [r for r in found["rows"] if r["seed"] == 0 and not r["block"]]
+def of_all(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in report["rows"] if r["seed"] == 0 and not r["block"]]
 
 
-def of(found: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    (one,) = [r for r in found["rows"] if all(r[k] == v for k, v in fields.items())]
+def of(report: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    (one,) = [r for r in report["rows"] if all(r[k] == v for k, v in fields.items())]
     return one
 
 
 def test_merging(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merging", "--out", str(shared), *QUICK, "--json"]) == 0
-    found = results(shared)
-    assert json.loads(capsys.readouterr().out) == found
-    assert found["settings"] == {
+    report = results(shared)
+    assert json.loads(capsys.readouterr().out) == report
+    assert report["settings"] == {
         "cohorts": {"breast_cancer": ["genes", "clinical"]}, "seeds": 1, "quick": True
     }  # fmt: skip
-    said = of(found, what="LegoMerge", than="the ensemble", seed=None)
-    words = "better" if said["low"] > 0 else "worse" if said["high"] < 0 else "no difference"
-    assert words in found["sentence"].split("; ")[1]
+    gain = of(report, what="LegoMerge", than="the ensemble", seed=None)
+    words = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "no difference"
+    assert words in report["sentence"].split("; ")[1]
     # The figures are those of the runs.
     run = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d")
-    ours = of(found, what="LegoMerge", than="", seed=0)
+    merged = of(report, what="LegoMerge", than="", seed=0)
     c = experiments.read_metrics(run)["harrell_c"]
-    assert ours["value"] == pytest.approx(c["value"], abs=1e-12)
+    assert merged["value"] == pytest.approx(c["value"], abs=1e-12)
     # The ensemble is the mean of the blocks' hazards.
     cohort = load_cohort("breast_cancer")
     blocks = {name: experiments.Run.open(run.path / "blocks" / name).fitted(0)
@@ -272,42 +272,42 @@ def test_merging(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_interference(shared: Path) -> None:
     assert main(["interference", "--out", str(shared), *QUICK]) == 0
-    found = results(shared)
+    report = results(shared)
     for transform in interference.TRANSFORMS:
         for method in interference.METHODS:
-            what = f"{transform}, {method}"
-            probe = of(found, what=what, than="", measure=interference.PROBE, block="", seed=None)
+            case = f"{transform}, {method}"
+            probe = of(report, what=case, than="", measure=interference.PROBE, block="", seed=None)
             assert probe["value"] < 1
             for name in ("genes", "clinical"):
-                of(found, what=f"{what}, others shuffled", block=name, than="block alone", seed=0)
+                of(report, what=f"{case}, others shuffled", block=name, than="block alone", seed=0)
     # What it merges is what LegoMerge predicts in a run.
     run = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d")
     cohort = load_cohort("breast_cancer")
     one = study.Study("breast_cancer", cohort, run.path.parent.parent, 1, True)
-    left = interference._predict(one, 0, "2d", "2d")
+    merges = interference._predict(one, 0, "2d", "2d")
     predicted = scores.scores_of(run)
-    for mine, theirs in zip(left.merged["harmonic"], predicted, strict=True):
-        assert mine.ids == theirs.ids
-        np.testing.assert_allclose(mine.fold.risks, theirs.fold.risks, rtol=0, atol=1e-7)  # pyright: ignore
+    for actual, expected in zip(merges.merged["harmonic"], predicted, strict=True):
+        assert actual.ids == expected.ids
+        np.testing.assert_allclose(actual.fold.risks, expected.fold.risks, rtol=0, atol=1e-7)  # pyright: ignore
     # Shuffled: the other modality's patients differ, so its predictions do; the blocks' do not.
     for name in ("genes", "clinical"):
         assert not np.array_equal(
-            left.shuffled["mean"][name][0].fold.risks, left.merged["mean"][0].fold.risks  # pyright: ignore
+            merges.shuffled["mean"][name][0].fold.risks, merges.merged["mean"][0].fold.risks  # pyright: ignore
         )  # fmt: skip
 
 
 def test_addition(shared: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     command = ["addition", "--out", str(shared), *QUICK]
     assert main(command) == 0
-    found = results(shared)
-    assert "No byte of the blocks before changed in 1 additions" in found["sentence"]
+    report = results(shared)
+    assert "No byte of the blocks before changed in 1 additions" in report["sentence"]
     alone = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d/blocks/genes")
-    first = of(found, what="1: genes", seed=0)
+    first = of(report, what="1: genes", seed=0)
     c = experiments.read_metrics(alone)["harrell_c"]["value"]
     assert first["value"] == pytest.approx(c, abs=1e-12)
-    whole = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d")
-    last = of(found, what="2: and clinical", than="", seed=0)
-    c = experiments.read_metrics(whole)["harrell_c"]["value"]
+    both = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d")
+    last = of(report, what="2: and clinical", than="", seed=0)
+    c = experiments.read_metrics(both)["harrell_c"]["value"]
     assert last["value"] == pytest.approx(c, abs=1e-12)
     add = motet.LegoMerge.add
 
@@ -329,17 +329,17 @@ def test_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         experiments, "Splits", lambda count, **o: chosen(count, **{**o, "test": 0.3})
     )
     assert main(["overlap", "--out", str(tmp_path), *QUICK]) == 0
-    found = results(tmp_path)
-    assert [r["what"] for r in of_all(found) if not r["than"]] == [
+    report = results(tmp_path)
+    assert [r["what"] for r in of_all(report) if not r["than"]] == [
         *(f"LegoMerge, {share}% in common" for share in (0, 50, 100)),
         *(f"the ensemble, {share}% in common" for share in (0, 50, 100)),
         *(f"HEALNet, those in common, {share}% in common" for share in (50, 100)),
         *(f"HEALNet, all, {share}% in common" for share in (0, 50, 100)),
     ]
-    assert len({r["n"] for r in found["rows"]}) == 1
+    assert len({r["n"] for r in report["rows"]}) == 1
     # The patients of the first block are the same at every overlap, and of the other are not.
     first, other = (
-        [of(found, what=f"block, {share}% in common", block=name, seed=0)["value"]
+        [of(report, what=f"block, {share}% in common", block=name, seed=0)["value"]
          for share in (0, 50, 100)]
         for name in ("genes", "clinical")
     )  # fmt: skip
@@ -377,25 +377,25 @@ def test_a_killed_claim_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"num_latents": 2, "latent_dim": 4, "heads": 1, "head_dim": 2}
     monkeypatch.setattr(scaling, "LegoBlock", partial(motet.LegoBlock, **small))
-    asked = []
+    measured = []
 
     def no_child(threads: int, function: Any, kind: str, step: str, counts: Any) -> list[float]:
-        asked.append((kind, step))
+        measured.append((kind, step))
         return [2.0 + 3.0 * m for m in counts]
 
     monkeypatch.setattr(scaling, "in_child", no_child)
     result = claims.run_claim("scaling", tmp_path, quick=True)
-    found = results(tmp_path)
-    assert len(asked) == len(set(asked)) == 6
+    report = results(tmp_path)
+    assert len(measured) == len(set(measured)) == 6
     assert (
-        found["sentence"].count("of 3 times one") + found["sentence"].count("of 2 times one") == 6
+        report["sentence"].count("of 3 times one") + report["sentence"].count("of 2 times one") == 6
     )
     assert "memory 0% from a straight line" in result.sentence
     for case in ("LegoMerge, forward", "LegoFuse weave, forward and backward"):
-        per_block = of(found, case=case, what="per further block", measure="MiB")
+        per_block = of(report, case=case, what="per further block", measure="MiB")
         assert per_block["value"] == pytest.approx(3.0, abs=1e-9)
-        middle = {m: of(found, case=case, what=str(m), measure="ms")["value"] for m in (1, 2)}
-        ratio = of(found, case=case, what="2", measure="share of M blocks")["value"]
+        middle = {m: of(report, case=case, what=str(m), measure="ms")["value"] for m in (1, 2)}
+        ratio = of(report, case=case, what="2", measure="share of M blocks")["value"]
         assert ratio == pytest.approx(middle[2] / (2 * middle[1]), rel=1e-9)
 
 
@@ -443,8 +443,8 @@ def test_cohorts_without_data_are_left_out(tmp_path: Path, capsys) -> None:
         "required": False,
         "defaults": {},
     }
-    found = study.studies(("hancock_os", "breast_cancer"), tmp_path, **options)
-    assert [one.name for one in found] == ["breast_cancer"]
+    studies = study.studies(("hancock_os", "breast_cancer"), tmp_path, **options)
+    assert [one.name for one in studies] == ["breast_cancer"]
     assert "hancock_os is left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="name a cohort"):
         study.studies(("hancock_os",), tmp_path, **options)

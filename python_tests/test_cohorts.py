@@ -217,20 +217,22 @@ def test_mimic() -> None:
     for patient in series.patients:
         features, coords = series[patient]
         assert coords is not None
-        own = labs[labs.HADM_ID.eq(patient)].pivot(index="hours", columns="ITEMID", values="number")
-        own = own.reindex(columns=list(series.names))
-        np.testing.assert_allclose(coords[:, 0], own.index, rtol=1e-6)
-        np.testing.assert_allclose(features, own, rtol=1e-6)
+        expected = labs[labs.HADM_ID.eq(patient)].pivot(
+            index="hours", columns="ITEMID", values="number"
+        )
+        expected = expected.reindex(columns=list(series.names))
+        np.testing.assert_allclose(coords[:, 0], expected.index, rtol=1e-6)
+        np.testing.assert_allclose(features, expected, rtol=1e-6)
         assert series.shape(patient) == features.shape
         seen += int(np.isfinite(features).sum())
     assert seen == 13314
 
     codes = pd.read_csv(folder / "DIAGNOSES_ICD.csv.gz", dtype=str)
     codes["short"] = codes.icd9_code.str[:3]
-    there = codes.groupby(["hadm_id", "short"]).size().unstack(fill_value=0) > 0
-    there = there.loc[list(cohort.patients)]
+    has_code = codes.groupby(["hadm_id", "short"]).size().unstack(fill_value=0) > 0
+    has_code = has_code.loc[list(cohort.patients)]
     assert list(table(cohort, "diagnoses")) == sorted(codes.short.unique())
-    np.testing.assert_array_equal(table(cohort, "diagnoses"), there.astype(float))
+    np.testing.assert_array_equal(table(cohort, "diagnoses"), has_code.astype(float))
 
     for name, low, high in (("neoplasms", 140, 239), ("respiratory", 460, 519)):
         other = load_cohort(f"mimic3_demo_icd9_{name}", data=folder.parent)

@@ -77,26 +77,26 @@ def halves(name: str) -> tuple[SurvivalFold, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("name", COHORTS)
 def test_one_fold_equals_scikit_survival(name: str) -> None:
     fold, train, test = halves(name)
-    found = evaluate_survival([fold], draws=50)
-    assert found == json.loads(json.dumps(found))
-    assert (found["patients"], found["folds"]) == (len(test), 1)
+    figures = evaluate_survival([fold], draws=50)
+    assert figures == json.loads(json.dumps(figures))
+    assert (figures["patients"], figures["folds"]) == (len(test), 1)
     same = pytest.approx
     harrell = concordance_index_censored(fold.events, fold.times, fold.risks)[0]
-    assert found["harrell_c"]["value"] == same(harrell, abs=1e-9)
-    assert found["harrell_c"]["per_fold"] == [same(harrell, abs=1e-9)]
-    tau = found["uno_c"]["tau"]
+    assert figures["harrell_c"]["value"] == same(harrell, abs=1e-9)
+    assert figures["harrell_c"]["per_fold"] == [same(harrell, abs=1e-9)]
+    tau = figures["uno_c"]["tau"]
     uno = concordance_index_ipcw(train, test, fold.risks, tau)[0]
-    assert found["uno_c"]["value"] == same(uno, abs=1e-9)
+    assert figures["uno_c"]["value"] == same(uno, abs=1e-9)
     for key in ("harrell_c", "uno_c", "integrated_brier"):
-        assert found[key]["low"] < found[key]["value"] < found[key]["high"]
+        assert figures[key]["low"] < figures[key]["value"] < figures[key]["high"]
     # The default tau is the last time at which more than a fifth are uncensored.
     censoring = CensoringDistributionEstimator().fit(train)
     uncensored = censoring.predict_proba(np.unique(fold.train_times))
     assert tau == np.unique(fold.train_times)[uncensored > 0.2].max()
 
-    values, mean = cumulative_dynamic_auc(train, test, fold.risks, found["auc"]["times"])
-    assert found["auc"]["values"] == same(values, abs=1e-9)
-    assert found["auc"]["mean"]["value"] == same(mean, abs=1e-9)
+    values, mean = cumulative_dynamic_auc(train, test, fold.risks, figures["auc"]["times"])
+    assert figures["auc"]["values"] == same(values, abs=1e-9)
+    assert figures["auc"]["mean"]["value"] == same(mean, abs=1e-9)
 
     def curves(times: list[float] | np.ndarray) -> np.ndarray:
         return np.array([np.interp(times, [0, *fold.grid], [1, *curve]) for curve in fold.curves])
@@ -105,14 +105,14 @@ def test_one_fold_equals_scikit_survival(name: str) -> None:
         flat = SurvivalFunctionEstimator().fit(train).predict_proba(np.asarray(times))
         return np.broadcast_to(flat, (len(test), len(times)))
 
-    times = found["brier"]["times"]
-    assert found["brier"]["values"] == same(
+    times = figures["brier"]["times"]
+    assert figures["brier"]["values"] == same(
         brier_score(train, test, curves(times), times)[1], abs=1e-9
     )
-    assert found["brier"]["kaplan_meier"] == same(
+    assert figures["brier"]["kaplan_meier"] == same(
         brier_score(train, test, reference(times), times)[1], abs=1e-9
     )
-    integrated = found["integrated_brier"]
+    integrated = figures["integrated_brier"]
     # scikit-survival refuses times before the first test patient's, where all are free of it.
     steps = np.linspace(integrated["start"], integrated["end"], 100)
     first = SurvivalFold(
@@ -136,19 +136,19 @@ def test_one_fold_equals_scikit_survival(name: str) -> None:
 @pytest.mark.parametrize("name", COHORTS)
 def test_risk_groups_equal_scikit_survival(name: str) -> None:
     fold, _, test = halves(name)
-    found = evaluate_survival([fold], draws=1)["risk_groups"]
+    groups = evaluate_survival([fold], draws=1)["risk_groups"]
     high = fold.risks > fold.cut
-    assert found["high_risk"] == {"patients": high.sum(), "events": fold.events[high].sum()}
-    assert found["low_risk"] == {"patients": (~high).sum(), "events": fold.events[~high].sum()}
-    assert found["log_rank_p"] == pytest.approx(log_rank(test, high)[1], rel=1e-9)
+    assert groups["high_risk"] == {"patients": high.sum(), "events": fold.events[high].sum()}
+    assert groups["low_risk"] == {"patients": (~high).sum(), "events": fold.events[~high].sum()}
+    assert groups["log_rank_p"] == pytest.approx(log_rank(test, high)[1], rel=1e-9)
     cox = CoxPHSurvivalAnalysis(ties="breslow", tol=1e-12).fit(high[:, None].astype(float), test)
-    ratio = found["hazard_ratio"]
+    ratio = groups["hazard_ratio"]
     assert ratio["value"] == pytest.approx(np.exp(cox.coef_[0]), rel=1e-6)
     assert ratio["low"] < ratio["value"] < ratio["high"]
     # Twice the same patients in two folds: the statistic doubles, the ratio stays.
     twice = evaluate_survival([fold, fold], draws=1)["risk_groups"]
     assert norm.isf(twice["log_rank_p"] / 2) == pytest.approx(
-        2**0.5 * norm.isf(found["log_rank_p"] / 2), rel=1e-9
+        2**0.5 * norm.isf(groups["log_rank_p"] / 2), rel=1e-9
     )
     assert twice["hazard_ratio"]["value"] == pytest.approx(ratio["value"], rel=1e-9)
 
@@ -159,15 +159,15 @@ def test_follow_up_beyond_the_training_part() -> None:
     train = Surv.from_arrays(rng.random(80) < 0.6, rng.exponential(size=80).clip(max=2))
     times, events, risks = 3 * rng.exponential(size=60), rng.random(60) < 0.7, rng.normal(size=60)
     fold = SurvivalFold(times, events, risks, train["time"], train["event"])
-    found = evaluate_survival([fold], tau=1.5, horizons=[0.5, 1.5, 1.0], draws=1)
+    figures = evaluate_survival([fold], tau=1.5, horizons=[0.5, 1.5, 1.0], draws=1)
     inside = Surv.from_arrays(events & (times <= 1.5), times.clip(max=1.6))
     with pytest.raises(ValueError, match="censoring survival function is zero"):
         cumulative_dynamic_auc(train, Surv.from_arrays(events, times), risks, [0.5])
-    assert found["auc"]["times"] == [0.5, 1.0, 1.5]
-    assert found["auc"]["values"] == pytest.approx(
+    assert figures["auc"]["times"] == [0.5, 1.0, 1.5]
+    assert figures["auc"]["values"] == pytest.approx(
         cumulative_dynamic_auc(train, inside, risks, [0.5, 1.0, 1.5])[0], abs=1e-9
     )
-    assert found["uno_c"]["value"] == pytest.approx(
+    assert figures["uno_c"]["value"] == pytest.approx(
         concordance_index_ipcw(train, Surv.from_arrays(events, times), risks, 1.5)[0], abs=1e-9
     )
 
@@ -191,7 +191,7 @@ def small_folds(seed: int = 0, count: int = 3, n: int = 20) -> list[SurvivalFold
 
 def test_folds_pool_pairs() -> None:
     folds, tau, horizon = small_folds(), 4.0, 3.0
-    found = evaluate_survival(folds, tau=tau, horizons=[horizon], draws=20)
+    figures = evaluate_survival(folds, tau=tau, horizons=[horizon], draws=20)
     sums = np.zeros((3, 2))
     brier = 0.0
     for fold in folds:
@@ -216,16 +216,16 @@ def test_folds_pool_pairs() -> None:
             elif t > horizon:
                 brier += (1 - survival) ** 2 / censoring.predict_proba(np.array([horizon]))[0]
     harrell, uno, auc = sums[:, 0] / sums[:, 1]
-    assert found["harrell_c"]["value"] == pytest.approx(harrell, abs=1e-9)
-    assert found["uno_c"]["value"] == pytest.approx(uno, abs=1e-9)
-    assert found["auc"]["values"] == [pytest.approx(auc, abs=1e-9)]
-    assert found["auc"]["mean"]["value"] == pytest.approx(auc, abs=1e-9)
-    assert found["brier"]["values"] == [pytest.approx(brier / 60, abs=1e-9)]
+    assert figures["harrell_c"]["value"] == pytest.approx(harrell, abs=1e-9)
+    assert figures["uno_c"]["value"] == pytest.approx(uno, abs=1e-9)
+    assert figures["auc"]["values"] == [pytest.approx(auc, abs=1e-9)]
+    assert figures["auc"]["mean"]["value"] == pytest.approx(auc, abs=1e-9)
+    assert figures["brier"]["values"] == [pytest.approx(brier / 60, abs=1e-9)]
     lone = [evaluate_survival([f], tau=tau, horizons=[horizon], draws=1) for f in folds]
     for key in ("harrell_c", "uno_c"):
-        assert found[key]["per_fold"] == [one[key]["value"] for one in lone]
+        assert figures[key]["per_fold"] == [one[key]["value"] for one in lone]
     counts = np.sum([one["d_calibration"]["counts"] for one in lone], axis=0)
-    assert found["d_calibration"]["counts"] == pytest.approx(counts)
+    assert figures["d_calibration"]["counts"] == pytest.approx(counts)
 
 
 @given(st.integers(0, 1000), st.floats(-100, 100))
@@ -313,9 +313,9 @@ def test_d_calibration_spreads_the_censored() -> None:
     """Haider et al.: censored at S = 0.25, the bins below get 0.1 / 0.25 each, its own the rest."""
     fold = SurvivalFold([1.0, 2.0], [1, 0], [1.0, 0.0], [1.0, 2.0, 3.0], [1, 0, 1], grid=[1.0, 2.0],
                         curves=[[0.95, 0.9], [0.5, 0.25]])  # fmt: skip
-    found = evaluate_survival([fold], tau=2.0, horizons=[1.0], draws=1)["d_calibration"]
-    assert found["counts"] == pytest.approx([0.4, 0.4, 0.2, 0, 0, 0, 0, 0, 0, 1])
-    assert found["statistic"] == pytest.approx((2 * 0.2**2 + 0 + 6 * 0.2**2 + 0.8**2) / 0.2)
+    result = evaluate_survival([fold], tau=2.0, horizons=[1.0], draws=1)["d_calibration"]
+    assert result["counts"] == pytest.approx([0.4, 0.4, 0.2, 0, 0, 0, 0, 0, 0, 1])
+    assert result["statistic"] == pytest.approx((2 * 0.2**2 + 0 + 6 * 0.2**2 + 0.8**2) / 0.2)
 
 
 # Classes
@@ -336,11 +336,11 @@ def class_folds(classes: int, n: int = 150, seed: int = 0) -> list[ClassFold]:
 @pytest.mark.parametrize("classes", [2, 4])
 def test_classes_equal_scikit_learn(classes: int) -> None:
     fold, other = class_folds(classes)
-    found = evaluate_classes([fold], draws=50)
-    assert found == json.loads(json.dumps(found))
+    figures = evaluate_classes([fold], draws=50)
+    assert figures == json.loads(json.dumps(figures))
     predicted = fold.probabilities.argmax(1)
-    assert found["accuracy"]["value"] == pytest.approx(accuracy_score(fold.labels, predicted))
-    assert found["balanced_accuracy"]["value"] == pytest.approx(
+    assert figures["accuracy"]["value"] == pytest.approx(accuracy_score(fold.labels, predicted))
+    assert figures["balanced_accuracy"]["value"] == pytest.approx(
         balanced_accuracy_score(fold.labels, predicted), abs=1e-9
     )
     aucs = [
@@ -349,17 +349,17 @@ def test_classes_equal_scikit_learn(classes: int) -> None:
     ]
     both = evaluate_classes([fold, other], draws=50)
     if classes == 2:
-        assert found["auc"]["value"] == pytest.approx(aucs[0][1], abs=1e-9)
+        assert figures["auc"]["value"] == pytest.approx(aucs[0][1], abs=1e-9)
         assert both["auc"]["per_fold"] == pytest.approx([aucs[0][1], aucs[1][1]], abs=1e-9)
     else:
-        assert found["macro_auc"]["value"] == pytest.approx(np.mean(aucs[0]), abs=1e-9)
-        assert found["macro_auc"]["per_class"] == pytest.approx(aucs[0], abs=1e-9)
+        assert figures["macro_auc"]["value"] == pytest.approx(np.mean(aucs[0]), abs=1e-9)
+        assert figures["macro_auc"]["per_class"] == pytest.approx(aucs[0], abs=1e-9)
         pairs = [[(f.labels == k).sum() * (f.labels != k).sum() for k in range(classes)]
                  for f in (fold, other)]  # fmt: skip
         pooled = np.average(aucs, axis=0, weights=pairs)
         assert both["macro_auc"]["per_class"] == pytest.approx(pooled, abs=1e-9)
     for key in ("balanced_accuracy", "accuracy", "auc" if classes == 2 else "macro_auc"):
-        assert found[key]["low"] < found[key]["value"] < found[key]["high"]
+        assert figures[key]["low"] < figures[key]["value"] < figures[key]["high"]
 
 
 def test_a_class_may_lack_in_a_fold() -> None:
@@ -368,9 +368,9 @@ def test_a_class_may_lack_in_a_fold() -> None:
     one, both = evaluate_classes([fold], draws=5), evaluate_classes([fold, without], draws=5)
     assert both["macro_auc"]["per_class"][2] == one["macro_auc"]["per_class"][2]
     two = class_folds(2)[0]
-    found = evaluate_classes([two, ClassFold([1], [[0.5, 0.5]])], draws=5)
-    assert found["auc"]["per_fold"][1] is None
-    assert found["auc"]["value"] == evaluate_classes([two], draws=5)["auc"]["value"]
+    figures = evaluate_classes([two, ClassFold([1], [[0.5, 0.5]])], draws=5)
+    assert figures["auc"]["per_fold"][1] is None
+    assert figures["auc"]["value"] == evaluate_classes([two], draws=5)["auc"]["value"]
 
 
 # Comparisons
@@ -447,15 +447,15 @@ def test_survival_intervals_cover(beta: float, folds: int, n: int) -> None:
 
     def figures(cohorts: int, n: int, draws: int, seed: int) -> list[dict]:
         parts = [SurvivalFold(*simulated(rng, n, beta)[0], *train) for _ in range(cohorts)]
-        found = evaluate_survival(parts, tau=1.0, horizons=[0.3, 0.8], draws=draws, seed=seed)
-        return [found["harrell_c"], found["uno_c"], found["auc"]["mean"]]
+        result = evaluate_survival(parts, tau=1.0, horizons=[0.3, 0.8], draws=draws, seed=seed)
+        return [result["harrell_c"], result["uno_c"], result["auc"]["mean"]]
 
     truth = [figure["value"] for figure in figures(300, 300, 1, 0)]
     assert truth[0] == pytest.approx({0.45: 0.60, 1.5: 0.80}[beta], abs=0.01)
     hits = []
     for seed in range(1000 if SOAK else 300):
-        found = figures(folds, n, 300, seed)
-        hits.append([f["low"] <= t <= f["high"] for f, t in zip(found, truth, strict=True)])
+        result = figures(folds, n, 300, seed)
+        hits.append([f["low"] <= t <= f["high"] for f, t in zip(result, truth, strict=True)])
     for column in zip(*hits, strict=True):
         assert_covers(list(column))
 
@@ -469,11 +469,11 @@ def test_paired_intervals_cover(folds: int, n: int) -> None:
     for seed in range(1000 if SOAK else 300):
         models = zip(*(simulated(rng, n, 1.0, 1.0, models=2) for _ in range(folds)), strict=True)
         a, b = ([SurvivalFold(*part, *part[:2]) for part in model] for model in models)
-        found = compare_survival(a, b, draws=300, seed=seed)
-        hits.append(found.low <= 0 <= found.high)
-        p.append(found.p)
+        comparison = compare_survival(a, b, draws=300, seed=seed)
+        hits.append(comparison.low <= 0 <= comparison.high)
+        p.append(comparison.p)
         # p is exact only as far as the draws go: near the interval's end they may disagree.
-        assert hits[-1] == (found.p >= 0.05) or abs(found.p - 0.05) < 0.02
+        assert hits[-1] == (comparison.p >= 0.05) or abs(comparison.p - 0.05) < 0.02
     assert_covers(hits)
     assert kstest(p, "uniform").pvalue > 0.001
 
@@ -490,9 +490,9 @@ def test_class_intervals_cover(auc: float, folds: int) -> None:
             labels = (np.arange(60) < rng.integers(15, 25)).astype(int)
             p = norm.cdf(rng.normal(size=60) + d * (labels - 0.5))
             parts.append(ClassFold(labels, np.column_stack([1 - p, p])))
-        found = evaluate_classes(parts, draws=300, seed=seed)
+        figures = evaluate_classes(parts, draws=300, seed=seed)
         truths = {"auc": auc, "balanced_accuracy": norm.cdf(d / 2)}
-        hits.append([found[key]["low"] <= truths[key] <= found[key]["high"] for key in truths])
+        hits.append([figures[key]["low"] <= truths[key] <= figures[key]["high"] for key in truths])
     for column in zip(*hits, strict=True):
         assert_covers(list(column))
 
@@ -503,10 +503,10 @@ def test_class_intervals_cover(auc: float, folds: int) -> None:
 def test_what_cannot_be_computed_is_absent() -> None:
     fold = small_folds()[0]
     bare = SurvivalFold(fold.times, fold.events, fold.risks, fold.train_times, fold.train_events)
-    found = evaluate_survival([bare], tau=4.0, horizons=[3.0], draws=5)
-    assert set(found) == {"patients", "events", "folds", "harrell_c", "uno_c", "auc"}
+    figures = evaluate_survival([bare], tau=4.0, horizons=[3.0], draws=5)
+    assert set(figures) == {"patients", "events", "folds", "harrell_c", "uno_c", "auc"}
     mixed = evaluate_survival([bare, fold], tau=4.0, horizons=[3.0], draws=5)
-    assert set(mixed) == set(found)
+    assert set(mixed) == set(figures)
     one_group = SurvivalFold(
         fold.times, fold.events, fold.risks, fold.train_times, fold.train_events, cut=100.0
     )
@@ -520,9 +520,9 @@ def test_what_cannot_be_computed_is_absent() -> None:
 def test_figures_without_spread() -> None:
     times, events = np.arange(1.0, 9.0), np.ones(8, bool)
     for risks, value in ((-times, 1.0), (times, 0.0), (0 * times, 0.5)):
-        found = evaluate_survival([SurvivalFold(times, events, risks, times, events)], draws=20)
+        figures = evaluate_survival([SurvivalFold(times, events, risks, times, events)], draws=20)
         for key in ("harrell_c", "uno_c"):
-            assert [found[key][x] for x in ("value", "low", "high")] == [value] * 3
+            assert [figures[key][x] for x in ("value", "low", "high")] == [value] * 3
 
 
 OUTCOME = ([1.0, 2.0, 3.0], [1, 1, 0])

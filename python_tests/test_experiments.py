@@ -66,13 +66,13 @@ def trained(cohort: Cohort, kind: str, out: Path, **options: Any) -> Run:
 def content(run: Path) -> dict[str, bytes]:
     """Return what a run has found: no seconds, no log."""
     names = ("predictions.csv", "metrics.json", "splits.json", "outcome.csv")
-    found = {name: (run / name).read_bytes() for name in names}
+    contents = {name: (run / name).read_bytes() for name in names}
     for path in sorted(run.glob("folds/*/*")):
         if path.suffix == ".safetensors":
-            found[str(path.relative_to(run))] = weights(path)
+            contents[str(path.relative_to(run))] = weights(path)
         elif path.name != "done.json":
-            found[str(path.relative_to(run))] = path.read_bytes()
-    return found
+            contents[str(path.relative_to(run))] = path.read_bytes()
+    return contents
 
 
 def weights(path: Path) -> bytes:
@@ -116,14 +116,14 @@ def test_test_patients_change_nothing_that_is_fitted(kind: str, tmp_path: Path) 
     changes = {**SMALL, "epochs": 6, "patience": 2}
     one = trained(cohort, kind, tmp_path / "one", changes=changes)
     other = trained(changed_test_rows(cohort), kind, tmp_path / "other", changes=changes)
-    mine, theirs = (one.fold(0) / "fitted.json", other.fold(0) / "fitted.json")
-    assert mine.read_bytes() == theirs.read_bytes()
-    mine, theirs = (weights(run.fold(0) / "model.safetensors") for run in (one, other))
-    assert mine == theirs
+    first, second = (one.fold(0) / "fitted.json", other.fold(0) / "fitted.json")
+    assert first.read_bytes() == second.read_bytes()
+    first, second = (weights(run.fold(0) / "model.safetensors") for run in (one, other))
+    assert first == second
     assert not one.predictions().equals(other.predictions())
     if kind == "healnet":
-        mine, theirs = one.facts(0)["history"], other.facts(0)["history"]
-        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+        first, second = one.facts(0)["history"], other.facts(0)["history"]
+        assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
 def test_bins_and_censoring_come_from_training(tmp_path: Path) -> None:
@@ -455,13 +455,13 @@ def test_baselines(tmp_path: Path) -> None:
 
     labels = Classes((cohort.outcome.times > 3000).astype(np.int64), ("early", "late"))
     classes = replace(cohort, outcome=labels)
-    found = {}
+    aucs = {}
     for kind in ("logistic", "forest", "healnet"):
         run = trained(classes, kind, tmp_path / kind)
         frame = run.predictions()
         np.testing.assert_allclose(frame["p_early"] + frame["p_late"], 1, rtol=1e-6)
-        found[kind] = experiments.read_metrics(run)["auc"]["value"]
-    assert all(0 < auc < 1 for auc in found.values())
+        aucs[kind] = experiments.read_metrics(run)["auc"]["value"]
+    assert all(0 < auc < 1 for auc in aucs.values())
     table = experiments.predict_cohort(run, classes)
     np.testing.assert_allclose(table["p_early"] + table["p_late"], 1, rtol=1e-6)
 
@@ -574,11 +574,11 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_clear_line(
-    what: str, files: Path, capsys: pytest.CaptureFixture[str]
+    case: str, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change, expected = BAD[what]
+    change, expected = BAD[case]
     change(files)
     command = ["train", str(files / "cohort.yaml"), "--model", "cox", "--out", str(files / "run")]
     assert cli.main(command) == 2
@@ -641,7 +641,7 @@ def test_half_written_runs_are_one_clear_line(
     cohort, run = str(files / "cohort.yaml"), files / "run"
     train = ["train", cohort, "--model", "healnet", *QUICK, "--splits", "2", "--out", str(run)]
     assert cli.main(train) == 0
-    whole = content(run)
+    before = content(run)
     capsys.readouterr()
 
     def refused(expected: str, *command: str) -> None:
@@ -680,9 +680,9 @@ def test_half_written_runs_are_one_clear_line(
     refused("corrupt, config.json or splits.json", *evaluate)
     (run / "splits.json").unlink()
     refused("incomplete, without", *evaluate)
-    (run / "splits.json").write_bytes(whole["splits.json"])
+    (run / "splits.json").write_bytes(before["splits.json"])
     assert cli.main(train) == 0  # the same command again mends what is missing
-    assert content(run) == whole
+    assert content(run) == before
 
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "format": 99}))
