@@ -90,9 +90,9 @@ def slides(draw: st.DrawFn) -> ArraySlide:
     levels = [Level(width, height, 1.0)]
     for factor in draw(st.sampled_from([[], [4, 16], [2, 4, 8], [2.0005], [4], [3.7, 11.2], [32]])):
         up = draw(st.booleans()) * (factor - 1)
-        own = [max(1, int((side + up) / factor)) for side in (width, height)]
-        true = factor if factor == int(factor) else (width / own[0] + height / own[1]) / 2
-        levels.append(Level(own[0], own[1], float(true)))
+        sides = [max(1, int((side + up) / factor)) for side in (width, height)]
+        true = factor if factor == int(factor) else (width / sides[0] + height / sides[1]) / 2
+        levels.append(Level(sides[0], sides[1], float(true)))
     return ArraySlide(
         levels, tile_px=draw(st.sampled_from([None, (256, 256), (240, 512), (64, 8)]))
     )

@@ -58,7 +58,7 @@ def use(path: Path) -> str:
 
     try:
         with open_slide(path) as slide:
-            said = slide.reader
+            summary = slide.reader
             last = len(slide.levels) - 1
             for level in {0, last}:
                 sides = slide.levels[level]
@@ -68,13 +68,13 @@ def use(path: Path) -> str:
                 for image in slide.read_many(level, corners, 256, 256, workers=2):
                     if isinstance(image, SlideError):
                         assert image.reason == "damaged", image
-                        said += " damaged"
+                        summary += " damaged"
                     else:
                         assert image.shape == (256, 256, 3)
                         assert image.dtype == np.uint8
             if max(slide.levels[last].width, slide.levels[last].height) < 4096:
                 assert slide.thumbnail(300).shape[2] == 3
-        return said
+        return summary
     except SlideError as error:
         if error.reason not in ("unreadable", "unsupported", "too-large", "damaged"):
             raise
@@ -91,13 +91,13 @@ def main() -> None:
         path.write_bytes(mutate(original.read_bytes(), seed))
         print(seed, original.name, end=" ", flush=True)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
-        said = use(path)
+        summary = use(path)
         faulthandler.cancel_dump_traceback_later()
         # Its own peak: ru_maxrss begins with that of the process which started this one.
         status = Path("/proc/self/status").read_text()
         peak = int(status.split("VmHWM:")[1].split()[0]) >> 10
         assert peak < 1500, f"{peak} MiB"
-        print(said, flush=True)
+        print(summary, flush=True)
         path.unlink()
     os._exit(0)  # not through C libraries that mutated files have been in
 

@@ -61,17 +61,17 @@ def taken(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("count-*"))
 
 
-def main(folder: Path, wanted: int) -> None:
+def main(folder: Path, minimum: int) -> None:
     """Kill at least so many workers, while at least so many leases are taken."""
     draw, kills = random.Random(0), 0
     workers = [start(folder, seed) for seed in range(8)]
-    while kills < wanted or taken(folder) < wanted:
+    while kills < minimum or taken(folder) < minimum:
         time.sleep(draw.uniform(0, 0.02))
-        which = draw.randrange(8)
-        os.kill(workers[which], signal.SIGKILL)
-        os.waitpid(workers[which], 0)
+        index = draw.randrange(8)
+        os.kill(workers[index], signal.SIGKILL)
+        os.waitpid(workers[index], 0)
         kills += 1
-        workers[which] = start(folder, 100 + kills)
+        workers[index] = start(folder, 100 + kills)
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)

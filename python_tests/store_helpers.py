@@ -44,8 +44,8 @@ def put(
     states = np.asarray(flags or [0] * n, np.uint8)
     rows = np.flatnonzero((states & 8) == 0)
     places = np.stack([np.arange(n) % 7, np.arange(n) // 7], axis=1) * 256
-    told = attrs if "source" in attrs else {**describe(source), **attrs}
-    with writer.begin(source.key, told, places, np.ones(n), states, None, None, width) as slide:
+    fields = attrs if "source" in attrs else {**describe(source), **attrs}
+    with writer.begin(source.key, fields, places, np.ones(n), states, None, None, width) as slide:
         slide.write(rows[::-1], features[rows[::-1]])
         slide.commit()
 

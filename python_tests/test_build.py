@@ -66,11 +66,11 @@ def test_conda_and_citation_say_what_pip_is_told() -> None:
     recipe = yaml.safe_load((ROOT / "recipe" / "recipe.yaml").read_text())
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     renamed = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
-    wanted = [f"python {project['requires-python']}"]
+    requirements = [f"python {project['requires-python']}"]
     for dependency in project["dependencies"]:
         name, floor = dependency.split(">=")
-        wanted.append(f"{renamed.get(name, name.lower())} >={floor}")
-    assert sorted(recipe["requirements"]["run"]) == sorted(wanted)
+        requirements.append(f"{renamed.get(name, name.lower())} >={floor}")
+    assert sorted(recipe["requirements"]["run"]) == sorted(requirements)
     assert recipe["context"]["version"] == citation["version"] == project["version"]
 
 

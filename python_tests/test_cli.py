@@ -28,9 +28,11 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_doctor_fails_where_motet_cannot_work(monkeypatch, capsys) -> None:
-    found = {"torch": "2.9.1+cu130", "tqdm": ""}
+    versions = {"torch": "2.9.1+cu130", "tqdm": ""}
     installed = doctor.installed_version
-    monkeypatch.setattr(doctor, "installed_version", lambda name: found.get(name, installed(name)))
+    monkeypatch.setattr(
+        doctor, "installed_version", lambda name: versions.get(name, installed(name))
+    )
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "2.9.1+cu130 is older than 2.10" in out

@@ -11,10 +11,10 @@ from motet.io import FeatureStore
 
 from .store_helpers import GOLDEN
 
-Said = pytest.CaptureFixture[str]
+Captured = pytest.CaptureFixture[str]
 
 
-def test_ls(capsys: Said) -> None:
+def test_ls(capsys: Captured) -> None:
     assert main(["store", "ls", str(GOLDEN)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["key", "status", "patches", "corrupt", "mpp", "encoders"]
@@ -31,7 +31,7 @@ def test_ls(capsys: Said) -> None:
     assert rows[2]["bytes"] == 5
 
 
-def test_show(capsys: Said) -> None:
+def test_show(capsys: Captured) -> None:
     assert main(["store", "show", str(GOLDEN), "tissue.svs"]) == 0
     facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert facts["counts.patches"] == "5"
@@ -42,7 +42,7 @@ def test_show(capsys: Said) -> None:
     assert "motet store: no slide 'tisue'" in capsys.readouterr().err
 
 
-def test_verify(tmp_path: Path, capsys: Said) -> None:
+def test_verify(tmp_path: Path, capsys: Captured) -> None:
     shutil.copytree(GOLDEN, tmp_path / "store")
     assert main(["store", "verify", str(tmp_path / "store")]) == 0
     assert capsys.readouterr().out == "2 slides, nothing wrong\n"
@@ -56,7 +56,7 @@ def test_verify(tmp_path: Path, capsys: Said) -> None:
     assert "expected a feature store" in capsys.readouterr().err
 
 
-def test_export_and_import(tmp_path: Path, capsys: Said) -> None:
+def test_export_and_import(tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out"
     assert main(["store", "export", str(GOLDEN), "--out", str(out)]) == 2
     assert "expected encoder=" in capsys.readouterr().err
@@ -75,6 +75,6 @@ def test_export_and_import(tmp_path: Path, capsys: Said) -> None:
     )
     (out / "x.h5").write_bytes(b"")
     assert main(arguments) == 3
-    said = capsys.readouterr()
-    assert "x.h5: " in said.err
-    assert said.out == f"2 slides, 1 failed: {again}\n"
+    printed = capsys.readouterr()
+    assert "x.h5: " in printed.err
+    assert printed.out == f"2 slides, 1 failed: {again}\n"

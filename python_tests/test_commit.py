@@ -163,12 +163,12 @@ def test_rows_are_written_once_each(tmp_path: Path, source: Slide) -> None:
         {"coords": np.zeros((4, 3))}, {"flags": np.zeros(3)}, {"coords": np.full((4, 2), 2**31)},
         {"attrs": {}}, {"width": 4},
     ):  # fmt: skip
-        whole = {
+        valid = {
             "attrs": describe(source), "coords": np.zeros((4, 2)), "tissue": np.ones(4),
             "flags": np.zeros(4), "thumb": None, "mask": None, "width": 3, **arguments,
         }  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
-            writer.begin(source.key, **whole)
+            writer.begin(source.key, **valid)
     for key in ("../x", "", ".x", "a/b", "x\0", "a" * 200):
         with pytest.raises(StoreError, match="expected a key"):
             writer.begin(
@@ -188,10 +188,10 @@ def test_patches_that_turn_out_corrupt(tmp_path: Path, source: Slide) -> None:
         slide.corrupt([3, 0])
         slide.write([2], numbers(1, 3))
         slide.commit()
-    there = FeatureStore(out)["a"]
-    assert there.flags.tolist() == [9, 8, 0, 8]
-    assert there.attrs["counts"] == {"blur": 0, "corrupt": 3, "edge": 1, "patches": 4, "pen": 0}
-    np.testing.assert_array_equal(np.isnan(there.features).all(1), [True, True, False, True])
+    stored = FeatureStore(out)["a"]
+    assert stored.flags.tolist() == [9, 8, 0, 8]
+    assert stored.attrs["counts"] == {"blur": 0, "corrupt": 3, "edge": 1, "patches": 4, "pen": 0}
+    np.testing.assert_array_equal(np.isnan(stored.features).all(1), [True, True, False, True])
     further = opened(out, "further", 2)
     with further.begin_features(source.key, 2) as slide:
         with pytest.raises(SlideError, match="patch 2 cannot be decoded any more") as caught:
@@ -314,16 +314,16 @@ except StoreError as error:
     for process in processes:
         assert process.stdin is not None
         process.stdin.close()  # now
-    said = []
+    outputs = []
     for process in processes:
         assert process.stdout is not None
-        said.append(process.stdout.read())
+        outputs.append(process.stdout.read())
         process.stdout.close()
         assert process.wait() == 0
     run = json.loads((out / "run.json").read_bytes())
     won = run["tiling"]["tile_px"]
-    assert said.count(f"opened {won}\n") == 4
-    assert sum("tiling.tile_px: this store was begun with" in text for text in said) == 4
+    assert outputs.count(f"opened {won}\n") == 4
+    assert sum("tiling.tile_px: this store was begun with" in text for text in outputs) == 4
     assert FeatureStore(out).encoders == ["e0", "e1", "e2", "e3"]
     assert FeatureStore(out).verify() == []
 

@@ -60,15 +60,15 @@ def reason(path: Path) -> str:
 
 def test_layouts(tmp_path: Path) -> None:
     features = numbers(3, 4)
-    for given in (features, features[None], features.astype(np.float16)):
-        found = read_trident(write_trident(tmp_path / "a.h5", given))
-        assert found.features is not None
-        assert found.coords is not None
-        np.testing.assert_array_equal(found.features, features)
-        np.testing.assert_array_equal(found.coords, PLACES)
-        assert found.coords.dtype == np.int32
-        assert found.footprint_px == 512
-        assert found.attrs["target_magnification"] == 20
+    for array in (features, features[None], features.astype(np.float16)):
+        patches = read_trident(write_trident(tmp_path / "a.h5", array))
+        assert patches.features is not None
+        assert patches.coords is not None
+        np.testing.assert_array_equal(patches.features, features)
+        np.testing.assert_array_equal(patches.coords, PLACES)
+        assert patches.coords.dtype == np.int32
+        assert patches.footprint_px == 512
+        assert patches.attrs["target_magnification"] == 20
     alone = read_coords(write_trident(tmp_path / "a_patches.h5", None))
     assert alone.features is None
     assert alone.footprint_px == 512
@@ -126,10 +126,10 @@ def test_hostile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(torch.ones(3, 4), tmp_path / "whole.pt")
     write_trident(tmp_path / "whole.h5", numbers(3, 4))
     for suffix in ("h5", "pt", "npz"):
-        whole = (tmp_path / f"whole.{suffix}").read_bytes()
+        data = (tmp_path / f"whole.{suffix}").read_bytes()
         mutated = tmp_path / f"mutated.{suffix}"
         for turn in range(20):
-            content = bytearray(whole[: int(draw.integers(len(whole)))] if turn % 2 else whole)
+            content = bytearray(data[: int(draw.integers(len(data)))] if turn % 2 else data)
             for at in draw.integers(max(1, len(content)), size=8):
                 if content:
                     content[at] = int(draw.integers(256))
@@ -210,10 +210,10 @@ def test_export_is_read_again(tmp_path: Path) -> None:
     with np.load(paths["npz"]) as archive:
         for name in ("features", "coords", "tissue", "flags"):
             np.testing.assert_array_equal(archive[name], getattr(slide, name))
-    found = read_trident(paths["h5"])
-    np.testing.assert_array_equal(found.features, slide.bag()[0])  # pyright: ignore[reportArgumentType]
-    np.testing.assert_array_equal(found.coords, slide.bag()[1])  # pyright: ignore[reportArgumentType]
-    assert found.footprint_px == 1024
+    patches = read_trident(paths["h5"])
+    np.testing.assert_array_equal(patches.features, slide.bag()[0])  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(patches.coords, slide.bag()[1])  # pyright: ignore[reportArgumentType]
+    assert patches.footprint_px == 1024
     tensor = torch.load(paths["pt"], weights_only=True)
     assert tensor.dtype == torch.float32
     np.testing.assert_array_equal(tensor, slide.bag()[0])

@@ -16,8 +16,8 @@ from .grid_helpers import ArraySlide, Level, grid_of, pyramid, slides, tilings
 def test_the_papers_patches_on_an_odd_slide() -> None:
     """4097 px at a quarter are 1024: int(4097 / 1024) as the footprint would still be 4 here, but
     ceil(4097 / 4) = 1025 px give int(4097 / 1025) = 3."""
-    for own in (1024, 1025):
-        slide = ArraySlide([Level(4097, 4097, 1.0), Level(own, own, 4.0), Level(256, 256, 16.0)])
+    for side in (1024, 1025):
+        slide = ArraySlide([Level(4097, 4097, 1.0), Level(side, side, 4.0), Level(256, 256, 16.0)])
         grid = grid_of(slide, downsample=4)
         assert (grid.level, grid.ratio, grid.read_px, grid.footprint_px) == (1, 1.0, 256, 1024)
         assert grid.shape == (4, 4)
@@ -57,10 +57,11 @@ def test_level_and_ratio(mpp: float, level: int, ratio: float, true: float) -> N
 
 
 def test_noise_of_a_quotient_costs_no_patch() -> None:
-    for mpp, own in ((0.3, 0.1), (0.6, 0.2), (0.75, 0.25), (1.1, 1.0), (0.69, 0.23), (0.07, 0.01)):
-        factor = round(mpp / own, 6)
+    pairs = ((0.3, 0.1), (0.6, 0.2), (0.75, 0.25), (1.1, 1.0), (0.69, 0.23), (0.07, 0.01))
+    for mpp, slide_mpp in pairs:
+        factor = round(mpp / slide_mpp, 6)
         side = round(2560 * factor)
-        grid = grid_of(pyramid(side, side, 1), own, mpp=mpp)
+        grid = grid_of(pyramid(side, side, 1), slide_mpp, mpp=mpp)
         assert grid.shape == (10, 10)
         assert grid.ratio == factor
 
@@ -170,7 +171,7 @@ def test_patches_tile_the_slide(slide: ArraySlide, tiling: Tiling) -> None:
     for axis, (side, count) in enumerate(zip(sides, (columns, rows), strict=True)):
         if not rows * columns:
             break
-        own = level[axis]
+        level_side = level[axis]
         places = grid.coords.reshape(rows, columns, 2)[..., axis]
         places = places if axis == 0 else places.T
         line = places[0]
@@ -185,10 +186,10 @@ def test_patches_tile_the_slide(slide: ArraySlide, tiling: Tiling) -> None:
             assert np.abs(line - ideal).max() <= max(1.0, unit)
         ends = line + grid.footprint_px
         corners = grid.corners.reshape(rows, columns, 2)[..., axis]
-        usable = min(side, own * level.downsample)
+        usable = min(side, level_side * level.downsample)
         if tiling.border != "pad" and grid.footprint_px <= usable:
             assert ends.max() <= side + (0.5 if taken else 1e-6)
-            assert (corners + grid.read_px).max() <= own + 1e-6
+            assert (corners + grid.read_px).max() <= level_side + 1e-6
         if tiling.border == "drop":  # nothing more would fit
             assert ends[-1] + grid.footprint_px > usable - unit - 1
         else:
@@ -218,5 +219,5 @@ def test_damaged_patches_are_those_that_need_the_pixels(
     for left, top, width, height in slide.faults:
         across = (x + grid.read_px > left + 1e-6) & (x < left + width - 1e-6)
         expected |= across & (y + grid.read_px > top + 1e-6) & (y < top + height - 1e-6)
-    found = damaged_patches(slide, grid)  # pyright: ignore[reportArgumentType]
-    assert np.array_equal(found, expected)
+    actual = damaged_patches(slide, grid)  # pyright: ignore[reportArgumentType]
+    assert np.array_equal(actual, expected)
