@@ -1,4 +1,4 @@
-"""Arrays in guarded memory and strange arguments, for tests of what the C++ modules touch."""
+"""Arrays in guarded memory and invalid arguments, for tests of what the C++ modules write."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ STRANGE: list[Any] = [None, 3, "text", b"bytes", bytearray(8), memoryview(b"1234
 
 
 class Carved:
-    """An array in the middle of memory of its own, and what that memory held at first."""
+    """An array with guard bytes around it, and a copy of the memory's first content."""
 
     def __init__(self, seed: int, kind: str, shape: tuple[int, ...], layout: str) -> None:
         dtype = np.dtype(kind)
@@ -20,7 +20,7 @@ class Carved:
         count = int(np.prod(wide, dtype=int)) * dtype.itemsize
         self.memory = generator.integers(0, 256, count + 2 * GUARD + 1, np.uint8)
         start = GUARD + (layout == "unaligned")
-        # Numbers of ordinary size for most kinds that are taken; any bits for the others.
+        # Mostly normal numbers for float and complex dtypes; random bits for all others.
         inner = self.memory[start : start + count]
         if dtype.kind in "fc" and dtype.isnative and seed % 4:
             numbers = generator.standard_normal(count // dtype.itemsize * (1 + (dtype.kind == "c")))
@@ -41,7 +41,7 @@ class Carved:
         return np.array_equal(self.memory, self.before)
 
     def changed_within(self) -> bool:
-        """Whether only the array itself changed."""
+        """Return whether no byte outside the array changed."""
         now, inner = self.memory.copy(), np.zeros(len(self.memory), bool)
         start = self.array.__array_interface__["data"][0] - self.memory.ctypes.data
         inner[start : start + self.array.nbytes] = True
@@ -49,7 +49,7 @@ class Carved:
 
 
 def outcome(call: Any, *arguments: Any) -> bool:
-    """Whether a call computed; what it raises must be a refusal."""
+    """Return whether a call computed a result; False if it raised one of REFUSALS."""
     try:
         call(*arguments)
     except REFUSALS:

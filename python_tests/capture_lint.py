@@ -1,4 +1,4 @@
-"""What a CUDA graph cannot hold, found on the CPU: operators that wait for the device."""
+"""Find on the CPU the operators that a CUDA graph cannot hold: those that wait for the device."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-# They read a value on the host, or their result has as many rows as the data says.
+# They read a value on the host, or the number of their result's rows depends on the data.
 WAITS = {
     aten._local_scalar_dense,
     aten.equal,
@@ -33,7 +33,7 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 class CaptureLint(TorchDispatchMode):
     """Raise at the first operator that a CUDA graph cannot hold.
 
-    Our own operators are taken as a whole: `test_triton_launchers.py` runs what they do on a GPU.
+    It does not look inside motet's operators: `test_triton_launchers.py` runs the code that they run on a GPU.
     """
 
     def __torch_dispatch__(
@@ -59,8 +59,8 @@ def reason(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         places = [x for x in args[1] if isinstance(x, Tensor)]
         if any(x.dtype in (torch.bool, torch.uint8) for x in places):
             return "waits for the number of True in its index"
-        # torch reads the largest index before it adds at places, but in its own derivatives, which
-        # this mode sees as the same operator.
+        # torch reads the largest index before it adds at indices. In torch's own derivatives it
+        # does not, although this mode sees the same operator there.
         adds = packet is not aten.index and (kwargs.get("accumulate") or True in args[3:4])
         if adds and torch._C._current_graph_task_id() == -1:
             return "waits for the largest index"

@@ -1,4 +1,4 @@
-"""What the tests share: where data lies, how close is close enough, deterministic properties."""
+"""Shared by all tests: paths of data, error bounds, and fixed seeds for random inputs."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ from .comparison import Function, results_of, with_gradients
 Thing = TypeVar("Thing")
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # for benchmarks/, which is in the checkout alone
+sys.path.append(str(ROOT))  # for benchmarks/, which only the checkout has
 IN_CI = os.environ.get("CI") == "true"
 SOAK = os.environ.get("MOTET_HYPOTHESIS") == "soak"
 # Of what is drawn, another part is drawn every day. In the environment, so that the processes of
@@ -41,11 +41,11 @@ settings.register_profile("soak", parent=settings.get_profile("fixed"), derandom
                           max_examples=2000)  # fmt: skip
 settings.load_profile("soak" if SOAK else "fixed")
 
-# What torch has compiled for this checkout alone: entries of another name the modules of its tests,
-# which would be imported beside these.
+# A cache of compiled code for this checkout only: entries of another checkout name test modules of
+# that checkout, which torch would import too.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
 
-# Triton reads it when it is first imported, which some part of torch may do before its tests.
+# Triton reads this variable when it is first imported; torch may do so before the tests do.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -99,7 +99,7 @@ def golden_path(name: str) -> Path:
 
 
 def assert_leaves_no_trace(function: Function, *args: Tensor) -> None:
-    """Check that a call and its gradient change no argument and no random state, and repeat."""
+    """Check that a call and its gradient change no argument or random state and are repeatable."""
     before = [(a.clone(), a._version) for a in args]
     state = torch.get_rng_state()
     first, second = (with_gradients(function)(*args) for _ in range(2))
@@ -111,7 +111,7 @@ def assert_leaves_no_trace(function: Function, *args: Tensor) -> None:
 
 
 def assert_differentiable_once(function: Function, *args: Tensor) -> None:
-    """Check that what is not there raises, in every argument, instead of giving zero."""
+    """Check that second derivatives and forward mode raise for every argument."""
     args = tuple(a.detach().requires_grad_() for a in args)
     for i, arg in enumerate(args):
         (first,) = torch.autograd.grad(results_of(function, *args)[0].sum(), arg, create_graph=True)
@@ -125,7 +125,7 @@ def assert_differentiable_once(function: Function, *args: Tensor) -> None:
 
 
 def assert_compiles(function: Function, *examples: tuple[Tensor, ...]) -> None:
-    """Check that torch.compile takes a function whole, once for examples of several sizes."""
+    """Check that torch.compile makes one full graph that serves examples of several sizes."""
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for i, args in enumerate(examples):
@@ -139,14 +139,14 @@ def offsets_of(lengths: Sequence[int]) -> Tensor:
 
 
 def rows_of(kind: float | str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return tokens whose mean is `kind` times their standard deviation, or "constant" ones."""
+    """Return random tokens of mean `kind` and deviation 1; "constant": equal within each row."""
     if kind == "constant":
         return (10 * torch.randn(*shape[:-1], 1)).expand(shape).to(dtype)
     return (torch.randn(shape) + kind).to(dtype)
 
 
 def views_of(tensor: Tensor) -> dict[str, Tensor]:
-    """Return tensors of the same numbers with other strides."""
+    """Return tensors with the same values and other strides."""
     wide = torch.randn(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
     wide[..., ::2] = tensor
     apart = torch.randn(3, *tensor.shape, dtype=tensor.dtype)
@@ -162,7 +162,7 @@ ROWS = [0.0, 1.0, 10.0, 100.0, "constant"]
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Move every parameter away from its initial value, norms' included; evaluation mode."""
+    """Add noise to every parameter, those of norms included; set evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -225,7 +225,7 @@ def _no_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def _poisoned() -> Iterator[None]:
-    """Make memory that is not written show: torch fills it with NaN."""
+    """Let torch fill new memory with NaN, so that elements that are never written show."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

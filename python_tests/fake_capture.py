@@ -1,4 +1,4 @@
-"""Stands in for CUDA where graphs are captured: it runs the captured function again."""
+"""Replaces CUDA in tests of captures: a replay runs the captured function again."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class FakeCapture:
-    """Captures as a CUDA graph does, as far as a CPU can show it.
+    """Behaves as a capture of a CUDA graph, as far as a CPU can.
 
-    What is replayed reads the tensors that were there at the capture, and writes the same results.
+    A replay reads the tensors of the capture and overwrites the tensors of its result.
 
     Args:
-        fails: what the captures are to say when they fail; they succeed if empty.
+        fails: message of the error that each capture raises; if empty, captures succeed.
     """
 
     def __init__(self, fails: str = "") -> None:
@@ -26,7 +26,7 @@ class FakeCapture:
             self.refused = self.fails
             raise CaptureError(self.fails)
         self.captured += 1
-        with torch.random.fork_rng():  # a capture draws nothing
+        with torch.random.fork_rng():  # a capture draws no random numbers
             result = run()
         return Recording(lambda: _write(result, run()), result, 1.5)
 
@@ -42,4 +42,4 @@ def _write(into: Any, of: Any) -> None:
         for item, source in zip(into, of, strict=True):
             _write(item, source)
     else:
-        assert into == of  # a graph cannot change what is no tensor
+        assert into == of  # a graph can change only tensors

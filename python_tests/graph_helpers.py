@@ -81,7 +81,7 @@ def graphed(graphs: Any, batch: PatientBatch, **options: Any) -> tuple[Tensor, l
 
 
 def rename(model: nn.Module, values: dict[str, Any], deep: bool = False) -> dict[str, Any]:
-    """Call the one modality of a LegoBlock "x"."""
+    """Return the values with the only modality of a LegoBlock renamed to "x"."""
     if not isinstance(model, motet.LegoBlock):
         return values
     if deep:

@@ -11,7 +11,7 @@ from motet.io.tiling.grid import PatchGrid, Tiling, make_grid
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    """Grey levels of all sizes, many of them 0 and 255."""
+    """Return random grey levels, many of them 0 or 255."""
     generator = np.random.default_rng(seed)
     return np.clip(generator.integers(-100, 356, shape), 0, 255).astype(np.uint8)
 
@@ -23,7 +23,7 @@ class Level(NamedTuple):
 
 
 class ArraySlide:
-    """A slide in memory. What read_many yields is overwritten by the next item."""
+    """A slide in memory. Each item of read_many overwrites the one before, in the same buffer."""
 
     path, reader, vendor = Path("made.svs"), "pillow", "made"
 
@@ -75,7 +75,7 @@ class ArraySlide:
 
 
 def pyramid(width: int, height: int, *factors: float) -> ArraySlide:
-    """A slide with levels of these downsamples, sides rounded down."""
+    """Return a slide with levels of these downsamples; sides are rounded down."""
     return ArraySlide([Level(int(width / f), int(height / f), float(f)) for f in factors])
 
 
@@ -85,7 +85,7 @@ def grid_of(slide: Any, own_mpp: float | None = None, **tiling: Any) -> PatchGri
 
 @st.composite
 def slides(draw: st.DrawFn) -> ArraySlide:
-    """Pyramids of 1/4/16, of halves, of other factors, rounded up or down, or of one level."""
+    """Draw pyramids of one or several levels, of various factors, sides rounded up or down."""
     width, height = (draw(st.sampled_from([16, 255, 256, 4097, 4443, 1000, 771])) for _ in range(2))
     levels = [Level(width, height, 1.0)]
     for factor in draw(st.sampled_from([[], [4, 16], [2, 4, 8], [2.0005], [4], [3.7, 11.2], [32]])):

@@ -1,9 +1,10 @@
-"""Mutated slides: open and read every one of them in this process, which must live.
+"""Open and read mutated slides in this process, which must not crash or hang.
 
     python hostile_slides.py ORIGINALS SCRATCH FIRST LAST
 
 takes the files of the folder ORIGINALS in turn, mutates copies by seeds FIRST to LAST - 1 and
-prints one line per seed, before and after. A crash or a hang shows as a seed without the second.
+prints the seed before a slide is used and the result after it. If the process crashes or hangs,
+the last seed has no result.
 """
 
 import faulthandler
@@ -52,7 +53,7 @@ def mutate(data: bytes, seed: int) -> bytes:
 
 
 def use(path: Path) -> str:
-    """Open a slide and read of it what a tiling would."""
+    """Open a slide and read the parts that a tiling reads; return the reader or the reason."""
     from motet.io.errors import SlideError
     from motet.io.slides.open_slide import open_slide
 
@@ -93,13 +94,13 @@ def main() -> None:
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         summary = use(path)
         faulthandler.cancel_dump_traceback_later()
-        # Its own peak: ru_maxrss begins with that of the process which started this one.
+        # VmHWM, because ru_maxrss starts at the peak of this process's parent.
         status = Path("/proc/self/status").read_text()
         peak = int(status.split("VmHWM:")[1].split()[0]) >> 10
         assert peak < 1500, f"{peak} MiB"
         print(summary, flush=True)
         path.unlink()
-    os._exit(0)  # not through C libraries that mutated files have been in
+    os._exit(0)  # run no exit handlers of C libraries that read mutated files
 
 
 if __name__ == "__main__":

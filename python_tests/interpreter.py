@@ -1,11 +1,12 @@
-"""Triton's interpreter, corrected where it computes otherwise than a GPU.
+"""Corrections of Triton's interpreter where it computes differently from a GPU.
 
-It multiplies by numpy's matmul, and that by a BLAS, whose kernels for the last rows and columns of
-a block add in another order than those for the others. On a GPU every number of `tl.dot` is
-computed alike: here neither the processor nor a row's place changes its bits.
+The interpreter multiplies with numpy's matmul, which calls a BLAS. A BLAS adds the products of a
+block's last rows and columns in another order than those of the others. On a GPU, `tl.dot` adds
+in the same order for every element. With `create_dot`, the bits of a row depend neither on the
+processor nor on the row's position.
 
-It keeps a comparison's type as that of the numbers that are compared, so that a scalar comparison
-that is broadcast becomes numbers, which are no mask from Triton 3.9 on.
+The interpreter gives a comparison the dtype of the numbers compared. A scalar comparison that is
+broadcast then becomes numbers, which Triton 3.9 and later do not accept as a mask.
 """
 
 import numpy as np
@@ -16,10 +17,9 @@ _create_splat = InterpreterBuilder.create_splat
 
 
 def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return a [..., M, K] times b [..., K, N]: every number a sum over K from first to last.
+    """Return a [..., M, K] times b [..., K, N], each element summed over K from first to last.
 
-    Element by element, products rounded before they are added, as IEEE 754 has it: no order is left
-    to choose.
+    Each product is rounded before it is added (IEEE 754), so only one result is possible.
     """
     a, b = a.astype(dtype), b.astype(dtype)
     total = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
@@ -31,14 +31,14 @@ def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """Replace InterpreterBuilder's own, but for numbers of 8 bits, which motet has none of."""
+    """Replace InterpreterBuilder.create_dot, except for 8-bit numbers, which motet does not use."""
     if min(a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth) == 8:
         return _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
     return TensorHandle(product(a.data, b.data, d.data.dtype) + d.data, d.dtype.scalar)
 
 
 def create_splat(self, ret_ty, arg):
-    """Replace InterpreterBuilder's own: the same, but a truth value stays one."""
+    """Replace InterpreterBuilder.create_splat, so that a boolean stays a boolean."""
     splat = _create_splat(self, ret_ty, arg)
     if arg.data.dtype == np.bool_:
         splat.data = splat.data.astype(np.bool_)

@@ -1,6 +1,6 @@
 """Have eight processes take leases and kill them at random moments: run by test_leases.py.
 
-A script for the reason of kill_store.py. Prints what is wrong, nothing if all is well.
+A script for the same reason as kill_store.py. Prints the errors it finds, and nothing if none.
 """
 
 import os
@@ -24,7 +24,7 @@ def alive(worker: str) -> bool:
 
 
 def labour(folder: Path, seed: int) -> None:
-    """Take random keys; a file says who works on a key, which is to be no other that lives."""
+    """Take leases of random keys; report a key that another live worker holds at the same time."""
     draw, leases, me = random.Random(seed), Leases(folder / "leases"), str(os.getpid())
     while True:
         key = f"k{draw.randrange(KEYS)}"
@@ -57,12 +57,12 @@ def start(folder: Path, seed: int) -> int:
 
 
 def taken(folder: Path) -> int:
-    """Return how many leases were taken and released."""
+    """Return the number of leases that were taken and released."""
     return sum(path.stat().st_size for path in folder.glob("count-*"))
 
 
 def main(folder: Path, minimum: int) -> None:
-    """Kill at least so many workers, while at least so many leases are taken."""
+    """Kill workers until `minimum` have been killed and `minimum` leases taken."""
     draw, kills = random.Random(0), 0
     workers = [start(folder, seed) for seed in range(8)]
     while kills < minimum or taken(folder) < minimum:

@@ -1,7 +1,7 @@
 """Kill workers of the commit protocol at random moments: run by test_commit.py.
 
-A script, so that a fork of a process with few modules and one thread is the worker: hundreds of
-kills take seconds. Prints what is wrong, nothing if all is well.
+A script, because a worker is a fork of this process: with few modules and one thread, hundreds of
+kills take seconds. Prints the errors it finds, and nothing if none.
 """
 
 import os
@@ -29,7 +29,7 @@ def sources(folder: Path) -> list[Source]:
 
 
 def work(out: Path, inputs: Path) -> None:
-    """Do all that is to be done, as a worker of a pipeline does."""
+    """Process all slides for all encoders, as a worker of a pipeline does."""
     for spec in SPECS:
         writer = StoreWriter.open(out, {"mpp": 1.0}, "0" * 16, spec)
         leases = Leases(out / "leases")
@@ -71,7 +71,7 @@ def done(writer: StoreWriter, leases: Leases, source: Source, width: int) -> boo
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """What two runs must agree in."""
+    """Return the files, by name, whose bytes must be equal in two runs."""
     parts = [folder / "run.json", *(folder / "slides").rglob("*")]
     return {str(one.relative_to(folder)): one.read_bytes() for one in parts if one.is_file()}
 
@@ -93,7 +93,7 @@ def main(folder: Path, seeds: int) -> None:
     inputs.mkdir()
     for i in range(5):
         (inputs / f"{i}.svs").write_bytes(bytes(100 + i))
-    # A slide whose source has changed since is there already.
+    # The store already holds one slide, whose source has changed since.
     changed = inputs / "4.svs"
     others = {path: path.read_bytes() for path in inputs.iterdir() if path != changed}
     for path in others:
@@ -105,7 +105,7 @@ def main(folder: Path, seeds: int) -> None:
     for path, content in others.items():
         path.write_bytes(content)
     quickest_s = float("inf")
-    for _ in range(3):  # the quickest: after a slow one, few of those to be killed would still run
+    for _ in range(3):  # take the quickest: kills timed by a slow run would come too late
         shutil.rmtree(undisturbed, ignore_errors=True)
         shutil.copytree(before, undisturbed)
         start = time.perf_counter()
@@ -120,7 +120,7 @@ def main(folder: Path, seeds: int) -> None:
         while not ended:
             workers = [forked(out, inputs) for _ in range(draw.choice((1, 2)))]
             time.sleep(draw.uniform(0, longest_s))
-            longest_s *= 1.1  # on a machine that is busy by now it would never end
+            longest_s *= 1.1  # on a machine that has become busy, it would never end
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
             codes = [os.waitpid(worker, 0)[1] for worker in workers]
@@ -135,7 +135,7 @@ def main(folder: Path, seeds: int) -> None:
             for problem in FeatureStore(out).verify():
                 if problem.key:
                     print(f"seed {seed}: {problem}")
-        work(out, inputs)  # whoever ended may have left the other's remains
+        work(out, inputs)  # clear what the killed worker left when the other ended
         if tree(out) != expected:
             print(f"seed {seed}: another result than without kills")
         for problem in FeatureStore(out).verify():

@@ -44,7 +44,7 @@ def draw_tissue(width: int, height: int, *, seed: int = 0, background: int = 242
 
 
 def reduce_by(image: Pixels, factor: int) -> Pixels:
-    """Return the means of factor x factor blocks, rounded; what is left over at the end is cut."""
+    """Return the rounded means of factor x factor blocks; leftover rows and columns are cut."""
     height, width = image.shape[0] // factor, image.shape[1] // factor
     blocks = image[: height * factor, : width * factor]
     blocks = blocks.reshape(height, factor, width, factor, image.shape[2])
@@ -67,8 +67,8 @@ def make_pyramid(
     """Write a tiled pyramidal TIFF; the same arguments give the same bytes.
 
     Args:
-        path: where to.
-        size: (width, height) of level 0, where `image` does not say it.
+        path: path of the file to write.
+        size: (width, height) of level 0; ignored if `image` is set.
         tile: (width, height) of the tiles, multiples of 16.
         factors: whole numbers that level 0 is reduced by; leftover rows are cut, so that
             odd sizes give downsamples such as 2.0005.
@@ -76,8 +76,8 @@ def make_pyramid(
             "aperio_jp2000_rgb".
         mpp: micrometres per px, written as resolution tags; None writes none.
         image: level 0, uint8 [height, width, 3]; by default `draw_tissue`.
-        quality: of lossy compression.
-        seed: of the drawn tissue.
+        quality: quality of lossy compression.
+        seed: seed of the drawn tissue.
         description: ImageDescription of level 0, such as "Aperio Image Library|MPP = 0.5".
 
     Returns:
@@ -96,7 +96,7 @@ def make_pyramid(
             writer.write(
                 image if factor == 1 else reduce_by(image, factor),
                 tile=tile[::-1],
-                photometric="rgb",  # "ycbcr" would take the pixels for YCbCr already
+                photometric="rgb",  # "ycbcr" would mean that the pixels already are YCbCr
                 compression=None if compression == "none" else compression,
                 compressionargs={"level": quality} if lossy else None,
                 subfiletype=1 if number else 0,

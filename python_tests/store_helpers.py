@@ -1,4 +1,4 @@
-"""Feature stores for tests: made slides, written as the library writes them."""
+"""Feature stores for tests: synthetic slides, written with the library."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ TILING = {"border": "drop", "downsample": 4.0, "min_tissue": 0.1, "mpp": None, "
 
 @dataclasses.dataclass(frozen=True)
 class Slide:
-    """A source, as the commit protocol needs it."""
+    """A source slide, with the fields that the commit protocol reads."""
 
     path: Path
     name: str
@@ -31,7 +31,7 @@ def spec(name: str, width: int) -> dict[str, object]:
 
 
 def numbers(n: int, width: int) -> np.ndarray:
-    """Features that float16 holds exactly."""
+    """Return features that float16 represents exactly."""
     return (np.arange(n * width, dtype=np.float32).reshape(n, width) - 7) / 8
 
 
@@ -39,7 +39,7 @@ def put(
     writer: StoreWriter, source: Slide, features: np.ndarray, flags: list[int] | None = None,
     **attrs: object,
 ) -> None:  # fmt: skip
-    """Write a slide of made features."""
+    """Write a slide of synthetic features to the store."""
     n, width = features.shape
     states = np.asarray(flags or [0] * n, np.uint8)
     rows = np.flatnonzero((states & 8) == 0)
