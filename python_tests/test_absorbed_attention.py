@@ -51,7 +51,7 @@ def draw(
     places: tuple[int, int] | None = None,
     kind: float | str = 1.0,
 ) -> list[Tensor]:
-    """Return queries, x and, if there are any, positions of the shape `places`."""
+    """Return queries and x, and positions of the shape `places` if it is not None."""
     wide = width + (places[1] if places else 0)
     queries = torch.randn(len(lengths), rows, wide).to(dtype)
     x = rows_of(kind, sum(lengths), width, dtype=dtype)
@@ -59,7 +59,7 @@ def draw(
 
 
 def call(lengths: list[int], function=absorbed_attention, **options):
-    """Return `function` of queries, x and, if there are any, positions."""
+    """Return `function` as a function of queries, x and optional positions."""
 
     def called(queries: Tensor, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, ...]:
         return function(queries, x, offsets_of(lengths), positions=positions, **options)
@@ -68,7 +68,7 @@ def call(lengths: list[int], function=absorbed_attention, **options):
 
 
 def counts_of(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return counts of 1 to 4 as they go with tokens of `dtype`."""
+    """Return counts from 1 to 4, in the dtype that tokens of `dtype` need."""
     return torch.randint(1, 5, (tokens,)).to(wide(dtype))
 
 
@@ -138,7 +138,7 @@ def test_queries_say_the_dtype_of_the_products(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("_small_chunks")
 def test_huge_scores_do_not_overflow() -> None:
-    """Scores of 1e4 and beyond, rising from chunk to chunk: the highest wins, nothing is NaN."""
+    """With scores of 1e4 and more, the token of the highest score is pooled; nothing is NaN."""
     queries, x = draw([200], torch.float32)
     outcome = with_gradients(call([200]))(1e4 * queries, x)
     z = torch.nn.functional.layer_norm(x, (5,))
@@ -196,10 +196,7 @@ def test_the_size_of_chunks_changes_rounding_only(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("places", [None, (70, 1), (5, 2)])
 def test_gradients(dropout_p: float, places: tuple[int, int] | None) -> None:
-    """With a fixed seed the mask is fixed too, and the gradient is that of what was computed.
-
-    The mass has one too.
-    """
+    """Gradients of both results match finite differences; a fixed seed fixes the dropout mask."""
     lengths = [3, 0, 67] if places != (5, 2) else [2, 0, 3]
     args = [a.requires_grad_() for a in draw(lengths, rows=2, width=2, places=places)]
     seed = torch.tensor([5]) if dropout_p else None
@@ -237,7 +234,7 @@ def test_one_result_is_enough_for_a_gradient() -> None:
 @pytest.mark.parametrize("mode", ["eager", "compile", "reference"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_a_count_is_so_many_equal_tokens(lengths: list[int], mode: str, monkeypatch) -> None:
-    """Results and gradients, those of a token being the sum over its copies."""
+    """A count c equals c copies of the token; its gradient is the sum over the copies."""
     monkeypatch.setattr(operator, "compiled", lambda function: function)
     args, counts = draw(lengths, places=(sum(lengths), 2)), counts_of(sum(lengths))
     index = torch.arange(sum(lengths)).repeat_interleave(counts.long())
@@ -292,7 +289,10 @@ ROWS_OF_QUERIES, TOKENS, P = 12, 400, 0.3
 
 
 def kept(lengths: list[int], seed: int = 5, dropout_p: float = P) -> list[Tensor]:
-    """Return the mask [R, N_b] of each bag, by equal scores and unit vectors as tokens."""
+    """Return the dropout mask [R, N_b] of each bag.
+
+    All scores are equal and tokens are unit vectors, so the pooled result shows the weights.
+    """
     wide = max(lengths)
     x = torch.cat([torch.eye(wide, **WIDE)[:n] for n in lengths])
     queries = torch.zeros(len(lengths), ROWS_OF_QUERIES, wide, **WIDE)
@@ -311,7 +311,7 @@ def kept(lengths: list[int], seed: int = 5, dropout_p: float = P) -> list[Tensor
 
 
 def test_every_weight_is_kept_with_the_same_probability() -> None:
-    """Per bag, query and token within 5 standard deviations of a binomial."""
+    """The share kept per bag, query and token is within 5 standard deviations of a binomial."""
     bags = torch.stack(kept([TOKENS] * 6)).double()  # [B, R, N]
     for axes in ([], [0], [1], [2], [0, 1]):
         others = [axis for axis in range(3) if axis not in axes]
@@ -353,9 +353,8 @@ def test_dropout_keeps_the_mean() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
 def test_torchs_generator_draws_the_seed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        operator, "compiled", lambda function: function
-    )  # what it computes, quickly
+    # Runs the function that would be compiled, without the time of compilation.
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args = draw([40, 20])
 
     def run(dropout_p: float = 0.5) -> Tensor:
@@ -397,7 +396,7 @@ def test_weights(lengths: list[int], dtype: torch.dtype) -> None:
     (z,) = context_kv_reference(x.double(), identity, positions=places.double())
     bags = weights.double().split(lengths) if lengths else []
     own_z = z.split(lengths) if lengths else []
-    atol = 8 * FLOOR[dtype]  # of scores of up to 5
+    atol = 8 * FLOOR[dtype]  # scores are at most 5
     for bag, query, tokens in zip(bags, queries.double(), own_z, strict=True):
         torch.testing.assert_close(bag, (tokens @ query.T).softmax(0), rtol=0, atol=atol)
         if len(bag):
@@ -446,13 +445,13 @@ def test_statistics_of_a_former_call_change_rounding_only(places: tuple[int, int
     bags = (*args[:2], offsets_of(lengths))
     result = absorbed_weights(*bags, positions=positions, statistics=(mean, rstd))
     torch.testing.assert_close(result, absorbed_weights(*bags, positions=positions), **EXACT)
-    # and they are taken: others give other weights
+    # The statistics are used: other statistics give other weights.
     other = absorbed_weights(*bags, positions=positions, statistics=(mean, 2 * rstd))
     assert not torch.allclose(result, other)
 
 
 def test_rows_behind_the_last_bag() -> None:
-    """Rows of NaN reach nothing, and have a gradient of zero."""
+    """Rows of NaN after the last bag change no result and have a gradient of zero."""
     queries, x = draw([70, 0, 30])
     padded, offsets = torch.cat([x, x.new_full((40, 5), torch.nan)]), offsets_of([70, 0, 30])
     operators = torch.ops.motet
@@ -607,7 +606,7 @@ def test_refusals(error, message: str, args: tuple, options: dict) -> None:
 
 
 def test_tokens_behind_the_last_bag_belong_to_none() -> None:
-    """As in the static tensors of CUDA graphs: their numbers count for nothing, forward or back."""
+    """Their values change no result and no gradient; static tensors of CUDA graphs have them."""
     queries, x = draw([4, 0, 3, 2])
     queries = queries[:3].requires_grad_()
     offsets = offsets_of([4, 0, 3])

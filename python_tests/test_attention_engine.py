@@ -1,4 +1,4 @@
-"""HEALNet under every strategy: the same model, in any precision, layout and mode."""
+"""HEALNet gives the same results with every strategy, in any precision, layout and mode."""
 
 import copy
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def model_of(dtype: torch.dtype = torch.float64, **options: Any) -> motet.HEALNe
 def inputs_of(
     layout: str = "dense", dtype: torch.dtype = torch.float64
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return three rows and what describes them; unless dense, the second has no slide."""
+    """Return inputs of three rows and their options; unless dense, row 1 has no slide."""
     shapes = {"omic": (3, 7), "genes": (3, 5), "wsi": (3, 9, 6), "cells": (3, 4, 4)}
     inputs = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     inputs["mri"] = torch.randn(3, 2, 3, 1).to(dtype)
@@ -67,7 +67,7 @@ def inputs_of(
 def run_of(
     model: motet.HEALNet, layout: str = "dense", autocast: torch.dtype | None = None, **options: Any
 ) -> tuple[Function, list[Tensor]]:
-    """Return a function of all parameters and inputs, and what it takes."""
+    """Return a function of all parameters and inputs, and the tensors to call it with."""
     parameters = dict(model.named_parameters())
     inputs, described = inputs_of(layout, model.latents.dtype)
 
@@ -99,7 +99,7 @@ def run_of(
     ids=["shared", "unshared", "all but first"],
 )
 def test_every_strategy_is_the_reference(options, layout: str, strategy) -> None:
-    """Outputs and the gradients of all parameters and inputs."""
+    """Outputs and the gradients of all parameters and inputs equal the reference's."""
     model = model_of(**options)
     torch.manual_seed(0)
     actual, args = run_of(model, layout, strategy=strategy)
@@ -113,7 +113,7 @@ def test_every_strategy_is_the_reference(options, layout: str, strategy) -> None
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
 @pytest.mark.parametrize("name", HEALNETS)
 def test_every_strategy_is_the_authors_code(name: str, strategy) -> None:
-    """Outputs, latents and every gradient of the golden files."""
+    """Outputs, latents and every gradient equal those of the golden files."""
     golden = load(name)
     model = golden.model()
     masks = [golden.tensors["mask"]] if "mask" in golden.tensors else None
@@ -133,7 +133,7 @@ def test_every_strategy_is_the_authors_code(name: str, strategy) -> None:
 
 @pytest.fixture
 def _compiled_in_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch run what it would compile, which takes half a minute per model."""
+    """Run functions without compiling them: compilation takes half a minute per model."""
     for name in OPERATORS:
         module = import_module(f"motet.kernels.{name}.operator")
         monkeypatch.setattr(module, "compiled", lambda function: function)
@@ -156,7 +156,7 @@ def test_every_backend_is_the_reference(backend: str, layout: str, strategy: str
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
 def test_what_is_chosen(strategy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A strategy that is asked for is taken, but where no row has a second token."""
+    """The requested strategy is used, except if every row has at most one token."""
     torch.manual_seed(0)
     attentions = [
         Attention(12, 6, heads=2, head_dim=4).double(),
@@ -186,7 +186,7 @@ def test_what_is_chosen(strategy, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("form", [BatchedKeys, BatchedAbsorbedKeys])
 def test_short_bags_together(form: Any, counted: bool, shared: bool) -> None:
-    """Against the equation: what heads gather, the weights and all gradients."""
+    """The heads' output, the weights and all gradients equal those of the equation."""
     attention = randomised(Attention(12, 6, heads=2, head_dim=4).double())
     queries = torch.randn(1 if shared else 3, 5, 8, **WIDE)
     counts = torch.randint(1, 4, (3, 9)).double() if counted else None
@@ -217,7 +217,7 @@ def test_short_bags_together(form: Any, counted: bool, shared: bool) -> None:
 
 
 def test_the_reference_is_literal_everywhere() -> None:
-    """Where no row has a second token too: it is what the fast forms are tested against."""
+    """The reference takes no shortcut, even for single tokens: fast forms are tested against it."""
     attention = Attention(12, 6, heads=2, head_dim=4).double()
     latents = torch.randn(5, 12, **WIDE)
     for context in (
@@ -235,7 +235,7 @@ MODELS = 4
 def models_of(
     dtype: torch.dtype, kind: float | str, autocast: torch.dtype | None = None, **options: Any
 ) -> tuple[Function, list[Tensor]]:
-    """Return some models of bags with coordinates, as a function of their stacked parameters."""
+    """Return several models' logits as a function of their stacked parameters, and these."""
     torch.manual_seed(0)
     modalities = {"wsi": motet.Bag(32), "cells": motet.Bag(16, coords=2, extent=100.0)}
     sizes = {"num_latents": 6, "latent_dim": 24, "heads": 2, "head_dim": 8, "snn": False}
@@ -281,7 +281,7 @@ def test_every_strategy_is_as_good_as_the_reference(
 ) -> None:
     """Logits and the gradients of all parameters, with a missing and a partly masked bag.
 
-    Without the kinks of LeakyReLU and SELU, where rounding decides between two slopes.
+    LeakyReLU and SELU are left out: at their kink, rounding decides between two slopes.
     """
     monkeypatch.setattr("torch.nn.functional.leaky_relu", lambda x: x)
     dtype, autocast = PRECISIONS[precision]
@@ -347,7 +347,7 @@ def test_no_state_survives_a_call(layout: str, strategy) -> None:
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "reference"], ids=named)
 def test_the_smallest_batches(strategy) -> None:
-    """No row, no token in any row, one row of one token."""
+    """Batches without rows, without tokens, and with one row of one token are computed."""
     model = model_of()
     run, args = run_of(model, strategy=strategy)
     count = len(list(model.parameters()))
@@ -392,7 +392,7 @@ def test_dropout_keeps_the_mean(strategy, single: bool) -> None:
     error = (draws.mean(0) - expected) / (draws.std(0) / len(draws) ** 0.5)
     assert error.abs().max() < 5
     assert draws.std(0).min() > 0
-    assert not torch.equal(draws[0], draws[1])  # one layer's mask is not the next one's
+    assert not torch.equal(draws[0], draws[1])  # each layer has another mask
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "reference"], ids=named)
@@ -415,7 +415,7 @@ def test_dropout_follows_torchs_generator_and_ends_with_training(layout: str, st
 
 
 class Update(torch.nn.Module):
-    """One attention to one context, for functional_call."""
+    """One attention to one context, as a module for functional_call."""
 
     def __init__(self, attention: Attention, strategy: str) -> None:
         super().__init__()
@@ -429,7 +429,7 @@ class Update(torch.nn.Module):
 
 @pytest.mark.parametrize("strategy", ["cached", "absorbed"])
 def test_gradients_with_dropout(strategy: str) -> None:
-    """Of latents, tokens and all weights; the draws are the same at every call."""
+    """Gradients of latents, tokens and all weights match finite differences; the seed is fixed."""
     attention, context, latents = one_attention(0.4)
     module = Update(attention, strategy)
     names = [name for name, _ in module.named_parameters()]

@@ -1,4 +1,4 @@
-"""`motet bench` and the scripts of benchmarks/, in sizes that only show that they work."""
+"""`motet bench` and the scripts of benchmarks/ work, at sizes too small for real timings."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from .conftest import ROOT
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run a script of benchmarks/ in this process, which has imported torch already."""
+    """Run a script of benchmarks/ in this process, which has already imported torch."""
 
     def run(name: str, *arguments: object) -> int:
         monkeypatch.syspath_prepend(ROOT)
@@ -47,7 +47,7 @@ def test_bench_prints_json() -> None:
         assert row["ratio"] == row["ms"]["reference"]["median"] / row["ms"]["motet"]["median"]
         assert row["predicted_ms"] > 0
         assert row["roofline_share"] > 0
-        assert row["cell"] in run.stderr  # where the table goes when JSON is printed
+        assert row["cell"] in run.stderr  # with --json, the table goes to stderr
 
 
 def test_a_gpu_has_a_column_for_eager_mode(capsys) -> None:

@@ -1,7 +1,7 @@
-"""The C++ module given anything: it computes, or refuses, and touches nothing but its results.
+"""For any arguments, the C++ module computes or raises, and writes to nothing but its results.
 
-A few seconds in `make test`, long in `make soak`; `make sanitize` has the module built so that what
-reads or writes where it should not is seen even if it changes nothing.
+A few seconds in `make test`, long in `make soak`. `make sanitize` builds the module so that every
+invalid read or write is reported, even if it changes no value.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from .conftest import ROOT
 pytestmark = pytest.mark.native
 _C: Any = native.native()
 
-# Most combinations are refused at once; a call takes a millisecond.
+# Most combinations are refused at once, and a call takes only a millisecond.
 fuzzed = settings(max_examples=6 * settings().max_examples)
 KINDS = ["c8", "c16", "f4", "f8", ">c8", ">f4", "f2", "i4", "i2", "?", "S4", "c8,f4"]
 
@@ -38,7 +38,7 @@ threads = st.sampled_from([1, 1, 2, 5, 0, -3, 2**31 - 1, 2**40])
 
 @st.composite
 def operands(draw: st.DrawFn) -> tuple[list[Any], Any, list[Carved]]:
-    """Inputs and an output that mostly fit together, else differ in something."""
+    """Draw inputs and an output; most fit together, others differ in dtype, shape or layout."""
     kind, shape = draw(st.sampled_from(KINDS)), draw(shapes)
     kind = draw(st.sampled_from([kind, "c8", "c16", "f4", "f8"]))
     made: list[Carved] = []
@@ -67,7 +67,7 @@ def operands(draw: st.DrawFn) -> tuple[list[Any], Any, list[Carved]]:
 
 
 def check(call: Any, inputs: list[Any], out: Any, made: list[Carved], *, alone: Any) -> None:
-    """Call, and look at all memory; where it computed, a call on copies gives the same bits."""
+    """Call and check all memory; if it computed, a call on copies must give the same bits."""
     copies = [np.array(x) for x in inputs if isinstance(x, np.ndarray | np.generic)]
     computed = outcome(call, inputs, out)
     for carved in made:
@@ -178,7 +178,7 @@ def test_few_rows(data: st.DataObject) -> None:
 
 
 def test_huge_counts() -> None:
-    """Many inputs, and shapes whose product no memory holds."""
+    """5000 inputs are computed; a shape with more elements than any memory holds is refused."""
     many = [np.full(3, j + 1j, np.complex64) for j in range(5000)]
     out = np.empty(3, np.complex64)
     _C.harmonic_merge(many, [1 / 5000] * 5000, "principal", out)
@@ -191,14 +191,14 @@ def test_huge_counts() -> None:
         _C.harmonic_merge(many, [], "principal", out)
 
 
-# What every width of registers gives for sizes around each of them.
+# Computes results with one register width, for sizes around every width.
 SCRIPT = """
 import importlib.util, sys
 import numpy as np
 spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-generator, found = np.random.default_rng(0), {}
+generator, results = np.random.default_rng(0), {}
 for size in (*range(1, 40), 1023, 5000):
     for kind, real in (("c8", "f4"), ("c16", "f8")):
         parts = generator.standard_normal((3, 2, size)) * 2.0 ** generator.integers(-40, 40, size)
@@ -207,14 +207,14 @@ for size in (*range(1, 40), 1023, 5000):
             for phase in ("principal", "circular"):
                 out = np.empty(size, kind)
                 module.harmonic_merge(list(z[:count]), [1 / count] * count, phase, out)
-                found[f"{phase} {kind} {count} {size}"] = out
+                results[f"{phase} {kind} {count} {size}"] = out
             out = np.empty(size, real)
             module.slerp(list(v[:count]), [1 / count] * count, out)
-            found[f"slerp {kind} {count} {size}"] = out
+            results[f"slerp {kind} {count} {size}"] = out
     x, mean, rstd = v.astype("f4"), np.empty(3, "f4"), np.empty(3, "f4")
     out = np.empty((3, size), "f4")
     module.standardise(x, "float32", None, 0, 1e-5, out, "float32", mean, rstd, 1)
-    found[f"standardise {size}"] = out
+    results[f"standardise {size}"] = out
 for size in (*range(1, 40), 1023):
     for real in ("f4", "f8"):
         for rows in (1, 2, 3, 4, 5, 7, 8, 11, 16):
@@ -223,15 +223,15 @@ for size in (*range(1, 40), 1023):
             y, dx = np.empty((rows, 21), real), np.empty((rows, size), real)
             module.few_rows(x, w, y)
             module.few_rows_backward(g, w, dx)
-            found[f"few_rows {real} {rows} {size}"] = y
-            found[f"few_rows_backward {real} {rows} {size}"] = dx
-np.savez(sys.argv[2], **found)
+            results[f"few_rows {real} {rows} {size}"] = y
+            results[f"few_rows_backward {real} {rows} {size}"] = dx
+np.savez(sys.argv[2], **results)
 """
 
 
 @pytest.mark.parametrize("width", [16, 32])
 def test_every_width_of_registers(width: int, tmp_path: Any) -> None:
-    """Processors have 16, 32 or 64 bytes; each has code of its own."""
+    """Code for registers of 16, 32 and 64 bytes, as processors have them, gives equal results."""
     spec = importlib.util.find_spec("motet.kernels._C")
     assert spec is not None
     assert spec.origin is not None
@@ -249,7 +249,7 @@ def test_every_width_of_registers(width: int, tmp_path: Any) -> None:
         assert np.isfinite(narrow).all() or not name.startswith("few_rows"), name
         if name.startswith("standardise"):
             bound = scale * 10
-        else:  # sums of many elements, but for harmonic_merge, which goes element by element
+        else:  # slerp and few_rows sum many elements; harmonic_merge works per element
             by_largest = name.startswith(("slerp", "few_rows"))
             bound = scale * (np.abs(widest).max() if by_largest else np.abs(widest))
         assert (np.abs(narrow - widest) <= bound).all(), name

@@ -1,4 +1,4 @@
-"""The wheel: built without torch, usable without a compiler, nothing in it that should not be."""
+"""The wheel builds without torch, works without a compiler, and has no unwanted file."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from .conftest import ROOT
 
 
 def copied(source: Path) -> Path:
-    """Copy what git tracks, and would track, as a user's download has it."""
+    """Copy the files that git tracks or would track, as a user downloads them."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -31,7 +31,7 @@ def copied(source: Path) -> Path:
 
 
 def pip_wheel(target: Path, source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Build in isolation, where no torch is; one that is asked for cannot be had either."""
+    """Build a wheel in isolation without torch; a constraint makes installing torch impossible."""
     target.mkdir(exist_ok=True)
     without_torch = target / "constraint.txt"
     without_torch.write_text("torch<0\n")
@@ -54,7 +54,7 @@ def build(target: Path, source: Path, **environment: str) -> Path:
 
 
 def has_native(wheel: Path) -> bool:
-    """Whether both modules are there; one alone never is."""
+    """Return whether the wheel has both C++ modules; fail if it has only one."""
     with zipfile.ZipFile(wheel) as archive:
         built = {Path(name).parent for name in archive.namelist() if "/_C." in name}
     assert built in ({Path("motet/kernels"), Path("motet/io")}, set())
@@ -74,7 +74,7 @@ def test_conda_and_citation_say_what_pip_is_told() -> None:
     assert recipe["context"]["version"] == citation["version"] == project["version"]
 
 
-# What CMake finds on a machine without a compiler: nothing that runs.
+# As on a machine without a compiler: CMake gets compilers that do not exist.
 NO_COMPILER = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
 
 
@@ -91,7 +91,7 @@ def test_source_distribution_builds_the_module(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_broken_module_is_an_error_where_it_is_required(tmp_path: Path) -> None:
-    """What `make lint` relies on: warnings are errors, and errors stop it."""
+    """With MOTET_REQUIRE_NATIVE=1, a warning in C++ or a missing compiler fails the build."""
     source = copied(tmp_path / "source")
     with open(source / "csrc" / "kernels" / "slerp.cpp", "a") as file:
         file.write("static void unused() {}\n")
@@ -139,7 +139,7 @@ assert grey.tolist() == [[[7, 7, 7]]]
 assert torch.allclose(merged, torch.tensor([1.0607 + 1.0607j]), atol=1e-4)
 print(sum("torch computes instead" in str(w.message) for w in seen), bool(status()), motet.__file__)
 """
-    # -I and a path of our own: neither the checkout nor the editable install can help.
+    # -I and an explicit path: neither the checkout nor the editable install is imported.
     script = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r})\n{code}"
     run = subprocess.run(
         [sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""CudaCapture with a fake torch.cuda: what it does in which order, and the drill of failures."""
+"""CudaCapture with a fake torch.cuda: the order of its calls, and captures that fail."""
 
 import gc
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ CUDA = torch.device("cuda", 0)
 
 
 class Generator:
-    """Has a state that says for ever that it is captured, once a capture did not end."""
+    """A random generator whose state stays marked as capturing after a capture that failed."""
 
     def __init__(self) -> None:
         self.state = SimpleNamespace(capturing=False, offset=0)
 
     def clone_state(self) -> Any:
-        self.state.drawn = torch.get_rng_state()  # a model on the CPU draws from torch's own
+        self.state.drawn = torch.get_rng_state()  # models on the CPU use torch's generator
         return SimpleNamespace(**vars(self.state))
 
     def graphsafe_set_state(self, state: Any) -> None:
@@ -46,7 +46,7 @@ class Generator:
 
 
 class Cuda:
-    """As much of torch.cuda as captures use. It fails at the "begin", the "body" or the "end"."""
+    """The parts of torch.cuda that captures use. Fails at the "begin", "body" or "end" if set."""
 
     def __init__(self) -> None:
         self.fails = ""
@@ -68,7 +68,7 @@ class Cuda:
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
         before, self.current = self.current, stream
-        yield  # as in torch, nothing is put back where the body fails half-way
+        yield  # as in torch, the stream is not restored if the body raises
         self.current = before
 
     @contextmanager
@@ -90,7 +90,7 @@ class Cuda:
         except RuntimeError:
             broken = "body"
         self.capturing = False
-        if broken or self.fails == "end":  # cudaStreamEndCapture raises, and nothing after it runs
+        if broken or self.fails == "end":  # cudaStreamEndCapture raises
             raise RuntimeError("operation failed due to a previous error during capture\nat line 3")
         self.generator.state.capturing = False
         self.allocating.remove(pool)
@@ -105,7 +105,7 @@ class Cuda:
         self.taken[pool] -= 1
 
     def kernel(self) -> None:
-        """Run something that draws a random number."""
+        """Run a fake kernel that draws a random number."""
         self.generator.draw(self.capturing)
         if self.capturing and self.fails == "body":
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -148,7 +148,7 @@ def test_a_capture(cuda: Cuda) -> None:
     def run() -> Tensor:
         cuda.events.append("run")
         cuda.kernel()
-        assert planned_for_graphs()  # in the runs before, too: they compile what is captured
+        assert planned_for_graphs()  # in the warm-ups too: they compile the kernels
         mean.add_(1)
         return mean * 2
 
@@ -158,7 +158,7 @@ def test_a_capture(cuda: Cuda) -> None:
     assert cuda.events == [*["run"] * WARM_UPS, "clear", "capture", "run", "clear"]
     assert recording.mib == 1  # the fake's memory grows by 1 MiB per event: "run" is one
     assert torch.equal(recording.result, torch.full((2,), 2.0))
-    assert mean[0] == 1  # the three warm-ups were undone; this is of the fake, which runs at once
+    assert mean[0] == 1  # warm-ups were undone; the fake runs what it captures
     assert cuda.generator.state.offset == 0
     assert cuda.current is cuda.default
     assert gc.isenabled()
@@ -189,12 +189,12 @@ def test_a_capture_that_fails_leaves_nothing_behind(where: str, cuda: Cuda) -> N
     assert cuda.current is cuda.default
     assert gc.isenabled()
     assert not cuda.allocating
-    assert cuda.taken == {cuda_capture.pool: 1}  # what the capture before holds
+    assert cuda.taken == {cuda_capture.pool: 1}  # the first capture keeps its memory
     assert not cuda.generator.state.capturing
     assert cuda.generator.state.offset == 0
     cuda.kernel()  # draws
     assert cuda.events[-1] == "clear"
-    # It is the process's, whoever asks: the random numbers of older graphs come from the old state.
+    # The failure holds for the whole process: older graphs draw from the generator's old state.
     assert CudaCapture(CUDA).refused == cuda_capture.refused != ""
     assert "\n" not in cuda_capture.refused
     assert CudaCapture(torch.device("cuda", 1)).refused == ""
@@ -214,7 +214,7 @@ def test_an_interrupt_is_handed_on(cuda: Cuda) -> None:
 
 @pytest.mark.parametrize("where", ["begin", "body", "end"])
 def test_steps_go_on_without_graphs(where: str, cuda: Cuda) -> None:
-    """The drill: a capture fails, and what comes after is as if none had been tried."""
+    """After a capture that failed, steps compute the same as if none had been tried."""
     model = healnet(ff_dropout=0.3).train()
 
     def loss(logits: Tensor, target: dict[str, Tensor]) -> Tensor:
@@ -248,7 +248,7 @@ def assert_close(a: Any, b: Any) -> None:
 
 
 def test_a_model_on_cuda_is_captured_by_cuda(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What says that a model is on a GPU, and that Triton computes there."""
+    """Models on CUDA get CudaCapture, and the reason why one without Triton gets no graph."""
     model = healnet().float()
     here = torch.device("cpu")
     monkeypatch.setattr(torch.nn.Parameter, "device", property(lambda self: CUDA), raising=False)

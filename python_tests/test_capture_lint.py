@@ -1,6 +1,6 @@
-"""Everything that StepGraphs and CudaGraphs capture, run under the lint.
+"""All that StepGraphs and CudaGraphs capture passes the lint.
 
-What they do not capture, and why, is in test_graphs.py (`test_what_is_not_captured_says_why`).
+For what they do not capture, see `test_what_is_not_captured_says_why` in test_graphs.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from .graph_helpers import MODELS, batch_of, lego, loss_of, only, rename
 
 
 class LintingCapture(FakeCapture):
-    """Captures nothing that a CUDA graph could not hold."""
+    """A FakeCapture that raises for operators that a CUDA graph cannot hold."""
 
     def __call__(self, run: Callable[[], Any], state: Sequence[Tensor]) -> Recording:
         def linted() -> Any:
@@ -34,7 +34,7 @@ class LintingCapture(FakeCapture):
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the checks that look at values on the CPU alone."""
+    """Skip the checks that read values only on the CPU."""
     for operator in (latent_attention, absorbed_attention):
         monkeypatch.setattr(operator, "check_counts", lambda *_: None)
 
@@ -43,7 +43,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_steps(name: str, training: bool, scale: float | None) -> None:
-    """With L1 and dropout; rows that miss the table, empty bags, positions."""
+    """Steps with L1, dropout, missing tables, empty bags and positions pass the lint."""
     make, of = MODELS[name]
     model, capture = make().train(training), LintingCapture()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""save and load: same predictions, tied weights once, one clear error for every bad file."""
+"""save and load: equal predictions, tied weights stored once, a clear error for a bad file."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_every_model_that_can_be_built_can_be_saved(tmp_path) -> None:
         assert loaded.config == model.config
 
     class SNN(nn.Linear):
-        """An encoder of the user's, named as one of motet's, with a view of a parameter."""
+        """A user's encoder with the name of one of motet's; its buffer is a view of a parameter."""
 
         def __init__(self) -> None:
             super().__init__(3, 5)
@@ -176,7 +176,7 @@ def test_every_damaged_byte_is_noticed(tmp_path) -> None:
     motet.save(motet.HEALNet({"a": motet.Tabular(2)}, out_features=1, num_latents=2, latent_dim=4,
                              heads=1, head_dim=2), path)  # fmt: skip
     good = path.read_bytes()
-    # Every byte from the first tensor name on, in strides; the header's length and JSON too.
+    # One byte in 7 of the first 400 (the header's length and JSON), then one in 97.
     for position in [*range(0, 400, 7), *range(400, len(good), 97)]:
         damaged = bytearray(good)
         damaged[position] ^= 0x10

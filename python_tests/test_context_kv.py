@@ -1,4 +1,4 @@
-"""context_kv against LayerNorm and products in float64; bags, positions, statistics, refusals."""
+"""context_kv equals LayerNorm and products in float64; bags, positions, statistics, refusals."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ class Case(NamedTuple):
         return [x, *(torch.randn(shape).to(dtype) for shape in shapes)]
 
     def call(self, function=context_kv, **options):
-        """Return `function` of x, weight and, where there are any, bias and positions."""
+        """Return `function` as a function of x, weight and optional bias and positions."""
 
         def called(x: Tensor, weight: Tensor, *optional: Tensor) -> Tensor:
             bias = optional[0] if self.bias else None
@@ -81,7 +81,7 @@ CASES = {
 
 @pytest.fixture(params=[pytest.param("native", marks=pytest.mark.native), "torch"])
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who normalises the rows: the C++ module, or torch as where that is not built."""
+    """Normalise rows with the C++ module, or with torch as if the module were not built."""
     if request.param == "torch":
         monkeypatch.setattr(standardise, "native", lambda: None)
     return request.param
@@ -113,9 +113,9 @@ def test_rows_with_any_mean_lose_no_digits(kind, dtype: torch.dtype, positions: 
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("dtype", HALF)
 def test_every_half_precision_number_is_read_as_what_it_is(dtype: torch.dtype) -> None:
-    """Subnormal and huge ones among them; infinity and NaN stay in their rows, as NaN."""
+    """Subnormal and huge numbers are read exactly; infinity and NaN make only their rows NaN."""
     numbers = torch.arange(-(2**15), 2**15).short().view(dtype)
-    if dtype == torch.bfloat16:  # whose largest squares float32 does not hold
+    if dtype == torch.bfloat16:  # float32 cannot hold its largest squares
         numbers = numbers[(numbers.float().abs() < 1e15) | ~numbers.isfinite()]
     x = numbers[: len(numbers) // 64 * 64].view(-1, 64)
     finite = x.isfinite().all(1)
@@ -147,7 +147,7 @@ def test_threads_change_no_bit() -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_weights_say_the_dtype_of_the_product(dtype: torch.dtype) -> None:
-    """Tokens keep theirs, and so do both gradients."""
+    """The product has the dtype of the weight; each gradient has the dtype of its argument."""
     x, weight = torch.randn(9, 6, dtype=torch.float32), torch.randn(2, 4, 6).to(dtype)
     for tokens in (x, x.to(dtype)):
         y, dx, dweight = with_gradients(context_kv)(tokens, weight)
@@ -245,7 +245,7 @@ def test_statistics_of_a_former_call_change_rounding_only(positions: int) -> Non
 
 
 def test_rows_behind_the_last_bag() -> None:
-    """They are computed as one bag more, so that a gradient of zero gives them no part in a sum."""
+    """They are computed as one more bag; with a gradient of zero they add nothing to any sum."""
     x, weight, bias = Case(tokens=140).draw()
     offsets, grad = torch.tensor([0, 70, 100]), torch.randn(2, 140, 3).double()
     grad[:, 100:] = 0
@@ -283,7 +283,7 @@ def test_gradients() -> None:
 
 @pytest.mark.parametrize("indices", [[0], [1], [2], [3], [0, 3], [1, 2]])
 def test_only_the_gradients_that_are_wanted(indices: list[int]) -> None:
-    """What comes out does not depend on what else is asked for."""
+    """A gradient does not depend on which other gradients are computed."""
     case = Case(tokens=6, per_bag=3, positions=2)
     args = [a.requires_grad_(i in indices) for i, a in enumerate(case.draw())]
     all_gradients = with_gradients(case.call())(*args)[1:]
@@ -364,7 +364,7 @@ def test_expanded_arguments() -> None:
     ]  # fmt: skip
     actual, expected = (with_gradients(f)(*expanded) for f in (case.call(), case.reference))
     torch.testing.assert_close(actual, expected, **EXACT)
-    # The gradient that comes in may be expanded too, as that of a sum is.
+    # The incoming gradient may be expanded too, as the gradient of a sum is.
     args = [a.requires_grad_() for a in case.draw()]
     pair = [torch.autograd.grad(f(*args).sum(), args) for f in (case.call(), case.reference)]
     torch.testing.assert_close(*pair, **EXACT)
@@ -381,14 +381,14 @@ def mib(field):
 weight = torch.randn(2, 64, 2048)
 context_kv(torch.randn(4, 2048), weight)
 x = torch.randn(16384, 2048)  # 128 MiB
-y = torch.zeros(2, 16384, 64)  # as much as comes out, so that it is there before
+y = torch.zeros(2, 16384, 64)  # as large as the result; allocated before
 before = mib("VmRSS")
 context_kv(x, weight)
 print(mib("VmHWM") - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     outputs, chunk = 2 * 16384 * 64 * 4 / 2**20, 8
-    # Between 20 and 60 MiB, by who normalises and what the allocator keeps; a copy of x is 128.
+    # 20 to 60 MiB, depending on C++ or torch and on the allocator; a copy of x takes 128 MiB.
     assert float(out.stdout) < outputs + 6 * chunk
 
 
@@ -467,7 +467,7 @@ def test_given_statistics_are_those_of_the_gradient_too() -> None:
 
 
 def test_tokens_behind_the_last_bag_belong_to_none() -> None:
-    """As in the static tensors of CUDA graphs: their numbers count for nothing, forward or back."""
+    """Their values change no result and no gradient; static tensors of CUDA graphs have them."""
     x, weight = rows_of(1.0, 9, 5), torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
     offsets, grad = torch.tensor([0, 4, 4, 7]), torch.randn(2, 9, 4, dtype=torch.float64)
     grad[:, 7:] = 0

@@ -1,4 +1,4 @@
-"""The cost of a step grows as the data do, and picture, page and numbers say the same."""
+"""The cost of a step grows linearly with the data; picture, page and numbers agree."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def test_picture_page_and_numbers_agree(growth) -> None:
 
 
 def test_the_measured_cost_is_linear(growth) -> None:
-    """From 4,000 tokens of a batch to 480,000, and from 1 modality to 16."""
+    """Measured times grow linearly from 4,000 to 480,000 tokens and from 1 to 16 modalities."""
     report = json.loads(growth.RESULT.read_text())
     assert {(r["bags"], r["patches"], r["modalities"]) for r in report["cpu"]} == set(
         growth.batches()
@@ -44,7 +44,10 @@ def test_the_measured_cost_is_linear(growth) -> None:
 
 
 def test_the_predicted_cost_is_linear(growth) -> None:
-    """Of an H200 from 8 bags of 8,000 patches on: below, launches and latents take the time."""
+    """Predictions for an H200 are linear from 8 bags of 8,000 patches on.
+
+    For smaller batches, launches and latents take most of the time.
+    """
     h200_rows = json.loads(growth.RESULT.read_text())["h200"]
     long = [
         r for r in h200_rows if r["bags"] == 8 and r["patches"] >= 8000 and r["modalities"] == 1
@@ -59,7 +62,7 @@ def test_the_predicted_cost_is_linear(growth) -> None:
 
 
 def test_it_measures(growth, monkeypatch, tmp_path, capsys) -> None:
-    """In sizes that only show that it works."""
+    """The script runs and writes its files, at sizes too small for real timings."""
     monkeypatch.setattr(growth, "PATCHES", (5, 10))
     monkeypatch.setattr(growth, "MODALITIES", (1, 2))
     for name in ("FEW", "MANY"):

@@ -1,4 +1,4 @@
-"""The planner's numbers for GPUs agree with what was measured, as far as it was."""
+"""The planner's numbers for GPUs agree with the measurements."""
 
 import dataclasses
 import json
@@ -23,22 +23,22 @@ def planner(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_form_of_the_model_predicts_what_it_has_not_seen(planner, path: Path) -> None:
-    """Every cell, and every model, from the others: the faster strategy and the times."""
+    """A fit without a cell or a model predicts its times and the faster strategy."""
     figures = planner.read(path)
     for key, worst in ((planner.by_cell, 0.42), (planner.by_model, 0.45)):
         quality = planner.leave_one_out(figures, key)
         assert quality.compared >= 10
         assert quality.right >= 0.9 * quality.compared
-        # What is reached; 94 % of the times in eager mode, all of the graphs. The rest are forward
-        # passes on ragged bags that exist as K and V, slower than predicted by 31 to 40 %, and two
-        # others by up to 43 % faster.
+        # Reached today: 94 % of the times in eager mode and all times of graphs. The others are
+        # forward passes on ragged bags stored as K and V, 31 to 40 % slower than predicted, and two
+        # that are up to 43 % faster.
         assert quality.within("eager") >= 0.93
         assert quality.within("graph") == 1.0
         assert max(map(abs, quality.errors["eager"] + quality.errors["graph"])) < worst
 
 
 def test_what_the_library_calls_measured_is_what_the_fit_finds(planner) -> None:
-    """Launches, Python and the softmax kernels of the H200, from the newest file of one."""
+    """The H200's launch times, Python time and softmax shares equal a fit of its newest file."""
     figures = planner.read(max((p for p in FILES if "H200" in p.name), key=planner.date_of))
     fitted, shipped = planner.fit(figures, figures.measurements), CHIPS["H200"]
     for field in ("launch_s", "host_launch_s", "host_s", "random_numbers"):
@@ -55,7 +55,7 @@ def test_what_the_library_calls_measured_is_what_the_fit_finds(planner) -> None:
 
 
 def profile_of(planner, chip):
-    """Yield what `make gpu-profile` would say of a chip."""
+    """Yield the rows that `make gpu-profile` would write for a chip."""
     for strategy in ("cached", "absorbed"):
         cell = planner.Cell("kirp", planner.CONFIGS["kirp"], (15_000,) * 8, step=True)
         mode = planner.LaunchMode(strategy, False, statistics=True)
@@ -72,7 +72,7 @@ def profile_of(planner, chip):
 def test_it_finds_the_numbers_that_times_were_made_with(
     planner, tmp_path: Path, profiled: bool
 ) -> None:
-    """Times of a chip that does not exist, of the kernels that the library launches today."""
+    """A fit to computed times of an imaginary chip returns the chip's numbers."""
     h200 = CHIPS["H200"]
     shares = {name: 0.9 * share for name, share in DEMANDED.items()}
     made = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""`make gpu` as far as a machine without a GPU can show it."""
+"""`make gpu`, as far as a machine without a GPU can test it."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from .fake_capture import FakeCapture
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run benchmarks/gpu.py in this process, which has imported torch already."""
+    """Run benchmarks/gpu.py in this process, which has already imported torch."""
 
     def of(*arguments: object) -> int:
         monkeypatch.syspath_prepend(ROOT)
@@ -44,7 +44,7 @@ def assert_measured(cell: dict) -> None:
 
 
 def report_of(tmp_path: Path, step: str, *more: str) -> dict:
-    """Run a step as `make` runs it, on a CPU."""
+    """Run a step as `make` does, but on a CPU, and return its report."""
     script = ROOT / "benchmarks" / "gpu.py"
     command = [sys.executable, script, step, "--device", "cpu", "--small", "--out", tmp_path, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -76,12 +76,12 @@ def test_the_profile_on_a_cpu(tmp_path: Path) -> None:
         shares = [
             kernel["roofline_share"] for kernel in row["kernels"] if "roofline_share" in kernel
         ]
-        assert len(shares) == (row["strategy"] == "cached")  # a CPU has none of the kernels
+        assert len(shares) == (row["strategy"] == "cached")  # on a CPU the other kernels do not run
     assert {"128", "136", "512"} <= products["products"].keys()
 
 
 def profile_row(strategy: str, shares: dict[str, float], **more) -> dict:
-    """Return a row of a profile, of kernels that take 100 us in two launches."""
+    """Return a row of a profile; each of its kernels takes 100 us in two launches."""
     kernels = [
         {"kernel": name, "role": role, "us": 100.0, "launches": 2, "roofline_share": share}
         for name, share in shares.items()
@@ -128,7 +128,7 @@ def test_kernels_slower_than_with_another_triton_are_named(tmp_path: Path, monke
     )):  # fmt: skip
         row = profile_row("cached", CACHED)
         row["kernels"][1]["us"] = us
-        row["kernels"][2] |= {"us": 45.5, "launches": 1}  # 9 % less, which may vary
+        row["kernels"][2] |= {"us": 45.5, "launches": 1}  # 9 % less is within the variation
         row["kernels"][-1]["us"] = 2.0  # too short to tell
         report = {"device": device, "triton": triton, "date": f"2026-11-2{i}", "rows": [row]}
         (tmp_path / f"gpu-profile-{i}.json").write_text(json.dumps(report))
@@ -173,7 +173,7 @@ def test_the_cells_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_what_says_most_comes_first(run, tmp_path: Path, monkeypatch) -> None:
-    """Where time is short, every cell has the first contenders before one has the others."""
+    """Every cell measures the first contenders before any cell measures the others."""
     grid, measured = import_module("benchmarks.grid"), []
 
     def measure_cell(cell, contenders, *_, **__) -> dict:
@@ -253,7 +253,7 @@ def test_without_a_gpu_it_is_one_line(run, capsys, tmp_path: Path) -> None:
 
 
 def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a capture that runs things again in place of CUDA's."""
+    """Graphs are measured correctly, with a FakeCapture in place of CUDA's."""
     monkeypatch.syspath_prepend(ROOT)
     grid, cells = (import_module(f"benchmarks.{name}") for name in ("grid", "cells"))
     monkeypatch.setattr(graph_cache, "CudaCapture", lambda device: FakeCapture())
@@ -275,7 +275,7 @@ def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert figures["roofline_share"] > 0
     work.model.head.register_forward_hook(lambda *_: None)
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="no graph: hooks would"):
-        work.graphed()  # eager mode is not measured in its name
+        work.graphed()  # eager mode is not measured as a graph
     for model in ("HEALNet", "LegoBlock"):
         error, allowed = import_module("benchmarks.model_checks").step_graph(model, "cpu")
         assert error <= allowed < 1e-4

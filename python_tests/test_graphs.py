@@ -1,7 +1,7 @@
-"""StepGraphs and CudaGraphs as far as a machine without a GPU can show it.
+"""StepGraphs and CudaGraphs, as far as a machine without a GPU can test them.
 
-The capture here runs the captured function again, on the same static tensors, as a CUDA graph does.
-What only a GPU runs is in test_capture.py.
+FakeCapture runs the captured function again on the same static tensors, as a CUDA graph does.
+The code that only a GPU runs is tested in test_capture.py.
 """
 
 import gc
@@ -65,7 +65,7 @@ def test_losses_and_gradients_of_ragged_batches_that_share_one_graph(name: str) 
 
 
 def test_the_first_call_and_the_replays_give_the_same_bits() -> None:
-    """So a run that was resumed, whose sizes come anew, ends where it would have ended."""
+    """So a resumed run, which captures its sizes anew, ends with the same bits."""
     model = healnet(attn_dropout=0.3, ff_dropout=0.3).train()
     graphs = motet.StepGraphs(model, loss_of, capture=FakeCapture())
     batch = batch_of(9, 0, 30)
@@ -98,7 +98,7 @@ def test_dense_bags_share_graphs_with_ragged_ones() -> None:
     graphs = motet.StepGraphs(model, loss_of, capture=capture)
     for lengths in ((9, 0, 30), (10, 10, 10), (10, 10, 10)):
         batch = batch_of(*lengths)
-        if lengths[1]:  # the loader's batches are ragged; a user's need not be
+        if lengths[1]:  # the loader makes ragged batches; a user may make dense ones
             dense, places = (
                 part["wsi"].values.unflatten(0, (3, 10)) for part in (batch.x, batch.coords)
             )
@@ -126,7 +126,7 @@ class Plain(PatientBatch):
 
 @pytest.mark.parametrize("l1", [0.0, 0.1])
 def test_weights_that_a_batch_does_not_touch(l1: float) -> None:
-    """They have no gradient, or that of L1 alone, as without a graph; nobody's bags are bags."""
+    """They get no gradient, or only that of L1, as without a graph; batches may have no bags."""
     model = healnet().train()
     graphs = motet.StepGraphs(model, loss_of, l1=l1, capture=FakeCapture())
     full = batch_of(9, 0, 30, missing=False)
@@ -174,9 +174,9 @@ def test_what_has_a_graph_of_its_own() -> None:
         return capture.captured - before
 
     assert captured() == 1
-    assert captured(batch_of(1, 60, 60)) == 0  # 121 tokens go into 128
+    assert captured(batch_of(1, 60, 60)) == 0  # 121 tokens fit into 128
     assert captured(batch_of(9, 0, 30, missing=False)) == 0
-    assert captured(batch_of(100, 20, 9)) == 1  # 129 into 256: whence the smaller ones begin anew
+    assert captured(batch_of(100, 20, 9)) == 1  # 129 need 256; smaller sizes are then captured anew
     assert captured() == 1
     assert captured(batch_of(100, 20, 9)) == 0
     assert captured(batch_of(9, 30)) == 1
@@ -249,7 +249,7 @@ def test_no_more_than_max_graphs() -> None:
     ):
         assert_same(graphed(graphs, small), eager(model, small))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
+        warnings.simplefilter("error")  # a second warning would raise
         graphs(small)
     assert capture.captured == 1
     assert graphs.fell_back == {"more than 1 sizes": 2}
@@ -293,7 +293,7 @@ def test_a_capture_that_failed_elsewhere_ends_the_replays_here() -> None:
 
 
 def falls_back(model: nn.Module, batch: PatientBatch, why: str, **options: Any) -> None:
-    """Check that a step runs without a graph, says why once, and gives the same."""
+    """Check that a step runs without a graph, warns once with the reason, and computes the same."""
     capture = FakeCapture()
     graphs = motet.StepGraphs(model, loss_of, capture=capture, **options)
     with pytest.warns(RuntimeWarning, match=f"StepGraphs: {why}; such calls run without a CUDA"):
@@ -401,7 +401,7 @@ def test_predictions_of_ragged_batches_share_one_graph(name: str) -> None:
             results.append(
                 (graphs(rename(model, inputs), **rename(model, options, deep=True)), batch)
             )
-        for result, batch in results:  # they outlive the next replay
+        for result, batch in results:  # results stay valid after the next replay
             torch.testing.assert_close(result, logits_of(model, batch), rtol=1e-10, atol=1e-10)
     assert capture.captured == 1
 
@@ -439,7 +439,7 @@ def test_dense_bags_and_a_merge_of_whole_rows() -> None:
 
 
 def test_grids_and_tables_of_tokens() -> None:
-    """Their tokens share positions, so that they stay dense, where no row is missing."""
+    """Tokens that share positions stay dense while no row is missing."""
     shapes = {"mri": motet.Grid(2, axes=2), "labs": motet.Tabular(5, tokens="features")}
     model, capture = motet.HEALNet(shapes, out_features=3, **SIZES).double().eval(), FakeCapture()
     graphs = motet.CudaGraphs(model, capture=capture)
@@ -450,9 +450,9 @@ def test_grids_and_tables_of_tokens() -> None:
         torch.tensor([True, False, True]),
         torch.tensor([True, True, False]),
     ):
-        given = {"present": {} if present is None else {"mri": present}}
+        options = {"present": {} if present is None else {"mri": present}}
         with torch.no_grad():
-            torch.testing.assert_close(graphs(inputs, **given), model(inputs, **given))
+            torch.testing.assert_close(graphs(inputs, **options), model(inputs, **options))
     assert capture.captured == 2
 
 

@@ -1,4 +1,4 @@
-"""harmonic_merge against Eq. 4 in float64, its gradient, its registration, its C++ and torch."""
+"""harmonic_merge equals Eq. 4 in float64; gradients, registration, C++ and torch forms."""
 
 import cmath
 import math
@@ -22,7 +22,7 @@ PHASES = ["principal", "circular"]
 
 
 def equation_4(values: list[complex], weights: list[float]) -> complex:
-    """Eq. 4 for one element, magnitudes in extended range by scaling."""
+    """Return Eq. 4 for one element; scaling keeps the magnitudes from overflowing."""
     sizes = [math.hypot(z.real, z.imag) for z in values]
     if min(sizes) == 0:
         return 0j
@@ -85,13 +85,13 @@ def test_native_is_as_good_as_torch(dtype, phase: str, count: int, scale: float)
 
 
 def anywhere(size: int, dtype: torch.dtype) -> Tensor:
-    """Return numbers over the whole range of a dtype, some of them of similar size, some zero."""
+    """Return numbers from the whole range of a dtype; some of similar size, some zero."""
     real = torch.empty((), dtype=dtype).real.dtype
     lowest, highest = (-149, 128) if real == torch.float32 else (-1074, 1024)
     shape = (2, size)
     exponent = lowest + (highest - lowest) * torch.rand(shape, dtype=torch.float64)
     exponent = torch.where(torch.rand(shape) < 0.5, 6 * torch.rand(shape) - 3, exponent)
-    # In two factors, since powers of two below the smallest normal number come out as zero.
+    # Two factors, because exp2 returns zero below the smallest normal number.
     half = (exponent / 2).to(torch.float64)
     values = (half.exp2() * (exponent - half).exp2()).clamp(max=torch.finfo(real).max)
     values = values * (1 - 2 * torch.randint(2, shape))
@@ -100,7 +100,7 @@ def anywhere(size: int, dtype: torch.dtype) -> Tensor:
 
 
 def exact(latents: list[Tensor], weights: list[float], phase: str) -> np.ndarray:
-    """Eq. 4 in the longest floating point that there is, which does not overflow on the way."""
+    """Return Eq. 4 in clongdouble, in which no intermediate result overflows."""
     z = [x.numpy().astype(np.clongdouble) for x in latents]
     size = [np.hypot(x.real, x.imag) for x in z]
     low = np.minimum.reduce(size)
@@ -120,18 +120,18 @@ def exact(latents: list[Tensor], weights: list[float], phase: str) -> np.ndarray
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.3, 0.7], [0.2, 0.3, 0.5]])
 def test_over_the_whole_range(weights: list[float], phase: str) -> None:
-    """No intermediate over- or underflow, and accurate to the last digits."""
+    """No intermediate result over- or underflows; results are exact to the last digits."""
     for dtype, bound, smallest in (
         (torch.complex64, 3e-7, 1.5e-45), (torch.complex128, 3e-15, 1e-323)
     ):  # fmt: skip
         latents = [anywhere(20_001, dtype) for _ in weights]
-        # Opposite, conjugate and mirrored phases: sums at 0 and at the branch cuts.
+        # Opposite, conjugate and mirrored phases give sums at 0 and at the branch cuts.
         a, b = latents[:2]
         b[:300], b[300:600], b[600:900] = -a[:300], a[300:600].conj(), -a[600:900].conj()
         expected = exact(latents, weights, phase)
         got = harmonic_merge(latents, weights, phase)
         error = np.abs(got.numpy().astype(np.clongdouble) - expected)
-        if phase == "circular":  # phasors that cancel have a phase that rounding decides
+        if phase == "circular":  # if phasors cancel, rounding decides the phase
             units = [z.numpy().astype(np.clongdouble) for z in latents]
             with np.errstate(all="ignore"):
                 units = [z / np.abs(z) for z in units]
@@ -142,7 +142,7 @@ def test_over_the_whole_range(weights: list[float], phase: str) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_what_is_not_finite_stays_where_it_is(phase: str) -> None:
-    """Vectors of numbers with an infinite one or NaN among them, in the last ones too."""
+    """Infinite numbers and NaN change only their own element, in the last SIMD vector too."""
     for size in (1, 7, 16, 61):
         latents = [torch.randn(size, dtype=torch.complex64) for _ in range(3)]
         clean = harmonic_merge(latents, phase=phase)
@@ -267,7 +267,7 @@ def test_registration(phase: str) -> None:
 
 
 def test_whoever_watches_sees_the_operators() -> None:
-    """Plain calls on the CPU go round the dispatcher; only where nobody would notice."""
+    """Plain CPU calls skip the dispatcher, but dispatch modes and tracing see the operators."""
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -293,7 +293,7 @@ def test_layouts() -> None:
 
 
 def test_dense_layouts_are_kept() -> None:
-    """Without copies where all agree, as torch's own element-wise operators have it."""
+    """Dense inputs of one layout give a result of it, as with torch's element-wise operators."""
     a, b = (torch.randn(4, 3, 5, dtype=torch.complex64).permute(2, 0, 1) for _ in range(2))
     merged = harmonic_merge([a, b])
     assert merged.stride() == a.stride()
@@ -348,7 +348,7 @@ def test_out_that_overlaps_an_input() -> None:
 
 
 def test_writing_is_seen_by_autograd() -> None:
-    """What a gradient needs must not be overwritten unnoticed."""
+    """Autograd raises if `out` overwrites a tensor that a gradient needs."""
     a, b = (torch.randn(5, dtype=torch.complex64) for _ in range(2))
     x = torch.randn(5, dtype=torch.complex64, requires_grad=True)
     loss = (x * a).real.sum()

@@ -1,4 +1,4 @@
-"""HEALNet: properties that no batch, mask or order may break, attention, sharing, refusals."""
+"""HEALNet: predictions independent of batch, mask and order; attention, sharing, refusals."""
 
 from typing import Any
 
@@ -106,7 +106,7 @@ def test_padding_and_nan_stay_where_they_are() -> None:
     assert out[1].isnan().all()
     assert torch.equal(out[[0, 2]].isnan().any(), torch.tensor(False))
     assert close(out[[0, 2]], expected[[0, 2]])
-    # A missing row's values are not read at all, in the backward pass either.
+    # Values of a missing row are not read, neither forward nor backward.
     present = {"omic": torch.tensor([True, False, True])}
     out = model(inputs, present=present)
     assert out.isfinite().all()
@@ -154,7 +154,9 @@ def test_attention() -> None:
     arguments = {"masks": {"wsi": mask}, "coords": {"cells": coords}}
     out = model(inputs, return_attention=True, **arguments)
     assert out.latents is None
-    assert torch.equal(out.logits, model(inputs, **arguments))  # asking never changes a prediction
+    assert torch.equal(
+        out.logits, model(inputs, **arguments)
+    )  # return_attention changes no prediction
     assert {name: len(layers) for name, layers in out.attention.items()} == dict.fromkeys(inputs, 3)
     tokens = {"omic": 1, "genes": 5, "wsi": 8, "cells": 3, "mri": 12}
     for name, layers in out.attention.items():
@@ -242,7 +244,8 @@ def test_weight_sharing() -> None:
     one = count(share_weights=True) - 5 * 12 - (12 * 2 + 12 * 3 + 3)
     assert unshared - shared == 2 * one
     feed_forward = 12 * 2 + 12 * 96 + 96 + 48 * 12 + 12
-    assert first - shared == one - 4 * feed_forward  # its second set has one for all modalities
+    # The second weight set has one feed-forward block for all modalities.
+    assert first - shared == one - 4 * feed_forward
     inputs, coords = inputs_of(2)
     for share in (True, "all-but-first", False):
         model = model_of(depth=3, share_weights=share)
@@ -403,7 +406,7 @@ def test_bad_modalities() -> None:
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
-    """Only V is computed; what comes out, gradients and dropout's draws included, is the same."""
+    """Only V is computed; results, gradients and dropout draws equal those with queries."""
     attention = Attention(6, 5, heads=2, head_dim=3, dropout=dropout).double()
     randomised(attention).train()
     latents = torch.randn(4, 7, 6, dtype=torch.float64, requires_grad=True)
@@ -439,7 +442,7 @@ def test_a_single_token_needs_no_query(missing: bool, dropout: float) -> None:
 
 @pytest.mark.parametrize("strategy", [None, "reference"])
 def test_what_a_missing_row_holds_does_not_matter(strategy: Any) -> None:
-    """One token per row keeps its place: NaN there reaches no number, no gradient, no weight."""
+    """NaN in the token of a missing row changes no result, gradient or attention weight."""
     shapes = {"omic": motet.Tabular(5), "wsi": motet.Bag(4, coords=1)}
     model = motet.HEALNet(shapes, out_features=2, depth=3, num_latents=3, latent_dim=6).double()
     present = torch.tensor([True, False, True])

@@ -1,4 +1,4 @@
-"""The folders of kernels/: names that are an operator's and its folder's, and what lives where."""
+"""The folders of kernels/: each has the name and the files of its operator."""
 
 import ast
 import itertools
@@ -54,7 +54,7 @@ def test_an_operator_is_the_function_in_any_order_of_imports() -> None:
 
 
 def test_a_launcher_imports_triton_itself() -> None:
-    """A file called triton.py hides no library."""
+    """The module triton.py of an operator does not hide the library triton."""
     pytest.importorskip("triton")
     code = "from motet.kernels.slerp import triton_kernels as k; print(k.triton.__name__, k.tl)"
     process = subprocess.run(
@@ -68,12 +68,12 @@ def test_operators_have_the_same_files() -> None:
     for name in OPERATORS:
         files = {path.name for path in (KERNELS / name).glob("*.py")}
         assert {"__init__.py", "operator.py"} <= files, name
-        assert files & {"cpu.py", "reference.py"}, name  # the latter where it is fast enough
+        assert files & {"cpu.py", "reference.py"}, name  # reference.py alone if it is fast enough
         assert ("triton.py" in files) == ("triton_kernels.py" in files), name
 
 
 def test_only_tritons_language_is_not_type_checked() -> None:
-    """What is left out is what ends in _kernels.py, and there is nothing else in these files."""
+    """Only *_kernels.py are not type-checked, and they hold only functions of triton.jit."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert settings["tool"]["basedpyright"]["exclude"] == ["kernels/**/*_kernels.py"]
     for path in KERNELS.rglob("*.py"):
