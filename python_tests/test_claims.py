@@ -1,4 +1,4 @@
-"""The paper's claims: from end to end, killed, and sentences that follow the numbers."""
+"""The paper's claims: full runs, a killed run, and sentences that agree with the numbers."""
 
 import json
 from functools import partial
@@ -47,7 +47,7 @@ def row(value: float, low: float, high: float, **fields: Any) -> Row:
 ABOVE, BELOW, NEITHER = row(0.2, 0.1, 0.3), row(-0.2, -0.3, -0.1), row(0.1, -0.1, 0.3)
 
 
-# What is said
+# Sentences
 
 
 def test_sentences_follow_the_intervals() -> None:
@@ -76,7 +76,7 @@ def test_claims_say_what_their_rows_say() -> None:
     worse = merging.conclude([row(-0.2, -0.3, -0.1, than=than) for than in merging.RIVALS])
     assert worse.count("is worse than") == 2
     assert worse.count("against the paper's claim") == 2
-    # Neither single seeds nor single blocks decide.
+    # Rows of a single seed or a single block do not decide.
     unseen = [row(-0.2, -0.3, -0.1, than=merging.RIVALS[0], **one) for one in
               ({"seed": 0}, {"block": "genes"})]  # fmt: skip
     assert "worse" not in merging.conclude([row(0.2, 0.1, 0.3, than=merging.RIVALS[0]), *unseen])
@@ -120,7 +120,7 @@ def test_a_mean_over_seeds_keeps_every_seed() -> None:
     first, second, mean = rows.over_seeds(estimates, case="a", what="x", measure="AUC")
     assert (first.seed, second.seed, mean.seed) == (0, 1, None)
     assert (first.value, second.value) == (0.6, 0.8)
-    # Ends averaged, 0.15 below and 0.1 above; standard error of the seeds 0.1.
+    # Mean distance of the ends: 0.15 below, 0.1 above; the standard error of the seeds is 0.1.
     ends = 0.7 - np.hypot(0.15, 0.196), 0.7 + np.hypot(0.1, 0.196)
     assert (mean.value, mean.low, mean.high) == pytest.approx((0.7, *ends), abs=1e-12)
     alone = rows.over_seeds(estimates[:1], case="a", what="x", measure="AUC")[1]
@@ -131,7 +131,7 @@ def test_a_mean_over_seeds_keeps_every_seed() -> None:
     assert rows.means([first, mean, row(1, 1, 1, block="genes")]) == [mean]
 
 
-# What is computed
+# Computations
 
 
 def test_straight_lines() -> None:
@@ -157,7 +157,7 @@ def test_probes_read_what_is_there() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_overlaps_are_exact(share: float) -> None:
-    """As many training patients per block at every overlap, that share of them in common."""
+    """Each block trains on equally many patients at every overlap; `share` of them is common."""
     cohort = load_cohort("breast_cancer")
     (fold,) = (split_of(cohort),)
     first, common, second_only = overlap.draw_patients(cohort, fold, share, 3)
@@ -209,12 +209,12 @@ def split_of(cohort: Cohort) -> motet.io.Split:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which several claims find the same trained blocks."""
+    """Return a folder in which several claims share trained blocks."""
     return tmp_path_factory.mktemp("claims")
 
 
 def results(out: Path) -> dict[str, Any]:
-    """Read what a claim wrote: a figure, and JSON that is true to the CSV."""
+    """Return the JSON that a claim wrote; check its figure, and that the CSV has equal numbers."""
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert 5_000 < (out / "figure.png").stat().st_size < 150_000
     report = json.loads((out / "results.json").read_text())
@@ -252,7 +252,7 @@ def test_merging(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gain = of(report, what="LegoMerge", than="the ensemble", seed=None)
     words = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "no difference"
     assert words in report["sentence"].split("; ")[1]
-    # The figures are those of the runs.
+    # The figures equal those of the runs.
     run = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d")
     merged = of(report, what="LegoMerge", than="", seed=0)
     c = experiments.read_metrics(run)["harrell_c"]
@@ -280,7 +280,7 @@ def test_interference(shared: Path) -> None:
             assert probe["value"] < 1
             for name in ("genes", "clinical"):
                 of(report, what=f"{case}, others shuffled", block=name, than="block alone", seed=0)
-    # What it merges is what LegoMerge predicts in a run.
+    # Its harmonic merge predicts what the run's LegoMerge predicts.
     run = experiments.Run.finished(shared / "runs/breast_cancer/seed0/2d")
     cohort = load_cohort("breast_cancer")
     one = study.Study("breast_cancer", cohort, run.path.parent.parent, 1, True)
@@ -289,7 +289,7 @@ def test_interference(shared: Path) -> None:
     for actual, expected in zip(merges.merged["harmonic"], predicted, strict=True):
         assert actual.ids == expected.ids
         np.testing.assert_allclose(actual.fold.risks, expected.fold.risks, rtol=0, atol=1e-7)  # pyright: ignore
-    # Shuffled: the other modality's patients differ, so its predictions do; the blocks' do not.
+    # Shuffling the other modality's patients changes the merge's predictions.
     for name in ("genes", "clinical"):
         assert not np.array_equal(
             merges.shuffled["mean"][name][0].fold.risks, merges.merged["mean"][0].fold.risks  # pyright: ignore
@@ -337,7 +337,7 @@ def test_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         *(f"HEALNet, all, {share}% in common" for share in (0, 50, 100)),
     ]
     assert len({r["n"] for r in report["rows"]}) == 1
-    # The patients of the first block are the same at every overlap, and of the other are not.
+    # The first block has the same patients at every overlap; the other block has not.
     first, other = (
         [of(report, what=f"block, {share}% in common", block=name, seed=0)["value"]
          for share in (0, 50, 100)]

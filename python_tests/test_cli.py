@@ -1,4 +1,4 @@
-"""The command `motet`: doctor, demo, what bad input prints."""
+"""The command `motet`: doctor, demo, messages for bad input."""
 
 import csv
 import json

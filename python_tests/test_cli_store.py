@@ -1,4 +1,4 @@
-"""`motet store`: what it prints, its exit codes."""
+"""`motet store`: its output and exit codes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`motet tile`: what it prints, what it returns, what it refuses."""
+"""`motet tile`: its output, exit codes and refusals."""
 
 import json
 from pathlib import Path

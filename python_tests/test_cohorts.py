@@ -1,4 +1,4 @@
-"""Cohorts from YAML: the shipped ones, every kind of table and bag, and every refusal."""
+"""Cohorts from YAML: the shipped cohorts, every kind of table and bag, and every refusal."""
 
 import gzip
 import hashlib
@@ -39,7 +39,7 @@ modalities:
 
 @pytest.fixture
 def put(tmp_path: Path) -> Callable[..., Path]:
-    """Write the small cohort with changes: texts to replace in its YAML, and files."""
+    """Write the small cohort with texts of its YAML replaced and other files."""
 
     def write(*changes: tuple[str, str], yaml: str = YAML, **files: str) -> Path:
         for old, new in changes:
@@ -84,7 +84,7 @@ def classes(cohort: Cohort) -> Classes:
 
 
 def refusal(path: Path | str, **options: bool) -> str:
-    """Return the message of the refusal, which is one line and names the YAML file."""
+    """Return the message of the error, which is one line and names the YAML file."""
     with pytest.raises(CohortError) as caught:
         load_cohort(path, **options)
     message = str(caught.value)
@@ -102,7 +102,7 @@ def test_import_is_light() -> None:
         _ = motet.io.cohort  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# The shipped cohorts, against values computed here from the files.
+# The shipped cohorts equal values computed here from the files.
 
 
 @pytest.mark.parametrize(("name", "n", "genes"), [("blca", 373, 1554), ("kirp", 260, 1557)])
@@ -208,7 +208,7 @@ def test_mimic() -> None:
     labs["number"] = pd.to_numeric(labs.VALUE, errors="coerce")
     labs = labs.dropna(subset="number")
     assert len(labs) == 13314
-    assert not labs.duplicated(["HADM_ID", "hours", "ITEMID"]).any()  # nothing to average here
+    assert not labs.duplicated(["HADM_ID", "hours", "ITEMID"]).any()  # no duplicates to average
     series = bags(cohort, "labs")
     assert (len(series), series.coords, series.extent) == (127, 1, 48.0)
     assert series.names is not None
@@ -346,7 +346,7 @@ def test_kinds_of_file(kind: str, put: Put, tmp_path: Path) -> None:
 
 
 def test_how_tables_come_in_the_wild(put: Put, tmp_path: Path) -> None:
-    """BOM, CRLF, quotes, spaces, row numbers, whole numbers as floats, booleans, gaps."""
+    """BOM, CRLF, quotes, spaces, row numbers, integers as floats, booleans and gaps are read."""
     same = load_cohort(put()).fingerprint()
     path = put(("event: event", "event: 'my event'"))
     text = dedent("""\
@@ -387,7 +387,7 @@ def test_ids_written_as_floats_meet_whole_ones(put: Put) -> None:
 
 
 def test_slides_repeat_their_patient(put: Put) -> None:
-    rows = TABLE + "001,a,5,1,,I,0.5,1\n"  # the age is missing here and known above
+    rows = TABLE + "001,a,5,1,,I,0.5,1\n"  # the age is missing here, but not in the row above
     same = load_cohort(put()).fingerprint()
     yaml = ("file: t.csv", "file: t.csv, repeats: same")
     assert load_cohort(put(yaml, **{"t.csv": rows})).fingerprint() == same
@@ -395,7 +395,7 @@ def test_slides_repeat_their_patient(put: Put) -> None:
         "tables.t: 4 patients in 5 rows, 001 in 2: expected one row per patient, else one patient "
         "is in train and test; say `repeats: same` if the rows agree, as those of slides do"
     )
-    rows = TABLE + "001,other,5,1,,I,0.75,1\n"  # persons differ too, but nobody uses them
+    rows = TABLE + "001,other,5,1,,I,0.75,1\n"  # column person differs too, but is not used
     assert refusal(put(yaml, **{"t.csv": rows})) == (
         "tables.t.repeats: the rows of patient 001 differ in column 'g1': expected the same in "
         "all, got 0.5, 0.75"
@@ -479,7 +479,7 @@ def test_joined_and_derived(put: Put) -> None:
     static = table(load_cohort(path), "static")
     np.testing.assert_allclose(static["age"], [90, 7304 / 365.2425])
     np.testing.assert_array_equal(static["stay"], [36, np.nan])
-    assert static["sex"].tolist() == ["x", "y"]  # a table's own column goes first
+    assert static["sex"].tolist() == ["x", "y"]  # a column of the table takes precedence
     put(yaml=dedent(yaml), **files | {"people.csv": "person,born\n1,1820-01-01\n1,1900-01-01\n"})
     assert "expected one row of table 'people' (people.csv) per person, but 1 value" in refusal(
         path
@@ -611,7 +611,7 @@ def test_zarr_is_read_when_asked_for(
         "file: t.csv", "file: t.csv, repeats: same"
     )
     path = put(yaml=yaml, **{"t.csv": slides})
-    with monkeypatch.context() as patch:  # tokens of a slide are not read before they are asked for
+    with monkeypatch.context() as patch:  # tokens of a slide are read only when accessed
         read: list[str] = []
         get = zarr.Array.__getitem__
         patch.setattr(
@@ -620,7 +620,9 @@ def test_zarr_is_read_when_asked_for(
         cohort = load_cohort(path)
         cohort.fingerprint()
         assert not [name for name in read if name.endswith("features")]
-    wsi = ForkingPickler.loads(ForkingPickler.dumps(bags(cohort, "wsi")))  # as a worker gets it
+    wsi = ForkingPickler.loads(
+        ForkingPickler.dumps(bags(cohort, "wsi"))
+    )  # as it is sent to a worker
     assert wsi.patients == ("001", "002")
     assert (wsi.features, wsi.coords) == (3, 2)
     assert wsi.extent == max(array.max() for array in where.values())
@@ -722,7 +724,7 @@ def test_splits_may_name_the_dropped(put: Put, tmp_path: Path) -> None:
 
 
 def test_without_outcome(put: Put) -> None:
-    """The same YAML reads new patients, who have neither follow-up nor everything else."""
+    """The same YAML reads new patients without an outcome and with modalities missing."""
     new = "id,age,stage,g1,g2\n7,30,I,1,\n"
     yaml = YAML.replace("tables:\n", "tables:\n  more: {file: more.csv}\n  d: {file: d.csv}\n")
     yaml += "  more: {table: more}\n  codes: {table: d, codes: code}\n"

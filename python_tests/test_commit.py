@@ -1,4 +1,4 @@
-"""The commit protocol: what gets into a store, and what kills, full disks and rivals leave."""
+"""The commit protocol: what a store holds after commits, kills, full disks and rival workers."""
 
 import errno
 import json
@@ -46,7 +46,7 @@ def test_states(tmp_path: Path, source: Slide) -> None:
     note = FeatureStore(out).failed[source.key]
     assert (note["reason"], note["message"], note["name"]) == ("damaged", "too many", "a.svs")
     source.path.write_bytes(b"other pixels")
-    assert writer.state(source) == "todo"  # another file may do better
+    assert writer.state(source) == "todo"  # the file has changed, so it is tried again
 
     put(writer, source, numbers(4, 3))
     assert writer.state(source) == "done"
@@ -206,7 +206,7 @@ def test_patches_that_turn_out_corrupt(tmp_path: Path, source: Slide) -> None:
 
 
 def test_rivals(tmp_path: Path, source: Slide) -> None:
-    """Two write the same slide: the first wins. One loses its files: it says so."""
+    """If two workers write a slide, the first wins; a worker whose files vanish raises an error."""
     out = tmp_path / "cohort"
     writer = opened(out)
     arguments = (describe(source), np.zeros((2, 2)), [1, 1], [0, 0], None, None, 3)
@@ -225,7 +225,7 @@ def test_rivals(tmp_path: Path, source: Slide) -> None:
     shutil.rmtree(out / "slides" / f"{source.key}.zarr")
     slow = writer.begin(source.key, *arguments)
     slow.write([0, 1], numbers(2, 3))
-    quick = writer.begin(source.key, *arguments)  # as the holder of the lease: clears the other's
+    quick = writer.begin(source.key, *arguments)  # the lease's holder: removes the other's files
     with pytest.raises((StoreError, FileNotFoundError)):
         slow.commit()
     quick.write([0, 1], numbers(2, 3))
@@ -242,7 +242,7 @@ def test_rivals(tmp_path: Path, source: Slide) -> None:
 def test_replacing_loses_neither(
     tmp_path: Path, source: Slide, renames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after each of the renames, and put right by the next who holds the lease."""
+    """After a kill between any two renames, the next holder of the lease repairs the store."""
     out = tmp_path / "cohort"
     writer = opened(out)
     put(writer, source, numbers(4, 3))
@@ -263,7 +263,7 @@ def test_replacing_loses_neither(
 
     monkeypatch.setattr(disk.os, "rename", dies)
     if renames < 3:
-        monkeypatch.setattr(slide, "abort", lambda: None)  # nobody tidies up after a kill
+        monkeypatch.setattr(slide, "abort", lambda: None)  # a killed process does not clean up
         with pytest.raises(KeyboardInterrupt):
             slide.commit(replace=True)
     else:
@@ -288,7 +288,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_two_open_a_cohort_at_once(tmp_path: Path) -> None:
-    """Of two specifications one wins, with all of its four encoders."""
+    """If workers open a store with two specifications, one wins, with all of its encoders."""
     code = """
 import sys
 from motet.io import StoreError
@@ -313,7 +313,7 @@ except StoreError as error:
     ]  # fmt: skip
     for process in processes:
         assert process.stdin is not None
-        process.stdin.close()  # now
+        process.stdin.close()  # starts all at once
     outputs = []
     for process in processes:
         assert process.stdout is not None
@@ -329,7 +329,7 @@ except StoreError as error:
 
 
 def test_killed_workers(tmp_path: Path) -> None:
-    """kill -9 at random moments, one or two workers, until one ends: the bytes of a quiet run."""
+    """Workers killed at random moments and restarted write the bytes of an undisturbed run."""
     seeds = 200 if SOAK else 10
     memory = Path("/dev/shm")  # syncing to a disk takes 50 times longer than the rest
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
@@ -344,7 +344,7 @@ def test_killed_workers(tmp_path: Path) -> None:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A disk of 2 MB where one can be mounted, else files of 1 MB at most."""
+    """Make the folder a disk of 2 MB; without rights to mount one, limit files to 1 MB."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "motet-test", str(folder)]
     mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
@@ -370,7 +370,7 @@ def test_full_disk(tmp_path: Path, source: Slide) -> None:
             put(writer, large, numbers(1500, 1024) % 64)
         assert tree(out) == before
         assert FeatureStore(out).verify() == []
-        # Full between the features, whose space is taken, and what comes after them.
+        # The disk fills after the features, whose space is reserved, at the data that follow them.
         slide = writer.begin(
             large.key, describe(large), np.zeros((100, 2)), np.ones(100), np.zeros(100),
             np.random.default_rng(0).integers(256, size=(1500, 800, 3), dtype=np.uint8), None, 1024,
@@ -400,7 +400,7 @@ def test_logs_and_leftovers(tmp_path: Path, source: Slide) -> None:
     for name in (f"{source.key}.{'0' * 16}", f"run.json.{'1' * 16}", "unknown"):
         (out / ".tmp" / name).mkdir()
     with leases.wait(source.key):
-        writer.clean(Leases(out / "leases"))  # another worker's is left alone
+        writer.clean(Leases(out / "leases"))  # keeps files under another worker's lease
         assert sorted(os.listdir(out / ".tmp")) == [f"{source.key}.{'0' * 16}", "unknown"]
     writer.clean(leases)
     assert os.listdir(out / ".tmp") == ["unknown"]

@@ -1,4 +1,4 @@
-"""Honest evaluation: the libraries' figures, pooling by plain loops, intervals that cover."""
+"""Evaluation equals scikit-survival, scikit-learn and plain loops; intervals cover the truth."""
 
 import json
 from itertools import product
@@ -52,12 +52,14 @@ COHORTS = {"gbsg2": load_gbsg2, "whas500": load_whas500, "hancock": hancock}
 
 
 def halves(name: str) -> tuple[SurvivalFold, np.ndarray, np.ndarray]:
-    """Fit Cox on one half; return the other as a fold, and both outcomes for scikit-survival."""
+    """Fit Cox on one half; return the other half as a fold, and both outcomes."""
     table, outcome = COHORTS[name]()
     table = OneHotEncoder().fit_transform(table)
     event, time = outcome.dtype.names
     train = np.random.default_rng(0).permutation(len(outcome)) % 2 == 0
-    train[np.argmax(outcome[time])] = True  # scikit-survival refuses test times beyond training's
+    train[np.argmax(outcome[time])] = (
+        True  # scikit-survival refuses test times beyond the training times
+    )
     scaled = (table - table[train].mean()) / table[train].std()
     cox = CoxPHSurvivalAnalysis(alpha=1.0).fit(scaled[train], outcome[train])
     curves = cox.predict_survival_function(scaled[~train], return_array=True)
@@ -113,7 +115,7 @@ def test_one_fold_equals_scikit_survival(name: str) -> None:
         brier_score(train, test, reference(times), times)[1], abs=1e-9
     )
     integrated = figures["integrated_brier"]
-    # scikit-survival refuses times before the first test patient's, where all are free of it.
+    # scikit-survival refuses times before the first time of a test patient.
     steps = np.linspace(integrated["start"], integrated["end"], 100)
     first = SurvivalFold(
         np.append(fold.times, steps[0] / 2), np.append(fold.events, True),
@@ -145,7 +147,7 @@ def test_risk_groups_equal_scikit_survival(name: str) -> None:
     ratio = groups["hazard_ratio"]
     assert ratio["value"] == pytest.approx(np.exp(cox.coef_[0]), rel=1e-6)
     assert ratio["low"] < ratio["value"] < ratio["high"]
-    # Twice the same patients in two folds: the statistic doubles, the ratio stays.
+    # With the same patients in two folds, the statistic doubles and the ratio stays.
     twice = evaluate_survival([fold, fold], draws=1)["risk_groups"]
     assert norm.isf(twice["log_rank_p"] / 2) == pytest.approx(
         2**0.5 * norm.isf(groups["log_rank_p"] / 2), rel=1e-9
@@ -154,7 +156,7 @@ def test_risk_groups_equal_scikit_survival(name: str) -> None:
 
 
 def test_follow_up_beyond_the_training_part() -> None:
-    """Events after tau and horizons count as free of the event, as if censored just after."""
+    """Events after tau and the horizons count as if censored just after them."""
     rng = np.random.default_rng(3)
     train = Surv.from_arrays(rng.random(80) < 0.6, rng.exponential(size=80).clip(max=2))
     times, events, risks = 3 * rng.exponential(size=60), rng.random(60) < 0.7, rng.normal(size=60)
@@ -173,7 +175,7 @@ def test_follow_up_beyond_the_training_part() -> None:
 
 
 def small_folds(seed: int = 0, count: int = 3, n: int = 20) -> list[SurvivalFold]:
-    """Folds with ties of times and risks."""
+    """Return small folds with ties of times and of risks."""
     rng = np.random.default_rng(seed)
     folds = []
     for _ in range(count):
@@ -241,7 +243,7 @@ def test_folds_are_never_compared(seed: int, shift: float) -> None:
         curves=folds[0].curves,
     )  # fmt: skip
     one, other = figures(folds), figures([moved, *folds[1:]])
-    # Only the side of a patient whose risk is the cut itself may change by rounding.
+    # Rounding may change only the group of a patient whose risk equals the cut.
     del one["risk_groups"], other["risk_groups"]
     assert one == other
     assert one["harrell_c"]["low"] <= one["harrell_c"]["value"] <= one["harrell_c"]["high"]
@@ -261,7 +263,7 @@ def test_resampling_keeps_folds_and_events() -> None:
 
 
 def test_draws_are_the_figure_of_the_drawn_patients() -> None:
-    """The vectorised bootstrap against evaluating each resampled cohort."""
+    """The vectorised bootstrap equals evaluating each resampled cohort."""
     folds = small_folds()
     resampling = resample([fold.events for fold in folds], 20, 0)
     figure = concordance(harrell_pairs(folds), resampling)
@@ -276,7 +278,7 @@ def test_draws_are_the_figure_of_the_drawn_patients() -> None:
         pairs = harrell_pairs(drawn)
         right, weight = (sum(getattr(p, x).sum() for p in pairs) for x in ("right", "weight"))
         assert value == pytest.approx(right / weight, abs=1e-9)
-    # The influence of a patient is the derivative of the figure by the patient's weight.
+    # A patient's influence is the derivative of the figure with respect to the patient's weight.
     assert figure.influence.sum() == pytest.approx(0, abs=1e-12)
     more = Resampling(np.ones((1, 60)), resampling.fold, resampling.stratum)
     more.counts[0, 7] += 1e-6
@@ -288,7 +290,7 @@ def test_draws_are_the_figure_of_the_drawn_patients() -> None:
 
 
 def calibration(scale: float, censored: bool, n: int = 2000) -> dict:
-    """A model that knows the hazards, but for a factor."""
+    """Return the D-calibration of a model whose hazards are `scale` times the true ones."""
     rng = np.random.default_rng(4)
     hazard = np.exp(rng.normal(size=n))
     times = rng.exponential(1 / hazard)
@@ -310,7 +312,10 @@ def test_d_calibration(censored: bool) -> None:
 
 
 def test_d_calibration_spreads_the_censored() -> None:
-    """Haider et al.: censored at S = 0.25, the bins below get 0.1 / 0.25 each, its own the rest."""
+    """Haider et al.: a patient censored at S = 0.25 adds 0.1 / 0.25 to each lower bin.
+
+    The bin that holds 0.25 gets the rest.
+    """
     fold = SurvivalFold([1.0, 2.0], [1, 0], [1.0, 0.0], [1.0, 2.0, 3.0], [1, 0, 1], grid=[1.0, 2.0],
                         curves=[[0.95, 0.9], [0.5, 0.25]])  # fmt: skip
     result = evaluate_survival([fold], tau=2.0, horizons=[1.0], draws=1)["d_calibration"]
@@ -394,7 +399,7 @@ def test_comparisons_are_paired_and_change_sign() -> None:
     assert ab.p == pytest.approx(ba.p, rel=1e-9)
     assert (ab.p < 0.05) == (ab.low > 0 or ab.high < 0)
 
-    # Where every draw says the same, p is what the draws can resolve.
+    # If all draws agree, p is the smallest that this number of draws can show.
     times, events = np.arange(1.0, 9.0), np.ones(8, bool)
     right, wrong = ([SurvivalFold(times, events, r, times, events)] for r in (-times, times))
     assert compare_survival(right, wrong, draws=99) == (1.0, 1.0, 1.0, 0.02)
@@ -408,9 +413,9 @@ def test_comparisons_are_paired_and_change_sign() -> None:
     assert (ab.low, ab.high) == pytest.approx((-ba.high, -ba.low), abs=1e-12)
 
 
-# Coverage: how often the 95 % interval holds the truth of a known model. Of R cohorts the share
-# has a standard error of sqrt(0.95 * 0.05 / R). Allowed are 3.66 of them: some 40 shares are tested
-# in `make soak`, and all intervals being exact, one would exceed that in 1 of 100 runs.
+# Coverage: the share of cohorts whose 95 % interval holds the truth of a known model. For R cohorts
+# its standard error is sqrt(0.95 * 0.05 / R); 3.66 standard errors are allowed. `make soak` tests
+# about 40 shares: if all intervals were exact, one share would exceed this in 1 of 100 runs.
 # Seeds are fixed. `make soak` takes 1000 cohorts and more sizes.
 
 
@@ -422,7 +427,7 @@ def assert_covers(hits: list[bool]) -> None:
 def simulated(
     rng: np.random.Generator, n: int, beta: float, noise: float = 0.3, models: int = 1
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Exponential times and censoring, half of the noise shared; one outcome, several risks."""
+    """Return (times, events, risks) per model: one outcome, risks with half of the noise shared."""
     x = rng.normal(size=n)
     times, ends = rng.exponential(np.exp(-beta * x)), rng.exponential(0.8, size=n)
     common = rng.normal(size=n)
@@ -441,7 +446,7 @@ if SOAK:
 @pytest.mark.slow
 @pytest.mark.parametrize(("beta", "folds", "n"), SIZES)
 def test_survival_intervals_cover(beta: float, folds: int, n: int) -> None:
-    """Harrell's c is 0.60 and 0.80; truth from 300 cohorts of 300, so for Uno's c and the AUC."""
+    """Intervals of both c and the AUC cover; the truth comes from 300 folds of 300 patients."""
     rng = np.random.default_rng(11)
     train = simulated(rng, 100, beta)[0][:2]
 
@@ -463,7 +468,7 @@ def test_survival_intervals_cover(beta: float, folds: int, n: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("folds", "n"), [(1, 100), (5, 60)])
 def test_paired_intervals_cover(folds: int, n: int) -> None:
-    """Two models of equal skill whose errors correlate: the difference is 0."""
+    """Intervals of the difference cover 0 for two equal models whose errors correlate."""
     rng = np.random.default_rng(12)
     hits, p = [], []
     for seed in range(1000 if SOAK else 300):
@@ -472,7 +477,7 @@ def test_paired_intervals_cover(folds: int, n: int) -> None:
         comparison = compare_survival(a, b, draws=300, seed=seed)
         hits.append(comparison.low <= 0 <= comparison.high)
         p.append(comparison.p)
-        # p is exact only as far as the draws go: near the interval's end they may disagree.
+        # p is resolved only to 1 / draws: near 0.05 it may disagree with the interval.
         assert hits[-1] == (comparison.p >= 0.05) or abs(comparison.p - 0.05) < 0.02
     assert_covers(hits)
     assert kstest(p, "uniform").pvalue > 0.001

@@ -1,4 +1,4 @@
-"""Runs from end to end: leakage, killed runs, new patients, every shipped cohort, bad input."""
+"""Complete runs: leakage, killed runs, new patients, every shipped cohort, bad input."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def trained(cohort: Cohort, kind: str, out: Path, **options: Any) -> Run:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """Return what a run has found: no seconds, no log."""
+    """Return the files of a run that must be equal in two runs; no times, no log."""
     names = ("predictions.csv", "metrics.json", "splits.json", "outcome.csv")
     contents = {name: (run / name).read_bytes() for name in names}
     for path in sorted(run.glob("folds/*/*")):
@@ -111,7 +111,7 @@ def changed_test_rows(cohort: Cohort) -> Cohort:
 
 @pytest.mark.parametrize("kind", ["healnet", "lego"])
 def test_test_patients_change_nothing_that_is_fitted(kind: str, tmp_path: Path) -> None:
-    """Scaling, bins, weights, the stopping epoch, cut-points: byte for byte the same."""
+    """Scaling, bins, weights, the stopping epoch and cut-points are equal, byte for byte."""
     cohort = with_fixed_splits(breast_cancer())
     changes = {**SMALL, "epochs": 6, "patience": 2}
     one = trained(cohort, kind, tmp_path / "one", changes=changes)
@@ -153,8 +153,8 @@ def test_groups_never_part_and_patients_are_tested_once() -> None:
 
 def test_given_splits_are_used_and_checked() -> None:
     cohort, ids = breast_cancer(), breast_cancer().patients
-    given = replace(cohort, splits=(Split(ids[:150], (), ids[150:]),))
-    (fold,) = experiments.split_cohort(given, experiments.Splits())
+    with_splits = replace(cohort, splits=(Split(ids[:150], (), ids[150:]),))
+    (fold,) = experiments.split_cohort(with_splits, experiments.Splits())
     assert fold.test == ids[150:]
     assert set(fold.train) | set(fold.validation) == set(ids[:150])
     assert len(fold.validation) == round(0.15 * 198)
@@ -164,7 +164,7 @@ def test_given_splits_are_used_and_checked() -> None:
     again = replace(cohort, splits=(Split(ids[:99], (), ids[99:]), Split(ids[:150], (), ids[150:])))
     with pytest.raises(ValueError, match="fold 2: patient .* in that of fold 1; intervals need"):
         experiments.split_cohort(again, experiments.Splits())
-    parted = replace(given, groups=("same",) * 198)
+    parted = replace(with_splits, groups=("same",) * 198)
     with pytest.raises(ValueError, match="validation|group"):
         experiments.split_cohort(parted, experiments.Splits())
 
@@ -173,7 +173,7 @@ def test_given_splits_are_used_and_checked() -> None:
 
 
 def test_a_run_from_the_command_line(tmp_path: Path) -> None:
-    """Train, evaluate, predict in another process: the same risks, also with a modality missing."""
+    """Predictions in another process equal those of training, also without a modality."""
     out = tmp_path / "runs" / "healnet"
     train = ["train", "breast_cancer", "--model", "healnet", "--out", out, *QUICK]
     shown, errors = motet_command(*train, "--splits", 2, "--test", 0.5, "--json")
@@ -204,7 +204,7 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
             assert fitted.scale is not None
             expected.append((risks - fitted.scale.mean) / fitted.scale.sd)
     np.testing.assert_allclose(predicted["risk"], np.mean(expected, 0), rtol=1e-4, atol=1e-5)
-    assert (predicted["seen"] == 1).all()  # either fold tests the half that the other one knew
+    assert (predicted["seen"] == 1).all()  # each fold tests the half that the other trained on
     assert (predicted["modalities"] == "genes clinical").all()
 
     table = cohort.modalities["clinical"]
@@ -248,7 +248,7 @@ def test_lego_merge_and_fuse(tmp_path: Path) -> None:
     assert code == 0
     merged = Run.finished(tmp_path / "merged")
     assert merged.predictions().equals(lego.predictions())
-    # One block after the other gives the same merge; in the other order the same risks.
+    # Blocks trained one by one give the same merge, and the same risks in the other order.
     folders = [str(tmp_path / "lego" / "blocks" / name) for name in ("clinical", "genes")]
     assert cli.main(["merge", *folders, "--out", str(tmp_path / "turned")]) == 0
     turned = Run.finished(tmp_path / "turned").predictions()
@@ -285,7 +285,7 @@ def test_blocks_of_other_splits_do_not_merge(tmp_path: Path) -> None:
 
 
 def test_blocks_train_on_the_patients_that_have_their_modality(tmp_path: Path) -> None:
-    """Unpaired: nobody has both modalities, yet the blocks merge and everyone is predicted."""
+    """If no patient has both modalities, the blocks still merge and every patient is predicted."""
     cohort = breast_cancer()
     genes, clinical = (cohort.modalities[name].copy() for name in ("genes", "clinical"))
     genes.iloc[::2] = np.nan
@@ -298,7 +298,7 @@ def test_blocks_train_on_the_patients_that_have_their_modality(tmp_path: Path) -
 
 
 def test_nobody_in_the_test_part_has_a_modality(tmp_path: Path) -> None:
-    """As protein in breast_tcga: the block is trained and merged, and tested on nobody."""
+    """Such a block is trained and merged, and tested on no patient (as protein in breast_tcga)."""
     cohort = with_fixed_splits(breast_cancer())
     genes = cohort.modalities["genes"].copy()
     genes.iloc[150:] = np.nan
@@ -307,7 +307,7 @@ def test_nobody_in_the_test_part_has_a_modality(tmp_path: Path) -> None:
     assert len(run.predictions()) == 48
     block, clinical = experiments.blocks_of([tmp_path / "run"])
     assert experiments.read_metrics(block) == {"patients": 0, "folds": 0}
-    # What is left is the other block, under the head that both merged to.
+    # The merge then predicts with the other block and the merged head.
     assert (run.predictions()["patient"] == clinical.predictions()["patient"]).all()
     with pytest.raises(ValueError, match="predicts no test patient that"):
         experiments.compare_runs(run, block)
@@ -332,19 +332,19 @@ class CountedBags(LazyBags):
 
 @pytest.mark.parametrize(("kind", "runs"), [("healnet", 1), ("cox", 1), ("lego", 2)])
 def test_a_bag_is_read_once_per_fold(kind: str, runs: int, tmp_path: Path) -> None:
-    """To learn the scaling, train for two epochs, validate and predict; "lego" merges, as well."""
+    """Scaling, two epochs, validation and prediction read a bag once; a merge once more."""
     cohort = breast_cancer()
     counted = CountedBags(cohort.patients)
     modalities = {"clinical": cohort.modalities["clinical"], "wsi": Bags(counted, features=4)}
     trained(replace(cohort, modalities=modalities), kind, tmp_path / "run")
-    # Two folds of 85 % of the patients, or all; merging reads no validation part.
+    # A patient is in at most two folds; merging does not read the validation part.
     assert min(counted.reads.values()) >= 1
     assert max(counted.reads.values()) == 2 * runs
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    """Killed at random moments, a run ends with the very files of one that was not."""
+    """A run that is killed and continued ends with the files of an undisturbed run."""
     changes = ["--set", "epochs=30", "--set", "patience=30", *QUICK[2:], "--splits", "2"]
     command = ["train", "breast_cancer", "--model", "healnet", *changes, "--out"]
     motet_command(*command, tmp_path / "whole")
@@ -363,7 +363,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
                 break
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.8))
-        # Only those count that hit a training that had kept something.
+        # A kill counts only if the training had already written a checkpoint.
         kills += process.poll() is None and any(killed.glob("folds/*/last.ckpt"))
         process.kill()
         process.wait()
@@ -375,7 +375,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_leaves_one_run_folder(tmp_path: Path) -> None:
-    """Two processes: the first one alone writes, and the blocks are merged once they are there."""
+    """Of two processes only the first writes; the blocks are merged after their training."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -417,13 +417,15 @@ def test_a_run_continues_only_as_it_began(tmp_path: Path) -> None:
     assert not list((tmp_path / "full" / "blocks").iterdir())  # refused before training
     with pytest.raises(ValueError, match="heads: expected a positive integer, got -1"):
         trained(cohort, "healnet", tmp_path / "typo", changes={**SMALL, "heads": -1})
-    trained(cohort, "healnet", tmp_path / "typo")  # nothing had been trained: not held against it
+    trained(
+        cohort, "healnet", tmp_path / "typo"
+    )  # the failed attempt trained nothing, so another may begin
     with locked(tmp_path / "busy"), pytest.raises(ValueError, match="another motet process"):
         trained(cohort, "cox", tmp_path / "busy")
 
 
 def test_baselines(tmp_path: Path) -> None:
-    """Ridge Cox on principal axes is ridge Cox; forests and logistic regression give curves."""
+    """Ridge Cox on principal axes equals ridge Cox; forests and logistic regression predict."""
     from motet.fusion import baselines
     from sksurv.linear_model import CoxPHSurvivalAnalysis
     from sksurv.util import Surv
@@ -481,7 +483,7 @@ def test_every_shipped_cohort_trains_with_one_command(name: str, tmp_path: Path)
     table = experiments.predict_cohort(run, cohort)
     assert list(table["patient"]) == list(cohort.patients)
     assert np.isfinite(table.select_dtypes(float)).all().all()
-    # Loaded without an outcome, codes, categories and lab items may come in another order.
+    # Without an outcome, codes, categories and lab items may have another order.
     blind = load_cohort(name, outcome=False)
     other = experiments.predict_cohort(run, blind).set_index("patient").loc[list(cohort.patients)]
     numbers = table.select_dtypes(float).to_numpy()
@@ -495,7 +497,7 @@ ROWS = 60
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A cohort of 60 patients that trains; tests spoil it."""
+    """Write a cohort of 60 patients that trains; tests damage it."""
     generator = np.random.default_rng(0)
     frame = pd.DataFrame(generator.normal(size=(ROWS, 3)).round(3), columns=["a", "b", "c"])
     frame.insert(0, "id", [f"{i:03}" for i in range(ROWS)])
@@ -668,7 +670,7 @@ def test_half_written_runs_are_one_clear_line(
             path.write_bytes(broken) if broken else path.unlink()
             refused("incomplete, fold 1 of 2 is not done", *predict)
         if name in ("model.safetensors", "fitted.json"):
-            path.write_bytes(kept[:-9] + b"?" * 9)  # of the right size
+            path.write_bytes(kept[:-9] + b"?" * 9)  # damaged, but of the right size
             refused("corrupt", *predict)
         path.write_bytes(kept)
     outcome = (run / "outcome.csv").read_bytes()
@@ -681,7 +683,7 @@ def test_half_written_runs_are_one_clear_line(
     (run / "splits.json").unlink()
     refused("incomplete, without", *evaluate)
     (run / "splits.json").write_bytes(before["splits.json"])
-    assert cli.main(train) == 0  # the same command again mends what is missing
+    assert cli.main(train) == 0  # the same command trains the missing parts again
     assert content(run) == before
 
     config = json.loads((run / "config.json").read_text())
@@ -730,7 +732,7 @@ def test_an_interrupted_run_says_so(sign: signal.Signals, tmp_path: Path) -> Non
         [sys.executable, "-m", "motet", *command, str(tmp_path / "run")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # What a shell runs in the background ignores Ctrl-C, and so would what the tests start.
+        # A shell's background jobs ignore Ctrl-C, and so would processes started by the tests.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""Other tools' files: TRIDENT's and CLAM's layouts read, imported, written; hostile ones named."""
+"""Files of TRIDENT and CLAM are read, imported and written; damaged ones raise a clear error."""
 
 import os
 import pickle
@@ -74,7 +74,9 @@ def test_layouts(tmp_path: Path) -> None:
     assert alone.footprint_px == 512
     write_clam(tmp_path / "clam", "b", features)
     assert read_coords(tmp_path / "clam/patches/b.h5").footprint_px == 1024
-    assert read_coords(tmp_path / "clam/h5_files/b.h5").footprint_px is None  # does not say
+    assert (
+        read_coords(tmp_path / "clam/h5_files/b.h5").footprint_px is None
+    )  # the file has no footprint
     tensor = read_trident(tmp_path / "clam/pt_files/b.pt")
     assert tensor.coords is None
     np.testing.assert_array_equal(tensor.features, features)  # pyright: ignore[reportArgumentType]

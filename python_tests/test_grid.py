@@ -1,4 +1,4 @@
-"""Where patches lie: resolution, level, borders, coordinates, on pyramids of all shapes."""
+"""Grids of patches: resolution, level, borders and coordinates, on pyramids of many shapes."""
 
 import json
 from typing import Any
@@ -14,8 +14,10 @@ from .grid_helpers import ArraySlide, Level, grid_of, pyramid, slides, tilings
 
 
 def test_the_papers_patches_on_an_odd_slide() -> None:
-    """4097 px at a quarter are 1024: int(4097 / 1024) as the footprint would still be 4 here, but
-    ceil(4097 / 4) = 1025 px give int(4097 / 1025) = 3."""
+    """The grid has 4 x 4 patches, whether the level's side, 4097 / 4, is rounded down or up.
+
+    A footprint of 1024 px gives int(4097 / 1024) = 4; one of ceil(4097 / 4) = 1025 px gives 3.
+    """
     for side in (1024, 1025):
         slide = ArraySlide([Level(4097, 4097, 1.0), Level(side, side, 4.0), Level(256, 256, 16.0)])
         grid = grid_of(slide, downsample=4)
@@ -67,7 +69,7 @@ def test_noise_of_a_quotient_costs_no_patch() -> None:
 
 
 def test_a_level_of_2_0005() -> None:
-    """Patches keep to the pixels of the level; coordinates say where these lie."""
+    """Corners are whole pixels of the level; coordinates are their positions at level 0."""
     slide = ArraySlide([Level(4443, 3567, 1.0), Level(2221, 1783, 2.0005)])
     grid = grid_of(slide, downsample=2, tile_px=100)
     assert (grid.level, grid.ratio, grid.footprint_px) == (1, 1.0, 200.05)
@@ -150,7 +152,7 @@ def test_patches_tile_the_slide(slide: ArraySlide, tiling: Tiling) -> None:
     grid = make_grid(slide, tiling, None)  # pyright: ignore[reportArgumentType]
     level, target = slide.levels[grid.level], tiling.downsample
     assert target is not None
-    # The level: no coarser than asked for, and no coarser one would do.
+    # The level is the coarsest that is not coarser than the target.
     assert level.downsample <= target * 1.02
     assert not any(level.downsample < other.downsample <= target * 1.02 for other in slide.levels)
     taken = grid.ratio == 1.0
@@ -162,7 +164,7 @@ def test_patches_tile_the_slide(slide: ArraySlide, tiling: Tiling) -> None:
 
     rows, columns = grid.shape
     assert len(grid.coords) == len(grid.corners) == len(grid.edge) == rows * columns
-    # Coordinates and corners say the same, to half a pixel of whichever is not whole.
+    # Coordinates and corners agree to half a pixel of the one that is not rounded.
     assert (
         np.abs(grid.coords - grid.corners * level.downsample).max(initial=0) <= 0.5 * taken + 1e-6
     )
@@ -180,7 +182,7 @@ def test_patches_tile_the_slide(slide: ArraySlide, tiling: Tiling) -> None:
         steps = np.diff(line)
         regular = steps[:-1] if tiling.border == "shift" else steps
         assert np.abs(regular - grid.footprint_px).max(initial=0) <= max(1.0, unit)
-        # Nothing piles up: the n-th is n footprints away.
+        # Rounding errors do not add up: patch n begins n footprints from the border.
         if tiling.border != "shift":
             ideal = np.arange(count) * grid.footprint_px
             assert np.abs(line - ideal).max() <= max(1.0, unit)
@@ -190,7 +192,7 @@ def test_patches_tile_the_slide(slide: ArraySlide, tiling: Tiling) -> None:
         if tiling.border != "pad" and grid.footprint_px <= usable:
             assert ends.max() <= side + (0.5 if taken else 1e-6)
             assert (corners + grid.read_px).max() <= level_side + 1e-6
-        if tiling.border == "drop":  # nothing more would fit
+        if tiling.border == "drop":  # no further patch would fit
             assert ends[-1] + grid.footprint_px > usable - unit - 1
         else:
             assert ends[-1] > usable - unit - 1

@@ -1,4 +1,4 @@
-"""The scan of tiles: every damage that it can prove, nothing that is not damage."""
+"""The scan of tiles reports all damage that it can prove, and nothing else."""
 
 import re
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def test_whole_files_are_whole(coding: str, slides: dict[str, bytes], tmp_path: 
 
 @pytest.mark.parametrize("coding", CODINGS)
 def test_zeroed_ranges(coding: str, slides: dict[str, bytes], tmp_path: Path) -> None:
-    """A hole from within one tile into another, at random places."""
+    """Zeros from the middle of one tile into the next are reported for every tile they touch."""
     path = tmp_path / "slide.tif"
     path.write_bytes(slides[coding])
     places = ranges(path)
@@ -66,7 +66,7 @@ def test_zeroed_ranges(coding: str, slides: dict[str, bytes], tmp_path: Path) ->
     for _ in range(12):
         first = int(random.integers(len(places) - 1))
         start, stop = places[first][0], sum(places[first + 1])
-        if coding != "none":  # of plain pixels only a tile that is black throughout is damage
+        if coding != "none":  # without compression, only a tile of zeros is damage
             start += int(random.integers(40, places[first][1] - 40))
             stop -= int(random.integers(places[first + 1][1] - 40))
         content = bytearray(slides[coding])
@@ -77,7 +77,7 @@ def test_zeroed_ranges(coding: str, slides: dict[str, bytes], tmp_path: Path) ->
 
 @pytest.mark.parametrize("coding", ["jpeg", "aperio_jp2000_rgb", "lzw"])
 def test_a_hole_within_one_tile(coding: str, slides: dict[str, bytes], tmp_path: Path) -> None:
-    """The markers at both ends are there, and 64 bytes in between are not."""
+    """64 zero bytes within a tile are reported, although both end markers are intact."""
     path = tmp_path / "slide.tif"
     path.write_bytes(slides[coding])
     for i, (at, count) in enumerate(ranges(path)):
@@ -110,7 +110,7 @@ def test_other_bytes_and_lost_markers(
 
 @pytest.mark.parametrize("coding", [*CODINGS, "deflate"])
 def test_truncated(coding: str, slides: dict[str, bytes], tmp_path: Path) -> None:
-    """All tiles beyond the cut, given that the directory comes first."""
+    """All tiles that end after the cut are reported, if the directory comes first."""
     path = tmp_path / "slide.tif"
     image = draw_tissue(900, 700)
     tifffile.imwrite(path, image, tile=(256, 256), photometric="rgb", metadata=None,
@@ -123,7 +123,7 @@ def test_truncated(coding: str, slides: dict[str, bytes], tmp_path: Path) -> Non
 
 
 def test_ranges_that_cannot_be(slides: dict[str, bytes], tmp_path: Path) -> None:
-    """Offsets beyond the file, overlaps, and lengths that no coder makes."""
+    """Offsets beyond the file, overlaps and impossible lengths are reported."""
     path = tmp_path / "slide.tif"
     path.write_bytes(slides["jpeg"])
     tiff = TiffFile(path)
@@ -145,9 +145,9 @@ def test_ranges_that_cannot_be(slides: dict[str, bytes], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("optimise", [False, True], ids=["standard", "optimised"])
 def test_pictures_whose_codes_are_zeros(optimise: bool, tmp_path: Path) -> None:
-    """Plain areas with Huffman tables of their own are runs of zero bytes, and no damage.
+    """Plain areas coded with optimised Huffman tables are runs of zero bytes, but no damage.
 
-    By the standard's tables none has 16 in a row, so that 32 prove a hole.
+    With the standard tables no run has 16 zero bytes, so that 32 prove a hole.
     """
     path = tmp_path / "slide.tif"
     tissue = draw_tissue(512, 256)
@@ -172,7 +172,7 @@ def test_pictures_whose_codes_are_zeros(optimise: bool, tmp_path: Path) -> None:
 
 
 def test_a_hole_in_a_tile_with_its_own_tables(tmp_path: Path) -> None:
-    """Longer than all of its blocks could take is damage even there."""
+    """A run of zeros longer than the code of all blocks of the tile is damage with any tables."""
     path = tmp_path / "slide.tif"
     tifffile.imwrite(
         path, draw_tissue(512, 256), tile=(256, 256), photometric="rgb", compression="jpeg",
@@ -197,7 +197,7 @@ def test_real_slides_are_whole(name: str) -> None:
 
 @pytest.mark.parametrize("coding", [*CODINGS, "deflate"])
 def test_damage_never_becomes_pixels(coding: str, slides: dict[str, bytes], tmp_path: Path) -> None:
-    """Reads of damaged tiles raise, all others are as before, and the thumbnail is white there."""
+    """Reads of damaged tiles raise, others do not change; the thumbnail is white there."""
     path = tmp_path / "slide.tif"
     path.write_bytes(slides[coding])
     at, count = ranges(path)[5]  # second row, second column
@@ -208,7 +208,7 @@ def test_damage_never_becomes_pixels(coding: str, slides: dict[str, bytes], tmp_
     path.write_bytes(content)
     corners = np.array([[x, y] for y in range(0, 700, 128) for x in range(0, 900, 128)])
     with open_slide(path) as slide:
-        if coding != "deflate":  # its checksum shows when it is decoded
+        if coding != "deflate":  # its checksum fails only when it is decoded
             assert slide.damaged(0).tolist() == [[256, 256, 256, 256]]
         for workers in (1, 2):
             items = slide.read_many(0, corners, 100, 100, workers=workers)
@@ -230,7 +230,7 @@ def test_damage_never_becomes_pixels(coding: str, slides: dict[str, bytes], tmp_
 
 
 def test_tiles_left_out(tmp_path: Path) -> None:
-    """They are white glass in most files, and lost in Aperio's."""
+    """Tiles without data are white in most files, and damaged in Aperio's."""
     path = tmp_path / "slide.tif"
     image = draw_tissue(900, 700)
     for description, lost in ((None, False), ("Aperio Image Library|MPP = 0.5", True)):
@@ -247,7 +247,7 @@ def test_tiles_left_out(tmp_path: Path) -> None:
 
 
 def test_black_where_black_may_be(tmp_path: Path) -> None:
-    """Fluorescence and transparent tiles are zeros in good order."""
+    """Black fluorescence tiles and transparent tiles are no damage."""
     path = tmp_path / "slide.tif"
     for shape in ((512, 512), (512, 512, 4)):
         photometric = "minisblack" if len(shape) == 2 else "rgb"
