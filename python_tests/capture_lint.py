@@ -33,7 +33,7 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 class CaptureLint(TorchDispatchMode):
     """Raise at the first operator that a CUDA graph cannot hold.
 
-    It does not look inside motet's operators: `test_triton_launchers.py` runs the code that they run on a GPU.
+    It does not look inside motet's operators: `test_triton_launchers.py` runs their code for GPUs.
     """
 
     def __torch_dispatch__(
