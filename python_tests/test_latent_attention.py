@@ -1,4 +1,4 @@
-"""latent_attention: ragged equals dense bag by bag; weights, dropout, refusals."""
+"""latent_attention: ragged bags give what dense ones give; weights, dropout, error messages."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ def ragged(lengths: list[int], dtype: torch.dtype = torch.float64, *, width: int
 
 
 def counts_of(tokens: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return counts of 1 to 4 as they go with tensors of `dtype`."""
+    """Return counts of 1 to 4 in the dtype that goes with tensors of `dtype`."""
     return torch.randint(1, 5, (tokens,)).to(wide(dtype))
 
 
@@ -67,7 +67,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def literal(q, k, v, scale):
-    """One query at a time, in Python."""
+    """Compute attention one query at a time, in Python."""
     out = torch.zeros_like(q)
     for b, h, c in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         scores = [math.exp(scale * float(q[b, h, c] @ key)) for key in k[b, h]]
@@ -89,11 +89,11 @@ def test_equals_the_literal_sum() -> None:
 def test_equals_the_reference(lengths: list[int], form: str) -> None:
     args, offsets = ragged(lengths), offsets_of(lengths)
     for options in ({}, {"scale": 0.3}, {"scale": 4.0}):
-        mine, theirs = (
+        actual, expected = (
             with_gradients(lambda *t, f=f, o=options: f(*t, offsets, **o))(*args)
             for f in (FORMS[form], latent_attention_reference)
         )
-        torch.testing.assert_close(mine, theirs, **EXACT)
+        torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.usefixtures("_poisoned", "_small_chunks")
@@ -108,10 +108,10 @@ def test_dense_equals_the_reference(shape: tuple[int, ...]) -> None:
     batch, heads, latents, width, keys = shape
     q = torch.randn(batch, heads, latents, width, **WIDE)
     k, v = (torch.randn(batch, heads, keys, width, **WIDE) for _ in range(2))
-    mine, theirs = (
+    actual, expected = (
         with_gradients(f)(q, k, v) for f in (latent_attention, latent_attention_reference)
     )
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 def test_heads_without_width_need_a_scale() -> None:
@@ -131,7 +131,7 @@ def test_heads_without_width_need_a_scale() -> None:
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_is_as_good_as_torch(form: str, common: float, scale: float, dtype: torch.dtype) -> None:
-    """With keys and values that have something in common too, which no score's gradient sees."""
+    """Errors stay as small as torch's, also if all keys share an offset, which softmax ignores."""
     lengths = [40, 1, 0, 23]
     offsets = offsets_of(lengths)
     q, k, v = ragged(lengths, width=16)
@@ -144,7 +144,7 @@ def test_is_as_good_as_torch(form: str, common: float, scale: float, dtype: torc
 
 @pytest.mark.usefixtures("_small_chunks")
 def test_huge_scores_do_not_overflow() -> None:
-    """Scores of 1e4 and beyond, rising from chunk to chunk: the highest wins, nothing is NaN."""
+    """With scores from 1e4, rising from chunk to chunk, the highest wins and all is finite."""
     k = torch.arange(40.0)[:, None, None].expand(40, 1, 1) * 1e3
     v = torch.arange(40.0)[:, None, None].clone()
     for sign, winner in ((1.0, 39.0), (-1.0, 0.0)):
@@ -172,7 +172,7 @@ def test_huge_scores_do_not_overflow() -> None:
 def test_a_bag_has_the_same_bits_in_any_batch(
     lengths: list[int], width: int, dtype: torch.dtype, form: str, together: int, counted: bool
 ) -> None:
-    """Where bags are cut into chunks of keys, and where short ones are multiplied together."""
+    """This holds for bags cut into chunks of keys and for short bags multiplied together."""
     torch.manual_seed(sum(lengths))
     q, k, v = ragged(lengths, dtype, width=width)
     offsets = offsets_of(lengths)
@@ -214,7 +214,7 @@ def test_a_bag_has_the_same_bits_in_any_batch(
 def test_a_bag_does_not_see_where_it_lies(
     lengths: list[int], heads: int, latents: int, width: int, dtype: torch.dtype
 ) -> None:
-    """Of widths at which the matrices of a batch begin at any byte, as products may notice."""
+    """The widths make matrices begin at any byte, since a product may depend on the alignment."""
     q = torch.randn(len(lengths), heads, latents, width, dtype=dtype)
     k, v = (torch.randn(sum(lengths), heads, width, dtype=dtype) for _ in range(2))
 
@@ -249,7 +249,7 @@ def test_the_size_of_chunks_changes_rounding_only(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients(form: str, dropout_p: float) -> None:
-    """With a fixed seed the mask is fixed too, and the gradient is that of what was computed."""
+    """A fixed seed fixes the dropout mask, so that gradcheck can compare finite differences."""
     args = [t.detach().requires_grad_() for t in ragged([2, 0, 3])]
     offsets, seed = offsets_of([2, 0, 3]), torch.tensor([5])
     with mock.patch.object(cpu, "KEYS", 2):
@@ -267,8 +267,8 @@ def test_tokens_behind_the_last_bag_belong_to_none() -> None:
     longer = torch.cat([kv, torch.full_like(kv[:3], torch.nan)])
     run = with_gradients(lambda q, kv: latent_attention_kv(q, kv, offsets, scale=0.3)[0])
     out, dq, dkv = run(q, kv)
-    for mine, theirs in zip(run(q, longer), (out, dq, dkv), strict=True):
-        assert torch.equal(mine[: len(theirs)], theirs)
+    for actual, expected in zip(run(q, longer), (out, dq, dkv), strict=True):
+        assert torch.equal(actual[: len(expected)], expected)
     with pytest.raises(ValueError, match="offsets: expected to rise from 0 to 12"):
         latent_attention_kv(q, kv[:-1], offsets, scale=0.3)
     with pytest.raises(ValueError, match="offsets: expected to rise from 0 to 16"):
@@ -278,7 +278,7 @@ def test_tokens_behind_the_last_bag_belong_to_none() -> None:
 @pytest.mark.parametrize("lengths", [[4, 0, 9], [0, 0], []], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_shared_queries_and_padded_keys(lengths: list[int], dropout_p: float) -> None:
-    """Queries of one row are those of every bag; numbers behind a head's own are zero."""
+    """Queries of batch size 1 serve every bag, and keys may be padded with zeros to a wider row."""
     _, k, v = ragged(lengths)
     q, kv = torch.randn(1, 4, 3, 5, **WIDE).transpose(1, 2), torch.stack([k, v], 1)
     options = {"scale": 0.3, "dropout_p": dropout_p}
@@ -292,9 +292,9 @@ def test_shared_queries_and_padded_keys(lengths: list[int], dropout_p: float) ->
         q = q.expand(len(lengths), -1, -1, -1)
         return latent_attention_kv(q, kv, offsets_of(lengths), **options)[0]
 
-    mine, theirs = with_gradients(padded)(q, kv), with_gradients(plain)(q, kv)
-    for own, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(own, other, **EXACT)
+    padded_results, plain_results = with_gradients(padded)(q, kv), with_gradients(plain)(q, kv)
+    for actual, expected in zip(padded_results, plain_results, strict=True):
+        torch.testing.assert_close(actual, expected, **EXACT)
     with pytest.raises(ValueError, match="kv: expected rows of 5 numbers, or of 16, got"):
         latent_attention_kv(q, kv.repeat(1, 1, 1, 2), offsets_of(lengths), **options)
 
@@ -313,8 +313,8 @@ def test_latents_attend_to_themselves(backend: Backend, dropout_p: float, monkey
         q, k, v = x.permute(2, 0, 3, 1, 4).unbind()
         return latent_attention(q, k, v, scale=0.3, dropout_p=dropout_p, seed=seed, backend=backend)
 
-    mine, theirs = with_gradients(itself)(qkv), with_gradients(apart)(qkv)
-    assert all(map(torch.equal, mine, theirs))
+    actual, expected = with_gradients(itself)(qkv), with_gradients(apart)(qkv)
+    assert all(map(torch.equal, actual, expected))
     assert latent_self_attention(qkv.bfloat16(), scale=0.3).dtype == torch.float32
 
 
@@ -327,7 +327,7 @@ def test_log_sum_exp() -> None:
 
 
 def repeated(counts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which token each of the tokens that are counted is, and their offsets."""
+    """Return the index of each token repeated as often as its count, and the new offsets."""
     copies = counts.long()
     index = torch.arange(len(counts)).repeat_interleave(copies)
     return index, torch.cat([copies.new_zeros(1), copies.cumsum(0)])[offsets]
@@ -345,18 +345,18 @@ SAME = {"rtol": 1e-12, "atol": 1e-12}
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_a_count_is_so_many_equal_keys(lengths: list[int], how: str, monkeypatch) -> None:
-    """Out and gradients, those of a key being the sum over its copies."""
+    """A key with count n gives the output of n equal keys, and the sum of their gradients."""
     monkeypatch.setattr(operator, "compiled", lambda function: function)
     args, offsets, counts = ragged(lengths), offsets_of(lengths), counts_of(sum(lengths))
     index, longer = repeated(counts, offsets)
-    mine, theirs = (
+    actual, expected = (
         with_gradients(function)(*args)
         for function in (
             lambda *t: HOW[how](*t, offsets, counts=counts),
             lambda q, k, v: latent_attention_reference(q, k[index], v[index], longer),
         )
     )
-    torch.testing.assert_close(mine, theirs, **SAME)
+    torch.testing.assert_close(actual, expected, **SAME)
 
 
 @pytest.mark.usefixtures("_poisoned", "_small_chunks")
@@ -375,8 +375,8 @@ def test_counts_of_dense_bags(
         k, v = (t.transpose(1, 2).flatten(0, 1)[index] for t in (k, v))
         return latent_attention_reference(q, k, v, longer)
 
-    mine = with_gradients(lambda *t: HOW[how](*t, counts=counts))(*args)
-    torch.testing.assert_close(mine, with_gradients(literal)(*args), **SAME)
+    actual = with_gradients(lambda *t: HOW[how](*t, counts=counts))(*args)
+    torch.testing.assert_close(actual, with_gradients(literal)(*args), **SAME)
 
 
 @pytest.mark.usefixtures("_small_chunks")
@@ -386,26 +386,26 @@ def test_counts_of_1_change_no_bit(form: str, dtype: torch.dtype) -> None:
     lengths = [9, 9, 0, 17, 1]
     args, offsets = ragged(lengths, dtype), offsets_of(lengths)
     ones = torch.ones(sum(lengths), dtype=wide(dtype))
-    mine, theirs = (
+    counted, plain = (
         with_gradients(lambda *t, c=counts: FORMS[form](*t, offsets, counts=c))(*args)
         for counts in (ones, None)
     )
-    assert all(map(torch.equal, mine, theirs))
+    assert all(map(torch.equal, counted, plain))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 10])
 def test_half_a_spectrum_is_enough(tokens: int) -> None:
-    """What counts are for: rows k and N - k of the real part of a real bag's spectrum are equal."""
+    """Rows k and N - k of the real part of a real bag's spectrum are equal: counts replace one."""
     spectrum = torch.fft.fft(torch.randn(tokens, 15, **WIDE), dim=0).real
     rows = tokens // 2 + 1
     counts = torch.full((rows,), 2.0, **WIDE)
     counts[0] = 1
     counts[tokens - tokens // 2 :] = 1  # N / 2 of an even N is its own mirror image
-    whole, half = (spectrum[:n].view(n, 3, 5) for n in (tokens, rows))
+    full, half = (spectrum[:n].view(n, 3, 5) for n in (tokens, rows))
     q = torch.randn(1, 3, 4, 5, **WIDE)
-    mine = latent_attention(q, half, half, offsets_of([rows]), counts=counts)
-    theirs = latent_attention(q, whole, whole, offsets_of([tokens]))
-    torch.testing.assert_close(mine, theirs, **SAME)
+    actual = latent_attention(q, half, half, offsets_of([rows]), counts=counts)
+    expected = latent_attention(q, full, full, offsets_of([tokens]))
+    torch.testing.assert_close(actual, expected, **SAME)
 
 
 @pytest.mark.usefixtures("_small_chunks")
@@ -419,8 +419,8 @@ def test_counts_of_any_size_are_as_good_as_torch(
     offsets, counts = offsets_of(lengths), (size * (1 + 3 * torch.rand(64))).double()
 
     def run(function, *args: Tensor) -> Tensor:
-        own = counts.float().to(wide(args[0].dtype))
-        return function(*args, offsets, counts=own, scale=0.3)
+        converted = counts.float().to(wide(args[0].dtype))
+        return function(*args, offsets, counts=converted, scale=0.3)
 
     assert_as_good_as(
         with_gradients(lambda *t: run(FORMS[form], *t)),
@@ -471,21 +471,21 @@ HEADS, LATENTS, TOKENS, P = 3, 4, 400, 0.3
 def kept(
     lengths: list[int], seed: int = 5, dropout_p: float = P, form: str = "apart"
 ) -> list[Tensor]:
-    """Return the mask [H, C, N_b] of each bag, by equal scores and unit vectors as values."""
+    """Return the mask [H, C, N_b] of each bag, read off with equal scores and one-hot values."""
     masks, longest = [], max(lengths)
     q = torch.zeros(len(lengths), HEADS, LATENTS, longest)
     k = torch.zeros(sum(lengths), HEADS, longest)
     v = torch.cat([torch.eye(longest)[:n] for n in lengths])[:, None].expand(-1, HEADS, -1)
     out = FORMS[form](q, k, v, offsets_of(lengths), dropout_p=dropout_p, seed=torch.tensor([seed]))
-    for own, count in zip(out, lengths, strict=True):
-        scaled = own[..., :count] * count * (1 - dropout_p)
+    for masked, count in zip(out, lengths, strict=True):
+        scaled = masked[..., :count] * count * (1 - dropout_p)
         assert ((scaled - scaled.round()).abs() < 1e-5).all()
         masks.append(scaled.round().bool())
     return masks
 
 
 def test_every_weight_is_kept_with_the_same_probability() -> None:
-    """Per bag, head, latent and token within 5 standard deviations of a binomial."""
+    """Each bag, head, latent and token is kept within 5 standard deviations of a binomial."""
     bags = torch.stack(kept([TOKENS] * 6)).double()  # [B, H, C, N]
     for axes in ([], [0], [1], [2], [3], [0, 1], [0, 1, 2], [0, 2], [1, 2]):
         others = [axis for axis in range(4) if axis not in axes]
@@ -506,13 +506,13 @@ def test_masks_of_bags_heads_latents_and_seeds_are_independent() -> None:
 def test_the_mask_depends_on_the_seed_and_not_on_chunks_or_other_bags(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, mine, last = kept([9, 40, 3], form=form)
-    assert torch.equal(mine, kept([50, 40], form=form)[1])
+    first, middle, last = kept([9, 40, 3], form=form)
+    assert torch.equal(middle, kept([50, 40], form=form)[1])
     assert torch.equal(first, kept([9], form=form)[0])
-    assert not torch.equal(mine, kept([9, 40, 3], seed=6, form=form)[1])
+    assert not torch.equal(middle, kept([9, 40, 3], seed=6, form=form)[1])
     assert torch.equal(last, kept([0, 0, 3], form=form)[2])
     monkeypatch.setattr(cpu, "KEYS", 8)
-    assert all(map(torch.equal, kept([9, 40, 3], form=form), (first, mine, last)))
+    assert all(map(torch.equal, kept([9, 40, 3], form=form), (first, middle, last)))
 
 
 def test_dropout_keeps_the_mean() -> None:
@@ -528,9 +528,8 @@ def test_dropout_keeps_the_mean() -> None:
 @pytest.mark.parametrize("backend", ["auto", "eager", "compile"])
 @pytest.mark.parametrize("form", FORMS)
 def test_torchs_generator_draws_the_seed(form: str, backend: str, monkeypatch) -> None:
-    monkeypatch.setattr(
-        operator, "compiled", lambda function: function
-    )  # what it computes, quickly
+    # The same function, without compiling it.
+    monkeypatch.setattr(operator, "compiled", lambda function: function)
     args, offsets = ragged([40, 0, 20]), offsets_of([40, 0, 20])
 
     def run(dropout_p: float = 0.5) -> Tensor:
@@ -554,8 +553,8 @@ def test_the_same_seed_is_the_same_mask(form: str, backend: str, monkeypatch) ->
     state = torch.get_rng_state()
 
     def run(seed: int) -> Tensor:
-        own = torch.tensor([seed])
-        return FORMS[form](*args, offsets, dropout_p=0.5, seed=own, backend=backend)
+        seeds = torch.tensor([seed])
+        return FORMS[form](*args, offsets, dropout_p=0.5, seed=seeds, backend=backend)
 
     for seed in (0, 1, -1, 2**62, 2**63 - 1):
         assert torch.equal(run(seed), run(seed))
@@ -615,8 +614,8 @@ def test_compiles_whole_for_any_size(form: str, counted: bool) -> None:
 
 def test_the_compiled_backend() -> None:
     args = [torch.randn(2, 3, n, 5, **WIDE) for n in (4, 9, 9)]
-    mine = with_gradients(lambda *t: latent_attention(*t, backend="compile"))(*args)
-    torch.testing.assert_close(mine, with_gradients(latent_attention_reference)(*args), **EXACT)
+    actual = with_gradients(lambda *t: latent_attention(*t, backend="compile"))(*args)
+    torch.testing.assert_close(actual, with_gradients(latent_attention_reference)(*args), **EXACT)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
@@ -625,8 +624,8 @@ def test_what_the_compiled_backend_computes(lengths, monkeypatch: pytest.MonkeyP
     args, offsets = ragged(lengths), offsets_of(lengths)
     expected = with_gradients(lambda *t: latent_attention_reference(*t, offsets))(*args)
     for form in FORMS.values():
-        mine = with_gradients(lambda *t, f=form: f(*t, offsets, backend="compile"))(*args)
-        torch.testing.assert_close(mine, expected, **EXACT)
+        actual = with_gradients(lambda *t, f=form: f(*t, offsets, backend="compile"))(*args)
+        torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -651,14 +650,14 @@ def test_no_state_survives_a_call(form: str) -> None:
 def test_layouts_of_every_argument(which: int, dense: bool) -> None:
     offsets = None if dense else offsets_of([9, 0, 10])
     args = [torch.randn(3, 3, n, 5, **WIDE) for n in (4, 9, 9)] if dense else ragged([9, 0, 10])
-    mine, theirs = (
+    compute, compute_expected = (
         with_gradients(lambda *t, f=f: f(*t, offsets))
         for f in (latent_attention, latent_attention_reference)
     )
-    expected = theirs(*args)
+    expected = compute_expected(*args)
     for view in views_of(args[which]).values():
         torch.testing.assert_close(
-            mine(*args[:which], view, *args[which + 1 :]), expected, **EXACT
+            compute(*args[:which], view, *args[which + 1 :]), expected, **EXACT
         )  # fmt: skip
 
 
@@ -667,11 +666,11 @@ def test_expanded_arguments(dense: bool) -> None:
     shapes = [(3, 3, n, 5) for n in (4, 9, 9)] if dense else [(3, 3, 4, 5), (19, 3, 5), (19, 3, 5)]
     args = [torch.randn(5, **WIDE).expand(shape) for shape in shapes]
     offsets = None if dense else offsets_of([9, 0, 10])
-    mine, theirs = (
+    actual, expected = (
         with_gradients(lambda *t, f=f: f(*t, offsets))(*args)
         for f in (latent_attention, latent_attention_reference)
     )
-    torch.testing.assert_close(mine, theirs, **EXACT)
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 def literal_weights(q: Tensor, k: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
@@ -686,7 +685,7 @@ def literal_weights(q: Tensor, k: Tensor, offsets: Tensor | None, scale: float) 
 @pytest.mark.parametrize("dtype", FLOOR)
 @pytest.mark.parametrize("lengths", [*LENGTHS.values(), (2, 17), (2, 0), (0, 9)], ids=str)
 def test_attention_weights(lengths: list[int] | tuple[int, int], dtype: torch.dtype) -> None:
-    """A list is ragged bags; a pair is so many dense ones of so many tokens."""
+    """A list has the lengths of ragged bags; a pair is the number and length of dense bags."""
     if isinstance(lengths, tuple):
         offsets = None
         q, k = (torch.randn(lengths[0], 3, n, 5).to(dtype) for n in (4, lengths[1]))

@@ -23,7 +23,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 class TokenMixer(nn.Module):
-    """An encoder that no padding may reach: every token sees the mean of its bag."""
+    """An encoder that adds the mean of its bag to every token, so that padding would change it."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -34,14 +34,14 @@ class TokenMixer(nn.Module):
 
 
 class Narrow(nn.Module):
-    """An encoder in another precision than its block."""
+    """An encoder whose output has another dtype than its block."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.float()
 
 
 class Fickle(nn.Module):
-    """An encoder whose output has another width for longer bags."""
+    """An encoder whose output has another width for bags of 3 tokens or more."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., : 7 - x.shape[1]] if x.shape[1] < 3 else x[..., :2]
@@ -155,13 +155,13 @@ def test_several_items_per_patient() -> None:
     mask[1, 2, 4:] = False
     out = block(slides, mask=mask)
     assert close(out[:1], block(slides[:1, 0]))
-    # Each slide is pooled on its own: the order of slides is free, their joint bag another thing.
+    # Each slide is pooled alone: their order has no effect, and one joint bag gives another result.
     assert close(block(slides[:, [2, 0, 1]], mask=mask[:, [2, 0, 1]]), out)
     assert not close(block(slides.flatten(1, 2), mask=mask.flatten(1, 2)), out)
     visits = block_of(motet.Tabular(7), motet.SNN(7, hidden=(4,)))
     x = torch.randn(2, 3, 7, **WIDE)
-    there = torch.tensor([[False, True, False], [True, True, True]])
-    assert close(visits(x, mask=there)[:1], visits(x[:1, 1]))
+    visited = torch.tensor([[False, True, False], [True, True, True]])
+    assert close(visits(x, mask=visited)[:1], visits(x[:1, 1]))
     scans = block_of(motet.Grid(3, axes=2), Convolution())
     images = torch.randn(2, 2, 4, 6, 3, **WIDE)
     kept = torch.tensor([[True, False], [True, True]])
@@ -188,9 +188,9 @@ def test_merging_one_block_is_the_identity(fft: str | None) -> None:
         for method in ("harmonic", "mean", "sum", "product"):
             merged = motet.LegoMerge({name: block}, method=method)
             out = merged({name: x[name]}, return_latents=True)
-            own = block(x[name], return_latents=True)
-            assert torch.equal(out.logits, own.logits)
-            assert torch.equal(out.latents, own.latents)
+            expected = block(x[name], return_latents=True)
+            assert torch.equal(out.logits, expected.logits)
+            assert torch.equal(out.latents, expected.latents)
         for mode in ("stack", "weave"):
             assert close(motet.LegoFuse({name: block}, mode=mode)({name: x[name]}), block(x[name]))
 
@@ -353,9 +353,9 @@ def test_add() -> None:
     blocks, x = blocks_of(4), inputs_of(2)
     three = {name: block for name, block in blocks.items() if name != "mri"}
     grown = motet.LegoMerge(three).add("mri", blocks["mri"])
-    whole = motet.LegoMerge(blocks)
-    assert close(grown(x), whole(x))
-    assert grown.config["weights"] == pytest.approx(whole.config["weights"])
+    merged = motet.LegoMerge(blocks)
+    assert close(grown(x), merged(x))
+    assert grown.config["weights"] == pytest.approx(merged.config["weights"])
     heavier = motet.LegoMerge(three).add("mri", blocks["mri"], weight=0.4)
     assert heavier.weights == pytest.approx({"omic": 0.2, "wsi": 0.2, "cells": 0.2, "mri": 0.4})
 
@@ -397,10 +397,10 @@ def test_fine_tuning_through_a_merge_reaches_everything() -> None:
         model.train()
         model({name: x[name] for name in blocks}).square().sum().backward()
         without = [n for n, p in model.named_parameters() if p.grad is None]
-        # The blocks' own heads, and in a weave their own latents, are not part of the network; what
-        # asks is of no consequence where there is one token to attend to.
-        asks = (".attention.to_q.weight", ".attention.norm.weight", ".attention.norm.bias")
-        assert all(".head." in n or n.endswith((".latents", *asks)) for n in without)
+        # The network does not use the blocks' heads, nor in a weave the blocks' latents. With a
+        # single token the attention weight is always 1, so the queries have no influence.
+        query_names = (".attention.to_q.weight", ".attention.norm.weight", ".attention.norm.bias")
+        assert all(".head." in n or n.endswith((".latents", *query_names)) for n in without)
         assert any("encoder" in n and p.grad.abs().sum() > 0 for n, p in model.named_parameters()
                    if p.grad is not None)  # fmt: skip
 
@@ -411,8 +411,8 @@ def test_fine_tuning_with_rows_that_miss_any_modality(mode) -> None:
     model = motet.LegoFuse(blocks, mode=mode).train()
     for name in blocks:
         model.zero_grad()
-        there = {name: torch.tensor([True, False, True, False])}
-        model({n: x[n] for n in blocks}, present=there).square().sum().backward()
+        present = {name: torch.tensor([True, False, True, False])}
+        model({n: x[n] for n in blocks}, present=present).square().sum().backward()
         gradient = model.get_parameter(f"blocks.{name}.layers.0.attention.to_kv.weight").grad
         assert gradient is not None
         assert gradient.isfinite().all()

@@ -40,24 +40,24 @@ def outcome(model: nn.Module, x: Any, strategy: str | None, **options: Any) -> l
     out = model(x, return_latents=True, strategy=strategy, **options)
     inputs = [x] if isinstance(x, Tensor) else [t for t in x.values() if t is not None]
     inputs = [t.values() if t.is_nested else t for t in inputs]
-    wanted = [*model.parameters(), *(t for t in inputs if t.requires_grad)]
+    differentiated = [*model.parameters(), *(t for t in inputs if t.requires_grad)]
     latents = torch.view_as_real(out.latents) if out.latents.is_complex() else out.latents
     generator = torch.Generator().manual_seed(1)
     sums = [torch.randn(t.shape, generator=generator, **WIDE) for t in (out.logits, latents)]
     total = (out.logits * sums[0]).sum() + (latents * sums[1]).sum()
-    grads = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(total, differentiated, allow_unused=True, materialize_grads=True)
     return [out.logits.detach(), latents.detach(), *grads]
 
 
 def assert_literal(model: nn.Module, x: Any, *strategies: str | None, **options: Any) -> None:
     expected = outcome(model, x, "reference", **options)
     for strategy in strategies or (None,):
-        found = outcome(model, x, strategy, **options)
-        torch.testing.assert_close(found, expected, **EXACT)
+        actual = outcome(model, x, strategy, **options)
+        torch.testing.assert_close(actual, expected, **EXACT)
 
 
 def covering() -> Iterator[Any]:
-    """Every size with every transform and every setting of the pass; depths in turn."""
+    """Yield every size with every transform and every setting of the pass; depths alternate."""
     count = 0
     for size in SIZES:
         for fft in FFTS:
@@ -131,15 +131,15 @@ def test_latents_to_start_from(fft: Any) -> None:
 
 
 def joined_blocks(fft: Any, **options: Any) -> dict[str, motet.LegoBlock]:
-    """Blocks of every kind: of other depths, normalising or not, tracking Im Z or not."""
-    own = [
+    """Make blocks of different depths, with and without normalisation and imaginary part."""
+    settings_of_blocks = [
         {"depth": 2, "normalise": True, "context": "spectrum", "modality": motet.Bag(6)},
         {"depth": 3, "track_imaginary": False, "modality": motet.Tabular(4)},
         {"depth": 1, "normalise": True, "track_imaginary": False, "modality": motet.Bag(3)},
     ]
     return {
         name: block_of((7, 6), seed, fft=fft, **{**options, **settings})
-        for seed, (name, settings) in enumerate(zip("abc", own, strict=True))
+        for seed, (name, settings) in enumerate(zip("abc", settings_of_blocks, strict=True))
     }
 
 
@@ -169,18 +169,18 @@ def test_joined_models(kind: str, fft: Any) -> None:
 def test_a_weave_takes_halves_only_where_all_blocks_can(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = joined_blocks("latents", ff_dropout=0.5)
     fused = motet.LegoFuse(blocks, mode="weave")
-    asked: list[PassOptions] = []
+    recorded: list[PassOptions] = []
     plain = motet.LegoBlock.prepare
 
     def prepare(self: motet.LegoBlock, batch: Any, options: PassOptions) -> Any:
-        asked.append(options)
+        recorded.append(options)
         return plain(self, batch, options)
 
     monkeypatch.setattr(motet.LegoBlock, "prepare", prepare)
     fused(joined_inputs())
     fused.blocks["b"].train()
     fused(joined_inputs())
-    assert [options.half for options in asked] == [True] * 3 + [False] * 3
+    assert [options.half for options in recorded] == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize("dropout", ["attn_dropout", "ff_dropout"])
@@ -195,7 +195,7 @@ def test_dropout_ends_halves_and_keeps_the_mean(dropout: str) -> None:
         draws = torch.stack([block(x, return_latents=True).latents.real for _ in range(600)])
     moved = draws[:, :, 1] != draws[:, :, -1]
     assert moved.any()  # latents 1 and C - 1 are equal only without dropout
-    if dropout == "ff_dropout":  # after which nothing is nonlinear
+    if dropout == "ff_dropout":  # nothing nonlinear follows, so that the mean is unbiased
         error = (draws.mean(0) - expected.real) / (draws.std(0) / len(draws) ** 0.5).clamp_min(1e-9)
         assert error.abs().max() < 5
 
@@ -207,10 +207,10 @@ def test_float32_is_as_good_as_the_literal_loop() -> None:
 
         def run(strategy: str | None, block: Any = block, names: Any = names) -> Any:
             def call(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-                own = dict(zip(names, parameters, strict=True))
+                replaced = dict(zip(names, parameters, strict=True))
                 moved = block.to(x.dtype)
                 keywords = {"return_latents": True, "strategy": strategy}
-                out = torch.func.functional_call(moved, own, (x,), keywords)
+                out = torch.func.functional_call(moved, replaced, (x,), keywords)
                 return out.logits, out.latents.real, out.latents.imag
 
             return call
@@ -228,11 +228,10 @@ def test_spectrum(fft: Any, shape: tuple[int, ...]) -> None:
     z = torch.fft.fftn(x, dim=axes)
     real, imaginary = compute_spectrum(x, axes)
     torch.testing.assert_close(torch.complex(real, imaginary), z, rtol=0, atol=1e-12)
-    own = self_conjugate(*shape[-2:], axes)
-    assert not imaginary[..., own].any()
-    assert int(own.sum()) == torch.stack([z.imag.abs() < 1e-12, own.expand(shape)]).all(0).sum() / (
-        x.numel() / own.numel()
-    )
+    is_real = self_conjugate(*shape[-2:], axes)
+    assert not imaginary[..., is_real].any()
+    real_in_z = torch.stack([z.imag.abs() < 1e-12, is_real.expand(shape)]).all(0)
+    assert int(is_real.sum()) == real_in_z.sum() / (x.numel() / is_real.numel())
     if fft == "latents":
         rows = shape[-2]
         half = compute_spectrum(x, axes, half=True)

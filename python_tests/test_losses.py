@@ -116,14 +116,14 @@ def test_cox_on_gbsg2(ties: str) -> None:
 
 
 def cox_one_by_one(eta, times, events, ties: str) -> torch.Tensor:
-    """Cox's likelihood as it is written: a risk set per event, by loops."""
+    """Compute Cox's partial likelihood as defined: one risk set per event, by loops."""
     total = eta.sum() * 0
     for time in times[events].unique():
         tied, at_risk = (times == time) & events, eta[times >= time]
         deaths = int(tied.sum())
-        for k, own in enumerate(eta[tied]):
+        for k, risk in enumerate(eta[tied]):
             gone = k / deaths * eta[tied].exp().sum() if ties == "efron" else 0
-            total = total + (at_risk.exp().sum() - gone).log() - own
+            total = total + (at_risk.exp().sum() - gone).log() - risk
     return total / len(eta)
 
 
@@ -147,7 +147,7 @@ def test_cox_and_its_gradient_one_event_at_a_time(
 
 
 def test_on_a_gpu_losses_never_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither do they look at a value, nor copy one there, backwards included."""
+    """Losses read no value of a GPU tensor and copy none to the GPU, nor do their gradients."""
     logits, index, events = draw(0)
     times, weights = torch.rand(12, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
     bins = DiscreteSurvival(TimeBins((1.0, 2.0, 3.0)), 9.0, (1.0, 2.0, 3.0, 4.0), 0.4)
@@ -169,7 +169,7 @@ def test_on_a_gpu_losses_never_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_objectives_check_what_their_losses_do_not() -> None:
-    """They give the losses of this file; what those refuse, `target` has refused."""
+    """Objectives give these losses without the losses' checks, since `target` has checked all."""
     logits, index, events = draw(0)
     times = torch.rand(12, dtype=torch.float64).numpy()
     bins = DiscreteSurvival(TimeBins((0.2, 0.5, 0.8)), 1.0, (1.0, 2.0, 3.0, 4.0), 0.4)

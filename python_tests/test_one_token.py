@@ -34,8 +34,8 @@ def test_equation(size: tuple[int, int]) -> None:
     for rows in range(1, 18):
         x = torch.randn(rows, size[1], dtype=torch.float64)
         weight = torch.randn(2 * size[0], size[1], dtype=torch.float64)
-        own = with_gradients(one_token_values)(x, weight)
-        for a, b in zip(own, with_gradients(reference)(x, weight), strict=True):
+        actual = with_gradients(one_token_values)(x, weight)
+        for a, b in zip(actual, with_gradients(reference)(x, weight), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -83,9 +83,9 @@ def test_strides() -> None:
     layouts += [(x, v) for v in views_of(weight).values()]
     wide = torch.randn(10, 50, dtype=torch.float64)
     wide[:, 3:43] = weight
-    for own in [*layouts, (x, wide[:, 3:43]), (x[:1].expand(6, 40), weight)]:
-        exact = expected if own[0].stride(0) else with_gradients(reference)(*own)
-        for a, b in zip(with_gradients(one_token_values)(*own), exact, strict=True):
+    for pair in [*layouts, (x, wide[:, 3:43]), (x[:1].expand(6, 40), weight)]:
+        exact = expected if pair[0].stride(0) else with_gradients(reference)(*pair)
+        for a, b in zip(with_gradients(one_token_values)(*pair), exact, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for shape in ((40,), (6, 40), (2, 3, 40), (2, 1, 3, 40)):
         x = torch.randn(shape, dtype=torch.float64)
@@ -98,14 +98,14 @@ def test_strides() -> None:
 def test_nothing(shape: tuple[int, int, int]) -> None:
     rows, inputs, outputs = shape
     x, weight = torch.randn(rows, 1, inputs), torch.randn(2 * outputs, inputs)
-    own, expected = (with_gradients(f)(x, weight) for f in (one_token_values, reference))
-    for a, b in zip(own, expected, strict=True):
+    actual, expected = (with_gradients(f)(x, weight) for f in (one_token_values, reference))
+    for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape
         assert torch.equal(a, b)
 
 
 def test_infinities_and_nan() -> None:
-    """Numbers beside a short end of a row are not taken along."""
+    """Infinities and NaN of the next row, loaded with a row's incomplete end, have no effect."""
     weight = torch.randn(8, 19, dtype=torch.float64)
     weight[4, 0], weight[5, 18], weight[6, 3], weight[7, 17] = torch.inf, -torch.inf, torch.nan, 1
     x = torch.ones(3, 19, dtype=torch.float64)
@@ -126,9 +126,9 @@ def test_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(12, 30, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="is not available"):
         native._warn_once.cache_clear()
-        found = with_gradients(one_token_values)(x, weight)
+        actual = with_gradients(one_token_values)(x, weight)
     native._warn_once.cache_clear()
-    for a, b in zip(found, with_gradients(reference)(x, weight), strict=True):
+    for a, b in zip(actual, with_gradients(reference)(x, weight), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -143,8 +143,8 @@ def test_compile_autocast_and_transforms() -> None:
         torch.func.jacrev,
         torch.func.jacfwd,
     ):
-        own, expected = (transform(f)(*args) for f in (one_token_values, reference))
-        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+        actual, expected = (transform(f)(*args) for f in (one_token_values, reference))
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = one_token_values(mode.from_tensor(x), mode.from_tensor(weight))
     assert fake.shape == (4, 1, 6)

@@ -1,4 +1,4 @@
-"""plan: what it chooses on which machine, degenerate cases, what it prints, refusals."""
+"""plan: its choice on each machine, degenerate cases, its printed text, error messages."""
 
 import dataclasses
 import itertools
@@ -45,13 +45,13 @@ def test_tcga_on_a_cpu(name: str, training: bool, tokens: int, machine: Machine)
 
 @pytest.mark.parametrize("machine", CPUS, ids=lambda machine: machine.name)
 def test_short_bags_are_not_absorbed(machine: Machine) -> None:
-    """16 bags of 100: queries and pooled tokens are more than the tokens (187 ms against 76)."""
+    """With 16 bags of 100, queries and pooled tokens outnumber the tokens (187 against 76 ms)."""
     sizes = TCGA["17x63"][1] | {"bags": 16}
     assert planned(1600, training=True, device=machine, **sizes).strategy == "cached"
 
 
 def test_short_bags_share_a_product() -> None:
-    """On a CPU torch computes it, unless a strategy, Triton or many tokens speak against it."""
+    """On a CPU torch computes short bags, unless a strategy, Triton or many tokens exclude it."""
     for device in (CPUS[0], "H200"):
         assert planned(8 * 256 - 1, device=device).one_product
         assert not planned(8 * 256, device=device).one_product
@@ -122,7 +122,7 @@ def test_the_least_predicted_time_is_chosen_and_grows_with_the_tokens(
 
 
 def test_a_graph_may_choose_otherwise_than_eager_mode() -> None:
-    """Eager mode takes the fewest launches while Python is what everything waits for."""
+    """Eager mode takes the strategy with fewer launches, since the GPU waits for Python."""
     options = {"training": True, "dtype": torch.bfloat16, "device": "H200"} | TCGA["16x103"][1]
     eager, graph = (planned(16_000, graph=graph, **options) for graph in (False, True))
     assert (eager.strategy, graph.strategy) == ("cached", "absorbed")
@@ -141,7 +141,7 @@ def test_eager_mode_waits_for_python_or_for_the_gpu(tokens: int, training: bool)
         assert longer <= cost.seconds <= cost.host_seconds + cost.graph_seconds
 
 
-# As test_launch_counts.py counts them: cached and absorbed, by layers and sets of weights.
+# Launches (cached, absorbed) by (layers, weight sets), as test_launch_counts.py counts them.
 LAUNCHES = {
     (1, 1): (33, 37), (2, 1): (44, 59), (3, 1): (54, 81), (5, 1): (74, 125),
     (2, 2): (49, 59), (3, 3): (62, 81), (5, 5): (88, 125),
@@ -161,7 +161,7 @@ def test_launches_are_those_of_a_training_step_of_healnet(layers: int, sets: int
 
 
 def test_blocks_of_outputs_are_paid_for_whole() -> None:
-    """17 latents and 8 heads ask 136 queries: blocks of 128 and 16, not 256."""
+    """17 latents and 8 heads are 136 queries: they take blocks of 128 and 16, not 256."""
     for outputs, hopper, ampere in (
         (1, 16, 16), (64, 64, 64), (65, 80, 80), (128, 128, 128), (136, 144, 144),
         (200, 256, 256), (256, 256, 256), (512, 512, 512), (1024, 1024, 1024),
@@ -179,7 +179,7 @@ def test_a_chip_says_which_of_its_numbers_are_measured() -> None:
         for field in ("bandwidth", "matrix", "launch_s", "softmax_gradient_kernel"):
             assert chip.source(field) == measured
         assert chip.source("shared_bytes") == "data sheet"
-        assert chip.source("project_kernel") == "predicted"  # written anew since
+        assert chip.source("project_kernel") == "predicted"  # rewritten since the measurement
         assert all(0 < share <= 1 for share in chip.shares.values())
     slow = dataclasses.replace(CHIPS["H200"], name="mine", shares={"project_kernel": 0.01})
     chosen = planned(device=slow)
@@ -188,7 +188,7 @@ def test_a_chip_says_which_of_its_numbers_are_measured() -> None:
 
 
 def test_a_plan_is_quick() -> None:
-    """Every forward pass asks for one: tens of microseconds, and loosely tested."""
+    """Every forward pass makes a plan in tens of microseconds; the bound here is 1 ms."""
     times = timeit.repeat(lambda: planned(device="H200", training=True), number=10, repeat=9)
     assert min(times) / 10 < 1e-3
 
@@ -202,7 +202,7 @@ def test_what_is_asked_for_beyond_the_forward_pass_costs(strategy: str, device) 
     plain, training = seconds(), seconds(training=True)
     assert plain < training
     assert seconds(weights=True) > plain
-    assert seconds(dropout=0.1) == plain  # in training only
+    assert seconds(dropout=0.1) == plain  # costs in training only
     assert seconds(training=True, dropout=0.1) > training
     assert seconds(training=True, tokens_need_grad=True) >= training
     assert seconds(layers=4) > plain

@@ -1,4 +1,4 @@
-"""Scaling: fitted on training patients, missing values, categories, bags, plain numbers on disk."""
+"""Scaling fitted on training patients: missing values, categories, bags, settings in JSON."""
 
 import json
 from dataclasses import asdict
@@ -28,7 +28,7 @@ def frame() -> pd.DataFrame:
 
 
 class Bags:
-    """Three patients' bags, feature 1 rarely measured, feature 2 never missing."""
+    """Bags of three patients; feature 1 is rarely measured, feature 2 is never missing."""
 
     features, coords, extent, names = 3, 1, 48.0, ("Na", "lactate", "K")
 
@@ -49,11 +49,11 @@ class Bags:
 
 
 def test_a_table_is_scaled_by_its_training_patients() -> None:
-    scaling = TableScaling.fit(frame())  # e misses everything, and so does not count
+    scaling = TableScaling.fit(frame())  # patient e has no value, and is left out
     assert scaling.features == ("age", "size", "age missing", "grade=high", "grade=low")
     x, present = scaling.transform(frame())
     assert present.tolist() == [True] * 4 + [False]
-    age = np.array([40, 50, 50, 60])  # the median for what is missing
+    age = np.array([40, 50, 50, 60])  # missing values become the median
     np.testing.assert_allclose(x[:4, 0], (age - age.mean()) / age.std(), rtol=1e-6)
     np.testing.assert_allclose(x[:4, 1], (np.arange(4) - 1.5) / np.arange(4).std(), rtol=1e-6)
     assert x[:, 2].tolist() == [0, 0, 1, 0, 0]
@@ -88,7 +88,7 @@ def test_bags_are_scaled_over_tokens() -> None:
     scaling = BagScaling.fit(Bags(), ["a", "b", "c", "who has none"])
     assert scaling.kept == (0, 1, 2)
     assert scaling.flagged == (0, 1)
-    assert scaling.extent == 1.0  # the latest training token, whatever others have
+    assert scaling.extent == 1.0  # the largest coordinate of training tokens
     values = np.array([1, 3, 5, 7.0])
     x = scaling.transform(Bags()["c"][0])
     assert x.shape == (2, 5)
@@ -102,8 +102,8 @@ def test_rare_features_of_bags_are_left_out() -> None:
     bags = Bags()
     bags.bags = {str(i): [[float(i), 1.0 if i == 0 else np.nan, 1.0]] for i in range(20)}
     scaling = BagScaling.fit(bags, bags.bags)
-    assert scaling.kept == (0, 2)  # feature 1 is held by one patient in twenty
-    assert scaling.transform(bags["3"][0])[0, 1] == 0  # a constant one is zero, not infinite
+    assert scaling.kept == (0, 2)  # one patient in twenty has feature 1
+    assert scaling.transform(bags["3"][0])[0, 1] == 0  # a constant feature becomes 0, not infinite
 
 
 def test_codes_that_new_patients_lack_are_zero() -> None:

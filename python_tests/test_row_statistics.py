@@ -1,4 +1,4 @@
-"""row_statistics against means and variances in float64; what takes them; refusals."""
+"""row_statistics against means and variances in float64; its users; error messages."""
 
 import motet
 import pytest
@@ -18,7 +18,7 @@ LOW = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["native", "torch"])
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who computes: the C++ module, or torch as where that is not built."""
+    """Compute with the C++ module, or with torch as if the module were not built."""
     if request.param == "torch":
         monkeypatch.setattr(standardise, "native", lambda: None)
     elif native() is None:
@@ -40,14 +40,16 @@ def test_equals_the_reference(tokens: int, width: int, positions: int | None) ->
         if not rows or tokens % rows:
             continue
         places = None if positions is None else torch.randn(rows, positions).double()
-        mine, theirs = (f(x, positions=places) for f in (row_statistics, row_statistics_reference))
-        torch.testing.assert_close(mine, theirs, **EXACT)
+        actual, expected = (
+            f(x, positions=places) for f in (row_statistics, row_statistics_reference)
+        )
+        torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1000.0])
 def test_rows_far_from_zero(arithmetic: str, dtype: torch.dtype, ratio: float) -> None:
-    """They lose no digits in C++, and those that they lose in torch in torch."""
+    """Rows far from zero lose no digits in C++, and in torch no more than expected."""
     x = (torch.randn(40, 300) + ratio).to(dtype)
     mean, rstd = row_statistics(x)
     assert mean.dtype == rstd.dtype == torch.float32
@@ -61,9 +63,9 @@ def test_rows_far_from_zero(arithmetic: str, dtype: torch.dtype, ratio: float) -
 def test_a_row_does_not_see_its_neighbours() -> None:
     x, places = torch.randn(200, 33), torch.randn(200, 3)
     batch = row_statistics(x, positions=places)
-    for own in (slice(0, 1), slice(70, 71), slice(63, 200)):
-        alone = row_statistics(x[own], positions=places[own])
-        assert all(torch.equal(a, b[own]) for a, b in zip(alone, batch, strict=True))
+    for part in (slice(0, 1), slice(70, 71), slice(63, 200)):
+        alone = row_statistics(x[part], positions=places[part])
+        assert all(torch.equal(a, b[part]) for a, b in zip(alone, batch, strict=True))
 
 
 @pytest.mark.usefixtures("arithmetic")

@@ -1,4 +1,4 @@
-"""slerp: the paper's formula, its edges, its n-way form, its gradient, C++ and torch alike."""
+"""slerp: the paper's formula, edge cases, the n-way form, gradients, C++ against torch."""
 
 import math
 
@@ -18,7 +18,7 @@ slerp = motet.kernels.slerp
 
 
 def formula(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """The paper's two-vector form, literally."""
+    """Compute the paper's two-vector form as written."""
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.acos(cosine)
     return a * torch.sin((1 - t) * angle) / torch.sin(angle) + b * torch.sin(t * angle) / torch.sin(
@@ -34,7 +34,7 @@ def test_two_vectors(seed: int, t: float, exponent: float) -> None:
     got = slerp([a, b], t)
     expected = formula(a, b, t)
     assert torch.allclose(got, expected, rtol=1e-9, atol=1e-12 * expected.abs().max())
-    # The n-way form, with a third vector of no weight, is the same at any norms.
+    # The n-way form with a third vector of weight 0 is the same at any norms.
     third = torch.randn(4, 5, dtype=torch.float64, generator=generator)
     n_way = slerp([a, b, third], [1 - t, t, 0.0])
     assert torch.allclose(n_way, got, rtol=1e-9, atol=1e-10 * got.abs().max())
@@ -67,7 +67,7 @@ def test_degenerate_vectors_are_interpolated_linearly(dtype: torch.dtype) -> Non
 
 
 def test_karcher_mean() -> None:
-    """The mean of unit vectors is where the weighted logarithms cancel."""
+    """At the mean of unit vectors the weighted logarithms sum to zero."""
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(8, dtype=torch.float64, generator=generator)
     for count in (3, 6, 16):
@@ -92,7 +92,7 @@ def test_karcher_mean() -> None:
 
 @pytest.mark.parametrize(("count", "dim"), [(3, 3), (3, 4), (5, 4), (5, 8), (8, 64)])
 def test_widely_spread_vectors_have_one_mean(count: int, dim: int) -> None:
-    """Far from each other the mean is still found: no order, no backend decides."""
+    """Also for vectors far apart, the mean depends on neither their order nor the backend."""
     generator = torch.Generator().manual_seed(count * dim)
     linear = 0
     for _ in range(50):
@@ -154,8 +154,8 @@ def test_registration() -> None:
 
 
 def test_layouts() -> None:
-    whole = torch.randn(6, 8, dtype=torch.float64)
-    for view in (whole.t(), whole[::2, ::2], whole[:1].expand(6, 8)):
+    vectors = torch.randn(6, 8, dtype=torch.float64)
+    for view in (vectors.t(), vectors[::2, ::2], vectors[:1].expand(6, 8)):
         other = torch.randn_like(view)
         assert torch.allclose(slerp([view, other]), slerp_reference([view, other], [0.5, 0.5]))
 
@@ -195,7 +195,7 @@ def test_out_that_overlaps_an_input() -> None:
 
 
 def test_threads_change_no_bit() -> None:
-    """Sums are taken in chunks of a fixed size, whoever takes them."""
+    """Sums are computed in chunks of a fixed size, whichever thread computes a chunk."""
     vectors = [torch.randn(300_001) for _ in range(3)]
     expected = slerp(vectors)
     torch.set_num_threads(3)
@@ -208,7 +208,7 @@ def test_threads_change_no_bit() -> None:
 @pytest.mark.parametrize("count", [2, 5, 9])
 @pytest.mark.parametrize("scale", [1.0, 1e-300, 1e300, 5e-324])
 def test_double_range(count: int, scale: float) -> None:
-    """Squares that leave the range of doubles do not change directions."""
+    """Vectors whose squares leave the range of doubles keep their directions."""
     vectors = [torch.randn(1000, dtype=torch.float64) for _ in range(count)]
     if scale == 5e-324:
         vectors = [(v * 100).round() for v in vectors]

@@ -1,4 +1,4 @@
-"""Splits: nobody in two parts, groups whole, strata in proportion, the same from the same seed."""
+"""Splits: no patient in two parts, groups together, strata in proportion, seeds repeatable."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_nobody_is_in_two_parts(seed: int, groups: int, count: int, share: float
         assert sorted(rows.tolist()) == list(range(len(group)))
         owners = [set(group[part].tolist()) for part in parts]
         assert len(set.union(*owners)) == sum(map(len, owners))
-        assert tested.isdisjoint(owners[2])  # at most once over all splits
+        assert tested.isdisjoint(owners[2])  # each group is tested at most once over all splits
         tested |= owners[2]
 
 
@@ -44,10 +44,10 @@ def test_cross_validation_tests_everyone_once() -> None:
 def test_a_seed_gives_one_draw() -> None:
     group, strata = np.arange(100), np.arange(100) % 4
     one, same, other = (split(group, strata, seed=seed) for seed in (1, 1, 2))
-    for mine, again in zip(one, same, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(mine, again, strict=True))
+    for first, second in zip(one, same, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert not np.array_equal(one[0].test, other[0].test)
-    # Which rows are tested does not follow their order.
+    # The choice of test rows does not depend on their order.
     assert not np.array_equal(np.sort(one[0].test), np.arange(15))
 
 

@@ -1,4 +1,4 @@
-"""Statistics of tokens that are computed beforehand and given to a model, or kept with bags."""
+"""Statistics of tokens, computed in advance and passed to a model or kept with bags."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,11 @@ STRATEGIES = ("cached", "absorbed")
 
 def test_they_are_mean_and_variance() -> None:
     x = torch.randn(3, 50, 7) * 3 + 100
-    found = motet.token_statistics(x)
-    assert found.shape == (3, 50, 2)
-    assert found.dtype == torch.float32
+    actual = motet.token_statistics(x)
+    assert actual.shape == (3, 50, 2)
+    assert actual.dtype == torch.float32
     expected = torch.stack([x.double().mean(-1), x.double().var(-1, correction=0)], -1)
-    assert torch.allclose(found.double(), expected, rtol=1e-5)
+    assert torch.allclose(actual.double(), expected, rtol=1e-5)
     half = motet.token_statistics(x.bfloat16())
     assert half.dtype == torch.float32
     assert torch.equal(half, motet.token_statistics(x.bfloat16().float()))
@@ -37,14 +37,14 @@ def test_of_any_shape(shape: tuple[int, ...]) -> None:
 
 def test_long_bags_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(50, 7)
-    whole = motet.token_statistics(x)
+    expected = motet.token_statistics(x)
     monkeypatch.setattr("motet.fusion.statistics._ROWS", 16)
-    assert torch.equal(motet.token_statistics(x), whole)
+    assert torch.equal(motet.token_statistics(x), expected)
 
 
 @pytest.mark.parametrize("rows", [60, 20])
 def test_joined_with_positions(rows: int) -> None:
-    """Positions of every token, or of every 20."""
+    """Statistics of joined rows are exact, with one position per token or 20 positions repeated."""
     x = torch.randn(60, 9, dtype=torch.float64) + 30
     positions = torch.randn(rows, 5, dtype=torch.float64) * 4
     joined = torch.cat([x, positions.repeat(60 // rows, 1)], 1)
@@ -87,15 +87,15 @@ def test_a_model_gives_the_same_with_them(layout: str, strategy: Any, coords: in
     statistics = {"wsi": motet.token_statistics(x)}
     parameters = list(model.parameters())
 
-    def found(**more: Any) -> list[Tensor]:
+    def compute(**more: Any) -> list[Tensor]:
         logits = model({"wsi": x}, strategy=strategy, **keywords, **more)
         return [logits, *torch.autograd.grad(logits.square().sum(), parameters)]
 
-    for given, expected in zip(found(statistics=statistics), found(), strict=True):
+    for given, expected in zip(compute(statistics=statistics), compute(), strict=True):
         assert torch.allclose(given, expected, rtol=1e-9, atol=1e-11)
-    # They are used: those of other rows give other results.
+    # The model uses them: statistics of other rows give other results.
     other = {"wsi": motet.token_statistics(x * 2 + 1 if not x.is_nested else x * 2)}
-    assert not torch.allclose(found(statistics=other)[0], found()[0], rtol=1e-3)
+    assert not torch.allclose(compute(statistics=other)[0], compute()[0], rtol=1e-3)
 
 
 def test_lego_models_take_them() -> None:

@@ -20,7 +20,7 @@ def test_bins_are_quartiles_of_the_uncensored_times() -> None:
     counts = np.bincount(index[events], minlength=4)
     assert counts.max() - counts.min() <= 3
     assert bins.index([-1.0, bins.edges[0], 1e9]).tolist() == [0, 1, 3]
-    # Censored times have no say.
+    # Censored times have no influence on the bins.
     changed = np.where(events, times, times * 3 + 1)
     assert motet.TimeBins.fit(changed, events) == bins
 

@@ -1,4 +1,4 @@
-"""Training: best weights restored exactly, resumed runs, seeds, losses, what stops it."""
+"""Training: best weights restored exactly, resumed runs, seeds, losses, early stops."""
 
 import os
 import socket
@@ -62,7 +62,7 @@ def test_it_learns_and_restores_the_best_weights() -> None:
     assert len(losses) == history.best_epoch + 3 < 40
     best = weights[history.best_epoch - 1]
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
-    # Evaluated again, the restored weights give the very loss that was recorded.
+    # The restored weights give exactly the recorded loss.
     validation = parts()[1]
     assert NLL.loss(predict_logits(model, validation), validation.target).item() == min(losses)
     assert not model.training
@@ -80,8 +80,8 @@ def test_a_seed_gives_one_result_and_leaves_the_generator_alone() -> None:
 
 @pytest.mark.parametrize("epochs", [1, 3, 7])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(epochs: int, tmp_path: Path) -> None:
-    whole, resumed = model_of(), model_of()
-    expected = run(whole, patience=2)
+    uninterrupted, resumed = model_of(), model_of()
+    expected = run(uninterrupted, patience=2)
 
     def stop(history: History) -> None:
         if len(history.train_loss) == epochs:
@@ -90,23 +90,23 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(epochs: int, tmp_path:
     with pytest.raises(InterruptedError):
         run(model_of(), patience=2, resume=tmp_path, each_epoch=stop)
     history = run(resumed, patience=2, resume=tmp_path)
-    assert same(whole, resumed)
+    assert same(uninterrupted, resumed)
     assert replace(history, seconds=[]) == replace(expected, seconds=[])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_killed_after_its_last_epoch_is_finished(tmp_path: Path, monkeypatch) -> None:
-    """Lightning forgets that training had stopped, and would train on."""
-    whole, resumed = model_of(), model_of()
+    """The run stays finished, though Lightning forgets that it had stopped, and would go on."""
+    uninterrupted, resumed = model_of(), model_of()
     options = {"epochs": 40, "patience": 1, "max_lr": 0.05, "resume": tmp_path}
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
-        expected = run(whole, **options)
+        expected = run(uninterrupted, **options)
     assert len(expected.validation_loss) < 40
     assert (tmp_path / "last.ckpt").exists()
     history = run(resumed, **options)
     assert history == expected
-    assert same(whole, resumed)
+    assert same(uninterrupted, resumed)
     (tmp_path / "last.ckpt").write_bytes(b"half of it")
     with pytest.raises(ValueError, match="last.ckpt: cannot be read; remove it to start the fold"):
         run(model_of(), **options)
@@ -159,7 +159,7 @@ def test_half_precision_keeps_its_losses_whole() -> None:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[motet.StepGraphs]:
-    """Train as on a GPU, where steps are graphs; the capture runs them again."""
+    """Train as on a GPU, where steps are graphs; a stand-in for the capture repeats them."""
     made: list[motet.StepGraphs] = []
 
     def graphs_for(model, objective, settings):
@@ -178,7 +178,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[motet.StepGraphs]:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_steps_as_graphs_train_the_same_model(graphs: list, precision: str, monkeypatch) -> None:
-    """Momentum cycles, weights decay, L1 counts, and dropout draws what it drew before."""
+    """Graphs cycle momentum, decay weights, add L1 and draw the dropout masks of eager steps."""
     options = {"l1": 1e-4, "l2": 1e-3, "epochs": 6, "patience": 6, "precision": precision}
     history = run(model := model_of(), **options)
     (steps,) = graphs
@@ -190,15 +190,15 @@ def test_steps_as_graphs_train_the_same_model(graphs: list, precision: str, monk
     np.testing.assert_allclose(history.train_loss, expected.train_loss, rtol=within)
     np.testing.assert_allclose(history.validation_loss, expected.validation_loss, rtol=within)
     if precision == "32-true":
-        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
+        for actual, reference in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(actual, reference, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
 def test_a_stopped_run_of_graphs_goes_on_as_if_nothing_had_happened(
     graphs: list, epochs: int, tmp_path: Path
 ) -> None:
-    """All sizes come anew after a stop, and run as they are first: with the bits of the graph."""
+    """After a stop every size runs first without a graph, and gives the bits of the graph."""
     test_a_stopped_run_goes_on_as_if_nothing_had_happened(epochs, tmp_path)
     assert all(sum(known["replays"] for known in steps.report()) for steps in graphs)
 
@@ -208,7 +208,7 @@ def test_what_is_not_finite_stops_graphs(graphs: list) -> None:
 
 
 def test_a_scaled_loss_scales_l1_too(graphs: list, monkeypatch) -> None:
-    """Adam takes no notice of a factor that all gradients have."""
+    """Scaling loss and L1 together changes nothing: Adam ignores a common factor of gradients."""
     options = {"l1": 1e-3, "epochs": 3, "patience": 3}
     expected = run(model_of(), **options)
     scaler = SimpleNamespace(scale=lambda one: one * 1024)
@@ -264,13 +264,13 @@ def test_bags_are_made_ready_for_a_gpu(precision: str, workers: int, monkeypatch
 
 
 def test_predictions_are_made_on_a_gpu(monkeypatch) -> None:
-    """Model and batches go there, the model comes back."""
+    """Model and batches are moved to the GPU, and the model is moved back."""
     patients = Patients.of(MODALITIES, SCALING, IDS)
     expected, model = training.predict_logits(model_of(), patients), model_of()
-    went: list[tuple[str, str]] = []
+    moves: list[tuple[str, str]] = []
 
     def to(self: Any, device: torch.device) -> Any:
-        went.append((type(self).__name__, str(device)))
+        moves.append((type(self).__name__, str(device)))
         return self
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -278,11 +278,11 @@ def test_predictions_are_made_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(PatientBatch, "to", to)
     assert torch.equal(training.predict_logits(model, patients, batch_size=64), expected)
     batches = -(-len(IDS) // 64)
-    assert went == [("HEALNet", "cuda"), *[("PatientBatch", "cuda")] * batches, ("HEALNet", "cpu")]
+    assert moves == [("HEALNet", "cuda"), *[("PatientBatch", "cuda")] * batches, ("HEALNet", "cpu")]
 
 
 def test_several_processes_train_one_model(tmp_path: Path) -> None:
-    """torchrun on two processes: both end with the same weights, and have learned."""
+    """With torchrun two processes end with the same weights, and a smaller loss."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -347,7 +347,7 @@ def test_batches_hold_who_misses_what() -> None:
     held = [len(MODALITIES["labs"].bags.get(IDS[i], ())) for i in (3, 0, 4, 9)]
     assert labs.offsets.diff().tolist() == held
     assert torch.equal(batch.coords["labs"].offsets, labs.offsets)
-    assert "omic" not in every.__getitems__([0, 1]).present  # everyone has it
+    assert "omic" not in every.__getitems__([0, 1]).present  # every patient of this batch has it
     # A modality that the new patients' cohort lacks is missing for all.
     fewer = Patients.of({"omic": MODALITIES["omic"]}, SCALING, IDS[:5])
     assert not fewer.has("labs").any()

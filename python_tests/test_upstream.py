@@ -70,7 +70,7 @@ def test_attention(name: str) -> None:
     for i, (modality, layers) in enumerate(out.attention.items()):
         assert modality == str(i)
         assert len(layers) == depth
-        # A module that several layers share recorded its last call.
+        # The vectors hold only the last call of a module that several layers share.
         for index in {0, depth - 1} if tied else range(depth):
             name = "1" if tied and index else str(index)
             expected = golden.tensors[f"attn.layers.{name}.{2 * i}.fn"]
@@ -105,7 +105,7 @@ def test_merged_heads(name: str) -> None:
     assert heads
     for key, value in heads.items():
         assert close(state[real_name(key)], value)
-    # A checkpoint's own merged head is taken as it is.
+    # A checkpoint's merged head is used unchanged.
     given = {**golden.state, **{k: torch.full_like(v, 0.5) for k, v in heads.items()}}
     model = motet.from_upstream(golden.config, given, golden.encoders())
     assert torch.equal(model.head.linear.weight, torch.full_like(model.head.linear.weight, 0.5))
@@ -166,7 +166,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="gives NaN for norm.bias"):
         same = fuse.state["blocks.1.to_logits.1.bias"]
         motet.from_upstream(fuse.config, {**fuse.state, name: same}, fuse.encoders())
-    # A checkpoint that holds its merged heads needs nothing of the blocks' own.
+    # A checkpoint with merged heads does not need the heads of the blocks.
     merged = {k: v for k, v in fuse.tensors.items() if k.startswith("merged_head.")}
     loaded = motet.from_upstream(fuse.config, {**state, **merged}, fuse.encoders())
     assert close(fuse.run(loaded).logits, fuse.tensors["logits"])
@@ -174,14 +174,17 @@ def test_refusals() -> None:
 
 def test_only_what_the_authors_code_computes_is_exported() -> None:
     grids = {"a": motet.Grid(3, axes=1)}
-    theirs = {"temperature": 0.5, "share_weights": False}
+    exported = {"temperature": 0.5, "share_weights": False}
     block = {"temperature": 0.5, "context": "spectrum", "fft": "latents"}
     blocks = {name: load("legoblock_default").model() for name in "ab"}
     cases = [
         ("temperature 0.5", motet.HEALNet(grids, out_features=2, share_weights=False)),
         ("share_weights False", motet.HEALNet(grids, out_features=2, temperature=0.5)),
-        ("self_attention 0 or 1", motet.HEALNet(grids, out_features=2, self_attention=2, **theirs)),
-        ("a Grid", motet.HEALNet({"a": motet.Tabular(3)}, out_features=2, **theirs)),
+        (
+            "self_attention 0 or 1",
+            motet.HEALNet(grids, out_features=2, self_attention=2, **exported),
+        ),
+        ("a Grid", motet.HEALNet({"a": motet.Tabular(3)}, out_features=2, **exported)),
         ("fft", motet.LegoBlock(motet.Bag(4), out_features=2, **{**block, "fft": "2d"})),
         ("always have an encoder", motet.LegoBlock(motet.Bag(4), out_features=2, **block)),
         ("method", motet.LegoMerge(blocks)),
