@@ -41,7 +41,7 @@ def test_one_owner(tmp_path: Path) -> None:
     lease.release()
     again = others.take("a")
     assert again is not None
-    lease.release()  # not its own any more
+    lease.release()  # the lease now belongs to another owner
     assert leases.take("a") is None
     again.release()
     assert os.listdir(tmp_path / "leases") == ["b"]
@@ -72,7 +72,7 @@ def test_threads_take_one_each(tmp_path: Path) -> None:
 
 
 def killed(folder: Path) -> None:
-    """Have a process take `a` and be killed."""
+    """Let a process take the lease `a`, and kill the process."""
     code = (
         "import sys; from motet.io.store.leases import Leases; Leases(sys.argv[1]).take('a');"
         "print('taken', flush=True); sys.stdin.read()"
@@ -98,11 +98,11 @@ def test_dead_on_this_machine(tmp_path: Path) -> None:
     lease = Leases(tmp_path).take("a")
     assert lease is None
     # The number of a dead owner may be another process's by now.
-    mine = json.loads((tmp_path / "a").read_bytes())
-    (tmp_path / "b").write_text(json.dumps(mine | {"start": "1"}))
+    content = json.loads((tmp_path / "a").read_bytes())
+    (tmp_path / "b").write_text(json.dumps(content | {"start": "1"}))
     assert Leases(tmp_path).take("b") is not None
     # In another container the number says nothing.
-    (tmp_path / "c").write_text(json.dumps(mine | {"start": "1", "namespace": "pid:[1]"}))
+    (tmp_path / "c").write_text(json.dumps(content | {"start": "1", "namespace": "pid:[1]"}))
     assert Leases(tmp_path).take("c") is None
 
 
@@ -115,7 +115,7 @@ def test_the_thread_does_not_keep_a_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clock", [-(10**9), 0, 10**9])
 def test_dead_elsewhere(tmp_path: Path, clock: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two heartbeats after the first look, whatever the clock of the other machine says."""
+    """A lease is dead after two heartbeats without change, whatever the other machine's clock."""
     path, seconds = foreign(tmp_path, "a", heartbeat_s=10), 100.0
     monkeypatch.setattr(leases_module, "time", SimpleNamespace(monotonic=lambda: seconds))
     now = time.time() + clock
@@ -123,7 +123,7 @@ def test_dead_elsewhere(tmp_path: Path, clock: int, monkeypatch: pytest.MonkeyPa
     leases = Leases(tmp_path)
     assert leases.take("a") is None
     seconds = 115.0
-    os.utime(path, (now + 1, now + 1))  # it lives
+    os.utime(path, (now + 1, now + 1))  # the owner beats
     assert leases.take("a") is None
     seconds = 134.0
     assert leases.take("a") is None
@@ -137,21 +137,21 @@ def test_dead_elsewhere(tmp_path: Path, clock: int, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"token": "../../x"}', "\0" * 99])
 def test_leases_that_say_nothing(tmp_path: Path, text: str) -> None:
-    """Of a power cut, or hostile: they block for two heartbeats at most."""
+    """Leases that a power cut or an attacker left block for two heartbeats at most."""
     folder = tmp_path / "leases"
     foreign(folder, "a").write_text(text)
     foreign(folder, "b", token="/etc/passwd")
     leases = Leases(folder)
     assert leases.take("a") is None
     assert leases.take("b") is None
-    leases._seen = {key: (found, since - 61) for key, (found, since) in leases._seen.items()}
+    leases._seen = {key: (content, since - 61) for key, (content, since) in leases._seen.items()}
     assert leases.take("a") is not None
     assert leases.take("b") is not None
     assert sorted(os.listdir(folder)) == ["a", "b"]
 
 
 def test_beats(tmp_path: Path) -> None:
-    """A living owner keeps its lease; one whose lease is gone learns it."""
+    """A living owner keeps its lease; an owner whose lease was removed is told that it is lost."""
     leases, others = Leases(tmp_path, 0.05), Leases(tmp_path, 0.05)
     lease, lost = leases.take("a"), leases.take("b")
     assert lease is not None
@@ -169,13 +169,14 @@ def test_beats(tmp_path: Path) -> None:
     assert others.take("a") is None
     assert not lease.lost
     lease.release()
-    while leases._thread is not None and time.monotonic() < end:  # nothing to beat for
+    # The thread ends with the last lease.
+    while leases._thread is not None and time.monotonic() < end:
         time.sleep(0.01)
     assert leases._thread is None
 
 
 def test_stress(tmp_path: Path) -> None:
-    """Eight processes on four keys, killed at random: never two at once, and it goes on."""
+    """Eight processes take four keys and are killed at random: no key ever has two owners."""
     kills = 5000 if SOAK else 100
     script = ROOT / "python_tests" / "kill_leases.py"
     ran = subprocess.run(

@@ -1,4 +1,4 @@
-"""Masks in and out: exact shares, polygons, pictures, and what is no mask."""
+"""Reading and writing masks: exact shares, polygons, pictures, and files that are no mask."""
 
 import json
 from pathlib import Path
@@ -177,7 +177,7 @@ def test_what_is_no_mask_is_named(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_large_files_are_read_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """60,000 corners are read; a file, or a polygon, of more than is sane is refused."""
+    """60,000 corners are read; files and polygons beyond the limits are refused."""
     path = tmp_path / "mask.geojson"
     angle = np.linspace(0, 2 * np.pi, 60_000)
     ring = np.stack([500 + 300 * np.cos(angle), 350 + 300 * np.sin(angle)], 1).round(3)
@@ -194,7 +194,7 @@ def test_large_files_are_read_or_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_many_polygons_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Edges in small portions give what they give at once."""
+    """Edges rasterised in small portions give the same mask as all edges at once."""
     mask = made_mask(3, 40, 30, 0.6)
     path = tmp_path / "mask.geojson"
     path.write_text(json.dumps(outlines(mask, SIZE)))
@@ -203,7 +203,7 @@ def test_many_polygons_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def pictured(mode: str) -> Image.Image:
-    """The left half, drawn in several ways."""
+    """Return a mask of the left half as a picture of each mode."""
     left = np.zeros((140, 200), np.uint8)
     left[:, :100] = 1
     if mode == "I;16":
@@ -238,7 +238,7 @@ def test_cells_half_covered_are_in(
     pixels = made_mask(seed, 14, 20, 0.5)
     path = tmp_path_factory.getbasetemp() / "mask.png"
     Image.fromarray(pixels).save(path)
-    fine = np.kron(pixels, np.ones((height, width)))  # each cell is 14 x 20 whole parts of it
+    fine = np.kron(pixels, np.ones((height, width)))  # each cell has 14 x 20 of its pixels
     shares = fine.reshape(height, 14, width, 20).mean((1, 3))
     assert np.array_equal(read_mask(path, (20, 14), (height, width)), shares >= 0.5)
 
@@ -249,11 +249,11 @@ def test_pictures_that_are_none_are_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="aspect ratio of the slide, 1000 x 700, got 200 x 200"):
         read_mask(path, SIZE, (70, 100))
     Image.new("L", (200, 140), 255).save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:60])
+    content = path.read_bytes()
+    path.write_bytes(content[:60])
     with pytest.raises(StoreError, match="a PNG, got one that cannot be read"):
         read_mask(path, SIZE, (70, 100))
-    path.write_bytes(whole[:16] + (10**6).to_bytes(4) + (7 * 10**5).to_bytes(4) + whole[24:])
+    path.write_bytes(content[:16] + (10**6).to_bytes(4) + (7 * 10**5).to_bytes(4) + content[24:])
     with pytest.raises(StoreError, match="got 1000000 x 700000; scale it down"):
         read_mask(path, SIZE, (70, 100))
     with pytest.raises(OSError, match="none.png"):

@@ -1,4 +1,4 @@
-"""Patches have the pixels that their coordinates say, each comes once, and nothing is kept long."""
+"""Patches have the pixels at their coordinates, each comes once, and memory stays bounded."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -25,9 +25,9 @@ def read(slide: Any, grid: PatchGrid, wanted: Any, **options: Any) -> tuple[np.n
     """Return all pixels in the order of wanted, zero where lost, and which were lost."""
     wanted = np.asarray(wanted, np.int64)
     size = grid.tile_px
-    pixels, seen = np.zeros((len(wanted), size, size, 3), np.uint8), np.zeros(len(wanted), int)
-    lost = np.zeros(len(wanted), bool)
-    for batch in read_patches(slide, grid, wanted, **options):
+    pixels, seen = np.zeros((len(indices), size, size, 3), np.uint8), np.zeros(len(indices), int)
+    lost = np.zeros(len(indices), bool)
+    for batch in read_patches(slide, grid, indices, **options):
         assert (np.diff(batch.rows) > 0).all()
         assert (np.diff(batch.lost) > 0).all()
         assert 0 < len(batch.rows) + len(batch.lost) <= options.get("batch", 64)
@@ -63,10 +63,10 @@ def test_pixels_are_those_of_the_coordinates(
 ) -> None:
     grid = make_grid(slide, tiling, None)  # pyright: ignore[reportArgumentType]
     count = len(grid.coords)
-    wanted = data.draw(st.lists(st.integers(0, max(0, count - 1)), max_size=12 * bool(count)))
-    got, lost = read(slide, grid, wanted, batch=data.draw(st.sampled_from([1, 3, 64])))
+    indices = data.draw(st.lists(st.integers(0, max(0, count - 1)), max_size=12 * bool(count)))
+    got, lost = read(slide, grid, indices, batch=data.draw(st.sampled_from([1, 3, 64])))
     assert not lost.any()
-    for pixels, patch in zip(got, wanted, strict=True):
+    for pixels, patch in zip(got, indices, strict=True):
         difference = pixels.astype(int) - expected(slide, grid, patch)
         assert np.abs(difference).max() <= 1
         assert np.abs(difference).mean() < 0.01  # a corner rounded to 1e-13 px, near a tie
@@ -88,7 +88,7 @@ def test_a_whole_slide(factor: float, border: str) -> None:
 
 
 def test_patches_are_read_in_blocks_that_suit_the_file() -> None:
-    """Aligned ones in whole tiles; others in blocks so large that few tiles are decoded twice."""
+    """Aligned patches are read in whole tiles, others in blocks that decode few tiles twice."""
     slide = pyramid(4480, 2304, 1)
 
     def tiles() -> int:
@@ -118,15 +118,15 @@ def test_patches_are_read_in_blocks_that_suit_the_file() -> None:
 def test_batches_depend_on_the_arguments_alone() -> None:
     slide = pyramid(1500, 1500, 1)
     grid = grid_of(slide, downsample=1.5, tile_px=64)
-    wanted = np.random.default_rng(0).permutation(len(grid.coords))[:150]
+    indices = np.random.default_rng(0).permutation(len(grid.coords))[:150]
     first, second = (
-        [batch.rows.tolist() for batch in read_patches(slide, grid, wanted, workers=workers)]  # pyright: ignore[reportArgumentType]
+        [batch.rows.tolist() for batch in read_patches(slide, grid, indices, workers=workers)]  # pyright: ignore[reportArgumentType]
         for workers in (1, 4)
     )
     assert first == second
     assert [len(rows) for rows in first] == [64, 64, 22]
-    backwards, _ = read(slide, grid, wanted[::-1])
-    assert np.array_equal(backwards[::-1], read(slide, grid, wanted)[0])
+    backwards, _ = read(slide, grid, indices[::-1])
+    assert np.array_equal(backwards[::-1], read(slide, grid, indices)[0])
 
 
 def test_what_cannot_be_decoded_is_lost_alone() -> None:
@@ -135,7 +135,7 @@ def test_what_cannot_be_decoded_is_lost_alone() -> None:
         slide.faults = ()
         grid = grid_of(slide, downsample=factor, tile_px=tile_px)
         everything = np.arange(len(grid.coords))
-        whole, lost = read(slide, grid, everything)
+        intact, lost = read(slide, grid, everything)
         assert not lost.any()
         slide.faults = ((256, 512, 256, 256), (1280, 0, 256, 256))
         got, lost = read(slide, grid, everything)
@@ -143,7 +143,7 @@ def test_what_cannot_be_decoded_is_lost_alone() -> None:
         # A read ends at whole pixels, so that it may touch a tile of which a patch needs nothing.
         assert (lost >= damaged).all()
         assert lost.sum() - damaged.sum() <= (0 if factor != 1.7 else 8)
-        assert np.array_equal(got[~lost], whole[~lost])
+        assert np.array_equal(got[~lost], intact[~lost])
     (batch,) = read_patches(slide, grid, np.flatnonzero(damaged)[:3])  # pyright: ignore[reportArgumentType]
     assert batch.pixels.shape == (0, 30, 30, 3)
     assert batch.lost.tolist() == [0, 1, 2]
@@ -154,14 +154,14 @@ def test_what_cannot_be_decoded_is_lost_alone() -> None:
 def test_tiles_of_the_file_are_read_in_one_go(
     border: str, colours: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pixels, batches and what is lost are those of reads one by one, at the edges too."""
+    """Pixels, batches and lost patches equal those of single reads, also at the edges."""
     pytest.importorskip("cucim")
     tifffile = pytest.importorskip("tifffile")
     path = tmp_path / "slide.tif"
     image = draw_tissue(700, 600)
-    how = {} if colours == "ycbcr" else {"compressionargs": {"outcolorspace": "rgb"}}
+    jpeg_options = {} if colours == "ycbcr" else {"compressionargs": {"outcolorspace": "rgb"}}
     tifffile.imwrite(path, image, tile=(64, 64), photometric="rgb", compression="jpeg",
-                     metadata=None, **how)  # fmt: skip
+                     metadata=None, **jpeg_options)  # fmt: skip
     with tifffile.TiffFile(path) as tiff:
         ranges = list(zip(tiff.pages[0].dataoffsets, tiff.pages[0].databytecounts, strict=True))
     content = bytearray(path.read_bytes())
@@ -172,28 +172,28 @@ def test_tiles_of_the_file_are_read_in_one_go(
     path.write_bytes(content)
 
     def batches(workers: int) -> list[PatchBatch]:
-        return list(read_patches(slide, grid, wanted, batch=16, workers=workers))
+        return list(read_patches(slide, grid, indices, batch=16, workers=workers))
 
     with open_slide(path, reader="cucim") as slide:
         grid = make_grid(slide, Tiling(downsample=1, tile_px=64, border=border), None)
-        wanted = np.random.default_rng(0).permutation(len(grid.coords))
-        asked = []
+        indices = np.random.default_rng(0).permutation(len(grid.coords))
+        region_counts = []
         read_many = slide.read_many
         monkeypatch.setattr(
             slide, "read_many",
-            lambda *args, **options: asked.append(len(args[1])) or read_many(*args, **options),
+            lambda *args, **kw: region_counts.append(len(args[1])) or read_many(*args, **kw),
         )  # fmt: skip
-        found = [batches(workers) for workers in (1, 3)]
-        assert asked == [len(wanted)] * 2
+        results = [batches(workers) for workers in (1, 3)]
+        assert region_counts == [len(indices)] * 2
         monkeypatch.setattr(patches, "_are_tiles", lambda *_: False)
-        found.append(batches(2))
+        results.append(batches(2))
         damaged = damaged_patches(slide, grid)
-    for one, other in pairwise(found):
+    for one, other in pairwise(results):
         for a, b in zip(one, other, strict=True):
             assert a.rows.tolist() == b.rows.tolist()
             assert a.lost.tolist() == b.lost.tolist()
             assert np.array_equal(a.pixels, b.pixels)
-    lost = np.concatenate([wanted[batch.lost] for batch in found[0]])
+    lost = np.concatenate([indices[batch.lost] for batch in results[0]])
     assert sorted(lost) == np.flatnonzero(damaged).tolist()
     assert len(lost) == 3
 
@@ -211,7 +211,7 @@ def test_memory_serves_again_when_nothing_refers_to_it() -> None:
             held.append((batch, kept[i // 20 % 3], batch.pixels[3:5].copy()))
             held[-1] = (PatchBatch(batch.rows, None, batch.lost), *held[-1][1:])
     assert len(everything) / 16 > 130
-    assert len(places) < 60  # three blocks of 16 x 16 patches, and what is held
+    assert len(places) < 60  # three blocks of 16 x 16 patches, and those held
     for batch, kept, copy in held:
         assert np.array_equal(np.asarray(kept), copy)
         fresh, _ = read(slide, grid, everything[batch.rows[3:5]])
@@ -224,15 +224,15 @@ def test_a_patch_too_large_for_one_read(monkeypatch: pytest.MonkeyPatch) -> None
     for factor, border in ((20.0, "drop"), (7.3, "pad"), (240.5, "pad")):
         slide.faults = ()
         grid = grid_of(slide, downsample=factor, tile_px=15, border=border)
-        wanted = np.arange(len(grid.coords))[::-1]
+        indices = np.arange(len(grid.coords))[::-1]
         slide.reads.clear()
-        got, lost = read(slide, grid, wanted)
+        got, lost = read(slide, grid, indices)
         assert not lost.any()
         assert max(max(read[2:]) for read in slide.reads) <= max(100, factor) + 2
-        for pixels, patch in zip(got, wanted, strict=True):
+        for pixels, patch in zip(got, indices, strict=True):
             assert np.abs(pixels.astype(int) - expected(slide, grid, patch)).max() <= 1
         slide.faults = ((0, 0, 5, 5),)
-        assert read(slide, grid, wanted)[1].tolist() == [i == 0 for i in wanted]
+        assert read(slide, grid, indices)[1].tolist() == [i == 0 for i in indices]
 
 
 def test_nothing_is_wanted() -> None:
@@ -242,7 +242,7 @@ def test_nothing_is_wanted() -> None:
 
 
 class TensorSlide(ArraySlide):
-    """Gives torch tensors where it is asked for another device than the CPU."""
+    """Returns torch tensors if the device is not the CPU."""
 
     reader, delay, shift = "cucim", 0.0, 0
 
@@ -261,11 +261,11 @@ def test_tensors_have_the_same_pixels(factor: float) -> None:
     slide = TensorSlide([Level(900, 700, 1.0)], faults=((256, 0, 256, 256),))
     grid = grid_of(slide, downsample=factor, tile_px=32)
     everything = np.arange(len(grid.coords))
-    own, lost = read(slide, grid, everything)
-    theirs, also = read(slide, grid, everything, device="cuda")
+    on_cpu, lost = read(slide, grid, everything)
+    on_gpu, also = read(slide, grid, everything, device="cuda")
     assert lost.any()
     assert np.array_equal(lost, also)
-    assert np.array_equal(own, theirs)
+    assert np.array_equal(on_cpu, on_gpu)
     batch = next(read_patches(slide, grid, everything, device="cuda"))  # pyright: ignore[reportArgumentType]
     assert isinstance(batch.pixels, torch.Tensor)
 

@@ -1,4 +1,4 @@
-"""The quality report: what is drawn, what is told, hostile names, only what is new, flat memory."""
+"""The quality report: pictures, tables, hostile names, updates, and bounded memory."""
 
 import csv
 import os
@@ -20,11 +20,10 @@ HOSTILE = "<script>alert(1)</script>\n\"'&\u202e/../../x" + "long" * 100
 
 
 class Slides:
-    """What stands in for a FeatureStore: slides are made when they are asked for."""
+    """Stands in for a FeatureStore, and makes each slide when it is read."""
 
     def __init__(self, folder: Path, count: int, **changes: Any) -> None:
         self.folder, self.count, self.changes = folder, count, changes
-        self.asked: list[str] = []
         self.failed: dict[str, dict[str, Any]] = {}
         for key in self:
             (folder / "slides" / f"{key}.zarr").mkdir(parents=True)
@@ -33,12 +32,11 @@ class Slides:
         return (f"slide-{n:05}" for n in range(self.count))
 
     def __getitem__(self, key: str) -> SimpleNamespace:
-        self.asked.append(key)
         return made(key, **self.changes)
 
 
 def made(key: str, side: int = 40, **attrs: Any) -> SimpleNamespace:
-    """A slide of 10 x 7.5 patches of 100 px, its left half tissue; flags along its first row."""
+    """Make a slide of 10 x 7.5 patches of 100 px: tissue on the left, flags in the first row."""
     thumb = np.full((side * 3 // 4, side, 3), 240, np.uint8)
     thumb[:, : side // 2] = (200, 120, 170)
     mask = np.zeros(thumb.shape[:2], bool)
@@ -104,8 +102,9 @@ def test_a_picture_shows_tissue_patches_and_flags(tmp_path: Path) -> None:
     assert near(
         pixels[26, left + round(4.5 * patch) - 2 : left + round(4.5 * patch) + 3], (255,) * 3
     )
-    assert (pixels[350:384, left + 5 : left + 120] > 240).all(-1).any()  # the scale bar's ground
-    assert (pixels[384:] < 100).all(-1).sum() > 300  # words
+    scale_bar = pixels[350:384, left + 5 : left + 120]
+    assert (scale_bar > 240).all(-1).any()
+    assert (pixels[384:] < 100).all(-1).sum() > 300  # the caption's text
 
 
 def test_the_table_tells_all_slides(tmp_path: Path) -> None:
@@ -202,21 +201,21 @@ def test_only_what_is_newer_is_drawn_again(tmp_path: Path) -> None:
     write_report(tmp_path, store=store)
     changed = {path.name for path in pictures if path.stat().st_mtime_ns != before[path]}
     assert changed == {"slide-00049.png", "page-0002.png"}
-    store.count = 48  # the second page is gone
+    store.count = 48  # the second page has no slide any more
     write_report(tmp_path, store=store)
     assert [path.name for path in (report / "sheets").iterdir()] == ["page-0001.png"]
-    assert not [path for path in report.rglob(".*") if path.is_file()]  # nothing half-written
+    assert not [path for path in report.rglob(".*") if path.is_file()]  # no temporary file is left
 
 
 def test_a_sheet_that_is_half_a_file_is_drawn_again(tmp_path: Path) -> None:
     store = Slides(tmp_path, 2)
     report = write_report(tmp_path, store=store).parent
     sheet = report / "sheets" / "page-0001.png"
-    whole = sheet.read_bytes()
-    for part in (b"", whole[:20], b"not a picture"):
+    content = sheet.read_bytes()
+    for part in (b"", content[:20], b"not a picture"):
         sheet.write_bytes(part)
         write_report(tmp_path, store=store)
-        assert sheet.read_bytes() == whole
+        assert sheet.read_bytes() == content
 
 
 def test_a_large_cohort_takes_no_more_memory_than_a_page(
@@ -233,5 +232,5 @@ def test_a_large_cohort_takes_no_more_memory_than_a_page(
         tracemalloc.stop()
         return most
 
-    peak(1)  # what is imported
+    peak(1)  # loads the imports
     assert peak(36) < peak(8) + 3e5

@@ -1,4 +1,4 @@
-"""The area mean: exact, the same bits everywhere, and refusing what it cannot read."""
+"""The area mean: exact, the same bits on every path, and errors for unusable buffers."""
 
 import importlib.util
 import os
@@ -20,12 +20,12 @@ from .bindings_helpers import LAYOUTS, STRANGE, Carved, outcome
 from .conftest import ROOT
 from .grid_helpers import noise
 
-# What a mean may be off before it is rounded, and what below a half is a half still.
+# The largest error of a mean before rounding, and how far below a half still rounds up.
 EXACT, TIE = Fraction(1, 10**11), Fraction(1, 10**9)
 
 
 def exact(image: np.ndarray, top: float, left: float, ratio: float) -> list[Fraction]:
-    """The mean of one window, in whole numbers."""
+    """Return the mean of one window per channel, as exact fractions."""
     up, side = [Fraction(top), Fraction(left)], Fraction(ratio)
 
     def shares(begin: Fraction, count: int) -> list[Fraction]:
@@ -66,7 +66,7 @@ ratios = st.one_of(
 
 @st.composite
 def windows(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """An image, windows anywhere in it and in any order, and their size."""
+    """Draw an image, windows anywhere in it and in any order, and their size."""
     ratio = draw(ratios)
     least = int(np.ceil(ratio))
     height, width = (draw(st.integers(least, least + 12)) for _ in range(2))
@@ -88,10 +88,10 @@ def test_all_forms_are_equal(drawn: Any) -> None:
     expected = area_resample_reference(image, rows, columns, ratio)
     assert expected.shape == (len(rows), len(columns), 3)
     assert np.array_equal(area_resample(image, rows, columns, ratio), expected)
-    there = area_resample_torch(torch.from_numpy(image), rows, columns, ratio)
-    assert there.dtype == torch.uint8
-    assert np.array_equal(there.numpy(), expected)
-    # Crops in, crops out, and nothing beside them touched.
+    from_torch = area_resample_torch(torch.from_numpy(image), rows, columns, ratio)
+    assert from_torch.dtype == torch.uint8
+    assert np.array_equal(from_torch.numpy(), expected)
+    # Strided input and output work, and no byte beside the output is written.
     wide, target = noise(image.shape[0] + 2, image.shape[1] + 3, 3), noise(len(rows) + 2, 9, 3)
     wide[1:-1, 2:-1] = image
     before = target.copy()
@@ -103,7 +103,7 @@ def test_all_forms_are_equal(drawn: Any) -> None:
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 300])
 def test_whole_ratios_round_halves_up(ratio: int) -> None:
-    """Against integers: no tie is lost to rounding, whatever 1 / ratio^2 is."""
+    """Means equal those of integer arithmetic: ties round up, however 1 / ratio^2 is rounded."""
     count = max(2, 600 // ratio)
     image = noise(ratio * count + 1, ratio * count + 2, 3)
     image[: ratio * count : 2] = image[: ratio * count : 2] // 200 * 255
@@ -167,7 +167,7 @@ def test_the_module_is_built_where_the_other_one_is() -> None:
 @settings(max_examples=6 * settings().max_examples)
 @given(st.data())
 def test_bindings_fuzz(data: st.DataObject) -> None:
-    """Buffers of all sorts: it computes, or refuses, and touches nothing but its result."""
+    """For any buffers the function computes or raises, and writes to its result only."""
     ratio = data.draw(st.sampled_from([1.0, 2.0, 4.0, 1.7, 3.0, 0.5, np.nan, np.inf, 1e300]))
     height, width, h, w = (data.draw(st.integers(0, n)) for n in (12, 12, 4, 4))
     made: list[Carved] = []
@@ -212,14 +212,14 @@ def test_bindings_fuzz(data: st.DataObject) -> None:
         assert np.array_equal(out, alone)
 
 
-# The same for all widths of registers, to the bit.
+# Results have the same bits for all widths of registers.
 SCRIPT = """
 import importlib.util, sys
 import numpy as np
 spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-generator, found = np.random.default_rng(0), {}
+generator, results = np.random.default_rng(0), {}
 for size in (*range(8, 60), 1030):
     image = generator.integers(0, 256, (size, size, 3), np.uint8)
     for ratio in (1.0, 2.0, 4.0, 1.9, 3.2, 6.0, 2.004008016):
@@ -227,8 +227,8 @@ for size in (*range(8, 60), 1030):
             at = begin + ratio * np.arange(int((size - begin) / ratio))
             out = np.empty((len(at), len(at), 3), np.uint8)
             module.area_resample(image, at, at, ratio, out)
-            found[f"{size} {ratio} {begin}"] = out
-np.savez(sys.argv[2], **found)
+            results[f"{size} {ratio} {begin}"] = out
+np.savez(sys.argv[2], **results)
 """
 
 
@@ -237,14 +237,14 @@ def test_every_width_of_registers(tmp_path: Any) -> None:
     spec = importlib.util.find_spec("motet.io._C")
     assert spec is not None
     assert spec.origin is not None
-    found = []
+    results = []
     for simd in (16, 32, 64):
         file = tmp_path / f"{simd}.npz"
         subprocess.run(
             [sys.executable, "-c", SCRIPT, spec.origin, str(file)],
             env=os.environ | {"MOTET_SIMD": str(simd)}, check=True, cwd=ROOT,
         )  # fmt: skip
-        found.append(np.load(file))
-    for name in found[0]:
-        for other in found[1:]:
-            assert np.array_equal(found[0][name], other[name]), name
+        results.append(np.load(file))
+    for name in results[0]:
+        for other in results[1:]:
+            assert np.array_equal(results[0][name], other[name]), name

@@ -1,4 +1,4 @@
-"""Encoders of patches: stain statistics, each family of models, their refusals."""
+"""Encoders of patches: stain statistics, each family of models, error messages."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def patches(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def described(patch: np.ndarray) -> dict[str, float]:
-    """Return the features of one patch, sides multiples of 4, in float64 and literally."""
+    """Return the features of one patch as documented, in float64; sides are multiples of 4."""
     cells = patch.reshape(patch.shape[0] // 4, 4, patch.shape[1] // 4, 4, 3).astype(float)
     density = -np.log10((cells.mean((1, 3)) + 0.5) / 255.5)
     vectors = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -46,23 +46,23 @@ def described(patch: np.ndarray) -> dict[str, float]:
     names = ("haematoxylin", "eosin", "residual")
     amounts = np.linalg.solve(vectors.T, density.reshape(-1, 3).T).reshape(3, *density.shape[:2])
     stains = dict(zip(names, amounts, strict=True))
-    found: dict[str, float] = {}
+    features: dict[str, float] = {}
     for name, x in stains.items():
-        found |= {f"{name} mean": x.mean(), f"{name} std": x.std()}
+        features |= {f"{name} mean": x.mean(), f"{name} std": x.std()}
         levels = (
             (0.0, 0.1, 0.25, 0.5) if name == "residual" else (0.05, 0.1, 0.2, 0.3, 0.45, 0.65, 0.9)
         )
-        found |= {f"{name} > {level:g}": (x > level).mean() for level in levels}
+        features |= {f"{name} > {level:g}": (x > level).mean() for level in levels}
     total = density.mean(2)
-    found |= {"density mean": total.mean(), "density std": total.std()}
-    found["density < 0.05"] = (total < 0.05).mean()
+    features |= {"density mean": total.mean(), "density std": total.std()}
+    features["density < 0.05"] = (total < 0.05).mean()
     for a, b in ((0, 1), (0, 2), (1, 2)):
         x, y = amounts[a] - amounts[a].mean(), amounts[b] - amounts[b].mean()
-        found[f"{names[a]} ~ {names[b]}"] = (x * y).mean() / (x.std() * y.std() + 1e-4)
+        features[f"{names[a]} ~ {names[b]}"] = (x * y).mean() / (x.std() * y.std() + 1e-4)
     h, e, _ = amounts
-    found["haematoxylin > 0.3 and > eosin"] = ((h > 0.3) & (h > e)).mean()
-    found["eosin > 0.15 and > haematoxylin"] = ((e > 0.15) & ~(h > e)).mean()
-    found["haematoxylin and eosin > 0.3"] = ((h > 0.3) & (e > 0.3)).mean()
+    features["haematoxylin > 0.3 and > eosin"] = ((h > 0.3) & (h > e)).mean()
+    features["eosin > 0.15 and > haematoxylin"] = ((e > 0.15) & ~(h > e)).mean()
+    features["haematoxylin and eosin > 0.3"] = ((h > 0.3) & (e > 0.3)).mean()
     smooth = {"haematoxylin": h - h.mean(), "eosin": e - e.mean()}
     for scale in (1, 2, 4):
         edges = {}
@@ -76,23 +76,23 @@ def described(patch: np.ndarray) -> dict[str, float]:
             across, down, corner = (b + d - a - c) / 2, (c + d - a - b) / 2, (a + d - b - c) / 2
             smooth[name], edges[name] = (a + b + c + d) / 4, np.stack([across, down])
             xx, yy, xy = (across**2).mean(), (down**2).mean(), (across * down).mean()
-            found[f"{name} edges {4 * scale} px"] = np.sqrt(xx + yy)
+            features[f"{name} edges {4 * scale} px"] = np.sqrt(xx + yy)
             turned = np.sqrt((xx - yy) ** 2 + 4 * xy**2)
-            found[f"{name} alignment {4 * scale} px"] = turned / (xx + yy)
+            features[f"{name} alignment {4 * scale} px"] = turned / (xx + yy)
             if name == "haematoxylin":
-                found[f"{name} steps {4 * scale} px"] = np.abs(edges[name]).mean() * 2
-                found[f"{name} corners {4 * scale} px"] = np.sqrt((corner**2).mean())
+                features[f"{name} steps {4 * scale} px"] = np.abs(edges[name]).mean() * 2
+                features[f"{name} corners {4 * scale} px"] = np.sqrt((corner**2).mean())
         norms = [np.linalg.norm(x) for x in edges.values()]
         both = (edges["haematoxylin"] * edges["eosin"]).sum()
-        found[f"shared edges {4 * scale} px"] = both / (norms[0] * norms[1])
+        features[f"shared edges {4 * scale} px"] = both / (norms[0] * norms[1])
     for name, x in smooth.items():
-        found[f"{name} std of 32 px means"] = np.sqrt((x**2).mean())
+        features[f"{name} std of 32 px means"] = np.sqrt((x**2).mean())
     within = ((cells - cells.mean((1, 3), keepdims=True)) ** 2).mean((0, 1, 2, 3))
-    found |= {
+    features |= {
         f"{c} detail": np.sqrt(v) / 255
         for c, v in zip(("red", "green", "blue"), within, strict=True)
     }
-    return found
+    return features
 
 
 def tissue() -> np.ndarray:
@@ -104,28 +104,28 @@ def tissue() -> np.ndarray:
 def test_stain_stats_are_what_they_are_called() -> None:
     encoder = load_encoder("stain-stats")
     for patch in (tissue()[100:356, 64:320], patches(64, 48), patches(40, 128, seed=3)):
-        found = described(patch)
-        assert tuple(found) == encoder.names
+        expected = described(patch)
+        assert tuple(expected) == encoder.names
         np.testing.assert_allclose(
-            encoder.encode(patch[None])[0], list(found.values()), rtol=1e-4, atol=3e-6
+            encoder.encode(patch[None])[0], list(expected.values()), rtol=1e-4, atol=3e-6
         )
 
 
 def test_stains_are_those_of_scikit_image() -> None:
-    """On real tissue, wherever scikit-image does not cut the density off at 0."""
+    """Densities agree on real tissue, wherever scikit-image does not clip them at 0."""
     from skimage.color import rgb2hed
 
     coarse = tissue().reshape(128, 4, 128, 4, 3).mean((1, 3)).round().astype(np.uint8)
     coarse = coarse[coarse.min(2) > 30]
-    # Its unit of density is the logarithm of a million, and of a stain its vector unnormalised.
-    theirs = rgb2hed(coarse[None])[0] * 6 * np.linalg.norm(stain_stats.VECTORS, axis=1)
-    assert ((theirs > 0).mean(0) > 0.9).tolist() == [True, False, True]  # it is not eosin
+    # scikit-image measures density in ln(10^6), and does not normalise the stain vectors.
+    expected = rgb2hed(coarse[None])[0] * 6 * np.linalg.norm(stain_stats.VECTORS, axis=1)
+    assert ((expected > 0).mean(0) > 0.9).tolist() == [True, False, True]  # it is not eosin
     encoder = load_encoder("stain-stats")
     rows = encoder.encode(coarse[:, None, None].repeat(4, 1).repeat(4, 2))
-    for stain, density in zip(stain_stats.STAINS, theirs.T, strict=True):
-        own = rows[:, encoder.names.index(f"{stain} mean")]
+    for stain, density in zip(stain_stats.STAINS, expected.T, strict=True):
+        actual = rows[:, encoder.names.index(f"{stain} mean")]
         # The half grey level that is added here is at most 0.007 of a colour's density.
-        np.testing.assert_allclose(own[density > 0], density[density > 0], atol=0.02)
+        np.testing.assert_allclose(actual[density > 0], density[density > 0], atol=0.02)
 
 
 @given(
@@ -156,17 +156,19 @@ def test_stain_stats_of_any_patch_are_bounded_and_the_same_turned(
 def test_a_row_has_the_same_bits_in_every_batch(px: int) -> None:
     encoder = load_encoder("stain-stats")
     pixels = patches(21, px, px)
-    whole = encoder.encode(pixels)
+    expected = encoder.encode(pixels)
     for size in (1, 2, 3, 8, 20):
         parts = [encoder.encode(pixels[i : i + size]) for i in range(0, 21, size)]
-        assert np.array_equal(np.concatenate(parts), whole)
+        assert np.array_equal(np.concatenate(parts), expected)
     wide = np.empty((21, px, px + 3, 3), np.uint8)[:, :, 3:]
     wide[:] = pixels
     wide.flags.writeable = False
-    assert np.array_equal(encoder.encode(wide), whole)
-    assert np.array_equal(encoder.encode(torch.from_numpy(pixels)), whole)
+    assert np.array_equal(encoder.encode(wide), expected)
+    assert np.array_equal(encoder.encode(torch.from_numpy(pixels)), expected)
     with ThreadPoolExecutor(4) as pool:
-        assert all(np.array_equal(rows, whole) for rows in pool.map(encoder.encode, [pixels] * 8))
+        assert all(
+            np.array_equal(rows, expected) for rows in pool.map(encoder.encode, [pixels] * 8)
+        )
 
 
 def test_pieces_of_a_side_lie_symmetrically() -> None:
@@ -187,7 +189,7 @@ def test_both_ways_to_shrink_agree() -> None:
     assert np.array_equal(means, sums.transpose(3, 0, 1, 2))
 
 
-# What all share
+# All encoders
 
 
 @pytest.mark.parametrize("name", ["stain-stats", "python_tests.no:where"])
@@ -265,7 +267,7 @@ def test_half_precision(precision: str, error: float) -> None:
     assert encoder.precision == precision
     assert rows.dtype == np.float32
     assert 0 < np.linalg.norm(rows - exact) < error * np.linalg.norm(exact)
-    # The weights are those of the checkpoint, whatever they are held in.
+    # The hash of the weights is the checkpoint's, whatever the dtype in memory.
     assert encoder.weights == small().weights
 
 
@@ -301,32 +303,32 @@ def test_what_a_model_returns_is_looked_at() -> None:
 
 def test_the_hash_is_of_names_dtypes_shapes_and_bytes() -> None:
     state = {"a": torch.arange(6.0), "b": torch.tensor(1), "c": torch.ones(2).bfloat16()}
-    own = hash_of(state)
-    assert len(own) == 16
-    assert own == hash_of(dict(reversed(state.items())))
+    expected = hash_of(state)
+    assert len(expected) == 16
+    assert expected == hash_of(dict(reversed(state.items())))
     changes: list[dict[str, Tensor]] = [
         {"a": state["a"].view(2, 3)}, {"a": state["a"].double()}, {"b": torch.tensor(2)},
         {"c": torch.ones(2).half()}, {"d": torch.tensor(1)},
     ]  # fmt: skip
-    assert len({own, *(hash_of(state | change) for change in changes)}) == 6
+    assert len({expected, *(hash_of(state | change) for change in changes)}) == 6
 
 
 @pytest.mark.parametrize("size", [(40, 40), (48, 64), (64, 48), (100, 90)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_resizing_is_pils(size: tuple[int, int], interpolation: str) -> None:
-    """To the rounding of PIL: 0.5 at the end, and 0.5 before, by weights that sum to 1.25."""
+    """Resizing differs by PIL's rounding: 0.5 at the end, and 0.5 x 1.25 (weights) before."""
     from PIL import Image
 
     pixels = patches(2, *size) // 2 + 64  # bicubic overshoots, and PIL cuts that off twice
     short = min(size)
     wide = tuple(int(48 * side / short) for side in size)
     transform = Transform(resize=48, interpolation=interpolation, scale=1.0)
-    found = transform(torch.from_numpy(pixels)).permute(0, 2, 3, 1).numpy()
+    resized = transform(torch.from_numpy(pixels)).permute(0, 2, 3, 1).numpy()
     kind = getattr(Image.Resampling, interpolation.upper())
-    for own, patch in zip(found, pixels, strict=True):
-        theirs = np.asarray(Image.fromarray(patch).resize(wide[::-1], kind))
-        assert abs(own - theirs).max() <= 1.13
-        assert abs(own - theirs).mean() < 0.4
+    for actual, patch in zip(resized, pixels, strict=True):
+        expected = np.asarray(Image.fromarray(patch).resize(wide[::-1], kind))
+        assert abs(actual - expected).max() <= 1.13
+        assert abs(actual - expected).mean() < 0.4
 
 
 def test_a_crop_larger_than_the_patch_is_refused() -> None:
@@ -364,7 +366,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever imported it first: it reads $HF_HUB_OFFLINE only then."""
+    """Work offline, also if huggingface_hub was imported before $HF_HUB_OFFLINE was set."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
@@ -376,12 +378,12 @@ def test_hf(folder: Path, name: str, px: int, special: int) -> None:
     assert (encoder.id, encoder.width, encoder.input_px) == (f"hf:{name}", 32, px)
     pixels = patches(3, px, px)
     processor = transformers.AutoImageProcessor.from_pretrained(folder / name)
-    theirs = processor(list(pixels), return_tensors="pt")["pixel_values"]
-    own = encoder._prepare(torch.from_numpy(pixels))
-    torch.testing.assert_close(own, theirs, rtol=1e-6, atol=1e-6)
+    expected = processor(list(pixels), return_tensors="pt")["pixel_values"]
+    actual = encoder._prepare(torch.from_numpy(pixels))
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     model = transformers.AutoModel.from_pretrained(folder / name).eval()
     with torch.no_grad():
-        tokens = model(theirs).last_hidden_state
+        tokens = model(expected).last_hidden_state
     first, mean = tokens[:, 0].numpy(), tokens[:, special:].mean(1).numpy()
     for pool, exact in {"cls": first, "mean": mean, "cls+mean": np.hstack([first, mean])}.items():
         pooled = load_encoder(f"hf:{folder / name}?pool={pool}", device="cpu")
@@ -397,14 +399,14 @@ def test_hf(folder: Path, name: str, px: int, special: int) -> None:
 
 
 def test_transformers_does_not_import_motets_kernels(folder: Path) -> None:
-    """For which it looks when a model is loaded; conftest.py puts the checkout on sys.path."""
+    """transformers looks for a module `kernels`, and conftest.py puts ours on sys.path."""
     load_encoder(f"hf:{folder / 'vit'}", device="cpu")
     assert find_spec("kernels") is not None
     assert "kernels" not in sys.modules
 
 
 def test_hf_leaves_out_what_a_checkpoint_lacks(folder: Path) -> None:
-    """A pooler would be made at random, and the hash of the weights with it."""
+    """A missing pooler would get random weights, which would change the hash."""
     first, second = (load_encoder(f"hf:{folder / 'classifier'}", device="cpu") for _ in range(2))
     assert first.weights == second.weights
     state = torch.load(_without(folder / "vit", "layernorm.weight"), weights_only=True)
@@ -414,7 +416,7 @@ def test_hf_leaves_out_what_a_checkpoint_lacks(folder: Path) -> None:
 
 
 def _without(source: Path, name: str) -> Path:
-    """Copy a model's folder less one of its tensors."""
+    """Copy a model's folder without one of its tensors."""
     from safetensors.torch import load_file, save_file
 
     target = source.with_name(source.name + "-cut")
@@ -454,11 +456,11 @@ def test_hf_refusals(folder: Path, tmp_path: Path) -> None:
         _transform_of("hf:x", {"do_resize": True, "size": {"shortest_edge": 5}, "resample": 1})
 
 
-# torchvision and timm, as far as a stand-in shows it
+# torchvision and timm, by stand-ins
 
 
 class Backbone(nn.Module):
-    """A ResNet's names at small size."""
+    """A small model with the names of a ResNet."""
 
     def __init__(self, classes: int = 1000) -> None:
         super().__init__()
@@ -514,7 +516,7 @@ def test_torchvision() -> None:
 
 @pytest.mark.usefixtures("torchvision")
 def test_weights_from_a_file(tmp_path: Path) -> None:
-    """As MM-Lego's: a checkpoint with a head of nine classes, under whatever prefix."""
+    """Checkpoints like MM-Lego's load: a head of nine classes, and any prefix of the names."""
     from safetensors.torch import save_file
 
     state = backbone(9).state_dict()
@@ -587,12 +589,12 @@ class Tokens(nn.Module):
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Stand in for timm, which imports torchvision; return the list of what it is asked for."""
-    asked = []
+def timm_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Stand in for timm, which imports torchvision; return the recorded calls."""
+    timm_calls = []
 
     def create_model(name: str, **arguments: Any) -> nn.Module:
-        asked.append((name, arguments))
+        timm_calls.append((name, arguments))
         torch.manual_seed(0)
         return Tokens()
 
@@ -605,12 +607,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     layers.SwiGLUPacked = nn.Linear
     monkeypatch.setitem(sys.modules, "timm", timm)
     monkeypatch.setitem(sys.modules, "timm.layers", layers)
-    return asked
+    return timm_calls
 
 
-def test_timm(asked: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> None:
+def test_timm(timm_calls: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> None:
     encoder = load_encoder("timm:vit_small.tag", device="cpu")
-    assert asked.pop() == ("vit_small.tag", {"pretrained": True, "num_classes": 0})
+    assert timm_calls.pop() == ("vit_small.tag", {"pretrained": True, "num_classes": 0})
     assert (encoder.id, encoder.width, encoder.input_px) == ("timm:vit_small.tag", 8, 40)
     pixels = patches(2, 40, 40)
     torch.manual_seed(0)
@@ -620,19 +622,19 @@ def test_timm(asked: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> None:
     pooled = load_encoder("timm:hf-hub:paige-ai/Virchow2?pool=cls+mean", device="cpu")
     exact = np.hstack([tokens[:, 0], tokens[:, 2:].mean(1)])
     np.testing.assert_allclose(pooled.encode(pixels), exact, rtol=1e-4, atol=1e-5)
-    assert asked.pop()[1].keys() >= {"mlp_layer", "act_layer"}
+    assert timm_calls.pop()[1].keys() >= {"mlp_layer", "act_layer"}
     torch.save({k: v + 1 for k, v in Tokens().state_dict().items()}, tmp_path / "own.pth")
-    own = load_encoder("timm:vit_small", weights=tmp_path / "own.pth", device="cpu")
-    assert asked.pop()[1]["pretrained"] is False
-    assert own.weights != encoder.weights
+    from_file = load_encoder("timm:vit_small", weights=tmp_path / "own.pth", device="cpu")
+    assert timm_calls.pop()[1]["pretrained"] is False
+    assert from_file.weights != encoder.weights
     with pytest.raises(ValueError, match="timm has no such model: did you mean 'vit_small'"):
         load_encoder("timm:vit_smal")
-    assert not asked
+    assert not timm_calls
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_the_package_itself(name: str, tmp_path: Path) -> None:
-    """Where it imports; elsewhere, that it does not is said in one line with the cure."""
+    """The real package works if it imports; otherwise the error is one line with the cure."""
     family = name.partition(":")[0]
     try:
         models = __import__(family, fromlist=["models"])
@@ -702,7 +704,7 @@ def test_export(tmp_path: Path) -> None:
 
 
 class Bytes(nn.Module):
-    """Take uint8."""
+    """A model that takes uint8."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -716,34 +718,36 @@ class Bytes(nn.Module):
 
 
 @pytest.fixture
-def mine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def callables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     module: Any = ModuleType("mine")
     module.mean = lambda pixels: pixels.mean((1, 2))
     monkeypatch.setitem(sys.modules, "mine", module)
     return module
 
 
-def test_callables(mine: Any) -> None:
+def test_callables(callables: Any) -> None:
     encoder, pixels = load_encoder("mine:mean"), patches(3, 8, 8)
     assert (encoder.id, encoder.width, encoder.weights) == ("mine:mean", 3, "none")
     np.testing.assert_allclose(encoder.encode(pixels), pixels.mean((1, 2)), rtol=1e-6)
     assert encoder.encode(torch.from_numpy(pixels)).dtype == np.float32
     assert encoder.encode(pixels[:0]).shape == (0, 3)
-    mine.Named = SimpleNamespace(model=lambda pixels: torch.ones(len(pixels), 4))
-    mine.Named.model.width, mine.Named.model.id, mine.Named.model.weights = 4, "own", "0" * 16
+    callables.Named = SimpleNamespace(model=lambda pixels: torch.ones(len(pixels), 4))
+    model = callables.Named.model
+    model.width, model.id, model.weights = 4, "own", "0" * 16
     named = load_encoder("mine:Named.model")
     assert named.spec() == {"id": "own", "width": 4, "weights": "0" * 16,
                             "transform": named.transform, "precision": "fp32"}  # fmt: skip
     assert named.encode(pixels).shape == (3, 4)
 
 
-def test_what_a_callable_does_wrong(mine: Any) -> None:
+def test_what_a_callable_does_wrong(callables: Any) -> None:
     def refuses(pixels: np.ndarray) -> None:
         raise KeyError("model")
 
-    mine.refuses, mine.number, mine.five = refuses, 5, lambda pixels: np.ones(5)
-    mine.grows = lambda pixels: np.ones((len(pixels), pixels.shape[1]))
-    mine.words = lambda pixels: [["a"]] * len(pixels)
+    callables.refuses, callables.number = refuses, 5
+    callables.five = lambda pixels: np.ones(5)
+    callables.grows = lambda pixels: np.ones((len(pixels), pixels.shape[1]))
+    callables.words = lambda pixels: [["a"]] * len(pixels)
     wrong = {
         "mine:refuses": r"raised KeyError on uint8 \[1, 256, 256, 3\]: 'model'",
         "mine:number": "expected a callable, got int",
@@ -758,8 +762,8 @@ def test_what_a_callable_does_wrong(mine: Any) -> None:
     encoder = load_encoder("mine:grows")
     with pytest.raises(ValueError, match="'mine:grows': expected 256 features per patch, got 8"):
         encoder.encode(patches(2, 8, 8))
-    mine.grows = lambda pixels: 1 / 0
-    mine.slow = lambda pixels: (_ for _ in ()).throw(MemoryError("no room"))
+    callables.grows = lambda pixels: 1 / 0
+    callables.slow = lambda pixels: (_ for _ in ()).throw(MemoryError("no room"))
     with pytest.raises(MemoryError, match="no room"):
         load_encoder("mine:slow")
 

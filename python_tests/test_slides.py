@@ -1,4 +1,4 @@
-"""Readers of slides: right pixels and metadata, or one named error; nothing crashes or hangs."""
+"""Readers of slides: correct pixels and metadata, or one named error; no crash, no hang."""
 
 import io
 import os
@@ -41,7 +41,7 @@ def near(image: Pixels, other: Pixels) -> float:
 
 
 def inside(image: Pixels, x: int, y: int, width: int, height: int) -> Pixels:
-    """Cut a region out of an image, white beyond it."""
+    """Cut a region out of an image; pixels outside of the image are white."""
     out = np.full((height, width, 3), 255, np.uint8)
     rows = slice(max(y, 0), max(0, min(y + height, image.shape[0])))
     columns = slice(max(x, 0), max(0, min(x + width, image.shape[1])))
@@ -87,7 +87,7 @@ REAL = {  # reader, vendor, mpp, (width, height, downsample) of each level; or t
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_slides(name: str) -> None:
-    """Metadata as known, and level 0 as OpenSlide reads it."""
+    """The metadata are the known ones, and level 0 is as OpenSlide reads it."""
     path, expected = data_path("slides", name), REAL[name]
     if isinstance(expected, str):
         with pytest.raises(SlideError) as raised:
@@ -101,8 +101,8 @@ def test_real_slides(name: str) -> None:
         assert slide.levels == tuple(Level(w, h, float(d)) for w, h, d in levels)
         if openslide.OpenSlide.detect_format(path) is None:
             with Image.open(path) as image:
-                whole = np.asarray(image.convert("RGB"))
-            np.testing.assert_array_equal(slide.read(0, 0, 0, *whole.shape[1::-1]), whole)
+                pixels = np.asarray(image.convert("RGB"))
+            np.testing.assert_array_equal(slide.read(0, 0, 0, *pixels.shape[1::-1]), pixels)
             return
         other = openslide.OpenSlide(path)
         random = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def test_a_slide_whose_tiles_are_damaged() -> None:
 @pytest.mark.parametrize("name", ["tcga-cr-7395-01a-01-ts1.svs", "1065626.svs"])
 @pytest.mark.parametrize("reader", ["auto", "openslide", "tifffile"])
 def test_lower_levels_of_real_slides(name: str, reader: str) -> None:
-    """Not interpolated: OpenSlide alone is 1.2 grey levels off on these (downsample 4.0002)."""
+    """Levels are not interpolated; OpenSlide alone is 1.2 grey levels off (downsample 4.0002)."""
     path = data_path("slides", name)
     with open_slide(path, reader=reader) as slide:
         with tifffile.TiffFile(path) as tiff:
@@ -174,7 +174,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Slide, list[Pixels]]]:
-    found = {}
+    slides = {}
     for kind, (reader, make) in KINDS.items():
         name = "SLIDE.X" if kind == "cucim without an ending" else "slide.tif"
         path = tmp_path_factory.mktemp("made") / name
@@ -189,8 +189,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Slide, lis
             pages = pages_of(path)
         if kind == "jpeg 2000 ycbcr":
             pages = [np.asarray(Image.fromarray(page, "YCbCr").convert("RGB")) for page in pages]
-        found[kind] = slide, pages
-    return found
+        slides[kind] = slide, pages
+    return slides
 
 
 def module_has(name: str) -> bool:
@@ -211,17 +211,17 @@ def test_every_level_is_exact(kind: str, made: dict[str, tuple[Slide, list[Pixel
     slide, pages = made[kind]
     assert len(slide.levels) == len(pages)
     for level, page in enumerate(pages):
-        whole = slide.read(level, 0, 0, page.shape[1], page.shape[0])
+        pixels = slide.read(level, 0, 0, page.shape[1], page.shape[0])
         if kind == "jpeg 2000 ycbcr":  # Pillow's rounding
-            assert np.abs(whole.astype(int) - page).max() <= 1
+            assert np.abs(pixels.astype(int) - page).max() <= 1
         else:
-            np.testing.assert_array_equal(whole, page)
+            np.testing.assert_array_equal(pixels, page)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_reads(kind: str, made: dict[str, tuple[Slide, list[Pixels]]], data: st.DataObject) -> None:
-    """Any region of any level, white beyond it; one by one and many at once."""
+    """Any region of any level reads right, white outside; single reads and many at once."""
     slide, pages = made[kind]
     level = data.draw(st.integers(0, len(pages) - 1))
     sides = slide.levels[level]
@@ -237,12 +237,12 @@ def test_reads(kind: str, made: dict[str, tuple[Slide, list[Pixels]]], data: st.
     for x, y in places[:2]:
         one = slide.read(level, x, y, width, height)
         np.testing.assert_array_equal(one, inside(page, x, y, width, height))
-        one[:] = 0  # the caller's own
+        one[:] = 0  # the array belongs to the caller
 
 
 @pytest.mark.parametrize("factors", [(1, 2), (1, 3), (1, 4, 16), (1, 2, 5)])
 def test_odd_pyramids(factors: tuple[int, ...], tmp_path: Path) -> None:
-    """Downsamples such as 2.0005: each reader hits each px of each level."""
+    """At downsamples such as 2.0005 each reader returns the exact pixels of each level."""
     path = tmp_path / "slide.tif"
     make_pyramid(path, (2051, 1037), factors=factors)
     pages = pages_of(path)
@@ -278,11 +278,11 @@ def test_threads_may_share_a_slide(made: dict[str, tuple[Slide, list[Pixels]]]) 
     places = random.integers(0, 600, (200, 2)).tolist()
     for kind in ("cucim", "lzw", "jpeg 2000 ycbcr", "png"):
         slide, _ = made[kind]
-        whole = slide.read(0, 0, 0, 1001, 703)
+        pixels = slide.read(0, 0, 0, 1001, 703)
         with ThreadPoolExecutor(4) as pool:
             parts = list(pool.map(lambda place, slide=slide: slide.read(0, *place, 90, 80), places))
         for (x, y), part in zip(places, parts, strict=True):
-            np.testing.assert_array_equal(part, inside(whole, x, y, 90, 80))
+            np.testing.assert_array_equal(part, inside(pixels, x, y, 90, 80))
 
 
 def test_what_cannot_be_asked(made: dict[str, tuple[Slide, list[Pixels]]]) -> None:
@@ -305,10 +305,10 @@ def test_what_cannot_be_asked(made: dict[str, tuple[Slide, list[Pixels]]]) -> No
 
 
 def test_levels() -> None:
-    """A whole number where one was divided by, else the mean of both ratios."""
+    """The downsample is the integer divisor if there was one, else the mean of both ratios."""
     sides = [(4097, 3001), (1024, 750), (1025, 751), (256, 188), (1000, 750), (3, 2)]
-    found = [level.downsample for level in make_levels(Path("a"), sides)]
-    assert found == [1.0, 4.0, 4.0, 16.0, (4.097 + 3001 / 750) / 2, 2048.0]
+    downsamples = [level.downsample for level in make_levels(Path("a"), sides)]
+    assert downsamples == [1.0, 4.0, 4.0, 16.0, (4.097 + 3001 / 750) / 2, 2048.0]
     assert make_levels(Path("a"), [(4443, 3567), (2221, 1783)])[1].downsample == 2.0
     assert make_levels(Path("a"), [(46000, 32914), (2875, 2057)])[1].downsample == 16.0
 
@@ -316,7 +316,7 @@ def test_levels() -> None:
 @pytest.mark.parametrize("kind", ["cucim", "deflate", "jpeg 2000 ycbcr", "jpeg"])
 @pytest.mark.parametrize("longest", [1, 37, 200, 256, 640, 1000, 5000])
 def test_thumbnails(kind: str, longest: int, made: dict[str, tuple[Slide, list[Pixels]]]) -> None:
-    """The area means of the coarsest level that is large enough, to half a grey level."""
+    """Thumbnails are area means of the coarsest level that is large enough, to 0.5 grey levels."""
     slide, _ = made[kind]
     thumb = slide.thumbnail(longest)
     width = min(longest, 1001)
@@ -326,9 +326,9 @@ def test_thumbnails(kind: str, longest: int, made: dict[str, tuple[Slide, list[P
               if level.width >= width and level.height >= height]  # fmt: skip
     level = slide.levels[enough[-1]]
     means = slide.read(enough[-1], 0, 0, level.width, level.height).astype(np.float64)
-    for axis, size, whole in ((0, height, 703), (1, width, 1001)):
+    for axis, size, full in ((0, height, 703), (1, width, 1001)):
         length = means.shape[axis]
-        edges = np.minimum(np.arange(size + 1) * (whole / level.downsample / size), length)
+        edges = np.minimum(np.arange(size + 1) * (full / level.downsample / size), length)
         low = np.minimum(edges.astype(int), length - 1)
         sums = np.insert(means.cumsum(axis), 0, 0, axis)
         shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
@@ -337,7 +337,7 @@ def test_thumbnails(kind: str, longest: int, made: dict[str, tuple[Slide, list[P
     assert np.abs(means - thumb).max() <= 0.501
 
 
-# Forms of pixels
+# Pixel formats
 
 
 def saved(path: Path, image: Pixels, **options: object) -> Slide:
@@ -373,13 +373,13 @@ def test_grey_and_palette(tmp_path: Path) -> None:
     for name in ("slide.tif", "photo.png"):
         colours.save(tmp_path / name)
         with open_slide(tmp_path / name) as slide:
-            whole = slide.read(0, 0, 0, 300, 200)
-            np.testing.assert_array_equal(whole, np.asarray(colours.convert("RGB")))
+            pixels = slide.read(0, 0, 0, 300, 200)
+            np.testing.assert_array_equal(pixels, np.asarray(colours.convert("RGB")))
     for name in ("photo.png", "photo.jpg"):
         Image.fromarray(grey).save(tmp_path / name)
         with open_slide(tmp_path / name) as slide, Image.open(tmp_path / name) as image:
-            whole = slide.read(0, 0, 0, 300, 200)
-            np.testing.assert_array_equal(whole, np.asarray(image.convert("RGB")))
+            pixels = slide.read(0, 0, 0, 300, 200)
+            np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
     Image.fromarray(draw_tissue(300, 200)).convert("CMYK").save(tmp_path / "photo.jpg")
     with open_slide(tmp_path / "photo.jpg") as slide:
         assert near(slide.read(0, 0, 0, 300, 200), draw_tissue(300, 200)) < 8
@@ -410,15 +410,15 @@ def test_forms_that_would_be_read_wrongly(tmp_path: Path) -> None:
 
 
 def test_jpeg_forms(tmp_path: Path) -> None:
-    """Colours and subsampling as OpenSlide has them; progressive JPEG not through cuCIM."""
+    """Colours and subsampling are as in OpenSlide; cuCIM never reads progressive JPEG."""
     image, path = draw_tissue(500, 400), tmp_path / "slide.tif"
     for subsampling in ((1, 1), (2, 1), (2, 2)):
         options = {"compression": "jpeg", "photometric": "rgb", "subsampling": subsampling}
         with saved(path, image, tile=(256, 256), **options) as slide:
-            whole = slide.read(0, 0, 0, 500, 400)
+            pixels = slide.read(0, 0, 0, 500, 400)
         seen = np.asarray(openslide.OpenSlide(path).read_region((0, 0), 0, (500, 400)))
-        np.testing.assert_array_equal(whole, seen[..., :3])
-        assert near(whole, image) < 4
+        np.testing.assert_array_equal(pixels, seen[..., :3])
+        assert near(pixels, image) < 4
     tiles = []
     for seed in range(4):
         tile = io.BytesIO()
@@ -463,13 +463,13 @@ def test_jpeg_forms(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_mpp(options: dict[str, object], mpp: float | None, tmp_path: Path) -> None:
-    """As the file says it; a scanner's or printer's default in dpi is no measurement."""
+    """The mpp is the file's; a default resolution in dpi of a scanner or printer is ignored."""
     with saved(tmp_path / "slide.tif", draw_tissue(64, 64), photometric="rgb", **options) as slide:
         assert slide.mpp == (None if mpp is None else pytest.approx(mpp, rel=1e-6))
 
 
 def test_philips(tmp_path: Path) -> None:
-    """Levels are halves, filled up to whole tiles with tiles of no bytes; spacing is in mm."""
+    """Each level halves the last; empty tiles of 0 bytes fill it up; spacing is in mm."""
     path = tmp_path / "slide.tiff"
     image = draw_tissue(1024, 640)
     spacing = '<Attribute Name="DICOM_PIXEL_SPACING">"0.00025" "0.00025"</Attribute>'
@@ -489,7 +489,7 @@ def test_philips(tmp_path: Path) -> None:
         assert sides == [(1024, 768, 1), (512, 512, 2), (256, 256, 4)]
 
 
-# Files that mean harm
+# Hostile files
 
 
 def refused(path: Path) -> str:
@@ -506,7 +506,7 @@ def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         open_slide(tmp_path)
     assert refused(tmp_path / "a\0b.svs") == "unreadable"
     os.mkfifo(tmp_path / "pipe.svs")
-    assert refused(tmp_path / "pipe.svs") == "unreadable"  # and does not wait for a writer
+    assert refused(tmp_path / "pipe.svs") == "unreadable"  # does not wait for a writer
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tmp_path)
         server.bind("socket.svs")
@@ -521,7 +521,7 @@ def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert refused(tmp_path / "file") == "unreadable", content
     make_pyramid(tmp_path / "locked.tif", (64, 64), factors=(1,))
     (tmp_path / "locked.tif").chmod(0)
-    if not os.access(tmp_path / "locked.tif", os.R_OK):  # root reads it all the same
+    if not os.access(tmp_path / "locked.tif", os.R_OK):  # root can read it nevertheless
         assert refused(tmp_path / "locked.tif") == "unreadable"
 
 
@@ -544,7 +544,7 @@ def test_names(tmp_path: Path) -> None:
 
 
 def test_declared_sizes(tmp_path: Path) -> None:
-    """Sizes that no slide has, before any memory is taken for them."""
+    """Impossible sizes are refused before any memory is allocated for them."""
     path = tmp_path / "slide.tif"
     for side in (2**31 - 1, 2**31, 2**32 - 1, module.MAX_SIDE_PX + 1):
         for compression in ("jpeg", "none"):
@@ -594,7 +594,7 @@ def test_circles_of_directories(tmp_path: Path) -> None:
 
 
 def test_a_truncated_photograph(tmp_path: Path) -> None:
-    """Some of its rows could be seen, but which is not known."""
+    """A truncated photograph is damaged: which of its rows are valid is not known."""
     for kind in ("png", "jpeg"):
         path = tmp_path / f"photo.{kind}"
         Image.fromarray(draw_tissue(300, 200)).save(path)
@@ -609,7 +609,7 @@ def test_a_truncated_photograph(tmp_path: Path) -> None:
 
 
 def test_openslide_goes_on_after_an_error(tmp_path: Path) -> None:
-    """Its handle answers everything with its first error, so it is opened again."""
+    """A handle of OpenSlide repeats its first error for ever, so the file is opened again."""
     path = tmp_path / "slide.svs"
     make_pyramid(
         path, (900, 700), factors=(1,), compression="aperio_jp2000_rgb", description=APERIO
@@ -622,7 +622,7 @@ def test_openslide_goes_on_after_an_error(tmp_path: Path) -> None:
     content[at + 2 : at + 60] = bytes(58)
     path.write_bytes(content)
     with open_slide(path, reader="openslide") as slide:
-        slide._tiff, tiff = None, slide._tiff  # as of a format that cannot be scanned
+        slide._tiff, tiff = None, slide._tiff  # as for a format whose tiles cannot be checked
         for _ in range(3):
             with pytest.raises(SlideError, match="OpenJPEG error"):
                 slide.read(0, 300, 300, 100, 100)
@@ -653,15 +653,15 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mutated_files(originals: Path, tmp_path: Path) -> None:
-    """200 of them, 2,000 in `make soak`: none ends the process, hangs it or takes its memory."""
+    """No mutated file (200, or 2,000 in `make soak`) crashes, hangs or fills the memory."""
     program = Path(__file__).parent / "hostile_slides.py"
     count = 2000 if SOAK else 200
     done = subprocess.run(
         [sys.executable, program, originals, tmp_path, "0", str(count)],
         capture_output=True, timeout=60 * 60 if SOAK else 240, check=False,
     )  # fmt: skip
-    said = done.stdout.decode(errors="replace").splitlines()
-    assert done.returncode == 0, f"{said[-1:]}, {done.stderr.decode(errors='replace')[-2000:]}"
+    lines = done.stdout.decode(errors="replace").splitlines()
+    assert done.returncode == 0, f"{lines[-1:]}, {done.stderr.decode(errors='replace')[-2000:]}"
 
 
 # Costs
@@ -701,7 +701,7 @@ print(resident() - before, len(os.listdir("/proc/self/fd")))
 def test_a_first_tile_loads_readers_alone(
     kind: str, made: dict[str, tuple[Slide, list[Pixels]]]
 ) -> None:
-    """What takes its time to import is not needed: a tile comes 0.15 s after a process began."""
+    """A reader imports no slow library: a process reads its first tile after 0.15 s."""
     loaded = {*run_python(OPENING, str(made[kind][0].path)).split()}
     assert not loaded & {"torch", "lightning", "scipy", "pandas", "pyarrow", "zarr", "matplotlib"}
 
@@ -715,7 +715,7 @@ def test_memory_and_files_after_200_slides(made: dict[str, tuple[Slide, list[Pix
 
 
 def test_cucim_adds_nothing_per_region(made: dict[str, tuple[Slide, list[Pixels]]]) -> None:
-    """Its items are views into the batch."""
+    """The items are views into the batch, not copies."""
     slide, _ = made["cucim"]
     if slide.reader != "cucim":
         return
@@ -725,7 +725,7 @@ def test_cucim_adds_nothing_per_region(made: dict[str, tuple[Slide, list[Pixels]
         assert item.base is not None
 
 
-# What is not installed
+# Missing packages
 
 
 def test_without_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -760,7 +760,7 @@ def test_a_reader_that_does_not_fit(tmp_path: Path) -> None:
         assert raised.value.reason == "unsupported"
 
 
-# Finding
+# Finding slides
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -777,10 +777,10 @@ def test_folders(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "b" / "loop").symlink_to("..")
     (tmp_path / "c" / "gone.svs").symlink_to("nothing")
-    found = find_slides([tmp_path])
-    assert [source.name for source in found] == ["a.tif", "b/1.SVS", "b/2.svs"]
-    assert [source.path for source in found] == [tmp_path / source.name for source in found]
-    assert find_slides([tmp_path, tmp_path]) == found
+    sources = find_slides([tmp_path])
+    assert [source.name for source in sources] == ["a.tif", "b/1.SVS", "b/2.svs"]
+    assert [source.path for source in sources] == [tmp_path / source.name for source in sources]
+    assert find_slides([tmp_path, tmp_path]) == sources
     assert find_slides([str(tmp_path / "a.tif")]) == [Source(tmp_path / "a.tif", "a.tif")]
     with pytest.raises(SlideError, match="no such file or folder"):
         find_slides([tmp_path / "none"])
@@ -791,9 +791,9 @@ def test_lists(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("slides/b.svs\n\n slides/a.svs \n")
     (tmp_path / "list.csv").write_text('patient,path\n1,slides/b.svs\n2,"slides/a.svs"\n')
     for name in ("list.txt", "list.csv"):
-        found = find_slides([tmp_path / name])
-        assert [source.name for source in found] == ["slides/a.svs", "slides/b.svs"]
-        assert found[0].path == tmp_path / "slides" / "a.svs"
+        sources = find_slides([tmp_path / name])
+        assert [source.name for source in sources] == ["slides/a.svs", "slides/b.svs"]
+        assert sources[0].path == tmp_path / "slides" / "a.svs"
     (tmp_path / "list.csv").write_text("patient,file\n1,a.svs\n")
     with pytest.raises(SlideError, match="expected a column 'path', got patient, file"):
         find_slides([tmp_path / "list.csv"])
@@ -827,7 +827,7 @@ def test_keys_differ() -> None:
 
 
 def test_a_dicom_series_is_one_slide(tmp_path: Path) -> None:
-    """Its largest image, whichever of its files opens it."""
+    """A DICOM series opens as its largest image, whichever of its files is given."""
     folder = data_path("slides", "CMU-1-Small-Region_dicom")
     (source,) = find_slides([folder])
     assert source.path.stat().st_size == max(path.stat().st_size for path in folder.iterdir())
@@ -835,7 +835,7 @@ def test_a_dicom_series_is_one_slide(tmp_path: Path) -> None:
         "1.2.826.0.1.3680043.8.498.21577574112843936045397065457192622591", 2220 * 2967,
     )  # fmt: skip
     content = source.path.read_bytes()[:20_000]
-    end = content.index(b"\x48\x00\x07\x00UL") + 12  # the last of what is looked for
+    end = content.index(b"\x48\x00\x07\x00UL") + 12  # the last element that is read
     for keep in [*range(0, end, 7), end - 1]:
         (tmp_path / "cut.dcm").write_bytes(content[:keep])
         assert dicom_series(tmp_path / "cut.dcm") is None

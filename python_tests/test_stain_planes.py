@@ -1,4 +1,4 @@
-"""Planes of stains: the same bits in C++ as in numpy, and buffers that do not fit refused."""
+"""Planes of stains: C++ has the bits of numpy, and raises for buffers that do not fit."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ SIDES = [*range(1, 20), 30, 63, 64, 129]
 
 
 def noise(*shape: int) -> np.ndarray:
-    """Grey levels of all sizes, many of them 0 and 255."""
+    """Make random grey levels, many of them 0 and 255."""
     generator = np.random.default_rng(shape)
     return np.clip(generator.integers(-100, 356, shape), 0, 255).astype(np.uint8)
 
@@ -69,7 +69,7 @@ def test_without_the_module_rows_have_the_same_bits(monkeypatch: pytest.MonkeyPa
 
 
 def test_squares_of_many_rows_do_not_overflow() -> None:
-    """66,052 rows of white are 2**32 and more."""
+    """The squares of 66,052 rows of white sum to 2**32 or more."""
     pixels = np.full((1, 70_000, 1, 3), 255, np.uint8)
     planes, within = computed(pixels)
     assert (within == 0).all()
@@ -103,19 +103,19 @@ def test_cuts_that_do_not_fit_are_refused(down: list[int], words: str) -> None:
 @settings(max_examples=3 * settings().max_examples)
 @given(st.data())
 def test_bindings_fuzz(data: st.DataObject) -> None:
-    """Buffers of all sorts: it computes, or refuses, and touches nothing but its results."""
+    """For any buffers the function computes or raises, and writes to its results only."""
     patches, height, width = (data.draw(st.integers(0, n)) for n in (3, 12, 12))
     made: list[Carved] = []
 
     def array(kind: str, *shape: int, given: Any = None) -> Any:
-        whole = True
+        valid = True
         if not data.draw(st.integers(0, 31)):
-            kind, whole = data.draw(st.sampled_from(["u1", "i1", "f4", "f8", ">i8", "S1"])), False
+            kind, valid = data.draw(st.sampled_from(["u1", "i1", "f4", "f8", ">i8", "S1"])), False
         if not data.draw(st.integers(0, 31)):
-            shape, whole = data.draw(st.lists(st.integers(0, 6), max_size=5).map(tuple)), False
+            shape, valid = data.draw(st.lists(st.integers(0, 6), max_size=5).map(tuple)), False
         layout = "plain" if data.draw(st.integers(0, 15)) else data.draw(st.sampled_from(LAYOUTS))
         made.append(Carved(data.draw(st.integers(0, 9999)), kind, shape, layout))
-        if whole and given is not None and made[-1].array.flags.writeable:
+        if valid and given is not None and made[-1].array.flags.writeable:
             made[-1].array[...] = given
         return made[-1].array
 
@@ -147,31 +147,31 @@ def test_bindings_fuzz(data: st.DataObject) -> None:
         assert np.array_equal(within, alone[1])
 
 
-# The same for all widths of registers, to the bit.
+# Results have the same bits for all widths of registers.
 SCRIPT = """
 import sys
 import numpy as np
 from motet.io.encoders import stain_stats
 assert stain_stats._native is not None
-generator, found = np.random.default_rng(0), {}
+generator, results = np.random.default_rng(0), {}
 for size in (*range(1, 40), 64, 129, 256):
     pixels = generator.integers(0, 256, (2, size, size, 3), np.uint8)
     planes, within = stain_stats._planes(pixels)
-    found |= {f"{size} planes": planes.copy(), f"{size} within": within}
-np.savez(sys.argv[1], **found)
+    results |= {f"{size} planes": planes.copy(), f"{size} within": within}
+np.savez(sys.argv[1], **results)
 """
 
 
 @pytest.mark.native
 def test_every_width_of_registers(tmp_path: Any) -> None:
-    found = []
+    results = []
     for simd in (16, 32, 64):
         file = tmp_path / f"{simd}.npz"
         subprocess.run(
             [sys.executable, "-c", SCRIPT, str(file)],
             env=os.environ | {"MOTET_SIMD": str(simd)}, check=True, cwd=ROOT,
         )  # fmt: skip
-        found.append(np.load(file))
-    for name in found[0]:
-        for other in found[1:]:
-            assert np.array_equal(found[0][name], other[name]), name
+        results.append(np.load(file))
+    for name in results[0]:
+        for other in results[1:]:
+            assert np.array_equal(results[0][name], other[name]), name

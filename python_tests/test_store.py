@@ -1,4 +1,4 @@
-"""Feature stores: the format by its golden copy and by zarr alone, reading, damage."""
+"""Feature stores: the format against a stored example and zarr, reading, damage."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ FLAGGED = [1, 2, 8, 4, 0]
 
 @pytest.fixture
 def made(tmp_path: Path) -> Callable[..., FeatureStore]:
-    """Make a store of slides by name: features and flags."""
+    """Return a function that makes a store of named slides with features and flags."""
 
     def make(
         slides: dict[str, tuple[np.ndarray, list[int] | None]], width: int = 3
@@ -51,7 +51,7 @@ Made = Callable[..., FeatureStore]
 
 
 def write_golden(folder: Path) -> None:
-    """Write what lies in golden/store-v1, which was written once and is never written again."""
+    """Write the content of golden/store-v1; the stored copy was written once and never changes."""
     known = {"bytes": 5, "mtime_ns": 1, "quick_hash": "0123456789abcdef"}
     thumb = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
     mask = np.arange(12).reshape(3, 4) % 5 < 3
@@ -130,14 +130,14 @@ def test_golden_store_is_what_is_written_today(tmp_path: Path) -> None:
     new, old = tree(tmp_path / "new"), tree(GOLDEN)
     assert new.keys() == old.keys()
     for name, content in old.items():
-        packed = "/thumb/c/" in name or "/mask/c/" in name  # as the version of zstd has it
+        packed = "/thumb/c/" in name or "/mask/c/" in name  # depends on the version of zstd
         if name.startswith("slides/") and not packed:
             assert new[name] == content, name
     assert FeatureStore(tmp_path / "new").verify() == []
 
 
 def test_zarr_reads_the_same(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one chunk, and cut into chunks of 4 rows, the last of them partly beyond the end."""
+    """zarr reads features in one chunk, and in chunks of 4 rows of which the last is partial."""
     features = numbers(10, 3)
     monkeypatch.setattr(write_slide, "CHUNK_ROWS", 4)
     for limit in (2**28, 8):
@@ -157,15 +157,15 @@ def test_zarr_reads_the_same(made: Made, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(IndexError):
             slide.rows([10])
         for name in ("coords", "tissue", "flags"):
-            there = group[name]
-            assert isinstance(there, zarr.Array)
-            np.testing.assert_array_equal(there[...], StoredArray(f"{slide.path}/{name}").read())
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            np.testing.assert_array_equal(array[...], StoredArray(f"{slide.path}/{name}").read())
         assert dict(group.attrs) == slide.attrs
     assert store.verify() == []
 
 
 def test_other_forms_are_read_through_zarr(made: Made) -> None:
-    """As a tool that compresses a store, or cuts its columns, would leave it."""
+    """Stores that another tool compressed, or chunked by columns, are read through zarr."""
     store = made({"a.svs": (numbers(6, 4), None)}, width=4)
     slide = store["a"]
     group = zarr.open_group(slide.path, mode="a", zarr_format=3)
@@ -206,7 +206,7 @@ def test_slides_are_found_by_names(made: Made) -> None:
     with pytest.raises(KeyError, match=r"did you mean .*x/b\.1\.svs"):
         _ = store["x/b.2.svs"]
     made({"z.svs": (numbers(2, 3), None)})
-    assert store["z"].attrs["name"] == "z.svs"  # came after the names were read
+    assert store["z"].attrs["name"] == "z.svs"  # added after the names were read
     for name in ("../cohort", "", "/", ".", "..", "x\0", "a" * 5000):
         assert name not in store
 
@@ -240,17 +240,17 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damage_is_named(made: Made, seed: int) -> None:
-    """Any file cut, lengthened, removed or with a bit turned: StoreError at most; verify tells."""
+    """A cut, lengthened, removed or bit-flipped file raises StoreError at most; verify tells."""
     store = made({"a.svs": (numbers(20, 3), [8, *[0] * 19])})
     store.write_manifest()
     assert store.verify() == []
     draw = np.random.default_rng(seed)
     for file in sorted(path for path in store.path.rglob("*") if path.is_file()):
-        whole = file.read_bytes()
-        at = int(draw.integers(len(whole)))
-        turned = bytearray(whole)
+        intact = file.read_bytes()
+        at = int(draw.integers(len(intact)))
+        turned = bytearray(intact)
         turned[at] ^= 1 << int(draw.integers(8))
-        for content in (whole[:at], whole + b"x", bytes(turned), b"", None):
+        for content in (intact[:at], intact + b"x", bytes(turned), b"", None):
             if content is None:
                 file.unlink()
             else:
@@ -263,13 +263,13 @@ def test_damage_is_named(made: Made, seed: int) -> None:
             except (StoreError, KeyError):
                 pass
             try:
-                found = FeatureStore(store.path).verify()
+                findings = FeatureStore(store.path).verify()
             except StoreError:
-                found = [None]
-            # JSON that parses may have changed in what no reader asks for.
+                findings = [None]
+            # JSON that still parses may have changed in a field that nobody reads.
             if not (content and parses(content)) and file.name != "slides.parquet":
-                assert found, (file, content)
-            file.write_bytes(whole)
+                assert findings, (file, content)
+            file.write_bytes(intact)
     assert FeatureStore(store.path).verify() == []
 
 
@@ -304,7 +304,7 @@ def test_what_lies_about_is_named(made: Made) -> None:
 
 
 def test_values_are_verified(made: Made, tmp_path: Path) -> None:
-    """Counts, status, NaN where numbers should be and the reverse, though checksums hold."""
+    """verify checks counts, status and the places of NaN, even if all checksums are right."""
     for name, where, value, message in (
         ("nan", "features", (1, np.nan), "row 1: expected finite numbers"),
         ("number", "features", (0, 1.0), "row 0: expected NaN, as of a corrupt patch"),
@@ -346,7 +346,7 @@ def test_a_huge_declaration_allocates_nothing(made: Made) -> None:
 
 
 def copies(made: Made, n: int) -> tuple[FeatureStore, list[Slide]]:
-    """A cohort of n slides whose files are links to those of one."""
+    """Make a cohort of n slides whose files are hard links to those of one slide."""
     store = made({"a.svs": (numbers(100, 8), None)}, width=8)
     original = Path(store["a"].path)
     name = json.loads((original / "zarr.json").read_bytes())
@@ -370,7 +370,7 @@ def copies(made: Made, n: int) -> tuple[FeatureStore, list[Slide]]:
 
 
 def test_a_large_cohort(made: Made) -> None:
-    """500 slides, 10,000 under the soak profile; a finished cohort has nothing left to do."""
+    """All slides of a finished cohort (500, or 10,000 in the soak profile) count as done."""
     n = 10_000 if SOAK else 500
     store, slides = copies(made, n)
     writer = StoreWriter.open(store.path, TILING, "0" * 16, spec("made", 8))
@@ -426,7 +426,7 @@ def test_cohorts_read_stores(made: Made, tmp_path: Path) -> None:
     assert bags.extent == 3 * 256
     assert bags["2"][0].shape == (3, 3)
 
-    # Without keys a slide's stem is the patient; one without patches to embed is no bag.
+    # Without keys a slide's stem is the patient; a slide without embedded patches is no bag.
     assert cohort_bags(tmp_path, "").patients == ("1",)
     assert cohort_bags(tmp_path, ", encoder: made").patients == ("1",)
     with pytest.raises(CohortError, match="modalities.wsi: .*no features of 'maid': did you mean"):

@@ -1,4 +1,4 @@
-"""Slides to a store: right, whole, again and again, whatever is killed, full or damaged."""
+"""Slides to a store: correct, complete, resumed after kills, full disks and damage."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from PIL import Image
 from .conftest import SOAK, data_path
 from .slides import draw_tissue, make_pyramid
 
-HOW: dict[str, Any] = {"encoder": "stain-stats", "downsample": 2, "tile_px": 64}
+OPTIONS: dict[str, Any] = {"encoder": "stain-stats", "downsample": 2, "tile_px": 64}
 
 
 def command(slides: Path, out: Path, *more: str) -> list[str]:
@@ -45,7 +45,7 @@ def tile(slides: Path, out: Path, *more: str, code: int = 0) -> str:
 
 
 def content(store: Path) -> dict[str, str]:
-    """Hash every file that is a function of the inputs: all but logs."""
+    """Hash every file that depends on the inputs alone: all but logs."""
     return {
         str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(store.rglob("*"))
@@ -59,7 +59,7 @@ def leftovers(store: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five slides of some hundred patches."""
+    """Make five slides with some hundred patches each."""
     folder = tmp_path_factory.mktemp("cohort")
     for i in range(5):
         make_pyramid(folder / f"slide-{i}.tif", size=(1300 + 64 * i, 1100), seed=i)
@@ -69,13 +69,13 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "store"
-    tiled = tile_slides(cohort, out, workers=0, **HOW)
+    tiled = tile_slides(cohort, out, workers=0, **OPTIONS)
     assert (tiled.done, tiled.failed) == (5, {})
     return out
 
 
 def test_features_are_those_of_the_patches(cohort: Path, undisturbed: Path) -> None:
-    """Each row is the encoder's answer to the mean of the pixels under its coordinates."""
+    """Each row is the encoder's output for the area mean of the pixels at its coordinates."""
     store = FeatureStore(undisturbed)
     encoder = motet.io.load_encoder("stain-stats")
     assert len(store) == 5
@@ -96,7 +96,7 @@ def test_features_are_those_of_the_patches(cohort: Path, undisturbed: Path) -> N
 def test_the_same_again_does_nothing(cohort: Path, undisturbed: Path) -> None:
     before = content(undisturbed)
     times = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.json")}
-    again = tile_slides(cohort, undisturbed, workers=0, **HOW)
+    again = tile_slides(cohort, undisturbed, workers=0, **OPTIONS)
     assert (again.done, again.patches) == (5, 0)
     assert content(undisturbed) == before
     assert all(p.stat().st_mtime_ns == t for p, t in times.items() if p.parent.name != "leases")
@@ -114,7 +114,7 @@ def test_processes_write_the_same_bytes(
 
 
 def test_shards_make_the_whole(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
-    parts = [tile_slides(cohort, tmp_path, workers=0, shard=(i, 3), **HOW) for i in range(3)]
+    parts = [tile_slides(cohort, tmp_path, workers=0, shard=(i, 3), **OPTIONS) for i in range(3)]
     assert sorted(part.slides for part in parts) == [1, 2, 2]
     assert content(tmp_path) == content(undisturbed)
 
@@ -147,7 +147,7 @@ def children(pid: int) -> list[int]:
     [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 200 if SOAK else 6))],
 )
 def test_kill_and_resume(cohort: Path, undisturbed: Path, tmp_path: Path, seed: int) -> None:
-    """kill -9 of the command or a worker at a random moment, until a run comes through."""
+    """After kill -9 of the command or a worker at random moments, a run completes the store."""
     random = np.random.default_rng(seed)
     store = tmp_path / "store"
     for _ in range(3):
@@ -165,7 +165,7 @@ def test_kill_and_resume(cohort: Path, undisturbed: Path, tmp_path: Path, seed: 
             else:
                 process.kill()
         process.communicate(timeout=60)
-        if (store / "slides").exists():  # it opens at every moment
+        if (store / "slides").exists():  # the store can be opened at any moment
             for slide in FeatureStore(store).values():
                 assert np.isfinite(slide.features).all()
     tile(cohort, store, "--workers", "2")
@@ -175,7 +175,7 @@ def test_kill_and_resume(cohort: Path, undisturbed: Path, tmp_path: Path, seed: 
 
 
 def test_a_full_disk(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """One clear line, nothing half-written; with space again, it goes on."""
+    """A full disk gives one clear line and no partial file; with space again, the run goes on."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(small)])
@@ -196,7 +196,7 @@ def test_a_full_disk(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
 
 
 def damage(path: Path, random: np.random.Generator, share: float) -> set[int]:
-    """Zero out random tiles of level 0, whole or from somewhere inside; return which."""
+    """Zero random tiles of level 0, wholly or from a random byte on; return their numbers."""
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
@@ -218,7 +218,7 @@ def damage(path: Path, random: np.random.Generator, share: float) -> set[int]:
 def test_damaged_tiles_are_flagged_and_never_embedded(
     tmp_path: Path, seed: int, compression: str
 ) -> None:
-    """Every patch that touches a damaged tile is flagged; no other changes by a bit."""
+    """Every patch that touches a damaged tile is flagged; all others keep their bits."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "damaged").mkdir()
     image = draw_tissue(1024, 1024, seed=seed)
@@ -228,10 +228,10 @@ def test_damaged_tiles_are_flagged_and_never_embedded(
             compression=compression,
         )  # fmt: skip
     hit = damage(tmp_path / "damaged" / "slide.tif", np.random.default_rng(seed), 0.2)
-    how = {"encoder": "stain-stats", "downsample": 1, "tile_px": 96, "workers": 0}
+    options = {"encoder": "stain-stats", "downsample": 1, "tile_px": 96, "workers": 0}
     for folder in ("whole", "damaged"):
-        tile_slides(tmp_path / folder, tmp_path / f"{folder}-store", **how)
-    whole = FeatureStore(tmp_path / "whole-store")["slide"]
+        tile_slides(tmp_path / folder, tmp_path / f"{folder}-store", **options)
+    intact = FeatureStore(tmp_path / "whole-store")["slide"]
     damaged = FeatureStore(tmp_path / "damaged-store")["slide"]
 
     def touches(x: int, y: int) -> bool:
@@ -241,7 +241,7 @@ def test_damaged_tiles_are_flagged_and_never_embedded(
             for column in range(x // 128, (x + 95) // 128 + 1)
         )
 
-    rows = {tuple(corner): row for row, corner in enumerate(whole.coords.tolist())}
+    rows = {tuple(corner): row for row, corner in enumerate(intact.coords.tolist())}
     seen = 0
     for row, (x, y) in enumerate(damaged.coords.tolist()):
         corrupt = bool(damaged.flags[row] & FLAGS.CORRUPT)
@@ -249,51 +249,51 @@ def test_damaged_tiles_are_flagged_and_never_embedded(
         assert np.isnan(damaged.features[row]).all() == corrupt
         if not corrupt and (x, y) in rows:
             seen += 1
-            assert (damaged.features[row] == whole.features[rows[x, y]]).all()
+            assert (damaged.features[row] == intact.features[rows[x, y]]).all()
     assert seen > 10
 
 
 def test_too_much_damage_fails_the_slide(tmp_path: Path) -> None:
     make_pyramid(tmp_path / "slide.tif", size=(1024, 1024), factors=(1, 4))
     damage(tmp_path / "slide.tif", np.random.default_rng(0), 0.8)
-    tiled = tile_slides(tmp_path / "slide.tif", tmp_path / "store", workers=0, **HOW)
+    tiled = tile_slides(tmp_path / "slide.tif", tmp_path / "store", workers=0, **OPTIONS)
     (message,) = tiled.failed.values()
     assert "patches lie on damaged tiles, more than max_damaged=0.5 of them" in message
     (failure,) = FeatureStore(tmp_path / "store").failed.values()
     assert (failure["reason"], failure["attempts"]) == ("damaged", 1)
-    forgiven = {**HOW, "max_damaged": 1.0}
+    forgiven = {**OPTIONS, "max_damaged": 1.0}
     assert tile_slides(tmp_path / "slide.tif", tmp_path / "store", workers=0, **forgiven).done == 1
     assert FeatureStore(tmp_path / "store").failed == {}
 
 
 def test_shared_slides(tmp_path: Path) -> None:
-    """A cohort of every kind: what can be read is, the rest fails with its reason."""
-    how: Any = {"encoder": "stain-stats", "downsample": 4, "tile_px": 112, "workers": 0}
-    tiled = tile_slides(data_path("slides"), tmp_path, **how)
+    """In a mixed cohort readable slides are done, and the others fail with a reason."""
+    options: Any = {"encoder": "stain-stats", "downsample": 4, "tile_px": 112, "workers": 0}
+    tiled = tile_slides(data_path("slides"), tmp_path, **options)
     store = FeatureStore(tmp_path)
-    found = store.manifest().set_index("name")[["status", "reason"]].T.to_dict("list")
-    failures = {name: reason for name, (status, reason) in found.items() if status == "failed"}
+    outcomes = store.manifest().set_index("name")[["status", "reason"]].T.to_dict("list")
+    failures = {name: reason for name, (status, reason) in outcomes.items() if status == "failed"}
     assert failures == {
         "broken.svs": "unreadable", "unopenable.tiff": "unsupported", "unreadable.svs": "damaged",
     }  # fmt: skip
-    empty = {name for name, (status, _) in found.items() if status == "empty"}
+    empty = {name for name, (status, _) in outcomes.items() if status == "empty"}
     assert empty == {"os_small.svs", "patch.tif", "kidney-48-5.tif", "pen/wsi-blue-pen.png"}
     assert (tiled.slides, tiled.done) == (14, 7)
     assert store.verify() == []
 
 
 def test_no_mpp(tmp_path: Path) -> None:
-    """Fail, skip, or what the user says; the source of the resolution is kept."""
+    """Slides without mpp fail, are skipped or get the user's mpp; its source is recorded."""
     slides = tmp_path / "slides"
     slides.mkdir()
     make_pyramid(slides / "none.tif", mpp=None)
     make_pyramid(slides / "known.tif", mpp=0.5)
-    how: dict[str, Any] = {"encoder": "stain-stats", "mpp": 1.0, "tile_px": 64, "workers": 0}
-    tiled = tile_slides(slides, tmp_path / "a", **how)
+    options: dict[str, Any] = {"encoder": "stain-stats", "mpp": 1.0, "tile_px": 64, "workers": 0}
+    tiled = tile_slides(slides, tmp_path / "a", **options)
     assert (tiled.done, tiled.skipped, len(tiled.failed)) == (1, 0, 1)
-    tiled = tile_slides(slides, tmp_path / "a", missing_mpp="skip", **how)
+    tiled = tile_slides(slides, tmp_path / "a", missing_mpp="skip", **options)
     assert (tiled.done, tiled.skipped, tiled.failed) == (1, 1, {})
-    tiled = tile_slides(slides, tmp_path / "a", slide_mpp={"none": 0.5}, **how)
+    tiled = tile_slides(slides, tmp_path / "a", slide_mpp={"none": 0.5}, **options)
     assert (tiled.done, tiled.skipped, tiled.failed) == (2, 0, {})
     sources = {
         slide.attrs["name"]: slide.attrs["mpp_source"]
@@ -303,7 +303,7 @@ def test_no_mpp(tmp_path: Path) -> None:
 
 
 class Overflowing:
-    """An encoder whose numbers float16 cannot hold."""
+    """An encoder whose features are too large for float16."""
 
     id, width, weights, transform, precision, input_px = "loud", 2, "none", "none", "fp32", None
 
@@ -316,8 +316,8 @@ class Overflowing:
 
 
 def test_features_that_float16_cannot_hold_fail_loudly(cohort: Path, tmp_path: Path) -> None:
-    how = {**HOW, "encoder": Overflowing()}
-    tiled = tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **how)
+    options = {**OPTIONS, "encoder": Overflowing()}
+    tiled = tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **options)
     (message,) = tiled.failed.values()
     assert "float16" in message
     (failure,) = FeatureStore(tmp_path).failed.values()
@@ -325,9 +325,9 @@ def test_features_that_float16_cannot_hold_fail_loudly(cohort: Path, tmp_path: P
 
 
 def test_a_second_encoder_joins(cohort: Path, tmp_path: Path) -> None:
-    tile_slides(cohort, tmp_path, workers=0, **HOW)
+    tile_slides(cohort, tmp_path, workers=0, **OPTIONS)
     before = content(tmp_path)
-    tiled = tile_slides(cohort, tmp_path, workers=0, **{**HOW, "encoder": Quiet()})
+    tiled = tile_slides(cohort, tmp_path, workers=0, **{**OPTIONS, "encoder": Quiet()})
     assert tiled.done == 5
     store = FeatureStore(tmp_path, encoder="quiet")
     assert all(slide.features.shape == (len(slide.coords), 2) for slide in store.values())
@@ -346,7 +346,7 @@ class Quiet(Overflowing):
 
 
 class Failing(Quiet):
-    """An encoder that fails once the slides that are left are other workers'."""
+    """An encoder that fails as soon as only slides of other workers remain."""
 
     def __init__(self) -> None:
         self.waiting = threading.Event()
@@ -369,12 +369,12 @@ def test_an_error_ends_a_worker_that_others_hold_slides_from(cohort: Path, tmp_p
         try:
             slides = [cohort / f"slide-{i}.tif" for i in range(2)]
             encoder = Failing()
-            how = {**HOW, "encoder": encoder, "downsample": 8, "batch": 1000}
-            tile_slides(slides, tmp_path, workers=0, progress=encoder.note, **how)
+            options = {**OPTIONS, "encoder": encoder, "downsample": 8, "batch": 1000}
+            tile_slides(slides, tmp_path, workers=0, progress=encoder.note, **options)
         except OSError as error:
             raised.append(error)
 
-    worker = threading.Thread(target=run, daemon=True)  # so that a hang fails, and ends
+    worker = threading.Thread(target=run, daemon=True)  # a daemon, so that a hang fails the test
     with held:
         worker.start()
         worker.join(20)
@@ -385,7 +385,7 @@ def test_an_error_ends_a_worker_that_others_hold_slides_from(cohort: Path, tmp_p
 def test_another_specification_is_refused(cohort: Path, undisturbed: Path) -> None:
     before = content(undisturbed)
     with pytest.raises(StoreError, match=r"tiling.tile_px: this store was begun with 64, got 128"):
-        tile_slides(cohort, undisturbed, workers=0, **{**HOW, "tile_px": 128})
+        tile_slides(cohort, undisturbed, workers=0, **{**OPTIONS, "tile_px": 128})
     assert content(undisturbed) == before
 
 
@@ -414,9 +414,9 @@ def test_another_specification_is_refused(cohort: Path, undisturbed: Path) -> No
     ],
 )
 def test_refusals(cohort: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    how = {"slides": cohort, "out": tmp_path / "store", "workers": 0, **HOW, **change}
+    options = {"slides": cohort, "out": tmp_path / "store", "workers": 0, **OPTIONS, **change}
     with pytest.raises(ValueError, match=message):
-        tile_slides(how.pop("slides"), how.pop("out"), **how)
+        tile_slides(options.pop("slides"), options.pop("out"), **options)
     assert not (tmp_path / "store" / "slides").exists()
 
 
@@ -439,7 +439,7 @@ def hang(pixels):
 def test_a_slide_that_takes_the_process_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """It is named and left; the others are done."""
+    """The slide that crashes or hangs a worker is reported as failed; the others are done."""
     slides = []
     for i in range(4):
         path = tmp_path / f"slide-{i}.tif"
@@ -477,7 +477,7 @@ def test_ray_survives_a_killed_worker(cohort: Path, undisturbed: Path, tmp_path:
                     os.kill(killed[0], signal.SIGKILL)
                     return
 
-    tiled = tile_slides(cohort, store, ray="local", workers=2, progress=kill_the_first, **HOW)
+    tiled = tile_slides(cohort, store, ray="local", workers=2, progress=kill_the_first, **OPTIONS)
     assert killed
     assert (tiled.done, tiled.failed) == (5, {})
     assert content(store) == content(undisturbed)
@@ -498,11 +498,11 @@ def test_a_cohort_of_many_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         if event["event"] == "done":
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
-    tiled = tile_slides(slides, store, workers=0, progress=note, **HOW)
+    tiled = tile_slides(slides, store, workers=0, progress=note, **OPTIONS)
     assert (tiled.done, tiled.failed) == (count, {})
     assert peaks[-1] - peaks[count // 5] < 64 * 1024, "a cohort is never held in memory (KiB)"
     monkeypatch.setattr("motet.io.tiling.pipeline.open_slide", None)
-    again = tile_slides(slides, store, workers=0, **HOW)
+    again = tile_slides(slides, store, workers=0, **OPTIONS)
     assert (again.done, again.patches) == (count, 0)
     assert len(FeatureStore(store).manifest()) == count
     assert (store / "slides.parquet").exists()
@@ -526,7 +526,7 @@ def test_hostile_names_stay_inside_the_store(tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text("slides/../slides/plain.tif\n")
     before = sorted(tmp_path.rglob("*"))
-    tiled = tile_slides([folder, listed], tmp_path / "store", workers=0, **HOW)
+    tiled = tile_slides([folder, listed], tmp_path / "store", workers=0, **OPTIONS)
     assert not tiled.failed
     made = [path for path in tmp_path.rglob("*") if path not in before]
     assert all((tmp_path / "store") in (path, *path.parents) for path in made)
@@ -535,7 +535,7 @@ def test_hostile_names_stay_inside_the_store(tmp_path: Path) -> None:
 
 
 def test_mutated_files_do_not_stop_a_cohort(tmp_path: Path) -> None:
-    """Random bytes in headers and tiles, cut ends: every slide ends as done, empty or failed."""
+    """With random bytes and cut ends every slide ends as done, empty or failed."""
     random = np.random.default_rng(0)
     sources = [path for path in data_path("slides").glob("*.*") if path.suffix != ".md"]
     slides = tmp_path / "slides"
@@ -550,8 +550,8 @@ def test_mutated_files_do_not_stop_a_cohort(tmp_path: Path) -> None:
         if i % 3 == 0:
             del bytes_[int(random.integers(len(bytes_))) :]
         (slides / f"{i:03}{source.suffix}").write_bytes(bytes_)
-    how = {"encoder": "stain-stats", "downsample": 8, "tile_px": 64}
-    tiled = tile_slides(slides, tmp_path / "store", workers=1, **how)
+    options = {"encoder": "stain-stats", "downsample": 8, "tile_px": 64}
+    tiled = tile_slides(slides, tmp_path / "store", workers=1, **options)
     assert tiled.slides == count == tiled.done + tiled.empty + len(tiled.failed)
     assert tiled.failed
     assert FeatureStore(tmp_path / "store").verify() == []
@@ -591,8 +591,8 @@ def test_decoding_follows_the_encoder_to_its_gpu(
             yield image if device == "cpu" else torch.from_numpy(np.array(image))
 
     monkeypatch.setattr(CuCimSlide, "_read_batches", decoded)
-    how = {**HOW, "encoder": OnGpu()}
-    assert tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **how).done == 1
+    options = {**OPTIONS, "encoder": OnGpu()}
+    assert tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **options).done == 1
     assert set(seen) == {torch.Tensor}
     (log,) = (json.loads(path.read_text()) for path in (tmp_path / "logs").glob("*.json"))
     assert log["decoder"] == "meta"

@@ -1,4 +1,4 @@
-"""Tissue, pen marks and blur on real slides, and on what is nothing of it."""
+"""Tissue, pen marks and blur on real slides, and on images without them."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ from .conftest import data_path
 
 
 def slide_thumb(*parts: str, longest: int = 1024) -> tuple[np.ndarray, float]:
-    """A thumbnail by OpenSlide, or a picture as it is; and the level-0 px per px of it."""
+    """Return a thumbnail by OpenSlide, or an unscaled picture, and its level-0 px per px."""
     path = data_path("slides", *parts)
     if path.suffix in (".png", ".tif"):
-        with Image.open(path) as whole:
-            return np.asarray(whole.convert("RGB")), 1.0
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB")), 1.0
     import openslide
 
     with openslide.OpenSlide(path) as slide:
@@ -26,7 +26,7 @@ def slide_thumb(*parts: str, longest: int = 1024) -> tuple[np.ndarray, float]:
 
 
 def ihc() -> np.ndarray:
-    """Real tissue that comes with scikit-image: haematoxylin, DAB; about 0.5 um per px."""
+    """Return tissue from scikit-image in haematoxylin and DAB, about 0.5 um per px."""
     from skimage import data
 
     return data.immunohistochemistry()
@@ -37,8 +37,8 @@ def plain(colour: tuple[float, ...], noise: float, seed: int = 0) -> np.ndarray:
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-# What is tissue by eye: mpp, the least and the largest share of the slide, and places within and
-# outside (x, y in shares of the slide).
+# Tissue judged by eye: mpp, the smallest and largest share of the slide, places (x, y in shares of
+# the slide) inside of the tissue, and places outside.
 SEEN = {
     "CMU-1-Small-Region.svs": (0.499, 0.38, 0.44, [(0.45, 0.6), (0.5, 0.9), (0.2, 0.36)],
                                [(0.1, 0.1), (0.9, 0.5)]),
@@ -101,12 +101,12 @@ def test_black_and_white_padding_is_no_tissue() -> None:
         padded = thumb.copy()
         padded[:, 300:] = level
         padded[:100] = level  # touches the tissue
-        padded[100:128, 100:200] = level  # a strip of it is gone
+        padded[100:128, 100:200] = level  # hides a strip of the tissue
         mask = tissue_mask(padded, 8.0)
         assert not mask[:, 300:].any()
         assert not mask[:128, 102:198].any()
         assert mask[132:196, 104:196].all()
-    for frame in (3, 30):  # what JPEG makes of black; a dark frame that is most of the slide
+    for frame in (3, 30):  # black after JPEG; a dark frame over most of the slide
         framed = thumb.copy()
         framed[:, 210:] = plain((frame,) * 3, 2)[:, 210:]
         mask = tissue_mask(framed, 8.0)
@@ -119,7 +119,7 @@ def test_pale_tissue_and_grey_stroma_are_tissue() -> None:
     thumb = plain((243, 243, 242), 2)
     thumb[100:200, 100:200] -= np.array([3, 17, 8], np.uint8)  # fat: (240, 226, 234)
     thumb[100:200, 300:400] = plain((217, 217, 218), 2)[100:200, 300:400]  # stroma in IHC
-    thumb[300:350, 300:420] = plain((150, 80, 130), 2)[300:350, 300:420]  # and deep stain besides
+    thumb[300:350, 300:420] = plain((150, 80, 130), 2)[300:350, 300:420]  # deeply stained tissue
     mask = tissue_mask(thumb, 4.0)
     for place in (np.s_[104:196, 104:196], np.s_[104:196, 304:396], np.s_[304:346, 304:416]):
         assert mask[place].all()
@@ -162,7 +162,7 @@ def test_otsu_is_scikit_images() -> None:
 
 # Outlines of the ink, drawn by hand: x, y.
 INK = {
-    "tcga-green-pen.png": (0.72, 0.01, [  # over eosin it has the colour of haematoxylin
+    "tcga-green-pen.png": (0.72, 0.01, [  # green ink over eosin looks like haematoxylin
         [(335, 0), (490, 0), (470, 60), (440, 130), (425, 220), (400, 240), (360, 290), (330, 340),
          (325, 400), (328, 500), (320, 570), (285, 631), (170, 631), (172, 480), (165, 410),
          (155, 400), (175, 340), (215, 300), (250, 230), (290, 130), (320, 60)],
@@ -201,12 +201,12 @@ def test_ink_is_found_and_tissue_beside_it_left(name: str) -> None:
 )
 def test_a_stroke_over_tissue_is_found(colour: tuple[int, int, int], opacity: float) -> None:
     thumb = ihc()
-    assert not pen_mask(thumb).any()  # neither blue haematoxylin nor brown DAB
+    assert not pen_mask(thumb).any()  # blue haematoxylin and brown DAB are no ink
     drawn = thumb * (1 - opacity) + np.array(colour) * opacity
     thumb[200:300] = drawn[200:300].astype(np.uint8)
     mask = pen_mask(thumb)
     assert mask[205:295].mean() > 0.95
-    assert not mask[:170].any()  # a rim of 6 % of the thumbnail
+    assert not mask[:170].any()  # the mask may exceed the stroke by 30 rows
     assert not mask[330:].any()
 
 
@@ -223,7 +223,7 @@ def blurred_right(thumb: np.ndarray, sigma: float) -> np.ndarray:
 def test_the_blurred_half_of_real_tissue_is_found(
     um_per_px: float, um: float, least: float
 ) -> None:
-    """From 1.5 px of the thumbnail upwards; what is missed lies at the sharp half and in pieces."""
+    """Blur from 1.5 px of the thumbnail is found; misses are near the sharp half and in pieces."""
     thumb, downsample = slide_thumb(
         "CMU-1-Small-Region.svs", longest=round(2967 * 0.499 / um_per_px)
     )
