@@ -41,7 +41,7 @@ from motet.kernels.plan import Strategy
 from motet.kernels.row_statistics import operator as rows
 from triton.runtime.interpreter import InterpretedFunction
 
-OWN: dict[str, Callable[..., Any]] = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     "absorbed_attention": absorbed._forward,
     "absorbed_attention_backward": absorbed._backward_of,
     "absorbed_heads": heads_operator._forward,
@@ -71,19 +71,19 @@ ROWS, PATCHES, WIDTH = 8, 300, 2048
 
 
 class Launches(TorchDispatchMode):
-    """Collects the names of what would be launched."""
+    """Collects the names of the kernels that a GPU would launch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if func.namespace == "motet":
-            with self:  # what the operator calls
-                return OWN[name](*args)
+            with self:  # counts the operators that it calls
+                return OPERATORS[name](*args)
         if not (func.is_view or name in FREE or name.startswith("_record_function")):
-            self.found.append(name)
+            self.names.append(name)
         if func is torch.ops.aten.mm.dtype:  # which CUDA alone has
             return args[0].to(args[2]) @ args[1].to(args[2])
         return func(*args, **(kwargs or {}))
@@ -91,11 +91,11 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
-    """CPU tensors that pass for those of a Hopper GPU; what they would launch."""
+    """Let CPU tensors pass for those of a Hopper GPU, and record what they would launch."""
     mode = Launches()
 
     def record(self, *args, grid, warmup, **kwargs):
-        mode.found.append(f"triton {self.fn.__name__}")
+        mode.names.append(f"triton {self.fn.__name__}")
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
@@ -111,42 +111,44 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     for operator in (absorbed, context, heads_operator, rows):
         monkeypatch.setattr(operator, "check_rows", lambda *_, **__: None)
     monkeypatch.setattr(
-        attention_forms, "plan", lambda *a, **own: plan(*a, **(own | {"device": "H200"}))
+        attention_forms, "plan", lambda *a, **options: plan(*a, **(options | {"device": "H200"}))
     )
     filling = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # which fill what is empty
+    torch.use_deterministic_algorithms(False)  # which fill new tensors
     yield mode
     torch.use_deterministic_algorithms(filling)
 
 
 def step(mode: Launches, model: nn.Module, call: Callable[[], Tensor]) -> dict[str, list[str]]:
-    """Return what the forward pass, the loss, the backward pass and the optimiser start."""
+    """Return the launches of the forward pass, the loss, the backward pass and the optimiser."""
     optimiser = torch.optim.Adam(model.parameters(), fused=True)
     targets, counts = torch.zeros(ROWS, dtype=torch.int64), [0]
     for _ in range(2):  # Adam's state is made at its first step
-        mode.found, counts[:] = [], [0]
+        mode.names, counts[:] = [], [0]
         optimiser.zero_grad()
         with mode:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = call()
-                counts.append(len(mode.found))
+                counts.append(len(mode.names))
                 loss = nn.functional.cross_entropy(logits, targets)
-            counts.append(len(mode.found))
+            counts.append(len(mode.names))
             loss.backward()
-            counts.append(len(mode.found))
+            counts.append(len(mode.names))
             optimiser.step()
-        counts.append(len(mode.found))
+        counts.append(len(mode.names))
     names = ("forward", "loss", "backward", "optimiser")
     parts = zip(names, counts[:-1], counts[1:], strict=True)
-    return {name: mode.found[start:stop] for name, start, stop in parts}
+    return {name: mode.names[start:stop] for name, start, stop in parts}
 
 
-def told(name: str, found: dict[str, list[str]]) -> int:
-    """Print a row of the table, `pytest -s` shows it; return how many launches there are."""
-    total = sum(map(len, found.values()))
-    print(f"{name:34} {total:4}", {part: len(names) for part, names in found.items()})
-    for part, names in found.items():
-        print(f"    {part}:", ", ".join(f"{n} {what}" for what, n in Counter(names).most_common()))
+def print_row(name: str, launched: dict[str, list[str]]) -> int:
+    """Print a row of the table (shown by `pytest -s`), and return the number of launches."""
+    total = sum(map(len, launched.values()))
+    print(f"{name:34} {total:4}", {part: len(names) for part, names in launched.items()})
+    for part, names in launched.items():
+        print(
+            f"    {part}:", ", ".join(f"{n} {kernel}" for kernel, n in Counter(names).most_common())
+        )
     return total
 
 
@@ -162,7 +164,7 @@ def bag() -> Tensor:
     return torch.randn(ROWS, PATCHES, WIDTH, dtype=torch.bfloat16)
 
 
-# What is reached; 60 is what may be. `pytest -s` lists them.
+# The counts reached today; the goal is at most 60. `pytest -s` lists them.
 MOST = {"cached": 44, "absorbed": 59}
 
 
@@ -178,18 +180,19 @@ OTHERS = {
 def test_healnet(launches: Launches, name: str, strategy: Strategy, dropout: float) -> None:
     """The four cohorts at depth 2, a bag of patches for each of 8 patients."""
     model, x = healnet(CONFIGS[name], dropout), bag()
-    found = step(launches, model, lambda: model({"wsi": x}, strategy=strategy))
-    total = told(f"{name} {strategy} dropout {dropout}", found)
-    own = Counter(name for names in found.values() for name in names)
-    # The first queries, and what follows each attention; one backward kernel less for each end.
-    assert own["triton pass_kernel"] == own["triton gradients_kernel"] == 3
-    assert own["triton update_backward_kernel"] == own["triton query_backward_kernel"] == 2
-    assert own["randint"] == (dropout > 0)  # for all masks of the step
+    launched = step(launches, model, lambda: model({"wsi": x}, strategy=strategy))
+    total = print_row(f"{name} {strategy} dropout {dropout}", launched)
+    totals = Counter(name for names in launched.values() for name in names)
+    # Passes: the first queries, and one update after each of two attentions. Only a pass with
+    # attention has an update_backward, and only a pass with queries a query_backward.
+    assert totals["triton pass_kernel"] == totals["triton gradients_kernel"] == 3
+    assert totals["triton update_backward_kernel"] == totals["triton query_backward_kernel"] == 2
+    assert totals["randint"] == (dropout > 0)  # for all masks of the step
     assert total <= MOST[strategy] + (dropout > 0)
 
 
 def test_other_models(launches: Launches) -> None:
-    """What a table beside the bag adds, latent self-attention, and the Lego models."""
+    """Launches with a table beside the bag, with latent self-attention, and of the Lego models."""
     config = CONFIGS["blca"]
     both = {"omic": motet.Tabular(300), "wsi": motet.Bag(WIDTH)}
     inputs = {"omic": torch.randn(ROWS, 300), "wsi": bag()}
@@ -207,5 +210,5 @@ def test_other_models(launches: Launches) -> None:
     }
     for name, model in models.items():
         given = {key: inputs[key] for key in inputs if name != "LegoBlock" or key == "wsi"}
-        found = step(launches, model, lambda m=model, x=given: m(x, strategy="cached"))
-        assert told(name, found) <= OTHERS[name]
+        launched = step(launches, model, lambda m=model, x=given: m(x, strategy="cached"))
+        assert print_row(name, launched) <= OTHERS[name]

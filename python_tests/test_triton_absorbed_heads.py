@@ -1,4 +1,4 @@
-"""absorbed_heads: its Triton kernels in the interpreter, against the same in torch's operators."""
+"""absorbed_heads: its Triton kernels in the interpreter, against torch's operators."""
 
 import os
 from functools import partial
@@ -49,28 +49,30 @@ def attended(backend: str, x: Tensor, offsets: Tensor = OFFSETS, **options: Any)
     """Return a function of q, weights and shifts that works in their dtype, and its gradients."""
 
     def run(q: Tensor, weights: Tensor, shifts: Tensor) -> Tensor:
-        own = dict(options)
+        converted = dict(options)
         for name in ("positions", "counts"):
-            if own.get(name) is not None:
-                own[name] = own[name].to(q.dtype)
+            if converted.get(name) is not None:
+                converted[name] = converted[name].to(q.dtype)
         return absorbed_heads(
-            q, weights, shifts, x.to(q.dtype), offsets, scale=SCALE, backend=backend, **own
+            q, weights, shifts, x.to(q.dtype), offsets, scale=SCALE, backend=backend, **converted
         )
 
     return with_gradients(run)
 
 
-def assert_close(own: tuple[Tensor, ...], literal: tuple[Tensor, ...]) -> None:
-    for found, expected in zip(own, literal, strict=True):
+def assert_close(results: tuple[Tensor, ...], expected_results: tuple[Tensor, ...]) -> None:
+    for result, expected in zip(results, expected_results, strict=True):
         atol = 1e-5 * max(1, expected.abs().max().item())
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=atol)
 
 
 def check(args: tuple[Tensor, ...], x: Tensor, offsets: Tensor = OFFSETS, **options: Any) -> None:
-    """Compare the output and all gradients with torch's, to 1e-5, and by what torch's have lost."""
-    own, literal = (attended(backend, x, offsets, **options) for backend in ("triton", "eager"))
-    assert_close(own(*args), literal(*args))
-    assert_as_good_as(own, literal, *args)
+    """Compare output and gradients with torch's to 1e-5, and with torch's own rounding error."""
+    by_triton, by_torch = (
+        attended(backend, x, offsets, **options) for backend in ("triton", "eager")
+    )
+    assert_close(by_triton(*args), by_torch(*args))
+    assert_as_good_as(by_triton, by_torch, *args)
 
 
 @pytest.mark.parametrize("places", [None, 65, 130])
@@ -82,7 +84,7 @@ def test_equals_the_composition(shared: bool, places: int | None) -> None:
     check(args, 3 + torch.randn(TOKENS, 37), positions=positions)
 
 
-# Heads of one number, of an odd width, wider than a block of the gradients; latents in many blocks.
+# Heads of width 1, of odd width, wider than a block of the gradients; latents in many blocks.
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 17, 27, 300), (1, 70, 130, 33)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_sizes_at_the_edge(sizes: tuple[int, int, int, int], shared: bool) -> None:
@@ -96,18 +98,18 @@ def test_counts() -> None:
 
 
 def test_strides() -> None:
-    """Queries and weights that lie any way, a context that is a slice, a loader's statistics."""
+    """Queries and weights of any strides, a sliced context and a loader's statistics work."""
     x = torch.randn(TOKENS, 74)[:, ::2]
     q, weights, shifts = inputs(channels=37)
     check((q.contiguous(), weights, shifts), x)
     check((q.mT.contiguous().mT, weights.mT.contiguous().mT, shifts.t().contiguous().t()), x)
     pair = torch.stack(row_statistics_reference(x), 1).unbind(1)
-    own, given = (attended("triton", x, statistics=own) for own in (None, pair))
-    assert_close(given(q, weights, shifts), own(q, weights, shifts))
+    computed, precomputed = (attended("triton", x, statistics=s) for s in (None, pair))
+    assert_close(precomputed(q, weights, shifts), computed(q, weights, shifts))
 
 
 def test_dropout_is_that_of_the_seed() -> None:
-    """The mask is absorbed_attention's, whose rows are those of a bag's heads in order."""
+    """The mask is that of absorbed_attention, whose rows are the bag's heads in order."""
     x, seed = torch.randn(TOKENS, 37), torch.tensor([11])
     args = inputs(channels=37)
     like = torch.empty(BAGS, 1, 14, 1), torch.empty(TOKENS, 1, 1)
@@ -115,28 +117,29 @@ def test_dropout_is_that_of_the_seed() -> None:
 
     def literal(q: Tensor, weights: Tensor, shifts: Tensor) -> Tensor:
         z = torch.nn.functional.layer_norm(x.to(q.dtype), (37,))
-        asked, rows = heads_operator.absorb_queries(q, weights, SCALE), []
-        for own, start, stop in zip(asked, OFFSETS[:-1], OFFSETS[1:], strict=True):
-            dropped = torch.softmax(own @ z[start:stop].t(), -1) * kept[start:stop].t().to(q.dtype)
+        absorbed, rows = heads_operator.absorb_queries(q, weights, SCALE), []
+        for queries, start, stop in zip(absorbed, OFFSETS[:-1], OFFSETS[1:], strict=True):
+            probabilities = torch.softmax(queries @ z[start:stop].t(), -1)
+            dropped = probabilities * kept[start:stop].t().to(q.dtype)
             rows.append((dropped @ z[start:stop], dropped.sum(-1)))
         pooled, mass = (torch.stack(part) for part in zip(*rows, strict=True))
         return heads_operator.project_back(pooled, mass, weights, shifts)
 
-    own = attended("triton", x, dropout_p=0.3, seed=seed)
-    assert_close(own(*args), with_gradients(literal)(*args))
-    assert_as_good_as(own, with_gradients(literal), *args)
+    compute = attended("triton", x, dropout_p=0.3, seed=seed)
+    assert_close(compute(*args), with_gradients(literal)(*args))
+    assert_as_good_as(compute, with_gradients(literal), *args)
 
 
 def test_half_precision() -> None:
-    """At most twice the composition's error; what is attended is not rounded.
+    """The error is at most twice that of torch's operators; the output is not rounded.
 
-    (The interpreter has no products in bfloat16.)
+    The dtype is float16, since the interpreter has no products in bfloat16.
     """
     dtype = torch.float16
     x = torch.randn(TOKENS, 64)
     args = tuple(part.to(dtype) for part in inputs(channels=64, width=16))
-    own = absorbed_heads(*args, x.to(dtype), OFFSETS, scale=SCALE, backend="triton")
-    assert own.dtype == torch.float32
+    actual = absorbed_heads(*args, x.to(dtype), OFFSETS, scale=SCALE, backend="triton")
+    assert actual.dtype == torch.float32
 
     def run(backend: str):
         def of(*args: Tensor) -> Tensor:
@@ -150,11 +153,11 @@ def test_half_precision() -> None:
 
 
 def test_what_is_multiplied_with_tokens_is_centred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And rounded once: the product takes the mean of a token off with the sum of what is left."""
-    found: list[Centred] = []
+    """Centred weights are rounded once; their remaining sums subtract each token's mean."""
+    products: list[Centred] = []
 
     def seen(x: Tensor, p: Tensor | None, centred: Centred, *rest: Any) -> Tensor:
-        found.append(centred)
+        products.append(centred)
         return project(x, p, centred, *rest)
 
     monkeypatch.setattr(launchers, "project", seen)
@@ -165,46 +168,47 @@ def test_what_is_multiplied_with_tokens_is_centred(monkeypatch: pytest.MonkeyPat
     grad = torch.randn_like(out)
     out.backward(grad)
     rounded = q.double() * SCALE, grad.half().double()
-    for own, rows, weight in zip(found, rounded, weights.chunk(2), strict=True):
+    for product, rows, weight in zip(products, rounded, weights.chunk(2), strict=True):
         exact = (rows.unsqueeze(3) @ weight.double().unsqueeze(1)).squeeze(3).flatten(1, 2)
         exact -= exact.mean(-1, keepdim=True)
-        whole = torch.cat([own.weight, own.weight_p], -1)
-        assert whole.dtype == torch.float16
-        torch.testing.assert_close(whole.double(), exact, rtol=2**-11 + 1e-5, atol=1e-6)
-        torch.testing.assert_close(own.sums, whole.float().sum(-1), rtol=0, atol=1e-5)
+        joined = torch.cat([product.weight, product.weight_p], -1)
+        assert joined.dtype == torch.float16
+        torch.testing.assert_close(joined.double(), exact, rtol=2**-11 + 1e-5, atol=1e-6)
+        torch.testing.assert_close(product.sums, joined.float().sum(-1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_a_bag_alone_is_the_bag_in_a_batch(dropout_p: float) -> None:
     """Outputs and gradients have the same bits; rows behind the last bag have no effect.
 
-    Dropout's masks are drawn by the number of the bag, which is the first here.
+    Dropout depends on the bag's index, so the first bag is compared.
     """
     q, weights, shifts = inputs(channels=42, bags=3)
     x, places = torch.randn(60, 37), torch.randn(60, 5)
     seed = torch.tensor([3]) if dropout_p else None
 
     def run(q: Tensor, offsets: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
-        own = q.detach().requires_grad_()
+        queries = q.detach().requires_grad_()
         out = absorbed_heads(
-            own, weights, shifts, tokens[0], offsets, positions=tokens[1], scale=SCALE,
+            queries, weights, shifts, tokens[0], offsets, positions=tokens[1], scale=SCALE,
             dropout_p=dropout_p, seed=seed, backend="triton",
         )  # fmt: skip
-        return out.detach(), *torch.autograd.grad(out.square().sum(), own)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), queries)
 
     batch = run(q, offsets_of([30, 0, 25]), x, places)
     alone = run(q[:1], offsets_of([30]), x[:30], places[:30])
     stale = (torch.cat([t[:30], torch.full((70, t.shape[1]), torch.nan)]) for t in (x, places))
-    for own, part, padded in zip(batch, alone, run(q[:1], offsets_of([30]), *stale), strict=True):
-        assert torch.equal(own[:1], part)
-        assert torch.equal(padded, part)
+    followed = run(q[:1], offsets_of([30]), *stale)
+    for batched, expected, padded in zip(batch, alone, followed, strict=True):
+        assert torch.equal(batched[:1], expected)
+        assert torch.equal(padded, expected)
 
 
 def test_rows_behind_the_last_bag_have_no_gradient() -> None:
     args, x = inputs(channels=37, bags=1), torch.randn(TOKENS, 37)
     padded = torch.cat([x, torch.full((70, 37), torch.nan)])
-    found = attended("triton", padded)(*args), attended("triton", x)(*args)
-    assert all(map(torch.equal, *found))
+    results = attended("triton", padded)(*args), attended("triton", x)(*args)
+    assert all(map(torch.equal, *results))
 
 
 def test_registration() -> None:
@@ -214,11 +218,11 @@ def test_registration() -> None:
     for bags, dropout_p in ((3, 0.0), (1, 0.2)):
         args = [part.requires_grad_() for part in inputs(channels=8, bags=bags)]
         tokens = (x, positions, offsets, None if dropout_p else torch.ones(12), mean, rstd)
-        how = (SCALE, 1e-5, dropout_p, seed if dropout_p else None)
-        opcheck(torch.ops.motet.absorbed_heads, (*args, *tokens, *how))
+        options = (SCALE, 1e-5, dropout_p, seed if dropout_p else None)
+        opcheck(torch.ops.motet.absorbed_heads, (*args, *tokens, *options))
         plain = [part.detach() for part in args]
-        grad, *made = torch.ops.motet.absorbed_heads(*plain, *tokens, *how)
-        opcheck(torch.ops.motet.absorbed_heads_backward, (grad, *plain, *tokens, *made, *how))
+        grad, *made = torch.ops.motet.absorbed_heads(*plain, *tokens, *options)
+        opcheck(torch.ops.motet.absorbed_heads_backward, (grad, *plain, *tokens, *made, *options))
     run = partial(absorbed_heads, x=torch.randn(12, 8), offsets=offsets, scale=SCALE)
     assert_differentiable_once(
         lambda *t: run(*t, backend="triton"), *inputs(channels=8, bags=3)
@@ -226,7 +230,7 @@ def test_registration() -> None:
 
 
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens with a gradient, heads too wide and no queries are absorbed_attention's, in torch."""
+    """Token gradients, wide heads and empty queries are computed by absorbed_attention in torch."""
     calls: list[str] = []
     composition = heads_operator.absorbed_attention
 
@@ -240,8 +244,8 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     q, *folded = inputs(channels=37, bags=2)
     run(q, *folded, x, backend="triton")
     assert calls == []
-    own = run(q, *folded, x.requires_grad_(), backend="triton")
-    assert torch.autograd.grad(own.sum(), x)[0].abs().sum() > 0
+    actual = run(q, *folded, x.requires_grad_(), backend="triton")
+    assert torch.autograd.grad(actual.sum(), x)[0].abs().sum() > 0
     with torch.no_grad():
         run(q, *folded, x, backend="triton")
     assert calls == ["triton"]
@@ -270,11 +274,11 @@ def test_what_does_not_fit() -> None:
 
 
 def test_maps_and_logits_of_a_model() -> None:
-    """HEALNet with the strategy asks, gathers and shows its maps alike on both backends."""
+    """HEALNet with strategy "absorbed" gives the same logits and maps on both backends."""
     model = motet.HEALNet(
         {"wsi": motet.Bag(21)}, out_features=3, num_latents=5, latent_dim=12, heads=2, head_dim=7
     ).eval()
     bags = torch.randn(3, 9, 21)
-    how = {"strategy": "absorbed", "return_attention": True}
-    own = model({"wsi": bags}, backend="triton", **how)
-    torch.testing.assert_close(own, model({"wsi": bags}, backend="eager", **how))
+    options = {"strategy": "absorbed", "return_attention": True}
+    actual = model({"wsi": bags}, backend="triton", **options)
+    torch.testing.assert_close(actual, model({"wsi": bags}, backend="eager", **options))

@@ -1,6 +1,6 @@
-"""The Triton kernels compiled ahead of time for GPUs that are not there.
+"""The Triton kernels, compiled ahead of time for GPUs that this machine lacks.
 
-In processes of their own: where kernels are interpreted, they do not compile.
+Compilation runs in separate processes, since a process that interprets kernels cannot compile them.
 """
 
 import json
@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 SCRIPT = ROOT / "benchmarks" / "registers.py"
 TABLE = ROOT / "benchmarks" / "results" / "registers.json"
-# Half precision and tf32x3, dropout, counts, positional channels, the blocks that only Hopper gets.
+# Half precision and tf32x3, dropout, counts, positional channels, blocks for Hopper alone.
 SAMPLE = (
     "attention bf16 8x64 c64 dropout",
     "attention fp32 1x16 c25 dropout",
@@ -29,14 +29,14 @@ SAMPLE = (
     "context fp32 1024 to 1x128",
     "pass bf16 64x64",
 )
-# What torch 2.11 for CUDA brings.
+# The version that torch 2.11 for CUDA requires.
 OLDEST = "3.6.0"
 
 
 def run(*arguments, tmp_path, triton=None):
-    """Run Python with what the compiler caches in a folder of the test's own.
+    """Run Python with the compiler's cache in a folder of the test.
 
-    `triton` is a folder that holds another one than the environment's.
+    `triton` is a folder with another version of Triton than the environment's.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
@@ -89,14 +89,14 @@ def test_the_table_lists_every_shipped_configuration(table, tmp_path):
 
 
 def test_the_table_shows_no_faults(table):
-    """No spills, shared memory within the chip's, asynchronous copies and matrix units in use."""
+    """Kernels do not spill, fit in shared memory, copy asynchronously and use matrix units."""
     multiply = {row["kernel"] for row in table["rows"] if row["multiplies"]}
     names = "query_backward attend dkv dq mean_weights pass pool project update_backward"
     names += " pool_tma project_tma"
-    own = "gradients head_gradients to_heads to_tokens weights"
-    assert multiply == {f"{name}_kernel" for name in f"{names} {own}".split()}
+    others = "gradients head_gradients to_heads to_tokens weights"
+    assert multiply == {f"{name}_kernel" for name in f"{names} {others}".split()}
     for row in table["rows"]:
-        if not row["name"].startswith("form"):  # sizes that nobody runs
+        if not row["name"].startswith("form"):  # forms are test sizes, which may spill
             assert row["spill_stores"] == 0, row
         assert row["shared_bytes"] <= SHARED_BYTES[row["chip"]], row
         assert row["races"] == 0, row
@@ -114,7 +114,7 @@ def test_the_table_is_true(name, table, tmp_path):
     fresh = json.loads(out.read_text())
     assert {row["chip"] for row in fresh["rows"]} == {80, 90, 100}
     if fresh["triton"] != table["triton"]:
-        return  # no faults is what other versions have to show
+        return  # for other versions, no faults are enough
     recorded = {(row["chip"], row["key"]): row for row in table["rows"]}
     for row in fresh["rows"]:
         known = recorded[row["chip"], row["key"]]
@@ -135,7 +135,7 @@ def test_every_kernel_compiles_with_every_pointer_none_and_given(version, tmp_pa
     assert both <= {tuple(form[:2]) for form in forms if form[2] == "given"}
     assert {("update_backward_kernel", "present_ptr"), ("attend_kernel", "seed_ptr")} <= both
     compiled = run(SCRIPT, *options, "--out", str(out), tmp_path=tmp_path, triton=triton)
-    assert out.exists(), compiled.stderr  # written when all have compiled
+    assert out.exists(), compiled.stderr  # the file is written after all have compiled
     fresh = json.loads(out.read_text())
     assert version in ("newest", fresh["triton"])
     keys = [f"{row['chip']} {row['key']}" for row in fresh["rows"]]
@@ -151,7 +151,7 @@ def test_loops_on_hopper_neither_race_nor_take_detours(version, tmp_path):
 
     Of every launch in `make soak`.
 
-    And where the tensor memory accelerator copies, nothing goes through registers on the way.
+    Where the tensor memory accelerator copies, no tile passes through registers.
     """
     triton = None if version == "newest" else oldest_triton()
     told = run(SCRIPT, "--loops", "--chip", "90", *some(25), tmp_path=tmp_path, triton=triton)
@@ -165,7 +165,7 @@ def test_loops_on_hopper_neither_race_nor_take_detours(version, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["project_tma_kernel", "pool_tma_kernel"])
 def test_what_only_newer_chips_run_does_not_spill_in_the_oldest_triton(kernel, tmp_path):
-    """The table shows the newest; a GPU's torch brings the oldest."""
+    """The table has the newest Triton's spills; torch for GPUs comes with the oldest."""
     out = tmp_path / "registers.json"
     options = "--kernel", kernel, "--chip", "90", "100", "--out", str(out), *some(4)
     compiled = run(SCRIPT, *options, tmp_path=tmp_path, triton=oldest_triton())
@@ -213,13 +213,13 @@ for sums in (True, False):
 
 @pytest.mark.parametrize("version", ["newest", pytest.param(OLDEST, marks=pytest.mark.slow)])
 def test_the_gate_sees_a_race(version, tmp_path):
-    """A product with a tile that is summed up too, as LayerNorm's statistics once were."""
+    """A tile that is both multiplied and summed is a race, as in an old LayerNorm kernel."""
     file = tmp_path / "race.py"
     file.write_text(RACE.format(root=str(ROOT)))
     triton = None if version == "newest" else oldest_triton()
-    told = run(file, tmp_path=tmp_path, triton=triton)
-    assert not told.returncode, told.stderr
-    racing, clean = told.stdout.splitlines()
+    done = run(file, tmp_path=tmp_path, triton=triton)
+    assert not done.returncode, done.stderr
+    racing, clean = done.stdout.splitlines()
     assert "2 buffers, 2 copies ahead, 1 products pending" in racing
     assert "local_load in every step" in racing
     assert clean.startswith("[] ")
@@ -238,5 +238,5 @@ def test_the_gate_sees_a_fault(tmp_path):
         launch = next(x for x in launches if x.function.__name__ == "project_kernel")
         print(*registers.faults(registers.compile_kernel(launch), launch))
         """
-    told = run("-c", code, tmp_path=tmp_path)
-    assert "project_kernel for odd on sm_80: no asynchronous copies" in told.stdout, told.stderr
+    done = run("-c", code, tmp_path=tmp_path)
+    assert "project_kernel for odd on sm_80: no asynchronous copies" in done.stdout, done.stderr

@@ -1,7 +1,7 @@
 """The Triton kernels of context_kv in Triton's interpreter, against literal torch in float64.
 
-Half precision is float16 here, since the interpreter multiplies bf16 by its raw bits; it stands for
-bf16 too where `pooling` says so. Tensor memory accelerators are those of chips that are given.
+Half precision is float16 here, since the interpreter multiplies the raw bits of bf16. The fixture
+`pooling` makes float16 take the path of bf16 too, and `chip` selects the tensor memory accelerator.
 """
 
 import os
@@ -45,7 +45,7 @@ pytestmark = [
 
 @pytest.fixture(params=[0, 90], ids=["pointers", "tma"])
 def chip(request, monkeypatch):
-    """Whose kernels are launched: those that read by pointers, or by TMA."""
+    """Launch the kernels that read by pointers, or those that read by TMA."""
     launch_for(request.param, monkeypatch)
     return request.param
 
@@ -55,7 +55,7 @@ def launch_for(capability, monkeypatch):
 
 
 def rows_of(count, width, ratio, dtype):
-    """Rows of mean/SD `ratio`; inf: constant. The first columns lie apart, as outliers do."""
+    """Make rows with mean/SD `ratio` (inf: constant rows) whose first columns are outliers."""
     if ratio == float("inf") or not count:
         return (torch.arange(count)[:, None] * 7.3 - 20).repeat(1, width).to(dtype)
     x = torch.randn(count, width)
@@ -120,7 +120,7 @@ def check_project(x, p, weight, bias, offsets):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("width", "channels"), [(37, 0), (150, 5), (5000, 3), (1, 0), (3, 70)])
 def test_statistics_of_rows_far_from_zero(width, channels, dtype):
-    """As good as torch's, which rounds once, with a mean a thousand standard deviations off."""
+    """Statistics are as good as torch's at means of 1,000 standard deviations."""
     p = torch.randn(20, channels) if channels else None
     for ratio in (0, 1000):
         x = rows_of(20, width, ratio, torch.float32) if width > 3 else torch.randn(20, width)
@@ -134,9 +134,9 @@ def test_statistics_of_rows_far_from_zero(width, channels, dtype):
 
 def test_statistics_do_not_see_other_rows():
     x, p, *_ = context(150, 70, 5, 1, 1, 1)
-    for own in (slice(0, 1), slice(13, 14), slice(13, 150)):
-        alone, batch = row_statistics(x[own], p[own], EPS), row_statistics(x, p, EPS)
-        assert all(torch.equal(a, b[own]) for a, b in zip(alone, batch, strict=True))
+    for part in (slice(0, 1), slice(13, 14), slice(13, 150)):
+        alone, batch = row_statistics(x[part], p[part], EPS), row_statistics(x, p, EPS)
+        assert all(torch.equal(a, b[part]) for a, b in zip(alone, batch, strict=True))
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 10, 100, float("inf")])
@@ -186,11 +186,11 @@ def test_project_grouped(lengths, dtype):
     check_project(x, p, weight, bias, offsets)
     batch = projected(x, p, weight, bias, offsets)
     for g, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        own = slice(start, stop)
+        bag = slice(start, stop)
         alone = projected(
-            x[own], p[own], weight[g : g + 1], bias[g : g + 1], torch.tensor([0, stop - start])
+            x[bag], p[bag], weight[g : g + 1], bias[g : g + 1], torch.tensor([0, stop - start])
         )
-        assert torch.equal(alone, batch[own])
+        assert torch.equal(alone, batch[bag])
 
 
 def test_a_row_does_not_see_its_neighbours():
@@ -210,7 +210,7 @@ def literal_pool(a, x, p, offsets, dtype):
 
 
 def side_of(a, x, p, mean, rstd, offsets):
-    """What the kernels that make a sum up beside the product with x."""
+    """Return the sums that kernels compute beside the product with x, in torch."""
     channels = 0 if p is None else p.shape[1]
     rows = a.float()
     factors = mean.new_ones(len(x)) if not context_launchers.scaled(x, a.dtype) else rstd
@@ -224,8 +224,8 @@ def side_of(a, x, p, mean, rstd, offsets):
     chunk = context_launchers.SIDE_CHUNK
     sums = torch.full((count_slots(len(x), len(offsets) - 1, chunk), *terms.shape[1:]), torch.nan)
     for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        for j, own in enumerate(terms[start:stop].split(chunk) if stop > start else ()):
-            sums[start // chunk + b + j] = own.sum(0)
+        for j, part in enumerate(terms[start:stop].split(chunk) if stop > start else ()):
+            sums[start // chunk + b + j] = part.sum(0)
     return Side(sums, channels)
 
 
@@ -249,7 +249,7 @@ def check_pool(a, x, p, offsets):
 
 @pytest.fixture(params=["scaled", "normalised"])
 def pooling(request, monkeypatch):
-    """How half precision pools: as bf16 does, or as float16, which here stands for both."""
+    """Pool float16 as bf16 is pooled, or as float16 is."""
     half = (torch.float16,) if request.param == "scaled" else ()
     monkeypatch.setattr(context_launchers, "_SCALED", half)
 
@@ -276,9 +276,9 @@ def test_pool_of_bags(width, channels, outputs, positions, dtype):
     offsets = offsets_of([20, 0, 1, 579])
     batch = check_pool(a, x, p, offsets)
     assert not batch[1].any()
-    own = slice(21, 600)
-    shared = p if p is None else p.repeat(600 // len(p), 1)[own]
-    alone = check_pool(a[own], x[own], shared, torch.tensor([0, 579]))
+    part = slice(21, 600)
+    shared = p if p is None else p.repeat(600 // len(p), 1)[part]
+    alone = check_pool(a[part], x[part], shared, torch.tensor([0, 579]))
     assert torch.equal(alone[0], batch[3])
 
 
@@ -295,7 +295,7 @@ def check_weight_gradient(grad, x, p):
 
 
 def test_gradient_of_the_weights():
-    """Of several sets at once, over several chunks, from strided rows."""
+    """The gradient is right for several weight sets, several chunks and strided rows."""
     x, p, *_ = context(1100, 40, 4, 1, 1, 1, positions=550)
     check_weight_gradient(torch.randn(3, 1100, 22), x[:, 5:], p)
 
@@ -309,7 +309,7 @@ def test_gradient_of_the_weights_in_half_precision(ratio):
 
 
 def test_fp16_has_room_for_the_gradients_of_large_rows():
-    """Times 1 / SD they would be subnormal."""
+    """The gradients must not be multiplied by 1 / SD, which would make them subnormal."""
     x = (torch.randn(150, 70) * 1e4).clamp(-6e4, 6e4).half()
     check_weight_gradient((torch.randn(1, 150, 12) / 100).half(), x, None)
 
@@ -330,7 +330,7 @@ def test_nothing_comes_of_nothing():
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize(("outputs", "lengths"), [(68, None), (136, [520, 0, 130, 1, 400])])
 def test_project_in_turns(capability, outputs, lengths, monkeypatch):
-    """More tiles than multiprocessors, of which the interpreter has 3, and halves after them."""
+    """With more tiles than multiprocessors (3 here), programs take turns and then half tiles."""
     launch_for(capability, monkeypatch)
     rows = 1000 if lengths is None else sum(lengths)
     sets, offsets = (2, None) if lengths is None else (len(lengths), offsets_of(lengths))
@@ -350,7 +350,7 @@ def test_tiles_come_by_tma_where_rows_begin_at_16_bytes(chip, monkeypatch):
     monkeypatch.setattr(context_launchers, "_SCALED", (torch.float16,))
     x, _, weight, _ = context(20, 40, 0, 1, 24, 1, torch.float16)
     # The weights are contiguous, so that their rows are as long as the tokens are wide.
-    for own, *aligned in (
+    for tokens, *aligned in (
         (x, True, True),
         (x[:, :37], False, True),
         (x[:, 4:], False, False),
@@ -359,19 +359,19 @@ def test_tiles_come_by_tma_where_rows_begin_at_16_bytes(chip, monkeypatch):
         (x.flatten().as_strided((20, 40), (8, 1)), False, False),
     ):
         offsets = torch.tensor([0, 20])
-        y = projected(own, None, weight[..., : own.shape[1]].contiguous(), None, offsets)
-        check_pool(y, own, None, offsets)
+        y = projected(tokens, None, weight[..., : tokens.shape[1]].contiguous(), None, offsets)
+        check_pool(y, tokens, None, offsets)
         kernels = [name for name in names if name.startswith(("project", "pool"))]
         assert [name.endswith("_tma_kernel") for name in kernels[-2:]] == [
             by_tma and chip > 0 for by_tma in aligned
-        ], (own.shape, own.stride())
+        ], (tokens.shape, tokens.stride())
 
 
 def test_turns_compute_every_tile_once_and_end_together():
     for slots, tiles, programs in [(938, 1, 132), (938, 2, 132), (3, 7, 132), (1, 1, 3)]:
-        launched, whole, halves = context_launchers._waves(slots, tiles, programs)
-        assert 2 * whole + halves == 2 * slots * tiles
-        assert not whole % tiles
+        launched, full, halves = context_launchers._waves(slots, tiles, programs)
+        assert 2 * full + halves == 2 * slots * tiles
+        assert not full % tiles
         assert 1 <= launched <= programs
         assert halves <= launched
     # 7 tiles of 128 rows and one of 64 for each of 132 multiprocessors: 8 bags of 15,000.
@@ -381,11 +381,11 @@ def test_turns_compute_every_tile_once_and_end_together():
 @pytest.mark.parametrize("allowed", [SINGLE, HALF, WIDE, HOPPER])
 def test_a_program_has_its_outputs_and_few_more(allowed):
     for outputs in (1, 16, 17, 64, 80, 128, 136, 200, 256, 272, 512, 1648):
-        own = columns_of(outputs, allowed)
-        assert own in allowed
-        assert all(not part & (part - 1) for part in own)
-        programs = -(-outputs // own.width)
-        assert (programs - 1) * own.width < outputs <= programs * own.width
+        columns = columns_of(outputs, allowed)
+        assert columns in allowed
+        assert all(not part & (part - 1) for part in columns)
+        programs = -(-outputs // columns.width)
+        assert (programs - 1) * columns.width < outputs <= programs * columns.width
 
 
 def test_pooled_chunks_are_powers_of_2():

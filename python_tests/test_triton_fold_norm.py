@@ -33,10 +33,10 @@ def test_equals_layer_norm_and_product(backend):
     weight, gain, shift = inputs(4, 5, 33)
     x = torch.randn(7, 33)
     folded, bias = fold_norm(weight, gain, shift, padding=3, backend=backend)
-    found = torch.einsum("gew,tw->gte", folded, F.layer_norm(x, (33,))) + bias[:, None]
+    actual = torch.einsum("gew,tw->gte", folded, F.layer_norm(x, (33,))) + bias[:, None]
     expected = torch.einsum("gew,tw->gte", weight, F.layer_norm(x, (33,), gain, shift))
-    torch.testing.assert_close(found[..., :5], expected, rtol=1e-5, atol=1e-5)
-    assert not found[..., 5:].any()
+    torch.testing.assert_close(actual[..., :5], expected, rtol=1e-5, atol=1e-5)
+    assert not actual[..., 5:].any()
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 33), (2, 27, 1030), (4, 70, 17), (2, 0, 5)])
@@ -54,11 +54,11 @@ def test_dtype_of_the_result(dtype):
     for backend in ("eager", "triton"):
         for part in fold_norm(*args, dtype=dtype, backend=backend):
             assert part.dtype == dtype
-    found, expected = (
+    actual, expected = (
         with_gradients(lambda *t, b=b: fold_norm(*t, dtype=torch.float16, backend=b))(*args)
         for b in ("triton", "eager")
     )
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_registration():

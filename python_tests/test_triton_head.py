@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def inputs(rows, count, dim, outputs):
-    """Latents, the vectors of the LayerNorm, weights and bias; apart, each with its own scale."""
+    """Return latents, gain and shift of the LayerNorm, weights and bias, none of them trivial."""
     vectors = 1 + torch.randn(2, dim)
     return torch.randn(rows, count, dim), *vectors, torch.randn(outputs, dim), torch.randn(outputs)
 
@@ -34,7 +34,7 @@ def run(backend, eps=1e-5):
     return with_gradients(lambda *t: head(*t, eps=eps, backend=backend))
 
 
-# One of each; columns and outputs that fill no block; many samples; the widest.
+# The smallest; widths and outputs that fill no block; many samples; the widest.
 SIZES = [
     (1, 1, 2, 1),
     (3, 17, 33, 4),
@@ -63,9 +63,9 @@ def test_latents_of_any_strides():
 
 
 def test_no_sample():
-    found = run("triton")(*inputs(0, 3, 5, 4))
-    assert [len(part) for part in found] == [0, 0, 5, 5, 4, 4]
-    assert not any(part.any() for part in found)
+    results = run("triton")(*inputs(0, 3, 5, 4))
+    assert [len(part) for part in results] == [0, 0, 5, 5, 4, 4]
+    assert not any(part.any() for part in results)
 
 
 def test_a_sample_alone_has_its_bits_in_any_batch():
@@ -82,20 +82,22 @@ def test_a_sample_alone_has_its_bits_in_any_batch():
     batch = forth_and_back(slice(None))
     for i in range(20):
         alone = forth_and_back(slice(i, i + 1))
-        assert all(torch.equal(own[0], other[i]) for own, other in zip(alone, batch, strict=True))
+        assert all(
+            torch.equal(actual[0], other[i]) for actual, other in zip(alone, batch, strict=True)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtypes(dtype):
-    """Half-precision models, and half-precision latents of others under autocast."""
+    """Half-precision models work, and half-precision latents in float32 models under autocast."""
     parts = [t.to(dtype) for t in inputs(3, 17, 33, 4)]
     assert_as_good_as(run("triton"), run("eager"), *parts)
     latents, *weights = inputs(3, 17, 33, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        own, literal = (
+        actual, expected = (
             run(backend)(latents.to(dtype), *weights) for backend in ("triton", "eager")
         )
-    for a, b in zip(own, literal, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
@@ -137,6 +139,6 @@ def test_what_does_not_fit():
 
 def test_the_module_is_the_operator():
     module, latents = motet.Head(33, 4), torch.randn(3, 17, 33)
-    own = module(latents, backend="triton")
-    assert own.grad_fn.name() == "GeneratedBackwardFor_motet_head_defaultBackward"
-    torch.testing.assert_close(own, module(latents, backend="eager"), rtol=1e-5, atol=1e-6)
+    actual = module(latents, backend="triton")
+    assert actual.grad_fn.name() == "GeneratedBackwardFor_motet_head_defaultBackward"
+    torch.testing.assert_close(actual, module(latents, backend="eager"), rtol=1e-5, atol=1e-6)

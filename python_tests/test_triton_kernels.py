@@ -1,7 +1,7 @@
 """The Triton kernels of latent_attention in Triton's interpreter, against literal torch in float64.
 
-The interpreter multiplies bf16 by its raw bits and takes no notice of tf32, so half precision is
-float16 here; what only a GPU shows is left to `make gpu`.
+The interpreter multiplies the raw bits of bf16 and ignores tf32, so half precision is float16 here;
+`make gpu` tests the rest on a GPU.
 """
 
 import os
@@ -37,7 +37,7 @@ pytestmark = [
 
 
 def literal_attention(q, k, v, offsets, keep, dropout_p, counts=None):
-    """Bag after bag; returns out, the log-sum-exp and the weights before dropout."""
+    """Return out, the log-sum-exp and the weights before dropout, computed bag by bag."""
     bias = torch.zeros(k.shape[::2] if offsets is None else k.shape[:1])
     bias = (bias if counts is None else counts.log()).to(q.dtype)
     if offsets is None:
@@ -57,21 +57,21 @@ def literal_attention(q, k, v, offsets, keep, dropout_p, counts=None):
 
 
 def attention_inputs(lengths, heads, latents, width, dtype):
-    """Queries, and keys and values that are views into one buffer."""
+    """Return queries, and one buffer of which keys and values are views."""
     q = torch.randn(len(lengths), heads, latents, width).to(dtype)
     kv = torch.randn(sum(lengths), 2, heads, width).to(dtype)
     return q, kv, offsets_of(lengths)
 
 
 def check_attention(q, kv, split, offsets, dropout_p, counts=None):
-    """Compare out, lse, dq, dk and dv; `split` makes k and v of the buffer.
+    """Compare out, lse, dq, dk and dv; `split` returns k and v as views of the buffer.
 
-    What their rows have more than those of q is zero, and so has its gradient to be.
+    Columns of k and v beyond the width of q are zero, and so must be their gradients.
     """
     seed, width = 2**40 + 3, q.shape[-1]
     bags = len(q) if offsets is None else len(offsets) - 1
-    everyone = q.expand(bags, -1, -1, -1)
-    keep = dropout_mask(everyone, split(kv)[0], offsets, dropout_p, seed)
+    expanded = q.expand(bags, -1, -1, -1)
+    keep = dropout_mask(expanded, split(kv)[0], offsets, dropout_p, seed)
     _, heads, latents, _ = q.shape
     dout = torch.randn(bags, latents, heads, width).transpose(1, 2).to(q.dtype)
     empty = offsets.diff() == 0 if offsets is not None else torch.zeros(len(q), dtype=torch.bool)
@@ -91,10 +91,12 @@ def check_attention(q, kv, split, offsets, dropout_p, counts=None):
 
     def literal(q, kv):
         query, buffer = (x.detach().requires_grad_() for x in (q, kv))
-        own = None if counts is None else counts.to(torch.promote_types(q.dtype, torch.float32))
+        converted = (
+            None if counts is None else counts.to(torch.promote_types(q.dtype, torch.float32))
+        )
         k, v = (part[..., :width] for part in split(buffer))
         out, lse, _ = literal_attention(
-            query.expand(bags, -1, -1, -1), k, v, offsets, keep.to(q.dtype), dropout_p, own
+            query.expand(bags, -1, -1, -1), k, v, offsets, keep.to(q.dtype), dropout_p, converted
         )
         grads = torch.autograd.grad(out, (query, buffer), dout.to(q.dtype))
         return out.detach(), lse[~empty].detach(), *grads
@@ -108,9 +110,9 @@ def unbound(kv):
 
 def attend_backward(dout, q, k, v, offsets, counts, out, lse, scale, dropout_p, seed, *results):
     """Write dq, dk and dv of one layer."""
-    own, *rest = results
+    query_grad, *rest = results
     record = like_record(dout)
-    given = (out, lse, scale, dropout_p, seed, own, record)
+    given = (out, lse, scale, dropout_p, seed, query_grad, record)
     query_gradient(dout, q, k, v, offsets, counts, *given)
     assert record.isfinite().all() or lse.isneginf().any()
     kv_gradient(record[:, :, None], k, v, offsets, counts, q.shape[-1], scale, dropout_p, *rest)
@@ -126,9 +128,9 @@ def attend_backward(dout, q, k, v, offsets, counts, out, lse, scale, dropout_p, 
         ([70, 5], 1, 130, 16, torch.float32),
         ([600, 0, 1], 2, 17, 16, torch.float16),
         ([0, 1], 1, 3, 200, torch.float32),
-        ([300, 0, 1, 40], 4, 7, 16, torch.float32),  # four heads a program
+        ([300, 0, 1, 40], 4, 7, 16, torch.float32),  # four heads per program
         ([70, 5], 8, 20, 27, torch.float16),
-        ([70, 5], 4, 33, 16, torch.float32),  # and one, for more latents
+        ([70, 5], 4, 33, 16, torch.float32),  # one head per program, for more latents
     ],
 )
 def test_attention_ragged(lengths, heads, latents, width, dtype, dropout_p):
@@ -152,14 +154,14 @@ def test_attention_with_counts(lengths, latents, width, dtype):
 @pytest.mark.parametrize("keys", [40, 600])
 @pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
 def test_attention_dense(dropout_p, counted, keys):
-    """Of one chunk, which nothing is added to, and of several."""
+    """Dense bags of one chunk (no merge of chunks) and of several chunks are right."""
     q, kv = torch.randn(2, 9, 3, 16).transpose(1, 2), torch.randn(2, keys, 2, 3, 16)
     counts = 4 * torch.rand(keys, 2).t() if counted else None
     check_attention(q, kv, lambda x: x.permute(0, 2, 3, 1, 4).unbind(1), None, dropout_p, counts)
 
 
 def test_attention_of_any_strides():
-    """Queries that all bags share, heads apart, widths cut out of wider rows."""
+    """Shared queries, strided heads and columns of wider rows are read right."""
     q = torch.randn(1, 4, 2, 9).transpose(1, 2)[..., 2:].expand(3, -1, -1, -1)
     kv = torch.randn(2, 2, 90, 12)
     offsets = offsets_of([40, 30, 20])
@@ -180,7 +182,7 @@ def test_attention_of_any_strides():
 def test_attention_of_shared_queries_and_padded_keys(
     shared, heads, latents, width, dtype, dropout_p, counted
 ):
-    """More latents than one program takes, empty bags, slots that are left over."""
+    """More latents than one program takes, empty bags and unused slots are handled."""
     lengths = [*RAGGED, 0, 3] if heads == 2 else [70, 0, 3]
     q = torch.randn(1 if shared else len(lengths), latents, heads, width, dtype=dtype)
     q = q.transpose(1, 2)
@@ -217,21 +219,21 @@ def test_a_bag_alone_is_the_bag_in_a_batch(heads, counted):
     batch = run(q, kv, offsets, counts)
     for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
         bag = slice(start, stop)
-        own_counts = None if counts is None else counts[bag]
-        alone = run(q[b : b + 1], kv[bag], torch.tensor([0, stop - start]), own_counts)
-        for own, other in zip(alone[:3], batch[:3], strict=True):
-            assert torch.equal(own[0], other[b])
-        for own, other in zip(alone[3:], batch[3:], strict=True):
-            assert torch.equal(own, other[bag])
+        counts_of_bag = None if counts is None else counts[bag]
+        alone = run(q[b : b + 1], kv[bag], torch.tensor([0, stop - start]), counts_of_bag)
+        for result, other in zip(alone[:3], batch[:3], strict=True):
+            assert torch.equal(result[0], other[b])
+        for result, other in zip(alone[3:], batch[3:], strict=True):
+            assert torch.equal(result, other[bag])
 
 
 def test_counts_of_1_change_no_bit():
     q, kv, offsets = attention_inputs([300, 0, 1], 2, 3, 16, torch.float32)
-    own, plain = (
+    counted, plain = (
         attend(q, *unbound(kv), offsets, counts, SCALE, 0.0, 0)
         for counts in (torch.ones(301), None)
     )
-    assert all(map(torch.equal, own, plain))
+    assert all(map(torch.equal, counted, plain))
 
 
 def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
@@ -265,7 +267,7 @@ def test_dropout_mask():
 
 
 def test_philox_gives_the_published_words():
-    """Random123's known answers, kat_vectors, philox4x32-10."""
+    """The words are those of Random123's kat_vectors for philox4x32-10."""
     zero = torch.zeros(1, dtype=torch.int64)
     words = [int(w) for w in dropout._philox(0, zero, zero, zero)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
@@ -294,7 +296,7 @@ def test_weights(latents, ragged):
 
 
 def test_slots_suffice_for_any_bags():
-    """No bag's chunks reach into the next bag's slots, and none beyond the bound."""
+    """Each bag's chunks stay before the next bag's slots, and within the total."""
     for lengths in torch.randint(0, 40, (200, 7)).tolist():
         bounds = offsets_of(lengths).tolist()
         first = [start // 8 + b for b, start in enumerate(bounds[:-1])]

@@ -1,4 +1,4 @@
-"""The gradient of K and V once for all layers, in Triton's interpreter: a sum over the layers."""
+"""The gradient of K and V is computed once for all layers: it equals the sum over the layers."""
 
 import os
 from functools import partial
@@ -44,25 +44,27 @@ def layers_of(
     width, offsets = q.shape[-1], offsets_of(LENGTHS)
     kv = torch.nn.functional.pad(kv, (0, -width % 16, *4 * [0], 0, 30))  # rows behind the last bag
     counts = None if counts is None else torch.cat([counts, counts.new_ones(30)])
-    how = {"counts": counts, "dropout_p": dropout_p, **ON}
-    records = kv_records(q[0], kv, offsets, layers=len(q), **how) if recorded else len(q) * [None]
+    options = {"counts": counts, "dropout_p": dropout_p, **ON}
+    records = (
+        kv_records(q[0], kv, offsets, layers=len(q), **options) if recorded else len(q) * [None]
+    )
     assert len(records) == len(q)
     outs = [
         latent_attention_kv(
-            own, kv, offsets, record=record, seed=torch.tensor([2**61 + i]) if dropout_p else None,
-            **how,
+            queries, kv, offsets, record=record,
+            seed=torch.tensor([2**61 + i]) if dropout_p else None, **options,
         )[0]
-        for i, (own, record) in enumerate(zip(q, records, strict=True))
+        for i, (queries, record) in enumerate(zip(q, records, strict=True))
     ]  # fmt: skip
     return torch.stack([out.to(q.dtype) for out in outs])
 
 
 def literal(q: Tensor, kv: Tensor, counts: Tensor | None) -> Tensor:
     offsets, bags = offsets_of(LENGTHS), len(LENGTHS)
-    own = None if counts is None else counts.to(torch.promote_types(q.dtype, torch.float32))
+    converted = None if counts is None else counts.to(torch.promote_types(q.dtype, torch.float32))
     return torch.stack([
         latent_attention_reference(
-            queries.expand(bags, -1, -1, -1), *kv.unbind(1), offsets, counts=own, scale=SCALE
+            queries.expand(bags, -1, -1, -1), *kv.unbind(1), offsets, counts=converted, scale=SCALE
         )
         for queries in q
     ])  # fmt: skip
@@ -104,12 +106,12 @@ def test_every_layer_drops_by_its_own_seed(latents: int) -> None:
 
 
 def test_layers_that_nobody_differentiates_add_nothing() -> None:
-    """Their records are zeros, for which p is 1, but dout and delta are 0."""
+    """Their records are zeros: then p is 1, but dout and delta are 0."""
     q, kv = torch.randn(LAYERS, 1, 2, 7, 16), torch.randn(sum(LENGTHS), 2, 2, 16)
     kv.requires_grad_()
     middle = [
-        torch.autograd.grad(layers_of(q[own], kv, recorded=True)[at].cos().sum(), kv)[0]
-        for own, at in ((slice(None), 1), (slice(1, 2), 0))
+        torch.autograd.grad(layers_of(q[layers], kv, recorded=True)[at].cos().sum(), kv)[0]
+        for layers, at in ((slice(None), 1), (slice(1, 2), 0))
     ]
     assert torch.equal(*middle)
     assert not torch.autograd.grad((0 * layers_of(q, kv, recorded=True)).sum(), kv)[0].any()
@@ -142,18 +144,18 @@ def test_registration(lengths: list[int], option: str | None) -> None:
     counts = 1 + torch.rand(len(kv)) if option == "counts" else None
     dropout_p, seed = (0.5, torch.tensor([5])) if option == "dropout" else (0.0, None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    own = (kv.clone().requires_grad_(), offsets, counts, LAYERS, 3, 5, SCALE, dropout_p)
-    opcheck(operators.kv_records, own, test_utils=tests)  # the values hold nothing
+    args_of_records = (kv.clone().requires_grad_(), offsets, counts, LAYERS, 3, 5, SCALE, dropout_p)
+    opcheck(operators.kv_records, args_of_records, test_utils=tests)  # its values are uninitialised
     record = torch.zeros(len(lengths), 2, 3, record_width(5))
-    how = (SCALE, dropout_p, seed, "triton")
+    options = (SCALE, dropout_p, seed, "triton")
     args = [x.clone().requires_grad_() for x in (q, kv)]
     opcheck(
         operators.latent_attention_kv,
-        (*args, offsets, counts, *how, record.clone().requires_grad_()),
+        (*args, offsets, counts, *options, record.clone().requires_grad_()),
         test_utils=tests,
     )
-    made = operators.latent_attention_kv(q, kv, offsets, counts, *how, record)
-    backward = (torch.randn_like(q), q, kv, offsets, counts, *made, *how, True)
+    made = operators.latent_attention_kv(q, kv, offsets, counts, *options, record)
+    backward = (torch.randn_like(q), q, kv, offsets, counts, *made, *options, True)
     opcheck(operators.latent_attention_kv_backward, backward, test_utils=tests)
     opcheck(
         operators.kv_records_backward,
@@ -168,8 +170,8 @@ def test_compiles_whole() -> None:
             q[0], kv, offsets, layers=2, counts=None, dropout_p=0.0, backend="triton", scale=SCALE
         )
         outs = [
-            latent_attention_kv(own, kv, offsets, record=record, **ON)[0]
-            for own, record in zip(q, records, strict=True)
+            latent_attention_kv(queries, kv, offsets, record=record, **ON)[0]
+            for queries, record in zip(q, records, strict=True)
         ]
         return torch.stack(outs).cos()
 
@@ -193,23 +195,23 @@ def test_asked_less_or_more_than_planned(asked: int) -> None:
     grads = []
     queries = torch.randn(asked, 2, 7, 32)
     for backend in ("triton", "eager"):
-        own = CachedKeys(keys.context, keys.offsets, keys.kv, backend, 3)
-        outs = [own.attend(attention, x) for x in queries]
+        cached = CachedKeys(keys.context, keys.offsets, keys.kv, backend, 3)
+        outs = [cached.attend(attention, x) for x in queries]
         grads.append(torch.autograd.grad(torch.stack(outs).cos().sum(), keys.kv)[0])
     torch.testing.assert_close(*grads, rtol=0, atol=1e-5)
 
 
 def test_where_there_are_none() -> None:
     q, kv, offsets = torch.randn(2, 2, 7, 16), torch.randn(30, 2, 2, 16), offsets_of([10, 20])
-    own = {"layers": 2, "counts": None, "scale": SCALE, "dropout_p": 0.0}
+    options = {"layers": 2, "counts": None, "scale": SCALE, "dropout_p": 0.0}
     given = kv.clone().requires_grad_()
     for backend in ("eager", "compile"):
-        assert not kv_records(q, given, offsets, backend=backend, **own)
-    assert not kv_records(q, kv, offsets, backend="triton", **own)
-    assert not kv_records(q.double(), given.double(), offsets, backend="auto", **own)
+        assert not kv_records(q, given, offsets, backend=backend, **options)
+    assert not kv_records(q, kv, offsets, backend="triton", **options)
+    assert not kv_records(q.double(), given.double(), offsets, backend="auto", **options)
     with torch.no_grad():
-        assert not kv_records(q, given, offsets, backend="triton", **own)
-    made = kv_records(q, given, offsets, backend="triton", **own)
+        assert not kv_records(q, given, offsets, backend="triton", **options)
+    made = kv_records(q, given, offsets, backend="triton", **options)
     with pytest.raises(ValueError, match=r"record: expected \(2, 2, 3, 40\), got \(2, 2, 7, 40\)"):
         latent_attention_kv(q[:, :, :3], kv, offsets, record=made[0], **ON)
     out, _ = latent_attention_kv(q, given, offsets, record=made[0], **ON)
@@ -223,18 +225,18 @@ def test_where_there_are_none() -> None:
 def test_healnet_reads_k_and_v_once(
     monkeypatch: pytest.MonkeyPatch, share: Any, dropout: float
 ) -> None:
-    """One launch for all layers of a set of weights, as many as its layers are."""
+    """One launch computes the gradient for all layers that share a weight set."""
     model = motet.HEALNet(
         {"wsi": motet.Bag(24)}, out_features=2, depth=3, num_latents=5, latent_dim=12, heads=2,
         head_dim=16, share_weights=share, attn_dropout=dropout,
     )  # fmt: skip
-    found, gradient = [], launchers.kv_gradient
+    layer_counts, gradient = [], launchers.kv_gradient
 
     def watched(records: Tensor, *rest: Any) -> None:
-        found.append(records.shape[2])
+        layer_counts.append(records.shape[2])
         gradient(records, *rest)
 
     monkeypatch.setattr(launchers, "kv_gradient", watched)
     x = torch.randn(2, 300, 24)
     model({"wsi": x}, strategy="cached", backend="triton").sum().backward()
-    assert sorted(found) == {True: [3], False: [1, 1, 1], "all-but-first": [1, 2]}[share]
+    assert sorted(layer_counts) == {True: [3], False: [1, 1, 1], "all-but-first": [1, 2]}[share]

@@ -1,8 +1,8 @@
-"""Every line of kernels/ that only a GPU runs, run without one.
+"""Run without a GPU every line of kernels/ that only a GPU runs.
 
 Tensors without memory go through the launchers and the operators; launches are recorded, not run.
-torch.cuda is an autospecced fake: a word that it does not have raises, and so does a call that does
-not fit.
+torch.cuda is an autospecced fake: an attribute that torch.cuda lacks raises, and so does a call
+with wrong arguments.
 """
 
 import ast
@@ -57,18 +57,18 @@ KERNELS = ROOT / "kernels"
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """A machine with a Hopper GPU in name only; what was launched, each with its arguments."""
-    found = []
+    """Fake a machine with a Hopper GPU; return the recorded launches with their arguments."""
+    launches = []
 
     def record(self, *args, grid, warmup, **kwargs):
         shapes = ("num_warps", "num_stages", "maxnreg")
         options = {name: kwargs.pop(name) for name in shapes if kwargs.get(name) is not None}
         kwargs.pop("maxnreg", None)
-        bound = inspect.signature(self.fn).bind(*args, **kwargs)  # as Triton would
+        bound = inspect.signature(self.fn).bind(*args, **kwargs)  # as Triton does
         assert all(isinstance(size, int) and size > 0 for size in grid), grid
         assert all(isinstance(value, int) for value in options.values()), options
         assert guarded.entered, "a launch outside of torch.cuda.device_of"
-        found.append((self.fn.__name__, dict(bound.arguments)))
+        launches.append((self.fn.__name__, dict(bound.arguments)))
 
     cuda = mock.create_autospec(torch.cuda)
     cuda.is_available.return_value = True
@@ -88,15 +88,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
     cuda.device_of.return_value.__exit__.side_effect = leave
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(InterpretedFunction, "run", record)
-    return found
+    return launches
 
 
 @contextmanager
 def on_gpu() -> Iterator[None]:
-    """Make every new tensor one without memory, which says that it is on CUDA.
+    """Create every new tensor without memory (on the meta device), with `is_cuda` true.
 
-    On the meta device, since CUDA's own needs the driver. What mixes devices, or reads a value,
-    which a GPU would be waited for, raises.
+    A CUDA tensor would need the driver. Code that mixes devices raises, and so does code that reads
+    a value, for which it would wait for the GPU.
     """
     with (
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda x: x.is_meta), create=True),
@@ -118,8 +118,8 @@ def attend() -> None:
         attention._backward_of(out, q, *kv.unbind(1), *rest)
         for recorded in (False, True)[: 2 if q.is_meta else 1]:
             attention._backward_of_kv(out, q, kv, *rest, recorded)
-            nobody = (out[:0], q[:1], kv, offsets[:1], None, out[:0], lse[:0])
-            attention._backward_of_kv(*nobody, *rest[4:], recorded)
+            no_bags = (out[:0], q[:1], kv, offsets[:1], None, out[:0], lse[:0])
+            attention._backward_of_kv(*no_bags, *rest[4:], recorded)
         qkv = torch.empty(2, 5, 3, 3, 16)
         rest = (0.3, 0.1, seed, backend)
         attention._backward_of_self(*attention._forward_self(qkv, *rest)[:1], qkv, out, lse, *rest)
@@ -130,8 +130,8 @@ def attend() -> None:
         for given in (lse, None):
             attention_weights(q, kv[:, 0], offsets, lse=given, reduce="mean", backend=backend)
     made = records._forward(kv, offsets, None, 2, 5, 16)
-    for own in (made, made[:0]):
-        records._backward_of(own, kv, offsets, None, 16, 0.3, 0.1)
+    for layers in (made, made[:0]):
+        records._backward_of(layers, kv, offsets, None, 16, 0.3, 0.1)
     attention_weights(q, torch.empty(2, 3, 7, 16))
 
 
@@ -146,8 +146,8 @@ def absorb() -> None:
         given = torch.empty(9, 2).unbind(1)
         bags = (queries, x, places, offsets, None)
         absorbed._forward(*bags, *given, *rest)
-        pooled, mass, scores, lse, *own = absorbed._forward(*bags, None, None, *rest)
-        rest = (None, *own, False, pooled, mass, scores, lse, *rest)
+        pooled, mass, scores, lse, *statistics = absorbed._forward(*bags, None, None, *rest)
+        rest = (None, *statistics, False, pooled, mass, scores, lse, *rest)
         for of_rows in (False, True):
             if of_rows and x.is_meta:
                 continue  # in torch, which reads the offsets
@@ -160,12 +160,12 @@ def attend_heads() -> None:
     x, offsets, seed = torch.empty(9, 32), torch.tensor([0, 4, 9]), torch.tensor([1])
     q, counts = torch.empty(2, 5, 3, 4).transpose(1, 2), torch.empty(9, 2)[:, 0]
     given = torch.empty(9, 2)
-    own = torch.empty(6, 4, 35), torch.empty(6, 4)
+    folded = torch.empty(6, 4, 35), torch.empty(6, 4)
     for of_bags in (counts, None):
         tokens = (x, torch.empty(9, 3), offsets, of_bags, *given.unbind(1))
-        how = (0.3, 1e-5, *((0.0, None) if of_bags is not None else (0.1, seed)))
-        out, *made = heads_operator._forward(q, *own, *tokens, *how)
-        heads_operator._backward_of(out.mT.contiguous().mT, q, *own, *tokens, *made, *how)
+        options = (0.3, 1e-5, *((0.0, None) if of_bags is not None else (0.1, seed)))
+        out, *made = heads_operator._forward(q, *folded, *tokens, *options)
+        heads_operator._backward_of(out.mT.contiguous().mT, q, *folded, *tokens, *made, *options)
 
 
 def project() -> None:
@@ -209,7 +209,7 @@ def update() -> None:
 
 
 def merge_tensors() -> None:
-    """Call what the dispatcher calls for both merges, on the CPU: they look at addresses."""
+    """Call what the dispatcher calls for both merges, on the CPU: they read addresses."""
     latents = [torch.randn(64, dtype=torch.complex64) for _ in range(9)]
     vectors = [z.real.contiguous() for z in latents]
     for count in (2, 9):
@@ -224,21 +224,21 @@ def merge_tensors() -> None:
 
 
 def launch_edges() -> None:
-    """Call launchers with what operators do not give them in any of the above."""
+    """Call launchers with arguments that none of the functions above leads to."""
     q, kv = torch.empty(2, 3, 5, 16), torch.empty(9, 2, 3, 16)
     attention_launchers.attend(q, *kv.unbind(1), torch.tensor([0, 4, 9]), None, 0.3, 0.1, 7)
     x, one = torch.empty(9, 32), torch.empty(9)
     for dtype in (torch.float32, torch.bfloat16):
         for outputs, rows in ((0, 9), (4, 0), (4, 9)):
-            grad, own = torch.empty(2, rows, outputs, dtype=dtype), x[:rows].to(dtype)
-            context_launchers.weight_gradient(grad, own, None, one[:rows], one[:rows], 1e-5)
+            grad, tokens = torch.empty(2, rows, outputs, dtype=dtype), x[:rows].to(dtype)
+            context_launchers.weight_gradient(grad, tokens, None, one[:rows], one[:rows], 1e-5)
     context_launchers.centre(torch.empty(2, 0, 32), 32, None)
     for chip in ((8, 0), (10, 0)):
         with mock.patch.object(torch.cuda, "get_device_capability", return_value=chip):
             CELLS["absorbed fp32 136 queries dropout"]()
             CELLS["absorbed bf16 136 queries"]()
             CELLS["attended fp32 8x63 c17"]()
-    # A last turn that is better whole than in halves.
+    # A last turn for which whole tiles are better than halves.
     x, weight = (torch.empty(rows, 32, dtype=torch.bfloat16) for rows in (210 * 256, 128))
     centred, _ = context_launchers.centre(weight[None], 32, None)
     one = torch.empty(len(x))
@@ -249,7 +249,7 @@ def launch_edges() -> None:
 
 
 def choose() -> None:
-    """Ask for the GPU at hand, and for what cannot be had."""
+    """Choose the present GPU, other chips by name, and devices that raise."""
     sizes = {"bags": 2, "latents": 5, "heads": 2, "head_dim": 8, "layers": 2}
     assert plan(300, 64, **sizes, device="cuda").machine == "H200"
     plan(300, 64, **sizes)
@@ -280,7 +280,7 @@ def functions_of(code: CodeType) -> Iterator[CodeType]:
 
 
 def gpu_functions(path: Path) -> list[CodeType]:
-    """Return the functions of a file that a GPU runs: all of a launcher, else what names one."""
+    """Return the functions for GPUs: all of a launcher's file, else those that mention CUDA."""
     text = path.read_text()
     module = compile(text, str(path), "exec")
     functions = list(functions_of(module))
@@ -307,11 +307,11 @@ def lines_of(code: CodeType) -> set[int]:
 @contextmanager
 def lines_run() -> Iterator[set[tuple[str, int]]]:
     """Collect the lines of kernels/ that run, by file and number."""
-    found: set[tuple[str, int]] = set()
+    lines: set[tuple[str, int]] = set()
 
     def line(frame: FrameType, event: str, _: Any) -> Callable[..., Any]:
         if event == "line":
-            found.add((frame.f_code.co_filename, frame.f_lineno))
+            lines.add((frame.f_code.co_filename, frame.f_lineno))
         return line
 
     def call(frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
@@ -320,20 +320,20 @@ def lines_run() -> Iterator[set[tuple[str, int]]]:
     before = sys.gettrace()
     sys.settrace(call)
     try:
-        yield found
+        yield lines
     finally:
         sys.settrace(before)
 
 
 def test_every_line_that_only_a_gpu_runs(launched: list) -> None:
     files = [path for path in KERNELS.rglob("*.py") if not path.name.endswith("_kernels.py")]
-    wanted = {
+    expected = {
         (str(path), line)
         for path in files
         for code in gpu_functions(path)
         for line in lines_of(code)
     }
-    assert len(wanted) > 300
+    assert len(expected) > 300
     with lines_run() as run:
         with on_gpu():
             for cell in CELLS.values():
@@ -354,21 +354,21 @@ def test_every_line_that_only_a_gpu_runs(launched: list) -> None:
             call()
         merge_tensors()
     assert len({name for name, _ in launched}) == len(kernels())
-    left = sorted(wanted - run)
-    named = "\n".join(f"{Path(path).relative_to(ROOT)}:{line}" for path, line in left)
-    assert not left, f"no test runs these lines:\n{named}"
+    missing = sorted(expected - run)
+    named = "\n".join(f"{Path(path).relative_to(ROOT)}:{line}" for path, line in missing)
+    assert not missing, f"no test runs these lines:\n{named}"
 
 
 def kernels() -> dict[str, InterpretedFunction]:
     """Return the kernels that launchers import, by name."""
-    found = (vars(module).items() for module in LAUNCHERS)
-    return {k: v for names in found for k, v in names if isinstance(v, InterpretedFunction)}
+    namespaces = (vars(module).items() for module in LAUNCHERS)
+    return {k: v for names in namespaces for k, v in names if isinstance(v, InterpretedFunction)}
 
 
 def test_every_optional_pointer_is_recorded_none_and_given(launched: list) -> None:
-    """What registers.py compiles has every optional argument of a launcher both ways.
+    """registers.py compiles launchers with every optional argument both as None and as a value.
 
-    And so has every kernel those of its parameters that are compared with None, or ever are None.
+    The same holds for parameters of kernels that are compared with None, or are ever None.
     """
     seen: set[tuple[str, str, str]] = set()
     optional: set[tuple[str, str]] = set()
@@ -413,7 +413,7 @@ def test_every_optional_pointer_is_recorded_none_and_given(launched: list) -> No
 
 @pytest.mark.usefixtures("launched")
 def test_a_word_that_torch_does_not_have_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch.cuda.get_devicecapability was: nothing in half precision ran on a GPU."""
+    """A misspelt attribute raises; torch.cuda.get_devicecapability once broke half precision."""
 
     def capability(x: torch.Tensor) -> int:
         return torch.cuda.get_devicecapability(x.device)[0]  # pyright: ignore

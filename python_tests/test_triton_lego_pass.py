@@ -42,7 +42,7 @@ TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
 
 @pytest.fixture
 def _large_blocks(monkeypatch):
-    """Take large steps, which the interpreter is quick with."""
+    """Use large blocks, with which the interpreter is faster."""
     for name in ("_pass_blocks", "_query_blocks", "_update_blocks"):
         real = getattr(launchers, name)
 
@@ -55,7 +55,7 @@ def _large_blocks(monkeypatch):
 
 
 def drawn(*shape):
-    """Weights and biases that keep the size of what they are applied to."""
+    """Draw weights or biases that keep the magnitude of their inputs."""
     return torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) > 1 else 3)
 
 
@@ -86,7 +86,7 @@ def passing(backend, *, imaginary=True, autocast=None, **options):
         update, query_weights = weights_of(weights)
         low = autocast is not None and real.dtype != torch.float64
         with torch.autocast("cpu", autocast) if low else nullcontext():
-            found = lego_pass(
+            results = lego_pass(
                 real,
                 attended,
                 update,
@@ -95,7 +95,7 @@ def passing(backend, *, imaginary=True, autocast=None, **options):
                 **parts,
                 **options,
             )
-        return tuple(part for part in found if part is not None)
+        return tuple(part for part in results if part is not None)
 
     return run
 
@@ -170,7 +170,7 @@ def test_rows_that_are_not_updated_or_not_scaled(axes, present):
 
 @pytest.mark.parametrize("axes", [TWO_D, NONE])
 def test_dropout(axes, monkeypatch):
-    """Forward and backward kernels drop what `dropout_mask` says, whatever the blocks."""
+    """Forward and backward kernels use the mask of `dropout_mask`, for any block sizes."""
     args, seed, p = inputs((3, 7, 13)), torch.tensor([2**40 + 3]), 0.3
     shapes = torch.empty(3, 1, 7, 1), torch.empty(3, 1, 13, 1)
     kept = dropout_mask(*shapes, None, p, seed)[:, 0]
@@ -201,16 +201,16 @@ def test_dropout_in_torch():
 @pytest.mark.parametrize("imaginary", [True, False])
 @pytest.mark.parametrize("scaled", [None, [False, True, True]])
 def test_first_queries(axes, imaginary, scaled):
-    """Without what was attended there is no update: latents are normalised, and ask."""
+    """Without `attended` latents are only normalised and projected to queries, not updated."""
     flags = None if scaled is None else torch.tensor(scaled)
 
     def query_weights(backend):
         def run(real, other, *weights):
-            found = lego_pass(
+            results = lego_pass(
                 real, imaginary=other if imaginary else None, axes=axes, scaled=flags,
                 query_weights=QueryWeights(*weights), backend=backend,
             )  # fmt: skip
-            return tuple(part for part in found if part is not None)
+            return tuple(part for part in results if part is not None)
 
         return run
 
@@ -227,25 +227,25 @@ def test_first_queries(axes, imaginary, scaled):
 
 @pytest.mark.usefixtures("_large_blocks")
 def test_half_precision_rounds_no_more_than_autocast_does():
-    """Away from the kinks of LeakyReLU and SELU, at which any rounding changes a slope."""
+    """This holds away from the kinks of LeakyReLU and SELU, where rounding changes the slope."""
     args = inputs((5, 17, 126), (8, 64))
-    for bias in (4, 8):  # of the output projection, and of values and gates
+    for bias in (4, 8):  # biases of the output projection, and of values and gates
         args[bias] = args[bias].sign() * (4 + torch.rand_like(args[bias]))
     args[1] /= 8
     wide = with_gradients(passing("eager", axes=TWO_D))(*(a.double() for a in args))
     errors = [
-        [(a - b).norm() for a, b in zip(found, wide, strict=True)]
-        for found in (
+        [(a - b).norm() for a, b in zip(results, wide, strict=True)]
+        for results in (
             with_gradients(passing(backend, axes=TWO_D, autocast=torch.float16))(*args)
             for backend in ("triton", "eager")
         )
     ]
-    own, literal = (torch.stack(e).norm() for e in errors)
-    assert own < literal
+    error_of_triton, error_of_torch = (torch.stack(e).norm() for e in errors)
+    assert error_of_triton < error_of_torch
 
 
 def test_zero_and_tiny_latents():
-    """The scale of a column without a norm is at its bound, and does not move."""
+    """For zero columns the scale stays at its bound, and its gradient is zero."""
     args = inputs((2, 5, 7))
     args[0][0], args[2][:, :, 3], none = 0, 0, torch.tensor([False, False])
     args[0][1] *= 1e-30
@@ -263,9 +263,9 @@ def test_any_strides():
     expected = run(*args)
     for i in (0, 1, 7):  # real, attended, the feed-forward's weights
         for name, view in views_of(args[i]).items():
-            found = run(*args[:i], view, *args[i + 1 :])
-            assert all(map(torch.equal, found, expected)), (i, name)
-    # As attention gives it: heads beside each other, cut from padded ones, one for all samples.
+            actual = run(*args[:i], view, *args[i + 1 :])
+            assert all(map(torch.equal, actual, expected)), (i, name)
+    # As attention returns it: interleaved heads, columns of padded heads, one sample expanded.
     apart = torch.randn(2, 5, 2, 8).transpose(1, 2)[..., :3]
     for attended in (apart, apart[:1].expand(2, -1, -1, -1), apart[:, :, :1].expand(-1, -1, 5, -1)):
         plain = run(args[0], attended.contiguous(), *args[2:])
@@ -280,8 +280,7 @@ def rounded(value):
 
 @pytest.fixture
 def _bfloat16(monkeypatch):
-    """Round to bf16 and multiply it as a GPU does; the interpreter truncates, and takes the bits
-    for numbers."""
+    """Round to bf16 and multiply it as a GPU does; the interpreter truncates, and uses raw bits."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def casting(self, value, to):
@@ -324,7 +323,7 @@ def test_half_precision(dtype):
 
 @pytest.mark.usefixtures("_large_blocks")
 def test_samples_too_large_for_a_program():
-    """Rows are updated by the kernel; torch normalises and asks."""
+    """The kernel updates the rows; torch normalises them and computes the queries."""
     check(inputs((1, 65, 65)), axes=LATENTS)
 
 
@@ -362,7 +361,7 @@ def test_opcheck(form):
     real, attended, imaginary, *weights = (
         a.requires_grad_() for a in inputs((2, 3, 4), (1, 2), one=not full, shared=form == "few")
     )
-    update, query_weights = (own.flat.detach().requires_grad_() for own in weights_of(weights))
+    update, query_weights = (part.flat.detach().requires_grad_() for part in weights_of(weights))
     flags, seed = torch.tensor([True, False]), torch.tensor([7])
     masks = (flags, flags, seed, 0.25) if full else (None, None, None, 0.0)
     given = {"all": (attended, update, query_weights), "few": (attended, update, None)}
@@ -391,28 +390,28 @@ def test_compiles_whole_for_any_number_of_samples():
 
 
 FREE = ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")
-OWN = {"lego_pass": operator._forward, "lego_pass_backward": operator._backward_of}
+OPERATORS = {"lego_pass": operator._forward, "lego_pass_backward": operator._backward_of}
 
 
 class _Launches(TorchDispatchMode):
-    """Count what would start a kernel: Triton's, and operators that neither view nor allocate."""
+    """Record launches: Triton kernels, and torch operators that neither view nor allocate."""
 
     def __init__(self):
         super().__init__()
-        self.inside, self.found = False, []
+        self.inside, self.names = False, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if func.namespace == "motet":
-            with self:  # what the operator calls
-                return OWN[name](*args)
+            with self:  # counts the operators that it calls
+                return OPERATORS[name](*args)
         if not (self.inside or func.is_view or name in FREE):
-            self.found.append(name)
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
     def launch(self, run):
         def counted(executor, *args, **kwargs):
-            self.found.append(f"triton {executor.fn.__name__}")
+            self.names.append(f"triton {executor.fn.__name__}")
             self.inside = True  # the interpreter copies the arguments
             try:
                 return run(executor, *args, **kwargs)
@@ -423,24 +422,28 @@ class _Launches(TorchDispatchMode):
 
 
 def launches(backend, monkeypatch):
-    """Return what one pass of a LegoBlock starts, forward and backward."""
-    torch.use_deterministic_algorithms(False)  # which fills what is empty
+    """Return the launches of one pass of a LegoBlock, forward and backward."""
+    torch.use_deterministic_algorithms(False)  # deterministic mode would fill new tensors
     args = [a.requires_grad_() for a in inputs((3, 7, 13))]
     present = torch.tensor([True, False, True])
     mode = _Launches()
     with monkeypatch.context() as patch, mode:
         patch.setattr(GridExecutor, "__call__", mode.launch(GridExecutor.__call__))
-        found = passing(backend, axes=TWO_D, present=present)(*args)
-        forward = list(mode.found)
-        grads = [torch.empty_like(part) for part in found]
-        torch.autograd.grad(found, args, grads)
-    return forward, mode.found[len(forward) :]
+        results = passing(backend, axes=TWO_D, present=present)(*args)
+        forward = list(mode.names)
+        grads = [torch.empty_like(part) for part in results]
+        torch.autograd.grad(results, args, grads)
+    return forward, mode.names[len(forward) :]
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # memory not yet written
 def test_launches(monkeypatch):
     forward, backward = launches("triton", monkeypatch)
-    assert forward == ["cat", "cat", "triton pass_kernel"]  # the weights, once for all passes
+    assert forward == [
+        "cat",
+        "cat",
+        "triton pass_kernel",
+    ]  # `cat` joins the weights, once for all passes
     assert backward == [
         f"triton {name}_kernel" for name in ("query_backward", "update_backward", "gradients")
     ]

@@ -83,7 +83,7 @@ def test_latent_attention(ragged: bool, counted: bool) -> None:
 
 
 def test_latent_attention_in_one_tensor() -> None:
-    """Queries that all bags share, and rows of K and V that are wider than the heads."""
+    """Queries shared by all bags, and rows of K and V wider than the heads, are right."""
     q, kv = torch.randn(1, 7, 3, 27).transpose(1, 2), torch.randn(130, 2, 3, 27)
 
     def apart(q: Tensor, kv: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_latent_attention_in_one_tensor() -> None:
     check(together, apart, q, kv)
     q.requires_grad_()
     (dq,) = torch.autograd.grad(together(q, kv).sum(), q)
-    assert dq.stride() == q.stride()  # or it would be copied on its way back
+    assert dq.stride() == q.stride()  # other strides would cost a copy in the backward pass
 
 
 def test_latent_self_attention() -> None:
@@ -111,10 +111,10 @@ def test_latent_self_attention() -> None:
 def test_attention_weights(ragged: bool) -> None:
     q, k = torch.randn(4, 3, 7, 27), torch.randn(*((130, 3) if ragged else (4, 3, 33)), 27)
     offsets = OFFSETS if ragged else None
-    own = attention_weights(q, k, offsets, reduce="mean", **ON)
+    actual = attention_weights(q, k, offsets, reduce="mean", **ON)
     literal = attention_weights(q, k, offsets)
     mean = literal.mean((1, 2))
-    torch.testing.assert_close(own, mean, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(actual, mean, rtol=1e-4, atol=1e-7)
     lse = (q @ k.transpose(-1, -2) * 27**-0.5).logsumexp(-1) if not ragged else None
     if lse is not None:
         full = attention_weights(q, k, offsets, lse=lse, **ON)
@@ -128,8 +128,8 @@ def test_absorbed_attention(part: int, counted: bool) -> None:
     counts = torch.randint(1, 5, (130,)).float() if counted else None
 
     def wide(like: Tensor) -> dict[str, Tensor | None]:
-        own = None if counts is None else counts.to(like.dtype)
-        return {"positions": positions.to(like.dtype), "counts": own}
+        converted = None if counts is None else counts.to(like.dtype)
+        return {"positions": positions.to(like.dtype), "counts": converted}
 
     check(
         lambda q: absorbed_attention(q, x, OFFSETS, **wide(q), **ON)[part],
@@ -141,25 +141,25 @@ def test_absorbed_attention(part: int, counted: bool) -> None:
 @pytest.mark.parametrize("places", [None, 65])
 def test_row_statistics(places: int | None) -> None:
     x, positions = 3 + torch.randn(130, 37), None if places is None else torch.randn(places, 5)
-    own = row_statistics(x, positions=positions, **ON)
+    actual = row_statistics(x, positions=positions, **ON)
     wide = None if positions is None else positions.double()
     exact = row_statistics_reference(x.double(), positions=wide)
-    for a, b in zip(own, exact, strict=True):
+    for a, b in zip(actual, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=1e-6)
 
 
 def test_given_statistics_change_no_bit() -> None:
-    """Columns of one tensor, as a loader keeps them, are taken too."""
+    """Strided statistics, the columns of a loader's tensor, give the same bits."""
     x, positions = torch.randn(130, 37), torch.randn(65, 5)
     pair = torch.stack(row_statistics(x, positions=positions, **ON), 1).unbind(1)
     queries, weight = torch.randn(4, 14, 42) / 3, torch.randn(2, 8, 42)
 
     def run(statistics: tuple[Tensor, ...] | None) -> list[Tensor]:
-        how = {"positions": positions, "statistics": statistics, **ON}
+        options = {"positions": positions, "statistics": statistics, **ON}
         return [
-            *with_gradients(lambda w: context_kv(x, w, offsets=OFFSETS, **how))(weight),
-            *with_gradients(lambda q: absorbed_attention(q, x, OFFSETS, **how))(queries),
-            absorbed_weights(queries, x, OFFSETS, **how),
+            *with_gradients(lambda w: context_kv(x, w, offsets=OFFSETS, **options))(weight),
+            *with_gradients(lambda q: absorbed_attention(q, x, OFFSETS, **options))(queries),
+            absorbed_weights(queries, x, OFFSETS, **options),
         ]
 
     assert all(map(torch.equal, run(pair), run(None)))
@@ -168,7 +168,7 @@ def test_given_statistics_change_no_bit() -> None:
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize("stale", [1, 700])
 def test_rows_behind_the_last_bag(stale: int, backend: str) -> None:
-    """What a CUDA graph finds behind a batch shorter than its bucket changes no bit of a bag."""
+    """Rows after the last bag, as in a CUDA graph's larger buffer, change no bit of a bag."""
     x, q = torch.randn(130 + stale, 37), torch.randn(4, 2, 70, 16)
     weight, bias = torch.randn(1, 64, 37) / 6, torch.randn(1, 64)
 
@@ -184,8 +184,8 @@ def test_rows_behind_the_last_bag(stale: int, backend: str) -> None:
     assert y.isfinite().all()
     assert not dkv[130:].any()
     alone = run(130)
-    for own, other in zip((y[:, :130], out, dkv[:130], dq), alone, strict=False):
-        assert torch.equal(own, other)
+    for actual, expected in zip((y[:, :130], out, dkv[:130], dq), alone, strict=False):
+        assert torch.equal(actual, expected)
     torch.testing.assert_close(sums, alone[4:])
 
 
@@ -196,8 +196,8 @@ def test_absorbed_rows_behind_the_last_bag(dropout_p: float) -> None:
 
     def run(*tokens: Tensor) -> tuple[Tensor, ...]:
         def absorbed(queries: Tensor) -> tuple[Tensor, Tensor]:
-            how = (None, None, None, 1e-5, dropout_p, seed, "triton")
-            return torch.ops.motet.absorbed_attention(queries, *tokens, OFFSETS, *how)[:2]
+            options = (None, None, None, 1e-5, dropout_p, seed, "triton")
+            return torch.ops.motet.absorbed_attention(queries, *tokens, OFFSETS, *options)[:2]
 
         return with_gradients(absorbed)(queries)
 
@@ -228,7 +228,7 @@ def test_absorbed_gradient_of_the_tokens(counted: bool) -> None:
 
 
 def test_absorbed_dropout() -> None:
-    """The result is linear in the mask, which is that of latent_attention for one head."""
+    """The result is linear in the mask, and the mask is latent_attention's for one head."""
     from motet.kernels.dropout import dropout_mask
 
     queries, x, seed = torch.randn(4, 14, 37) / 3, torch.randn(130, 37), torch.tensor([11])
@@ -238,9 +238,9 @@ def test_absorbed_dropout() -> None:
 
     def literal(q: Tensor, part: int) -> Tensor:
         rows = []
-        for own, start, stop in zip(q, OFFSETS[:-1], OFFSETS[1:], strict=True):
+        for queries_of_bag, start, stop in zip(q, OFFSETS[:-1], OFFSETS[1:], strict=True):
             bag = z.to(q.dtype)[start:stop]
-            weights = torch.softmax(own @ bag.t(), -1) * kept[start:stop].t().to(q.dtype)
+            weights = torch.softmax(queries_of_bag @ bag.t(), -1) * kept[start:stop].t().to(q.dtype)
             rows.append(weights @ bag if part == 0 else weights.sum(-1))
         return torch.stack(rows)
 
@@ -255,7 +255,7 @@ def test_absorbed_dropout() -> None:
 
 
 def test_any_strides() -> None:
-    """The kernels want the numbers of a row side by side; operators take any layout."""
+    """Operators take any layout, though kernels need rows with stride 1."""
     offsets = torch.tensor([0, 4, 10])
     x, weight, bias = torch.randn(7, 10).t(), torch.randn(2, 7, 4).mT, torch.randn(4, 2).t()
     for tokens in (x, torch.randn(10, 14)[:, ::2], torch.randn(10, 1).expand(10, 7)):
@@ -314,14 +314,14 @@ def test_one_latent() -> None:
     model = motet.HEALNet({"wsi": motet.Bag(8)}, out_features=2, num_latents=1, heads=2).eval()
     bags = torch.randn(3, 9, 8)
     for strategy in ("cached", "absorbed"):
-        own = model({"wsi": bags}, strategy=strategy, backend="triton")
-        torch.testing.assert_close(own, model({"wsi": bags}), rtol=1e-4, atol=1e-5)
+        actual = model({"wsi": bags}, strategy=strategy, backend="triton")
+        torch.testing.assert_close(actual, model({"wsi": bags}), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["cached", "absorbed"])
 @pytest.mark.parametrize("share", [True, False])
 def test_healnet(strategy: str, share: bool) -> None:
-    """Bags with coordinates, one empty; a grid; a row of one token: logits and all gradients."""
+    """Logits and gradients are right for bags with coordinates (one empty), a grid and a table."""
     torch.manual_seed(0)
     modalities = {"omic": motet.Tabular(9), "wsi": motet.Bag(21, coords=2), "mri": motet.Grid(1)}
     model = motet.HEALNet(
@@ -333,18 +333,20 @@ def test_healnet(strategy: str, share: bool) -> None:
     offsets = torch.tensor([0, 12, 12, 30])
     inputs = (torch.randn(3, 9), torch.randn(30, 21), torch.rand(30, 2), torch.randn(3, 4, 5, 1))
 
-    def gradients(*inputs: Tensor, **how: str) -> tuple[Tensor, ...]:
+    def gradients(*inputs: Tensor, **options: str) -> tuple[Tensor, ...]:
         omic, values, places, mri = inputs
-        own = wide if omic.dtype == torch.float64 else model
+        module = wide if omic.dtype == torch.float64 else model
 
         def nested(x: Tensor) -> Tensor:
             return torch.nested.nested_tensor_from_jagged(x, offsets)
 
-        logits = own(
-            {"omic": omic, "wsi": nested(values), "mri": mri}, coords={"wsi": nested(places)}, **how
+        logits = module(
+            {"omic": omic, "wsi": nested(values), "mri": mri},
+            coords={"wsi": nested(places)},
+            **options,
         )
         grads = torch.autograd.grad(
-            logits.square().sum(), list(own.parameters()), allow_unused=True,
+            logits.square().sum(), list(module.parameters()), allow_unused=True,
             materialize_grads=True,
         )  # fmt: skip
         return logits, *grads
@@ -372,13 +374,13 @@ def test_healnet_with_the_kernels_of_hopper(strategy: str, monkeypatch: pytest.M
     weights = {name: parameter.half() for name, parameter in model.named_parameters()}
     bags = [torch.randn(300, 64).half(), torch.randn(130, 64).half()]
 
-    def logits(backend: str, how: str) -> Function:
+    def logits(backend: str, chosen: str) -> Function:
         def run(*parameters: Tensor) -> Tensor:
             dtype = parameters[0].dtype
             x = torch.nested.nested_tensor([x.to(dtype) for x in bags], layout=torch.jagged)
-            own = dict(zip(weights, parameters, strict=True))
-            call = {"strategy": how, "backend": backend}
-            return torch.func.functional_call(model, own, ({"wsi": x},), call).float()
+            replaced = dict(zip(weights, parameters, strict=True))
+            options = {"strategy": chosen, "backend": backend}
+            return torch.func.functional_call(model, replaced, ({"wsi": x},), options).float()
 
         return with_gradients(run)
 
@@ -387,10 +389,10 @@ def test_healnet_with_the_kernels_of_hopper(strategy: str, monkeypatch: pytest.M
     assert expected <= launched
 
 
-def record(launched: set[str], launch: Callable[..., None], kernel: Any, *rest: Any, **how: Any):
+def record(launched: set[str], launch: Callable[..., None], kernel: Any, *args: Any, **kw: Any):
     """Note the name of a kernel, and launch it."""
     launched.add(kernel.__name__)
-    launch(kernel, *rest, **how)
+    launch(kernel, *args, **kw)
 
 
 @pytest.mark.parametrize("phase", ["principal", "circular"])
@@ -401,8 +403,8 @@ def test_harmonic_merge(count: int, phase: str) -> None:
 
     def parts(merge: Function, **options: str) -> Function:
         def run(*inputs: Tensor) -> Tensor:
-            found = [torch.view_as_complex(x) for x in inputs]
-            return torch.view_as_real(merge(found, weights, phase, **options))
+            tensors = [torch.view_as_complex(x) for x in inputs]
+            return torch.view_as_real(merge(tensors, weights, phase, **options))
 
         return run
 
@@ -419,19 +421,19 @@ def test_harmonic_merge(count: int, phase: str) -> None:
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's numpy
 @pytest.mark.parametrize("phase", ["principal", "circular"])
 def test_gradient_of_harmonic_merge_at_the_edges(phase: str) -> None:
-    """Zeros, what under- or overflows when squared; differentiated twice it is torch's."""
+    """Gradients are right at zeros and at squares out of range; double backward uses torch."""
     parts = torch.tensor([0.0, 1.0, -1.0, 1e-30, 1e30])
     values = torch.complex(*torch.cartesian_prod(parts, parts).t())
     latents = [z.contiguous().requires_grad_() for z in torch.cartesian_prod(values, values).t()]
     merged = harmonic_merge(latents, phase=phase, **ON)
     grad = torch.randn_like(merged.detach())
-    own = torch.autograd.grad(merged, latents, grad, retain_graph=True)
+    gradients = torch.autograd.grad(merged, latents, grad, retain_graph=True)
     literal = torch.autograd.grad(merged, latents, grad, create_graph=True)
-    # Of phasors that cancel, rounding decides the phase.
+    # Where phasors cancel, rounding decides the phase.
     sure = sum(torch.sgn(z.detach()) for z in latents).abs() > 0.1 if phase == "circular" else ...
-    for mine, theirs in zip(own, literal, strict=True):
-        assert mine.isfinite().all()
-        torch.testing.assert_close(mine[sure], theirs.detach()[sure], rtol=2e-6, atol=1e-38)
+    for actual, expected in zip(gradients, literal, strict=True):
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual[sure], expected.detach()[sure], rtol=2e-6, atol=1e-38)
     assert literal[0].requires_grad
     plain = [z.detach() for z in latents]
     opcheck(
@@ -441,7 +443,7 @@ def test_gradient_of_harmonic_merge_at_the_edges(phase: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's numpy
 def test_harmonic_merge_over_the_whole_range() -> None:
-    """Zeros of both signs, infinities, NaN and what over- or underflows when squared."""
+    """Zeros of both signs, infinities, NaN and squares out of range merge as in torch."""
     edges = torch.tensor(
         [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-38, 1e-30, 3e38, -3e38, torch.inf, -torch.inf, torch.nan]
     )
@@ -452,22 +454,24 @@ def test_harmonic_merge_over_the_whole_range() -> None:
         for weights in ([0.5, 0.5], [0.3, 0.7]):
             wide = [z.to(torch.complex128) for z in (a, b)]
             exact = harmonic_merge_reference(wide, weights, phase)
-            own = harmonic_merge([a, b], weights, phase, **ON).to(torch.complex128)
+            actual = harmonic_merge([a, b], weights, phase, **ON).to(torch.complex128)
             unsure = torch.zeros_like(finite)
-            if phase == "circular":  # phasors that cancel have a phase that rounding decides
+            if phase == "circular":  # where phasors cancel, rounding decides the phase
                 sum_ = sum(w * z / z.abs() for w, z in zip(weights, wide, strict=True))
                 unsure = sum_.abs() < 0.1
             fits = exact.abs() < torch.finfo(torch.float32).max
             sure = finite & fits & ~unsure
-            error, size = (own - exact)[sure].abs(), exact[sure].abs()
+            error, size = (actual - exact)[sure].abs(), exact[sure].abs()
             assert (error <= 2e-6 * size + 3e-45).all()
-            # Else what torch's own elementary functions give in the same precision.
+            # Elsewhere the result is that of torch's functions in the same precision.
             literal = harmonic_merge_reference([a, b], weights, phase)
             nan = a.isnan() | b.isnan()
             edge = ~finite & ~nan & literal.isfinite()
-            close = torch.isclose(own[edge], literal[edge].to(own.dtype), rtol=1e-5, atol=1e-44)
+            close = torch.isclose(
+                actual[edge], literal[edge].to(actual.dtype), rtol=1e-5, atol=1e-44
+            )
             assert close.all()
-            assert own[nan].isnan().all()
+            assert actual[nan].isnan().all()
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
