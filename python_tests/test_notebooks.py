@@ -1,4 +1,4 @@
-"""The notebooks, and the commands of docs/getting-started.md, run as they stand."""
+"""The notebooks and the commands of docs/getting-started.md run unchanged."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def run(command: list[str], folder: Path) -> str:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, tmp_path: Path) -> None:
-    """All cells of a notebook, in order, in a process of its own; it draws pictures."""
+    """All cells of a notebook run in order, in a new process, and draw pictures."""
     cells = re.findall(r"```\{code-cell\}\n(.*?)```", path.read_text(), re.DOTALL)
     assert len(cells) >= 6
     code = "\n".join([*cells, "print('pictures:', len(plt.get_fignums()))"])
@@ -36,7 +36,7 @@ def test_notebooks_run(path: Path, tmp_path: Path) -> None:
 
 
 def test_getting_started(tmp_path: Path) -> None:
-    """The commands of motet and the Python of the page, in order, in one folder."""
+    """The motet commands and the Python blocks of the page run in order, in one folder."""
     page = (ROOT / "docs" / "getting-started.md").read_text()
     printed = []
     for kind, block in re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL):

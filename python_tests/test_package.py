@@ -1,4 +1,4 @@
-"""The package as a whole: imports, arrows, names, documentation, examples that run."""
+"""The whole package: imports, dependencies between folders, names, documentation, examples."""
 
 import ast
 import doctest
@@ -38,7 +38,7 @@ def test_imports_without_torch(module: str) -> None:
 
 
 def test_import_loads_the_standard_library_alone() -> None:
-    """So `import motet` takes some milliseconds."""
+    """`import motet` must take only some milliseconds."""
     code = "import sys; before = {*sys.modules}; import motet; print(*({*sys.modules} - before))"
     loaded = {name.split(".")[0] for name in run_python(code).split()}
     assert loaded - sys.stdlib_module_names == {"motet"}
@@ -56,7 +56,7 @@ print("torch._dynamo" in sys.modules)
     assert vars(on_triton) == vars(torch.compiler.assume_constant_result(lambda: None))
 
 
-# The house: who may import whom, how long things may be
+# Rules: which folder may import which, and how long files and functions may be
 
 
 def module_of(path: Path) -> str:
@@ -71,7 +71,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 def imports_of(name: str) -> dict[str, int]:
     """Return the modules that a module imports, in functions too, and the line of each."""
-    path, found = MODULES[name], {}
+    path, imported = MODULES[name], {}
     package = name.split(".") if name else []
     if path.name != "__init__.py":
         package.pop()
@@ -83,11 +83,11 @@ def imports_of(name: str) -> dict[str, int]:
                 submodule = ".".join([*base, alias.name])
                 if alias.name != "_C":  # which is compiled
                     known = submodule if submodule in MODULES else ".".join(base)
-                    found.setdefault(known, node.lineno)
-    if name == "":  # what the root hands on by name
-        found |= dict.fromkeys(motet._HOMES, 1)
-    found.pop(name, None)
-    return found
+                    imported.setdefault(known, node.lineno)
+    if name == "":  # the names that the root re-exports
+        imported |= dict.fromkeys(motet._HOMES, 1)
+    imported.pop(name, None)
+    return imported
 
 
 IMPORTS = {name: imports_of(name) for name in MODULES}
@@ -109,7 +109,7 @@ ALLOWED = {
     "_error_floors": set(),
     "kernels": {"kernels", *GROUND},
     "fusion": {"fusion", "kernels", *GROUND},
-    "io": {*IO, *GROUND},  # its face, and what all of its parts share
+    "io": {*IO, *GROUND},  # its public module, and the code shared by its parts
     "io.slides": {"io.slides", "io", *GROUND},
     "io.encoders": {"io.encoders", "io", *GROUND},
     "io.store": {"io.store", "io", *GROUND},
@@ -140,7 +140,7 @@ def test_arrows_run_one_way() -> None:
 
 
 def test_the_parts_of_io_import_nothing_from_its_face() -> None:
-    """io/__init__.py hands their names on: an import of it from below would be a circle."""
+    """io/__init__.py imports its parts, so a part that imported it would close a circle."""
     for name, imported in IMPORTS.items():
         assert not ("io" in imported and name.startswith("io.")), MODULES[name]
 
@@ -158,12 +158,12 @@ def circles() -> list[list[str]]:
         return seen
 
     below = {name: reached(name) for name in MODULES}
-    found = {
+    cycles = {
         tuple(sorted(other for other in below[name] if name in below[other]))
         for name in MODULES
         if name in below[name]
     }
-    return [list(group) for group in sorted(found)]
+    return [list(group) for group in sorted(cycles)]
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -247,7 +247,7 @@ def test_signatures_of_experiments_are_short() -> None:
 
 
 def test_tests_import_no_other_test() -> None:
-    """What several tests need lies in conftest.py or in a module named after its topic."""
+    """Code shared by tests is in conftest.py or in a module named after its topic."""
     for path in sorted((ROOT / "python_tests").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = []
@@ -262,11 +262,11 @@ def test_tests_import_no_other_test() -> None:
 
 
 def test_what_is_imported_is_asked_for() -> None:
-    """What comes only because another library asks for it today may be gone tomorrow."""
+    """Every imported package is a declared dependency: an indirect one may disappear."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *itertools.chain.from_iterable(extras.values())]
-    known = {re.split(r"[>\[;]", each)[0].lower() for each in asked}
+    requirements = [*project["dependencies"], *itertools.chain.from_iterable(extras.values())]
+    declared = {re.split(r"[>\[;]", each)[0].lower() for each in requirements}
     installed = packages_distributions()
     imported: set[str] = set()
     for path in (path for path in SOURCES if path.stem != "setup"):
@@ -277,8 +277,8 @@ def test_what_is_imported_is_asked_for() -> None:
                 imported.add(node.module.split(".")[0])
     for name in imported - sys.stdlib_module_names - {"motet"}:
         for distribution in installed[name]:
-            # pydantic and its core are always of one release.
-            assert distribution.lower().replace("_core", "") in known, name
+            # pydantic and pydantic_core are always of one release.
+            assert distribution.lower().replace("_core", "") in declared, name
 
 
 def test_csrc_knows_nothing_of_torch() -> None:
@@ -289,11 +289,11 @@ def test_csrc_knows_nothing_of_torch() -> None:
 
 
 def public_objects() -> dict[str, object]:
-    found = {name: getattr(motet, name) for name in motet.__all__ if name not in PARTS}
+    objects = {name: getattr(motet, name) for name in motet.__all__ if name not in PARTS}
     for part in ("io", "kernels"):
         module = import_module(f"motet.{part}")
-        found |= {f"{part}.{name}": getattr(module, name) for name in module.__all__}
-    return found
+        objects |= {f"{part}.{name}": getattr(module, name) for name in module.__all__}
+    return objects
 
 
 def test_public_names_are_lazy_listed_and_resolved() -> None:
@@ -333,9 +333,9 @@ def test_docstring_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, thing in public_objects().items():
         if name == "cross_entropy" or name.endswith("Output"):
             continue
-        found = finder.find(thing, name, globs={"motet": motet, "torch": torch})
-        assert sum(len(test.examples) for test in found), f"{name} has no example"
-        for test in found:
+        doctests = finder.find(thing, name, globs={"motet": motet, "torch": torch})
+        assert sum(len(test.examples) for test in doctests), f"{name} has no example"
+        for test in doctests:
             torch.manual_seed(0)
             runner.run(test)
     assert runner.failures == 0

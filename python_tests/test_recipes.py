@@ -1,4 +1,4 @@
-"""Merge recipes: what they give, what their card says, and what they refuse in one line."""
+"""Merge recipes: their result, the text of their card, and their error messages."""
 
 import hashlib
 import json
@@ -106,28 +106,28 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = folder / "merged" / "model.safetensors"
     assert capsys.readouterr().out == f"omic and wsi merged: {model}\n"
     assert merge(folder, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["model"] == str(model)
-    assert said["weights"] == pytest.approx({"omic": 0.4 / 1.4, "wsi": 1 / 1.4}, rel=1e-15)
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == str(model)
+    assert report["weights"] == pytest.approx({"omic": 0.4 / 1.4, "wsi": 1 / 1.4}, rel=1e-15)
 
 
 def test_the_same_recipe_gives_the_same_bytes(folder: Path) -> None:
-    found = []
+    hashes = []
     for number in range(8):
         out = folder / str(number)
         assert cli.main(["merge", str(folder / "recipe.yaml"), "--out", str(out)]) == 0
-        found.append(content(out))
-    assert all(one == found[0] for one in found)
+        hashes.append(content(out))
+    assert all(one == hashes[0] for one in hashes)
 
 
 def test_the_same_model_gives_the_same_file(tmp_path: Path) -> None:
-    """Also with names that JSON can write in more than one way."""
+    """This holds for names too that JSON can write in more than one way."""
     model = motet.LegoMerge({"é\x1f\x7f\u2028😀": block(motet.Tabular(3))}).eval()
-    found = set()
+    hashes = set()
     for _ in range(16):
         motet.save(model, tmp_path / "model.safetensors")
-        found.add((tmp_path / "model.safetensors").read_bytes())
-    assert len(found) == 1
+        hashes.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(hashes) == 1
     assert motet.load(tmp_path / "model.safetensors").config == model.config
 
 
@@ -173,24 +173,24 @@ def test_the_card_is_true(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_card_of_awkward_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float64, coordinates, a grid, no head; paths and comments that try to close their fence."""
-    own = {"out_features": None}
+    """Parts in float64, with coordinates, a grid, no head, and names that contain code fences."""
+    headless = {"out_features": None}
     parts = {
-        "ecg": block(motet.Bag(2, coords=1, extent=10.0), **own),
-        "mri": block(motet.Grid(1, axes=2), **own),
-        'a "b"': block(motet.Tabular(3, tokens="features"), **own),
+        "ecg": block(motet.Bag(2, coords=1, extent=10.0), **headless),
+        "mri": block(motet.Grid(1, axes=2), **headless),
+        'a "b"': block(motet.Tabular(3, tokens="features"), **headless),
     }
     text = "# ```\n# ````python\n# raise SystemExit\nmethod: sum\nblocks:\n"
     for number, (name, part) in enumerate(parts.items()):
         motet.save(part.double(), folder / f"`{number}``.safetensors")
         text += f"  {json.dumps(name)}: '`{number}``.safetensors'\n"
     assert merge(folder, text=text.rstrip()) == 0
-    said = (folder / "merged" / "README.md").read_text()
-    assert code_in(said, "yaml") == [text]
-    assert "* path: ``` `0``.safetensors ```\n" in said
-    assert "* shapes: input [B, N, 2], coordinates [B, N, 1]; latents [B, 4, 8], " in said
-    assert "\nno head\n" in said
-    (code,) = code_in(said, "python")
+    card = (folder / "merged" / "README.md").read_text()
+    assert code_in(card, "yaml") == [text]
+    assert "* path: ``` `0``.safetensors ```\n" in card
+    assert "* shapes: input [B, N, 2], coordinates [B, N, 1]; latents [B, 4, 8], " in card
+    assert "\nno head\n" in card
+    (code,) = code_in(card, "python")
     assert "logits" not in code
     monkeypatch.chdir(folder / "merged")
     names: dict = {}
@@ -208,7 +208,7 @@ def test_the_card_of_awkward_parts(folder: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_the_card_says_what_is_computed(method: str, phase: str, folder: Path) -> None:
-    """The line of the latents, evaluated, is the merge."""
+    """The card's formula of the latents, evaluated as code, gives the merged latents."""
     line = merge_card._HARMONIC[phase] if method == "harmonic" else merge_card._LATENTS[method]
     formula = line.removeprefix("Z = ").split("    ")[0]
     for old, new in (
@@ -231,7 +231,7 @@ def test_the_card_says_what_is_computed(method: str, phase: str, folder: Path) -
     torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
 
 
-# Nothing else is overwritten
+# A merge overwrites its own files only
 
 
 def test_a_merge_overwrites_its_own_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +245,7 @@ def test_a_merge_overwrites_its_own_alone(folder: Path, capsys: pytest.CaptureFi
     assert content(out).keys() == {*first, "notes.txt"}
     assert all(content(out)[name] != first[name] for name in first)
     assert motet.load(out / "model.safetensors").weights["omic"] == pytest.approx(0.9 / 1.9)
-    # Cut short between the card and the model: known, and written again.
+    # A folder with the card and without the model is recognised, and is written again.
     (out / "model.safetensors").unlink()
     assert merge(folder, text=RECIPE) == 0
     assert content(out) == {**first, "notes.txt": b"mine"}
@@ -432,7 +432,7 @@ def test_bad_arguments_are_one_clear_line(
 
 @pytest.fixture(scope="module")
 def lego(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of blocks of genes and clinical, two folds."""
+    """Train a run of blocks for genes and clinical, with two folds."""
     out = tmp_path_factory.mktemp("runs") / "lego"
     cohort = load_cohort("breast_cancer")
     experiments.train_run(
@@ -460,19 +460,21 @@ def test_runs_merge_fold_by_fold(
     assert {key: run.config["options"][key] for key in given} == given
     cohort = load_cohort("breast_cancer")
     for number in range(2):
-        own = {name: Run.finished(lego / "blocks" / name).fitted(number) for name in weights}
-        expected = motet.LegoMerge({name: one.model for name, one in own.items()},
+        fitted_blocks = {
+            name: Run.finished(lego / "blocks" / name).fitted(number) for name in weights
+        }
+        expected = motet.LegoMerge({name: one.model for name, one in fitted_blocks.items()},
                                    phase="circular", head="linear", weights=weights)  # fmt: skip
         fitted = run.fitted(number)
         assert fitted.model.config == expected.config
-        for mine, theirs in zip(fitted.model.parameters(), expected.parameters(), strict=True):
-            assert torch.equal(mine, theirs)
+        for actual, parameter in zip(fitted.model.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(actual, parameter)
     before = {str(p): p.read_bytes() for p in (tmp_path / "merged").rglob("*.*") if p.is_file()}
     assert merge(tmp_path) == 0
     assert before == {str(p): Path(p).read_bytes() for p in before}
 
-    said = (tmp_path / "merged" / "README.md").read_text()
-    parts = said[said.index("### clinical") :].split("### genes")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    parts = card[card.index("### clinical") :].split("### genes")
     for name, part in zip(weights, parts, strict=True):
         digest = hashlib.sha256()
         for number in range(2):
@@ -482,13 +484,13 @@ def test_runs_merge_fold_by_fold(
         assert f"* weight: {weights[name]:g}\n" in part
         config = json.loads((lego / "blocks" / name / "config.json").read_text())
         assert json.loads(code_in(part, "json")[0]) == config
-    assert code_in(said, "yaml") == [text]
+    assert code_in(card, "yaml") == [text]
     monkeypatch.chdir(tmp_path / "merged")
     names: dict = {}
-    exec("\n".join(code_in(said, "python")), names)
+    exec("\n".join(code_in(card, "python")), names)
     expected = experiments.predict_cohort(run, cohort)
     assert names["table"].equals(expected)
-    (shell,) = code_in(said, "sh")
+    (shell,) = code_in(card, "sh")
     (tmp_path / "merged" / "new.yaml").write_text(
         (Path(motet.__file__).parent / "io/cohorts/shipped/breast_cancer.yaml").read_text()
     )
@@ -497,8 +499,8 @@ def test_runs_merge_fold_by_fold(
 
 def test_the_short_command_is_a_recipe_of_equal_weights(lego: Path, tmp_path: Path) -> None:
     assert cli.main(["merge", str(lego), "--out", str(tmp_path / "short")]) == 0
-    said = (tmp_path / "short" / "README.md").read_text()
-    command = code_in(said, "sh")[0]
+    card = (tmp_path / "short" / "README.md").read_text()
+    command = code_in(card, "sh")[0]
     assert command == f"motet merge {lego} --method harmonic --head slerp\n"
     text = f"blocks: {{genes: {lego}/blocks/genes, clinical: {lego}/blocks/clinical}}\n"
     assert merge(tmp_path, text=text) == 0
