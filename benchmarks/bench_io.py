@@ -70,10 +70,10 @@ def bench_a_bag_beside_a_memory_map(benchmark, store: FeatureStore) -> None:
 
 def bench_rows_beside_a_memory_map(benchmark, store: FeatureStore) -> None:
     """512 random rows of an open slide beside the same of an open np.memmap."""
-    slide, whole = store[next(iter(store))], memory_map(store)
+    slide, mapped = store[next(iter(store))], memory_map(store)
     rows = np.random.default_rng(0).choice(4000, 512, replace=False)
-    assert (slide.rows(rows) == whole[rows]).all()
-    hold(benchmark, lambda: slide.rows(rows), lambda: np.array(whole[rows]), 1.25)
+    assert (slide.rows(rows) == mapped[rows]).all()
+    hold(benchmark, lambda: slide.rows(rows), lambda: np.array(mapped[rows]), 1.25)
 
 
 def bench_a_finished_slide_beside_its_metadata(benchmark, tmp_path: Path) -> None:

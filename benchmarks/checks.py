@@ -52,19 +52,19 @@ def run_all(device: str, processes: int = 1) -> Iterator[dict[str, Any]]:
     What compiles kernels is divided among so many processes, which share the GPU: they wait for
     Triton's compiler, not for it. What needs the GPU's memory comes after, one by one.
     """
-    own = list(_all(device))
+    checks = list(_all(device))
     if processes > 1:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["benchmarks.checks"])
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            waiting = {pool.submit(_row, name, check): name for name, check in own}
+            waiting = {pool.submit(_row, name, check): name for name, check in checks}
             for done in as_completed(waiting):
                 died = done.exception()  # a process that is gone takes its checks with it
                 failed = {"name": waiting[done], "passed": False, "reason": str(died)}
-                yield _said(failed if died else done.result())
+                yield _print_row(failed if died else done.result())
     else:
-        yield from (_said(_row(name, check)) for name, check in own)
-    yield from (_said(_row(name, check)) for name, check in full_length_checks(device))
+        yield from (_print_row(_row(name, check)) for name, check in checks)
+    yield from (_print_row(_row(name, check)) for name, check in full_length_checks(device))
 
 
 def _row(name: str, check: Check) -> dict[str, Any]:
@@ -79,9 +79,9 @@ def _row(name: str, check: Check) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - started, 2)}
 
 
-def _said(row: dict[str, Any]) -> dict[str, Any]:
-    said = row.get("reason") or f"error {row['error']:.1e}, allowed {row['allowed']:.1e}"
-    print(f"{'ok' if row['passed'] else 'FAILED':6} {row['name']:58} {said}", flush=True)
+def _print_row(row: dict[str, Any]) -> dict[str, Any]:
+    outcome = row.get("reason") or f"error {row['error']:.1e}, allowed {row['allowed']:.1e}"
+    print(f"{'ok' if row['passed'] else 'FAILED':6} {row['name']:58} {outcome}", flush=True)
     return row
 
 
@@ -103,13 +103,13 @@ def _all(device: str) -> Iterator[tuple[str, Check]]:
             yield f"absorbed_heads shared {title}", partial(_heads_outputs, *on, shared=True)
             yield f"a bag alone {title}, bit for bit", partial(_alone, *on)
         for shape in ((1, 17, 63), (8, 16, 103)):  # as released, and the widest heads
-            own = partial(_attention, device, backend, torch.bfloat16, shape=shape)
-            yield f"latent_attention {'x'.join(map(str, shape))} {backend} bf16", own
-        own = (device, backend)
-        yield f"absorbed_attention dropout {backend} fp32", partial(_absorbed_dropout, *own)
+            check = partial(_attention, device, backend, torch.bfloat16, shape=shape)
+            yield f"latent_attention {'x'.join(map(str, shape))} {backend} bf16", check
+        on = (device, backend)
+        yield f"absorbed_attention dropout {backend} fp32", partial(_absorbed_dropout, *on)
         for count in (2, 3):
-            yield f"harmonic_merge of {count} {backend}", partial(_harmonic, *own, count)
-            yield f"slerp of {count} {backend}", partial(_slerp, *own, count)
+            yield f"harmonic_merge of {count} {backend}", partial(_harmonic, *on, count)
+            yield f"slerp of {count} {backend}", partial(_slerp, *on, count)
     if device == "cuda":
         for latents, dim, axes in ((17, 126, (-2, -1)), (64, 64, (-2,)), (200, 128, (-2,))):
             for dtype in NAMES:
@@ -159,14 +159,14 @@ def _projection(
     weight = torch.randn(2, 48, 205, device=device) / 14
     bias, positions = torch.randn(2, 48, device=device), torch.randn(250, 5, device=device)
 
-    def own(weight: Tensor, bias: Tensor) -> Tensor:
+    def fast(weight: Tensor, bias: Tensor) -> Tensor:
         return context_kv(x, weight, bias, positions=positions, backend=backend)
 
     def literal(weight: Tensor, bias: Tensor) -> Tensor:
         wide = x.to(weight.dtype) if weight.dtype == torch.float64 else x
         return context_kv_reference(wide, weight, bias, positions=positions)
 
-    return _compare(own, literal, (weight, bias), dtype)
+    return _compare(fast, literal, (weight, bias), dtype)
 
 
 def _qkv(
@@ -193,13 +193,13 @@ def _attention(
         k, v = (x.unflatten(0, (2, 250)).transpose(1, 2) for x in (k, v))
         offsets = None
 
-    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def fast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return latent_attention(q, k, v, offsets, backend=backend)
 
     def literal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return latent_attention_reference(q, k, v, offsets)
 
-    return _compare(own, literal, (q, k, v), dtype)
+    return _compare(fast, literal, (q, k, v), dtype)
 
 
 def _dropout(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
@@ -213,11 +213,11 @@ def _dropout(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, floa
     basis = torch.cat([torch.eye(64, device=device)[: stop - start] for start, stop in bags])
     basis = basis[:, None].expand(-1, 8, -1)
 
-    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def fast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return latent_attention(q, k, v, offsets, dropout_p=DROPOUT, seed=seed, backend=backend)
 
     with torch.no_grad():
-        kept = own(*(x.to(dtype) for x in (q / 8, k, basis))) > 0  # [B, H, C, key]
+        kept = fast(*(x.to(dtype) for x in (q / 8, k, basis))) > 0  # [B, H, C, key]
     share = torch.cat([kept[b, ..., : stop - start].flatten() for b, (start, stop) in
                        enumerate(bags)]).double().mean().item()  # fmt: skip
     if abs(share - (1 - DROPOUT)) > 0.02:  # 7 standard deviations
@@ -232,13 +232,13 @@ def _dropout(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, floa
             outs.append((weights * mask.to(weights.dtype)) @ values)
         return torch.stack(outs)
 
-    return _compare(own, literal, (q, k, v), dtype)
+    return _compare(fast, literal, (q, k, v), dtype)
 
 
 def _weights(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
     q, k, _, offsets = _qkv(device, RAGGED, (8, 25, 16))
 
-    def own(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    def fast(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         sums = [
             torch.logsumexp(q[b].float() @ k[start:stop].float().permute(1, 2, 0) / 4, -1)
             for b, (start, stop) in enumerate(pairwise(offsets.tolist()))
@@ -250,7 +250,7 @@ def _weights(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, floa
         full = attention_weights(q, k, offsets, backend="eager")
         return full, full.mean((1, 2))
 
-    return _within(own, literal, (q.to(dtype), k.to(dtype)), 4 * FLOOR[dtype])
+    return _within(fast, literal, (q.to(dtype), k.to(dtype)), 4 * FLOOR[dtype])
 
 
 def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]:
@@ -262,7 +262,7 @@ def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, flo
     positions = torch.randn(sum(lengths), 5, device=device)
     offsets = _offsets(lengths, device)
 
-    def own(queries: Tensor) -> tuple[Tensor, ...]:
+    def fast(queries: Tensor) -> tuple[Tensor, ...]:
         return absorbed_attention(queries, x, offsets, positions=positions, backend=backend)
 
     def literal(queries: Tensor) -> tuple[Tensor, ...]:
@@ -271,7 +271,7 @@ def _absorbed(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, flo
         filled = (offsets.diff() > 0)[:, None].to(mass.dtype)
         return pooled, mass * filled
 
-    return _compare(own, literal, (queries,), dtype)
+    return _compare(fast, literal, (queries,), dtype)
 
 
 def _heads_outputs(
@@ -286,9 +286,9 @@ def _heads_outputs(
 
     def attended(backend: Any) -> Function:
         def run(q: Tensor, *folded: Tensor) -> Tensor:
-            own = x.double() if q.dtype == torch.float64 else x
+            tokens = x.double() if q.dtype == torch.float64 else x
             out = absorbed_heads(
-                q, *folded, own, offsets, positions=positions, scale=0.25, backend=backend
+                q, *folded, tokens, offsets, positions=positions, scale=0.25, backend=backend
             )
             return out.to(q.dtype)
 
@@ -323,12 +323,12 @@ def _alone(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]
     lengths = (300, 1, 5000, 77)
     q, k, v, offsets = _qkv(device, lengths, (8, 17, 16))
     q, k, v = (part.to(dtype) for part in (q, k, v))
-    own = {"device": device, "dtype": dtype}
-    grad, x = torch.randn_like(q), torch.randn(sum(lengths), 200, **own)
-    weight = torch.randn(1, 96, 200, **own)
-    folded = torch.randn(16, 16, 200, **own) / 14, torch.randn(16, 16, **own)
+    options = {"device": device, "dtype": dtype}
+    grad, x = torch.randn_like(q), torch.randn(sum(lengths), 200, **options)
+    weight = torch.randn(1, 96, 200, **options)
+    folded = torch.randn(16, 16, 200, **options) / 14, torch.randn(16, 16, **options)
 
-    def found(bags: slice, rows: slice, offsets: Tensor) -> list[Tensor]:
+    def compute(bags: slice, rows: slice, offsets: Tensor) -> list[Tensor]:
         query, key, value = (part.clone().requires_grad_() for part in (q[bags], k[rows], v[rows]))
         out = latent_attention(query, key, value, offsets, backend=backend)
         gradients = torch.autograd.grad(out, (query, key, value), grad[bags])
@@ -337,14 +337,14 @@ def _alone(device: str, backend: Any, dtype: torch.dtype) -> tuple[float, float]
         gradients += torch.autograd.grad(attended, query, grad[bags])
         return [out.detach(), *gradients, attended.detach(), projected]
 
-    together = found(slice(None), slice(None), offsets)
+    together = compute(slice(None), slice(None), offsets)
     differences = []
     for b, (start, stop) in enumerate(pairwise(offsets.tolist())):
         bag, rows = slice(b, b + 1), slice(start, stop)
-        alone = found(bag, rows, _offsets(lengths[bag], device))
+        alone = compute(bag, rows, _offsets(lengths[bag], device))
         places = (bag, bag, rows, rows, bag, bag, rows)
-        own = [part[place] for part, place in zip(together, places, strict=True)]
-        differences += [(a - o).abs().max().item() for a, o in zip(alone, own, strict=True)]
+        in_batch = [part[place] for part, place in zip(together, places, strict=True)]
+        differences += [(a - o).abs().max().item() for a, o in zip(alone, in_batch, strict=True)]
     return max(differences), 0.0
 
 
@@ -394,11 +394,11 @@ def _lego_pass(
         def call(*t: Tensor) -> tuple[Tensor, ...]:
             half = t[0].dtype != torch.float64 and dtype != torch.float32
             with torch.autocast("cuda", dtype if half else torch.bfloat16, enabled=half):
-                found = lego_pass(
+                results = lego_pass(
                     t[0], t[2], UpdateWeights(*t[3:11]), imaginary=t[1], present=present, axes=axes,
                     query_weights=QueryWeights(*t[11:]), backend=backend,
                 )  # fmt: skip
-            return tuple(x for x in found if x is not None)
+            return tuple(x for x in results if x is not None)
 
         return call
 
@@ -444,7 +444,7 @@ def _encoder(device: str, precision: str) -> tuple[float, float]:
     model = model.to(device)
     encoder = TorchEncoder("check", model, Transform(), Setup(device, precision))
 
-    def own(_: Tensor) -> Tensor:
+    def encoded(_: Tensor) -> Tensor:
         return torch.from_numpy(encoder.encode(pixels.numpy()))
 
     @torch.no_grad()
@@ -454,7 +454,7 @@ def _encoder(device: str, precision: str) -> tuple[float, float]:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return model(x.to(device)).cpu()
 
-    return _within(own, literal, (x,), FLOOR[dtype])
+    return _within(encoded, literal, (x,), FLOOR[dtype])
 
 
 def _patches_there(device: str) -> tuple[float, float]:
@@ -462,8 +462,8 @@ def _patches_there(device: str) -> tuple[float, float]:
     transform = Transform(resize=64, crop=(48, 48), mean=(0.5, 0.5, 0.5))
     encoder = TorchEncoder("check", _Patches(), transform, Setup(device))
     pixels = torch.randint(0, 256, (9, 80, 80, 3), dtype=torch.uint8)
-    found = [encoder.encode(given) for given in (pixels.numpy(), pixels, pixels.to(device))]
-    return float(max(abs(rows - found[0]).max() for rows in found[1:])), 0.0
+    features = [encoder.encode(given) for given in (pixels.numpy(), pixels, pixels.to(device))]
+    return float(max(abs(rows - features[0]).max() for rows in features[1:])), 0.0
 
 
 def captured(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:

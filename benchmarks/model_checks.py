@@ -30,8 +30,8 @@ def model_checks(device: str) -> Iterator[tuple[str, Check]]:
     for name, config in measure.CONFIGS.items() if gpu else [("blca", measure.CONFIGS["blca"])]:
         for strategy in STRATEGIES:
             for heads in (8, 1) if gpu else (8,):
-                own = config._replace(heads=heads)
-                cell = measure.Cell(name, own, lengths, step=True, width=width, dropout=0.1)
+                with_heads = config._replace(heads=heads)
+                cell = measure.Cell(name, with_heads, lengths, step=True, width=width, dropout=0.1)
                 title = f"{name} {strategy}, heads: {heads}, bf16, the same bits {runs} times"
                 yield title, partial(_same_bits, cell, strategy, device, runs)
     yield f"LegoBlock, the same bits {runs} times", partial(_same_bits_lego, device, runs)
@@ -115,7 +115,7 @@ def _same_bits_lego(device: str, runs: int) -> tuple[float, float]:
 def _other_bits(step: Callable[[], list[Tensor]], runs: int) -> float:
     first = step()
     differs = (
-        any(not torch.equal(own, other) for own, other in zip(step(), first, strict=True))
+        any(not torch.equal(result, other) for result, other in zip(step(), first, strict=True))
         for _ in range(runs - 1)
     )
     return float(sum(differs))
@@ -158,8 +158,8 @@ def step_graph(name: str, device: str) -> tuple[float, float]:
 def _difference(graphs: motet.StepGraphs, eager: Any, batch: PatientBatch) -> float:
     """Return by how much loss and gradients differ from those of the same model in eager mode."""
     expected, loss = _eager_step(eager, batch), graphs(batch)
-    own = [p.grad for p in graphs.model.parameters() if p.grad is not None]
-    return measure.relative_error([loss, *own], expected)
+    gradients = [p.grad for p in graphs.model.parameters() if p.grad is not None]
+    return measure.relative_error([loss, *gradients], expected)
 
 
 def _eager_step(model: Any, batch: PatientBatch) -> list[Tensor]:

@@ -108,21 +108,23 @@ def errors(
     def widened(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return results_of(reference, *(a.to(WIDE.get(a.dtype, a.dtype)) for a in tensors))
 
-    results, gold = results_of(fast, *args), widened(args)
-    floors, found = [], []
-    for own, exact in zip(results, gold, strict=True):
-        assert own.shape == exact.shape
-        floors.append(floor(own.real.dtype if own.is_complex() else own.dtype, sized(exact)))
-        found.append(sized(own - exact))
+    results, exact_results = results_of(fast, *args), widened(args)
+    floors, errors_of_fast = [], []
+    for result, exact in zip(results, exact_results, strict=True):
+        assert result.shape == exact.shape
+        floors.append(
+            floor(result.real.dtype if result.is_complex() else result.dtype, sized(exact))
+        )
+        errors_of_fast.append(sized(result - exact))
     worst, allowed = [0.0] * len(results), floors
     for n, near in enumerate(neighbours(args)):
-        theirs, wide = results_of(reference, *near), widened(near) if n else gold
-        own = [sized(a - b) for a, b in zip(theirs, wide, strict=True)]
-        worst = list(map(max, worst, own))
+        theirs, wide = results_of(reference, *near), widened(near) if n else exact_results
+        errors_of_reference = [sized(a - b) for a, b in zip(theirs, wide, strict=True)]
+        worst = list(map(max, worst, errors_of_reference))
         allowed = [2 * w + least for w, least in zip(worst, floors, strict=True)]
-        if all(map(operator.le, found, allowed)):
+        if all(map(operator.le, errors_of_fast, allowed)):
             break
-    return list(zip(found, allowed, strict=True))
+    return list(zip(errors_of_fast, allowed, strict=True))
 
 
 def assert_as_good_as(
@@ -143,10 +145,10 @@ def assert_as_good_as(
     def floor(dtype: torch.dtype, size: float) -> float:
         return FLOOR[worked_in or dtype] * max(1, size)
 
-    found = errors(fast, reference, *args, size="rms" if rms else "max", floor=floor)
+    pairs = errors(fast, reference, *args, size="rms" if rms else "max", floor=floor)
     failed = [
         f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
-        for i, (error, allowed) in enumerate(found)
+        for i, (error, allowed) in enumerate(pairs)
         if not error <= allowed
     ]
     assert not failed, "; ".join(failed)

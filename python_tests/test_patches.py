@@ -21,9 +21,11 @@ from .grid_helpers import ArraySlide, Level, grid_of, pyramid, slides, tilings
 from .slides import draw_tissue
 
 
-def read(slide: Any, grid: PatchGrid, wanted: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return all pixels in the order of wanted, zero where lost, and which were lost."""
-    wanted = np.asarray(wanted, np.int64)
+def read(
+    slide: Any, grid: PatchGrid, indices: Any, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels of the patches, zero where lost, and which patches were lost."""
+    indices = np.asarray(indices, np.int64)
     size = grid.tile_px
     pixels, seen = np.zeros((len(indices), size, size, 3), np.uint8), np.zeros(len(indices), int)
     lost = np.zeros(len(indices), bool)

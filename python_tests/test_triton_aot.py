@@ -154,12 +154,12 @@ def test_loops_on_hopper_neither_race_nor_take_detours(version, tmp_path):
     Where the tensor memory accelerator copies, no tile passes through registers.
     """
     triton = None if version == "newest" else oldest_triton()
-    told = run(SCRIPT, "--loops", "--chip", "90", *some(25), tmp_path=tmp_path, triton=triton)
-    assert not told.returncode, told.stderr
-    found = json.loads(told.stdout)
-    assert version in ("newest", found["triton"])
-    assert found["wgmma"] > 0
-    assert not found["wrong"], "\n".join(found["wrong"])
+    process = run(SCRIPT, "--loops", "--chip", "90", *some(25), tmp_path=tmp_path, triton=triton)
+    assert not process.returncode, process.stderr
+    report = json.loads(process.stdout)
+    assert version in ("newest", report["triton"])
+    assert report["wgmma"] > 0
+    assert not report["wrong"], "\n".join(report["wrong"])
 
 
 @pytest.mark.slow

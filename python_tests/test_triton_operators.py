@@ -497,5 +497,5 @@ def test_merges_that_triton_does_not_take() -> None:
     with pytest.raises(ValueError, match="'triton' takes up to 8 vectors, got 9"):
         slerp([v] * 9, **ON)
     overlapping = torch.randn(9)
-    with pytest.raises(ValueError, match="out: expected memory apart"):
+    with pytest.raises(ValueError, match="expected memory apart from out"):
         slerp([overlapping[:8]] * 2, out=overlapping[1:], **ON)
