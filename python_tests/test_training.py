@@ -281,6 +281,7 @@ def test_predictions_are_made_on_a_gpu(monkeypatch) -> None:
     assert moves == [("HEALNet", "cuda"), *[("PatientBatch", "cuda")] * batches, ("HEALNet", "cpu")]
 
 
+@pytest.mark.slow
 def test_several_processes_train_one_model(tmp_path: Path) -> None:
     """With torchrun two processes end with the same weights, and a smaller loss."""
     with socket.socket() as free:

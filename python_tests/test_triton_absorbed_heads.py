@@ -75,6 +75,7 @@ def check(args: tuple[Tensor, ...], x: Tensor, offsets: Tensor = OFFSETS, **opti
     assert_as_good_as(by_triton, by_torch, *args)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("places", [None, 65, 130])
 @pytest.mark.parametrize("shared", [False, True])
 def test_equals_the_composition(shared: bool, places: int | None) -> None:
@@ -85,6 +86,7 @@ def test_equals_the_composition(shared: bool, places: int | None) -> None:
 
 
 # Heads of width 1, of odd width, wider than a block of the gradients; latents in many blocks.
+@pytest.mark.sampled
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 17, 27, 300), (1, 70, 130, 33)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_sizes_at_the_edge(sizes: tuple[int, int, int, int], shared: bool) -> None:
@@ -97,6 +99,7 @@ def test_counts() -> None:
     check(inputs(channels=37), torch.randn(TOKENS, 37), counts=counts)
 
 
+@pytest.mark.slow
 def test_strides() -> None:
     """Queries and weights of any strides, a sliced context and a loader's statistics work."""
     x = torch.randn(TOKENS, 74)[:, ::2]
@@ -211,6 +214,7 @@ def test_rows_behind_the_last_bag_have_no_gradient() -> None:
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.slow
 def test_registration() -> None:
     x, positions = torch.randn(12, 6), torch.randn(12, 2)
     offsets, seed = offsets_of([4, 0, 8]), torch.tensor([3])
@@ -229,6 +233,7 @@ def test_registration() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Token gradients, wide heads and empty queries are computed by absorbed_attention in torch."""
     calls: list[str] = []

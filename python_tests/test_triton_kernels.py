@@ -151,6 +151,7 @@ def test_attention_with_counts(lengths, latents, width, dtype):
     check_attention(q, kv, unbound, offsets, 0.0, (4 * torch.rand(2 * sum(lengths)))[::2])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("keys", [40, 600])
 @pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
 def test_attention_dense(dropout_p, counted, keys):
@@ -204,6 +205,7 @@ def test_attention_without_keys():
     assert [x.shape for x in nobody] == [(0, 2, 3, 4), (0, 2, 3)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("heads", "counted"), [(2, False), (2, True), (4, False)])
 def test_a_bag_alone_is_the_bag_in_a_batch(heads, counted):
     q, kv, offsets = attention_inputs(RAGGED, heads, 3, 16, torch.float32)

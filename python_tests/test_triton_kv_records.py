@@ -70,6 +70,7 @@ def literal(q: Tensor, kv: Tensor, counts: Tensor | None) -> Tensor:
     ])  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize(
     ("shared", "latents", "width", "dtype"),
@@ -93,7 +94,7 @@ def test_of_all_layers(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("latents", [3, 20])
+@pytest.mark.parametrize("latents", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_every_layer_drops_by_its_own_seed(latents: int) -> None:
     q, kv = torch.randn(LAYERS, 1, 2, latents, 16), torch.randn(sum(LENGTHS), 2, 2, 16)
     once, each = (
@@ -220,6 +221,7 @@ def test_where_there_are_none() -> None:
         torch.autograd.grad(first.sum(), given)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("share", [True, False, "all-but-first"])
 def test_healnet_reads_k_and_v_once(

@@ -118,7 +118,7 @@ def check(args, *, worked_in=None, **options):
         (64, 64, TWO_D, None),
         (9, 126, LATENTS, 17),
         (33, 64, LATENTS, 64),
-        (40, 200, WIDTH, None),
+        pytest.param(40, 200, WIDTH, None, marks=pytest.mark.slow),
         (90, 33, NONE, None),
     ],
 )

@@ -165,6 +165,7 @@ def test_given_statistics_change_no_bit() -> None:
     assert all(map(torch.equal, run(pair), run(None)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize("stale", [1, 700])
 def test_rows_behind_the_last_bag(stale: int, backend: str) -> None:
@@ -310,6 +311,7 @@ def test_dropout_is_one_mask_whatever_is_differentiated() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_latent() -> None:
     model = motet.HEALNet({"wsi": motet.Bag(8)}, out_features=2, num_latents=1, heads=2).eval()
     bags = torch.randn(3, 9, 8)
@@ -318,6 +320,7 @@ def test_one_latent() -> None:
         torch.testing.assert_close(actual, model({"wsi": bags}), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("strategy", ["cached", "absorbed"])
 @pytest.mark.parametrize("share", [True, False])
 def test_healnet(strategy: str, share: bool) -> None:
@@ -359,7 +362,7 @@ def test_healnet(strategy: str, share: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's numpy
-@pytest.mark.parametrize("strategy", ["cached", "absorbed"])
+@pytest.mark.parametrize("strategy", ["cached", pytest.param("absorbed", marks=pytest.mark.slow)])
 def test_healnet_with_the_kernels_of_hopper(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision, as bf16 is pooled; 8 heads of 17 latents take two blocks of outputs."""
     launched = set()
