@@ -435,7 +435,7 @@ def hang(pixels):
 """
 
 
-@pytest.mark.parametrize("fault", ["crash", "hang"])
+@pytest.mark.parametrize("fault", ["crash", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_slide_that_takes_the_process_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -464,6 +464,7 @@ def test_a_slide_that_takes_the_process_with_it(
     assert len(FeatureStore(tmp_path / "store")) == 3
 
 
+@pytest.mark.slow
 def test_ray_survives_a_killed_worker(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Two tasks on a local cluster; the process of one is killed while it holds a lease."""
     pytest.importorskip("ray")
@@ -484,6 +485,7 @@ def test_ray_survives_a_killed_worker(cohort: Path, undisturbed: Path, tmp_path:
     assert not leftovers(store)
 
 
+@pytest.mark.slow
 def test_a_cohort_of_many_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 slides under `make soak`, 100 here: each once; resuming opens none of them."""
     count = 10_000 if SOAK else 100

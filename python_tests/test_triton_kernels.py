@@ -152,7 +152,7 @@ def test_attention_with_counts(lengths, latents, width, dtype):
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("keys", [40, 600])
+@pytest.mark.parametrize("keys", [40, pytest.param(600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
 def test_attention_dense(dropout_p, counted, keys):
     """Dense bags of one chunk (no merge of chunks) and of several chunks are right."""

@@ -78,7 +78,7 @@ def literal(q: Tensor, kv: Tensor, counts: Tensor | None) -> Tensor:
         (True, 7, 27, torch.float32),
         (False, 25, 16, torch.float32),
         (False, 17, 63, torch.float16),
-        (True, 40, 16, torch.float16),
+        pytest.param(True, 40, 16, torch.float16, marks=pytest.mark.slow),
     ],
 )
 def test_of_all_layers(

@@ -165,7 +165,7 @@ def test_given_statistics_change_no_bit() -> None:
     assert all(map(torch.equal, run(pair), run(None)))
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize("stale", [1, 700])
 def test_rows_behind_the_last_bag(stale: int, backend: str) -> None:
