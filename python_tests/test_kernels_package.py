@@ -82,3 +82,16 @@ def test_only_tritons_language_is_not_type_checked() -> None:
         compiled = [mark for mark in marks if ast.unparse(mark).startswith("triton.jit")]
         expected = len(functions) if path.name.endswith("_kernels.py") else 0
         assert len(compiled) == expected, path
+
+
+def test_kernels_name_parameters_that_they_have() -> None:
+    """Triton ignores another name in `do_not_specialize`, and compiles anew for every number."""
+    named = 0
+    for path in KERNELS.rglob("*_kernels.py"):
+        for node in ast.parse(path.read_text()).body:
+            for decorator in getattr(node, "decorator_list", []):
+                for keyword in getattr(decorator, "keywords", []):
+                    names = set(ast.literal_eval(keyword.value))
+                    assert names <= {argument.arg for argument in node.args.args}, (path, names)
+                    named += 1
+    assert named > 20
