@@ -32,7 +32,7 @@ def table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
             lines.append(f"{run.path} cannot be evaluated: {metrics['reason']}")
     for (run, _), comparison in zip(results[1:], comparisons, strict=True):
         lines.append(
-            f"{run.path} less {results[0][0].path}: {comparison.difference:+.3f} "
+            f"{run.path} minus {results[0][0].path}: {comparison.difference:+.3f} "
             f"({comparison.low:+.3f} to {comparison.high:+.3f}), paired, p = {comparison.p:.2g}"
         )
     return "\n".join(line.rstrip() for line in lines)

@@ -47,6 +47,6 @@ def test_getting_started(tmp_path: Path) -> None:
             if line.startswith("motet "):
                 command = [sys.executable, "-m", "motet", *shlex.split(line)[1:]]
                 printed.append(run(command, tmp_path))
-    assert "runs/healnet less runs/cox" in "".join(printed)
+    assert "runs/healnet minus runs/cox" in "".join(printed)
     assert (tmp_path / "groups.png").stat().st_size > 10_000
     assert (tmp_path / "risks.csv").read_text().count("\n") == 199

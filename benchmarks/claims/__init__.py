@@ -106,7 +106,7 @@ class Result:
         """Return the means over seeds and blocks as text, two lines for each."""
         lines = [self.paper]
         for row in means(self.rows):
-            than = f" less {row.than}" if row.than else ""
+            than = f" minus {row.than}" if row.than else ""
             sign = "+" if row.than else ""
             ends = "" if row.low == row.high else f" ({row.low:{sign}.3f} to {row.high:{sign}.3f})"
             lines.append(f"{row.case}: {row.what}{than}")
