@@ -31,7 +31,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """Add --data, the folder of a cohort's files."""
     parser.add_argument(
         "--data", type=Path, metavar="DIR",
-        help="folder of the cohort's files (default: that of the YAML file, then $MOTET_DATA)",
+        help="folder of the cohort's files (default: that of the YAML file, then "
+        "$MOTET_DATA/data, then $MOTET_DATA)",
     )  # fmt: skip
 
 

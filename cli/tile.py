@@ -19,8 +19,8 @@ def add_tile(commands: Commands) -> None:
     """Add `motet tile`."""
     tile = commands.add_parser(
         "tile",
-        help="cut slides into patches, embed them, and store the features",
-        description="Cut slides into patches, embed the patches of tissue, and store the features "
+        help="cut slides into patches, encode them, and store the features",
+        description="Cut slides into patches, encode those with tissue, and store the features "
         "(docs/how-to/slides.md). To continue after an interruption, give the same command again; "
         "several such commands at the same time share the work. Exit code 3: some slides failed.",
     )

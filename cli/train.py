@@ -22,7 +22,7 @@ def add_train(commands: Commands) -> None:
         "To continue a run that was stopped, give the same command again.",
     )
     train.add_argument(
-        "cohort", help="a YAML file, or the name of a built-in cohort (docs/how-to/tables.md)"
+        "cohort", help="a YAML file, or the name of a shipped cohort (docs/how-to/tables.md)"
     )
     train.add_argument(
         "--model",
@@ -40,8 +40,8 @@ def add_train(commands: Commands) -> None:
     )
     train.add_argument(
         "--test", type=float, default=0.15, metavar="SHARE",
-        help="share of the patients in each test part; with 1/N, every patient is tested "
-        "(default: 0.15)",
+        help="share of the patients in each test part; with --splits 5 and 0.2 every patient is "
+        "tested once (default: 0.15)",
     )  # fmt: skip
     train.add_argument(
         "--validation", type=float, default=0.15, metavar="SHARE",
