@@ -36,8 +36,11 @@ class HEALNetOutput(NamedTuple):
     latents: Tensor | None
     """[B, C, D], the last latents; None if not requested."""
     attention: dict[str, list[Tensor]] | None
-    """By modality, one entry per layer: [B, H, C, N] (for a jagged input jagged [B, j, H, C]), zero
-    at tokens that are not real. Modalities without a tensor are left out. None if not requested."""
+    """Attention weights [B, H, C, N] by modality and layer, zero at tokens that are not real.
+
+    They are jagged [B, j, H, C] for a jagged input. Modalities without a tensor are left out. None
+    if not requested.
+    """
 
 
 class FusionLayer(nn.Module):

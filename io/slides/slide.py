@@ -182,7 +182,7 @@ class Slide(ABC):
             level: index of the level.
 
         Returns:
-            int64 [k, 4]: x, y, width, height of each tile in px of the level, inside of the level.
+            x, y, width, height of each tile, int64 [k, 4], in pixels of the level.
         """
         level = self._level(level)
         if self._tiff is None:

@@ -149,7 +149,7 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
 
     @property
     def failed(self) -> dict[str, dict[str, Any]]:
-        """Return the slides that failed by key: name, path, reason, message, attempts."""
+        """Return name, path, reason, message and attempts of the slides that failed, by key."""
         folder = self.path / "failed"
         names = names_in(folder)
         keys = [name.removesuffix(".json") for name in names if name.endswith(".json")]

@@ -39,8 +39,8 @@ def row_statistics(
         backend: "auto", "triton" or "eager" ("compile" counts as "eager").
 
     Returns:
-        μ and 1/√(σ² + ε), [T] each, float32 (float64 for float64 tokens). They have no gradient:
-        the operators that take them include it in their gradient of the tokens.
+        μ and 1/√(σ² + ε), [T] each, float32 (float64 for float64 tokens). They have no gradient,
+        because the operators that take them include it in their gradient of the tokens.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
