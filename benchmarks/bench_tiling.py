@@ -32,7 +32,7 @@ from motet.cli import measure
 from motet.io import FeatureStore, open_slide, tile_slides
 from motet.io.slides.slide import Slide
 from motet.io.tiling.find_patches import find_tissue, thumb_px
-from motet.io.tiling.grid import Grid, Tiling, damaged_patches, make_grid
+from motet.io.tiling.grid import PatchGrid, Tiling, damaged_patches, make_grid
 from motet.io.tiling.masks import coverage
 from motet.io.tiling.patches import read_patches
 from numpy.typing import NDArray
@@ -67,7 +67,7 @@ def _tissue_corners(path: Path) -> NDArray[np.int32]:
         return grid.coords[rows]
 
 
-def _find_tissue_rows(slide: Slide) -> tuple[Grid, NDArray[np.int64]]:
+def _find_tissue_rows(slide: Slide) -> tuple[PatchGrid, NDArray[np.int64]]:
     """Return the grid, and the rows of its tissue patches, as the pipeline does before decoding."""
     grid = make_grid(slide, Tiling(mpp=0.5, tile_px=TILE), slide.mpp or MPP)
     size = (slide.levels[0].width, slide.levels[0].height)
