@@ -23,7 +23,7 @@ from motet.io.store.write import StoreWriter
 from motet.io.tiling.masks import coverage, coverage_reference
 from PIL import Image
 
-from python_tests.conftest import run_python
+from python_tests.processes import run_python
 from python_tests.slides import draw_tissue, make_pyramid
 from python_tests.store_helpers import TILING, Slide, put, spec
 

@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
@@ -84,12 +83,6 @@ def data_path(*parts: str) -> Path:
             pytest.fail(f"{path} is missing; CI needs the shared data")
         pytest.skip(f"{path} is not on this machine; set MOTET_DATA to the shared data")
     return path
-
-
-def run_python(code: str, *arguments: str) -> str:
-    """Run code in a fresh process, away from the checkout; return what it printed."""
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
 
 
 def golden_path(name: str) -> Path:

@@ -8,9 +8,7 @@ import numpy as np
 from motet.io.store.source import describe
 from motet.io.store.write import StoreWriter
 
-from .conftest import MODELS
-
-GOLDEN = MODELS / "store-v1"
+GOLDEN = Path(__file__).parent / "golden" / "store-v1"
 TILING = {"border": "drop", "downsample": 4.0, "min_tissue": 0.1, "mpp": None, "tile_px": 256}
 
 

@@ -29,7 +29,8 @@ from motet.io import Bags, Classes, Cohort, Split, Survival, load_cohort
 from motet.io.cohorts.bags import LazyBags
 from safetensors import safe_open
 
-from .conftest import data_path, run_python
+from .conftest import data_path
+from .processes import run_python
 
 QUICK = ["--set", "epochs=2", "--set", "num_latents=4", "--set", "latent_dim=8"]
 SMALL = {"epochs": 2, "num_latents": 4, "latent_dim": 8}

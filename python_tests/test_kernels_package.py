@@ -9,7 +9,8 @@ import tomllib
 
 import pytest
 
-from .conftest import ROOT, run_python
+from .conftest import ROOT
+from .processes import run_python
 
 KERNELS = ROOT / "kernels"
 OPERATORS = sorted(path.parent.name for path in KERNELS.glob("*/operator.py"))

@@ -19,7 +19,8 @@ import pytest
 import torch
 from motet.kernels.backends import on_triton
 
-from .conftest import ROOT, run_python
+from .conftest import ROOT
+from .processes import run_python
 
 PARTS = ("fusion", "io", "kernels")
 FOLDERS = ("cli", "experiments", *PARTS)

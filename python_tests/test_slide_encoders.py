@@ -21,7 +21,7 @@ from motet.io.encoders.model_zoos import imported_transformers
 from motet.io.encoders.torch_encoder import Setup, TorchEncoder, Transform, hash_of, load_weights
 from torch import Tensor, nn
 
-from .conftest import run_python
+from .processes import run_python
 
 
 def patches(*shape: int, seed: int = 0) -> np.ndarray:

@@ -25,7 +25,8 @@ from motet.io.tiling.find_slides import dicom_series, find_slides
 from numpy.typing import NDArray
 from PIL import Image
 
-from .conftest import SOAK, data_path, run_python
+from .conftest import SOAK, data_path
+from .processes import run_python
 from .slides import draw_tissue, make_pyramid, reduce_by
 
 tifffile = pytest.importorskip("tifffile")
