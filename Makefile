@@ -65,8 +65,9 @@ lint: $(INSTALLED)
 	$(BIN)/basedpyright
 	MOTET_REQUIRE_NATIVE=1 CMAKE_ARGS=-DCMAKE_COMPILE_WARNING_AS_ERROR=ON $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/lint .
 
-# The site, in build/docs: a warning, such as a link to nothing, is an error. What builds it is
-# installed here, so that tests need none of it, and by name, so that the C++ is not built again.
+# The site, in build/docs; a warning, such as a link to nothing, is an error. NOTEBOOKS=off does not
+# execute the notebooks. The packages that build it are installed here, so that tests need none of
+# them, and by name, so that the C++ is not built again.
 DOCS := $(VENV)/.installed-docs
 REQUIRED := import tomllib; f = open("pyproject.toml", "rb"); \
 	print(*tomllib.load(f)["project"]["optional-dependencies"]["docs"])
@@ -74,7 +75,8 @@ $(DOCS): $(INSTALLED)
 	$(BIN)/pip install --quiet --constraint constraints.txt $$($(BIN)/python -c '$(REQUIRED)')
 	touch $@
 docs: $(DOCS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going --quiet docs build/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -W --keep-going --quiet \
+	$(if $(filter off,$(NOTEBOOKS)),-D nb_execution_mode=off -D suppress_warnings=myst-nb.lexer) docs build/docs
 docs-links: $(DOCS)  # needs the network
 	$(BIN)/python -m sphinx -b linkcheck --quiet -D nb_execution_mode=off \
 	-D suppress_warnings=myst-nb.lexer docs build/docs-links
