@@ -724,6 +724,7 @@ def test_predictions_overwrite_nothing_else(
     assert "got 1e+35 for patient '000'" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )

@@ -55,6 +55,7 @@ def report_of(tmp_path: Path, step: str, *more: str) -> dict:
     return report
 
 
+@pytest.mark.slow
 def test_the_checks_on_a_cpu(tmp_path: Path) -> None:
     report = report_of(tmp_path, "check")
     names = [check["name"] for check in report["checks"]]

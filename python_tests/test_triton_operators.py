@@ -361,8 +361,9 @@ def test_healnet(strategy: str, share: bool) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter's numpy
-@pytest.mark.parametrize("strategy", ["cached", pytest.param("absorbed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["cached", "absorbed"])
 def test_healnet_with_the_kernels_of_hopper(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In half precision, as bf16 is pooled; 8 heads of 17 latents take two blocks of outputs."""
     launched = set()
