@@ -170,9 +170,8 @@ def _forward(
     """Return the outputs of the heads, and pooled, mass, scores and lse of absorbed_attention."""
     from . import triton as launchers
 
-    statistics = mean.contiguous(), rstd.contiguous()
-    tokens = launchers.Tokens.of(x, positions, offsets, counts, *statistics, eps, dropout_p, seed)
-    folded = launchers.HeadWeights(weights.contiguous(), shifts.contiguous())
+    tokens = launchers.Tokens.of(x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed)
+    folded = launchers.HeadWeights.of(weights, shifts)
     out, attended = launchers.attend_heads(rows_apart(q), folded, tokens, scale)
     return out, attended.pooled, attended.mass, attended.scores, attended.lse
 
@@ -200,9 +199,8 @@ def _backward_of(
     """Return the gradients of q, weights and shifts."""
     from . import triton as launchers
 
-    statistics = mean.contiguous(), rstd.contiguous()
-    tokens = launchers.Tokens.of(x, positions, offsets, counts, *statistics, eps, dropout_p, seed)
-    folded = launchers.HeadWeights(weights.contiguous(), shifts.contiguous())
+    tokens = launchers.Tokens.of(x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed)
+    folded = launchers.HeadWeights.of(weights, shifts)
     attended = launchers.Attended(pooled, mass, scores, lse)
     return launchers.attend_heads_backward(
         rows_apart(grad), rows_apart(q), folded, attended, tokens, scale

@@ -211,9 +211,8 @@ def _backward_of(
     if takes_triton and not needs_rows:
         from . import triton as launchers
 
-        statistics = mean.contiguous(), rstd.contiguous()
         tokens = launchers.Tokens.of(
-            x, positions, offsets, counts, *statistics, eps, dropout_p, seed
+            x, positions, offsets, counts, mean, rstd, eps, dropout_p, seed
         )
         attended = launchers.Attended(pooled, mass, scores, lse)
         dqueries = launchers.attend_backward(

@@ -60,12 +60,13 @@ class Tokens(NamedTuple):
 
     @classmethod
     def of(
-        cls, x: Tensor, p: Tensor | None, offsets: Tensor, counts: Tensor | None, *rest: Any
-    ) -> "Tokens":
-        """Return these tokens; x, p and counts are copied if their strides do not fit."""
+        cls, x: Tensor, p: Tensor | None, offsets: Tensor, counts: Tensor | None, mean: Tensor,
+        rstd: Tensor, *rest: Any,
+    ) -> "Tokens":  # fmt: skip
+        """Return these tokens; tensors but offsets are copied if their strides do not fit."""
         p = None if p is None else rows_apart(p)
         counts = None if counts is None else counts.contiguous()
-        return cls(rows_apart(x), p, offsets, counts, *rest)
+        return cls(rows_apart(x), p, offsets, counts, mean.contiguous(), rstd.contiguous(), *rest)
 
     @property
     def channels(self) -> int:
@@ -84,6 +85,11 @@ class HeadWeights(NamedTuple):
     """[2 H, E, W], of the dtype of the products."""
     shifts: Tensor
     """[2 H, E]"""
+
+    @classmethod
+    def of(cls, weights: Tensor, shifts: Tensor) -> "HeadWeights":
+        """Return these weights, copied if they are not contiguous."""
+        return cls(weights.contiguous(), shifts.contiguous())
 
     @property
     def heads(self) -> int:
