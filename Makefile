@@ -26,7 +26,8 @@ demo: $(INSTALLED)
 # nothing left to do takes tests from another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-# What to run after a change: at most four minutes on two cores, and every promise is touched.
+# What to run after a change: about four minutes on two cores, once installed. Every documented
+# behaviour is tested at least once.
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 

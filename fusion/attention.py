@@ -119,7 +119,7 @@ class Keys(Protocol):
     def attend(
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
-        """Return the output of each head, [B, H, C or 1, E], in the dtype of the sums.
+        """Return the output of each head, [B, H, C or 1, E], float32 or wider if it is summed so.
 
         `seed`, int64 [1], determines the dropout masks of the kernels; None draws a seed.
         """

@@ -103,12 +103,8 @@ class CachedKeys:
         self, attention: Attention, queries: Tensor | None, seed: Tensor | None = None
     ) -> Tensor:
         assert queries is not None
-        q, counts, scale = (
-            attention.split_heads(queries),
-            self.context.packed_counts(),
-            attention.scale,
-        )
-        p, backend = attention.active_dropout, self.backend
+        q, counts = attention.split_heads(queries), self.context.packed_counts()
+        p, scale, backend = attention.active_dropout, attention.scale, self.backend
         if not self._records:  # the first call makes those of all layers; later calls one each
             records = kv_records(
                 q, self.kv, self.offsets, layers=self._layers, counts=counts, scale=scale,
@@ -134,8 +130,9 @@ class AbsorbedKeys:
     """The tokens themselves as keys and values.
 
     Q K^T = (Q W_k) X^T and weights · V = (weights · X) W_v^T: the projections are applied to the C
-    queries and to the C pooled tokens instead of to all N tokens. This takes more FLOP per layer
-    and less memory traffic, see docs/design/attention.md.
+    queries and to the C pooled tokens instead of to all N tokens. This is less work if the queries
+    (H · C) are fewer than the channels (H · E), but it reads the tokens in every layer, see
+    docs/design/algebra.md.
     """
 
     needs_queries = True

@@ -57,8 +57,8 @@ def evaluate_survival(
     D-calibration (Haider 2020) adds up the bins, and the log-rank test and the hazard ratio are
     stratified by fold. Follow-up beyond `tau` or a horizon only says that the patient was free of
     the event until then, so test times may be longer than those of the training part. Figures that
-    need `cut` or `curves` are left out unless every fold has them; test and ratio also if no fold
-    has events while both risk groups are under observation.
+    need `cut` or `curves` are left out unless every fold has them; test and ratio also unless both
+    risk groups have events while both are under observation.
 
     Args:
         folds: one per test part; each patient is in one fold only.
@@ -279,7 +279,7 @@ def _auc_over_time(
 
 
 def _survival_at(fold: SurvivalFold, times: Floats) -> Floats:
-    """Return S(t | x), [n, T], at `times` [T] or [n, T]: linear between 0 and the grid's times."""
+    """Return S(t | x), [n, T], at `times` [T] or [n, T]: linear from S(0) = 1 through the grid."""
     assert fold.grid is not None
     assert fold.curves is not None
     grid = np.append(0.0, fold.grid)

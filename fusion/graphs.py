@@ -123,7 +123,7 @@ class StepGraphs:
         trained = [p for p in state.parameters if p.requires_grad]
         if not trained:
             raise ValueError("model: expected at least one trainable parameter, got none")
-        reason = graphs.never or state.hooks or _find_processes()
+        reason = graphs.never or state.hooks or _why_several_processes()
         if not reason:
             with torch.no_grad(), self._autocast():
                 inputs = make_graph_inputs(self.model, read_patients(self.model, batch))
@@ -359,7 +359,7 @@ def _only_value(value: Any) -> Any:
     return value.get("x") if isinstance(value, Mapping) else value[0]
 
 
-def _find_processes() -> str:
+def _why_several_processes() -> str:
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized()
     return "several processes exchange gradients" if several else ""

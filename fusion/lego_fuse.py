@@ -22,8 +22,9 @@ Mode = Literal["stack", "weave", "upstream-weave"]
 class LegoFuse(JoinedBlocks):
     r"""Join trained blocks in one network, for a few epochs of fine-tuning (MM-Lego, section 3.4).
 
-    "stack": the blocks run one after the other. The first block starts from its latents; each
-    further block starts from the real part of the block before it, L_{m+1} = Re Z_m.
+    "stack": the blocks run one after the other. The first block whose modality a row has starts
+    from its latents; each further one starts from the real part of the block before it,
+    L_{m+1} = Re Z_m.
     "weave": one latent array runs through the first layer of every block, then through the second
     layers, and so on; each pass is the transform, update and inverse transform of its block. The
     array starts from a parameter of the model, a copy of the first block's latents, and the head

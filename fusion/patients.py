@@ -16,7 +16,7 @@ from .modalities import Bag, Modality, Tabular
 from .preprocessing import BagScaling, BagSource, Scaling, TableScaling
 from .statistics import token_statistics
 
-# Scaled bags are kept in memory up to this size in all; further bags are read again every epoch.
+# Scaled bags of a modality are kept in memory up to this size; further ones are read every epoch.
 CACHE_BYTES = 2 << 30
 
 

@@ -1,4 +1,4 @@
-"""Train a model with Lightning: Adam, a one-cycle schedule, early stopping on the best weights.
+"""Train a model with Lightning: Adam, one cycle, early stopping that restores the best weights.
 
 The order of an epoch is drawn from (seed, epoch), the dropout of a step from (seed, step). So a run
 that was killed and resumed gives exactly the weights of one that was not. On one GPU the loss and

@@ -77,8 +77,10 @@ class Plan:
         reason: why this strategy, in a few words.
         graph: whether the time of a CUDA graph decided, not that of eager mode.
         one_product: whether K and V of all bags come from one product, not from one per bag: for
-            short bags. A bag's last bits then depend on the other bags of its batch.
-        by_torch: whether torch's own operators carry the strategy out: for short bags on a CPU.
+            short bags. A bag's last bits then depend on the other bags of its batch. For
+            "cached" and "nothing"; the other strategies have no such product.
+        by_torch: whether torch's own operators carry the strategy out, for short bags on a CPU;
+            if it is "absorbed", for bags of one length only, which `plan` does not know.
 
     Example:
         >>> chosen = motet.kernels.plan(300, 64, bags=4, latents=5, heads=2, head_dim=8, layers=2,

@@ -71,7 +71,9 @@ class EqualBags(NamedTuple):
         return part.unflatten(0, (self.bags, self.length)).transpose(1, 2)
 
     def tokens(self, tokens: Tensor) -> Tensor:
-        """Return this group's tokens: a view [H, N, E] of a long bag, or a copy of short bags.
+        """Return this group's tokens: a view [H, N, E] of a long bag, or a copy.
+
+        Short bags and float64 are copied.
 
         The copy [G·H, N, E'] has columns of zeros where rows would not be aligned: so one bag alone
         is multiplied as it is among others.

@@ -12,8 +12,9 @@
 // column. So rows are summed first, with their weights, into one line as long as a row, then the
 // columns of that line, window by window.
 //
-// Sums are doubles: a mean is exact to 1e-11 grey levels before it is rounded. This file is
-// compiled without fused products, so that the bits are the same in registers of every width.
+// Sums are doubles (integers for whole pixels): a mean is exact to 1e-11 grey levels before it is
+// rounded. This file is compiled without fused products, so that the bits are
+// the same in registers of every width.
 namespace motet {
 namespace {
 

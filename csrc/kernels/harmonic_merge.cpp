@@ -14,8 +14,8 @@ namespace {
 // The fewest elements of a thread, as in torch: to start one takes longer than to merge fewer.
 constexpr std::size_t kGrain = 32768;
 
-// A complex number z, its modulus m, and the factor `up` that all three were multiplied by: 2^100
-// where |z| < 2^-900, so that the modulus is not subnormal and keeps all its digits; else 1.
+// The parts and the modulus m of a complex number z, all three multiplied by `up`: 2^100 where
+// |z| < 2^-900, so that the modulus is not subnormal and keeps all its digits; else 1.
 struct Raised {
     double re, im, up, m;
 

@@ -186,7 +186,7 @@ std::vector<double> gram(const Vectors<T>& v, std::size_t size, int threads) {
     return result;
 }
 
-// Returns 1 / the largest absolute entry; 1 if that is zero or not finite.
+// Returns 1 / the largest absolute entry, at most 2^1023; 1 if that entry is zero or not finite.
 template <typename T>
 double factor_of(const T* v, std::size_t size) {
     double largest = 0.0;

@@ -76,8 +76,7 @@ def absorbed_heads(
         absorbed = absorb_queries(q, weights, scale).expand(len(offsets) - 1, -1, -1)
         pooled, mass = absorbed_attention(
             absorbed, x, offsets, positions=positions, counts=counts, statistics=statistics,
-            eps=eps,
-            dropout_p=dropout_p, seed=seed, backend=backend,
+            eps=eps, dropout_p=dropout_p, seed=seed, backend=backend,
         )  # fmt: skip
         return project_back(pooled, mass, weights, shifts)
     check_rows(x, positions, offsets)

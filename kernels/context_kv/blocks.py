@@ -25,7 +25,8 @@ class ColumnBlocks(NamedTuple):
 
 
 _SMALL = (ColumnBlocks(16, 0), ColumnBlocks(32, 0), ColumnBlocks(64, 0))
-# For 32-bit operands, and for tokens that are normalised in registers: the registers hold no more.
+# For 32-bit operands, and for tokens that are centred or normalised in registers, which hold no
+# more.
 SINGLE = (*_SMALL, ColumnBlocks(128, 0))
 # For 16-bit operands on sm_80, and in projections on sm_100: larger ones spill registers.
 HALF = (*_SMALL, ColumnBlocks(64, 16), ColumnBlocks(128, 0), ColumnBlocks(128, 16))

@@ -30,8 +30,8 @@ from .triton_kernels import (
     scale_gradient_kernel,
 )
 
-# Dtypes in which x is multiplied as it lies in memory, by centred weights. In float32 the tokens
-# are normalised in registers instead, which loses fewer digits.
+# Dtypes in which x is multiplied as it lies in memory, by centred weights. Otherwise
+# their mean is subtracted in registers first, which loses fewer digits.
 _DIRECT = (torch.bfloat16, torch.float16)
 # Dtypes in which the weights that rows are pooled by may be multiplied by rstd. Not float16: a
 # weight of 1e-4 times an rstd of 1e-4 is below its smallest number.

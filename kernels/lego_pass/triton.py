@@ -89,10 +89,8 @@ def forward(
         products: dtype of the products.
     """
     latents, dim = real.shape[1:]
-    bags, query_width = (
-        len(real if attended is None else attended),
-        _query_width(query_weights, dim),
-    )
+    bags = len(real if attended is None else attended)
+    query_width = _query_width(query_weights, dim)
     x = real.new_empty(bags, latents, dim)
     y = real.new_empty(0 if imaginary is None else x.shape)
     queries = real.new_empty((bags, latents, query_width) if query_width else 0, dtype=products)

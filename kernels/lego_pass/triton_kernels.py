@@ -152,9 +152,8 @@ def _gate(gate, SNN: tl.constexpr):
         scale: tl.constexpr = 1.0507009873554805
         alpha: tl.constexpr = 1.6732632423543772 * scale
         exp_gate = alpha * tl.exp(tl.minimum(gate, 0.0))
-        return tl.where(gate > 0, scale * gate, exp_gate - alpha), tl.where(
-            gate > 0, scale, exp_gate
-        )
+        value = tl.where(gate > 0, scale * gate, exp_gate - alpha)
+        return value, tl.where(gate > 0, scale, exp_gate)
     cdf = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
     return gate * cdf, cdf + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
 
@@ -309,9 +308,8 @@ def pass_kernel(
             store_tile(y_ptr, row, valid, 0, y * scale, D, BLOCK_D)
     store_tile(x_ptr, row, valid, 0, x, D, BLOCK_D)
     if query_weights_ptr is not None:
-        normed = _normed(_standardised(x, D, BLOCK_D)[0], query_weights_ptr + Q * D, D, BLOCK_D).to(
-            DTYPE
-        )
+        normal, _ = _standardised(x, D, BLOCK_D)
+        normed = _normed(normal, query_weights_ptr + Q * D, D, BLOCK_D).to(DTYPE)
         tl.debug_barrier()
         tl.store(_scratch_rows(normed_ptr, 0, BLOCK_C, BLOCK_D, BLOCK_D), normed)
         tl.debug_barrier()

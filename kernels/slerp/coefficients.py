@@ -10,11 +10,11 @@ from torch import Tensor
 from ..checks import normalised_weights
 
 # Two vectors whose cosine is closer than this to -1 count as opposite: many great circles join
-# them, and rounding would choose one. Chosen.
+# them, and rounding would choose one. The value is a choice.
 _OPPOSITE = 1e-7
 
 # The least y . p (see slerp_coefficients) from which c = y / (y . p) is computed; below it the
-# division would amplify rounding a thousand times. Chosen.
+# division would amplify rounding a thousand times. The value is a choice.
 _FLAT = 1e-3
 
 
