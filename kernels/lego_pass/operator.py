@@ -62,8 +62,7 @@ def lego_pass(
 
     Args:
         real: Re Z, [B, C, D]; or [1, C, D], shared by all samples.
-        attended: h, [B, H, C or 1, E], the outputs of the heads, in any dtype; None skips the first
-            line.
+        attended: h, [B, H, C or 1, E], outputs of heads in any dtype; None skips the first line.
         update: the weights of the first line; None without `attended`.
         imaginary: Im Z, [B, C, D] or [1, C, D]; None for zero.
         present: bool [B], False where a sample keeps its real part; None to update all.
