@@ -89,6 +89,19 @@ def bench_a_finished_slide_beside_its_metadata(benchmark, tmp_path: Path) -> Non
     hold(benchmark, ours, lambda: [json.loads(path.read_bytes()) for path in texts], 2)
 
 
+def bench_a_manifest_beside_its_metadata(benchmark, tmp_path: Path) -> None:
+    """The table of all slides of a cohort, beside reading their JSON files."""
+    writer = StoreWriter.open(tmp_path / "cohort", TILING, "0" * 16, spec("made", 8))
+    for i in range(50):
+        slide = Slide(tmp_path / f"{i}.svs", f"{i}.svs")
+        slide.path.write_text(slide.name)
+        put(writer, slide, np.zeros((100, 8), np.float32))
+    texts = sorted((tmp_path / "cohort" / "slides").rglob("zarr.json"))
+    store = FeatureStore(tmp_path / "cohort")
+    assert store.manifest()["patches"].sum() == 5000
+    hold(benchmark, store.manifest, lambda: [json.loads(path.read_bytes()) for path in texts], 3)
+
+
 def bench_a_finished_cohort_beside_its_making(benchmark, tmp_path: Path) -> None:
     """`tile_slides` where all is done, beside the run that did it."""
     slides = tmp_path / "slides"
@@ -96,14 +109,14 @@ def bench_a_finished_cohort_beside_its_making(benchmark, tmp_path: Path) -> None
     make_pyramid(slides / "0.tif", size=(700, 700), factors=(1, 4))
     for i in range(1, 10):
         (slides / f"{i}.tif").hardlink_to(slides / "0.tif")
-    how: Any = {"encoder": "stain-stats", "downsample": 2, "tile_px": 64, "workers": 0}
+    options: Any = {"encoder": "stain-stats", "downsample": 2, "tile_px": 64, "workers": 0}
     stores = iter(range(1000))
 
     def anew() -> object:
-        return tile_slides(slides, tmp_path / f"store-{next(stores)}", **how)
+        return tile_slides(slides, tmp_path / f"store-{next(stores)}", **options)
 
     def again() -> object:
-        return tile_slides(slides, tmp_path / "store-0", **how)
+        return tile_slides(slides, tmp_path / "store-0", **options)
 
     anew()
     hold(benchmark, again, anew, 0.2)
@@ -190,8 +203,17 @@ FIRST = {
 }
 
 
+def bench_an_import_beside_the_standard_library(benchmark) -> None:
+    """A fresh process that imports motet, beside one that imports what it needs to begin with."""
+    ours, theirs = "import motet", "import importlib, typing"
+    hold(benchmark, lambda: run_python(ours), lambda: run_python(theirs), 2)
+
+
 def bench_a_first_tile_beside_openslide(benchmark, tmp_path: Path) -> None:
-    """A fresh process from its start to a tile, beside one that imports openslide-python alone."""
+    """A fresh process to a JPEG tile, beside one that imports openslide-python alone.
+
+    Of the generic TIFFs that the tests write, OpenSlide reads no JPEG 2000.
+    """
     path = os.fspath(tmp_path / "slide.tif")
     make_pyramid(path)
     runs = {who: lambda code=code: run_python(code, path) for who, code in FIRST.items()}

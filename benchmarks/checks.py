@@ -5,6 +5,7 @@ the tests' rule (python_tests/comparison.py), with errors as norms.
 """
 
 import copy
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,8 @@ def _within(
     ((error, allowed),) = errors(
         together(function), together(reference), *tensors, size="norm", floor=absolute
     )
+    if not math.isfinite(error):
+        return math.inf, 0.0
     return error / norms[0], allowed / norms[0]
 
 
@@ -352,9 +355,9 @@ def _harmonic(device: str, backend: Any, count: int) -> tuple[float, float]:
     parts = [torch.randn(9, 1000, 2, device=device) for _ in range(count)]
     weights = [1.0 + i for i in range(count)]
 
-    def merged(merge: Callable[..., Tensor], **how: Any) -> Function:
+    def merged(merge: Callable[..., Tensor], **options: Any) -> Function:
         return lambda *x: torch.view_as_real(
-            merge([torch.view_as_complex(p) for p in x], weights, **how)
+            merge([torch.view_as_complex(p) for p in x], weights, **options)
         )
 
     pair = merged(harmonic_merge, backend=backend), merged(harmonic_merge_reference)
