@@ -164,6 +164,21 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+# The marks of modules that run Triton's kernels in the interpreter.
+KERNEL_TESTS = [
+    pytest.mark.interpreted,
+    pytest.mark.sampled,
+    pytest.mark.usefixtures("_poisoned"),
+]
+
+
+def require_interpreter() -> None:
+    """Skip the module that calls this, before it imports kernels, where none can be interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
+    pytest.importorskip("triton", reason="triton is not installed; it comes with motet on Linux")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the cases of a test marked `sampled`, mark those slow that cover nothing new.
@@ -173,7 +188,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     tests: dict[tuple[str, str], list[pytest.Function]] = {}
     for item in items:
-        if hasattr(item, "callspec") and item.get_closest_marker("sampled"):
+        sampled = hasattr(item, "callspec") and item.get_closest_marker("sampled")
+        if sampled and not item.get_closest_marker("slow"):  # which covers nothing that is fast
             tests.setdefault((str(item.path), item.originalname), []).append(item)
     for cases in tests.values():
         for case in _covering_nothing_new(cases):
@@ -186,7 +202,7 @@ def _covering_nothing_new(cases: list[pytest.Function]) -> list[pytest.Function]
     covers = {}
     for case in cases:
         values = sorted((name, repr(value)) for name, value in case.callspec.params.items())
-        covers[case] = {*itertools.combinations(values, strength)}
+        covers[case] = {*itertools.combinations(values, min(strength, len(values)))}
     covered: set[object] = set()
     while covers:
         best = max(covers, key=lambda case: len(covers[case] - covered))

@@ -57,7 +57,7 @@ def test_doctor_names_the_cure(monkeypatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One shortened run as a user's: a pipe gets no progress bar, the folder gets its files."""
+    """One shortened run as a user's: no terminal, no progress bar; the folder gets its files."""
     out = tmp_path / "a" / "report"
     demo.run(out, epochs=2, folds=2)
     printed = capsys.readouterr()

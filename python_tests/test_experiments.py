@@ -418,9 +418,8 @@ def test_a_run_continues_only_as_it_began(tmp_path: Path) -> None:
     assert not list((tmp_path / "full" / "blocks").iterdir())  # refused before training
     with pytest.raises(ValueError, match="heads: expected a positive integer, got -1"):
         trained(cohort, "healnet", tmp_path / "typo", changes={**SMALL, "heads": -1})
-    trained(
-        cohort, "healnet", tmp_path / "typo"
-    )  # the failed attempt trained nothing, so another may begin
+    # The failed attempt trained nothing, so another may begin.
+    trained(cohort, "healnet", tmp_path / "typo")
     with locked(tmp_path / "busy"), pytest.raises(ValueError, match="another motet process"):
         trained(cohort, "cox", tmp_path / "busy")
 
@@ -724,7 +723,6 @@ def test_predictions_overwrite_nothing_else(
     assert "got 1e+35 for patient '000'" in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )

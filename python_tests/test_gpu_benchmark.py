@@ -1,6 +1,7 @@
 """`make gpu`, as far as a machine without a GPU can test it."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,6 +56,21 @@ def report_of(tmp_path: Path, step: str, *more: str) -> dict:
     return report
 
 
+def test_a_check_compares_with_float64() -> None:
+    """One check of each form: with gradients, and of results alone."""
+    checks = import_module("benchmarks.checks")
+    for error, allowed in (
+        checks._slerp("cpu", "eager", 2),
+        checks._weights("cpu", "eager", torch.float32),
+    ):
+        assert 0 < allowed < 1e-4
+        assert error <= allowed
+    wrong = checks._compare(lambda x: 1.001 * x, lambda x: x, [torch.ones(9)], torch.float32)
+    assert wrong[0] > wrong[1]
+    infinite = checks._compare(lambda x: x / 0, lambda x: x, [torch.ones(9)], torch.float32)
+    assert infinite == (math.inf, 0.0)
+
+
 @pytest.mark.slow
 def test_the_checks_on_a_cpu(tmp_path: Path) -> None:
     report = report_of(tmp_path, "check")
@@ -62,7 +78,10 @@ def test_the_checks_on_a_cpu(tmp_path: Path) -> None:
     assert len({*names}) == len(names)
     for model in ("LegoBlock", "HEALNet", "LegoMerge", "LegoFuse"):
         assert any(name.startswith(model) for name in names)
-    for operator in ("context_kv", "latent_attention", "absorbed_attention", "harmonic_merge"):
+    for operator in (
+        "context_kv", "latent_attention", "attention_weights", "absorbed_attention",
+        "absorbed_heads", "a bag alone", "harmonic_merge", "slerp",
+    ):  # fmt: skip
         assert any(name.startswith(operator) for name in names)
     assert all(check["passed"] for check in report["checks"])
 

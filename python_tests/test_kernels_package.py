@@ -3,8 +3,6 @@
 import ast
 import itertools
 import json
-import subprocess
-import sys
 import tomllib
 
 import pytest
@@ -58,10 +56,7 @@ def test_a_launcher_imports_triton_itself() -> None:
     """The module triton.py of an operator does not hide the library triton."""
     pytest.importorskip("triton")
     code = "from motet.kernels.slerp import triton_kernels as k; print(k.triton.__name__, k.tl)"
-    process = subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd="/", capture_output=True, text=True
-    )
-    assert process.stdout.startswith("triton <module 'triton.language'")
+    assert run_python(code).startswith("triton <module 'triton.language'")
 
 
 def test_operators_have_the_same_files() -> None:

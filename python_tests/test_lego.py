@@ -453,6 +453,7 @@ def test_compiles_whole(kind: str) -> None:
 
 def test_a_block_compiles_whole() -> None:
     block, x = blocks_of(2)["wsi"], inputs_of(2)["wsi"]
+    torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert close(compiled(x), block(x))
 

@@ -38,8 +38,9 @@ def command(slides: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def tile(slides: Path, out: Path, *more: str, code: int = 0) -> str:
-    done = subprocess.run(command(slides, out, *more), capture_output=True, text=True, timeout=120)
+def tile(slides: Path, out: Path, *more: str, code: int = 0, timeout: int = 120) -> str:
+    run = command(slides, out, *more)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -168,7 +169,8 @@ def test_kill_and_resume(cohort: Path, undisturbed: Path, tmp_path: Path, seed: 
         if (store / "slides").exists():  # the store can be opened at any moment
             for slide in FeatureStore(store).values():
                 assert np.isfinite(slide.features).all()
-    tile(cohort, store, "--workers", "2")
+    # A dead worker's lease is free at once: no run waits for heartbeats that stay away.
+    tile(cohort, store, "--workers", "2", timeout=30)
     assert content(store) == content(undisturbed)
     assert not leftovers(store)
     assert FeatureStore(store).verify() == []

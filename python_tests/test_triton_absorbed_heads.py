@@ -1,6 +1,5 @@
 """absorbed_heads: its Triton kernels in the interpreter, against torch's operators."""
 
-import os
 from functools import partial
 from typing import Any
 
@@ -8,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-if torch.cuda.is_available():
-    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from .conftest import KERNEL_TESTS, require_interpreter
+
+require_interpreter()
 
 import motet
 from motet.kernels.absorbed_attention import heads as heads_operator
@@ -25,11 +23,7 @@ from torch.library import opcheck
 from .comparison import assert_as_good_as, with_gradients
 from .conftest import assert_differentiable_once, offsets_of
 
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.sampled,
-    pytest.mark.usefixtures("_poisoned"),
-]
+pytestmark = KERNEL_TESTS
 LENGTHS = [40, 0, 1, 1, 88]
 BAGS, TOKENS = len(LENGTHS), sum(LENGTHS)
 OFFSETS = offsets_of(LENGTHS)
@@ -75,7 +69,6 @@ def check(args: tuple[Tensor, ...], x: Tensor, offsets: Tensor = OFFSETS, **opti
     assert_as_good_as(by_triton, by_torch, *args)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("places", [None, 65, 130])
 @pytest.mark.parametrize("shared", [False, True])
 def test_equals_the_composition(shared: bool, places: int | None) -> None:
@@ -86,7 +79,6 @@ def test_equals_the_composition(shared: bool, places: int | None) -> None:
 
 
 # Heads of width 1, of odd width, wider than a block of the gradients; latents in many blocks.
-@pytest.mark.sampled
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 17, 27, 300), (1, 70, 130, 33)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_sizes_at_the_edge(sizes: tuple[int, int, int, int], shared: bool) -> None:
@@ -233,7 +225,6 @@ def test_registration() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Token gradients, wide heads and empty queries are computed by absorbed_attention in torch."""
     calls: list[str] = []

@@ -140,25 +140,24 @@ def test_every_kernel_compiles_with_every_pointer_none_and_given(version, tmp_pa
     assert version in ("newest", fresh["triton"])
     keys = [f"{row['chip']} {row['key']}" for row in fresh["rows"]]
     assert sorted(keys) == sorted(json.loads(listed.stdout)["keys"])
-    if SOAK:
-        assert {row["kernel"] for row in fresh["rows"]} == {form[0] for form in forms}
+    compiled, known = {row["kernel"] for row in fresh["rows"]}, {form[0] for form in forms}
+    assert compiled == known if SOAK else compiled <= known
+    assert compiled
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["newest", OLDEST])
 def test_loops_on_hopper_neither_race_nor_take_detours(version, tmp_path):
-    """Of drawn launches, in both Tritons: no copy goes where a product still reads.
+    """In drawn launches (all in `make soak`) no copy goes where a product still reads.
 
-    Of every launch in `make soak`.
-
-    Where the tensor memory accelerator copies, no tile passes through registers.
+    In both Tritons. Where the tensor memory accelerator copies, no tile passes through registers.
     """
     triton = None if version == "newest" else oldest_triton()
     process = run(SCRIPT, "--loops", "--chip", "90", *some(25), tmp_path=tmp_path, triton=triton)
     assert not process.returncode, process.stderr
     report = json.loads(process.stdout)
     assert version in ("newest", report["triton"])
-    assert report["wgmma"] > 0
+    assert report["wgmma"] > (100 if SOAK else 0)
     assert not report["wrong"], "\n".join(report["wrong"])
 
 

@@ -4,16 +4,14 @@ Half precision is float16 here, since the interpreter multiplies the raw bits of
 `pooling` makes float16 take the path of bf16 too, and `chip` selects the tensor memory accelerator.
 """
 
-import os
 from itertools import pairwise
 
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from .conftest import KERNEL_TESTS, require_interpreter
+
+require_interpreter()
 
 from motet.kernels.context_kv import tma_kernels
 from motet.kernels.context_kv import triton as context_launchers
@@ -36,11 +34,7 @@ from .conftest import offsets_of
 
 EPS = 1e-5
 RAGGED = [300, 0, 1, 530]
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.sampled,
-    pytest.mark.usefixtures("_poisoned"),
-]
+pytestmark = KERNEL_TESTS
 
 
 @pytest.fixture(params=[0, 90], ids=["pointers", "tma"])

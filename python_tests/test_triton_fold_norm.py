@@ -1,14 +1,11 @@
 """fold_norm: the literal form, and its Triton kernels in the interpreter against it."""
 
-import os
-
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from .conftest import KERNEL_TESTS, require_interpreter
+
+require_interpreter()
 
 import torch.nn.functional as F
 from motet.kernels.fold_norm.operator import fold_norm
@@ -17,11 +14,7 @@ from torch.library import opcheck
 from .comparison import assert_as_good_as, with_gradients
 from .conftest import assert_differentiable_once
 
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.sampled,
-    pytest.mark.usefixtures("_poisoned"),
-]
+pytestmark = KERNEL_TESTS
 
 
 def inputs(groups, rows, width):

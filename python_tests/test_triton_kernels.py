@@ -4,16 +4,14 @@ The interpreter multiplies the raw bits of bf16 and ignores tf32, so half precis
 `make gpu` tests the rest on a GPU.
 """
 
-import os
 from itertools import pairwise
 
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from .conftest import KERNEL_TESTS, require_interpreter
+
+require_interpreter()
 
 from motet.kernels import dropout
 from motet.kernels.dropout import dropout_mask
@@ -29,11 +27,7 @@ from .conftest import offsets_of
 
 SCALE = 0.3
 RAGGED = [300, 0, 1, 530]
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.sampled,
-    pytest.mark.usefixtures("_poisoned"),
-]
+pytestmark = KERNEL_TESTS
 
 
 def literal_attention(q, k, v, offsets, keep, dropout_p, counts=None):
@@ -151,7 +145,6 @@ def test_attention_with_counts(lengths, latents, width, dtype):
     check_attention(q, kv, unbound, offsets, 0.0, (4 * torch.rand(2 * sum(lengths)))[::2])
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("keys", [40, pytest.param(600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dropout_p", "counted"), [(0.0, False), (0.3, False), (0.0, True)])
 def test_attention_dense(dropout_p, counted, keys):
@@ -205,7 +198,6 @@ def test_attention_without_keys():
     assert [x.shape for x in nobody] == [(0, 2, 3, 4), (0, 2, 3)]
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(("heads", "counted"), [(2, False), (2, True), (4, False)])
 def test_a_bag_alone_is_the_bag_in_a_batch(heads, counted):
     q, kv, offsets = attention_inputs(RAGGED, heads, 3, 16, torch.float32)

@@ -1,6 +1,5 @@
 """The gradient of K and V is computed once for all layers: it equals the sum over the layers."""
 
-import os
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-if torch.cuda.is_available():
-    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-pytest.importorskip("triton", reason="triton is not installed; it comes with motet on Linux")
+from .conftest import KERNEL_TESTS, require_interpreter
+
+require_interpreter()
 
 import motet
 from motet.fusion.attention import Attention
@@ -27,11 +25,7 @@ from motet.kernels.latent_attention.reference import latent_attention_reference
 from .comparison import assert_as_good_as, with_gradients
 from .conftest import offsets_of
 
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.sampled,
-    pytest.mark.usefixtures("_poisoned"),
-]
+pytestmark = KERNEL_TESTS
 LENGTHS = [40, 0, 1, 89]
 SCALE, LAYERS = 0.3, 3
 ON: dict[str, Any] = {"backend": "triton", "scale": SCALE}
@@ -70,7 +64,6 @@ def literal(q: Tensor, kv: Tensor, counts: Tensor | None) -> Tensor:
     ])  # fmt: skip
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize(
     ("shared", "latents", "width", "dtype"),
@@ -221,7 +214,6 @@ def test_where_there_are_none() -> None:
         torch.autograd.grad(first.sum(), given)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("share", [True, False, "all-but-first"])
 def test_healnet_reads_k_and_v_once(

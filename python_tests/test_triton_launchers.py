@@ -20,10 +20,9 @@ import pytest
 import torch
 import torch._dynamo  # before torch.cuda is faked: it imports from there
 
-if torch.cuda.is_available():
-    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from .conftest import require_interpreter
+
+require_interpreter()
 
 from benchmarks.launches import (
     CELLS,

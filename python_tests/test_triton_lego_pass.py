@@ -1,6 +1,5 @@
 """lego_pass on its Triton kernels, run by Triton's interpreter, against the torch form."""
 
-import os
 from contextlib import nullcontext
 from dataclasses import fields
 
@@ -8,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-if torch.cuda.is_available():
-    pytest.skip("the interpreter would take the GPU's kernels over", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from .conftest import KERNEL_TESTS, require_interpreter
+
+require_interpreter()
 
 import triton.language as tl
 from motet.kernels.dropout import dropout_mask
@@ -31,11 +29,7 @@ from .conftest import (
     views_of,
 )
 
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.sampled,
-    pytest.mark.usefixtures("_poisoned"),
-]
+pytestmark = KERNEL_TESTS
 
 TWO_D, LATENTS, WIDTH, NONE = (-2, -1), (-2,), (-1,), ()
 
@@ -54,7 +48,7 @@ def _large_blocks(monkeypatch):
         monkeypatch.setattr(launchers, name, large)
 
 
-def drawn(*shape):
+def randn_weights(*shape):
     """Draw weights or biases that keep the magnitude of their inputs."""
     return torch.randn(shape) / (shape[-1] ** 0.5 if len(shape) > 1 else 3)
 
@@ -70,7 +64,7 @@ def inputs(size, heads=(2, 5), *, one=False, shared=False, imaginary=True, query
         (dim, inner), (dim,), (dim,), (dim,), (8 * dim, dim), (8 * dim,), (dim, 4 * dim), (dim,)
     ]  # fmt: skip
     shapes += [(dim,), (dim,), (inner, dim)] if query_weights else []
-    return [real, attended, *parts, *(drawn(*shape) for shape in shapes)]
+    return [real, attended, *parts, *(randn_weights(*shape) for shape in shapes)]
 
 
 def weights_of(tensors):
@@ -204,7 +198,7 @@ def test_first_queries(axes, imaginary, scaled):
     """Without `attended` latents are only normalised and projected to queries, not updated."""
     flags = None if scaled is None else torch.tensor(scaled)
 
-    def query_weights(backend):
+    def first_queries(backend):
         def run(real, other, *weights):
             results = lego_pass(
                 real, imaginary=other if imaginary else None, axes=axes, scaled=flags,
@@ -217,7 +211,7 @@ def test_first_queries(axes, imaginary, scaled):
     real, _, other, *weights = inputs((3, 7, 13), shared=True)
     args = (real, other, *weights[8:])
     assert_as_good_as(
-        with_gradients(query_weights("triton")), with_gradients(query_weights("eager")), *args
+        with_gradients(first_queries("triton")), with_gradients(first_queries("eager")), *args
     )
     bare = lego_pass(real, axes=axes, backend="triton")
     assert bare[1] is None
@@ -439,11 +433,8 @@ def launches(backend, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # memory not yet written
 def test_launches(monkeypatch):
     forward, backward = launches("triton", monkeypatch)
-    assert forward == [
-        "cat",
-        "cat",
-        "triton pass_kernel",
-    ]  # `cat` joins the weights, once for all passes
+    # `cat` joins the weights, once for all passes.
+    assert forward == ["cat", "cat", "triton pass_kernel"]
     assert backward == [
         f"triton {name}_kernel" for name in ("query_backward", "update_backward", "gradients")
     ]
