@@ -27,8 +27,8 @@ def add_train(commands: Commands) -> None:
     train.add_argument(
         "--model",
         required=True,
-        help="healnet; lego (a LegoBlock per modality, then their merge); or a baseline: cox or "
-        "rsf for survival, logistic or forest for classes",
+        help="healnet; lego (a LegoBlock per modality, then their merge); or a baseline: cox, "
+        "coxnet, rsf or boosting for survival, logistic, forest or boosting for classes",
     )
     add_out(train, "folder of the run")
     add_data(train)

@@ -3,19 +3,21 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from ..fusion.baselines import class_forest, logistic, ridge_cox, survival_forest
+from ..fusion.baselines.cross_validation import FittingData
+from ..fusion.baselines.fit import FitBaseline, features_of, flatten
 from ..fusion.encoders import ABMIL, SNN
 from ..fusion.fitted import Fitted
 from ..fusion.healnet import HEALNet
 from ..fusion.lego_block import LegoBlock
 from ..fusion.modalities import Tabular
 from ..fusion.patients import modalities_of
-from ..fusion.predictions import Predictions, RiskScale, time_grid
+from ..fusion.predictions import Predictions, RiskScale
 from ..fusion.training import History, Training, train
 from .fold import Fold
 from .settings import Settings
@@ -29,16 +31,16 @@ class FoldResult:
 
     Args:
         predictions: of the test part.
-        scale: of the training patients' risks; None for classes.
-        parameters: number of trained parameters.
-        fitted: the model with its scaling and objective; None for a baseline, which is not kept.
+        scale: of the risks of the patients the model was fitted to; None for classes.
+        parameters: number of trained parameters; of trees, of numbers that describe them.
+        fitted: the model with its scaling and objective.
         history: of the training; empty for models that are not trained in epochs.
     """
 
     predictions: Predictions
     scale: RiskScale | None
     parameters: int
-    fitted: Fitted | None = None
+    fitted: Fitted
     history: History = field(default_factory=History)
 
     def facts(self) -> dict[str, Any]:
@@ -99,12 +101,7 @@ def fit_network(
     Raises:
         ValueError: no patient to train on or to validate with.
     """
-    for name, part in (("train", fold.train), ("validation", fold.validation)):
-        if not len(part.patients):
-            raise ValueError(
-                f"fold {fold.number + 1}: no patient in its {name} part has "
-                f"{' or '.join(fold.scaling)}"
-            )
+    _check_parts(fold)
     folder.mkdir(parents=True, exist_ok=True)
     history = train(
         model,
@@ -127,41 +124,34 @@ def finish_network(model: nn.Module, fold: Fold, history: History) -> FoldResult
     return FoldResult(predictions, fitted.scale, parameters, fitted, history)
 
 
-def fit_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
-    """Fit one of `settings.BASELINES` on a fold, then predict its test part.
+def fit_baseline(fit: FitBaseline, fold: Fold, seed: int) -> FoldResult:
+    """Fit a baseline to the training and validation parts of a fold, then predict its test part.
 
     Args:
-        name: name of the baseline.
+        fit: fits the baseline; one of those of the task.
         fold: the patients.
         seed: seed of the run.
+
+    Raises:
+        ValueError: patients to whom the baseline cannot be fitted.
     """
-    return _BASELINES[name](name, fold, fold_seed(seed, fold.number))
+    _check_parts(fold)
+    features, parts = features_of(fold.scaling), (fold.train, fold.validation)
+    x = np.concatenate([flatten(features, part.patients) for part in parts])
+    outcome = tuple(np.concatenate(each) for each in zip(*(p.outcome for p in parts), strict=True))
+    groups = np.concatenate([part.groups for part in parts])
+    data = FittingData(x, outcome, groups, fold_seed(seed, fold.number))
+    model, objective = fit(features, data, fold.objective)
+    scale, grid = objective.reference(model.logits(torch.from_numpy(x)), *outcome)
+    fitted = Fitted(model, fold.scaling, objective, scale, grid)
+    parameters = sum(p.numel() for p in model.parameters())
+    return FoldResult(fitted.predict(fold.test.patients), scale, parameters, fitted)
 
 
-def _survival_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
-    train, outcome = fold.train.patients, cast(Any, fold.train.outcome)
-    if name == "cox":
-        validation = fold.validation
-        model = ridge_cox(train, outcome, validation.patients, cast(Any, validation.outcome))
-    else:
-        model = survival_forest(train, outcome, seed)
-    predictions = model.predictions(fold.test.patients, time_grid(outcome[0]))
-    return FoldResult(predictions, model.scale(train), model.parameters)
-
-
-def _class_baseline(name: str, fold: Fold, seed: int) -> FoldResult:
-    train, labels = fold.train.patients, fold.train.outcome[0]
-    if name == "logistic":
-        validation = fold.validation
-        model = logistic(train, labels, validation.patients, validation.outcome[0])
-    else:
-        model = class_forest(train, labels, seed)
-    return FoldResult(model.predictions(fold.test.patients), None, model.parameters)
-
-
-_BASELINES = {
-    "cox": _survival_baseline,
-    "rsf": _survival_baseline,
-    "logistic": _class_baseline,
-    "forest": _class_baseline,
-}
+def _check_parts(fold: Fold) -> None:
+    for name, part in (("train", fold.train), ("validation", fold.validation)):
+        if not len(part.patients):
+            raise ValueError(
+                f"fold {fold.number + 1}: no patient in its {name} part has "
+                f"{' or '.join(fold.scaling)}"
+            )

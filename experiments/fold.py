@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from ..fusion.objectives import Objective
 from ..fusion.patients import BagsReadOnce, Patients
@@ -23,10 +25,12 @@ class FoldPart:
     Args:
         patients: scaled, with the targets of the objective.
         outcome: times and events, or labels, [n] each.
+        groups: the group of each patient, [n].
     """
 
     patients: Patients
     outcome: Outcome
+    groups: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,11 @@ class Fold:
         def make_part(ids: tuple[str, ...]) -> FoldPart:
             patients = Patients.of(cohort.modalities, scaling, ids)
             has = torch.stack([patients.has(name) for name in scaling]).any(0)
-            outcome = task.outcome(cohort, rows_of(cohort, ids)[has.numpy()])
+            rows = rows_of(cohort, ids)[has.numpy()]
+            outcome = task.outcome(cohort, rows)
             target = cast(Any, objective).target(*outcome)
-            return FoldPart(replace(patients.select(has), target=target), outcome)
+            selected = replace(patients.select(has), target=target)
+            return FoldPart(selected, outcome, np.asarray(cohort.groups)[rows])
 
         return cls(
             number,

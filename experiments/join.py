@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..fusion.lego_block import LegoBlock
 from ..fusion.lego_fuse import LegoFuse
@@ -193,7 +193,7 @@ def _blocks_of_fold(
         (name,) = fitted.scaling
         if name in blocks:
             raise RunError(f"{run.path}: a second block of modality {name!r}")
-        block_objective = fitted.objective.untrained()
+        block_objective = cast(Objective, fitted.objective).untrained()
         if objective is not None and block_objective != objective:
             raise RunError(
                 f"{run.path}: expected the objective of {runs[0].path}, {objective.describe()}, "

@@ -189,17 +189,14 @@ class Run:
         number: int,
         predictions: pd.DataFrame,
         facts: dict[str, Any],
-        fitted: Fitted | None,
+        fitted: Fitted,
     ) -> None:
         """Write the files of a fold, `done.json` last."""
         folder = self.fold(number)
         folder.mkdir(parents=True, exist_ok=True)
-        if fitted is not None:
-            fitted.save(folder)
+        fitted.save(folder)
         write_text(folder / "predictions.csv", predictions.to_csv(index=False))
-        names = ["predictions.csv"]
-        if fitted is not None:
-            names += ["model.safetensors", "fitted.json"]
+        names = ("predictions.csv", "model.safetensors", "fitted.json")
         sizes = {name: (folder / name).stat().st_size for name in names}
         write_text(folder / "done.json", json.dumps({**facts, "bytes": sizes}))
 
@@ -207,15 +204,10 @@ class Run:
         """Read the model of a fold.
 
         Raises:
-            RunError: a baseline, whose models are not kept, or a missing or corrupt file.
+            RunError: a missing or corrupt file.
         """
-        folder = self.fold(number)
-        if not (folder / "fitted.json").exists():
-            raise RunError(
-                f"{self.path}: has no model to predict with (model {self.config['model']})"
-            )
         try:
-            return Fitted.load(folder)
+            return Fitted.load(self.fold(number))
         except (OSError, ValueError) as error:
             raise RunError(str(error)) from error
 

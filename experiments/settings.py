@@ -11,7 +11,7 @@ from ..fusion.healnet import HEALNet
 from ..fusion.lego_block import LegoBlock
 from ..fusion.training import Training
 
-BASELINES = ("cox", "rsf", "logistic", "forest")
+BASELINES = ("cox", "coxnet", "rsf", "logistic", "forest", "boosting")
 MODELS = ("healnet", "lego", *BASELINES)
 
 # Chosen on the validation parts of tcga_blca, tcga_kirp, hancock_os and breast_cancer, among about

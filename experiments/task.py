@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..fusion.baselines.fit import CLASS_BASELINES, SURVIVAL_BASELINES, FitBaseline
 from ..fusion.evaluation import (
     compare_classes,
     compare_survival,
@@ -39,7 +40,7 @@ class Task(ABC):
     outcome_name: ClassVar[str]
     """For messages."""
     losses: ClassVar[tuple[str, ...]]
-    baselines: ClassVar[tuple[str, ...]]
+    baselines: ClassVar[dict[str, FitBaseline]]
     metrics: ClassVar[dict[str, str]]
     """Name and title of the metrics in tables."""
 
@@ -128,7 +129,7 @@ class SurvivalTask(Task):
     unit: str
     outcome_name: ClassVar[str] = "survival"
     losses: ClassVar[tuple[str, ...]] = ("nll", "cox")
-    baselines: ClassVar[tuple[str, ...]] = ("cox", "rsf")
+    baselines: ClassVar[dict[str, FitBaseline]] = SURVIVAL_BASELINES
     metrics: ClassVar[dict[str, str]] = {
         "harrell_c": "Harrell's c",
         "uno_c": "Uno's c",
@@ -234,7 +235,7 @@ class ClassTask(Task):
     names: tuple[str, ...]
     outcome_name: ClassVar[str] = "classes"
     losses: ClassVar[tuple[str, ...]] = ("cross_entropy",)
-    baselines: ClassVar[tuple[str, ...]] = ("logistic", "forest")
+    baselines: ClassVar[dict[str, FitBaseline]] = CLASS_BASELINES
     metrics: ClassVar[dict[str, str]] = {
         "auc": "AUC",
         "macro_auc": "macro AUC",

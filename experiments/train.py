@@ -45,7 +45,8 @@ class FitModel:
         settings = self.settings
         fold = Fold.learn(self.cohort, self.modalities, split, number, settings.goal)
         if self.model in BASELINES:
-            return fit_baseline(self.model, fold, settings.training.seed)
+            fit = task_of(self.cohort).baselines[self.model]
+            return fit_baseline(fit, fold, settings.training.seed)
         build = build_network if self.model == "healnet" else build_block
         return fit_network(build(fold, settings), fold, settings.training, folder, each_epoch)
 
@@ -116,6 +117,6 @@ def _check_task(cohort: Cohort, model: str, settings: Settings) -> None:
     task = task_of(cohort)
     if model in BASELINES and model not in task.baselines:
         raise ValueError(
-            f"--model: expected {' or '.join(task.baselines)} for {task.outcome_name}, got {model}"
+            f"--model: expected {', '.join(task.baselines)} for {task.outcome_name}, got {model}"
         )
     settings.goal.check(task.losses)

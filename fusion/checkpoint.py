@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._atomic import replacing
+from .baselines.models import FlatModel, LinearModel, TreeEnsemble
 from .healnet import HEALNet
 from .lego_block import LegoBlock
 from .lego_fuse import LegoFuse
@@ -28,7 +29,8 @@ from .lego_merge import LegoMerge
 FORMAT = 1
 _DIFFERENT = "encoders or parts of another architecture were saved"
 _MODELS: dict[str, type[Any]] = {
-    model.__name__: model for model in (HEALNet, LegoBlock, LegoMerge, LegoFuse)
+    model.__name__: model
+    for model in (HEALNet, LegoBlock, LegoMerge, LegoFuse, LinearModel, TreeEnsemble)
 }
 
 
@@ -39,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     have, only the tensors are stored; `load` then needs the module.
 
     Args:
-        model: HEALNet, LegoBlock, LegoMerge or LegoFuse.
+        model: HEALNet, LegoBlock, LegoMerge or LegoFuse, or a fitted baseline.
         path: file to write, usually `*.safetensors`.
 
     Raises:
@@ -81,7 +83,7 @@ def load(
     *,
     encoders: nn.Module | Mapping[str, nn.Module] | None = None,
     device: str | torch.device = "cpu",
-) -> HEALNet | LegoBlock | LegoMerge | LegoFuse:
+) -> HEALNet | LegoBlock | LegoMerge | LegoFuse | FlatModel:
     """Read a model that `save` wrote, in evaluation mode.
 
     Args:
@@ -108,9 +110,9 @@ def load(
     """
     content, tensors = _read(Path(path))
     kind = _MODELS[content["model"]]
-    if kind is HEALNet and encoders is not None:
-        raise ValueError("encoders: expected none for a HEALNet")
-    arguments = [] if kind is HEALNet else [encoders]
+    arguments = [encoders] if kind in (LegoBlock, LegoMerge, LegoFuse) else []
+    if not arguments and encoders is not None:
+        raise ValueError(f"encoders: expected none for a {kind.__name__}")
     try:
         model = kind.from_config(content["config"], *arguments)
     except KeyError as error:

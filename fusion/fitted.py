@@ -14,7 +14,12 @@ from torch import nn
 
 from .._atomic import write_text
 from .checkpoint import load, save
-from .objectives import Objective, objective_from_config, objective_to_config
+from .objectives import (
+    FittedObjective,
+    Objective,
+    objective_from_config,
+    objective_to_config,
+)
 from .patients import Patients
 from .predictions import Predictions, RiskScale
 from .preprocessing import BagSource, Scaling, scaling_from_config
@@ -26,16 +31,17 @@ class Fitted:
     """A trained model with everything that predictions for new patients need.
 
     Args:
-        model: HEALNet, LegoBlock, LegoMerge or LegoFuse.
+        model: HEALNet, LegoBlock, LegoMerge or LegoFuse, or a fitted baseline.
         scaling: of each modality, fitted on the training patients.
-        objective: fitted on the training patients.
-        scale: of the training patients' risks; None for classes.
+        objective: fitted on the training patients; of a baseline, on the patients of training and
+            validation.
+        scale: of the risks of the same patients; None for classes.
         grid: times of the survival curves; None for classes.
     """
 
     model: nn.Module
     scaling: dict[str, Scaling]
-    objective: Objective
+    objective: FittedObjective
     scale: RiskScale | None
     grid: NDArray[np.float64] | None
 

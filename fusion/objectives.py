@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from .losses import likelihood_of_bins, on_device_of, partial_likelihood
 from .predictions import ClassPredictions, RiskScale, SurvivalPredictions, time_grid
-from .survival import TimeBins, outcome_arrays, risk, survival
+from .survival import TimeBins, breslow_hazard, outcome_arrays, risk, survival
 
 Target = dict[str, Tensor]
 CurveTimes = NDArray[np.float64]
@@ -146,21 +146,20 @@ class CoxSurvival(_SurvivalObjective):
         return logits.double().squeeze(1).cpu().numpy()
 
     def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
-        """Return S(t) [n, G] at the times `grid`, from Breslow's baseline."""
+        """Return S(t) [n, G] at the times `grid`, from Breslow's baseline.
+
+        All are finite: log hazard ratios beyond ±300 count as ±300.
+        """
         steps = np.searchsorted(np.asarray(self.times), grid, side="right")
         cumulative = np.array([0.0, *self.hazard])[steps]
-        return np.exp(-cumulative * np.exp(self.risk(logits))[:, None])
+        return np.exp(-cumulative * np.exp(_limited(self.risk(logits)))[:, None])
 
     def fitted(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
         """Return the objective with Breslow's baseline of the training patients."""
-        from sksurv.linear_model.coxph import BreslowEstimator
-
-        times, events = outcome_arrays(times, events)
-        baseline = BreslowEstimator().fit(self.risk(logits), events, times).cum_baseline_hazard_
-        assert baseline is not None
-        return replace(
-            self, times=tuple(map(float, baseline.x)), hazard=tuple(map(float, baseline.y))
+        event_times, hazard = breslow_hazard(
+            _limited(self.risk(logits)), *outcome_arrays(times, events)
         )
+        return replace(self, times=tuple(event_times.tolist()), hazard=tuple(hazard.tolist()))
 
     def untrained(self) -> Self:
         """Return the objective as it was before training, without a baseline."""
@@ -169,6 +168,32 @@ class CoxSurvival(_SurvivalObjective):
     def describe(self) -> str:
         """Return, for messages, what distinguishes it from others of its kind."""
         return self.kind
+
+
+@dataclass(frozen=True)
+class SurvivalCurves(_SurvivalObjective):
+    """A risk and a survival curve per patient, of a model that is not trained by a loss.
+
+    The logits are the risk, then S(t) at given times.
+    """
+
+    times: tuple[float, ...]
+    """Times of the curves, rising and above 0."""
+    kind: ClassVar[str] = "curves"
+
+    @property
+    def out_features(self) -> int:
+        return 1 + len(self.times)
+
+    def risk(self, logits: Tensor) -> NDArray[np.float64]:
+        """Return the risks [n], higher is worse."""
+        return logits[:, 0].double().cpu().numpy()
+
+    def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
+        """Return S(t) [n, G] at the times `grid`: linear from S(0) = 1, constant after the last."""
+        at_times = logits[:, 1:].double().cpu().numpy()
+        curves = [np.interp(grid, [0.0, *self.times], [1.0, *curve]) for curve in at_times]
+        return np.asarray(curves).reshape(len(at_times), len(grid))
 
 
 @dataclass(frozen=True)
@@ -246,15 +271,25 @@ class Classification:
 
 
 Objective = DiscreteSurvival | CoxSurvival | Classification
-_KINDS: dict[str, type[Any]] = {o.kind: o for o in (DiscreteSurvival, CoxSurvival, Classification)}
+"""What networks are trained for."""
+FittedObjective = Objective | SurvivalCurves
+"""What the logits of a fitted model mean."""
+_KINDS: dict[str, type[Any]] = {
+    o.kind: o for o in (DiscreteSurvival, CoxSurvival, SurvivalCurves, Classification)
+}
 
 
-def objective_to_config(objective: Objective) -> dict[str, Any]:
+def _limited(log_hazard_ratios: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return log hazard ratios within ±300, so that no product of their exponentials overflows."""
+    return np.clip(log_hazard_ratios, -300.0, 300.0)
+
+
+def objective_to_config(objective: FittedObjective) -> dict[str, Any]:
     """Return the objective as plain values for JSON; `objective_from_config` reads them."""
     return {"kind": objective.kind, **asdict(objective)}
 
 
-def objective_from_config(config: dict[str, Any]) -> Objective:
+def objective_from_config(config: dict[str, Any]) -> FittedObjective:
     """Build an objective from the values of `objective_to_config`."""
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value

@@ -142,3 +142,27 @@ def _interleave(strata: NDArray[np.int64], generator: np.random.Generator) -> ND
         rows = generator.permutation(np.flatnonzero(strata == stratum))
         position[rows] = (np.arange(len(rows)) + generator.random()) / len(rows)
     return np.argsort(position, kind="stable")
+
+
+def draw_folds(groups: ArrayLike, strata: ArrayLike, *, count: int, seed: int) -> NDArray[np.int64]:
+    """Draw the folds of a cross-validation; return the fold of each row, int64 [n].
+
+    There are fewer than `count` folds if there are fewer groups.
+
+    Args:
+        groups: [n], rows with the same value stay together.
+        strata: [n] of integers or bools; every fold has them in the same proportions.
+        count: number of folds.
+        seed: of the draw.
+
+    Raises:
+        ValueError: fewer than two groups.
+    """
+    units, stratum = _number_groups(groups, strata)
+    size = len(stratum)
+    count = min(count, size)
+    if count < 2:
+        raise ValueError(f"groups: expected at least 2 for a cross-validation, got {size}")
+    fold = np.empty(size, np.int64)
+    fold[_interleave(stratum, np.random.default_rng(seed))] = np.arange(size) * count // size
+    return fold[units]

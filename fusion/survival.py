@@ -100,6 +100,28 @@ def outcome_arrays(
     return values, observed.astype(bool)
 
 
+def breslow_hazard(
+    log_hazard_ratios: NDArray[np.float64], times: NDArray[np.float64], events: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return Breslow's cumulative baseline hazard: the event times [T], and its values there [T].
+
+    At each event time it rises by the number of events, divided by Σ exp(log hazard ratio) of the
+    patients at risk. These sums only add, from the last time on: with differences, large hazard
+    ratios would leave sums of zero or below.
+
+    Args:
+        log_hazard_ratios: [n].
+        times: [n].
+        events: [n].
+    """
+    distinct, place = np.unique(times, return_inverse=True)
+    ended = np.bincount(place, np.exp(log_hazard_ratios), len(distinct))
+    at_risk = ended[::-1].cumsum()[::-1]
+    count = np.bincount(place, events, len(distinct))
+    has_event = count > 0
+    return distinct[has_event], (count[has_event] / at_risk[has_event]).cumsum()
+
+
 def hazards(logits: Tensor) -> Tensor:
     """Return sigmoid(logits), [B, K]: the probability of the event in a bin, if not earlier.
 

@@ -22,10 +22,8 @@ import pytest
 import torch
 from motet import cli, experiments
 from motet.experiments import Run
-from motet.experiments.fold import Fold
 from motet.experiments.run_folder import locked
-from motet.experiments.settings import Goal
-from motet.io import Bags, Classes, Cohort, Split, Survival, load_cohort
+from motet.io import Bags, Cohort, Split, Survival, load_cohort
 from motet.io.cohorts.bags import LazyBags
 from safetensors import safe_open
 
@@ -424,50 +422,6 @@ def test_a_run_continues_only_as_it_began(tmp_path: Path) -> None:
         trained(cohort, "cox", tmp_path / "busy")
 
 
-def test_baselines(tmp_path: Path) -> None:
-    """Ridge Cox on principal axes equals ridge Cox; forests and logistic regression predict."""
-    from motet.fusion import baselines
-    from sksurv.linear_model import CoxPHSurvivalAnalysis
-    from sksurv.util import Surv
-
-    cohort = with_fixed_splits(breast_cancer())
-    (split,) = experiments.split_cohort(cohort, experiments.Splits())
-    fold = Fold.learn(cohort, list(cohort.modalities), split, 0, Goal())
-    train, held = fold.train, fold.validation
-    model = baselines.ridge_cox(train.patients, train.outcome, held.patients, held.outcome)  # pyright: ignore
-    x, test = baselines.flatten(train.patients), baselines.flatten(fold.test.patients)
-    times, events = train.outcome
-    expected = [
-        CoxPHSurvivalAnalysis(alpha=penalty, ties="efron").fit(x, Surv.from_arrays(events, times))
-        for penalty in baselines.PENALTIES
-    ]
-    risks = model.risk(test)
-    others = [cox.predict(test) for cox in expected]
-    errors = [np.abs(risks - risks.mean() - (r - r.mean())).max() for r in others]
-    assert min(errors) < 1e-6
-    chosen = expected[int(np.argmin(errors))]
-    grid = np.array([500.0, 2000.0])
-    curves = [[f(t) for t in grid] for f in chosen.predict_survival_function(test)]
-    np.testing.assert_allclose(model.curves(test, grid), curves, atol=1e-6)
-
-    run = trained(cohort, "rsf", tmp_path / "rsf")
-    assert run.tested()[0].curves.shape == (48, 32)
-    with pytest.raises(ValueError, match="has no model to predict with"):
-        experiments.predict_cohort(run, cohort)
-
-    labels = Classes((cohort.outcome.times > 3000).astype(np.int64), ("early", "late"))
-    classes = replace(cohort, outcome=labels)
-    aucs = {}
-    for kind in ("logistic", "forest", "healnet"):
-        run = trained(classes, kind, tmp_path / kind)
-        frame = run.predictions()
-        np.testing.assert_allclose(frame["p_early"] + frame["p_late"], 1, rtol=1e-6)
-        aucs[kind] = experiments.read_metrics(run)["auc"]["value"]
-    assert all(0 < auc < 1 for auc in aucs.values())
-    table = experiments.predict_cohort(run, classes)
-    np.testing.assert_allclose(table["p_early"] + table["p_late"], 1, rtol=1e-6)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_cohort_trains_with_one_command(name: str, tmp_path: Path) -> None:
@@ -488,6 +442,24 @@ def test_every_shipped_cohort_trains_with_one_command(name: str, tmp_path: Path)
     other = experiments.predict_cohort(run, blind).set_index("patient").loc[list(cohort.patients)]
     numbers = table.select_dtypes(float).to_numpy()
     np.testing.assert_allclose(other.select_dtypes(float), numbers, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_baseline_predicts_every_shipped_cohort(name: str, tmp_path: Path) -> None:
+    """Its curves are finite and fall in every fold."""
+    if name != "breast_cancer":
+        data_path("data")
+    cohort = load_cohort(name)
+    survival = isinstance(cohort.outcome, Survival)
+    run = trained(cohort, "cox" if survival else "logistic", tmp_path / "run")
+    for number in range(len(run.splits)):
+        numbers = run.predictions().query(f"fold == {number}").filter(regex=r"^(s|p)_")
+        assert len(numbers)
+        assert ((numbers >= 0) & (numbers <= 1)).all().all()  # NaN is neither
+        if survival:
+            assert (np.diff(numbers, axis=1) <= 0).all()
+    assert np.isfinite(experiments.predict_cohort(run, cohort).select_dtypes(float)).all().all()
 
 
 # Bad input
@@ -601,7 +573,7 @@ def test_the_cohort_that_is_spoiled_trains(files: Path) -> None:
     ("arguments", "expected"),
     [
         (["--model", "perceiver"], "--model: expected one of healnet, lego, cox"),
-        (["--model", "logistic"], "--model: expected cox or rsf for survival, got logistic"),
+        (["--model", "logistic"], "--model: expected cox, coxnet, rsf, boosting for survival"),
         (["--model", "healnet", "--set", "epoch=3"], "unknown setting 'epoch' of healnet; did you"),
         (["--model", "healnet", "--set", "epochs"], "--set: expected NAME=VALUE, got 'epochs'"),
         (["--model", "healnet", "--set", "depth=none"], "depth: expected a positive integer"),
