@@ -151,7 +151,4 @@ def fit_baseline(fit: FitBaseline, fold: Fold, seed: int) -> FoldResult:
 def _check_parts(fold: Fold) -> None:
     for name, part in (("train", fold.train), ("validation", fold.validation)):
         if not len(part.patients):
-            raise ValueError(
-                f"fold {fold.number + 1}: no patient in its {name} part has "
-                f"{' or '.join(fold.scaling)}"
-            )
+            raise ValueError(f"no patient in its {name} part has {' or '.join(fold.scaling)}")

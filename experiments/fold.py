@@ -76,10 +76,7 @@ class Fold:
             for name, source in cohort.modalities.items()
             if name in names
         }
-        try:
-            scaling = fit_scaling(modalities, split.train)
-        except ValueError as error:
-            raise ValueError(f"fold {number + 1}: {error}") from error
+        scaling = fit_scaling(modalities, split.train)
         for source in modalities.values():
             if isinstance(source, BagsReadOnce):
                 source.hand_over()

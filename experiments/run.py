@@ -1,7 +1,9 @@
 """Execute a run: fold after fold, each on disk before the next; then out-of-fold metrics."""
 
 import json
+import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +20,9 @@ from .folds import PARTS
 from .run_folder import Run, RunError, locked
 from .settings import Settings
 from .task import task_of
+
+# What a fold raises if its data or a library fail; errors in the code itself end the run.
+_FAILURES = (ValueError, ArithmeticError, RuntimeError)
 
 
 class FitFold(Protocol):
@@ -85,10 +90,12 @@ def run_config(
 def execute_run(spec: RunSpec, fit_fold: FitFold) -> Run:
     """Fit the folds that are not done yet, then write out-of-fold predictions and metrics.
 
-    Under torchrun only the first process writes; the others take part in the trainings.
+    If a fold fails, the others are fitted all the same. The same command tries the failed ones
+    again. Under torchrun only the first process writes; the others take part in the trainings.
 
     Raises:
-        RunError: the folder holds something else, or another process is writing to it.
+        RunError: the folder holds something else, another process is writing to it, or a fold
+            failed.
     """
     splits = [{name: list(getattr(split, name)) for name in PARTS} for split in spec.splits]
     if rank():
@@ -103,14 +110,47 @@ def execute_run(spec: RunSpec, fit_fold: FitFold) -> Run:
         run = Run.create(spec.out, spec.config, splits, outcome)
         label = f"{spec.config['model']} {' + '.join(spec.config['modalities'])}"
         epochs = (spec.config["training"] or {}).get("epochs", 1)
+        failed: dict[int, str] = {}
         with tqdm(total=len(splits) * epochs, disable=None, unit="epoch", leave=False) as bar:
             for number, split in enumerate(spec.splits):
                 bar.set_description(f"{label}, fold {number + 1}/{len(splits)}")
                 if not run.is_fold_done(number):
-                    _execute_fold(run, number, split, fit_fold, bar)
+                    try:
+                        _execute_fold(run, number, split, fit_fold, bar)
+                    except _FAILURES as error:
+                        failed[number] = _report_failure(run, number, error, bar)
                 bar.update((number + 1) * epochs - bar.n)
+        if failed:
+            raise RunError(_describe_failures(run, failed))
         _write_metrics(run)
     return run
+
+
+def _report_failure(run: Run, number: int, error: Exception, bar: tqdm) -> str:
+    """Log why a fold failed, show it above a progress bar, and return the reason in one line."""
+    reason = " ".join(str(error).split())
+    if not isinstance(error, ValueError):  # of a library, which may not say what it is about
+        reason = f"{type(error).__name__}: {reason}"
+    line = f"fold {number + 1}/{len(run.splits)} failed: {reason}"
+    run.log(f"{line}\n{''.join(traceback.format_exception(error))}")
+    if not bar.disable:
+        bar.write(f"{run.path}: {line}", file=sys.stderr)
+    return reason
+
+
+def _describe_failures(run: Run, failed: dict[int, str]) -> str:
+    """Return one line that names the run and each failed fold with its reason."""
+    folds_of: dict[str, list[int]] = {}
+    for number, reason in failed.items():
+        folds_of.setdefault(reason, []).append(number + 1)
+    reasons = "; ".join(
+        f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}: {reason}"
+        for reason, folds in folds_of.items()
+    )
+    return (
+        f"{run.path}: {len(failed)} of {len(run.splits)} folds failed; {reasons} (the same command "
+        "tries only these again)"
+    )
 
 
 def _execute_fold(run: Run, number: int, split: Split, fit_fold: FitFold, bar: tqdm) -> None:

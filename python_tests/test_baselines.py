@@ -403,3 +403,68 @@ def test_a_baseline_is_fitted_to_training_and_validation() -> None:
 def cast_linear(model: Any) -> LinearModel:
     assert isinstance(model, LinearModel)
     return model
+
+
+# Folds that fail
+
+
+def test_a_failing_fold_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort = replace(planted("survival"), splits=None)
+    fits: list[int] = []
+    fit = SURVIVAL_BASELINES["cox"]
+
+    def fails(number: int, error: Exception) -> Callable[..., Any]:
+        def fit_or_fail(features: FlatFeatures, data: FittingData, objective: Any) -> Any:
+            fits.append(data.seed)
+            if data.seed == number:  # seed 0 · 1009 + number of the fold
+                raise error
+            return fit(features, data, objective)
+
+        return fit_or_fail
+
+    def train() -> experiments.Run:
+        splits = experiments.Splits(3, test=0.3)
+        return experiments.train_run(cohort, "cox", tmp_path / "run", splits=splits)
+
+    monkeypatch.setitem(SURVIVAL_BASELINES, "cox", fails(1, RuntimeError("the library\ngave up")))
+    with pytest.raises(ValueError, match=r"run: 1 of 3 folds failed; fold 2: RuntimeError: the "
+                       r"library gave up \(the same command tries only"):  # fmt: skip
+        train()
+    assert fits == [0, 1, 2]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "fold 2/3 failed: RuntimeError: the library gave up" in log
+    assert "Traceback" in log
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    with pytest.raises(ValueError, match="incomplete, fold 2 of 3 is not done"):
+        experiments.Run.finished(tmp_path / "run")
+
+    fits.clear()
+    monkeypatch.setitem(SURVIVAL_BASELINES, "cox", fails(-1, ValueError()))
+    run = train()
+    assert fits == [1]  # only the one that had failed
+    assert run.predictions()["fold"].nunique() == 3
+
+
+def test_folds_that_fail_alike_are_told_once(tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(features: FlatFeatures, data: FittingData, objective: Any) -> Any:
+        raise np.linalg.LinAlgError("singular")
+
+    monkeypatch.setitem(SURVIVAL_BASELINES, "cox", fail)
+    with pytest.raises(ValueError, match="3 of 3 folds failed; folds 1, 2, 3: singular"):
+        experiments.train_run(
+            replace(planted("survival"), splits=None),
+            "cox",
+            tmp_path / "run",
+            splits=experiments.Splits(3),
+        )
+
+
+def test_an_error_in_the_code_ends_the_run(tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(features: FlatFeatures, data: FittingData, objective: Any) -> Any:
+        raise TypeError("a bug")
+
+    monkeypatch.setitem(SURVIVAL_BASELINES, "cox", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        experiments.train_run(planted("survival"), "cox", tmp_path / "run")
