@@ -932,3 +932,22 @@ def test_fingerprint_sees_what_matters(put: Put) -> None:
     ):
         prints.add(load_cohort(change()).fingerprint())
     assert len(prints) == 7
+
+
+def test_a_wide_table_is_read_at_once(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40,000 genes: steps for each column took 22 s where pandas alone takes 2 s."""
+    genes = np.random.default_rng(0).normal(size=(4, 300))
+    frame = pd.DataFrame(genes, columns=[f"g{i}" for i in range(300)]).assign(age=[1, 2, 3, np.nan])
+    frame = frame.assign(id=["001", "002", "003", "010"], time=1, event=[0, 1, 1, 0], stage="I")
+    path = put(**{"t.csv": frame.to_csv(index=False)})
+    get, seen = pd.DataFrame.__getitem__, []
+
+    def getitem(self: pd.DataFrame, key: object) -> object:
+        seen.append(key)
+        return get(self, key)
+
+    monkeypatch.setattr(pd.DataFrame, "__getitem__", getitem)
+    cohort = load_cohort(path)
+    cohort.fingerprint()
+    assert len(seen) < 60
+    np.testing.assert_array_equal(table(cohort, "genes"), genes)

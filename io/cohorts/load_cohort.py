@@ -15,7 +15,8 @@ from .modalities import read_modality
 from .outcomes import read_outcome
 from .schema import Spec, read_spec
 from .splits import read_splits
-from .tables import DataFolders, Tables
+from .table_files import DataFolders
+from .tables import Tables
 
 SHIPPED = Path(__file__).parent / "shipped"
 

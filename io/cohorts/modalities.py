@@ -10,7 +10,8 @@ import pandas as pd
 from ..errors import CohortError, listed
 from .bags import Bags, MeasurementBags, open_bags
 from .schema import BagFiles, Codes, Columns, Measurements
-from .tables import Tables, dates, hours_between, match_columns, natural_key, texts
+from .table_files import match_columns, natural_key
+from .tables import Tables, dates, hours_between, texts
 
 
 def read_modality(name: str, tables: Tables, keep: set[str] | None) -> pd.DataFrame | Bags:
@@ -57,6 +58,8 @@ def _read_columns(
         where,
         cure="; declare it under `categorical` if it is a category",
     )
+    if not categorical:
+        return numeric
     cells = {
         column: _as_category(rows[column]) if column in categorical else numeric[column]
         for column in columns

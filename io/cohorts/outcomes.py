@@ -10,7 +10,8 @@ import pandas as pd
 from ..errors import CohortError, counted, listed
 from .cohort import Classes, Survival
 from .schema import CodeOutcome, LabelOutcome, SurvivalOutcome
-from .tables import Tables, natural_key, texts
+from .table_files import natural_key
+from .tables import Tables, texts
 
 
 class PatientOutcomes(NamedTuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..errors import CohortError, counted, listed
 from .cohort import Split
 from .schema import SplitFiles, SplitTest
-from .tables import Tables, read_table, texts
+from .table_files import read_table
+from .tables import Tables, texts
 
 
 def read_splits(

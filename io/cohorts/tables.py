@@ -7,14 +7,7 @@ patient or row at fault.
 
 from __future__ import annotations
 
-import glob
-import re
-import warnings
-import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -32,59 +25,9 @@ from .schema import (
     SurvivalOutcome,
     plain,
 )
+from .table_files import MISSING, DataFolders, read_sksurv, read_table
 
-# Texts that mean a missing value: the list of pandas, also applied to parquet files, so that a
-# table has the same gaps in both formats.
-MISSING = {
-    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
-    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
-}
 HOURS = {"hours": 1, "days": 24, "months": 365.2425 * 24 / 12, "years": 365.2425 * 24}
-
-
-class DataFolders:
-    """The folders in which the files of a cohort are looked up, in this order."""
-
-    def __init__(self, folders: Iterable[Path]) -> None:
-        self.folders = tuple(folders)
-
-    def find(self, name: str, where: str) -> Path:
-        """Return the path of a file; raise CohortError if no folder has it."""
-        for folder in self.folders:  # if the name is an absolute path, `/` drops the folder
-            if (path := folder / Path(name).expanduser()).exists():
-                return path
-        raise self._not_found(name, where)
-
-    def match(self, patterns: Iterable[str], where: str) -> list[Path]:
-        """Return the paths that match each pattern, in natural order: 2 before 10.
-
-        The first folder with a match is taken; a pattern without any match is a CohortError.
-        """
-        matches: list[Path] = []
-        for pattern in patterns:
-            for folder in self.folders:
-                if (path := folder / Path(pattern).expanduser()).exists():
-                    paths = [path]
-                else:
-                    names = glob.glob(str(Path(pattern).expanduser()), root_dir=folder)
-                    paths = [folder / name for name in names]
-                if paths:
-                    matches += sorted(paths, key=lambda path: natural_key(path.name))
-                    break
-            else:
-                raise self._not_found(pattern, where)
-        return matches
-
-    def _not_found(self, name: str, where: str) -> CohortError:
-        return CohortError(
-            f"{where}: no file {name!r} in {', '.join(map(str, self.folders))}: "
-            "give its folder with --data DIR or MOTET_DATA"
-        )
-
-
-def natural_key(text: str) -> list[tuple[int, str]]:
-    """Return a key to sort texts by, in which numbers are compared as numbers: 2 before 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def texts(column: pd.Series, *, verbatim: bool = False) -> pd.Series:
@@ -130,22 +73,6 @@ def dates(column: pd.Series, where: str) -> pd.Series:
 def hours_between(start: pd.Series, end: pd.Series) -> pd.Series:
     """Return end - start in hours."""
     return (end - start).dt.total_seconds() / 3600
-
-
-def match_columns(patterns: Iterable[str], columns: Sequence[str]) -> dict[str, list[str]]:
-    """Return for each pattern the columns of that name, else those that match its * and ?.
-
-    Brackets have no special meaning, as names of columns contain them.
-    """
-    matches = {}
-    for pattern in patterns:
-        if pattern in columns:
-            matches[pattern] = [pattern]
-            continue
-        parts = re.split(r"([*?])", pattern)
-        regex = "".join({"*": ".*", "?": "."}.get(part, re.escape(part)) for part in parts)
-        matches[pattern] = [name for name in columns if re.fullmatch(regex, name, re.DOTALL)]
-    return matches
 
 
 class Tables:
@@ -218,7 +145,7 @@ class Tables:
         columns = [self.column(name, column, where) for column in columns]
         ids = self.ids(name)
         rows = self.frame(name)[columns].set_axis(pd.Index(ids, dtype=object))
-        return rows[ids.notna().to_numpy()]
+        return rows if ids.notna().all() else rows[ids.notna().to_numpy()]
 
     def wide(self, name: str, columns: Iterable[str], where: str) -> pd.DataFrame:
         """Return these columns with one row per patient, who is the index.
@@ -231,7 +158,9 @@ class Tables:
         """
         columns = [self.column(name, column, where) for column in dict.fromkeys(columns)]
         ids, cells = self.ids(name), self.frame(name)[columns]
-        without_patient = cells[ids.isna().to_numpy()].notna().any(axis=1)
+        without_patient = ids.isna()
+        if without_patient.any():
+            without_patient &= cells.notna().any(axis=1)
         if without_patient.any():
             raise CohortError(
                 f"tables.{name}: the patient is missing in "
@@ -263,19 +192,23 @@ class Tables:
 
     def numeric(self, name: str, rows: pd.DataFrame, where: str, cure: str = "") -> pd.DataFrame:
         """Return rows of `wide` as float64, finite or NaN."""
-        cells = {}
-        for column in rows:
-            cells[column], text = numbers(rows[column])
-            is_wrong, expected = text, "numbers"
-            if not text.any():
-                is_wrong, expected = np.isinf(cells[column]), "finite"
-            if is_wrong.any():
-                at = int(is_wrong.argmax())
-                got = repr(str(rows[column].iloc[at])) if text.any() else "Inf"
+        is_numeric = np.array([pd.api.types.is_numeric_dtype(dtype) for dtype in rows.dtypes], bool)
+        cells = np.empty(rows.shape)
+        if is_numeric.any():
+            cells[:, is_numeric] = rows.loc[:, is_numeric].to_numpy(np.float64, na_value=np.nan)
+        for i in np.flatnonzero(~is_numeric).tolist():
+            cells[:, i], text = numbers(rows.iloc[:, i])
+            if text.any():
+                at = int(text.argmax())
                 raise CohortError(
-                    f"{where}: column {column!r} of {self.title(name)}: expected {expected}, got "
-                    f"{got} for patient {rows.index[at]}" + (cure if text.any() else "")
+                    f"{where}: column {rows.columns[i]!r} of {self.title(name)}: expected numbers, "
+                    f"got {str(rows.iloc[at, i])!r} for patient {rows.index[at]}{cure}"
                 )
+        for at, i in np.argwhere(np.isinf(cells))[:1].tolist():
+            raise CohortError(
+                f"{where}: column {rows.columns[i]!r} of {self.title(name)}: expected finite, got "
+                f"Inf for patient {rows.index[at]}"
+            )
         return pd.DataFrame(cells, index=rows.index, columns=rows.columns)
 
     def _join(self, name: str, frame: pd.DataFrame, join: Join, where: str) -> pd.DataFrame:
@@ -297,7 +230,7 @@ class Tables:
         if name not in self._raw:
             table, where = self.spec.tables[name], f"tables.{name}"
             if table.sksurv:
-                frame = _read_sksurv(table.sksurv, where)
+                frame = read_sksurv(table.sksurv, where)
             else:
                 frame = self._read_files(table.file or [], f"{where}.file")
             if frame.empty and not self.may_be_empty:
@@ -341,54 +274,3 @@ def _text_columns(spec: Spec) -> set[str]:
             case BagFiles(keys=keys) if keys:
                 names.append(keys.column)
     return {name for name in names if name}
-
-
-def read_table(path: Path, text: Iterable[str], where: str) -> pd.DataFrame:
-    """Read one file. Columns that match a name or pattern of `text` are read as text."""
-    kind = re.search(r"\.(csv|tsv|parquet)(\.(gz|zip|bz2|xz))?$", path.name.lower())
-    if not kind:
-        raise CohortError(f"{where}: {path.name}: expected csv, tsv (.gz, .zip) or parquet")
-    try:
-        if kind[1] == "parquet":
-            frame = pd.read_parquet(path)
-            if frame.index.name is not None:
-                frame = frame.reset_index()
-            return frame.rename(columns=lambda name: str(name).strip())
-        with warnings.catch_warnings():
-            # pandas only warns of a row that is longer than the header; its cells would be in the
-            # wrong columns.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            return _read_delimited(path, "," if kind[1] == "csv" else "\t", text)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CohortError(f"{where}: {path} cannot be read: {error}") from None
-    except pd.errors.ParserWarning as error:
-        raise CohortError(f"{where}: {path}: rows are longer than the header: {error}") from None
-
-
-def _read_delimited(path: Path, separator: str, text: Iterable[str]) -> pd.DataFrame:
-    head = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str,
-                       keep_default_na=False, encoding="utf-8-sig")  # fmt: skip
-    # pandas writes its row numbers as a column without a name.
-    names = [str(cell).strip() or f"Unnamed: {i}" for i, cell in enumerate(head.iloc[0])]
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ValueError(f"the header names {listed(map(repr, repeated))} more than once")
-    as_text = {name for matches in match_columns(text, names).values() for name in matches}
-    return pd.read_csv(path, sep=separator, header=0, names=names, index_col=False,
-                       dtype=dict.fromkeys(as_text, str), na_values=sorted(MISSING),
-                       keep_default_na=False, low_memory=False, encoding="utf-8-sig")  # fmt: skip
-
-
-def _read_sksurv(name: str, where: str) -> pd.DataFrame:
-    """Return a data set of scikit-survival, its outcome as columns, and a column `patient`."""
-    from sksurv import datasets
-
-    # All loaders of data sets; load_arff_files_standardized reads the user's files.
-    loaders = [loader for loader in dir(datasets) if re.match("load_(?!arff)", loader)]
-    names = [loader.removeprefix("load_") for loader in loaders]
-    if name not in names:
-        raise CohortError(f"{where}.sksurv: no data set {name!r}: {suggest(name, names)}")
-    features, outcome = getattr(datasets, f"load_{name}")()
-    frame = features.reset_index(drop=True)
-    frame = frame.assign(**{column: outcome[column] for column in outcome.dtype.names})
-    return frame.assign(patient=np.arange(len(frame)).astype(str))
