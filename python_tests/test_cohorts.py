@@ -454,6 +454,19 @@ def test_observed_values(put: Put) -> None:
     assert survival(load_cohort(path)).events.tolist() == [True, False, True, False]
 
 
+@pytest.mark.parametrize("name", ["censorship", "Censored", "is_censored", "cens", "os.cens"])
+def test_censoring_must_say_what_was_observed(name: str, put: Put) -> None:
+    table_ = TABLE.replace("event", name)
+    assert refusal(put(("event: event", f"event: {name}"), **{"t.csv": table_})) == (
+        f"outcome: the name of column {name!r} says censoring: list in `observed` the values that "
+        "mean that the event happened, such as `observed: 0` if 1 is censored"
+    )
+    path = put(("event: event", f"event: {name}, observed: 0"), **{"t.csv": table_})
+    assert survival(load_cohort(path)).events.tolist() == [False, True, False, True]
+    path = put(("event: event", "event: licenses"), **{"t.csv": TABLE.replace("event", "licenses")})
+    assert survival(load_cohort(path)).events.tolist() == [True, False, True, False]
+
+
 def test_joined_and_derived(put: Put) -> None:
     yaml = """\
         name: joined
@@ -690,7 +703,10 @@ def test_splits(put: Put, tmp_path: Path) -> None:
     (tmp_path / "held.csv").write_text("x,id\n1,010\n")
     assert load_cohort(path).splits == (motet.io.Split(("001", "002", "003"), (), ("010",)),)
     (tmp_path / "held.csv").write_text("x,pid\n1,010\n")
-    assert refusal(path) == "splits.test: no column 'id' in held.csv: known: x, pid"
+    assert (
+        refusal(path)
+        == "splits.test: no column 'id' in held.csv: did you mean 'pid'? known: x, pid"
+    )
 
 
 @pytest.mark.parametrize(
@@ -768,8 +784,23 @@ def test_predicts_without_bags(put: Put, tmp_path: Path) -> None:
         (
             'columns: "g*"',
             "colums: x",
-            "modalities.genes: unknown key 'colums' (known: table, columns, categorical)",
+            "modalities.genes: unknown key 'colums': did you mean 'columns'? known: table, columns",
         ),
+        ("name: small", "nmae: small", "unknown key 'nmae': did you mean 'name'? known: name, pat"),
+        ("file: t.csv", "fil: t.csv", "tables.t: unknown key 'fil': did you mean 'file'? known: "),
+        (
+            'table: t, columns: "g*"',
+            "bag: x",
+            "modalities.genes: unknown key 'bag': did you mean 'b",
+        ),
+        ('table: t, columns: "g*"', "code: x", "genes: unknown key 'code': did you mean 'codes'?"),
+        (
+            "time: time, unit: days, event: event",
+            "lable: x",
+            "outcome: expected one of the keys time, event, label, code; did you mean 'label'?",
+        ),
+        ("name: small", "name: " + "[" * 5000, "expected a cohort, got YAML nested too deeply"),
+        ("name: small", f"name: [{'x, ' * 99}]", "name: expected a valid string, got ['x', 'x', "),
         ("table: t, time: time", "time: time", "outcome: key 'table' is missing"),
         (
             "time: time, unit: days, event: event",

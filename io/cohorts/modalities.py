@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import pandas as pd
 
-from ..errors import CohortError, listed
+from ..errors import CohortError, suggest
 from .bags import Bags, MeasurementBags, open_bags
 from .schema import BagFiles, Codes, Columns, Measurements
 from .table_files import match_columns, natural_key
@@ -46,7 +46,7 @@ def _read_columns(
         if not matches:
             raise CohortError(
                 f"{where}.categorical: {pattern!r} matches none of the columns of this modality: "
-                f"{listed(columns)}"
+                f"{suggest(pattern, columns)}"
             )
         categorical.update(matches)
     rows = tables.wide(section.table, columns, where)
@@ -91,7 +91,7 @@ def _find_columns(section: Columns, tables: Tables, where: str) -> list[str]:
         if not matches:
             raise CohortError(
                 f"{where}: {pattern!r} matches no column of {tables.title(section.table)}: "
-                f"known: {listed(name for name in frame.columns if name not in excluded)}"
+                f"{suggest(pattern, [name for name in frame.columns if name not in excluded])}"
             )
         columns |= dict.fromkeys(matches)
     return list(columns)

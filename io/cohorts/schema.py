@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -19,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from ..errors import CohortError, listed, suggest
+from ..errors import CohortError, suggest
 
 
 def _as_list(value: object) -> object:
@@ -53,6 +54,8 @@ class Section(BaseModel):
     """A part of the YAML file: unknown keys are errors, and no value is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    other_forms: ClassVar[tuple[str, ...]] = ()
+    """Keys of the other forms that the section could have had, to suggest them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -64,8 +67,8 @@ class Section(BaseModel):
             if key not in keys:
                 raise PydanticCustomError(
                     "unknown",
-                    "unknown key {key} (known: {known})",
-                    {"key": repr(key), "known": listed(keys, 20)},
+                    "unknown key {key}: {known}",
+                    {"key": repr(key), "known": suggest(str(key), [*keys, *cls.other_forms])},
                 )
         return value
 
@@ -98,6 +101,10 @@ class Table(Section):
         return self
 
 
+# censor, censoring, is_censored, OS.cens; not licenses.
+_CENSORING = re.compile(r"censor|(?<![a-z])cens(?![a-z])", re.IGNORECASE)
+
+
 class SurvivalOutcome(Section):
     table: str
     time: str
@@ -105,6 +112,18 @@ class SurvivalOutcome(Section):
     event: str
     observed: CellTextList = ["1"]
     nonpositive: Literal["error", "drop"] = "error"
+
+    @model_validator(mode="after")
+    def _censoring_is_declared(self) -> SurvivalOutcome:
+        """Refuse the default of `observed` where 1 most likely means censored."""
+        if _CENSORING.search(self.event) and "observed" not in self.model_fields_set:
+            raise PydanticCustomError(
+                "censoring",
+                "the name of column {event} says censoring: list in `observed` the values that "
+                "mean that the event happened, such as `observed: 0` if 1 is censored",
+                {"event": repr(self.event)},
+            )
+        return self
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -133,6 +152,8 @@ class CodeOutcome(Section):
 
 
 class Columns(Section):
+    other_forms = ("codes", "item", "bags")
+
     table: str
     columns: TextList | None = None
     categorical: TextList | None = None
@@ -262,6 +283,8 @@ def read_spec(path: Path) -> Spec:
         content = yaml.load(path.read_text("utf-8-sig"), Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise CohortError(f"cannot be read: {error}") from None
+    except RecursionError:
+        raise CohortError("expected a cohort, got YAML nested too deeply") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -277,10 +300,15 @@ def read_spec(path: Path) -> Spec:
 def _in_one_line(error: ErrorDetails) -> str:
     where = [str(part) for part in error["loc"] if not str(part).startswith("<")]
     message = error["msg"].replace("Input should be ", "expected ")
+    got = error["input"]
     if error["type"] == "missing":
         message = f"key {where.pop()!r} is missing"
-    elif error["type"] not in ("unknown", "source", "kind"):
-        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+    elif error["type"] == "kind" and isinstance(got, dict):
+        kinds = message.removeprefix("expected one of the keys ").split(", ")
+        guesses = [suggest(str(key), kinds).partition(" known:")[0] for key in got]
+        message += "".join(f"; {guess}" for guess in guesses if "did you mean" in guess)
+    elif error["type"] not in ("unknown", "source", "kind", "censoring"):
+        message = f"{message[0].lower()}{message[1:]}, got {reprlib.repr(got)}"
     return f"{'.'.join(where)}: {message}" if where else message
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import CohortError, counted, listed
+from ..errors import CohortError, counted, listed, suggest
 from .cohort import Split
 from .schema import SplitFiles, SplitTest
 from .table_files import read_table
@@ -33,8 +33,8 @@ def read_splits(
             frame = read_table(path, [tables.spec.patient], where)
             if tables.spec.patient not in frame:
                 raise CohortError(
-                    f"{where}: no column {tables.spec.patient!r} in {path.name}: known: "
-                    f"{listed(frame.columns)}"
+                    f"{where}: no column {tables.spec.patient!r} in {path.name}: "
+                    f"{suggest(tables.spec.patient, frame.columns)}"
                 )
             test |= dict.fromkeys(texts(frame[tables.spec.patient]).dropna())
         train = [patient for patient in groups if patient not in test]
