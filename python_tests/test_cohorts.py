@@ -248,6 +248,31 @@ def test_mimic() -> None:
         assert len(other) == 129
 
 
+@pytest.mark.slow
+def test_physionet() -> None:
+    folder = data_path("data", "physionet2012")
+    stays = pd.read_csv(folder / "stays.csv", dtype={"stay": str})
+    cohort = load_cohort("physionet2012", data=folder.parent)
+    assert cohort.patients == tuple(stays.stay)
+    np.testing.assert_array_equal(classes(cohort).labels, stays["In-hospital_death"])
+    static = table(cohort, "static")
+    assert list(static) == ["Age", "Gender", "Height", "Weight", "ICUType"]
+    numbers = ["Age", "Gender", "Height", "Weight"]
+    np.testing.assert_array_equal(static[numbers], stays[numbers])
+    assert list(static["ICUType"].cat.categories) == ["1", "2", "3", "4"]
+    series = bags(cohort, "series")
+    assert (len(series), series.features, series.coords, series.extent) == (3997, 37, 1, 48)
+    raw = pd.read_csv(folder / "series.csv.gz", dtype={"stay": str})
+    assert series.names is not None
+    for patient, rows in list(raw.groupby("stay"))[::800]:
+        features, hours = series[str(patient)]
+        expected = rows.pivot_table(index="hour", columns="item", values="value", aggfunc="mean")
+        expected = expected.reindex(columns=list(series.names))
+        assert hours is not None
+        np.testing.assert_allclose(hours[:, 0], expected.index, rtol=1e-6)
+        np.testing.assert_allclose(features, expected, rtol=1e-6)
+
+
 def test_breast_tcga() -> None:
     folder = data_path("data", "breast_tcga")
     cohort = load_cohort("breast_tcga", data=folder.parent)
@@ -550,6 +575,69 @@ def test_long_tables(put: Put) -> None:
     assert refusal(put(("[0, 48]", "[48, 0]"), yaml=CODES, **LONG)).startswith(
         "modalities.labs.hours: expected [first, last], got [48"
     )
+
+
+HOURS = CODES.replace(
+    "since: {table: visits, column: came},\n     hours: [0, 48]", "hours: [0, 48]"
+)
+NUMBERED = {
+    "d.csv": LONG["d.csv"],
+    "visits.csv": LONG["visits.csv"],
+    "labs.csv": "id,item,value,at\n002,9,1.5,6\n002,10,NEG,6\n002,9,2.5,6.0\n002,10,7,36.5\n"
+    "003,9,3,49\n001,9,4,-1\n,9,4,0\n003,10,inf,0\n003,10,8,48\n003,9,8,\n",
+}
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_times_are_numbers(rows: int, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("motet.io.cohorts.tables.CHUNK", rows)
+    dated = load_cohort(put(yaml=CODES, **LONG))
+    cohort = load_cohort(put(yaml=HOURS, **NUMBERED))
+    for patient in ("002", "003"):
+        for got, expected in zip(
+            bags(cohort, "labs")[patient], bags(dated, "labs")[patient], strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
+    assert cohort.fingerprint() == dated.fingerprint()
+    per_day = HOURS.replace("hours: [0, 48]", "unit: days, hours: [144, 876]")
+    labs = bags(load_cohort(put(yaml=per_day, **NUMBERED)), "labs")
+    assert {p: labs[p][1].ravel().tolist() for p in labs.patients} == {"002": [144, 876]}
+    assert refusal(put(yaml=HOURS, **LONG)).endswith(
+        "labs.time: column 'at': expected numbers (hours since the start), got '2100-01-01 "
+        "06:00:00'; if times are dates, name the start by `since`"
+    )
+    both = put(("hours: [0, 48]", "unit: days, hours: [0, 48]"), yaml=CODES, **LONG)
+    assert refusal(both) == (
+        "modalities.labs: expected since (times are dates) or unit (times are numbers), got both"
+    )
+    for old, new, message in (
+        ("item: item", "item: itm", "no column 'itm' in table 'labs' (labs.csv): did you mean 'i"),
+        ("value: value", "value: time", "column 'time' is the outcome"),
+    ):
+        assert message in refusal(put((old, new), yaml=HOURS, **NUMBERED))
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_values_declared_missing(rows: int, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-1 in these columns, and "unknown", count as gaps; elsewhere they are values."""
+    monkeypatch.setattr("motet.io.cohorts.tables.CHUNK", rows)
+    expected = load_cohort(put())
+    marked = TABLE.replace("7.5,0,,II", "7.5,0,-1,II").replace("0,50,,2", "0,50,unknown,2")
+    cohort = load_cohort(
+        put(("file: t.csv", "file: t.csv, missing: {'a?e': [-1, -9], stage: unknown}"),
+            **{"t.csv": marked})
+    )  # fmt: skip
+    assert cohort.fingerprint() == expected.fingerprint()
+    path = put(("file: t.csv", "file: t.csv, missing: {'*': -1.0}"), **{"t.csv": marked})
+    assert table(load_cohort(path), "genes")["g1"].isna().tolist() == [False, False, True, False]
+    path = put(("file: t.csv", "file: t.csv, missing: {ag: -1}"))
+    assert "tables.t.missing: 'ag' matches no column of table 't' (t.csv): did you mean 'age'" in (
+        refusal(path)
+    )
+    yaml = HOURS.replace("file: labs.csv", "file: labs.csv, missing: {value: [7, 8.0]}")
+    labs = bags(load_cohort(put(yaml=yaml, **NUMBERED)), "labs")
+    assert labs.patients == ("002",)
+    assert labs.names == ("9",)
 
 
 def test_outcome_from_codes(put: Put) -> None:

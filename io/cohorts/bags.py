@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from ..errors import CohortError, StoreError, counted, listed
@@ -105,39 +104,6 @@ class LazyBags(Mapping[str, Bag]):
     @abstractmethod
     def tokens(self, patient: str) -> int:
         """Return the number of tokens of a patient."""
-
-
-class MeasurementBags(LazyBags):
-    """Bags of irregular measurements: one token per time stamp, one feature per item.
-
-    An item that was not measured at a time stamp is NaN; if it was measured several times, its mean
-    is taken.
-
-    Args:
-        rows: columns patient, hours, item and value.
-        items: names of the features, in their order.
-    """
-
-    def __init__(self, rows: pd.DataFrame, items: tuple[str, ...]) -> None:
-        rows = rows.groupby(["patient", "hours", "item"], as_index=False, sort=False).mean()
-        patient, patients = pd.factorize(rows["patient"])
-        order = np.lexsort((rows["hours"], patient))
-        self._hours = rows["hours"].to_numpy(np.float64)[order]
-        self._value = rows["value"].to_numpy(np.float32)[order]
-        self._item = pd.Index(items).get_indexer(pd.Index(rows["item"]))[order]
-        self._width = len(items)
-        bounds = np.searchsorted(patient[order], np.arange(len(patients) + 1))
-        super().__init__({name: slice(*bounds[i : i + 2]) for i, name in enumerate(patients)})
-
-    def __getitem__(self, patient: str) -> Bag:
-        rows = self._locations[patient]
-        hours, token = np.unique(self._hours[rows], return_inverse=True)
-        features = np.full((len(hours), self._width), np.nan, np.float32)
-        features[token, self._item[rows]] = self._value[rows]
-        return features, hours.astype(np.float32)[:, None]
-
-    def tokens(self, patient: str) -> int:
-        return len(np.unique(self._hours[self._locations[patient]]))
 
 
 class BagFile(Protocol):

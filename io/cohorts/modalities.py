@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 import pandas as pd
 
 from ..errors import CohortError, suggest
-from .bags import Bags, MeasurementBags, open_bags
+from .bags import Bags, open_bags
+from .measurements import read_measurements
 from .schema import BagFiles, Codes, Columns, Measurements
 from .table_files import match_columns, natural_key
-from .tables import Tables, dates, hours_between, texts
+from .tables import Tables, texts
 
 
 def read_modality(name: str, tables: Tables, keep: set[str] | None) -> pd.DataFrame | Bags:
@@ -32,7 +32,7 @@ def read_modality(name: str, tables: Tables, keep: set[str] | None) -> pd.DataFr
         case Codes():
             return _read_codes(section, tables, keep, where)
         case Measurements():
-            return _read_measurements(section, tables, keep, where)
+            return read_measurements(section, tables, keep, where)
         case BagFiles():
             return _read_bags(section, tables, keep, where)
 
@@ -105,7 +105,7 @@ def _as_category(cells: pd.Series) -> pd.Series:
 
 def _read_codes(section: Codes, tables: Tables, keep: set[str] | None, where: str) -> pd.DataFrame:
     """Return a table of 0 and 1: a row per patient, a column per code."""
-    _refuse_outcome([section.codes], tables, f"{where}.codes")
+    tables.refuse_outcome([section.codes], f"{where}.codes")
     rows = tables.long(section.table, [section.codes], where)
     codes = texts(rows[section.codes], verbatim=True).dropna().str.slice(0, section.characters)
     if keep is not None:
@@ -115,39 +115,6 @@ def _read_codes(section: Codes, tables: Tables, keep: set[str] | None, where: st
     # For prediction: a code of the training data that no new patient has is 0, not unknown.
     has_code.attrs["codes"] = True
     return has_code
-
-
-def _read_measurements(
-    section: Measurements, tables: Tables, keep: set[str] | None, where: str
-) -> Bags:
-    """Return bags of the measurements within `hours` after the time `since`."""
-    _refuse_outcome([section.item, section.value], tables, where)
-    since = section.since
-    start = tables.wide(since.table, [since.column], f"{where}.since")[since.column]
-    start = dates(start, f"{where}.since")
-    rows = tables.long(section.table, [section.item, section.value, section.time], where)
-    rows = rows[rows.index.isin(start.index if keep is None else start.index.intersection([*keep]))]
-    time = dates(rows[section.time], f"{where}.time")
-    rows = pd.DataFrame(
-        {
-            "patient": rows.index.astype(str),
-            "hours": hours_between(start.reindex(rows.index), time).to_numpy(),
-            "item": texts(rows[section.item]).to_numpy(),
-            "value": pd.to_numeric(texts(rows[section.value]), errors="coerce").to_numpy(float),
-        }
-    )
-    first, last = section.hours
-    is_valid = rows["item"].notna() & rows["value"].abs().lt(float("inf"))
-    rows = rows[is_valid & rows["hours"].between(first, last)]
-    if rows.empty and keep is not None:
-        raise CohortError(
-            f"{where}: no numbers in column {section.value!r} of {tables.title(section.table)} "
-            f"from hour {first:g} to {last:g} after {since.column}"
-        )
-    items = tuple(sorted(rows["item"].unique(), key=natural_key))
-    extent = max(abs(first), abs(last))
-    bags = MeasurementBags(rows, items)
-    return Bags(bags, features=len(items), coords=1, extent=extent, names=items)
 
 
 def _read_bags(section: BagFiles, tables: Tables, keep: set[str] | None, where: str) -> Bags:
@@ -169,11 +136,3 @@ def _read_bags(section: BagFiles, tables: Tables, keep: set[str] | None, where: 
         encoder=section.encoder,
         where=where,
     )
-
-
-def _refuse_outcome(columns: Collection[str], tables: Tables, where: str) -> None:
-    """Raise CohortError if one of the columns is the outcome."""
-    outcome = tables.spec.outcome.columns if tables.spec.outcome else ()
-    for column in columns:
-        if column in outcome:
-            raise CohortError(f"{where}: column {column!r} is the outcome: a model would read it")

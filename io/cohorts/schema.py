@@ -91,6 +91,7 @@ class Table(Section):
     patient: str | None = None
     patients_of: str | None = None
     repeats: Literal["same"] | None = None
+    missing: dict[str, CellTextList] = {}
     join: Join | None = None
     derive: dict[str, Derive] = {}
 
@@ -175,8 +176,17 @@ class Measurements(Section):
     item: str
     value: str
     time: str
-    since: Since
+    since: Since | None = None
+    unit: Literal["minutes", "hours", "days"] | None = None
     hours: Range
+
+    @model_validator(mode="after")
+    def _unit_is_of_numbers(self) -> Measurements:
+        if self.since and self.unit:
+            raise PydanticCustomError(
+                "unit", "expected since (times are dates) or unit (times are numbers), got both"
+            )
+        return self
 
 
 class SlideColumn(Section):
@@ -307,7 +317,7 @@ def _in_one_line(error: ErrorDetails) -> str:
         kinds = message.removeprefix("expected one of the keys ").split(", ")
         guesses = [suggest(str(key), kinds).partition(" known:")[0] for key in got]
         message += "".join(f"; {guess}" for guess in guesses if "did you mean" in guess)
-    elif error["type"] not in ("unknown", "source", "kind", "censoring"):
+    elif error["type"] not in ("unknown", "source", "kind", "censoring", "unit"):
         message = f"{message[0].lower()}{message[1:]}, got {reprlib.repr(got)}"
     return f"{'.'.join(where)}: {message}" if where else message
 
@@ -327,7 +337,8 @@ def _check_tables(spec: Spec) -> None:
         elif modality.keys:
             table_names[f"{where}.keys.table"] = modality.keys.table
         if isinstance(modality, Measurements):
-            table_names[f"{where}.since.table"] = modality.since.table
+            if modality.since:
+                table_names[f"{where}.since.table"] = modality.since.table
             if not modality.hours[0] < modality.hours[1]:
                 raise CohortError(f"{where}.hours: expected [first, last], got {modality.hours}")
     for where, name in table_names.items():

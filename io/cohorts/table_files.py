@@ -105,6 +105,28 @@ def read_table(path: Path, text: Iterable[str], where: str) -> pd.DataFrame:
         return pd.read_csv(path, **_options(path, text)).copy()
 
 
+def is_delimited(path: Path) -> bool:
+    """Return True for csv and tsv files."""
+    return bool(_KIND.search(path.name.lower())) and ".parquet" not in path.name.lower()
+
+
+def read_header(path: Path, where: str) -> list[str]:
+    """Return the names of the columns of a csv or tsv file."""
+    with _readable(path, where):
+        return _read_header(path)
+
+
+def read_chunks(
+    path: Path, text: Iterable[str], columns: Sequence[str], rows: int, where: str
+) -> Iterator[pd.DataFrame]:
+    """Read some columns of a csv or tsv file, `rows` rows at a time."""
+    with (
+        _readable(path, where),
+        pd.read_csv(path, **_options(path, text), usecols=list(columns), chunksize=rows) as chunks,
+    ):
+        yield from chunks
+
+
 _KIND = re.compile(r"\.(csv|tsv|parquet)(\.(gz|zip|bz2|xz))?$")
 
 

@@ -7,7 +7,7 @@ patient or row at fault.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -25,9 +25,23 @@ from .schema import (
     SurvivalOutcome,
     plain,
 )
-from .table_files import MISSING, DataFolders, read_sksurv, read_table
+from .table_files import (
+    MISSING,
+    DataFolders,
+    is_delimited,
+    match_columns,
+    read_chunks,
+    read_header,
+    read_sksurv,
+    read_table,
+)
 
-HOURS = {"hours": 1, "days": 24, "months": 365.2425 * 24 / 12, "years": 365.2425 * 24}
+YEAR = 365.2425 * 24
+HOURS = {"minutes": 1 / 60, "hours": 1, "days": 24, "months": YEAR / 12, "years": YEAR}
+"""Hours of each unit of time."""
+
+CHUNK = 1_000_000
+"""Rows of a table that are read at once: about 300 MB."""
 
 
 def texts(column: pd.Series, *, verbatim: bool = False) -> pd.Series:
@@ -53,6 +67,14 @@ def numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     numerals = words.map(lambda cell: booleans.get(cell.lower(), cell), na_action="ignore")
     cells = pd.to_numeric(numerals, errors="coerce").to_numpy(np.float64)
     return cells, np.isnan(cells) & words.notna().to_numpy()
+
+
+def _equals(column: pd.Series, values: Iterable[str]) -> pd.Series:
+    """Return bool [n], whether each cell is one of the values, compared as `texts` does."""
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        numerals = pd.to_numeric(pd.Series(list(values)), errors="coerce").dropna()
+        return column.isin(numerals.to_numpy(float))
+    return texts(column).isin(list(values))
 
 
 def dates(column: pd.Series, where: str) -> pd.Series:
@@ -147,6 +169,33 @@ class Tables:
         rows = self.frame(name)[columns].set_axis(pd.Index(ids, dtype=object))
         return rows if ids.notna().all() else rows[ids.notna().to_numpy()]
 
+    def stream(self, name: str, columns: Iterable[str], where: str) -> Iterator[pd.DataFrame]:
+        """Yield the rows of `long` in parts, so that a file may be larger than memory.
+
+        That is so for csv and tsv files without join, derive and patients_of; other tables come in
+        one part.
+        """
+        table, columns = self.spec.tables[name], list(columns)
+        files = [self.folders.find(file, f"tables.{name}.file") for file in table.file or []]
+        if table.join or table.derive or table.patients_of or not all(map(is_delimited, files)):
+            yield self.long(name, columns, where)
+            return
+        patient, rows = self.patient_column(name), 0
+        for path in files:
+            header = pd.DataFrame(columns=read_header(path, f"tables.{name}.file"))
+            for column in columns:
+                self.column(name, column, where, header)
+            self.column(name, patient, f"tables.{name}", header)
+            used = list(dict.fromkeys([patient, *columns]))
+            for part in read_chunks(path, self._text, used, CHUNK, f"tables.{name}.file"):
+                part = self._without_missing(name, part, known=header.columns)
+                ids = texts(part[patient])
+                part = part[columns].set_axis(pd.Index(ids, dtype=object))
+                rows += len(part)
+                yield part[ids.notna().to_numpy()]
+        if not rows and not self.may_be_empty:
+            raise CohortError(f"tables.{name}: {self.title(name)} has no rows")
+
     def wide(self, name: str, columns: Iterable[str], where: str) -> pd.DataFrame:
         """Return these columns with one row per patient, who is the index.
 
@@ -211,6 +260,39 @@ class Tables:
             )
         return pd.DataFrame(cells, index=rows.index, columns=rows.columns)
 
+    def refuse_outcome(self, columns: Iterable[str], where: str) -> None:
+        """Raise CohortError if one of the columns is the outcome."""
+        outcome = self.spec.outcome.columns if self.spec.outcome else ()
+        for column in columns:
+            if column in outcome:
+                raise CohortError(
+                    f"{where}: column {column!r} is the outcome: a model would read it"
+                )
+
+    def _without_missing(
+        self, name: str, frame: pd.DataFrame, known: Sequence[str] | pd.Index
+    ) -> pd.DataFrame:
+        """Replace the values that `missing` declares.
+
+        Args:
+            name: of the table.
+            frame: its rows, perhaps with some of its columns only.
+            known: all columns of the table.
+        """
+        declared = self.spec.tables[name].missing
+        gaps = {}
+        for pattern, columns in match_columns(declared, list(known)).items():
+            if not columns:
+                raise CohortError(
+                    f"tables.{name}.missing: {pattern!r} matches no column of {self.title(name)}: "
+                    f"{suggest(pattern, known)}"
+                )
+            for column in columns:
+                if column in frame:
+                    cells = gaps.get(column, frame[column])
+                    gaps[column] = cells.mask(_equals(cells, declared[pattern]))
+        return frame.assign(**gaps) if gaps else frame
+
     def _join(self, name: str, frame: pd.DataFrame, join: Join, where: str) -> pd.DataFrame:
         other, extra = join.table, self._read(join.table)
         on = self.column(name, join.on, f"{where}.join.on", frame)
@@ -235,7 +317,7 @@ class Tables:
                 frame = self._read_files(table.file or [], f"{where}.file")
             if frame.empty and not self.may_be_empty:
                 raise CohortError(f"{where}: {self.title(name)} has no rows")
-            self._raw[name] = frame
+            self._raw[name] = self._without_missing(name, frame, known=frame.columns)
         return self._raw[name]
 
     def _read_files(self, files: list[str], where: str) -> pd.DataFrame:
@@ -269,8 +351,8 @@ def _text_columns(spec: Spec) -> set[str]:
                 names += modality.categorical or ()
             case Codes():
                 names.append(modality.codes)
-            case Measurements():
-                names += [modality.item, modality.time, modality.since.column]
+            case Measurements(item=item, time=time, since=since):
+                names += [item, *([time, since.column] if since else [])]
             case BagFiles(keys=keys) if keys:
                 names.append(keys.column)
     return {name for name in names if name}
