@@ -25,6 +25,10 @@ class CohortError(ValueError):
         super().__init__(" ".join(message.split("\n")))
 
 
+class AbsentError(CohortError):
+    """A cohort lacks a file or a column; its modality is left out if it is optional."""
+
+
 class SlideError(ValueError):
     """A slide cannot be used. One line: file, expected, got, cure.
 
@@ -80,12 +84,12 @@ class StoreError(ValueError):
         super().__init__(" ".join(message.split("\n")))
 
 
-def suggest(name: str, names: Iterable[object]) -> str:
+def suggest(name: str, names: Iterable[object], limit: int = 12) -> str:
     """Return text for a wrong name: "did you mean 'x'? known: x, y", or only "known: x, y"."""
     choices = [str(choice) for choice in names]
     close = get_close_matches(name, choices, n=3, cutoff=0.7)
     guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{guess}known: {listed(choices, 12)}"
+    return f"{guess}known: {listed(choices, limit)}"
 
 
 def listed(items: Iterable[object], limit: int = 8) -> str:

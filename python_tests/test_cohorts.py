@@ -248,6 +248,22 @@ def test_mimic() -> None:
         assert len(other) == 129
 
 
+@pytest.mark.parametrize(("name", "slides"), [("stad", (333, 366)), ("lusc", (386, 417))])
+def test_tcga_with_slides(name: str, slides: tuple[int, int]) -> None:
+    folder = data_path("data", "tcga_hif")
+    cohort = load_cohort(f"tcga_{name}", data=folder.parent)
+    raw = pd.read_csv(folder / f"tcga_{name}_hif.csv.gz").copy().set_index("case_id")
+    described = bags(cohort, "slides")
+    assert described.features == 607
+    patients = [patient for patient in cohort.patients if patient in described]
+    assert (len(patients), sum(len(described[p][0]) for p in patients)) == slides
+    for patient in patients:
+        np.testing.assert_array_equal(
+            described[patient][0], raw.loc[[patient]].to_numpy(np.float32)
+        )
+    assert ("cnv" in cohort.modalities) == (name == "stad")
+
+
 @pytest.mark.slow
 def test_physionet() -> None:
     folder = data_path("data", "physionet2012")
@@ -331,7 +347,7 @@ def test_data_is_looked_up(
 def test_names_that_are_no_cohort(tmp_path: Path) -> None:
     with pytest.raises(CohortError, match="no cohort 'tcga_blka': did you mean 'tcga_blca'.*known"):
         load_cohort("tcga_blka")
-    with pytest.raises(CohortError, match="no cohort 'x': known: breast_cancer, .*tcga_kirp; or"):
+    with pytest.raises(CohortError, match="no cohort 'x': known: breast_cancer, .*tcga_stad; or"):
         load_cohort("x")
     with pytest.raises(CohortError, match="no file '.*missing.yaml'"):
         load_cohort(tmp_path / "missing.yaml")
@@ -417,13 +433,70 @@ def test_slides_repeat_their_patient(put: Put) -> None:
     yaml = ("file: t.csv", "file: t.csv, repeats: same")
     assert load_cohort(put(yaml, **{"t.csv": rows})).fingerprint() == same
     assert refusal(put(**{"t.csv": rows})) == (
-        "tables.t: 4 patients in 5 rows, 001 in 2: expected one row per patient, else one patient "
-        "is in train and test; say `repeats: same` if the rows agree, as those of slides do"
+        "tables.t: 4 patients in 5 rows, 001 in 2: expected one row per patient. If the rows "
+        "agree, add `repeats: same` to the table. If they differ, add to the modality `rows: bag` "
+        "(each row is a token) or `rows: mean`"
     )
     rows = TABLE + "001,other,5,1,,I,0.75,1\n"  # column person differs too, but is not used
     assert refusal(put(yaml, **{"t.csv": rows})) == (
         "tables.t.repeats: the rows of patient 001 differ in column 'g1': expected the same in "
         "all, got 0.5, 0.75"
+    )
+
+
+ROWS = YAML.replace("tables:\n", "tables:\n  s: {file: s.csv}\n")
+ROWS += "  slides: {table: s, columns: 'h*', rows: bag}\n"
+SLIDES = "id,h1,h2,kind\n002,1,2,x\n001,3,,y\n002,5,6,x\n003,,,z\n009,7,8,x\n"
+
+
+def test_rows_are_tokens(put: Put) -> None:
+    """Several slides of a patient are a bag of slides, or their mean."""
+    slides = bags(load_cohort(put(yaml=ROWS, **{"s.csv": SLIDES})), "slides")
+    assert slides.patients == ("002", "001")
+    assert (slides.features, slides.names, slides.coords) == (2, ("h1", "h2"), 0)
+    features, coords = slides["002"]
+    assert features.dtype == np.float32
+    assert features.tolist() == [[1, 2], [5, 6]]
+    assert coords is None
+    np.testing.assert_array_equal(slides["001"][0], [[3, np.nan]])
+    path = put(("rows: bag", "rows: mean"), yaml=ROWS, **{"s.csv": SLIDES})
+    cohort = load_cohort(path)
+    np.testing.assert_array_equal(
+        table(cohort, "slides"), [[3, np.nan], [3, 4], [np.nan, np.nan], [np.nan, np.nan]]
+    )
+    new = load_cohort(put(yaml=ROWS, **{"s.csv": SLIDES}), outcome=False)
+    assert bags(new, "slides").patients == ("002", "001", "009")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rows: bag", "rows: all", "modalities.slides.rows: expected 'bag' or 'mean', got 'all'"),
+        (", rows: bag", "", "2 rows, 002 in 2: expected one row per patient"),
+        ("'h*'", "[h1, kind]", "column 'kind' of table 's' (s.csv): expected numbers, got 'x' for "
+         "patient 002; `rows: bag` reads numbers only: leave it out of `columns`"),
+        ("'h*', rows: bag", "[h1, kind], rows: mean, categorical: kind", "slides.categorical: "
+         "expected numbers with `rows: mean`, got category 'kind': give it a modality without"),
+    ],
+)  # fmt: skip
+def test_refused_rows(old: str, new: str, message: str, put: Put) -> None:
+    path = put((old, new), yaml=ROWS, **{"s.csv": SLIDES})
+    assert message.replace("2 rows", "4 patients in 5 rows") in refusal(path)
+
+
+def test_refused_rows_of_a_bag(put: Put) -> None:
+    huge = SLIDES.replace("5,6", "1e300,6")
+    assert refusal(put(yaml=ROWS, **{"s.csv": huge})) == (
+        "modalities.slides: column 'h1': expected numbers within float32, got 1e+300 for patient "
+        "002"
+    )
+    nobody = SLIDES.replace("7,8", ",7").replace("002,1", ",1")
+    assert "tables.s: the patient is missing in 1 row (the first: 0)" in (
+        refusal(put(yaml=ROWS, **{"s.csv": nobody}))
+    )
+    others = "id,h1,h2,kind\n009,7,8,x\n"
+    assert refusal(put(yaml=ROWS, **{"s.csv": others})) == (
+        "modalities.slides: no patient of the outcome has it"
     )
 
 
@@ -861,6 +934,79 @@ def test_predicts_without_bags(put: Put, tmp_path: Path) -> None:
     assert bags(cohort, "wsi").patients == bags(cohort, "labs").patients == ()
     assert bags(cohort, "wsi").features == 4
     assert cohort.patients == ("002", "001", "999")
+
+
+# What a cohort may lack.
+
+
+def test_an_optional_modality_is_left_out_and_named(put: Put) -> None:
+    yaml = YAML.replace("tables:\n", "tables:\n  s: {file: gone.csv}\n") + (
+        "  a: {table: s, optional: true}\n"
+        "  b: {table: t, columns: 'x*', optional: true}\n"
+        "  c: {table: s, codes: code, optional: true}\n"
+        "  d: {table: s, item: a, value: b, time: c, hours: [0, 1], optional: true}\n"
+        "  e: {bags: 'gone_*.npz', optional: true}\n"
+        "  f: {table: t, columns: [g1, g9], optional: true}\n"
+    )
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        cohort = load_cohort(put(yaml=yaml))
+    assert list(cohort.modalities) == ["genes", "clinical"]
+    assert cohort.fingerprint() == load_cohort(put()).fingerprint()
+    notes = [str(warning.message) for warning in caught]
+    assert [note.split(":")[1] for note in notes] == [
+        f" modality '{name}' is left out" for name in "abcdef"
+    ]
+    assert "tables.s.file: no file 'gone.csv' in" in notes[0]
+    assert "'x*' matches no column of table 't'" in notes[1]
+    assert "no column 'g9' in table 't' (t.csv): known: id, person" in notes[5]
+    assert caught[0].filename == __file__
+    wrong = yaml.replace("columns: [g1, g9]", "columns: [stage]")
+    assert "expected numbers, got 'I'" in refusal(put(yaml=wrong))
+    wrong = yaml.replace("{table: s, optional: true}", "{table: s}")
+    assert "tables.s.file: no file" in refusal(put(yaml=wrong))
+
+
+def test_columns_may_be_absent(put: Put) -> None:
+    change = ("columns: [age, stage], categorical: stage", "columns: [age, height, stage, smoker], "
+              "categorical: [stage, smoker], optional: height, fill: {smoker: never}")  # fmt: skip
+    with pytest.warns(UserWarning, match="has no column") as caught:
+        cohort = load_cohort(put(change))
+    begin = "small.yaml: modalities.clinical: table 't' (t.csv) has no column"
+    assert [str(warning.message) for warning in caught] == [
+        f"{begin} 'height'; it is missing for all patients",
+        f"{begin} 'smoker'; filled with 'never'",
+    ]
+    clinical = table(cohort, "clinical")
+    assert list(clinical) == ["age", "height", "stage", "smoker"]
+    assert clinical["height"].isna().all()
+    assert clinical["smoker"].tolist() == ["never"] * 4
+    empty = TABLE.replace("2,1,40,I", "2,1,,")
+    with pytest.warns(UserWarning, match="has no column"):  # 003 lacks the modality
+        clinical = table(load_cohort(put(change, **{"t.csv": empty})), "clinical")
+    assert clinical["smoker"].isna().tolist() == [False, False, True, False]
+    there = TABLE.replace("stage", "smoker,stage").replace(",I", ",yes,I").replace("50,", "50,no,")
+    with pytest.warns(UserWarning, match="no column 'height'"):
+        clinical = table(load_cohort(put(change, **{"t.csv": there})), "clinical")
+    assert clinical["smoker"].tolist() == ["yes", "yes", "yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ("optional: hight", "clinical.optional: 'hight' is none of the columns of this modality"),
+        ("fill: {stge: I}", "clinical.fill: 'stge' is none of the columns of this modality: did y"),
+        ("optional: 3", "modalities.clinical.optional: expected true or names of columns, got 3"),
+        ("fill: {age: [1]}", "clinical.fill.age: expected text, a number, true or false, got [1]"),
+    ],
+)
+def test_refused_absence(new: str, message: str, put: Put) -> None:
+    path = put(("categorical: stage", f"categorical: stage, {new}"))
+    assert message in refusal(path)
+
+
+def test_a_cohort_needs_a_modality(put: Put) -> None:
+    yaml = YAML[: YAML.index("  genes")] + "  a: {table: t, columns: 'x*', optional: true}\n"
+    assert refusal(put(yaml=yaml)) == "modalities: all are optional, and none is there"
 
 
 # Refusals.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from ..errors import CohortError, counted, suggest
+from ..errors import AbsentError, CohortError, counted, suggest
 from .bags import Bags
 from .cohort import Cohort, CohortSource
 from .modalities import read_modality
 from .outcomes import read_outcome
-from .schema import Spec, read_spec
+from .schema import Columns, Spec, read_spec
 from .splits import read_splits
 from .table_files import DataFolders
 from .tables import Tables
@@ -30,7 +32,8 @@ def load_cohort(
     """Load a cohort from a YAML file (its format: docs/how-to/tables.md).
 
     Patients without an outcome are left out. A patient may lack a modality. No value is imputed,
-    scaled or filtered: that must be fitted on the training part of a split only.
+    scaled or filtered: that must be fitted on the training part of a split only. What is left out
+    because it is `optional` and absent is shown as a warning.
 
     Args:
         path: a YAML file, or the name of a shipped cohort such as "tcga_blca".
@@ -53,9 +56,13 @@ def load_cohort(
     """
     file = _find(path)
     try:
-        cohort = _load(read_spec(file), _data_folders(file, data), outcome)
+        spec = read_spec(file)
+        tables = Tables(spec, _data_folders(file, data), may_be_empty=not outcome)
+        cohort = _load(spec, tables) if outcome else _load_for_prediction(spec, tables)
     except CohortError as error:
         raise CohortError(f"{file.name}: {error}") from None
+    for note in tables.notes:
+        warnings.warn(f"{file.name}: {note}", stacklevel=2)
     return replace(cohort, source=_source(path, data))
 
 
@@ -69,9 +76,8 @@ def _find(path: str | os.PathLike[str]) -> Path:
         return shipped[str(path)]
     if file.suffix in (".yaml", ".yml"):
         raise CohortError(f"no file {str(path)!r}")
-    raise CohortError(
-        f"no cohort {str(path)!r}: {suggest(str(path), shipped)}; or name a YAML file of your own"
-    )
+    known = suggest(str(path), shipped, limit=len(shipped))
+    raise CohortError(f"no cohort {str(path)!r}: {known}; or name a YAML file of your own")
 
 
 def _source(path: str | os.PathLike[str], data: str | os.PathLike[str] | None) -> CohortSource:
@@ -94,18 +100,16 @@ def _data_folders(file: Path, data: str | os.PathLike[str] | None) -> DataFolder
     return DataFolders(folders)
 
 
-def _load(spec: Spec, folders: DataFolders, with_outcome: bool) -> Cohort:
-    tables = Tables(spec, folders, may_be_empty=not with_outcome)
-    if not with_outcome:
-        return _load_for_prediction(spec, tables)
+def _load(spec: Spec, tables: Tables) -> Cohort:
     if spec.outcome is None:
         raise CohortError("key 'outcome' is missing (only prediction works without it)")
     # The outcome decides who the patients are; the modalities are then read for these only.
     patients, groups, outcome, dropped = read_outcome(spec.outcome, tables)
     keep = set(patients)
-    modalities = {name: read_modality(name, tables, keep) for name in spec.modalities}
+    modalities = _read_modalities(spec, tables, keep)
     for name, modality in modalities.items():
-        _check_not_empty(name, modality)
+        section = spec.modalities[name]
+        _check_not_empty(name, modality, section.may_lack if isinstance(section, Columns) else ())
     splits = None
     if spec.splits:
         group_of = dict(zip(patients, groups, strict=True))
@@ -115,12 +119,29 @@ def _load(spec: Spec, folders: DataFolders, with_outcome: bool) -> Cohort:
 
 def _load_for_prediction(spec: Spec, tables: Tables) -> Cohort:
     """Return a cohort of all patients with at least one modality, without outcome and splits."""
-    modalities = {name: read_modality(name, tables, None) for name in spec.modalities}
+    modalities = _read_modalities(spec, tables, None)
     ids = (patient for modality in modalities.values() for patient in _ids(modality))
     patients = tuple(dict.fromkeys(ids))
     if not patients:
         raise CohortError("no modality has a patient")
     return Cohort(spec.name, patients, patients, None, _align(modalities, patients), None)
+
+
+def _read_modalities(
+    spec: Spec, tables: Tables, keep: set[str] | None
+) -> dict[str, pd.DataFrame | Bags]:
+    """Read the modalities; those that are optional and absent are left out."""
+    modalities = {}
+    for name, section in spec.modalities.items():
+        try:
+            modalities[name] = read_modality(name, tables, keep)
+        except AbsentError as error:
+            if section.optional is not True:
+                raise
+            tables.notes.append(f"modality {name!r} is left out: {error}")
+    if not modalities:
+        raise CohortError("modalities: all are optional, and none is there")
+    return modalities
 
 
 def _ids(modality: pd.DataFrame | Bags) -> tuple[str, ...]:
@@ -138,13 +159,15 @@ def _align(
     }
 
 
-def _check_not_empty(name: str, modality: pd.DataFrame | Bags) -> None:
-    if isinstance(modality, Bags):  # `open_bags` and `_read_measurements` have checked it
+def _check_not_empty(name: str, modality: pd.DataFrame | Bags, may_lack: Collection[str]) -> None:
+    if isinstance(modality, Bags):
+        if not len(modality):
+            raise CohortError(f"modalities.{name}: no patient of the outcome has it")
         return
     gaps = modality.isna()
     if gaps.to_numpy().all():
         raise CohortError(f"modalities.{name}: no patient of the outcome has it")
-    empty = gaps.columns[gaps.all()]
+    empty = gaps.columns[gaps.all()].difference(list(may_lack), sort=False)
     if len(empty):
         raise CohortError(
             f"modalities.{name}: no patient has a value in {counted(map(repr, empty), 'column')}; "

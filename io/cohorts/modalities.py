@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import pandas as pd
 
-from ..errors import CohortError, suggest
 from .bags import Bags, open_bags
+from .columns import read_columns
 from .measurements import read_measurements
 from .schema import BagFiles, Codes, Columns, Measurements
-from .table_files import match_columns, natural_key
 from .tables import Tables, texts
 
 
@@ -28,79 +25,13 @@ def read_modality(name: str, tables: Tables, keep: set[str] | None) -> pd.DataFr
     where, section = f"modalities.{name}", tables.spec.modalities[name]
     match section:
         case Columns():
-            return _read_columns(section, tables, keep, where)
+            return read_columns(section, tables, keep, where)
         case Codes():
             return _read_codes(section, tables, keep, where)
         case Measurements():
             return read_measurements(section, tables, keep, where)
         case BagFiles():
             return _read_bags(section, tables, keep, where)
-
-
-def _read_columns(
-    section: Columns, tables: Tables, keep: set[str] | None, where: str
-) -> pd.DataFrame:
-    columns = _find_columns(section, tables, f"{where}.columns")
-    categorical: set[str] = set()
-    for pattern, matches in match_columns(section.categorical or (), columns).items():
-        if not matches:
-            raise CohortError(
-                f"{where}.categorical: {pattern!r} matches none of the columns of this modality: "
-                f"{suggest(pattern, columns)}"
-            )
-        categorical.update(matches)
-    rows = tables.wide(section.table, columns, where)
-    if keep is not None:
-        rows = rows[rows.index.isin(keep)]
-    numeric = tables.numeric(
-        section.table,
-        rows[[column for column in columns if column not in categorical]],
-        where,
-        cure="; declare it under `categorical` if it is a category",
-    )
-    if not categorical:
-        return numeric
-    cells = {
-        column: _as_category(rows[column]) if column in categorical else numeric[column]
-        for column in columns
-    }
-    return pd.DataFrame(cells, index=rows.index)
-
-
-def _find_columns(section: Columns, tables: Tables, where: str) -> list[str]:
-    """Return the columns of a modality: never the patient, the group, or the outcome."""
-    spec, frame = tables.spec, tables.frame(section.table)
-    excluded = {tables.patient_column(section.table): "names the patient"}
-    if spec.group:
-        excluded[spec.group] = "is the group"
-    if spec.outcome:
-        why = "is the outcome: a model would just read it"
-        excluded |= dict.fromkeys(spec.outcome.columns, why)
-    columns: dict[str, None] = {}  # a dict as an ordered set
-    for pattern, matches in match_columns(section.columns or ["*"], list(frame.columns)).items():
-        if pattern in matches and pattern in excluded:
-            raise CohortError(f"{where}: column {pattern!r} {excluded[pattern]}; leave it out")
-        # A column without a name holds row numbers.
-        matches = [
-            name
-            for name in matches
-            if name not in excluded and not re.match(r"Unnamed: \d+$", name)
-        ]
-        if not matches and not re.search(r"[*?]", pattern):
-            tables.column(section.table, pattern, where)
-        if not matches:
-            raise CohortError(
-                f"{where}: {pattern!r} matches no column of {tables.title(section.table)}: "
-                f"{suggest(pattern, [name for name in frame.columns if name not in excluded])}"
-            )
-        columns |= dict.fromkeys(matches)
-    return list(columns)
-
-
-def _as_category(cells: pd.Series) -> pd.Series:
-    words = texts(cells)
-    categories = sorted(words.dropna().unique(), key=natural_key)
-    return words.astype(pd.CategoricalDtype(categories))
 
 
 def _read_codes(section: Codes, tables: Tables, keep: set[str] | None, where: str) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Tag,
     ValidationError,
     model_validator,
@@ -152,18 +153,37 @@ class CodeOutcome(Section):
         return (self.code,)
 
 
+def _as_optional(value: object) -> object:
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, bool) or (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        return names
+    raise PydanticCustomError("optional", "expected true or names of columns")
+
+
 class Columns(Section):
     other_forms = ("codes", "item", "bags")
 
     table: str
     columns: TextList | None = None
     categorical: TextList | None = None
+    rows: Literal["bag", "mean"] | None = None
+    optional: Annotated[bool | list[str], PlainValidator(_as_optional)] = False
+    fill: dict[str, CellText] = {}
+
+    @property
+    def may_lack(self) -> list[str]:
+        """The columns that the table may lack."""
+        optional = self.optional if isinstance(self.optional, list) else []
+        return list(dict.fromkeys([*self.fill, *optional]))
 
 
 class Codes(Section):
     table: str
     codes: str
     characters: Annotated[int, Field(ge=1)] | None = None
+    optional: bool = False
 
 
 class Since(Section):
@@ -179,6 +199,7 @@ class Measurements(Section):
     since: Since | None = None
     unit: Literal["minutes", "hours", "days"] | None = None
     hours: Range
+    optional: bool = False
 
     @model_validator(mode="after")
     def _unit_is_of_numbers(self) -> Measurements:
@@ -200,6 +221,7 @@ class BagFiles(Section):
     source: bool = False
     keys: SlideColumn | None = None
     encoder: str | None = None
+    optional: bool = False
 
 
 class SplitFiles(Section):

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 import pandas as pd
 
-from ..errors import CohortError, listed, suggest
+from ..errors import AbsentError, CohortError, listed, suggest
 
 # Texts that mean a missing value: the list of pandas, also applied to parquet files, so that a
 # table has the same gaps in both formats.
@@ -38,7 +38,7 @@ class DataFolders:
         self.folders = tuple(folders)
 
     def find(self, name: str, where: str) -> Path:
-        """Return the path of a file; raise CohortError if no folder has it."""
+        """Return the path of a file; raise AbsentError if no folder has it."""
         for folder in self.folders:  # if the name is an absolute path, `/` drops the folder
             if (path := folder / Path(name).expanduser()).exists():
                 return path
@@ -47,7 +47,7 @@ class DataFolders:
     def match(self, patterns: Iterable[str], where: str) -> list[Path]:
         """Return the paths that match each pattern, in natural order: 2 before 10.
 
-        The first folder with a match is taken; a pattern without any match is a CohortError.
+        The first folder with a match is taken; a pattern without any match is an AbsentError.
         """
         matches: list[Path] = []
         for pattern in patterns:
@@ -64,8 +64,8 @@ class DataFolders:
                 raise self._not_found(pattern, where)
         return matches
 
-    def _not_found(self, name: str, where: str) -> CohortError:
-        return CohortError(
+    def _not_found(self, name: str, where: str) -> AbsentError:
+        return AbsentError(
             f"{where}: no file {name!r} in {', '.join(map(str, self.folders))}: "
             "give its folder with --data DIR or MOTET_DATA"
         )

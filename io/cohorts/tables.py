@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from ..errors import CohortError, counted, listed, suggest
+from ..errors import AbsentError, CohortError, counted, listed, suggest
 from .schema import (
     BagFiles,
     CodeOutcome,
@@ -108,6 +108,8 @@ class Tables:
 
     def __init__(self, spec: Spec, folders: DataFolders, *, may_be_empty: bool) -> None:
         self.spec, self.folders, self.may_be_empty = spec, folders, may_be_empty
+        self.notes: list[str] = []
+        """Sentences on what was left out, to be shown to the user."""
         self._raw: dict[str, pd.DataFrame] = {}  # as read, without joined and derived columns
         self._frames: dict[str, pd.DataFrame] = {}
         self._text = _text_columns(spec)
@@ -135,10 +137,10 @@ class Tables:
         return self._frames[name]
 
     def column(self, name: str, column: str, where: str, frame: pd.DataFrame | None = None) -> str:
-        """Return the name of a column; raise CohortError if the table does not have it."""
+        """Return the name of a column; raise AbsentError if the table does not have it."""
         frame = self.frame(name) if frame is None else frame
         if column not in frame.columns:
-            raise CohortError(
+            raise AbsentError(
                 f"{where}: no column {column!r} in {self.title(name)}: "
                 f"{suggest(column, frame.columns)}"
             )
@@ -196,6 +198,17 @@ class Tables:
         if not rows and not self.may_be_empty:
             raise CohortError(f"tables.{name}: {self.title(name)} has no rows")
 
+    def check_patients(self, name: str, columns: list[str]) -> None:
+        """Raise CohortError if a row with values in these columns has no patient."""
+        without_patient = self.ids(name).isna()
+        if without_patient.any():
+            without_patient &= self.frame(name)[columns].notna().any(axis=1)
+        if without_patient.any():
+            raise CohortError(
+                f"tables.{name}: the patient is missing in "
+                f"{counted(without_patient[without_patient].index, 'row')} of {self.title(name)}"
+            )
+
     def wide(self, name: str, columns: Iterable[str], where: str) -> pd.DataFrame:
         """Return these columns with one row per patient, who is the index.
 
@@ -206,15 +219,7 @@ class Tables:
             CohortError: a row with values has no patient, or a patient has several rows.
         """
         columns = [self.column(name, column, where) for column in dict.fromkeys(columns)]
-        ids, cells = self.ids(name), self.frame(name)[columns]
-        without_patient = ids.isna()
-        if without_patient.any():
-            without_patient &= cells.notna().any(axis=1)
-        if without_patient.any():
-            raise CohortError(
-                f"tables.{name}: the patient is missing in "
-                f"{counted(without_patient[without_patient].index, 'row')} of {self.title(name)}"
-            )
+        self.check_patients(name, columns)
         rows = self.long(name, columns, where)
         repeats = rows.index.duplicated()
         if not repeats.any():
@@ -223,8 +228,9 @@ class Tables:
         if self.spec.tables[name].repeats != "same":
             raise CohortError(
                 f"tables.{name}: {rows.index.nunique()} patients in {len(rows)} rows, {first} in "
-                f"{(rows.index == first).sum()}: expected one row per patient, else one patient is "
-                "in train and test; say `repeats: same` if the rows agree, as those of slides do"
+                f"{(rows.index == first).sum()}: expected one row per patient. If the rows agree, "
+                "add `repeats: same` to the table. If they differ, add to the modality `rows: bag` "
+                "(each row is a token) or `rows: mean`"
             )
         merged = rows.groupby(level=0, sort=False).first()  # the first value not missing, by column
         rows = rows[rows.index.duplicated(keep=False)]
