@@ -1,7 +1,9 @@
 """The command `motet`: its subcommands, and how their errors are printed."""
 
 import argparse
+import functools
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show_warning, options.command)
+            return options.run(options)
     except KeyboardInterrupt:
         note = "; give the same command again to continue" if hasattr(options, "out") else ""
         print(f"motet {options.command}: interrupted{note}", file=sys.stderr)
@@ -26,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"motet {options.command}: {message}", file=sys.stderr)
         return 2
+
+
+def _show_warning(command: str, message: Warning | str, *_: object) -> None:
+    """Print a warning in one line, without the place in the code."""
+    print(f"motet {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,9 +1,13 @@
 """Predict patients with the models of a finished run."""
 
+import warnings
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 import torch
 
+from ..fusion.preprocessing import Scaling, TableScaling
 from ..io import Cohort
 from .run_folder import Run
 
@@ -47,6 +51,7 @@ def predict_cohort(run: Run, cohort: Cohort) -> pd.DataFrame:
                 f"({len(bad)} in all): is a value far beyond those of training?"
             )
         folds.append((fitted, predictions))
+    _warn_of_unseen(cohort, [fitted.scaling for fitted, _ in folds])
     trained = [{*parts["train"], *parts["validation"]} for parts in run.splits]
     return pd.DataFrame(
         {
@@ -59,3 +64,22 @@ def predict_cohort(run: Run, cohort: Cohort) -> pd.DataFrame:
             **run.task.average(folds),
         }
     )
+
+
+def _warn_of_unseen(cohort: Cohort, scalings: Sequence[Mapping[str, Scaling]]) -> None:
+    """Warn of each category that no fold has in training."""
+    for name, table in cohort.modalities.items():
+        fitted = [scaling.get(name) for scaling in scalings]
+        if not isinstance(table, pd.DataFrame):
+            continue
+        by_fold = [one.unseen(table) for one in fitted if isinstance(one, TableScaling)]
+        if not by_fold:
+            continue
+        for (column, value), count in by_fold[0].items():
+            if all((column, value) in unseen for unseen in by_fold):
+                warnings.warn(
+                    f"{cohort.name}: modality {name!r}, column {column!r}: {value!r} ({count} "
+                    f"patient{'s'[: count != 1]}) is no category of training; it counts as none "
+                    "of the known ones",
+                    stacklevel=3,
+                )

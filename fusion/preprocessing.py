@@ -114,6 +114,16 @@ class TableScaling:
         values = (f"{name}={level}" for name, levels in self.levels.items() for level in levels)
         return (*self.numbers, *missing, *values)
 
+    def unseen(self, frame: pd.DataFrame) -> dict[tuple[str, str], int]:
+        """Return the patients with a category that no training patient has, by column and value."""
+        counts = {}
+        for name, levels in self.levels.items():
+            if name in frame:
+                values = frame[name].dropna().astype(str)
+                for value, patients in values[~values.isin(levels)].value_counts().items():
+                    counts[name, str(value)] = int(patients)
+        return counts
+
     def transform(self, frame: pd.DataFrame) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return the scaled numbers [n, F], and bool [n], whether each patient has the modality.
 

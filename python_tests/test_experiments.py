@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -23,7 +24,9 @@ import torch
 from motet import cli, experiments
 from motet.experiments import Run
 from motet.experiments.run_folder import locked
-from motet.io import Bags, Cohort, Split, Survival, load_cohort
+from motet.experiments.settings import Goal
+from motet.fusion.preprocessing import TableScaling
+from motet.io import Bags, Classes, Cohort, Split, Survival, load_cohort
 from motet.io.cohorts.bags import LazyBags
 from safetensors import safe_open
 
@@ -230,6 +233,36 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     curves = fewer.filter(like="survival at").to_numpy()
     assert ((curves >= 0) & (curves <= 1)).all()
     assert (np.diff(curves, axis=1) <= 1e-9).all()
+
+
+def test_warnings_of_prediction_are_lines(tmp_path: Path) -> None:
+    """A category that training did not have, and a column that is filled, are named."""
+    out, new = tmp_path / "run", tmp_path / "new.csv"
+    run = trained(breast_cancer(), "healnet", out, modalities=["clinical"])
+    table = breast_cancer().modalities["clinical"]
+    assert isinstance(table, pd.DataFrame)
+    table = table.astype({"grade": object}).drop(columns="size")
+    table.iloc[[3, 4], table.columns.get_loc("grade")] = "worst"
+    table.to_csv(tmp_path / "clinical.csv")
+    (tmp_path / "new.yaml").write_text(
+        "name: new patients\npatient: patient\ntables: {c: {file: clinical.csv}}\n"
+        "modalities: {clinical: {table: c, categorical: [er, grade], fill: {size: 2}}}\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        _, errors = motet_command("predict", out, tmp_path / "new.yaml", "--out", new)
+    begin = "motet predict: warning: new"
+    assert errors.splitlines() == [
+        f"{begin}.yaml: modalities.clinical: table 'c' (clinical.csv) has no column 'size'; filled "
+        "with '2'",
+        f"{begin} patients: modality 'clinical', column 'grade': 'worst' (2 patients) is no "
+        "category of training; it counts as none of the known ones",
+    ]
+    (scaling,) = run.fitted(0).scaling.values()
+    assert isinstance(scaling, TableScaling)
+    x, _ = scaling.transform(table.assign(size=2.0).astype({"grade": "category"}))
+    grades = [i for i, name in enumerate(scaling.features) if name.startswith("grade=")]
+    assert not x[3][grades].any()
 
 
 def _arguments(batch: Any) -> tuple[Any]:
