@@ -936,6 +936,62 @@ def test_predicts_without_bags(put: Put, tmp_path: Path) -> None:
     assert cohort.patients == ("002", "001", "999")
 
 
+# The text of a cohort.
+
+
+def test_the_text_of_a_cohort(put: Put) -> None:
+    yaml = CODES.replace("name: codes\n", "name: codes\ngroup: person\n") + (
+        "  clinical: {table: t, columns: [age, stage], categorical: stage}\n"
+    )
+    cohort = load_cohort(put(yaml=yaml, **LONG))
+    assert str(cohort) == dedent("""\
+        codes
+        patients: 4 in 3 groups; splits with the data: 0
+        outcome:  survival, 2 events (50%), median follow-up 7.5 days
+        modality  kind                width  patients  tokens per patient: median (max)
+        codes     table               3      2 (50%)
+        labs      bags, 1 coordinate  2      2 (50%)   2 (2)
+        clinical  table, 1 category   2      4 (100%)
+        missing:  4 combinations
+                 1 (25%)  labs
+                 1 (25%)  nothing missing
+                 1 (25%)  codes
+                 1 (25%)  codes, labs""")
+    assert repr(cohort) == "<Cohort 'codes': 4 patients, codes, labs, clinical>"
+    new = load_cohort(put(yaml=yaml, **LONG), outcome=False)
+    assert "\noutcome:  none, loaded for prediction\n" in str(new)
+    assert str(motet.io.Classes(np.array([0, 1, 1]), ("a", "b"))) == "classes a 1, b 2"
+
+
+def test_the_text_fits_a_screen() -> None:
+    rng = np.random.default_rng(0)
+    patients = tuple(map(str, range(100)))
+    tables = {
+        f"m{i}": pd.DataFrame({"x": np.where(rng.random(100) < 0.5, 1, np.nan)}, index=[*patients])
+        for i in range(30)
+    }
+    cohort = Cohort("large", patients, patients, None, dict(tables), None)
+    lines = str(cohort).splitlines()
+    assert len(lines) < 25
+    assert "and 18 more modalities" in lines
+    assert max(map(len, lines)) < 100
+    assert "m0" not in str(Cohort("bare", patients, patients, None, {}, None))
+
+
+def test_median_follow_up_is_the_reverse_kaplan_meier() -> None:
+    from sksurv.nonparametric import kaplan_meier_estimator
+
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 40, 300):
+        times = rng.integers(1, 30, n).astype(float)
+        events = rng.random(n) < 0.4
+        events[:2] = True, False
+        at, followed = kaplan_meier_estimator(events, times, reverse=True)[:2]
+        reached = at[followed <= 0.5]
+        expected = f"{reached[0]:g}" if len(reached) else f"above {times.max():g}"
+        assert f"median follow-up {expected} days" in str(Survival(times, events, "days"))
+
+
 # What a cohort may lack.
 
 

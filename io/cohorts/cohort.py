@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import listed
 from .bags import Bags
+from .summary import median_follow_up, summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +37,15 @@ class Survival:
     events: NDArray[np.bool_]
     unit: str
 
+    def __str__(self) -> str:
+        """Return the number of events and the median follow-up (reverse Kaplan-Meier)."""
+        events = int(self.events.sum())
+        follow_up = median_follow_up(self.times, self.events)
+        return (
+            f"survival, {events:,} events ({events / len(self.events):.0%}), median follow-up "
+            f"{follow_up} {self.unit}"
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Classes:
@@ -53,6 +64,12 @@ class Classes:
 
     labels: NDArray[np.int64]
     names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return the number of patients of each class."""
+        counts = np.bincount(self.labels, minlength=len(self.names))
+        parts = [f"{name} {n:,}" for name, n in zip(self.names, counts.tolist(), strict=True)]
+        return f"classes {listed(parts)}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,15 @@ class Cohort:
         >>> cohort = motet.io.load_cohort("breast_cancer")
         >>> len(cohort), list(cohort.modalities), cohort.modalities["genes"].shape
         (198, ['genes', 'clinical'], (198, 76))
+        >>> print(cohort)
+        breast cancer (198 patients)
+        patients: 198; splits with the data: 0
+        outcome:  survival, 51 events (26%), median follow-up 5,012 days
+        modality  kind                 width  patients    tokens per patient: median (max)
+        genes     table                76     198 (100%)
+        clinical  table, 2 categories  4      198 (100%)
+        missing:  1 combination
+              198 (100%)  nothing missing
     """
 
     name: str
@@ -120,6 +146,22 @@ class Cohort:
     def __len__(self) -> int:
         """Return the number of patients."""
         return len(self.patients)
+
+    def __str__(self) -> str:
+        """Return patients, outcome, modalities and what is missing, in at most 24 lines."""
+        groups = len(set(self.groups))
+        in_groups = "" if groups == len(self) else f" in {groups:,} groups"
+        outcome = "none, loaded for prediction" if self.outcome is None else self.outcome
+        head = (
+            f"{self.name}\n"
+            f"patients: {len(self):,}{in_groups}; splits with the data: {len(self.splits or ())}\n"
+            f"outcome:  {outcome}\n"
+        )
+        return head + summarize(self.modalities, self.patients)
+
+    def __repr__(self) -> str:
+        """Return name, number of patients and names of the modalities."""
+        return f"<Cohort {self.name!r}: {len(self)} patients, {', '.join(self.modalities)}>"
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of ids, groups, outcome and tables; of bags only of ids and shapes."""
