@@ -746,6 +746,13 @@ def test_npz(put: Put, tmp_path: Path) -> None:
         wsi["001"][0], [[0, 1, 2, 3, 1, 0], [4, 5, 6, 7, 1, 0], [9, 9, 9, 9, 0, 1]]
     )
     assert wsi.shape("001") == (3, 6)
+    np.savez(tmp_path / "odd.npz", **{"001": np.zeros((1, 4)), "003": np.zeros((2, 5))})
+    assert refusal(put(yaml=BAGS % "odd.npz")) == (
+        "modalities.wsi: odd.npz: 003 of patient 003: expected 4 features per token, as the first "
+        "bag has, got 5"
+    )
+    with pytest.raises(CohortError, match=r"bag of patient 'b': expected \[N, 4\], got \[2, 5\]"):
+        Bags({"a": (np.zeros((1, 4)), None), "b": (np.zeros((2, 5)), None)}, features=4)
     path = put(yaml=BAGS % "a_2.npz, features: 3")
     assert refusal(path) == (
         "modalities.wsi: a_2.npz: 001: expected numbers [N, 3], got float64 [8]"
@@ -814,7 +821,7 @@ def test_zarr_is_read_when_asked_for(
     with pytest.raises(CohortError, match=r"s.zarr: s3: coords: expected finite.*first: 0"):
         wsi["002"]
     del bad["s1/coords"]
-    with pytest.raises(CohortError, match="s1: expected 3 features and 2 coord.*got 3 and 0"):
+    with pytest.raises(CohortError, match="s.zarr: s1 of patient 001: expected 3.*got 3 and 0"):
         wsi["001"]
     del bad["s1/features"]
     with pytest.raises(CohortError, match="s1: expected an array, or a group with an array `feat"):
@@ -834,7 +841,7 @@ def test_zarr_arrays(put: Put, tmp_path: Path) -> None:
     np.testing.assert_array_equal(features, [[0, 1], [2, 3], [4, 5]])
     assert features.dtype == np.float32
     assert coords is None
-    with pytest.raises(CohortError, match="wsi: 003: expected 2 features and 0 coord.*got 5 and 0"):
+    with pytest.raises(CohortError, match="s.zarr: 003 of patient 003: expected 2.*got 5 and 0"):
         wsi["003"]
     with pytest.raises(CohortError, match="s.zarr: 010: expected finite numbers"):
         wsi["010"]

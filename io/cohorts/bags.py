@@ -38,6 +38,9 @@ class Bags:
         extent: about the largest coordinate; models divide coordinates by it.
         names: names of the features, if known.
 
+    Raises:
+        CohortError: a bag of a dict is not [N, D] with the width D = `features`.
+
     Example:
         >>> import numpy as np
         >>> bags = motet.io.Bags({"001": (np.ones((5, 3), np.float32), None)}, features=3)
@@ -54,6 +57,13 @@ class Bags:
         extent: float = 1.0,
         names: tuple[str, ...] | None = None,
     ) -> None:
+        if isinstance(source, dict):  # its bags are in memory: a mapping checks what it reads
+            for patient, (tokens, _) in source.items():
+                if np.ndim(tokens) != 2 or np.shape(tokens)[1] != features:
+                    raise CohortError(
+                        f"bag of patient {patient!r}: expected [N, {features}], got "
+                        f"{list(np.shape(tokens))}"
+                    )
         self._source = source
         self.features, self.coords, self.extent, self.names = features, coords, extent, names
 
@@ -109,6 +119,9 @@ class LazyBags(Mapping[str, Bag]):
 class BagFile(Protocol):
     """A file or folder that holds bags by key."""
 
+    name: str
+    """Of the file or folder."""
+
     @property
     def keys(self) -> tuple[str, ...]: ...
     def has(self, key: str) -> bool: ...
@@ -121,6 +134,7 @@ class NpzBags:
     """Bags in an npz file: one array per key. The file is read completely, so it must be small."""
 
     def __init__(self, path: Path, features: int | None, where: str) -> None:
+        self.name = path.name
         self._arrays: dict[str, Float] = {}
         try:
             with np.load(path, allow_pickle=False) as archive:
@@ -156,6 +170,7 @@ class ZarrBags:
             self._group = zarr.open_group(str(path), mode="r")
         except (OSError, ValueError, KeyError) as error:
             raise CohortError(f"{where}: {path} is no zarr group: {error}") from None
+        self.name = path.name
         self._features, self._where = features, f"{where}: {path.name}"
         # The names of the folders, as zarr would open the metadata of each member to list them.
         self.keys = tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."))
@@ -210,6 +225,7 @@ class SlideBags:
     """
 
     def __init__(self, path: Path, features: int | None, where: str, encoder: str | None) -> None:
+        self.name = path.name
         self._features, self._where = features, f"{where}: {path.name}"
         try:
             self._store = FeatureStore(path, encoder)
@@ -304,8 +320,9 @@ class FileBags(LazyBags):
             axes = 0 if coords is None else coords.shape[1]
             if tokens.shape[1] != self._features or axes != self._coords:
                 raise CohortError(
-                    f"{self._where}: {key}: expected {self._features} features and {self._coords} "
-                    f"coordinates per token, got {tokens.shape[1]} and {axes}"
+                    f"{self._where}: {self._files[i].name}: {key} of patient {patient}: expected "
+                    f"{self._features} features and {self._coords} coordinates per token, as the "
+                    f"first bag has, got {tokens.shape[1]} and {axes}"
                 )
             if self._source:
                 one_hot = np.zeros((len(tokens), len(self._files)), np.float32)
@@ -365,6 +382,7 @@ def open_bags(
     locations = [location for located in keys.values() for location in located]
     width, axes, extent = _measure(files, locations)
     width = features or width
+    _check_widths(files, keys, width, where)
     bags = FileBags(files, keys, features=width, coords=axes, source=source, where=where)
     return Bags(bags, features=width + source_width, coords=axes, extent=extent)
 
@@ -375,6 +393,19 @@ def _open(path: Path, features: int | None, where: str, encoder: str | None) -> 
     if encoder is not None:
         raise CohortError(f"{where}.encoder: expected a feature store, got {path}")
     return (NpzBags if path.suffix == ".npz" else ZarrBags)(path, features, where)
+
+
+def _check_widths(
+    files: list[BagFile], keys: dict[str, list[tuple[int, str]]], width: int, where: str
+) -> None:
+    """Check the width of each bag of npz files: they are in memory; others are checked as read."""
+    for patient, located in keys.items():
+        for i, key in located:
+            if isinstance(files[i], NpzBags) and files[i].shape(key)[-1] != width:
+                raise CohortError(
+                    f"{where}: {files[i].name}: {key} of patient {patient}: expected {width} "
+                    f"features per token, as the first bag has, got {files[i].shape(key)[-1]}"
+                )
 
 
 def _measure(files: list[BagFile], locations: list[tuple[int, str]]) -> tuple[int, int, float]:
