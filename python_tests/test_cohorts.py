@@ -347,7 +347,7 @@ def test_data_is_looked_up(
 def test_names_that_are_no_cohort(tmp_path: Path) -> None:
     with pytest.raises(CohortError, match="no cohort 'tcga_blka': did you mean 'tcga_blca'.*known"):
         load_cohort("tcga_blka")
-    with pytest.raises(CohortError, match="no cohort 'x': known: breast_cancer, .*tcga_stad; or"):
+    with pytest.raises(CohortError, match="no cohort 'x': known: breast_cancer, .*_slides; or"):
         load_cohort("x")
     with pytest.raises(CohortError, match="no file '.*missing.yaml'"):
         load_cohort(tmp_path / "missing.yaml")
@@ -683,7 +683,12 @@ def test_times_are_numbers(rows: int, put: Put, monkeypatch: pytest.MonkeyPatch)
     assert refusal(both) == (
         "modalities.labs: expected since (times are dates) or unit (times are numbers), got both"
     )
+    chosen = HOURS.replace("item: item", "item: item, items: [10, 9.0]")
+    labs = bags(load_cohort(put(yaml=chosen, **NUMBERED)), "labs")
+    assert labs.names == ("10", "9")
+    np.testing.assert_array_equal(labs["002"][0], [[np.nan, 2], [7, np.nan]])
     for old, new, message in (
+        ("item: item", "item: item, items: [9, 8]", "labs.items: no numbers of item '8' in table"),
         ("item: item", "item: itm", "no column 'itm' in table 'labs' (labs.csv): did you mean 'i"),
         ("value: value", "value: time", "column 'time' is the outcome"),
     ):

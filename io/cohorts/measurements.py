@@ -50,7 +50,8 @@ def read_measurements(
         value, item = _values(part[section.value]), texts(part[section.item])
         first, last = section.hours
         is_valid = (hours >= first) & (hours <= last) & np.isfinite(value)
-        is_valid &= item.notna().to_numpy()
+        is_wanted = item.notna() if section.items is None else item.isin(section.items)
+        is_valid &= is_wanted.to_numpy()
         parts.append(
             _Rows(
                 _numbered(part.index[is_valid], patients),
@@ -66,7 +67,13 @@ def read_measurements(
             f"{where}: no numbers in column {section.value!r} of {tables.title(section.table)} "
             f"from hour {section.hours[0]:g} to {section.hours[1]:g}{after}"
         )
-    names = tuple(sorted(items, key=natural_key))
+    names = tuple(section.items or sorted(items, key=natural_key))
+    absent = [name for name in names if name not in items]
+    if absent and keep is not None:
+        raise CohortError(
+            f"{where}.items: no numbers of item {absent[0]!r} in {tables.title(section.table)} "
+            f"from hour {section.hours[0]:g} to {section.hours[1]:g}"
+        )
     if rows is not None:
         rank = {name: i for i, name in enumerate(names)}
         order = np.array([rank[name] for name in items], np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from .bags import Bags, open_bags
@@ -41,8 +42,11 @@ def _read_codes(section: Codes, tables: Tables, keep: set[str] | None, where: st
     codes = texts(rows[section.codes], verbatim=True).dropna().str.slice(0, section.characters)
     if keep is not None:
         codes = codes[codes.index.isin(keep)]
-    has_code = pd.crosstab(codes.index, codes.to_numpy()).clip(upper=1).astype(float)
-    has_code = has_code.reindex(codes.index.unique()).rename_axis(index=None, columns=None)
+    row, patients = pd.factorize(codes.index)
+    column, names = pd.factorize(codes.to_numpy(object), sort=True)
+    cells = np.zeros((len(patients), len(names)))  # once: 0.5 GB for all admissions of MIMIC-III
+    cells[row, column] = 1
+    has_code = pd.DataFrame(cells, index=patients, columns=names, copy=False)
     # For prediction: a code of the training data that no new patient has is 0, not unknown.
     has_code.attrs["codes"] = True
     return has_code

@@ -194,6 +194,7 @@ class Since(Section):
 class Measurements(Section):
     table: str
     item: str
+    items: CellTextList | None = None
     value: str
     time: str
     since: Since | None = None

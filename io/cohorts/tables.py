@@ -79,9 +79,14 @@ def _equals(column: pd.Series, values: Iterable[str]) -> pd.Series:
 
 def dates(column: pd.Series, where: str) -> pd.Series:
     """Return cells as datetime64[s]: nanoseconds overflow, as MIMIC shifts births by 300 years."""
-    if not pd.api.types.is_datetime64_any_dtype(column):
-        column = texts(column)
     parsed = pd.to_datetime(column, errors="coerce", format="ISO8601", utc=True)
+    if not pd.api.types.is_datetime64_any_dtype(column):
+        odd = (parsed.isna() & column.notna()).to_numpy()
+        if odd.any():  # spaces around a date, or a text that means a gap: slow, but rare
+            column = column.astype(object)
+            column[odd] = texts(column[odd])
+            again = pd.to_datetime(column[odd], errors="coerce", format="ISO8601", utc=True)
+            parsed[odd] = again
     bad = parsed.isna() & column.notna()
     if bad.any():
         cell = column[bad].iloc[0]
