@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..fusion.preprocessing import Scaling, TableScaling
+from ..fusion.preprocessing import BagScaling, Scaling, TableScaling
 from ..io import Cohort
+from ..io.errors import listed
 from .run_folder import Run
 
 
@@ -67,19 +68,26 @@ def predict_cohort(run: Run, cohort: Cohort) -> pd.DataFrame:
 
 
 def _warn_of_unseen(cohort: Cohort, scalings: Sequence[Mapping[str, Scaling]]) -> None:
-    """Warn of each category that no fold has in training."""
-    for name, table in cohort.modalities.items():
-        fitted = [scaling.get(name) for scaling in scalings]
-        if not isinstance(table, pd.DataFrame):
-            continue
-        by_fold = [one.unseen(table) for one in fitted if isinstance(one, TableScaling)]
-        if not by_fold:
-            continue
-        for (column, value), count in by_fold[0].items():
-            if all((column, value) in unseen for unseen in by_fold):
+    """Warn of categories that no fold has in training, and of features of bags that are absent."""
+    for name, source in cohort.modalities.items():
+        fitted = [scaling[name] for scaling in scalings if name in scaling]
+        where = f"{cohort.name}: modality {name!r}"
+        if isinstance(source, pd.DataFrame):
+            by_fold = [one.unseen(source) for one in fitted if isinstance(one, TableScaling)]
+            for (column, value), count in (by_fold[0] if by_fold else {}).items():
+                if all((column, value) in unseen for unseen in by_fold):
+                    warnings.warn(
+                        f"{where}, column {column!r}: {value!r} ({count} patient"
+                        f"{'s'[: count != 1]}) is no category of training; it counts as none of "
+                        "the known ones",
+                        stacklevel=3,
+                    )
+        elif source.names is not None and len(source):
+            known = [one.known_names for one in fitted if isinstance(one, BagScaling)]
+            absent = dict.fromkeys(n for names in known for n in names if n not in source.names)
+            if absent:
                 warnings.warn(
-                    f"{cohort.name}: modality {name!r}, column {column!r}: {value!r} ({count} "
-                    f"patient{'s'[: count != 1]}) is no category of training; it counts as none "
-                    "of the known ones",
+                    f"{where}: {listed(absent, 3)} of training {'are' if len(absent) > 1 else 'is'}"
+                    " absent; missing values are imputed",
                     stacklevel=3,
                 )

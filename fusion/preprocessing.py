@@ -233,6 +233,11 @@ class BagScaling:
         """Names of the columns of the scaled tokens."""
         return (*map(str, self.kept), *(f"{i} missing" for i in self.flagged))
 
+    @property
+    def known_names(self) -> tuple[str, ...]:
+        """Names of the features that are kept; empty if the bags have no names."""
+        return tuple(self.names[i] for i in self.kept) if self.names else ()
+
     def transform(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the scaled tokens [N, F] of x [N, width]."""
         if x.shape[1] != self.width:
