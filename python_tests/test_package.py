@@ -115,7 +115,7 @@ ALLOWED = {
     "io.encoders": {"io.encoders", "io", *GROUND},
     "io.store": {"io.store", "io", *GROUND},
     "io.tiling": {"io.tiling", "io.slides", "io.encoders", "io.store", "io", *GROUND},
-    "io.cohorts": {"io.cohorts", "io.store", "io", *GROUND},
+    "io.cohorts": {"io.cohorts", "io.slides", "io.encoders", "io.store", "io", *GROUND},
     "experiments": {"experiments", "fusion", "kernels", *IO, *GROUND},
     "cli": {"cli", "experiments", "fusion", "kernels", *IO, *GROUND},
     "__main__": {"cli"},

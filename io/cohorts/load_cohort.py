@@ -44,7 +44,8 @@ def load_cohort(
             with at least one modality are taken, each is its own group, and columns may be empty.
 
     Returns:
-        The cohort. Tables are in memory; bags are read at each use.
+        The cohort. Tables are in memory; bags are read at each use. Images with an `encoder` that
+        their store lacks are encoded first.
 
     Raises:
         CohortError: in one line, the file, key or column at fault, and why.

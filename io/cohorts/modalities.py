@@ -1,4 +1,4 @@
-"""Read the modalities: tables of numbers and categories, codes, measurements, bags in files."""
+"""Read the modalities: tables of numbers and categories, codes, measurements, bags, images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import pandas as pd
 
 from .bags import Bags, open_bags
 from .columns import read_columns
+from .encode_images import encode_images
+from .images import Cut, ImageBags, find_images, open_images
 from .measurements import read_measurements
-from .schema import BagFiles, Codes, Columns, Measurements
+from .schema import BagFiles, Codes, Columns, ImageFiles, Measurements
 from .tables import Tables, texts
 
 
@@ -33,6 +35,8 @@ def read_modality(name: str, tables: Tables, keep: set[str] | None) -> pd.DataFr
             return read_measurements(section, tables, keep, where)
         case BagFiles():
             return _read_bags(section, tables, keep, where)
+        case ImageFiles():
+            return _read_images(section, tables, keep, where)
 
 
 def _read_codes(section: Codes, tables: Tables, keep: set[str] | None, where: str) -> pd.DataFrame:
@@ -55,13 +59,7 @@ def _read_codes(section: Codes, tables: Tables, keep: set[str] | None, where: st
 def _read_bags(section: BagFiles, tables: Tables, keep: set[str] | None, where: str) -> Bags:
     keys = None
     if section.keys:
-        column = section.keys.column
-        rows = tables.long(section.keys.table, [column], f"{where}.keys")[column]
-        names = texts(rows, verbatim=True).dropna()
-        keys = {
-            str(patient): list(dict.fromkeys(part))
-            for patient, part in names.groupby(level=0, sort=False)
-        }
+        keys = _names_of(tables, section.keys.table, section.keys.column, f"{where}.keys")
     return open_bags(
         tables.folders.match(section.bags, f"{where}.bags"),
         keys,
@@ -71,3 +69,29 @@ def _read_bags(section: BagFiles, tables: Tables, keep: set[str] | None, where: 
         encoder=section.encoder,
         where=where,
     )
+
+
+def _names_of(tables: Tables, table: str, column: str, where: str) -> dict[str, list[str]]:
+    """Return the texts of a column by patient, each once."""
+    rows = tables.long(table, [column], where)[column]
+    names = texts(rows, verbatim=True).dropna()
+    return {
+        str(patient): list(dict.fromkeys(part))
+        for patient, part in names.groupby(level=0, sort=False)
+    }
+
+
+def _read_images(section: ImageFiles, tables: Tables, keep: set[str] | None, where: str) -> Bags:
+    files = {
+        patient: [section.file.replace("{}", name) for name in names]
+        for patient, names in _names_of(tables, section.table, section.column, where).items()
+        if keep is None or patient in keep
+    }
+    images = open_images(tables.folders.find(section.images, f"{where}.images"), where)
+    files = find_images(images, files, must_exist=keep is not None)
+    cut = Cut(section.patch, (section.size[0], section.size[1]) if section.size else None)
+    if section.encoder is None or section.store is None:
+        return Bags(ImageBags(images, files, cut), features=cut.features, coords=2)
+    store = tables.folders.find_or_new(section.store)
+    slug, keys = encode_images(images, files, cut, section.encoder, store)
+    return open_bags([store], keys, keep, features=None, source=False, encoder=slug, where=where)

@@ -48,6 +48,7 @@ def plain(value: object) -> str:
 TextList = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 CellText = Annotated[str, BeforeValidator(_as_text)]
 CellTextList = Annotated[list[CellText], BeforeValidator(_as_list), Field(min_length=1)]
+Side = Annotated[int, Field(ge=1)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
@@ -225,6 +226,29 @@ class BagFiles(Section):
     optional: bool = False
 
 
+class ImageFiles(Section):
+    images: str
+    table: str
+    column: str
+    file: Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")] = "{}"
+    patch: Annotated[int, Field(ge=1)]
+    size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    encoder: str | None = None
+    store: str | None = None
+
+    @model_validator(mode="after")
+    def _sides_and_store(self) -> ImageFiles:
+        if self.size and any(side % self.patch for side in self.size):
+            raise PydanticCustomError(
+                "source",
+                "expected a size in multiples of patch, {patch}, got {size}",
+                {"patch": self.patch, "size": str(self.size)},
+            )
+        if (self.encoder is None) != (self.store is None):
+            raise PydanticCustomError("source", "expected both of the keys encoder and store")
+        return self
+
+
 class SplitFiles(Section):
     files: TextList
 
@@ -265,8 +289,12 @@ ModalitySection = Annotated[
     Annotated[Columns, Tag("<columns>")]
     | Annotated[Codes, Tag("<codes>")]
     | Annotated[Measurements, Tag("<events>")]
-    | Annotated[BagFiles, Tag("<bags>")],
-    _by_key({"bags": "<bags>", "codes": "<codes>", "item": "<events>"}, "<columns>"),
+    | Annotated[BagFiles, Tag("<bags>")]
+    | Annotated[ImageFiles, Tag("<images>")],
+    _by_key(
+        {"bags": "<bags>", "images": "<images>", "codes": "<codes>", "item": "<events>"},
+        "<columns>",
+    ),
 ]
 SplitsSection = Annotated[
     Annotated[SplitFiles, Tag("<files>")] | Annotated[SplitTest, Tag("<test>")],

@@ -44,6 +44,11 @@ class DataFolders:
                 return path
         raise self._not_found(name, where)
 
+    def find_or_new(self, name: str) -> Path:
+        """Return the path of a file or folder; if none exists, where to make it."""
+        paths = [folder / Path(name).expanduser() for folder in self.folders]
+        return next((path for path in paths if path.exists()), paths[0])
+
     def match(self, patterns: Iterable[str], where: str) -> list[Path]:
         """Return the paths that match each pattern, in natural order: 2 before 10.
 
