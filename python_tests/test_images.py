@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from motet import experiments
-from motet.io import Bags, CohortError, FeatureStore, load_cohort, load_encoder
+from motet.io import Bags, Classes, CohortError, FeatureStore, load_cohort, load_encoder
 from motet.io.cohorts import encode_images, images
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+
+from .conftest import data_path
 
 YAML = """\
 name: moles
@@ -351,3 +353,22 @@ def test_a_model_learns_from_raw_images(tmp_path: Path) -> None:
     new = experiments.predict_cohort(run, load_cohort(path, outcome=False))
     assert new["modalities"].tolist() == ["mole"] * 200
     assert roc_auc_score(labels, new["p_1"]) > 0.95
+
+
+def test_ham10000() -> None:
+    base = data_path("data", "ham10000")
+    rows = pd.read_csv(base / "metadata.csv")
+    cohort = load_cohort("ham10000", data=base.parent)
+    assert cohort.patients == tuple(rows.image_id)
+    assert cohort.groups == tuple(rows.lesion_id)
+    assert isinstance(cohort.outcome, Classes)
+    np.testing.assert_array_equal(cohort.outcome.labels, rows.melanoma)
+    assert list(cohort.modalities["clinical"]) == ["age", "sex", "localization"]
+    image = cohort.modalities["image"]
+    assert isinstance(image, Bags)
+    assert image.patients == cohort.patients
+    with zipfile.ZipFile(base / "images.zip") as archive:
+        photo = Image.open(BytesIO(archive.read(f"{rows.image_id[0]}.jpg")))
+        small = photo.resize((48, 36), Image.Resampling.BILINEAR)
+    features, _ = image[rows.image_id[0]]
+    np.testing.assert_array_equal(features[5], np.asarray(small)[12:24, 12:24].ravel())
