@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from motet.io import Bags, Classes, Cohort, Survival, load_cohort
 from motet.io.store.write import StoreWriter
+from PIL import Image
 
 from .store_helpers import TILING, Slide, numbers, put, spec
 
@@ -138,9 +139,18 @@ def test_siim_isic(tmp_path: Path) -> None:
         "ISIC_0052212,IP_2842074,,,,nevus,benign,0\n"
         "ISIC_0149568,IP_7279968,female,55.0,,melanoma,malignant,1\n"
     )
-    cohort = load_cohort("siim_isic", data=tmp_path)
+    with pytest.warns(UserWarning, match="modality 'image' is left out: .*no file 'siim_isic/jpeg"):
+        cohort = load_cohort("siim_isic", data=tmp_path)
     assert cohort.groups == ("IP_7279968", "IP_3075186", "IP_2842074", "IP_7279968")
     assert str(cohort.outcome) == "classes benign 3, melanoma 1"
     static = table(cohort, "static")
     assert list(static) == ["age_approx", "sex", "anatom_site_general_challenge"]
     assert static.loc["ISIC_0052212"].isna().all()
+    images = tmp_path / "siim_isic" / "jpeg" / "train"
+    images.mkdir(parents=True)
+    for name in cohort.patients:
+        Image.new("RGB", (80, 60), (200, 100, 50)).save(images / f"{name}.jpg")
+    cohort = load_cohort("siim_isic", data=tmp_path)
+    image = bags(cohort, "image")
+    assert image.patients == cohort.patients
+    assert image.shape("ISIC_2637011") == (12, 3 * 12**2)

@@ -164,7 +164,7 @@ def _as_optional(value: object) -> object:
 
 
 class Columns(Section):
-    other_forms = ("codes", "item", "bags")
+    other_forms = ("codes", "item", "bags", "images")
 
     table: str
     columns: TextList | None = None
@@ -235,6 +235,7 @@ class ImageFiles(Section):
     size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     encoder: str | None = None
     store: str | None = None
+    optional: bool = False
 
     @model_validator(mode="after")
     def _sides_and_store(self) -> ImageFiles:
