@@ -83,6 +83,11 @@ def probe_encoder(encoder: Any, modality: Modality, width: int | None) -> tuple[
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if output_width < 3:
+        raise ValueError(
+            f"encoder: expected an output of at least 3 features, got {output_width}: a LayerNorm "
+            "of one or two features erases their values; add a Linear layer that widens it"
+        )
     if width is not None and width != output_width:
         raise ValueError(f"encoder_dim: expected {output_width}, the encoder's output, got {width}")
     return output_width, one_token and "mask" in inspect.signature(encoder.forward).parameters

@@ -6,6 +6,7 @@ spectrum from pass to pass; `strategy="reference"` computes the literal loop (`r
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -24,6 +25,7 @@ from .encoder_config import encoder_from_config, encoder_to_config, probe_encode
 from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order
 from .modalities import (
     Bag,
+    Grid,
     Modality,
     Positions,
     check_modality,
@@ -131,6 +133,9 @@ class LegoBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_modality("modality", modality)
+        if encoder is not None and not isinstance(modality, Grid):
+            # The tokens are the encoder's, which gets what the caller passes, without constants.
+            modality = replace(modality, keep_scale=False)
         self.modality, self.encoder = modality, encoder
         self.positions = Positions(num_freq_bands, max_freq, fourier_encode)
         self.config: dict[str, Any] = {

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .._checks import choice, integer, positive
 
+# Tokens of fewer features get two constants by default, see `keep_scale`.
+NARROW = 32
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -54,6 +57,11 @@ class Tabular:
         features: length of the row.
         tokens: "row", the row is one token; or "features", each feature is a token of one channel
             with its position encoded, which gives an attention weight per feature.
+        keep_scale: append two constants, c and -c with c = sqrt(features / 2), to each row. The
+            LayerNorm of a token divides by the spread of its features, and so erases their common
+            scale: one feature gives the same for every value, of two features only their order is
+            left. Beside constants the values keep their size. None for True if `features` is less
+            than 32; a wider row has nothing to gain. Not used for "features".
 
     Input: [B, features], or [B, K, features] for K items per patient (visits, samples).
 
@@ -69,11 +77,14 @@ class Tabular:
 
     features: int
     tokens: Literal["row", "features"] = "row"
+    keep_scale: bool | None = None
     item_ndim: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        _set_fields(self, features=integer("features", self.features))
+        features = integer("features", self.features)
         choice("tokens", self.tokens, ("row", "features"))
+        keep_scale = self.tokens == "row" and _choose_keep_scale(self.keep_scale, features)
+        _set_fields(self, features=features, keep_scale=keep_scale)
 
     @property
     def channels(self) -> int:
@@ -81,7 +92,7 @@ class Tabular:
 
     def token_dim(self, positions: Positions) -> int:
         if self.tokens == "row":
-            return self.features
+            return self.features + 2 * bool(self.keep_scale)
         if not positions.enabled:
             # A LayerNorm over a single channel returns zero whatever the value is. Only together
             # with its position does a feature keep its value.
@@ -95,7 +106,7 @@ class Tabular:
         self, x: Tensor, positions: Positions, coords: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if self.tokens == "row":
-            return x[:, None], None
+            return x[:, None], _constants(self.features, x)[None] if self.keep_scale else None
         return x[..., None], positions.grid((self.features,), x)
 
 
@@ -109,6 +120,8 @@ class Bag:
             the time of a measurement. They are Fourier-encoded and joined to the vector.
         extent: the coordinate that is encoded as 1. Choose about the largest coordinate of the
             cohort (e.g. 100_000 level-0 pixels, or 48 hours).
+        keep_scale: append two constants to each vector, see `Tabular`. None for True if `features`
+            is less than 32.
 
     Input: a jagged NestedTensor [B, j, features]; or [B, N, features], with all tokens real unless
     a mask [B, N] marks padding; or [B, K, N, features] for K items per patient (several slides).
@@ -127,12 +140,15 @@ class Bag:
     features: int
     coords: int = 0
     extent: float = 1.0
+    keep_scale: bool | None = None
     item_ndim: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        features = integer("features", self.features)
         _set_fields(
             self,
-            features=integer("features", self.features),
+            features=features,
+            keep_scale=_choose_keep_scale(self.keep_scale, features),
             coords=integer("coords", self.coords, 0),
             extent=positive("extent", self.extent),
         )
@@ -144,7 +160,8 @@ class Bag:
     def token_dim(self, positions: Positions) -> int:
         if self.coords and not positions.enabled:
             raise ValueError(f"fourier_encode: Bag(coords={self.coords}) needs True, got False")
-        return self.features + (positions.width(self.coords) if self.coords else 0)
+        coords = positions.width(self.coords) if self.coords else 0
+        return self.features + coords + 2 * bool(self.keep_scale)
 
     def token_shape(self, x: Tensor) -> tuple[int, ...]:
         return (x.shape[-2],)
@@ -152,7 +169,13 @@ class Bag:
     def tokenise(
         self, x: Tensor, positions: Positions, coords: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return x, None if coords is None else positions.encode(coords / self.extent).to(x.dtype)
+        encoded = None if coords is None else positions.encode(coords / self.extent).to(x.dtype)
+        if not self.keep_scale:
+            return x, encoded
+        constants = _constants(self.features, x)
+        if encoded is None:
+            return x, constants.expand(x.shape[-2], 2)
+        return x, torch.cat([encoded, constants.expand(*encoded.shape[:-1], 2)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -255,7 +278,25 @@ def modality_to_config(modality: Modality) -> dict[str, Any]:
 
 def modality_from_config(config: dict[str, Any]) -> Modality:
     fields = dict(config)
-    return _KINDS[fields.pop("type")](**fields)
+    kind = _KINDS[fields.pop("type")]
+    if kind is not Grid:
+        fields.setdefault("keep_scale", False)  # in older files
+    return kind(**fields)
+
+
+def _choose_keep_scale(keep_scale: bool | None, features: int) -> bool:
+    choice("keep_scale", keep_scale, (None, True, False))
+    return features < NARROW if keep_scale is None else keep_scale
+
+
+def _constants(features: int, like: Tensor) -> Tensor:
+    """Return the two constants beside a token, [2], in the dtype and on the device of `like`.
+
+    Their sum of squares is what `features` numbers with variance 1 have. Made by kernels, not
+    copied from the host, since a CUDA graph cannot hold such a copy.
+    """
+    constant = math.sqrt(features / 2)
+    return torch.cat([like.new_full((1,), constant), like.new_full((1,), -constant)])
 
 
 def _set_fields(instance: object, **values: Any) -> None:

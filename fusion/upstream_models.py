@@ -162,7 +162,7 @@ def build_block(
     if width is None:
         raise ValueError(f"state_dict: no {prefix}layers.0.1.norm_context.weight")
     return LegoBlock(
-        Bag(in_shape[1]),
+        Bag(in_shape[1], keep_scale=False),
         wrapped,
         out_features=arguments["num_classes"] if arguments["final_classifier_head"] else None,
         num_latents=arguments["l_c"],
@@ -271,6 +271,11 @@ def check_expressible(model: nn.Module) -> None:
         for name, modality in model.modalities.items():
             if not isinstance(modality, Grid):
                 raise ValueError(f"model: the authors' code expects a Grid, got {name} {modality}")
+    elif isinstance(model, LegoBlock):
+        if model.config["modality"].get("keep_scale"):
+            raise ValueError(
+                f"model: the authors' code expects keep_scale=False, got {model.modality}"
+            )
     elif isinstance(model, (LegoMerge, LegoFuse)):
         equal = len(set(model.weights.values())) == 1
         if isinstance(model, LegoMerge) and model.method == "mean" and not equal:
