@@ -118,7 +118,9 @@ def fit_network(
 def finish_network(model: nn.Module, fold: Fold, history: History) -> FoldResult:
     """Fit what needs a trained model (`Fitted.finish`), and predict the test part of its fold."""
     train = fold.train
-    fitted = Fitted.finish(model, fold.scaling, fold.objective, train.patients, train.outcome)
+    fitted = Fitted.finish(
+        model, fold.scaling, fold.objective, train.patients, train.outcome, fold.validation.patients
+    )
     parameters = sum(p.numel() for p in model.parameters())
     predictions = fitted.predict(fold.test.patients)
     return FoldResult(predictions, fitted.scale, parameters, fitted, history)
@@ -142,7 +144,7 @@ def fit_baseline(fit: FitBaseline, fold: Fold, seed: int) -> FoldResult:
     groups = np.concatenate([part.groups for part in parts])
     data = FittingData(x, outcome, groups, fold_seed(seed, fold.number))
     model, objective = fit(features, data, fold.objective)
-    scale, grid = objective.reference(model.logits(torch.from_numpy(x)), *outcome)
+    scale, grid = objective.risk_scale(model.logits(torch.from_numpy(x)), *outcome)
     fitted = Fitted(model, fold.scaling, objective, scale, grid)
     parameters = sum(p.numel() for p in model.parameters())
     return FoldResult(fitted.predict(fold.test.patients), scale, parameters, fitted)

@@ -151,9 +151,9 @@ class SurvivalTask(Task):
             raise ValueError(f"no comparable pair in its {name} part; {CURE}")
 
     def objective(self, goal: Goal, outcome: Outcome) -> Objective:
-        if goal.loss == "cox":
-            return CoxSurvival()
         times, events = outcome
+        if goal.loss == "cox":
+            return CoxSurvival.fit(times, events)
         return DiscreteSurvival.fit(
             times, events, bins=goal.bins, alpha=goal.alpha, weighted=goal.weighted
         )

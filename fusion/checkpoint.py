@@ -110,7 +110,7 @@ def load(
     """
     content, tensors = _read(Path(path))
     kind = _MODELS[content["model"]]
-    arguments = [encoders] if kind in (LegoBlock, LegoMerge, LegoFuse) else []
+    arguments: list[Any] = [encoders] if kind in (LegoBlock, LegoMerge, LegoFuse) else []
     if not arguments and encoders is not None:
         raise ValueError(f"encoders: expected none for a {kind.__name__}")
     try:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .._atomic import write_text
+from .calibration import Calibrations, fit_calibration
 from .checkpoint import load, save
 from .objectives import (
     FittedObjective,
@@ -37,6 +38,7 @@ class Fitted:
             validation.
         scale: of the risks of the same patients; None for classes.
         grid: times of the survival curves; None for classes.
+        calibrations: fitted on the validation patients; None in older files.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Fitted:
     objective: FittedObjective
     scale: RiskScale | None
     grid: NDArray[np.float64] | None
+    calibrations: Calibrations | None = None
 
     @classmethod
     def finish(
@@ -53,20 +56,30 @@ class Fitted:
         objective: Objective,
         patients: Patients,
         outcome: tuple[NDArray[Any], ...],
+        validation: Patients,
     ) -> Self:
-        """Fit what needs a trained model: the baseline hazard and the scale of the risks.
+        """Fit what needs a trained model: calibration, baseline hazard and the scale of the risks.
 
         Args:
             model: the trained model.
             scaling: the scaling of its inputs.
             objective: the objective it was trained for.
             patients: the training part.
-            outcome: times and events, or labels, [n] each.
+            outcome: times and events, or labels, of the training part, [n] each.
+            validation: the validation part, with targets.
         """
-        logits = predict_logits(model, patients)
-        objective = objective.fitted(logits, *outcome)
-        scale, grid = objective.reference(logits, *outcome)
-        return cls(model, scaling, objective, scale, grid)
+
+        def compute_logits(patients: Patients) -> NDArray[np.float64]:
+            return predict_logits(model, patients).double().numpy()
+
+        # A baseline hazard needs logits on their final scale; the offsets of the maps need it.
+        logits = compute_logits(validation)
+        first = fit_calibration(objective, logits, validation.target)
+        objective = objective.fitted(torch.from_numpy(first.apply(logits)))
+        calibrations = Calibrations.fit(objective, compute_logits, validation, [patients])
+        calibrated = calibrations.apply(patients, compute_logits(patients))
+        scale, grid = objective.risk_scale(torch.from_numpy(calibrated), *outcome)
+        return cls(model, scaling, objective, scale, grid, calibrations)
 
     def patients(
         self, modalities: Mapping[str, pd.DataFrame | BagSource], ids: Sequence[str]
@@ -76,9 +89,12 @@ class Fitted:
 
     def predict(self, patients: Patients) -> Predictions:
         """Predict scaled patients; an empty part gives empty predictions."""
-        logits = torch.zeros(0, self.objective.out_features)
+        logits = torch.zeros(0, self.objective.out_features, dtype=torch.float64)
         if len(patients):
-            logits = predict_logits(self.model, patients)
+            logits = predict_logits(self.model, patients).double()
+            if self.calibrations is not None:
+                calibrated = self.calibrations.apply(patients, logits.numpy())
+                logits = torch.from_numpy(calibrated)
         return self.objective.predictions(patients.ids, logits, self.grid)
 
     def save(self, folder: Path) -> None:
@@ -88,6 +104,7 @@ class Fitted:
             "objective": objective_to_config(self.objective),
             "scale": None if self.scale is None else asdict(self.scale),
             "grid": None if self.grid is None else self.grid.tolist(),
+            "calibrations": None if self.calibrations is None else self.calibrations.to_config(),
             "scaling": {name: asdict(fitted) for name, fitted in self.scaling.items()},
         }
         write_text(folder / "fitted.json", json.dumps(content))
@@ -105,12 +122,14 @@ class Fitted:
         try:
             content = json.loads(path.read_text())
             scale, grid = content["scale"], content["grid"]
+            calibrations = content.get("calibrations")
             return cls(
                 model,
                 {name: scaling_from_config(config) for name, config in content["scaling"].items()},
                 objective_from_config(content["objective"]),
                 None if scale is None else RiskScale(**scale),
                 None if grid is None else np.asarray(grid),
+                None if calibrations is None else Calibrations.from_config(calibrations),
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: corrupt, or of another version ({error})") from error

@@ -2,7 +2,8 @@
 
 An objective is fitted on the outcomes of the training patients. It determines the width of the
 logits, makes the targets and the loss of a batch, and turns logits into predictions: risks and
-survival curves, or probabilities of classes.
+survival curves, or probabilities of classes. For the calibration after training it has two further
+methods: `match_mean` and `likelihood_loss` (see `calibration`).
 """
 
 from abc import ABC, abstractmethod
@@ -11,17 +12,22 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, softmax
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .calibration import solve_decreasing
 from .losses import likelihood_of_bins, on_device_of, partial_likelihood
 from .predictions import ClassPredictions, RiskScale, SurvivalPredictions, time_grid
-from .survival import TimeBins, breslow_hazard, outcome_arrays, risk, survival
+from .survival import KaplanMeier, TimeBins, breslow_hazard, outcome_arrays, risk
 
 Target = dict[str, Tensor]
 CurveTimes = NDArray[np.float64]
 """The times [G] at which survival curves are given."""
+# Largest number of iterations of `Classification.match_mean`; 20 reach 1e-9 in the usual case.
+MATCH_STEPS = 1000
 
 
 class _SurvivalObjective(ABC):
@@ -35,7 +41,7 @@ class _SurvivalObjective(ABC):
     def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
         """Return S(t) [n, G] at the times `grid`."""
 
-    def reference(
+    def risk_scale(
         self, logits: Tensor, times: NDArray[np.float64], events: NDArray[np.bool_]
     ) -> tuple[RiskScale, CurveTimes]:
         """Return the scale of the training patients' risks, and the times of the curves, [G]."""
@@ -59,6 +65,8 @@ class DiscreteSurvival(_SurvivalObjective):
     weights: tuple[float, ...] | None
     """Weights of the bins, see `nll_loss`."""
     alpha: float
+    kaplan_meier: KaplanMeier | None = None
+    """Kaplan-Meier's curve of the training patients; None in older files."""
     kind: ClassVar[str] = "nll"
 
     @classmethod
@@ -78,7 +86,8 @@ class DiscreteSurvival(_SurvivalObjective):
         time_bins = TimeBins.fit(times, events, bins)
         sizes = np.bincount(time_bins.index(times), minlength=bins)
         weights = tuple((1.0 / np.maximum(sizes, 1)).tolist()) if weighted else None
-        return cls(time_bins, float(times.max()), weights, alpha)
+        kaplan_meier = KaplanMeier.fit(times, events)
+        return cls(time_bins, float(times.max()), weights, alpha, kaplan_meier)
 
     @property
     def out_features(self) -> int:
@@ -101,14 +110,63 @@ class DiscreteSurvival(_SurvivalObjective):
         return risk(logits.double()).cpu().numpy()
 
     def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
-        """Return S(t) [n, G] at the times `grid`: linear within a bin, constant after the last."""
-        at_bin_ends = survival(logits.double()).cpu().numpy()
-        edges = np.array([0.0, *self.bins.edges, max(self.end, self.bins.edges[-1])])
-        at_edges = np.concatenate([np.ones((len(at_bin_ends), 1)), at_bin_ends], axis=1)
-        curves = [np.interp(grid, edges, curve) for curve in at_edges]
-        return np.asarray(curves).reshape(len(at_edges), len(grid))
+        """Return S(t) [n, G] at the times `grid`; constant after the end of the last bin.
 
-    def fitted(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
+        Within a bin the hazard is proportional to that of Kaplan-Meier's curve, so that the mean of
+        the patients follows it. (Without that curve, S is linear within a bin.)
+        """
+        log_at_ends = -F.softplus(logits.double()).cumsum(1).cpu().numpy()
+        log_at_edges = np.concatenate([np.zeros((len(log_at_ends), 1)), log_at_ends], axis=1)
+        edges = self._edges
+        if self.kaplan_meier is None:
+            survival = np.exp(log_at_edges)
+            curves = [np.interp(grid, edges, curve) for curve in survival]
+            return np.asarray(curves).reshape(len(survival), len(grid))
+        inside = np.clip(grid, edges[0], edges[-1])
+        bins = np.clip(np.searchsorted(edges, inside, side="right") - 1, 0, self.bins.count - 1)
+        start, end = edges[bins], edges[bins + 1]
+        before, then, after = map(self.kaplan_meier.cumulative, (start, inside, end))
+        # A bin in which Kaplan-Meier's curve has no event: its share of time in place of hazard.
+        by_time = (inside - start) / (end - start)
+        share = np.divide(then - before, after - before, out=by_time, where=after > before)
+        at_start, at_end = log_at_edges[:, bins], log_at_edges[:, bins + 1]
+        return np.exp(at_start + share * (at_end - at_start))
+
+    @property
+    def _edges(self) -> NDArray[np.float64]:
+        """The edges of all bins, [K + 1]."""
+        last = self.bins.edges[-1]
+        end = self.end if self.end > last else last + 1.0  # the last bin must have a width
+        return np.array([0.0, *self.bins.edges, end])
+
+    def match_mean(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return offsets [K] with which the mean survival at the ends of bins is Kaplan-Meier's.
+
+        Bin after bin: Σ_i S_{k-1}(x_i) · (1 - h_k(x_i)) = n · S_KM(k).
+        """
+        assert self.kaplan_meier is not None
+        expected = np.exp(-self.kaplan_meier.cumulative(self._edges[1:]))
+        survival, offsets = np.ones(len(logits)), []
+        for column, mean in zip(logits.T, expected, strict=True):
+            before = survival
+            offset = solve_decreasing(
+                lambda shift, column=column, mean=mean, before=before: float(
+                    (before * expit(-(column + shift))).mean() - mean
+                )
+            )
+            survival = before * expit(-(column + offset))
+            offsets.append(offset)
+        return np.array(offsets)
+
+    def likelihood_loss(self, logits: NDArray[np.float64], target: Target) -> float:
+        """Return the mean negative log-likelihood, without weights and with alpha 0."""
+        return float(
+            likelihood_of_bins(
+                torch.from_numpy(logits), target["bins"], target["events"], alpha=0, weights=None
+            )
+        )
+
+    def fitted(self, logits: Tensor) -> Self:
         """Return the objective after training; there is nothing more to fit."""
         return self
 
@@ -125,12 +183,19 @@ class DiscreteSurvival(_SurvivalObjective):
 class CoxSurvival(_SurvivalObjective):
     """One log hazard ratio per patient; the loss is Cox's partial likelihood with Efron's ties."""
 
+    kaplan_meier: KaplanMeier | None = None
+    """Kaplan-Meier's curve of the training patients, needed by `fitted`."""
     times: tuple[float, ...] = ()
-    """Event times of Breslow's baseline, which is fitted after training."""
+    """Times of the steps of the baseline, which is fitted after training."""
     hazard: tuple[float, ...] = ()
     """Cumulative baseline hazard at these times."""
     kind: ClassVar[str] = "cox"
     out_features: ClassVar[int] = 1
+
+    @classmethod
+    def fit(cls, times: ArrayLike, events: ArrayLike) -> Self:
+        """Fit Kaplan-Meier's curve to the training patients."""
+        return cls(KaplanMeier.fit(times, events))
 
     def target(self, times: ArrayLike, events: ArrayLike) -> Target:
         """Return the targets of some patients for `loss`; their values are checked here."""
@@ -146,7 +211,7 @@ class CoxSurvival(_SurvivalObjective):
         return logits.double().squeeze(1).cpu().numpy()
 
     def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
-        """Return S(t) [n, G] at the times `grid`, from Breslow's baseline.
+        """Return S(t) [n, G] at the times `grid`, exp(-H(t) exp(risk)) with the baseline H.
 
         All are finite: log hazard ratios beyond ±300 count as ±300.
         """
@@ -154,8 +219,49 @@ class CoxSurvival(_SurvivalObjective):
         cumulative = np.array([0.0, *self.hazard])[steps]
         return np.exp(-cumulative * np.exp(_limited(self.risk(logits)))[:, None])
 
-    def fitted(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
-        """Return the objective with Breslow's baseline of the training patients."""
+    def match_mean(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the offset [1] with which the mean survival is Kaplan-Meier's at its middle step.
+
+        Before there is a baseline the offset is zero: it has no influence on the likelihood.
+        """
+        if not self.times or self.kaplan_meier is None:
+            return np.zeros(1)
+        middle = len(self.times) // 2
+        expected = np.exp(-self.kaplan_meier.hazard[middle])
+        offset = solve_decreasing(
+            lambda shift: float(
+                np.exp(-self.hazard[middle] * np.exp(logits + shift)).mean() - expected
+            )
+        )
+        return np.array([offset])
+
+    def likelihood_loss(self, logits: NDArray[np.float64], target: Target) -> float:
+        """Return the negative partial log-likelihood, divided by the number of patients."""
+        return float(self.loss(torch.from_numpy(logits), target))
+
+    def fitted(self, logits: Tensor) -> Self:
+        """Return the objective with a baseline hazard, fitted to patients not trained on.
+
+        At each step of Kaplan-Meier's curve the mean survival of these patients, with their
+        calibrated logits, equals it. (Breslow's baseline needs risks of the training
+        patients, whose order is too good.)
+        """
+        assert self.kaplan_meier is not None
+        log_ratios = _limited(self.risk(logits))
+
+        def log_baseline(survival: float) -> float:
+            return solve_decreasing(
+                lambda shift: float(np.exp(-np.exp(shift + log_ratios)).mean() - survival)
+            )
+
+        hazard = [np.exp(log_baseline(np.exp(-step))) for step in self.kaplan_meier.hazard]
+        return replace(self, times=self.kaplan_meier.times, hazard=tuple(map(float, hazard)))
+
+    def with_breslow(self, logits: Tensor, times: ArrayLike, events: ArrayLike) -> Self:
+        """Return the objective with Breslow's baseline of patients with logits [n, 1].
+
+        For a model that was fitted to these patients by the partial likelihood.
+        """
         event_times, hazard = breslow_hazard(
             _limited(self.risk(logits)), *outcome_arrays(times, events)
         )
@@ -203,6 +309,9 @@ class Classification:
     classes: int
     weights: tuple[float, ...] | None
     """Weights of the classes."""
+    shares: tuple[float, ...] | None = None
+    """Share of each class among the training patients; with weights, equal shares. None in older
+    files."""
     kind: ClassVar[str] = "cross_entropy"
 
     @classmethod
@@ -218,7 +327,8 @@ class Classification:
                 f"labels: expected training patients of all {classes} classes, got {sizes.tolist()}"
             )
         weights = tuple((sizes.sum() / (classes * sizes)).tolist()) if weighted else None
-        return cls(classes, weights)
+        shares = np.full(classes, 1 / classes) if weighted else sizes / sizes.sum()
+        return cls(classes, weights, tuple(shares.tolist()))
 
     @property
     def out_features(self) -> int:
@@ -243,7 +353,7 @@ class Classification:
         weights = None if self.weights is None else on_device_of(logits, self.weights)
         return cross_entropy(logits, target["labels"], weights)
 
-    def reference(self, logits: Tensor, labels: NDArray[np.int64]) -> tuple[None, None]:
+    def risk_scale(self, logits: Tensor, labels: NDArray[np.int64]) -> tuple[None, None]:
         """Return None for the scale of risks and None for the times of curves: there are none."""
         return None, None
 
@@ -257,7 +367,21 @@ class Classification:
         """Return the predictions for patients `ids` with logits [n, K]; `grid` is not used."""
         return ClassPredictions(ids, self.probabilities(logits))
 
-    def fitted(self, logits: Tensor, labels: ArrayLike) -> Self:
+    def match_mean(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return offsets [K] with which the mean probabilities are `shares`, by iteration."""
+        shares, offsets = np.asarray(self.shares), np.zeros(self.classes)
+        for _ in range(MATCH_STEPS):
+            change = np.log(shares / softmax(logits + offsets, axis=1).mean(0))
+            offsets += change
+            if np.abs(change).max() < 1e-9:
+                break
+        return offsets - offsets.mean()
+
+    def likelihood_loss(self, logits: NDArray[np.float64], target: Target) -> float:
+        """Return the cross entropy, with the weights of the classes if there are any."""
+        return float(self.loss(torch.from_numpy(logits), target))
+
+    def fitted(self, logits: Tensor) -> Self:
         """Return the objective after training; there is nothing more to fit."""
         return self
 
@@ -298,4 +422,8 @@ def objective_from_config(config: dict[str, Any]) -> FittedObjective:
     }
     if "bins" in fields:
         fields["bins"] = TimeBins(tuple(fields["bins"]["edges"]))
+    if fields.get("kaplan_meier") is not None:
+        fields["kaplan_meier"] = KaplanMeier(
+            **{k: tuple(v) for k, v in fields["kaplan_meier"].items()}
+        )
     return _KINDS[config["kind"]](**fields)

@@ -151,12 +151,30 @@ class Patients(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> PatientBatch:
         """Return the batch of these row numbers; torch's DataLoader calls this."""
+        return self.batch(rows)
+
+    def batch(
+        self, rows: Sequence[int], dropped: Sequence[Sequence[str]] | None = None
+    ) -> PatientBatch:
+        """Return the batch of some patients.
+
+        Args:
+            rows: their row numbers.
+            dropped: for each of them the modalities that the batch shall not have; None for none.
+        """
         index = torch.as_tensor(rows)
+        without: list[Sequence[str]] = [()] * len(rows) if dropped is None else list(dropped)
         x: dict[str, Tensor | Ragged] = {n: table[index] for n, table in self.tables.items()}
-        present = {name: has[index] for name, has in self.present.items()}
+        present = {
+            name: has[index] & torch.tensor([name not in names for names in without])
+            for name, has in self.present.items()
+        }
         coords, statistics = {}, {}
         for name, bags in self.bags.items():
-            patients = [self.ids[row] for row in rows]
+            patients = [
+                None if name in names else self.ids[row]
+                for row, names in zip(rows, without, strict=True)
+            ]
             x[name], token_coords, token_statistics = bags.read_packed(patients)
             if token_coords is not None:
                 coords[name] = token_coords
@@ -187,6 +205,37 @@ class Patients(Dataset):
         if modality in self.present:
             return self.present[modality]
         return torch.tensor([patient in self.bags[modality] for patient in self.ids])
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The names of all modalities: tables, then bags."""
+        return (*self.tables, *self.bags)
+
+    def held(self) -> Tensor:
+        """Return bool [n, M], whether each patient has each of `modalities`."""
+        return torch.stack([self.has(name) for name in self.modalities], dim=1)
+
+    def sets_of_modalities(self) -> list[tuple[str, ...]]:
+        """Return the names of the modalities of each patient, in the order of `modalities`."""
+        return [
+            tuple(name for name, has_it in zip(self.modalities, row, strict=True) if has_it)
+            for row in self.held().tolist()
+        ]
+
+    def only(self, names: Sequence[str]) -> Self:
+        """Return the same patients, who now lack every modality but `names`."""
+        removed = [name for name in self.tables if name not in names]
+        return replace(
+            self,
+            tables={n: torch.zeros_like(x) if n in removed else x for n, x in self.tables.items()},
+            present={
+                n: torch.zeros_like(has) if n in removed else has for n, has in self.present.items()
+            },
+            bags={
+                name: bags if name in names else ScaledBags(None, bags.scaling)
+                for name, bags in self.bags.items()
+            },
+        )
 
     def select(self, rows: Tensor) -> Self:
         """Return the patients at some rows: row numbers, or bool [n]."""
@@ -233,22 +282,22 @@ class ScaledBags:
         self.cache: dict[str, BagTensors] = {}
         self.bytes = 0
 
-    def __contains__(self, patient: str) -> bool:
-        return self.source is not None and patient in self.source
+    def __contains__(self, patient: str | None) -> bool:
+        return self.source is not None and patient is not None and patient in self.source
 
-    def __getitem__(self, patient: str) -> BagTensors:
-        """Return the bag of a patient; an empty one if the patient lacks the modality."""
+    def __getitem__(self, patient: str | None) -> BagTensors:
+        """Return the bag of a patient; an empty one if the patient lacks the modality, or None."""
         if patient in self.cache:
             return self.cache[patient]
         bag = self._read(patient)
         size = _bytes_of(bag)
-        if patient in self and self.bytes + size <= self.limit:
+        if patient is not None and patient in self and self.bytes + size <= self.limit:
             self.cache[patient] = bag
             self.bytes += size
         return bag
 
-    def _read(self, patient: str) -> BagTensors:
-        if patient not in self:
+    def _read(self, patient: str | None) -> BagTensors:
+        if patient is None or patient not in self:
             no_coords = torch.zeros(0, self.scaling.coords) if self.scaling.coords else None
             return BagTensors(torch.zeros(0, len(self.scaling.features)), no_coords)
         assert self.source is not None
@@ -260,8 +309,13 @@ class ScaledBags:
         values = torch.from_numpy(self.scaling.transform(features))
         return BagTensors(values, None if coords is None else torch.from_numpy(coords))
 
-    def read_packed(self, patients: Sequence[str]) -> tuple[Ragged, Ragged | None, Ragged | None]:
-        """Return the bags of some patients, packed: tokens, coordinates, statistics."""
+    def read_packed(
+        self, patients: Sequence[str | None]
+    ) -> tuple[Ragged, Ragged | None, Ragged | None]:
+        """Return the bags of some patients, packed: tokens, coordinates, statistics.
+
+        None is a patient who lacks the modality.
+        """
         values, coords, statistics = zip(*(self[patient] for patient in patients), strict=True)
         offsets = torch.tensor([0, *map(len, values)]).cumsum(0)
 
@@ -296,7 +350,7 @@ class DeviceBags(ScaledBags):
         self.bags, self.device, self.dtype = bags, device, dtype
         super().__init__(bags.source, bags.scaling, limit)
 
-    def _read(self, patient: str) -> BagTensors:
+    def _read(self, patient: str | None) -> BagTensors:
         values, coords, _ = self.bags[patient]
         values = values.to(self.dtype)
         statistics = token_statistics(values).to(self.device)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sksurv.metrics import concordance_index_censored
+from sksurv.nonparametric import kaplan_meier_estimator
 from torch import Tensor
 
 from .._checks import integer
@@ -78,6 +79,39 @@ class TimeBins:
         if np.isnan(values).any():
             raise ValueError("times: expected numbers, got NaN")
         return np.searchsorted(self.edges, values, side="right").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class KaplanMeier:
+    """The Kaplan-Meier curve of the training patients, as the cumulative hazard -log S(t).
+
+    Args:
+        times: the distinct times at which an event was observed, rising.
+        hazard: the cumulative hazard after each of them, rising.
+    """
+
+    times: tuple[float, ...]
+    hazard: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, times: ArrayLike, events: ArrayLike) -> Self:
+        """Fit to times [n] and events [n] of the training patients, at least one event.
+
+        If the last patient has the event, the curve falls to zero there, which no model predicts:
+        that last step goes to half a patient's share, 1 / (2 n), instead.
+        """
+        values, observed = outcome_arrays(times, events)
+        steps, survival = kaplan_meier_estimator(observed, values)[:2]
+        falls = np.diff(survival, prepend=1.0) < 0
+        hazard = -np.log(np.maximum(survival[falls], 0.5 / len(values)))
+        return cls(tuple(steps[falls].tolist()), tuple(hazard.tolist()))
+
+    def cumulative(self, times: ArrayLike) -> NDArray[np.float64]:
+        """Return the cumulative hazard at `times`: linear between events, constant after the last.
+
+        Kaplan-Meier's curve is a step function. The line through its steps is a smooth estimate.
+        """
+        return np.interp(np.asarray(times, float), (0.0, *self.times), (0.0, *self.hazard))
 
 
 def outcome_arrays(

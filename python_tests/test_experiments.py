@@ -25,9 +25,8 @@ import torch
 from motet import cli, experiments
 from motet.experiments import Run
 from motet.experiments.run_folder import locked
-from motet.experiments.settings import Goal
 from motet.fusion.preprocessing import TableScaling
-from motet.io import Bags, Classes, Cohort, Split, Survival, load_cohort
+from motet.io import Bags, Cohort, Split, Survival, load_cohort
 from motet.io.cohorts.bags import LazyBags
 from safetensors import safe_open
 

@@ -58,7 +58,8 @@ def _cox(fit: Fit) -> FitBaseline:
         features: FlatFeatures, data: FittingData, objective: Objective
     ) -> tuple[FlatModel, FittedObjective]:
         model = fit(features, data)
-        return model, CoxSurvival().fitted(model.logits(torch.from_numpy(data.x)), *data.outcome)
+        logits = model.logits(torch.from_numpy(data.x))
+        return model, CoxSurvival().with_breslow(logits, *data.outcome)
 
     return fit_with_hazard
 
