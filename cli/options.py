@@ -50,6 +50,16 @@ def add_set(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_modality_dropout(parser: argparse.ArgumentParser) -> None:
+    """Add --modality-dropout, short for --set modality_dropout; to be called beside `add_set`."""
+    parser.add_argument(
+        "--modality-dropout", action="append", metavar="P", dest="changes",
+        type=lambda text: f"modality_dropout={text}",
+        help="probability of dropping a modality of a patient in a training step (default: 0.2 if "
+        "there are several)",
+    )  # fmt: skip
+
+
 def read_names(text: str) -> list[str]:
     """Read names that are separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Commands, add_data, add_json, add_out, add_set, read_changes, read_names
+from .options import (
+    Commands,
+    add_data,
+    add_json,
+    add_modality_dropout,
+    add_out,
+    add_set,
+    read_changes,
+    read_names,
+)
 
 if TYPE_CHECKING:
     from ..experiments.merge_recipe import Recipe
@@ -52,6 +61,7 @@ def add_train(commands: Commands) -> None:
         "--seed", type=int, default=0, help="seed of splits, weights and dropout (default: 0)"
     )
     add_set(train)
+    add_modality_dropout(train)
     add_json(train)
     train.set_defaults(run=_train)
 
@@ -103,6 +113,7 @@ def add_fuse(commands: Commands) -> None:
         "--mode", default="weave", help="order of the layers: weave or stack (default: weave)"
     )
     add_set(fuse)
+    add_modality_dropout(fuse)
     add_json(fuse)
     fuse.set_defaults(run=_fuse)
 

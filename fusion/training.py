@@ -1,6 +1,7 @@
-"""Train a model with Lightning: Adam, one cycle, early stopping that restores the best weights.
+"""Train a model with Lightning: Adam and one cycle of the learning rate.
 
-The order of an epoch is drawn from (seed, epoch), the dropout of a step from (seed, step). So a run
+The order of an epoch and the modalities that are dropped in it are drawn from (seed, epoch), the
+dropout of a step from (seed, step). So a run
 that was killed and resumed gives exactly the weights of one that was not. On one GPU the loss and
 the gradients of a step are one CUDA graph (`StepGraphs`), and the host waits for the GPU only at
 the end of an epoch.
@@ -26,14 +27,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .._atomic import replacing
-from .._checks import choice, integer, positive
+from .._checks import choice, integer, positive, rate
 from .graphs import StepGraphs, add_l1, logits_of
 from .healnet import HEALNet
 from .lego_block import LegoBlock
 from .lego_fuse import LegoFuse
 from .lego_merge import LegoMerge
+from .modality_dropout import ModalityDropout, WithDroppedModalities
 from .objectives import Objective
 from .patients import CACHE_BYTES, PatientBatch, Patients
+from .token_moments import share_moments, token_parameters
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
@@ -46,7 +49,12 @@ class Training:
         epochs: largest number of epochs; also the length of the one cycle.
         max_lr: highest learning rate, at the peak of the cycle.
         batch_size: patients per step and process.
-        patience: training stops after this number of epochs without a lower validation loss.
+        patience: training stops after this number of epochs without a lower validation loss, and
+            ends with the weights of the lowest. None for all epochs and the last weights: the
+            validation loss of small cohorts is too noisy to choose an epoch by, and it measures
+            overconfidence, which the calibration removes, more than the order of the patients.
+        modality_dropout: probability of dropping a modality of a patient in a training step; a
+            patient keeps at least one.
         l1: weight of `l1_penalty`.
         l2: weight decay of Adam.
         momentum: highest momentum (beta 1 of Adam), at both ends of the cycle; the lowest, at its
@@ -62,7 +70,8 @@ class Training:
     epochs: int = 50
     max_lr: float = 0.008
     batch_size: int = 8
-    patience: int = 5
+    patience: int | None = None
+    modality_dropout: float = 0.0
     l1: float = 0.0
     l2: float = 0.0
     momentum: float = 0.92
@@ -71,8 +80,11 @@ class Training:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("epochs", "batch_size"):
             integer(name, getattr(self, name))
+        if self.patience is not None:
+            integer("patience", self.patience)
+        rate("modality_dropout", self.modality_dropout)
         for name in ("seed", "workers"):
             integer(name, getattr(self, name), 0)
         if self.workers > (cores := max(8, os.cpu_count() or 1)):
@@ -89,12 +101,13 @@ class Training:
 
 @dataclass
 class History:
-    """The course of a training: losses and seconds per epoch, the best epoch (from 1)."""
+    """The course of a training: losses and seconds per epoch."""
 
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     best_epoch: int = 0
+    """The epoch, from 1, of the weights that are kept."""
     without_graph: list[str] = field(default_factory=list)
     """Why steps on a GPU ran without a CUDA graph; empty if all ran as graphs, and on a CPU."""
 
@@ -109,7 +122,7 @@ def train(
     resume: Path | None = None,
     each_epoch: Callable[[History], None] = lambda history: None,
 ) -> History:
-    """Train `model` in place; at the end it has the weights of the lowest validation loss.
+    """Train `model` in place; at the end it has the last weights, or the best with `patience`.
 
     Under torchrun every process trains on its share of the patients (DDP); all processes end with
     the same weights and validation losses.
@@ -118,7 +131,8 @@ def train(
         model: the model to train, on any device.
         objective: fitted on the training part.
         patients: the training part, with targets.
-        validation: the validation part, with targets; its loss decides when to stop.
+        validation: the validation part, with targets; with `patience` its loss decides when to
+            stop.
         settings: see `Training`.
         resume: folder for the state after every epoch. If it holds a state, training continues from
             it; the state is removed at the end.
@@ -137,15 +151,15 @@ def train(
     # Every process validates on all patients, so that all stop at the same epoch.
     val_loader = _make_loader(validation, settings, share=False)
     fit = _Fit(model, objective, settings, steps=len(loader))
-    best = _BestWeights(fit.history, each_epoch)
+    kept = _KeptWeights(fit.history, settings.patience, each_epoch)
     state_file = None if resume is None else resume / "last.ckpt"
     state = None if state_file is None else _read_state(state_file)
     # Dropout draws from torch's global generators; their states are restored afterwards.
     with _silence_lightning(), torch.random.fork_rng():
-        trainer = _make_trainer(settings, best, state_file)
+        trainer = _make_trainer(settings, kept, state_file)
         if state is not None:
             fit.on_load_checkpoint(state)
-            best.load_state_dict(state["callbacks"][best.state_key])
+            kept.load_state_dict(state["callbacks"][kept.state_key])
         if not (state is not None and _has_ended(fit.history, settings)):
             resumed_from = None if state is None else str(state_file)
             try:
@@ -153,7 +167,7 @@ def train(
             except SystemExit as error:  # Lightning turns Ctrl-C and SIGTERM into an exit with 0
                 raise KeyboardInterrupt from error
     model.cpu()
-    model.load_state_dict(best.weights)
+    model.load_state_dict(kept.weights)
     model.eval()
     if state_file is not None and not rank():
         state_file.unlink(missing_ok=True)
@@ -204,13 +218,18 @@ def use_device_bags(
 
 def _make_loader(patients: Patients, settings: Training, *, share: bool) -> DataLoader:
     """Return a loader of all patients in order; if `share`, of this process's share, shuffled."""
-    sampler = None
+    sampler, dataset = None, patients
     if share:
         sampler = DistributedSampler(
             patients, _world_size(), rank(), shuffle=True, seed=settings.seed
         )
+        if settings.modality_dropout and len(patients.modalities) > 1:
+            dataset = WithDroppedModalities(patients)
+            sampler = ModalityDropout(
+                patients, settings.modality_dropout, _world_size(), rank(), seed=settings.seed
+            )
     return DataLoader(
-        patients,
+        dataset,
         settings.batch_size,
         sampler=sampler,
         num_workers=settings.workers,
@@ -221,13 +240,18 @@ def _make_loader(patients: Patients, settings: Training, *, share: bool) -> Data
 
 
 def _make_trainer(
-    settings: Training, best: "_BestWeights", state_file: Path | None
+    settings: Training, kept: "_KeptWeights", state_file: Path | None
 ) -> lightning.Trainer:
     """Return Lightning's trainer; it prints nothing and writes nothing but `state_file`."""
     world, local = _world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    stop = EarlyStopping("validation_loss", patience=settings.patience, check_finite=False)
+    callbacks: list[Callback] = [kept]
+    if settings.patience is not None:
+        callbacks.append(
+            EarlyStopping("validation_loss", patience=settings.patience, check_finite=False)
+        )
     # It is the last callback, so that the file holds the state of the others after the epoch.
-    save_state = [] if state_file is None else [_SaveState(state_file)]
+    if state_file is not None:
+        callbacks.append(_SaveState(state_file))
     return lightning.Trainer(
         accelerator="auto",
         devices=local,
@@ -237,7 +261,7 @@ def _make_trainer(
         strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
         precision=settings.precision,  # pyright: ignore[reportArgumentType]
         max_epochs=settings.epochs,
-        callbacks=[best, stop, *save_state],
+        callbacks=callbacks,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         logger=False,
@@ -306,6 +330,7 @@ class _Fit(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.losses, self.started = [], time.perf_counter()
+        share_moments(self.trainer.optimizers[0], token_parameters(self.model))
 
     def training_step(self, batch: PatientBatch, index: int) -> Tensor:
         # A seed for every (seed, step, process): a resumed run draws the same dropout.
@@ -366,16 +391,21 @@ class _Fit(lightning.LightningModule):
         vars(self.history).update(checkpoint["history"])
 
 
-class _BestWeights(Callback):
-    """Keeps a copy of the weights with the lowest validation loss; of equal losses the first."""
+class _KeptWeights(Callback):
+    """Keeps a copy of the last weights, or with a patience of those with the lowest loss.
 
-    def __init__(self, history: History, each_epoch: Callable[[History], None]) -> None:
-        self.history, self.each_epoch = history, each_epoch
+    Of equal losses the first counts.
+    """
+
+    def __init__(
+        self, history: History, patience: int | None, each_epoch: Callable[[History], None]
+    ) -> None:
+        self.history, self.patience, self.each_epoch = history, patience, each_epoch
         self.weights: dict[str, Any] = {}
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         losses = self.history.validation_loss
-        if losses[-1] == min(losses) and losses.index(losses[-1]) == len(losses) - 1:
+        if self.patience is None or losses.index(min(losses)) == len(losses) - 1:
             self.weights = deepcopy(pl_module.model.state_dict())
             self.history.best_epoch = len(losses)
         self.each_epoch(self.history)
@@ -418,7 +448,8 @@ def _read_state(path: Path) -> dict[str, Any] | None:
 def _has_ended(history: History, settings: Training) -> bool:
     """Return whether a resumed training is complete; Lightning would continue it all the same."""
     epochs = len(history.validation_loss)
-    return epochs >= min(settings.epochs, history.best_epoch + settings.patience)
+    stopped = settings.patience is not None and epochs >= history.best_epoch + settings.patience
+    return stopped or epochs >= settings.epochs
 
 
 def rank() -> int:
