@@ -17,6 +17,7 @@ from scipy.stats import chi2, norm
 from sksurv.nonparametric import SurvivalFunctionEstimator
 from sksurv.util import Surv
 
+from .brier import class_brier, survival_brier
 from .concordance import (
     Pairs,
     auc_pairs,
@@ -24,18 +25,21 @@ from .concordance import (
     concordance,
     concordance_per_fold,
     harrell_pairs,
-    inverse_censoring,
     mean_auc,
     uno_pairs,
 )
 from .held_out import ClassFold, Floats, SurvivalFold
+from .reliability import (
+    calibration_error,
+    class_calibration,
+    d_calibration,
+    survival_calibration,
+)
 from .resampling import Comparison, Resampling, combine, resample, resampled_mean
 
 # Smallest share G(t) of uncensored training patients up to which Uno's c counts events. Below it
 # the weights 1 / G(t)^2 exceed 25, and a few late events would decide the result.
 OBSERVED_SHARE = 0.2
-BRIER_STEPS = 100
-CALIBRATION_BINS = 10  # as in Haider et al.
 
 
 def evaluate_survival(
@@ -64,8 +68,7 @@ def evaluate_survival(
         folds: one per test part; each patient is in one fold only.
         tau: Uno's c counts events before it, the Brier score is integrated up to it. None for the
             last time at which over a fifth of every training part are uncensored (Kaplan-Meier).
-        horizons: times of the AUC and the Brier score; None for the quartiles of the event times of
-            the test parts, before `tau` and within the curves.
+        horizons: times of AUC, Brier score and calibration; None for quartiles of the event times.
         draws: bootstrap samples.
         seed: of the draws.
 
@@ -93,8 +96,9 @@ def evaluate_survival(
         "auc": _auc_over_time(folds, times, resampling),
     }
     if all(fold.curves is not None for fold in folds):
-        metrics |= _brier(folds, times, end, resampling)
-        metrics["d_calibration"] = _d_calibration(folds)
+        metrics |= survival_brier(folds, times, end, resampling)
+        metrics["d_calibration"] = d_calibration(folds)
+        metrics["calibration"] = survival_calibration(folds, times)
     if all(fold.cut is not None for fold in folds):
         metrics["risk_groups"] = _risk_groups(folds)
     return metrics
@@ -145,6 +149,9 @@ def evaluate_classes(
         }
     metrics["balanced_accuracy"] = resampling.interval_of_share(combine(recalls))._asdict()
     metrics["accuracy"] = resampling.interval_of_share(resampled_mean(right, resampling))._asdict()
+    metrics |= class_brier(folds, resampling)
+    metrics["calibration"] = class_calibration(folds)
+    metrics["calibration_error"] = {"value": calibration_error(metrics["calibration"])}
     return metrics
 
 
@@ -221,7 +228,9 @@ def _choose_times(
         if tau is None
         else _check_time("tau", tau, reach)
     )
-    curves_end = min((fold.grid[-1] for fold in folds if fold.grid is not None), default=np.inf)
+    # Up to there the curves are known, and those of Kaplan-Meier beside them.
+    known = [min(f.grid[-1], f.train_times.max()) for f in folds if f.grid is not None]
+    curves_end = min(known, default=np.inf)
     end = float(min(tau, curves_end))
     if horizons is None:
         event_times = [fold.times[fold.events & (fold.times < end)] for fold in folds]
@@ -234,10 +243,10 @@ def _choose_times(
 
 
 def _find_observed_until(folds: Sequence[SurvivalFold], share: float) -> float:
-    """Return the last time at which more than `share` of every training part are uncensored."""
+    """Return the last time at which more than `share` are uncensored, in every fold."""
 
     def last_time(fold: SurvivalFold) -> float:
-        times = np.unique(fold.train_times)
+        times = np.unique(fold.censoring[0])
         # 0 if all are censored at once: G(0) = 1.
         return times[fold.uncensored(times) > share].max(initial=0.0)
 
@@ -275,95 +284,6 @@ def _auc_over_time(
         "low": [estimate.low for estimate in estimates],
         "high": [estimate.high for estimate in estimates],
         "mean": resampling.interval_of_share(combine(figures, falls / falls.sum()))._asdict(),
-    }
-
-
-def _survival_at(fold: SurvivalFold, times: Floats) -> Floats:
-    """Return S(t | x), [n, T], at `times` [T] or [n, T]: linear from S(0) = 1 through the grid."""
-    assert fold.grid is not None
-    assert fold.curves is not None
-    grid = np.append(0.0, fold.grid)
-    curves = np.column_stack([np.ones(len(fold)), fold.curves])
-    query_times = np.broadcast_to(times, (len(fold), np.shape(times)[-1]))
-    right = np.clip(np.searchsorted(grid, query_times), 1, len(grid) - 1)
-    fraction = (query_times - grid[right - 1]) / (grid[right] - grid[right - 1])
-    before, after = (np.take_along_axis(curves, i, axis=1) for i in (right - 1, right))
-    return before + fraction * (after - before)
-
-
-def _squared_errors(fold: SurvivalFold, times: Floats, curves: Floats) -> Floats:
-    """Return the squared errors of every patient at `times` [T], weighted by IPCW, [n, T].
-
-    A patient with the event until t counts S(t)^2 / G(T), a patient free of it (1 - S(t))^2 / G(t),
-    a patient censored before t nothing; T is the time of the event.
-    """
-    follow_up = fold.times[:, None]
-    case = inverse_censoring(fold, fold.times <= times[-1])[:, None] * (follow_up <= times)
-    free = (follow_up > times) / fold.uncensored(times)
-    return case * curves**2 + free * (1 - curves) ** 2
-
-
-def _brier(
-    folds: Sequence[SurvivalFold], times: Floats, end: float, resampling: Resampling
-) -> dict[str, Any]:
-    steps = np.linspace(0, end, BRIER_STEPS + 1)[1:]
-
-    def errors(at_times: Floats, *, model: bool) -> Floats:
-        def curves(fold: SurvivalFold) -> Floats:
-            if model:
-                return _survival_at(fold, at_times)
-            return fold.kaplan_meier(at_times)[None]
-
-        return np.concatenate([_squared_errors(fold, at_times, curves(fold)) for fold in folds])
-
-    def integrated(values: Floats) -> Floats:
-        return np.trapezoid(values, steps, axis=1) / (steps[-1] - steps[0])
-
-    model_scores, reference_scores = (
-        integrated(errors(steps, model=model)) for model in (True, False)
-    )
-    score = resampling.interval_of_number(resampled_mean(model_scores, resampling))
-    return {
-        "brier": {
-            "times": times.tolist(),
-            "values": errors(times, model=True).mean(0).tolist(),
-            "kaplan_meier": errors(times, model=False).mean(0).tolist(),
-        },
-        "integrated_brier": {
-            **score._asdict(),
-            "kaplan_meier": float(reference_scores.mean()),
-            "scaled": float(1 - score.value / reference_scores.mean()),
-            "start": float(steps[0]),
-            "end": float(steps[-1]),
-        },
-    }
-
-
-def _d_calibration(folds: Sequence[SurvivalFold]) -> dict[str, Any]:
-    """Return the test of Haider et al. (2020): for a calibrated model S(T | x) is uniform.
-
-    A patient who is censored when S = s has the event later, so at some S below s. The patient is
-    divided over all bins below s, in proportion to their widths; the bin of s counts with the part
-    of its width that is below s.
-    """
-    counts = np.zeros(CALIBRATION_BINS)
-    lows = np.arange(CALIBRATION_BINS) / CALIBRATION_BINS
-    for fold in folds:
-        assert fold.grid is not None
-        # Patients observed beyond the end of the curves count as censored at their end.
-        follow_up = np.minimum(fold.times, fold.grid[-1])
-        events = fold.events & (fold.times <= fold.grid[-1])
-        survival = np.clip(_survival_at(fold, follow_up[:, None])[:, 0], 0, 1)
-        index = np.minimum((survival * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-        counts += np.bincount(index[events], minlength=CALIBRATION_BINS)
-        below = np.maximum(survival[~events], 1e-12)[:, None]  # S = 0: the lowest bin
-        counts += (np.clip(below - lows, 0, 1 / CALIBRATION_BINS) / below).sum(0)
-    expected = counts.sum() / CALIBRATION_BINS
-    statistic = float(((counts - expected) ** 2).sum() / expected)
-    return {
-        "statistic": statistic,
-        "p": float(chi2.sf(statistic, CALIBRATION_BINS - 1)),
-        "counts": counts.tolist(),
     }
 
 

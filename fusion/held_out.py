@@ -23,17 +23,21 @@ class SurvivalFold:
         times: [n], of the test patients, until the event or censoring.
         events: bool or 0/1 [n], True if the event was observed.
         risks: [n], higher for an earlier event.
-        train_times: [m], of the training part; from it come the censoring distribution and the
-            Kaplan-Meier reference.
+        train_times: [m], of the training part; from it come the Kaplan-Meier reference and, by
+            default, the censoring distribution.
         train_events: bool or 0/1 [m].
         cut: patients with a higher risk form the high-risk group; chosen on the training part, for
             example its median risk. None for no groups.
         grid: [G], the times of `curves`, rising and positive.
         curves: [n, G], S(t | x) at the times of `grid`; linear in between, from S(0) = 1.
+        censoring_times: [q], of the patients from whom the censoring distribution is estimated.
+            None for the training part, which is right if it was followed up as the test part was.
+        censoring_events: bool or 0/1 [q].
 
     Raises:
         ValueError: shapes that differ, numbers that are not finite, negative times, no training
-            event, a grid without curves, or curves that rise or leave [0, 1].
+            event, a grid without curves, censoring times without events, or curves that rise or
+            leave [0, 1].
 
     Example:
         >>> from motet import SurvivalFold
@@ -50,9 +54,14 @@ class SurvivalFold:
     cut: float | None = None
     grid: Floats | None = None
     curves: Floats | None = None
+    censoring_times: Floats | None = None
+    censoring_events: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        for prefix in ("", "train_"):
+        if (self.censoring_times is None) != (self.censoring_events is None):
+            raise ValueError("censoring_times: expected together with censoring_events, got one")
+        prefixes = ("", "train_") if self.censoring_times is None else ("", "train_", "censoring_")
+        for prefix in prefixes:
             times, events = outcome_arrays(
                 getattr(self, f"{prefix}times"), getattr(self, f"{prefix}events")
             )
@@ -87,8 +96,15 @@ class SurvivalFold:
         """Number of test patients."""
         return len(self.times)
 
+    @property
+    def censoring(self) -> tuple[Floats, NDArray[np.bool_]]:
+        """Times and events from which the censoring distribution is estimated, [q] each."""
+        if self.censoring_times is None or self.censoring_events is None:
+            return self.train_times, self.train_events
+        return self.censoring_times, self.censoring_events
+
     def uncensored(self, times: Floats) -> Floats:
-        """Return G(t), the share of uncensored patients, by Kaplan-Meier on the training part."""
+        """Return G(t), the share of uncensored patients, by Kaplan-Meier."""
         return np.asarray(self._estimators[0].predict_proba(times))
 
     def kaplan_meier(self, times: Floats) -> Floats:
@@ -97,9 +113,12 @@ class SurvivalFold:
 
     @cached_property
     def _estimators(self) -> tuple[SurvivalFunctionEstimator, SurvivalFunctionEstimator]:
-        outcome = Surv.from_arrays(self.train_events, self.train_times)
         censoring, survival = CensoringDistributionEstimator(), SurvivalFunctionEstimator()
-        return censoring.fit(outcome), survival.fit(outcome)
+        times, events = self.censoring
+        return (
+            censoring.fit(Surv.from_arrays(events, times)),
+            survival.fit(Surv.from_arrays(self.train_events, self.train_times)),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +128,11 @@ class ClassFold:
     Args:
         labels: int [n], classes 0 to K - 1.
         probabilities: [n, K].
+        train_shares: [K], the shares of the classes in the training part, the reference of the
+            scaled Brier score; None for no such score.
 
     Raises:
-        ValueError: shapes that differ, labels beyond the columns, or rows that are not
+        ValueError: shapes that differ, labels beyond the columns, or rows or shares that are not
             probabilities.
 
     Example:
@@ -122,6 +143,7 @@ class ClassFold:
 
     labels: NDArray[np.intp]
     probabilities: Floats
+    train_shares: Floats | None = None
 
     def __post_init__(self) -> None:
         labels = np.asarray(self.labels)
@@ -137,15 +159,24 @@ class ClassFold:
             raise ValueError(
                 f"labels: expected 0 to {shape[1] - 1}, got {labels.min()} to {labels.max()}"
             )
-        # In half precision the sum may differ from 1 by 1e-3.
-        if probabilities.min() < 0 or np.abs(probabilities.sum(1) - 1).max() > 2e-3:
+        if not _are_probabilities(probabilities):
             raise ValueError("probabilities: expected rows that sum to 1, none negative, got other")
+        if self.train_shares is not None:
+            shares = _check_finite("train_shares", self.train_shares, shape[1:])
+            if not _are_probabilities(shares):
+                raise ValueError("train_shares: expected shares that sum to 1, got other")
+            object.__setattr__(self, "train_shares", shares)
         object.__setattr__(self, "labels", labels.astype(np.intp))
         object.__setattr__(self, "probabilities", probabilities)
 
     def __len__(self) -> int:
         """Number of test patients."""
         return len(self.labels)
+
+
+def _are_probabilities(values: Floats) -> bool:
+    # In half precision the sum may differ from 1 by 1e-3.
+    return bool(values.min() >= 0 and np.abs(values.sum(-1) - 1).max() <= 2e-3)
 
 
 def _check_finite(name: str, values: Any, shape: tuple[int, ...]) -> Floats:

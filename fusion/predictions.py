@@ -1,6 +1,6 @@
 """The predictions of a model: risks and survival curves, or probabilities of classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -30,6 +30,11 @@ class SurvivalPredictions:
         """Return bool [n], whether the risk of each patient is finite."""
         return np.isfinite(self.risk)
 
+    def select(self, rows: NDArray[np.bool_]) -> Self:
+        """Return the predictions of some patients, bool [n]."""
+        ids = tuple(np.asarray(self.ids)[rows].tolist())
+        return replace(self, ids=ids, risk=self.risk[rows], curves=self.curves[rows])
+
 
 @dataclass(frozen=True)
 class ClassPredictions:
@@ -48,6 +53,11 @@ class ClassPredictions:
     def is_finite(self) -> NDArray[np.bool_]:
         """Return bool [n], whether all probabilities of each patient are finite."""
         return np.asarray(np.isfinite(self.probabilities).all(1))
+
+    def select(self, rows: NDArray[np.bool_]) -> Self:
+        """Return the predictions of some patients, bool [n]."""
+        ids = tuple(np.asarray(self.ids)[rows].tolist())
+        return replace(self, ids=ids, probabilities=self.probabilities[rows])
 
 
 Predictions = SurvivalPredictions | ClassPredictions

@@ -178,6 +178,13 @@ def combine(figures: Sequence[Statistic], weights: ArrayLike | None = None) -> S
     return Statistic(float(value), np.asarray(influence), np.asarray(draws))
 
 
+def complement_of_ratio(score: Statistic, reference: Statistic) -> Statistic:
+    """Return 1 - score / reference: 0 if they are equal, 1 for a score of 0."""
+    ratio = score.value / reference.value
+    influence = (score.influence - ratio * reference.influence) / reference.value
+    return Statistic(1 - ratio, -influence, 1 - score.draws / reference.draws)
+
+
 def resampled_mean(
     values: Floats, resampling: Resampling, members: NDArray[np.bool_] | None = None
 ) -> Statistic:

@@ -1,6 +1,7 @@
 """Evaluation equals scikit-survival, scikit-learn and plain loops; intervals cover the truth."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -16,9 +17,20 @@ from motet.fusion.evaluation import (
     evaluate_survival,
 )
 from motet.fusion.held_out import ClassFold, SurvivalFold
-from motet.fusion.resampling import Resampling, resample
+from motet.fusion.reliability import survival_calibration
+from motet.fusion.resampling import (
+    Resampling,
+    complement_of_ratio,
+    resample,
+    resampled_mean,
+)
 from scipy.stats import kstest, norm
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    roc_auc_score,
+)
 from sksurv.compare import compare_survival as log_rank
 from sksurv.datasets import load_gbsg2, load_whas500
 from sksurv.linear_model import CoxPHSurvivalAnalysis
@@ -29,7 +41,11 @@ from sksurv.metrics import (
     cumulative_dynamic_auc,
     integrated_brier_score,
 )
-from sksurv.nonparametric import CensoringDistributionEstimator, SurvivalFunctionEstimator
+from sksurv.nonparametric import (
+    CensoringDistributionEstimator,
+    SurvivalFunctionEstimator,
+    kaplan_meier_estimator,
+)
 from sksurv.preprocessing import OneHotEncoder
 from sksurv.util import Surv
 
@@ -376,6 +392,140 @@ def test_a_class_may_lack_in_a_fold() -> None:
     figures = evaluate_classes([two, ClassFold([1], [[0.5, 0.5]])], draws=5)
     assert figures["auc"]["per_fold"][1] is None
     assert figures["auc"]["value"] == evaluate_classes([two], draws=5)["auc"]["value"]
+
+
+# Calibration and scaled scores
+
+
+def test_scaled_brier_scores() -> None:
+    """A draw of the scaled score is a ratio of both scores on the same patients."""
+    rng = np.random.default_rng(0)
+    score, reference = rng.random((2, 30))
+    resampling = resample([np.arange(30) % 3], 40, 0)
+    scaled = complement_of_ratio(
+        resampled_mean(score, resampling), resampled_mean(reference, resampling)
+    )
+    assert scaled.value == pytest.approx(1 - score.mean() / reference.mean())
+    rows = np.repeat(np.arange(30), resampling.counts[7].astype(int))
+    assert scaled.draws[7] == pytest.approx(1 - score[rows].mean() / reference[rows].mean())
+    weights = np.ones(30)
+    weights[4] += 1e-6
+    moved = 1 - weights @ score / (weights @ reference)
+    assert scaled.influence[4] == pytest.approx((moved - scaled.value) / 1e-6, rel=1e-4)
+
+    figures = evaluate_survival(small_folds(), tau=4.0, horizons=[3.0], draws=100)
+    brier = figures["scaled_brier"]
+    assert brier["value"] == figures["integrated_brier"]["scaled"]
+    assert brier["low"] < brier["value"] < brier["high"]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_scaled_brier_scores_of_classes(classes: int) -> None:
+    shares = np.arange(1, classes + 1) / np.arange(1, classes + 1).sum()
+    folds = [replace(fold, train_shares=shares) for fold in class_folds(classes)]
+    figures = evaluate_classes(folds, draws=100)
+    labels = np.concatenate([fold.labels for fold in folds])
+    predicted = np.concatenate([fold.probabilities for fold in folds])
+    same = pytest.approx
+    if classes == 2:
+        model, reference = (
+            brier_score_loss(labels, p) for p in (predicted[:, 1], np.full(len(labels), shares[1]))
+        )
+    else:
+        truth = np.eye(classes)[labels]
+        model, reference = (((p - truth) ** 2).sum(1).mean() for p in (predicted, shares))
+    assert figures["brier"]["value"] == same(model)
+    assert figures["brier"]["class_shares"] == same(reference)
+    brier = figures["scaled_brier"]
+    assert brier["value"] == same(1 - model / reference)
+    assert brier["low"] < brier["value"] < brier["high"]
+    assert "scaled_brier" not in evaluate_classes([folds[0], class_folds(classes)[1]], draws=5)
+
+
+def test_calibration_of_survival() -> None:
+    fold, _, _ = halves("gbsg2")
+    figures = evaluate_survival([fold], draws=1)
+    rows = [row for row in figures["calibration"] if row["time"] == figures["brier"]["times"][1]]
+    sizes = [row["patients"] for row in rows]
+    assert (len(sizes), sum(sizes)) == (5, len(fold))
+    assert max(sizes) - min(sizes) == 1
+    assert figures["calibration"] == sorted(
+        figures["calibration"], key=lambda row: (row["time"], row["predicted"])
+    )
+    time = rows[0]["time"]
+    risk = 1 - np.array([np.interp(time, [0, *fold.grid], [1, *c]) for c in fold.curves])
+    members = risk >= np.quantile(risk, 0.8)
+    times, survival, interval = kaplan_meier_estimator(
+        fold.events[members], fold.times[members], conf_type="log-log"
+    )
+    last = np.searchsorted(times, time, side="right") - 1
+    assert rows[-1]["predicted"] == pytest.approx(risk[members].mean())
+    assert rows[-1]["observed"] == pytest.approx(1 - survival[last])
+    assert (rows[-1]["low"], rows[-1]["high"]) == pytest.approx(1 - interval[::-1, last], abs=0.03)
+
+
+def test_calibration_of_few_patients() -> None:
+    """Without an event, without censoring, or with nobody followed so long."""
+    grid, train = np.array([1.0, 10.0]), ([2.0, 10.0, 10.0], [1, 1, 0])
+
+    def rows(times: list[float], events: list[int], risk: list[float]) -> list[dict]:
+        curves = 1 - np.outer(risk, [0.1, 1.0])
+        fold = SurvivalFold(times, events, risk, *train, grid=grid, curves=curves)
+        return survival_calibration([fold], np.array([5.0]))
+
+    # Equal predictions are one group; the interval is Wilson's of 0 of 3.
+    (row,) = rows([6.0, 7.0, 8.0], [0, 0, 1], [0.5, 0.5, 0.5])
+    assert (row["patients"], row["observed"], row["low"]) == (3, 0, 0)
+    assert row["high"] == pytest.approx(1.96**2 / (3 + 1.96**2), abs=1e-4)
+    (row,) = rows([1.0, 2.0], [1, 1], [0.5, 0.5])
+    assert (row["observed"], row["high"]) == (1, 1)
+    assert row["low"] == pytest.approx(2 / (2 + 1.96**2), abs=1e-4)
+    (row,) = rows([1.0, 2.0, 3.0], [1, 0, 0], [0.5, 0.5, 0.5])
+    assert (row["observed"], row["low"], row["high"]) == (None, None, None)
+    groups = rows([6.0, 1.0], [1, 1], [0.1, 0.9])
+    assert [row["observed"] for row in groups] == [0, 1]
+    # Without censoring the effective number of patients is their number.
+    (row,) = rows([1.0, 2.0, 6.0, 7.0], [1, 1, 1, 1], [0.5] * 4)
+    assert (row["low"], row["high"]) == pytest.approx((0.1500, 0.8500), abs=1e-4)
+
+
+def test_calibration_of_classes() -> None:
+    figures = evaluate_classes(class_folds(3), draws=5)
+    rows = figures["calibration"]
+    assert {row["class"] for row in rows} == {0, 1, 2}
+    labels, predicted = (
+        np.concatenate([getattr(fold, name) for fold in class_folds(3)])
+        for name in ("labels", "probabilities")
+    )
+    highest = predicted[:, 2] >= np.quantile(predicted[:, 2], 0.8)
+    assert rows[-1]["predicted"] == pytest.approx(predicted[highest, 2].mean())
+    assert rows[-1]["observed"] == pytest.approx((labels[highest] == 2).mean())
+    assert rows[-1]["low"] < rows[-1]["observed"] < rows[-1]["high"]
+    gaps = [row["patients"] * abs(row["predicted"] - row["observed"]) for row in rows]
+    assert figures["calibration_error"]["value"] == pytest.approx(sum(gaps) / (3 * len(labels)))
+    assert {row["class"] for row in evaluate_classes(class_folds(2), draws=5)["calibration"]} == {1}
+
+
+def test_censoring_of_other_patients() -> None:
+    """Weights come from the censoring patients, the reference from the training part."""
+    fold = small_folds()[0]
+    rng = np.random.default_rng(1)
+    times, events = rng.integers(2, 20, 50) / 2, np.arange(50) < 25
+    external = replace(fold, censoring_times=times, censoring_events=events)
+    settings = {"tau": 4.0, "horizons": [3.0], "draws": 5}
+    figures = evaluate_survival([external], **settings)
+    swapped = replace(fold, train_times=times, train_events=events)
+    for key in ("uno_c", "auc"):
+        assert figures[key] == evaluate_survival([swapped], **settings)[key]
+        assert figures[key] != evaluate_survival([fold], **settings)[key]
+    np.testing.assert_array_equal(
+        external.kaplan_meier(np.array([1.0, 3.0])), fold.kaplan_meier(np.array([1.0, 3.0]))
+    )
+    with pytest.raises(ValueError, match="censoring_times: expected together with"):
+        replace(external, censoring_times=None)
+    # The Kaplan-Meier reference ends with the training part.
+    late = replace(external, grid=np.arange(1, 8.0) * 5)
+    assert evaluate_survival([late], draws=5)["integrated_brier"]["end"] <= fold.train_times.max()
 
 
 # Comparisons
