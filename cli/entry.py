@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .doctor import add_doctor, installed_version
+from .evaluate import add_evaluate, add_predict
 from .options import Commands, Parser, add_out
 from .store import add_store
 from .tile import add_tile
-from .train import add_evaluate, add_fuse, add_merge, add_predict, add_train
+from .train import add_fuse, add_merge, add_train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,42 +4,45 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from .. import experiments
 from ..experiments import Run
 from ..fusion.resampling import Comparison
+from ..fusion.training import rank
 
 Result = tuple[Run, dict[str, Any]]
 
 
-def table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
-    """Return the metrics of runs, and the difference of each from the first, as text."""
-    columns = results[0][0].task.metrics
-    columns = {name: title for name, title in columns.items() if any(name in m for _, m in results)}
-    width = max(len(str(run.path)) for run, _ in results)
-    first = results[0][1]
-    counts = f"{first['patients']} patients"
-    if "events" in first:
-        counts += f", {first['events']} events"
-    lines = [
-        f"out of fold: {counts}, test parts: {first['folds']}; pairs within a part only; 95 % "
-        "bootstrap intervals",
-        f"{'run':{width}}" + "".join(f"  {title:22}" for title in columns.values()),
-    ]
-    for run, metrics in results:
-        cells = [_format_metric(metrics.get(name)) for name in columns]
-        lines.append(f"{run.path!s:{width}}" + "".join(f"  {cell:22}" for cell in cells))
-    for run, metrics in results:
-        if "reason" in metrics:
-            lines.append(f"{run.path} cannot be evaluated: {metrics['reason']}")
-    for (run, _), comparison in zip(results[1:], comparisons, strict=True):
-        lines.append(
-            f"{run.path} minus {results[0][0].path}: {comparison.difference:+.3f} "
-            f"({comparison.low:+.3f} to {comparison.high:+.3f}), paired, p = {comparison.p:.2g}"
+def show_runs(runs: Sequence[Run], *, as_json: bool, draws: int | None = None) -> int:
+    """Print the metrics of runs: from disk, or computed anew if `draws` is a number."""
+    if rank():
+        return 0
+    results = [
+        (
+            run,
+            experiments.read_metrics(run)
+            if draws is None
+            else experiments.evaluate_run(run, draws=draws),
         )
-    return "\n".join(line.rstrip() for line in lines)
+        for run in runs
+    ]
+    draws_option = {} if draws is None else {"draws": draws}
+    comparisons = [experiments.compare_runs(run, runs[0], **draws_option) for run in runs[1:]]
+    print(to_json(results, comparisons) if as_json else run_table(results, comparisons))
+    return 0
 
 
-def as_json(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
-    """Return the same as JSON."""
+def run_table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
+    """Return the metrics of runs, and the difference of each from the first, as text."""
+    first = results[0][1]
+    head = (
+        f"out of fold: {_counts(first)}, {first['folds']} test parts; pairs within a part; "
+        "95 % bootstrap intervals"
+    )
+    return "\n".join([head, *_lines(results, comparisons)])
+
+
+def to_json(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
+    """Return metrics and differences as JSON."""
     content = {
         "runs": {str(run.path): metrics for run, metrics in results},
         "less_the_first": {
@@ -50,7 +53,40 @@ def as_json(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str
     return json.dumps(content, indent=2)
 
 
-def _format_metric(metric: dict[str, float] | None) -> str:
+def _counts(metrics: dict[str, Any]) -> str:
+    events = f", {metrics['events']} events" if "events" in metrics else ""
+    return f"{metrics['patients']} patients{events}"
+
+
+def _lines(results: Sequence[Result], comparisons: Sequence[Comparison]) -> list[str]:
+    """Return a row of metrics for each run, and a line for each comparison with the first."""
+    titles = results[0][0].task.metrics
+    columns = [name for name in titles if any(name in metrics for _, metrics in results)]
+    rows = [["run", *(titles[name] for name in columns)]]
+    for run, metrics in results:
+        rows.append([str(run.path), *(_format_metric(metrics.get(name)) for name in columns)])
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    for run, metrics in results:
+        if "reason" in metrics:
+            lines.append(f"{run.path} cannot be evaluated: {metrics['reason']}")
+    for (run, _), comparison in zip(results[1:], comparisons, strict=True):
+        lines.append(
+            f"{run.path} minus {results[0][0].path}: {comparison.difference:+.3f} "
+            f"({comparison.low:+.3f} to {comparison.high:+.3f}), paired, p = {comparison.p:.2g}"
+        )
+    return lines
+
+
+def _format_metric(metric: dict[str, Any] | None) -> str:
     if metric is None:
         return "-"
-    return f"{metric['value']:.3f} ({metric['low']:.3f}-{metric['high']:.3f})"
+    if "p" in metric:
+        return f"{metric['p']:.2f}" if metric["p"] >= 0.01 else f"{metric['p']:.0e}"
+    if "low" not in metric:
+        return f"{metric['value']:.3f}"
+    dash = " to " if metric["low"] < 0 else "-"
+    return f"{metric['value']:.3f} ({metric['low']:.3f}{dash}{metric['high']:.3f})"

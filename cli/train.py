@@ -1,8 +1,7 @@
-"""The commands that train, join, evaluate and predict."""
+"""The commands that train and join."""
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..experiments.merge_recipe import Recipe
-    from ..experiments.run_folder import Run
 
 
 def add_train(commands: Commands) -> None:
@@ -118,41 +116,10 @@ def add_fuse(commands: Commands) -> None:
     fuse.set_defaults(run=_fuse)
 
 
-def add_evaluate(commands: Commands) -> None:
-    """Add `motet evaluate`."""
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="show metrics of finished runs, and compare them with the first run",
-        description="Show the metrics of finished runs on their test parts, with 95 % intervals, "
-        "and compare each run with the first one on the same patients.",
-    )
-    evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs")
-    evaluate.add_argument(
-        "--draws", type=int, default=1000, metavar="N",
-        help="number of bootstrap samples (default: 1000)",
-    )  # fmt: skip
-    add_json(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-
-def add_predict(commands: Commands) -> None:
-    """Add `motet predict`."""
-    predict = commands.add_parser(
-        "predict",
-        help="predict new patients with the models of a run",
-        description="Predict new patients with the models of all folds of a run, and write the "
-        "averages to a CSV file.",
-    )
-    predict.add_argument("trained", type=Path, metavar="RUN", help="a finished run")
-    predict.add_argument("cohort", help="a YAML file of the patients; no outcome needed")
-    predict.add_argument("--out", type=Path, required=True, metavar="CSV", help="file to write")
-    add_data(predict)
-    predict.set_defaults(run=_predict)
-
-
 def _train(options: argparse.Namespace) -> int:
     from .. import experiments
     from ..io import load_cohort
+    from .tables import show_runs
 
     run = experiments.train_run(
         load_cohort(options.cohort, data=options.data),
@@ -162,17 +129,18 @@ def _train(options: argparse.Namespace) -> int:
         changes=read_changes(options.changes),
         splits=experiments.Splits(options.splits, options.test, options.validation, options.seed),
     )
-    return _show([run], as_json=options.json)
+    return show_runs([run], as_json=options.json)
 
 
 def _merge(options: argparse.Namespace) -> int:
     from ..experiments import merge_recipe
     from ..fusion.training import rank
+    from .tables import show_runs
 
     recipe = _recipe(options)
     merged = merge_recipe.merge(recipe, options.out, data=options.data)
     if not isinstance(merged, Path):
-        return _show([merged], as_json=options.json)
+        return show_runs([merged], as_json=options.json)
     if rank() == 0:
         weights = recipe.options()["weights"]
         text = f"{' and '.join(weights)} merged: {merged}"
@@ -201,6 +169,7 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
 
 def _fuse(options: argparse.Namespace) -> int:
     from .. import experiments
+    from .tables import show_runs
 
     runs = experiments.blocks_of(options.runs)
     cohort = experiments.cohort_of(runs[0], options.data)
@@ -208,70 +177,4 @@ def _fuse(options: argparse.Namespace) -> int:
         runs, options.out, cohort=cohort, changes=read_changes(options.changes),
         mode=options.mode, head=options.head,
     )  # fmt: skip
-    return _show([run], as_json=options.json)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from ..experiments import Run
-
-    if options.draws < 100:
-        raise ValueError(f"--draws: expected at least 100, got {options.draws}")
-
-    return _show(
-        [Run.finished(path) for path in options.runs], as_json=options.json, draws=options.draws
-    )
-
-
-def _predict(options: argparse.Namespace) -> int:
-    from .. import experiments
-    from .._atomic import write_text
-    from ..io import load_cohort
-
-    _check_csv(options.out)
-    run = experiments.Run.finished(options.trained)
-    cohort = load_cohort(options.cohort, data=options.data, outcome=False)
-    table = experiments.predict_cohort(run, cohort)
-    write_text(options.out, table.to_csv(index=False))
-    trained_on = sum(folds > 0 for folds in table["seen"])
-    note = f"; {trained_on} of them were trained on" if trained_on else ""
-    print(f"{len(table)} patients predicted{note}: {options.out}")
-    return 0
-
-
-def _check_csv(path: Path) -> None:
-    """Raise unless the file is new or holds earlier predictions, which may be overwritten."""
-    if path.is_dir() or not path.name:
-        raise ValueError(f"--out: expected a file, got the folder {str(path)!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out: no folder {str(path.parent)!r}")
-    if not path.exists():
-        return
-    header = b"patient,modalities,seen,"
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(len(header)) == header:
-                return
-    raise ValueError(f"--out: {str(path)!r} exists, and holds no predictions of motet")
-
-
-def _show(runs: Sequence["Run"], *, as_json: bool, draws: int | None = None) -> int:
-    """Print the metrics of runs: from disk, or computed anew if `draws` is a number."""
-    from .. import experiments
-    from ..fusion.training import rank
-    from . import tables
-
-    if rank():
-        return 0
-    results = [
-        (
-            run,
-            experiments.read_metrics(run)
-            if draws is None
-            else experiments.evaluate_run(run, draws=draws),
-        )
-        for run in runs
-    ]
-    draws_option = {} if draws is None else {"draws": draws}
-    comparisons = [experiments.compare_runs(run, runs[0], **draws_option) for run in runs[1:]]
-    print(tables.as_json(results, comparisons) if as_json else tables.table(results, comparisons))
-    return 0
+    return show_runs([run], as_json=options.json)

@@ -1,5 +1,6 @@
 """The commands train, merge, fuse, evaluate and predict as Python functions; see README.md."""
 
+from .calibration_plot import write_calibration
 from .evaluate import compare_runs, evaluate_run, read_metrics
 from .folds import split_cohort
 from .join import blocks_of, cohort_of, fuse_runs, merge_runs
@@ -23,4 +24,5 @@ __all__ = [
     "read_metrics",
     "split_cohort",
     "train_run",
+    "write_calibration",
 ]

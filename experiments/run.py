@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .._atomic import write_text
 from ..fusion.training import History, rank
 from ..io import Cohort, Split
+from .calibration_plot import write_calibration
 from .evaluate import evaluate_run, read_metrics
 from .fit import EachEpoch, FoldResult
 from .folds import PARTS
@@ -176,11 +177,12 @@ def _execute_fold(run: Run, number: int, split: Split, fit_fold: FitFold, bar: t
 
 
 def _write_metrics(run: Run) -> None:
-    """Write predictions.csv and metrics.json, unless they exist already."""
+    """Write predictions, calibration curves and, last, metrics.json, unless it exists already."""
     try:
         read_metrics(run)
     except RunError:
         metrics, predictions = evaluate_run(run), run.predictions()
         write_text(run.path / "predictions.csv", predictions.to_csv(index=False))
+        write_calibration(run.task, metrics, run.path / "calibration.csv")
         write_text(run.path / "metrics.json", json.dumps(metrics, indent=2))
         run.log("finished")

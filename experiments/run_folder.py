@@ -6,6 +6,8 @@
     folds/0/           model.safetensors, fitted.json (scaling, objective), predictions.csv and,
                        written last, done.json (history, seconds)
     predictions.csv    out of fold: the predictions of all test parts
+    calibration.csv    predicted and observed probabilities of groups of patients
+    calibration.svg    the same as a picture
     metrics.json       see docs/concepts/evaluation.md
     README.md          the card of `motet merge`, which names the merged blocks
     log.txt

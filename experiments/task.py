@@ -97,6 +97,17 @@ class Task(ABC):
     def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> dict[str, NDArray[Any]]:
         """Return the columns of a prediction table, averaged over the models of all folds."""
 
+    @abstractmethod
+    def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        """Return the content of calibration.csv from the metric `calibration`.
+
+        Columns: time or class, then patients, predicted, observed, low, high of each group.
+        """
+
+    @abstractmethod
+    def calibration_title(self, panel: Any) -> str:
+        """Return what is predicted, from the first column of `calibration_table`."""
+
 
 @dataclass(frozen=True)
 class RunTables:
@@ -133,7 +144,8 @@ class SurvivalTask(Task):
     metrics: ClassVar[dict[str, str]] = {
         "harrell_c": "Harrell's c",
         "uno_c": "Uno's c",
-        "integrated_brier": "integrated Brier",
+        "scaled_brier": "scaled Brier",
+        "d_calibration": "D-cal. p",
     }
 
     def outcome(self, cohort: Cohort, rows: NDArray[np.intp] | slice) -> Outcome:
@@ -223,6 +235,12 @@ class SurvivalTask(Task):
             columns[f"survival at {time:.4g} {self.unit}"] = column
         return columns
 
+    def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        return pd.DataFrame(rows)
+
+    def calibration_title(self, panel: Any) -> str:
+        return f"event until {panel:.4g} {self.unit}"
+
 
 @dataclass(frozen=True)
 class ClassTask(Task):
@@ -240,6 +258,8 @@ class ClassTask(Task):
         "auc": "AUC",
         "macro_auc": "macro AUC",
         "balanced_accuracy": "balanced accuracy",
+        "scaled_brier": "scaled Brier",
+        "calibration_error": "cal. error",
     }
 
     def outcome(self, cohort: Cohort, rows: NDArray[np.intp] | slice) -> Outcome:
@@ -275,11 +295,14 @@ class ClassTask(Task):
         self, tables: RunTables, splits: Sequence[Mapping[str, Sequence[str]]]
     ) -> list[ClassFold]:
         columns = [f"p_{name}" for name in self.names]
+        labels = tables.outcome["label"]
         return [
             ClassFold(
-                tables.outcome["label"].loc[frame["patient"]].to_numpy(), frame[columns].to_numpy()
+                labels.loc[frame["patient"]].to_numpy(),
+                frame[columns].to_numpy(),
+                self._shares(labels.loc[list(splits[number]["train"])]),
             )
-            for _, frame in tables.by_fold()
+            for number, frame in tables.by_fold()
         ]
 
     def evaluate(self, tested: Any, draws: int) -> dict[str, Any]:
@@ -294,6 +317,15 @@ class ClassTask(Task):
             cast(ClassPredictions, predictions).probabilities for _, predictions in folds
         ]
         return self._columns(np.mean(probabilities, axis=0))
+
+    def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        return pd.DataFrame([{**row, "class": self.names[row["class"]]} for row in rows])
+
+    def calibration_title(self, panel: Any) -> str:
+        return f"class {panel}"
+
+    def _shares(self, labels: pd.Series) -> NDArray[np.float64]:
+        return np.bincount(labels, minlength=len(self.names)) / len(labels)
 
     def _columns(self, probabilities: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         return {
