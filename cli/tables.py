@@ -41,6 +41,18 @@ def run_table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> s
     return "\n".join([head, *_lines(results, comparisons)])
 
 
+def external_table(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
+    """Return the same for an external cohort, with the number of patients that are left out."""
+    first = results[0][1]
+    lines = [f"{first['cohort']}: {_counts(first)}; models of all folds averaged; 95 % intervals"]
+    for run, metrics in results:
+        reasons = {"trained_on": "were trained on", "without_modality": "have no modality of it"}
+        left_out = [f"{metrics[key]} {text}" for key, text in reasons.items() if metrics[key]]
+        if left_out:
+            lines.append(f"{run.path}: left out: {', '.join(left_out)}")
+    return "\n".join([*lines, *_lines(results, comparisons)])
+
+
 def to_json(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
     """Return metrics and differences as JSON."""
     content = {

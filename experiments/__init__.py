@@ -2,6 +2,7 @@
 
 from .calibration_plot import write_calibration
 from .evaluate import compare_runs, evaluate_run, read_metrics
+from .external import External
 from .folds import split_cohort
 from .join import blocks_of, cohort_of, fuse_runs, merge_runs
 from .predict import predict_cohort
@@ -10,6 +11,7 @@ from .settings import Settings, Splits
 from .train import train_run
 
 __all__ = [
+    "External",
     "Run",
     "RunError",
     "Settings",

@@ -7,7 +7,7 @@ which of the two it is.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,9 @@ Outcome = tuple[NDArray[Any], ...]
 """Times and events, or labels, [n] each."""
 # The cure for a part without events or classes, for messages.
 CURE = "use fewer splits or larger parts (--splits, --test, --validation)"
+
+# Units of time that are converted into each other, in days.
+DAYS_OF_UNIT = {"hours": 1 / 24, "days": 1, "weeks": 7, "months": 365.25 / 12, "years": 365.25}
 
 
 class Task(ABC):
@@ -94,8 +97,12 @@ class Task(ABC):
         """Return how much better run a predicts the same test parts than run b."""
 
     @abstractmethod
-    def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> dict[str, NDArray[Any]]:
-        """Return the columns of a prediction table, averaged over the models of all folds."""
+    def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> Predictions:
+        """Return the average of the predictions of the models of all folds."""
+
+    @abstractmethod
+    def average_columns(self, average: Predictions) -> dict[str, NDArray[Any]]:
+        """Return the columns of a prediction table from the average over folds."""
 
     @abstractmethod
     def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -107,6 +114,44 @@ class Task(ABC):
     @abstractmethod
     def calibration_title(self, panel: Any) -> str:
         """Return what is predicted, from the first column of `calibration_table`."""
+
+    # Of a run, for an external cohort
+
+    @abstractmethod
+    def convert_outcome(self, cohort: Cohort) -> pd.DataFrame:
+        """Return the outcome of an external cohort in the unit, or with the classes, of the run.
+
+        It has the columns of outcome.csv; the index is the patient.
+
+        Raises:
+            ValueError: another kind of outcome, an unknown unit, or other classes.
+        """
+
+    @abstractmethod
+    def external(
+        self, average: Predictions, outcomes: "Outcomes", cut: float | None
+    ) -> list[SurvivalFold] | list[ClassFold]:
+        """Return averaged predictions of an external cohort as one test part.
+
+        Args:
+            average: predictions of the patients that are evaluated.
+            outcomes: of these patients, of all patients of the external cohort, and of the run.
+            cut: the risk above which a patient counts as high risk; None for classes.
+        """
+
+
+class Outcomes(NamedTuple):
+    """Outcomes for the evaluation of an external cohort; the index is the patient.
+
+    Args:
+        evaluated: of the patients that are evaluated, in the order of the predictions.
+        external: of all patients of the external cohort.
+        run: of all patients of the run.
+    """
+
+    evaluated: pd.DataFrame
+    external: pd.DataFrame
+    run: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -212,34 +257,80 @@ class SurvivalTask(Task):
     def compare(self, a: Any, b: Any, draws: int) -> Comparison:
         return compare_survival(a, b, draws=draws)
 
-    def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> dict[str, NDArray[Any]]:
+    def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> Predictions:
         """Average standardised risks and curves over the folds.
 
         Risks of different folds have no common scale, so each is standardised by the risks of the
-        training patients of its fold. Curves are interpolated to the times of the first fold; the
-        table has every fourth of these 32 times.
+        training patients of its fold. Curves are interpolated to the times of the first fold.
         """
-        grid = cast(SurvivalPredictions, folds[0][1]).grid
+        first = cast(SurvivalPredictions, folds[0][1])
         risks, curves = [], []
         for fitted, predictions in folds:
             assert isinstance(predictions, SurvivalPredictions)
             assert fitted.scale is not None
             risks.append((predictions.risk - fitted.scale.mean) / fitted.scale.sd)
             times = np.array([0.0, *predictions.grid])
-            curves.append(np.stack([np.interp(grid, times, [1.0, *c]) for c in predictions.curves]))
+            curves.append(
+                np.stack([np.interp(first.grid, times, [1.0, *c]) for c in predictions.curves])
+            )
+        return SurvivalPredictions(
+            first.ids, np.mean(risks, axis=0), np.mean(curves, axis=0), first.grid
+        )
+
+    def average_columns(self, average: Predictions) -> dict[str, NDArray[Any]]:
+        """Return the risk, and the curve at every fourth of its 32 times."""
+        assert isinstance(average, SurvivalPredictions)
         every_fourth = slice(3, None, 4)
-        columns = {"risk": np.mean(risks, axis=0)}
-        for time, column in zip(
-            grid[every_fourth], np.mean(curves, axis=0).T[every_fourth], strict=True
-        ):
-            columns[f"survival at {time:.4g} {self.unit}"] = column
-        return columns
+        times, curves = average.grid[every_fourth], average.curves.T[every_fourth]
+        return {"risk": average.risk} | {
+            f"survival at {time:.4g} {self.unit}": column
+            for time, column in zip(times, curves, strict=True)
+        }
 
     def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         return pd.DataFrame(rows)
 
     def calibration_title(self, panel: Any) -> str:
         return f"event until {panel:.4g} {self.unit}"
+
+    def convert_outcome(self, cohort: Cohort) -> pd.DataFrame:
+        outcome = cohort.outcome
+        if not isinstance(outcome, Survival):
+            raise ValueError(f"{cohort.name}: expected survival, as in the run, got classes")
+        table = self.outcome_table(cohort).set_index("patient")
+        if outcome.unit != self.unit:
+            if not {outcome.unit, self.unit} <= {*DAYS_OF_UNIT}:
+                raise ValueError(
+                    f"{cohort.name}: expected times in {self.unit}, as in the run, got "
+                    f"{outcome.unit!r}; units that are converted: {', '.join(DAYS_OF_UNIT)}"
+                )
+            table["time"] *= DAYS_OF_UNIT[outcome.unit] / DAYS_OF_UNIT[self.unit]
+        return table
+
+    def external(
+        self, average: Predictions, outcomes: Outcomes, cut: float | None
+    ) -> list[SurvivalFold]:
+        """Return one fold: Kaplan-Meier's reference is of the run, censoring of the cohort.
+
+        The models learned the survival of the patients of the run, so the reference is their
+        Kaplan-Meier curve. The weights 1 / G correct for how long the external patients were
+        followed, so G is estimated from the external cohort.
+        """
+        assert isinstance(average, SurvivalPredictions)
+        return [
+            SurvivalFold(
+                outcomes.evaluated["time"].to_numpy(),
+                outcomes.evaluated["event"].to_numpy(),
+                average.risk,
+                outcomes.run["time"].to_numpy(),
+                outcomes.run["event"].to_numpy(),
+                cut=cut,
+                grid=average.grid,
+                curves=average.curves,
+                censoring_times=outcomes.external["time"].to_numpy(),
+                censoring_events=outcomes.external["event"].to_numpy(),
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -311,18 +402,46 @@ class ClassTask(Task):
     def compare(self, a: Any, b: Any, draws: int) -> Comparison:
         return compare_classes(a, b, draws=draws)
 
-    def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> dict[str, NDArray[Any]]:
+    def average(self, folds: Sequence[tuple[Fitted, Predictions]]) -> Predictions:
         """Average the probabilities."""
+        first = cast(ClassPredictions, folds[0][1])
         probabilities = [
             cast(ClassPredictions, predictions).probabilities for _, predictions in folds
         ]
-        return self._columns(np.mean(probabilities, axis=0))
+        return ClassPredictions(first.ids, np.mean(probabilities, axis=0))
+
+    def average_columns(self, average: Predictions) -> dict[str, NDArray[Any]]:
+        return self._columns(cast(ClassPredictions, average).probabilities)
 
     def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         return pd.DataFrame([{**row, "class": self.names[row["class"]]} for row in rows])
 
     def calibration_title(self, panel: Any) -> str:
         return f"class {panel}"
+
+    def convert_outcome(self, cohort: Cohort) -> pd.DataFrame:
+        outcome = cohort.outcome
+        if not isinstance(outcome, Classes):
+            raise ValueError(f"{cohort.name}: expected classes, as in the run, got survival")
+        unknown = [name for name in outcome.names if name not in self.names]
+        if unknown:
+            raise ValueError(
+                f"{cohort.name}: expected the classes of the run ({', '.join(self.names)}), got "
+                f"{', '.join(unknown)}; give them these names by `names` of the outcome"
+            )
+        table = self.outcome_table(cohort).set_index("patient")
+        table["label"] = np.array([self.names.index(name) for name in outcome.names])[
+            table["label"]
+        ]
+        return table
+
+    def external(
+        self, average: Predictions, outcomes: Outcomes, cut: float | None
+    ) -> list[ClassFold]:
+        """Return one fold, whose reference is the class shares of all patients of the run."""
+        assert isinstance(average, ClassPredictions)
+        labels = outcomes.evaluated["label"].to_numpy()
+        return [ClassFold(labels, average.probabilities, self._shares(outcomes.run["label"]))]
 
     def _shares(self, labels: pd.Series) -> NDArray[np.float64]:
         return np.bincount(labels, minlength=len(self.names)) / len(labels)
