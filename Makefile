@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 RESULTS ?= $(or $(MOTET_RESULTS),benchmarks/results)
 
-.PHONY: demo test test-slow test-all test-cpus coverage lint docs docs-links bench claims cost-growth gpu \
+.PHONY: demo test test-slow test-all test-cpus coverage lint docs docs-links bench claims results cost-growth gpu \
 	gpu-check gpu-profile gpu-full gpu-install soak sanitize clean
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
@@ -97,6 +97,12 @@ claims: $(INSTALLED)
 	for name in interference merging overlap addition scaling; do \
 	$(BIN)/python -m benchmarks.claims $$name --out runs/claims/$$name || exit; \
 	done
+
+# Make docs/results.md anew: every cohort whose data are on this machine, with all models, two at a
+# time. If it was interrupted, the same command continues it; to repeat finished runs, remove
+# runs/results. ONLY=COHORT runs one cohort and prints its tables; JOBS=N runs N commands at a time.
+results: $(INSTALLED)
+	$(BIN)/python -m benchmarks.results $(if $(ONLY),--only $(ONLY)) $(if $(JOBS),--jobs $(JOBS))
 
 # On the GPU of this machine. The targets do not depend on each other, and each writes a JSON file to
 # $(RESULTS):
