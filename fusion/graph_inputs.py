@@ -92,6 +92,8 @@ class GraphInput(NamedTuple):
                 # A batch with the modality in every row then has the key of one in which rows miss
                 # it, and both use one graph.
                 fields["present"] = tokens.new_ones(len(tokens), dtype=torch.bool)
+                if context.positions is not None:
+                    fields["positions"] = context.positions.expand(len(tokens), 1, -1)
         elif context.offsets is None and pack and not shared:
             dense = {name: x for name, x in fields.items() if isinstance(x, Tensor)}
             fields |= {name: x.flatten(0, 1) for name, x in dense.items()}
