@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from .._atomic import write_text
 from .calibration import Calibrations, fit_calibration
@@ -89,13 +89,16 @@ class Fitted:
 
     def predict(self, patients: Patients) -> Predictions:
         """Predict scaled patients; an empty part gives empty predictions."""
-        logits = torch.zeros(0, self.objective.out_features, dtype=torch.float64)
-        if len(patients):
-            logits = predict_logits(self.model, patients).double()
-            if self.calibrations is not None:
-                calibrated = self.calibrations.apply(patients, logits.numpy())
-                logits = torch.from_numpy(calibrated)
-        return self.objective.predictions(patients.ids, logits, self.grid)
+        return self.objective.predictions(patients.ids, self.logits(patients), self.grid)
+
+    def logits(self, patients: Patients) -> Tensor:
+        """Return the calibrated logits [n, K], float64, of scaled patients."""
+        if not len(patients):
+            return torch.zeros(0, self.objective.out_features, dtype=torch.float64)
+        logits = predict_logits(self.model, patients).double()
+        if self.calibrations is None:
+            return logits
+        return torch.from_numpy(self.calibrations.apply(patients, logits.numpy()))
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors, then fitted.json; a folder with both is complete."""

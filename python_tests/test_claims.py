@@ -25,7 +25,6 @@ from benchmarks.claims.__main__ import main
 from benchmarks.claims.rows import Row
 from motet import experiments
 from motet.experiments import train
-from motet.fusion.training import predict_logits
 from motet.io import Bags, Cohort, load_cohort
 
 from .conftest import ROOT
@@ -264,8 +263,8 @@ def test_merging(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids, risks = scores.ensemble(blocks, cohort, run.splits[0]["test"])
     hazards = []
     for fitted in blocks.values():
-        logits = predict_logits(fitted.model, fitted.patients(cohort.modalities, ids))
-        hazards.append(motet.hazards(logits.double()))
+        logits = fitted.logits(fitted.patients(cohort.modalities, ids))
+        hazards.append(motet.hazards(logits))
     by_hand = -(1 - torch.stack(hazards).mean(0)).cumprod(1).sum(1).numpy()
     np.testing.assert_allclose(risks, by_hand, rtol=0, atol=1e-12)
 

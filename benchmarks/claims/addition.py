@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from functools import partial
 
 from motet.fusion.lego_merge import LegoMerge
-from motet.fusion.patients import Patients
-from motet.fusion.training import predict_logits
 from torch import nn
 
 from .rows import Row, describe, means, over_seeds, verdict
-from .scores import Scores, compute_difference, compute_metric, part_predictions, values_of
+from .scores import (
+    Scores,
+    calibrate,
+    compute_difference,
+    compute_metric,
+    part_predictions,
+    values_of,
+)
 from .study import Study, fitted_at, models_of
 
 
@@ -32,7 +37,7 @@ def measure(study: Study) -> list[Row]:
             fitted = fitted_at(blocks, number)
             first = fitted[names[0]].patients(study.cohort.modalities, split["test"])
             ids = first.select(first.has(names[0])).ids
-            models, scaling = models_of(fitted), {}
+            models = models_of(fitted)
             merged: LegoMerge | None = None
             for step, name in enumerate(names):
                 merged = LegoMerge({name: models[name]}) if merged is None else merged.add(
@@ -42,9 +47,9 @@ def measure(study: Study) -> list[Row]:
                     trained = blocks[merged_name].fitted(number).model
                     if digest(merged.blocks[merged_name]) != digest(trained):
                         raise RuntimeError(f"block {merged_name!r} changed when {name!r} was added")
-                scaling[name] = fitted[name].scaling[name]
-                patients = Patients.of(study.cohort.modalities, scaling, ids)
-                values = values_of(fitted[name].objective, predict_logits(merged, patients))
+                calibrated = calibrate(merged, fitted, study.cohort, run, number)
+                patients = calibrated.patients(study.cohort.modalities, ids)
+                values = values_of(calibrated.objective, calibrated.logits(patients))
                 steps[step].append(part_predictions(run, number, ids, values))
         seeds.append(steps)
     rows = []

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from motet.experiments import Run
+from motet.fusion.fitted import Fitted
 from motet.fusion.lego_merge import LegoMerge
 from motet.fusion.objectives import Objective
 from motet.fusion.patients import PatientBatch, Patients
 from motet.fusion.resampling import Estimate
-from motet.fusion.training import predict_logits
-from torch import Tensor, nn
+from torch import Tensor
 
 from .rows import Figure, Row, describe, mean_of, means, over_seeds, verdict
 from .scores import (
@@ -21,6 +21,7 @@ from .scores import (
     Floats,
     PartPredictions,
     Scores,
+    calibrate,
     compute_difference,
     compute_metric,
     part_predictions,
@@ -161,22 +162,24 @@ def _predict(study: Study, seed: int, transform: str, fft: str | None) -> MergeP
         donors = torch.empty(len(test), dtype=torch.long)
         donors[circle] = torch.from_numpy(np.roll(circle, 1))
         others = test.select(donors)
-        objective = next(iter(fitted.values())).objective
-        score = partial(_score, run, number, test.ids, objective)
+        score = partial(_score, run, number, test.ids)
         logits = {}
         for name, block in fitted.items():
             logits[name] = [
-                predict_logits(block.model, block.patients(study.cohort.modalities, part.ids))
+                block.logits(block.patients(study.cohort.modalities, part.ids))
                 for part in (train, test)
             ]
-            predictions.blocks.setdefault(name, []).append(score(logits[name][1]))
+            predictions.blocks.setdefault(name, []).append(score(block.objective, logits[name][1]))
         for method in METHODS:
             model = LegoMerge(models_of(fitted), method=cast(Any, method)).eval()
-            merged_logits, test_latents = _outputs(model, test)
-            train_latents = _outputs(model, train)[1]
-            predictions.merged.setdefault(method, []).append(score(merged_logits))
+            merged = calibrate(model, fitted, study.cohort, run, number)
+            merged_logits, test_latents = _outputs(merged, test)
+            train_latents = _outputs(merged, train)[1]
+            values = score(merged.objective, merged_logits)
+            predictions.merged.setdefault(method, []).append(values)
             for name in fitted:
-                shuffled = score(_outputs(model, test, others, name)[0])
+                values = _outputs(merged, test, others, name)[0]
+                shuffled = score(merged.objective, values)
                 predictions.shuffled[method].setdefault(name, []).append(shuffled)
                 errors = _probe_errors(train_latents, test_latents, *logits[name])
                 predictions.probes[method].setdefault(name, []).append(errors)
@@ -191,12 +194,12 @@ def _score(
 
 @torch.no_grad()
 def _outputs(
-    model: nn.Module, patients: Patients, others: Patients | None = None, kept: str = ""
+    merged: Fitted, patients: Patients, others: Patients | None = None, kept: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Return logits and latents of patients.
+    """Return calibrated logits and latents of patients.
 
     Args:
-        model: the merged model.
+        merged: the merged model.
         patients: whose outputs are computed.
         others: patients from whom all modalities but `kept` are taken, one for each; None to take
             all from `patients`.
@@ -214,9 +217,11 @@ def _outputs(
                 {},
             )
         inputs, options = batch.arguments()
-        outputs.append(model(inputs, **options, return_latents=True))
-    logits, latents = zip(*outputs, strict=True)
-    return torch.cat(logits), torch.cat(latents)
+        outputs.append(merged.model(inputs, **options, return_latents=True))
+    logits, latents = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    assert merged.calibrations is not None
+    calibrated = merged.calibrations.apply(patients, logits.double().numpy())
+    return torch.from_numpy(calibrated), latents
 
 
 def _probe_errors(

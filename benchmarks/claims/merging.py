@@ -51,7 +51,7 @@ def measure(study: Study) -> list[Row]:
 
 
 def _validation_loss(run: Run, number: int) -> float:
-    """Return the validation loss of a block's kept weights: those of its best epoch."""
+    """Return the validation loss of a block's weights: those of the last epoch."""
     history = run.facts(number)["history"]
     return history["validation_loss"][history["best_epoch"] - 1]
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from motet.experiments import Run
+from motet.experiments.fit import finish_network
+from motet.experiments.fold import Fold
+from motet.experiments.join import splits_of
 from motet.fusion.evaluation import (
     compare_classes,
     compare_survival,
@@ -15,10 +18,11 @@ from motet.fusion.evaluation import (
 )
 from motet.fusion.fitted import Fitted
 from motet.fusion.held_out import ClassFold, SurvivalFold
+from motet.fusion.lego_merge import LegoMerge
 from motet.fusion.objectives import Classification, Objective
 from motet.fusion.resampling import Estimate
 from motet.fusion.survival import hazards
-from motet.fusion.training import predict_logits
+from motet.fusion.training import History
 from motet.io import Cohort
 from numpy.typing import NDArray
 from torch import Tensor
@@ -113,13 +117,31 @@ def values_of(objective: Objective, logits: Tensor) -> Floats:
     return objective.risk(logits)
 
 
+def calibrate(
+    merged: LegoMerge, blocks: Mapping[str, Fitted], cohort: Cohort, run: Run, number: int
+) -> Fitted:
+    """Return a merged model with its calibration, which is fitted as `motet merge` does.
+
+    Args:
+        merged: some of the blocks, merged.
+        blocks: the trained blocks of the fold, by modality.
+        cohort: the cohort of the run.
+        run: the run whose splits count.
+        number: number of the fold, from 0.
+    """
+    scaling = {name: blocks[name].scaling[name] for name in merged.blocks}
+    objective = cast(Objective, next(iter(blocks.values())).objective).untrained()
+    fold = Fold.of(cohort, splits_of(run)[number], number, scaling, objective)
+    return finish_network(merged, fold, History()).fitted
+
+
 def ensemble(
     blocks: Mapping[str, Fitted], cohort: Cohort, ids: Sequence[str]
 ) -> tuple[tuple[str, ...], Floats]:
     """Return the patients with any of the blocks' modalities, and the ensemble's predictions.
 
-    The ensemble is the mean of the hazards, or probabilities, of those blocks whose modality a
-    patient has.
+    The ensemble is the mean of the calibrated hazards, or probabilities, of those blocks whose
+    modality a patient has.
     """
     total, count, objective = None, torch.zeros(len(ids), 1, dtype=torch.float64), None
     for name, fitted in blocks.items():
@@ -128,7 +150,7 @@ def ensemble(
         has = patients.has(name)
         if not has.any():
             continue
-        logits = predict_logits(fitted.model, patients.select(has)).double()
+        logits = fitted.logits(patients.select(has))
         shares = logits.softmax(1) if isinstance(objective, Classification) else hazards(logits)
         total = torch.zeros(len(ids), shares.shape[1]).double() if total is None else total
         total[has] += shares
