@@ -93,7 +93,7 @@ def test_ridge_cox_is_scikit_survivals(columns: int, penalty: int) -> None:
     assert likelihood == pytest.approx(sksurv_likelihood(data, other.coef_), abs=1e-8)
 
     new = np.random.default_rng(2).normal(size=(7, columns))
-    objective = CoxSurvival().fitted(model.logits(torch.from_numpy(data.x)), times, events)
+    objective = CoxSurvival().with_breslow(model.logits(torch.from_numpy(data.x)), times, events)
     grid = time_grid(times)
     curves = objective.curves(model.logits(torch.from_numpy(new)), grid)
     functions: Any = other.predict_survival_function(new)
@@ -148,7 +148,7 @@ def test_curves_are_finite_and_fall(scale: float) -> None:
     times, events = data.outcome
     model = cox.ridge_cox(features(3 * ROWS), data)
     model.weight.data *= scale
-    objective = CoxSurvival().fitted(model.logits(torch.from_numpy(data.x)), times, events)
+    objective = CoxSurvival().with_breslow(model.logits(torch.from_numpy(data.x)), times, events)
     assert np.isfinite(objective.hazard).all()
     assert (np.diff(objective.hazard) >= 0).all()
     new = np.concatenate([data.x, -1e3 * data.x])

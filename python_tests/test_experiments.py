@@ -205,7 +205,10 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
             logits = torch.cat([
                 fitted.model(*_arguments(patients.__getitems__([row]))) for row in range(198)
             ])  # fmt: skip
-            risks = motet.risk(logits.double()).numpy()
+            assert fitted.calibrations is not None
+            calibration = fitted.calibrations.maps["genes", "clinical"]
+            logits = calibration.slope * logits.double() + torch.tensor(calibration.offset)
+            risks = motet.risk(logits).numpy()
             assert fitted.scale is not None
             expected.append((risks - fitted.scale.mean) / fitted.scale.sd)
     np.testing.assert_allclose(predicted["risk"], np.mean(expected, 0), rtol=1e-4, atol=1e-5)

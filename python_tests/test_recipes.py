@@ -155,9 +155,11 @@ def test_the_card_is_true(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (metadata,) = code_in(part, "json")
         assert json.loads(metadata)["config"] == json.loads(json.dumps(made.config))
         assert json.loads(metadata)["model"] == "LegoBlock"
-    assert "* weight: 0.285714\n* modality: `Tabular(features=6, tokens='row')`\n" in omic
+    table = "Tabular(features=6, tokens='row', keep_scale=False)"
+    assert f"* weight: 0.285714\n* modality: `{table}`\n" in omic
     assert "* encoder: `motet.SNN(features=6" in omic
-    assert "* weight: 0.714286\n* modality: `Bag(features=5, coords=0, extent=1.0)`\n" in wsi
+    bag = "Bag(features=5, coords=0, extent=1.0, keep_scale=False)"
+    assert f"* weight: 0.714286\n* modality: `{bag}`\n" in wsi
     assert "* shapes: input [B, N, 5]; latents [B, 4, 8], transform 2d; logits [B, 3]\n" in wsi
     model = (folder / "merged" / "model.safetensors").read_bytes()
     assert f"`model.safetensors`, SHA-256 `{hashlib.sha256(model).hexdigest()}`\n" in text

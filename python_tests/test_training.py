@@ -123,12 +123,12 @@ def test_validation_never_trains() -> None:
 
 
 def test_every_objective_and_a_block() -> None:
-    cox = CoxSurvival()
+    cox = CoxSurvival.fit(TIMES[:90], EVENTS[:90])
     data = parts(cox)
     model = model_of(1)
     history = run(model, cox, data, epochs=12)
     assert min(history.validation_loss) < history.validation_loss[0]
-    fitted = cox.fitted(predict_logits(model, data[0]), TIMES[:90], EVENTS[:90])
+    fitted = cox.fitted(predict_logits(model, data[1]))
     curves = fitted.curves(predict_logits(model, data[1]), np.array([0.0, 0.5, 1.0, 99.0]))
     assert (curves[:, 0] == 1).all()
     assert (np.diff(curves, axis=1) <= 0).all()

@@ -186,7 +186,11 @@ def test_only_what_the_authors_code_computes_is_exported() -> None:
         ),
         ("a Grid", motet.HEALNet({"a": motet.Tabular(3)}, out_features=2, **exported)),
         ("fft", motet.LegoBlock(motet.Bag(4), out_features=2, **{**block, "fft": "2d"})),
-        ("always have an encoder", motet.LegoBlock(motet.Bag(4), out_features=2, **block)),
+        ("keep_scale=False, got Bag", motet.LegoBlock(motet.Bag(4), out_features=2, **block)),
+        (
+            "always have an encoder",
+            motet.LegoBlock(motet.Bag(4, keep_scale=False), out_features=2, **block),
+        ),
         ("method", motet.LegoMerge(blocks)),
         ("equal weights", motet.LegoMerge(blocks, method="mean", weights=[1, 2])),
         ("mode", motet.LegoFuse(blocks, mode="weave")),
