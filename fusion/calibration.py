@@ -32,6 +32,8 @@ PRIOR_SPREAD = 1.0
 # A slope of zero would lose the order of the patients, of which a few validation patients are no
 # judge. The smallest spread keeps it; the odds of two patients then differ by some 10 %.
 SMALLEST_SPREAD, LARGEST_SPREAD = 0.1, 5.0
+# Logits are computed in float32: a spread below this share of their size is rounding.
+ROUNDING = 1e-6
 # Every subset of up to this number of modalities gets a map of its own.
 ALL_SUBSETS = 6
 # A map needs about this number of patients.
@@ -43,7 +45,7 @@ class Calibration:
     """The map logits' = slope · logits + offset.
 
     Args:
-        slope: not negative; zero only if all logits are equal.
+        slope: above zero.
         offset: [K], one number per logit.
     """
 
@@ -78,24 +80,26 @@ def fit_calibration(objective: Calibrated, logits: Floats, target: dict[str, Any
     centre = logits.mean(0)
     differences = logits - centre
     spread = float(np.sqrt(np.square(differences).mean()))
-    unit = differences / max(spread, 1e-12)
+    if spread < ROUNDING * max(1.0, float(np.abs(centre).max())):
+        # One patient, or a constant model. They say nothing about the slope, and 1 keeps the order
+        # of other patients.
+        return Calibration(1.0, tuple((objective.match_mean(0 * differences) - centre).tolist()))
+    unit = differences / spread
 
     def loss(size: float) -> float:
         scaled = size * unit
         return objective.likelihood_loss(scaled + objective.match_mean(scaled), target)
 
     penalty = 1 / (2 * PRIOR_SPREAD**2 * len(logits))
-    size = 0.0
-    if spread > 1e-12:  # else all patients have the same logits
-        size = float(
-            minimize_scalar(
-                lambda size: loss(size) + penalty * size**2,
-                bounds=(SMALLEST_SPREAD, LARGEST_SPREAD),
-                method="bounded",
-                options={"xatol": 1e-3},
-            ).x  # pyright: ignore[reportAttributeAccessIssue]
-        )
-    slope = size / max(spread, 1e-12)
+    size = float(
+        minimize_scalar(
+            lambda size: loss(size) + penalty * size**2,
+            bounds=(SMALLEST_SPREAD, LARGEST_SPREAD),
+            method="bounded",
+            options={"xatol": 1e-3},
+        ).x  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    slope = size / spread
     offset = objective.match_mean(size * unit) - slope * centre
     return Calibration(slope, tuple(offset.tolist()))
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, softmax
+from scipy.special import expit, log_softmax, logsumexp
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -230,7 +230,7 @@ class CoxSurvival(_SurvivalObjective):
         expected = np.exp(-self.kaplan_meier.hazard[middle])
         offset = solve_decreasing(
             lambda shift: float(
-                np.exp(-self.hazard[middle] * np.exp(logits + shift)).mean() - expected
+                np.exp(-self.hazard[middle] * np.exp(_limited(logits + shift))).mean() - expected
             )
         )
         return np.array([offset])
@@ -369,9 +369,11 @@ class Classification:
 
     def match_mean(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return offsets [K] with which the mean probabilities are `shares`, by iteration."""
-        shares, offsets = np.asarray(self.shares), np.zeros(self.classes)
+        offsets = np.zeros(self.classes)
+        # By logarithms, since a class may have no probability above 0 that float64 can represent.
+        wanted = np.log(np.asarray(self.shares)) + np.log(len(logits))
         for _ in range(MATCH_STEPS):
-            change = np.log(shares / softmax(logits + offsets, axis=1).mean(0))
+            change = wanted - logsumexp(log_softmax(logits + offsets, axis=1), axis=0)
             offsets += change
             if np.abs(change).max() < 1e-9:
                 break
