@@ -179,7 +179,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[motet.StepGraphs]:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_steps_as_graphs_train_the_same_model(graphs: list, precision: str, monkeypatch) -> None:
     """Graphs cycle momentum, decay weights, add L1 and draw the dropout masks of eager steps."""
-    options = {"l1": 1e-4, "l2": 1e-3, "epochs": 6, "patience": 6, "precision": precision}
+    options = {"l1": 1e-4, "l2": 1e-3, "epochs": 6, "precision": precision, "modality_dropout": 0.2}
     history = run(model := model_of(), **options)
     (steps,) = graphs
     assert sum(known["replays"] for known in steps.report()) > 10
