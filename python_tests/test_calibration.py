@@ -1,4 +1,4 @@
-"""Calibration: planted slopes, mean predictions, sets of modalities, files, reference curves."""
+"""Calibration: planted slopes, mean predictions, sets of modalities, files, Kaplan-Meier curves."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ from motet.fusion.objectives import (
     objective_to_config,
 )
 from motet.fusion.patients import Patients
-from motet.fusion.survival import ReferenceCurve
+from motet.fusion.survival import KaplanMeier
 from motet.fusion.training import predict_logits
 from scipy.special import softmax
 from sksurv.metrics import integrated_brier_score
@@ -95,7 +95,7 @@ def test_discrete_survival_recovers_slope_and_offsets(factor: float) -> None:
         discrete(times, events),
         bins=type(NLL.bins)((1.0, 2.0, 3.0)),
         end=4.0,
-        reference=ReferenceCurve(
+        kaplan_meier=KaplanMeier(
             (1.0, 2.0, 3.0, 4.0), tuple(-np.log(survival_at_ends(true).mean(0)))
         ),
     )
@@ -119,20 +119,20 @@ def test_classes_recover_a_planted_slope() -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
-def test_the_mean_prediction_is_the_reference(spread: float) -> None:
+def test_the_mean_prediction_is_that_of_training(spread: float) -> None:
     generator = np.random.default_rng(3)
     logits = spread * generator.normal(size=(40, 4))
 
     calibration = fit_calibration(NLL, logits, parts()[1].target)
-    assert NLL.reference is not None
+    assert NLL.kaplan_meier is not None
     curves = NLL.curves(torch.from_numpy(calibration.apply(logits)), NLL._edges[1:])
-    expected = np.exp(-NLL.reference.cumulative(NLL._edges[1:]))
+    expected = np.exp(-NLL.kaplan_meier.cumulative(NLL._edges[1:]))
     np.testing.assert_allclose(curves.mean(0), expected, rtol=0, atol=1e-8)
 
-    assert COX.reference is not None
+    assert COX.kaplan_meier is not None
     fitted = COX.fitted(torch.from_numpy(logits[:, :1] / spread))
     curves = fitted.curves(torch.from_numpy(logits[:, :1] / spread), np.array(fitted.times))
-    expected = np.exp(-np.array(COX.reference.hazard))
+    expected = np.exp(-np.array(COX.kaplan_meier.hazard))
     np.testing.assert_allclose(curves.mean(0), expected, rtol=0, atol=1e-8)
     assert (np.diff(fitted.hazard) > 0).all()
     other = generator.normal(size=(25, 1)) + 3
@@ -182,7 +182,7 @@ def test_equal_logits_and_one_patient(objective: Any, patients: int) -> None:
     calibrated = torch.from_numpy(calibration.apply(logits))
     if objective is NLL:
         curves = NLL.curves(calibrated, NLL._edges[1:])
-        expected = np.exp(-NLL.reference.cumulative(NLL._edges[1:]))
+        expected = np.exp(-NLL.kaplan_meier.cumulative(NLL._edges[1:]))
         np.testing.assert_allclose(curves, np.tile(expected, (patients, 1)), atol=1e-6)
     elif objective is CLASSES:
         np.testing.assert_allclose(CLASSES.probabilities(calibrated)[0], CLASSES.shares, atol=1e-6)
@@ -233,10 +233,10 @@ def test_the_root_of_a_decreasing_function() -> None:
 # The objectives
 
 
-def test_the_reference_is_kaplan_meier() -> None:
+def test_kaplan_meier() -> None:
     _, times, events = planted(200, seed=6)
     times = np.round(times, 1) + 0.1  # ties
-    curve = ReferenceCurve.fit(times, events)
+    curve = KaplanMeier.fit(times, events)
     steps, survival = kaplan_meier_estimator(events, times)[:2]
     at_events = dict(zip(steps, survival, strict=True))
     assert set(curve.times) == set(times[events])
@@ -247,8 +247,8 @@ def test_the_reference_is_kaplan_meier() -> None:
     assert curve.cumulative([0.0, 1e9]).tolist() == [0.0, curve.hazard[-1]]
 
 
-def test_the_reference_does_not_fall_to_zero() -> None:
-    curve = ReferenceCurve.fit([1.0, 2.0, 4.0, 4.0], [1, 0, 1, 1])
+def test_kaplan_meier_does_not_fall_to_zero() -> None:
+    curve = KaplanMeier.fit([1.0, 2.0, 4.0, 4.0], [1, 0, 1, 1])
     assert curve.times == (1.0, 4.0)
     np.testing.assert_allclose(np.exp(-np.array(curve.hazard)), [0.75, 1 / 8])
 
@@ -259,7 +259,7 @@ def test_the_reference_does_not_fall_to_zero() -> None:
     st.floats(0.1, 20),
     st.booleans(),
 )
-def test_curves_follow_the_reference(seed: int, bins: int, spread: float, last: bool) -> None:
+def test_curves_follow_kaplan_meier(seed: int, bins: int, spread: float, last: bool) -> None:
     """They fall in [0, 1], and at the ends of the bins they are the products of the hazards.
 
     If `last`, the last event time is the last edge too: the last bin then has a width all the same.
@@ -282,10 +282,10 @@ def test_curves_follow_the_reference(seed: int, bins: int, spread: float, last: 
     at_ends = curves[:, np.searchsorted(grid, edges[1:])]
     np.testing.assert_allclose(at_ends, survival_at_ends(logits), rtol=1e-9, atol=1e-12)
     assert (curves[:, grid >= edges[-1]] == curves[:, -1:]).all()
-    # A patient who has the reference at the end of each bin has it at all times.
-    assert objective.reference is not None
-    expected = objective.reference.cumulative(np.minimum(grid, edges[-1]))
-    steps = np.diff(objective.reference.cumulative(edges))
+    # A patient whose survival is Kaplan-Meier's at the end of each bin has it at all times.
+    assert objective.kaplan_meier is not None
+    expected = objective.kaplan_meier.cumulative(np.minimum(grid, edges[-1]))
+    steps = np.diff(objective.kaplan_meier.cumulative(edges))
     if (steps > 0).all():
         usual = torch.from_numpy(np.log(np.expm1(steps)))[None]
         np.testing.assert_allclose(-np.log(objective.curves(usual, grid)[0]), expected, atol=1e-9)
@@ -297,15 +297,15 @@ def test_objectives_in_json() -> None:
         config = json.loads(json.dumps(objective_to_config(objective)))
         assert objective_from_config(config) == objective
     assert fitted.untrained() == COX
-    # Older files have no reference.
-    for objective, name in ((NLL, "reference"), (fitted, "reference"), (CLASSES, "shares")):
+    # Older files have no Kaplan-Meier curve.
+    for objective, name in ((NLL, "kaplan_meier"), (fitted, "kaplan_meier"), (CLASSES, "shares")):
         config = json.loads(json.dumps(objective_to_config(objective)))
         del config[name]
         assert objective_from_config(config) == replace(objective, **{name: None})
     assert np.isfinite(
-        replace(fitted, reference=None).curves(torch.randn(5, 1), np.arange(4.0))
+        replace(fitted, kaplan_meier=None).curves(torch.randn(5, 1), np.arange(4.0))
     ).all()
-    old, ends = replace(NLL, reference=None), NLL._edges[1:]
+    old, ends = replace(NLL, kaplan_meier=None), NLL._edges[1:]
     logits = torch.randn(6, 4).double()
     np.testing.assert_allclose(
         old.curves(logits, ends), NLL.curves(logits, ends), rtol=1e-9, atol=1e-12
@@ -343,9 +343,9 @@ def test_every_set_of_modalities_has_a_map() -> None:
     assert len(calibrations.maps) == 7
     assert next(iter(calibrations.maps)) == ("a", "b", "c")
     # A missing table shifts the logits by 10, the calibrated mean survival not at all.
-    assert objective.reference is not None
+    assert objective.kaplan_meier is not None
     middle = objective.times[len(objective.times) // 2]
-    wanted = np.exp(-objective.reference.hazard[len(objective.times) // 2])
+    wanted = np.exp(-objective.kaplan_meier.hazard[len(objective.times) // 2])
     rows = validation.has("a") & validation.has("b")
     for subset in (("a",), ("b",), ("a", "b")):
         patients = validation.select(rows).only(subset)
@@ -432,7 +432,7 @@ def test_older_files_predict_as_before(objective: Any, tmp_path: Path) -> None:
     fitted.save(tmp_path)
     path = tmp_path / "fitted.json"
     content = json.loads(path.read_text())
-    del content["calibrations"], content["objective"]["reference"]
+    del content["calibrations"], content["objective"]["kaplan_meier"]
     path.write_text(json.dumps(content))
     old = Fitted.load(tmp_path)
     assert old.calibrations is None
@@ -447,7 +447,7 @@ def test_older_files_predict_as_before(objective: Any, tmp_path: Path) -> None:
 
 
 def test_calibration_improves_the_brier_score() -> None:
-    """Of an overconfident model, on patients that neither map nor reference was fitted on."""
+    """Of an overconfident model, on patients that neither map nor curve was fitted on."""
     risk, times, events = planted(900, seed=7)
     train, validation, test = slice(0, 400), slice(400, 600), slice(600, 900)
     objective = discrete(times[train], events[train])

@@ -1,11 +1,11 @@
-"""TokenAdam: one second moment for the weights that read tokens, Adam's for all others."""
+"""Shared moments: one for all weights that read a token, Adam's for all others."""
 
 from copy import deepcopy
 
 import motet
 import pytest
 import torch
-from motet.fusion.optimiser import TokenAdam, token_parameters
+from motet.fusion.token_moments import share_moments, token_parameters
 
 MODALITIES = {"omic": motet.Tabular(40), "wsi": motet.Bag(6, coords=2)}
 
@@ -26,8 +26,18 @@ def batch(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def optimiser_of(model: torch.nn.Module, **options) -> TokenAdam:
-    return TokenAdam(model, **{"lr": 0.01, "weight_decay": 0.01, "fused": False, **options})
+class SharingAdam(torch.optim.Adam):
+    """Adam that shares the moments after every step, as the training does after every epoch."""
+
+    def __init__(self, model: torch.nn.Module, **options) -> None:
+        options = {"lr": 0.01, "weight_decay": 0.01, "fused": False, **options}
+        super().__init__(model.parameters(), **options)
+        self.tokens = token_parameters(model)
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        share_moments(self, self.tokens)
+        return loss
 
 
 def step(model: torch.nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> None:
@@ -55,7 +65,7 @@ def test_the_weights_that_read_tokens(share: bool) -> None:
 def test_one_second_moment_for_tokens_and_adams_for_others(fused: bool) -> None:
     model = healnet()
     twin = deepcopy(model)
-    optimiser = optimiser_of(model, fused=fused)
+    optimiser = SharingAdam(model, fused=fused)
     adam = torch.optim.Adam(twin.parameters(), lr=0.01, weight_decay=0.01, fused=fused)
     step(model, optimiser, 0)
     step(twin, adam, 0)
@@ -79,7 +89,7 @@ def test_the_others_have_adams_steps_bit_for_bit() -> None:
     """Given equal gradients, which the second step of two models does not have."""
     model = healnet()
     twin = deepcopy(model)
-    optimiser = optimiser_of(model)
+    optimiser = SharingAdam(model)
     adam = torch.optim.Adam(twin.parameters(), lr=0.01, weight_decay=0.01, fused=False)
     tokens = {id(parameter) for parameter in token_parameters(model)}
     differ = 0
@@ -102,7 +112,7 @@ def test_features_move_in_proportion_to_their_gradients() -> None:
     """Adam moves a feature whose gradient is ten times smaller as fast as the others."""
     model = healnet()
     (weight, *_) = (p for p in token_parameters(model) if p.ndim == 2)
-    optimiser = optimiser_of(model, weight_decay=0.0)
+    optimiser = SharingAdam(model, weight_decay=0.0)
     gradient = torch.ones_like(weight)
     gradient[:, 0] = 0.1
     weight.grad = gradient.clone()
@@ -116,11 +126,11 @@ def test_features_move_in_proportion_to_their_gradients() -> None:
 
 def test_a_state_that_is_loaded_goes_on_with_the_same_steps() -> None:
     model = healnet()
-    optimiser = optimiser_of(model)
+    optimiser = SharingAdam(model)
     for seed in range(2):
         step(model, optimiser, seed)
     twin = deepcopy(model)
-    resumed = optimiser_of(twin)
+    resumed = SharingAdam(twin)
     resumed.load_state_dict(deepcopy(optimiser.state_dict()))
     for seed in range(2, 4):
         step(model, optimiser, seed)
@@ -133,7 +143,7 @@ def test_a_state_that_is_loaded_goes_on_with_the_same_steps() -> None:
 def test_weights_without_a_gradient() -> None:
     """A modality that a batch lacks, and frozen weights, are left alone."""
     model = healnet()
-    optimiser = optimiser_of(model, weight_decay=0.0)
+    optimiser = SharingAdam(model, weight_decay=0.0)
     frozen = next(p for p in token_parameters(model) if p.ndim == 2)
     frozen.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -145,7 +155,7 @@ def test_weights_without_a_gradient() -> None:
         assert torch.equal(value, before[name]) or name not in step_free
     # A model without attention over tokens trains with plain Adam.
     linear = torch.nn.Linear(3, 1)
-    optimiser = optimiser_of(linear)
+    optimiser = SharingAdam(linear)
     linear(torch.ones(2, 3)).sum().backward()
     optimiser.step()
     assert len(optimiser.state) == 2
