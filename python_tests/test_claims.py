@@ -269,6 +269,7 @@ def test_merging(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.testing.assert_allclose(risks, by_hand, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_interference(shared: Path) -> None:
     assert main(["interference", "--out", str(shared), *QUICK]) == 0
     report = results(shared)
@@ -321,6 +322,7 @@ def test_addition(shared: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None
         main(command)
 
 
+@pytest.mark.slow
 def test_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study.Study, "splits", 1)
     chosen = experiments.Splits

@@ -114,7 +114,7 @@ def changed_test_rows(cohort: Cohort) -> Cohort:
     return replace(cohort, modalities=modalities, outcome=outcome)
 
 
-@pytest.mark.parametrize("kind", ["healnet", "lego"])
+@pytest.mark.parametrize("kind", ["healnet", pytest.param("lego", marks=pytest.mark.slow)])
 def test_test_patients_change_nothing_that_is_fitted(kind: str, tmp_path: Path) -> None:
     """Scaling, bins, weights, the stopping epoch and cut-points are equal, byte for byte."""
     cohort = with_fixed_splits(breast_cancer())
