@@ -30,7 +30,7 @@ from motet.io import Bags, Cohort, Split, Survival, load_cohort
 from motet.io.cohorts.bags import LazyBags
 from safetensors import safe_open
 
-from .conftest import data_path
+from .conftest import data_path, drawn
 from .processes import run_python
 
 QUICK = ["--set", "epochs=2", "--set", "num_latents=4", "--set", "latent_dim=8"]
@@ -40,6 +40,7 @@ SHIPPED = sorted(
 )
 # Their data must be requested; test_public_cohorts.py reads made files.
 REQUESTED = re.compile("mimic3_(?!demo)|siim|.*_slides$")
+AT_HAND = [name for name in SHIPPED if not REQUESTED.match(name)]
 NO_CATEGORY = "ignore:.* is no category of training"
 
 
@@ -482,7 +483,7 @@ def test_a_run_continues_only_as_it_began(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(NO_CATEGORY)
-@pytest.mark.parametrize("name", [name for name in SHIPPED if not REQUESTED.match(name)])
+@pytest.mark.parametrize("name", drawn(AT_HAND, 7))
 def test_every_shipped_cohort_trains_with_one_command(name: str, tmp_path: Path) -> None:
     if name != "breast_cancer":
         data_path("data")
@@ -505,7 +506,7 @@ def test_every_shipped_cohort_trains_with_one_command(name: str, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(NO_CATEGORY)
-@pytest.mark.parametrize("name", [name for name in SHIPPED if not REQUESTED.match(name)])
+@pytest.mark.parametrize("name", drawn(AT_HAND, 5))
 def test_a_baseline_predicts_every_shipped_cohort(name: str, tmp_path: Path) -> None:
     """Its curves are finite and fall in every fold."""
     if name != "breast_cancer":
