@@ -16,7 +16,7 @@ MODELS = ("healnet", "lego", *BASELINES)
 
 # Widths, depths and rates of dropout were chosen on the validation parts of tcga_blca, tcga_kirp,
 # hancock_os and breast_cancer, among about 20 settings of HEALNet and 30 of LegoBlocks; most of
-# them do not differ by more than chance. That all epochs are trained, HEALNet's max_lr and its
+# them do not differ by more than chance. That HEALNet trains all epochs, its max_lr and its
 # modality dropout were chosen on out-of-fold figures of the same cohorts, which are therefore a
 # little optimistic for these settings.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lego": {
         "num_latents": 16, "latent_dim": 16, "depth": 2, "heads": 8, "head_dim": 16,
         "attn_dropout": 0.1, "ff_dropout": 0.5, "epochs": 20, "max_lr": 0.002, "batch_size": 32,
-        "l1": 1e-4, "l2": 1e-2,
+        "patience": 5, "l1": 1e-4, "l2": 1e-2,
     },
     "fuse": {"epochs": 2, "max_lr": 0.002, "batch_size": 16, "modality_dropout": 0.2, "l2": 1e-2},
 }  # fmt: skip
