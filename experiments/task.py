@@ -26,15 +26,13 @@ from ..fusion.objectives import Classification, CoxSurvival, DiscreteSurvival, O
 from ..fusion.predictions import ClassPredictions, Predictions, SurvivalPredictions
 from ..fusion.resampling import Comparison
 from ..io import Classes, Cohort, Survival
+from ..io.cohorts.tables import HOURS
 from .settings import Goal
 
 Outcome = tuple[NDArray[Any], ...]
 """Times and events, or labels, [n] each."""
 # The cure for a part without events or classes, for messages.
 CURE = "use fewer splits or larger parts (--splits, --test, --validation)"
-
-# Units of time that are converted into each other, in days.
-DAYS_OF_UNIT = {"hours": 1 / 24, "days": 1, "weeks": 7, "months": 365.25 / 12, "years": 365.25}
 
 
 class Task(ABC):
@@ -299,12 +297,12 @@ class SurvivalTask(Task):
             raise ValueError(f"{cohort.name}: expected survival, as in the run, got classes")
         table = self.outcome_table(cohort).set_index("patient")
         if outcome.unit != self.unit:
-            if not {outcome.unit, self.unit} <= {*DAYS_OF_UNIT}:
+            if not {outcome.unit, self.unit} <= {*HOURS}:
                 raise ValueError(
                     f"{cohort.name}: expected times in {self.unit}, as in the run, got "
-                    f"{outcome.unit!r}; units that are converted: {', '.join(DAYS_OF_UNIT)}"
+                    f"{outcome.unit!r}; units that are converted: {', '.join(HOURS)}"
                 )
-            table["time"] *= DAYS_OF_UNIT[outcome.unit] / DAYS_OF_UNIT[self.unit]
+            table["time"] *= HOURS[outcome.unit] / HOURS[self.unit]
         return table
 
     def external(

@@ -12,6 +12,7 @@ from motet import ClassFold, SurvivalFold, cli, evaluate_classes, evaluate_survi
 from motet.experiments import External, Run, train_run
 from motet.experiments.settings import Splits
 from motet.io import load_cohort
+from motet.io.cohorts.tables import HOURS
 
 from .cohort_helpers import OUTCOMES, write_cohort
 
@@ -131,7 +132,8 @@ def test_units_are_converted(folder: Path, capsys: pytest.CaptureFixture[str]) -
     run, other = folder / "survival_cox", folder / "other_survival.yaml"
     expected = evaluate(capsys, run, "--on", other, "--json")["runs"][str(run)]
     frame = pd.read_csv(folder / "other_survival.csv")
-    frame.assign(months=frame["months"] * 365.25 / 12).to_csv(folder / "days.csv", index=False)
+    days = HOURS["months"] / HOURS["days"]
+    frame.assign(months=frame["months"] * days).to_csv(folder / "days.csv", index=False)
     text = other.read_text().replace("other_survival.csv", "days.csv")
     (folder / "days.yaml").write_text(text.replace("unit: months", "unit: days"))
     figures = evaluate(capsys, run, "--on", folder / "days.yaml", "--json")["runs"][str(run)]

@@ -37,7 +37,9 @@ from .table_files import (
 )
 
 YEAR = 365.2425 * 24
-HOURS = {"minutes": 1 / 60, "hours": 1, "days": 24, "months": YEAR / 12, "years": YEAR}
+HOURS = {
+    "minutes": 1 / 60, "hours": 1, "days": 24, "weeks": 168, "months": YEAR / 12, "years": YEAR,
+}  # fmt: skip
 """Hours of each unit of time."""
 
 CHUNK = 1_000_000
