@@ -6,7 +6,6 @@ from typing import Any, Self, cast
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from ..fusion.objectives import Objective
@@ -101,7 +100,7 @@ class Fold:
 
         def make_part(ids: tuple[str, ...]) -> FoldPart:
             patients = Patients.of(cohort.modalities, scaling, ids)
-            has = torch.stack([patients.has(name) for name in scaling]).any(0)
+            has = patients.held().any(1)
             rows = rows_of(cohort, ids)[has.numpy()]
             outcome = task.outcome(cohort, rows)
             target = cast(Any, objective).target(*outcome)

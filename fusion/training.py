@@ -1,10 +1,9 @@
 """Train a model with Lightning: Adam and one cycle of the learning rate.
 
 The order of an epoch and the modalities that are dropped in it are drawn from (seed, epoch), the
-dropout of a step from (seed, step). So a run
-that was killed and resumed gives exactly the weights of one that was not. On one GPU the loss and
-the gradients of a step are one CUDA graph (`StepGraphs`), and the host waits for the GPU only at
-the end of an epoch.
+dropout of a step from (seed, step). So a run that was killed and resumed gives exactly the weights
+of one that was not. On one GPU the loss and the gradients of a step are one CUDA graph
+(`StepGraphs`), and the host waits for the GPU only at the end of an epoch.
 """
 
 import logging
@@ -219,15 +218,15 @@ def use_device_bags(
 def _make_loader(patients: Patients, settings: Training, *, share: bool) -> DataLoader:
     """Return a loader of all patients in order; if `share`, of this process's share, shuffled."""
     sampler, dataset = None, patients
-    if share:
+    if share and settings.modality_dropout and len(patients.modalities) > 1:
+        dataset = WithDroppedModalities(patients)
+        sampler = ModalityDropout(
+            patients, settings.modality_dropout, _world_size(), rank(), seed=settings.seed
+        )
+    elif share:
         sampler = DistributedSampler(
             patients, _world_size(), rank(), shuffle=True, seed=settings.seed
         )
-        if settings.modality_dropout and len(patients.modalities) > 1:
-            dataset = WithDroppedModalities(patients)
-            sampler = ModalityDropout(
-                patients, settings.modality_dropout, _world_size(), rank(), seed=settings.seed
-            )
     return DataLoader(
         dataset,
         settings.batch_size,
