@@ -29,8 +29,8 @@ Floats = NDArray[np.float64]
 # spread: with mean 0 and this standard deviation. With spread 1 a patient one standard deviation
 # above the mean has 2.7 times the odds. A few events cannot give a larger spread than that.
 PRIOR_SPREAD = 1.0
-# A slope of zero would lose the order of the patients, of which a few validation patients are no
-# judge. The smallest spread keeps it; the odds of two patients then differ by some 10 %.
+# A slope of zero would lose the order of the patients. A few validation patients cannot show that
+# this order is worthless, so a small spread is kept: at one standard deviation, 10 % of the odds.
 SMALLEST_SPREAD, LARGEST_SPREAD = 0.1, 5.0
 # Logits are computed in float32: a spread below this share of their size is rounding.
 ROUNDING = 1e-6
