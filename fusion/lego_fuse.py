@@ -11,7 +11,7 @@ from .attention import Keys
 from .attention_forms import prepare
 from .context import Context, ModalityInput
 from .layers import Head
-from .lego_block import LegoBlock
+from .lego_block import LegoBlock, LegoOutput
 from .lego_heads import HeadMethod, merge_heads
 from .lego_joined import JoinedBlocks
 from .passes import PassOptions, run_passes
@@ -83,9 +83,10 @@ class LegoFuse(JoinedBlocks):
             self.latents = nn.Parameter(first.latents.detach().clone())
         self.config = self._make_config(head, mode=mode, weights=dict(self.weights), depth=depth)
 
-    def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> Tensor:
+    def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> LegoOutput:
         if self.mode == "upstream-weave":
-            return self._upstream_weave(batches, options)
+            latents = self._upstream_weave(batches, options)
+            return LegoOutput(self.compute_logits(latents, {}, options), latents)
         return super().join(batches, options)
 
     def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:

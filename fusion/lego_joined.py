@@ -108,11 +108,8 @@ class JoinedBlocks(nn.Module):
             like=like,
         )
         options = self.pass_options(strategy, backend)
-        latents = self.join(batches, options)
-        # Contiguous, as in a single block: the head then gives the same bits.
-        real = latents.real.contiguous() if latents.is_complex() else latents
-        logits = real if self.head is None else self.head(real, backend=options.head_backend)
-        return LegoOutput(logits, latents) if return_latents else logits
+        output = self.join(batches, options)
+        return output if return_latents else output.logits
 
     def pass_options(
         self, strategy: Strategy | None = None, backend: Backend = "auto"
@@ -121,10 +118,12 @@ class JoinedBlocks(nn.Module):
         options = [block.pass_options(strategy, backend) for block in self._blocks().values()]
         return PassOptions(strategy, backend, all(of_block.half for of_block in options))
 
-    def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> Tensor:
-        """Return the joint latents [B, C, D] of the modalities in `batches`."""
+    def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> LegoOutput:
+        """Return the logits and the joint latents [B, C, D] of the modalities in `batches`."""
         rows = next(iter(batches.values())).rows
-        return self.fuse(rows, self.prepare(batches, options), options)
+        keys = self.prepare(batches, options)
+        latents = self.fuse(rows, keys, options)
+        return LegoOutput(self.compute_logits(latents, keys, options), latents)
 
     def prepare(
         self, batches: Mapping[str, ModalityInput], options: PassOptions
@@ -136,6 +135,17 @@ class JoinedBlocks(nn.Module):
     def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         """Return the joint latents [B, C, D] of `rows` rows; `keys` are those of `prepare`."""
         raise NotImplementedError
+
+    def compute_logits(
+        self, latents: Tensor, keys: Mapping[str, Sequence[Keys]], options: PassOptions
+    ) -> Tensor:
+        """Return the logits of the latents that `fuse` made of `keys`."""
+        return self._apply_head(self.head, latents, options)
+
+    def _apply_head(self, head: Head | None, latents: Tensor, options: PassOptions) -> Tensor:
+        # Contiguous, as in a single block: the head then gives the same bits.
+        real = latents.real.contiguous() if latents.is_complex() else latents
+        return real if head is None else head(real, backend=options.head_backend)
 
     def _make_config(self, head: str | Head, **fields: Any) -> dict[str, Any]:
         size = None

@@ -12,7 +12,7 @@ from ..kernels.checks import normalised_weights
 from .attention import Keys
 from .layers import Head
 from .lego_block import LegoBlock
-from .lego_heads import HeadMethod
+from .lego_heads import HeadMethod, merge_heads
 from .lego_joined import JoinedBlocks
 from .passes import PassOptions
 
@@ -26,9 +26,11 @@ class LegoMerge(JoinedBlocks):
         \frac{1}{\sum_m w_m / |Z_m|} \exp\Big(i \sum_m w_m \arg Z_m\Big)
 
     over the last complex latents Z_m of the blocks whose modality a row has; their weights are
-    renormalised to sum to 1. The merged head computes logits from the real part. A row without any
-    modality is predicted from the blocks' initial latents. A row with one modality gets the latents
-    of that block unchanged.
+    renormalised to sum to 1. The head, merged of those of the same blocks with the same weights,
+    computes logits from the real part. So a row is predicted as by a LegoMerge of the blocks whose
+    modality it has; a row with one modality, as by that block. A row without any modality is
+    predicted from the initial latents and the heads of all blocks. A `Head` that is given as `head`
+    is that of all rows.
 
     Args:
         blocks: name to trained LegoBlock, one or more, copied.
@@ -46,6 +48,9 @@ class LegoMerge(JoinedBlocks):
         TypeError: something that is not a LegoBlock.
 
     Note:
+        Merged heads of rows that miss modalities are computed from the blocks in every call. To
+        train a merged model further, use LegoFuse, or give a `Head`.
+
         "upstream-harmonic" with weights (α, 1-α) is 2 α (1-α) times the magnitude above, and the
         unweighted mean of the phases.
 
@@ -85,10 +90,21 @@ class LegoMerge(JoinedBlocks):
             name: blocks[name].encode(rows, block_keys, options).to_complex()
             for name, block_keys in keys.items()
         }
-        updated = {name: block_keys[0].context.nonempty for name, block_keys in keys.items()}
         if not rows or self.has_all(keys):
             return self._merge(list(latents), list(latents.values()))
-        return self._merge_by_pattern(rows, latents, updated)
+        return self._merge_by_pattern(rows, latents, keys)
+
+    def compute_logits(
+        self, latents: Tensor, keys: Mapping[str, Sequence[Keys]], options: PassOptions
+    ) -> Tensor:
+        rows = len(latents)
+        if not rows or self.has_all(keys):
+            return super().compute_logits(latents, keys, options)
+        parts = [
+            (index, self._apply_head(self._merge_heads(names), latents[index], options))
+            for names, index in self._find_patterns(rows, keys)
+        ]
+        return _gather_rows(rows, parts)
 
     def add(self, name: str, block: LegoBlock, *, weight: float | None = None) -> Self:
         """Return a model with one more modality, nothing retrained.
@@ -121,40 +137,54 @@ class LegoMerge(JoinedBlocks):
         complete = all(block_keys[0].context.nonempty is None for block_keys in keys.values())
         return complete and len(keys) == len(self.blocks)
 
-    def _merge_by_pattern(
-        self, rows: int, latents: dict[str, Tensor], updated: dict[str, Tensor | None]
-    ) -> Tensor:
-        """Merge the latents of rows that miss modalities.
+    def _find_patterns(
+        self, rows: int, keys: Mapping[str, Sequence[Keys]]
+    ) -> list[tuple[list[str], Tensor]]:
+        """Return each set of modalities that rows have (a pattern), and the indices of these rows.
 
-        The weights and the number of tensors of a merge depend on which modalities a row has. Rows
-        with the same set of modalities (the same pattern) are merged together, one call each: with
-        M modalities at most 2^M calls, instead of one per row.
+        The weights and the number of tensors of a merge depend on the pattern. Rows of the same
+        pattern are merged together, one call each: with M modalities at most 2^M calls, instead of
+        one per row.
         """
-        device = next(iter(latents.values())).device
         blocks = self._blocks()
+        device = next(iter(blocks.values())).latents.device
         has = torch.zeros(rows, len(blocks), dtype=torch.bool, device=device)
         for i, name in enumerate(blocks):
-            if name in latents:
-                nonempty = updated[name]
+            if name in keys:
+                nonempty = keys[name][0].context.nonempty
                 has[:, i] = True if nonempty is None else nonempty
         patterns, pattern_of_row = has.unique(dim=0, return_inverse=True)  # waits for the GPU
-        merged = None
-        for i, pattern in enumerate(patterns.tolist()):
-            index = (pattern_of_row == i).nonzero().squeeze(1)
-            names = [name for name, is_present in zip(blocks, pattern, strict=True) if is_present]
+        return [
+            (
+                [name for name, is_present in zip(blocks, pattern, strict=True) if is_present],
+                (pattern_of_row == i).nonzero().squeeze(1),
+            )
+            for i, pattern in enumerate(patterns.tolist())
+        ]
+
+    def _merge_by_pattern(
+        self, rows: int, latents: dict[str, Tensor], keys: Mapping[str, Sequence[Keys]]
+    ) -> Tensor:
+        blocks = self._blocks()
+        parts = []
+        for names, index in self._find_patterns(rows, keys):
             values = [latents[name][index] for name in names]
             if not names:  # no modality at all: merge the initial latents of all blocks
                 names = list(blocks)
                 values = [blocks[name].untouched(len(index)).to_complex() for name in names]
-            part = self._merge(names, values)
-            if merged is None:
-                merged = part.new_zeros(rows, *part.shape[1:])
-            # A single real block gives real latents, a harmonic merge complex ones: the result is
-            # complex if any part is.
-            merged = merged.to(torch.promote_types(merged.dtype, part.dtype))
-            merged = merged.index_copy(0, index, part.to(merged.dtype))
-        assert merged is not None
-        return merged
+            parts.append((index, self._merge(names, values)))
+        return _gather_rows(rows, parts)
+
+    def _merge_heads(self, names: Sequence[str]) -> Head | None:
+        """Return the head of the rows that have the modalities `names`."""
+        blocks = self._blocks()
+        heads = [head for name in names if (head := blocks[name].head) is not None]
+        if self.config["head"] == "given" or len(heads) in (0, len(blocks)):
+            return self.head
+        if len(heads) == 1:
+            return heads[0]
+        weights = normalised_weights([self.weights[name] for name in names], len(names))
+        return merge_heads(heads, weights, self.config["head"])
 
     def _merge(self, names: list[str], latents: list[Tensor]) -> Tensor:
         if self.method in ("harmonic", "upstream-harmonic"):
@@ -175,6 +205,19 @@ class LegoMerge(JoinedBlocks):
                 return torch.stack(latents).prod(0)
             case "upstream-harmonic":
                 return _upstream_harmonic(latents[0], latents[1], weights[0])
+
+
+def _gather_rows(rows: int, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return [B, ...]: the values of each part at its rows; the parts hold every row once."""
+    # A single real block gives real latents, a harmonic merge complex ones: the result is complex
+    # if any part is.
+    dtype = parts[0][1].dtype
+    for _, values in parts:
+        dtype = torch.promote_types(dtype, values.dtype)
+    out = parts[0][1].new_zeros(rows, *parts[0][1].shape[1:], dtype=dtype)
+    for index, values in parts:
+        out = out.index_copy(0, index, values.to(dtype))
+    return out
 
 
 def _upstream_harmonic(a: Tensor, b: Tensor, alpha: float) -> Tensor:

@@ -251,6 +251,36 @@ def test_rows_merge_the_blocks_they_have(seed: int) -> None:
         assert torch.equal(model({**x, "wsi": None}), model(without))
 
 
+@pytest.mark.parametrize("head", ["slerp", "linear", "ot"])
+def test_a_row_is_predicted_as_by_a_merge_of_the_blocks_it_has(head: str) -> None:
+    blocks, x = blocks_of(3), inputs_of(4)
+    weights = dict(zip(blocks, (1.0, 2.0, 4.0), strict=True))
+    merged = motet.LegoMerge(blocks, head=head, weights=weights)
+    names = list(blocks)
+    sets = [names, names[:1], names[1:], [names[0], names[2]]]
+    present = {n: torch.tensor([n in names_of_row for names_of_row in sets]) for n in names}
+    logits = merged({n: x[n] for n in names}, present=present)
+    for row, names_of_row in enumerate(sets):
+        smaller = motet.LegoMerge(
+            {n: blocks[n] for n in names_of_row},
+            head=head,
+            weights={n: weights[n] for n in names_of_row},
+        )
+        alone = {n: x[n][row : row + 1] for n in names_of_row}
+        assert close(logits[row], smaller(alone)[0])
+    first = names[0]
+    assert close(logits[1], blocks[first](x[first][1:2])[0])
+
+
+def test_a_given_head_is_that_of_all_rows() -> None:
+    blocks, x = blocks_of(2), inputs_of(3)
+    head = motet.Head(blocks["omic"].config["latent_dim"], blocks["omic"].config["out_features"])
+    head = head.to(blocks["omic"].latents.dtype)
+    merged = motet.LegoMerge(blocks, head=head)
+    out = merged({"omic": x["omic"], "wsi": None}, return_latents=True)
+    assert close(out.logits, head(out.latents.real.contiguous()))
+
+
 def test_rows_without_anything_are_predicted_from_the_initial_latents() -> None:
     blocks, x = blocks_of(2), inputs_of(2)
     given_ = {"omic": x["omic"]}
