@@ -69,17 +69,28 @@ class Calibrated(Protocol):
         ...
 
 
-def fit_calibration(objective: Calibrated, logits: Floats, target: dict[str, Any]) -> Calibration:
+def spread_of(logits: Floats) -> float:
+    """Return the root mean square of the logits' differences from their mean over patients."""
+    return float(np.sqrt(np.square(logits - logits.mean(0)).mean()))
+
+
+def fit_calibration(
+    objective: Calibrated,
+    logits: Floats,
+    target: dict[str, Any],
+    largest_spread: float = LARGEST_SPREAD,
+) -> Calibration:
     """Fit the map on patients that the model was not trained on.
 
     Args:
         objective: fitted on the training part.
         logits: [n, K] of these patients.
         target: their targets, see the objectives.
+        largest_spread: of the calibrated logits.
     """
     centre = logits.mean(0)
     differences = logits - centre
-    spread = float(np.sqrt(np.square(differences).mean()))
+    spread = spread_of(logits)
     if spread < ROUNDING * max(1.0, float(np.abs(centre).max())):
         # One patient, or a constant model. They say nothing about the slope, and 1 keeps the order
         # of other patients.
@@ -94,7 +105,7 @@ def fit_calibration(objective: Calibrated, logits: Floats, target: dict[str, Any
     size = float(
         minimize_scalar(
             lambda size: loss(size) + penalty * size**2,
-            bounds=(SMALLEST_SPREAD, LARGEST_SPREAD),
+            bounds=(SMALLEST_SPREAD, max(SMALLEST_SPREAD, largest_spread)),
             method="bounded",
             options={"xatol": 1e-3},
         ).x  # pyright: ignore[reportAttributeAccessIssue]
@@ -126,7 +137,8 @@ class Calibrations:
         """Fit the map of every set of modalities.
 
         The map of a set is fitted on the validation patients who have all of them, with their other
-        modalities removed. If fewer than FEWEST_PATIENTS have, on all who have one of them.
+        modalities removed. If fewer than FEWEST_PATIENTS have, on all who have one of them. Its
+        calibrated logits spread at most as those of the larger sets that contain it.
 
         Args:
             objective: fitted on the training part.
@@ -137,7 +149,8 @@ class Calibrations:
         names = tuple(validation.modalities)
         held = validation.held()
         seen = {subset for part in (validation, *others) for subset in part.sets_of_modalities()}
-        maps = {}
+        maps: dict[tuple[str, ...], Calibration] = {}
+        spreads: dict[tuple[str, ...], float] = {}
         for subset in _choose_subsets(names, seen):
             columns = [name in subset for name in names]
             rows = held[:, columns].all(1)
@@ -147,7 +160,13 @@ class Calibrations:
                 continue
             patients = validation.select(rows).only(subset)
             logits = compute_logits(patients)
-            maps[subset] = fit_calibration(objective, logits, patients.target)
+            # With fewer modalities less is known of a patient, so predictions vary less. Without
+            # this bound the noise of a few validation patients can give a weak modality alone
+            # a larger spread than all modalities have together, and so shift the risks.
+            larger = [spreads[other] for other in spreads if {*other} > {*subset}]
+            largest = min([LARGEST_SPREAD, *larger])
+            maps[subset] = fit_calibration(objective, logits, patients.target, largest)
+            spreads[subset] = spread_of(maps[subset].apply(logits))
         return cls(maps)
 
     def apply(self, patients: Patients, logits: Floats) -> Floats:

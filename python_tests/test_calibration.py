@@ -16,6 +16,7 @@ from motet.fusion.calibration import (
     Calibrations,
     fit_calibration,
     solve_decreasing,
+    spread_of,
 )
 from motet.fusion.fitted import Fitted
 from motet.fusion.objectives import (
@@ -359,6 +360,26 @@ def test_every_set_of_modalities_has_a_map() -> None:
     for row, subset in enumerate(validation.sets_of_modalities()):
         expected = calibrations.maps[subset].apply(logits[row : row + 1])
         np.testing.assert_allclose(calibrated[row : row + 1], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fewer_modalities_spread_no_more(seed: int) -> None:
+    """Also where one modality alone fits the validation patients best."""
+    validation = lacking({"a": 1.0, "b": 1.0}, n=40, seed=seed)
+    risk = validation.tables["a"][:, 0].numpy()
+    times = np.random.default_rng(seed).exponential(np.exp(-3 * risk)) + 0.01
+    objective = COX.fitted(torch.randn(40, 1))
+    validation = replace(validation, target=COX.target(times, np.ones(40, bool)))
+    alone = fit_calibration(objective, sum_of(validation.only("a")), validation.target)
+    calibrations = Calibrations.fit(objective, sum_of, validation)
+
+    def spread(subset: str) -> float:
+        logits = sum_of(validation.only(subset))
+        return spread_of(calibrations.maps[tuple(subset)].apply(logits))
+
+    assert spread("a") <= spread("ab") * (1 + 1e-6)
+    assert spread("b") <= spread("ab") * (1 + 1e-6)
+    assert spread("a") < spread_of(alone.apply(sum_of(validation.only("a"))))
 
 
 def test_a_rare_set_is_fitted_on_patients_with_one_of_it() -> None:
