@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from .._checks import choice, integer, positive, rate
 from ..kernels.backends import Backend
-from ..kernels.checks import same_kind
-from ..kernels.lego_pass.spectrum import AXES, compute_real_spectrum, normalise_columns
+from ..kernels.lego_pass.spectrum import AXES, normalise_columns
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
 from .attention_forms import prepare
-from .context import ArgumentNames, Context, ModalityInput, check_tensor, offsets_of, read
+from .context import ArgumentNames, Context, ModalityInput, check_tensor, read
 from .encoder_config import encoder_from_config, encoder_to_config, probe_encoder
 from .layers import FeedForward, Head, ShareWeights, initial_latents, layer_order
+from .lego_encoding import ItemEncoder, transform_context
 from .modalities import (
-    Bag,
     Grid,
     Modality,
     Positions,
@@ -374,105 +373,18 @@ class LegoBlock(nn.Module):
         return [cast(LegoLayer, layer) for layer in self.layers]
 
     def _make_context(self, batch: ModalityInput, layer: int | None, half: bool) -> Context:
-        """Return the context of a pass; `layer` is its index if the encoder has weights per pass.
-
-        If `half` is True, the spectrum of a bag has only N // 2 + 1 rows: the others mirror them,
-        so a row counts twice, except those that are their own mirror image.
-        """
+        """Return the context of a pass; `layer` is its index if the encoder has one per pass."""
         if self.encoder is None:
             context = batch.make_context(self.modality, self.positions)
         else:
-            context = self._encode_items(batch, layer)
-        axes = self.transform.axes
-        if not (self.spectral_context and axes):
-            return context
-        if context.offsets is None:
-            tokens, counts = compute_real_spectrum(context.with_positions(), axes, half=half)
-            if counts is not None:
-                counts = counts.expand(tokens.shape[:2])
-            return Context(tokens, single=context.single, counts=counts, present=context.present)
-        bags = [compute_real_spectrum(bag, axes, half=half) for bag in context.rows() if len(bag)]
-        tokens = torch.cat([context.with_positions()[:0], *(bag for bag, _ in bags)])
-        if not half:
-            return Context(tokens, offsets=context.offsets)
-        lengths = context.offsets.diff()
-        counts = [bag_counts for _, bag_counts in bags if bag_counts is not None]
-        return Context(
-            tokens,
-            offsets=offsets_of(torch.where(lengths > 0, lengths // 2 + 1, 0)),
-            counts=torch.cat(counts) if counts else None,
-        )
-
-    def _encode_items(self, batch: ModalityInput, layer: int | None) -> Context:
-        """Encode the real items of the batch; return their tokens as a context."""
-        assert self.encoder is not None
-        run = self.encoder if layer is None else partial(self.encoder, layer=layer)
-        if batch.offsets is None and batch.keep is None:
-            return batch.pack_tokens(self._as_tokens(run(batch.x), len(batch.x)), None)
-
-        if batch.offsets is not None or isinstance(self.modality, Bag):
-            if batch.offsets is None:
-                assert batch.keep is not None
-                bags = [x[keep] for x, keep in zip(batch.x, batch.keep, strict=True)]
-            else:
-                bags = batch.make_context(self.modality, self.positions).rows()
-            tokens, lengths = self._encode_bags(bags, run)
-        else:
-            assert batch.keep is not None
-            real = batch.keep.all(1)
-            if not torch.equal(real, batch.keep.any(1)):
-                raise ValueError(
-                    "mask: expected whole items, since the encoder cannot encode a part of one; "
-                    "got a partial mask"
-                )
-            tokens = batch.x.new_empty(0, self.token_dim)
-            lengths = real.long()
-            if real.any():
-                encoded = self._as_tokens(run(batch.x[real]), int(real.sum()))
-                tokens, lengths = encoded.flatten(0, 1), lengths * encoded.shape[1]
-        lengths = lengths.reshape(batch.rows, batch.items).sum(1)
-        if bool((lengths <= 1).all()):
-            present = lengths > 0
-            zeros = tokens.new_zeros(batch.rows, 1, tokens.shape[1])
-            tokens = zeros.index_put((present,), tokens[:, None])
-            return Context(tokens, single=True, present=present)
-        return Context(tokens, offsets=offsets_of(lengths))
-
-    def _encode_bags(self, bags: list[Tensor], run: Any) -> tuple[Tensor, Tensor]:
-        """Encode bags [N_i, F]: return all tokens [T, W] and the number in each bag, int64 [I]."""
-        assert self.encoder is not None
-        nonempty = [bag for bag in bags if len(bag)]
-        encoded: list[Tensor] = []
-        if nonempty and self.pads_bags:
-            padded = nn.utils.rnn.pad_sequence(nonempty, batch_first=True)
-            sizes = torch.tensor([len(bag) for bag in nonempty], device=padded.device)
-            mask = torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]
-            encoded = list(self._as_tokens(run(padded, mask=mask), len(nonempty)))
-        elif nonempty:
-            encoded = [self._as_tokens(run(bag[None]), 1)[0] for bag in nonempty]
-        counts = iter(map(len, encoded))
-        lengths = [next(counts) if len(bag) else 0 for bag in bags]
-        empty = self.latents.new_empty(0, self.token_dim)
-        return torch.cat([empty, *encoded]), torch.tensor(
-            lengths, dtype=torch.int64, device=empty.device
-        )
-
-    def _as_tokens(self, encoded: Any, items: int) -> Tensor:
-        """Check an encoder's output and return it in the shape [items, N, W]."""
-        if not isinstance(encoded, Tensor):
-            raise TypeError(
-                f"encoder: expected it to return a tensor, got {type(encoded).__name__}"
+            encoder = self.encoder if layer is None else partial(self.encoder, layer=layer)
+            items = ItemEncoder(
+                encoder, self.modality, self.positions, self.token_dim, self.pads_bags, self.latents
             )
-        if encoded.ndim == 1 and items == 1:  # some encoders squeeze a batch of one
-            encoded = encoded[None]
-        if encoded.ndim < 2 or len(encoded) != items or encoded.shape[-1] != self.token_dim:
-            raise ValueError(
-                f"encoder: expected it to return [{items}, {self.token_dim}] or "
-                f"[{items}, ..., {self.token_dim}], got {tuple(encoded.shape)}"
-            )
-        if not torch.is_autocast_enabled(encoded.device.type):
-            same_kind("encoder's output", encoded, self.latents, "the block")
-        return encoded[:, None] if encoded.ndim == 2 else encoded.flatten(1, -2)
+            context = items.make_context(batch)
+        if self.spectral_context and self.transform.axes:
+            return transform_context(context, self.transform.axes, half=half)
+        return context
 
 
 def _check_choices(config: Mapping[str, Any]) -> None:
