@@ -1,6 +1,6 @@
 """HEALNet: a shared latent array, updated layer after layer by attention to each modality."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, cast
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
-from .passes import Pass, PassOptions, run_passes
+from .passes import AttentionRecorder, Pass, PassOptions, run_passes
 
 
 class HEALNetOutput(NamedTuple):
@@ -297,18 +297,14 @@ class HEALNet(nn.Module):
             masks=masks, present=present, coords=coords, statistics=statistics, like=self.latents,
         )  # fmt: skip
         keys = self.prepare(batches, strategy=strategy, backend=backend)
-        attention = {name: [] for name in keys} if return_attention else None
-
-        def watch(name: str, weights: Tensor, context: Context) -> None:
-            if attention is not None:
-                attention[name].append(batches[name].restore_layout(weights, context))
-
+        recorder = AttentionRecorder(batches, keys) if return_attention else None
         rows = next(iter(batches.values())).rows
-        options = PassOptions(strategy, backend)
-        latents = self.fuse(rows, keys, options, watch if return_attention else None)
+        options = PassOptions(strategy, backend, watch=recorder)
+        latents = self.fuse(rows, keys, options)
         logits = latents if self.head is None else self.head(latents, backend=options.head_backend)
         if not (return_latents or return_attention):
             return logits
+        attention = None if recorder is None else recorder.attention
         return HEALNetOutput(logits, latents if return_latents else None, attention)
 
     def prepare(
@@ -353,16 +349,13 @@ class HEALNet(nn.Module):
         rows: int,
         keys: Mapping[str, Sequence[Keys]],
         options: PassOptions | None = None,
-        watch: Callable[[str, Tensor, Context], None] | None = None,
     ) -> Tensor:
         """Update the latents of `rows` rows, layer after layer; return the last, [B, C, D].
 
         `keys` are those that `prepare` returned for the same `options`; None for the planned ones.
-        `watch` is called once per cross-attention with its modality, attention weights and context.
         """
         options = PassOptions() if options is None else options
         start, passes = self.latents[None], []
-        names: list[str | None] = []
         latent_keys = LatentKeys(start, options.backend)
         for index in self.order:
             layer = cast(FusionLayer, self.layers[index])
@@ -371,13 +364,6 @@ class HEALNet(nn.Module):
                 cross = [layer.make_pass(name, keys[name][index])] if name in keys else []
                 to_latents = layer.make_self_attention_passes(latent_keys)
                 passes += cross + to_latents
-                names += [name] * len(cross) + [None] * len(to_latents)
-
-        def observe(index: int, queries: Tensor | None) -> None:
-            name, keys, attention = names[index], passes[index].keys, passes[index].attention
-            if watch is not None and name is not None:
-                watch(name, keys.weights(attention, queries), keys.context)
-
         if options.strategy == "reference":
             start = start.expand(rows, -1, -1)
-        return run_passes(start, passes, None, options, None if watch is None else observe).real
+        return run_passes(start, passes, None, options).real

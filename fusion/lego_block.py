@@ -31,17 +31,29 @@ from .modalities import (
     modality_from_config,
     modality_to_config,
 )
-from .passes import FourierTransform, LegoLayer, Pass, PassOptions, Spectrum, run_passes
+from .passes import (
+    AttentionRecorder,
+    FourierTransform,
+    LegoLayer,
+    Pass,
+    PassOptions,
+    Spectrum,
+    run_passes,
+)
 
 
 class LegoOutput(NamedTuple):
-    """What the Lego models return if latents are requested."""
+    """What the Lego models return if latents or attention are requested."""
 
     logits: Tensor
     """[B, out_features]."""
-    latents: Tensor
+    latents: Tensor | None
     """[B, C, D], in the frequency domain if the blocks have a transform. Complex for a LegoBlock
-    and a LegoMerge with one, and for every harmonic merge; real otherwise."""
+    and a LegoMerge with one, and for every harmonic merge; real otherwise. None if not
+    requested."""
+    attention: dict[str, list[Tensor]] | None = None
+    """Attention weights by modality ("x" for a LegoBlock) and pass, as of `HEALNetOutput`. None if
+    not requested."""
 
 
 class LegoBlock(nn.Module):
@@ -217,6 +229,7 @@ class LegoBlock(nn.Module):
         statistics: Tensor | None = None,
         latents: Tensor | None = None,
         return_latents: bool = False,
+        return_attention: bool = False,
         strategy: Strategy | None = None,
         backend: Backend = "auto",
     ) -> Tensor | LegoOutput:
@@ -231,48 +244,62 @@ class LegoBlock(nn.Module):
                 computed before. Not used if an encoder or a transform changes the tokens.
             latents: real [C, D] or [B, C, D] to start from; None for the block's parameter.
             return_latents: return the last latents too.
+            return_attention: return the attention weights too, before dropout; without a
+                gradient, unless `strategy="reference"`. Not for an encoder or
+                `context="spectrum"`, whose tokens are not those of the input.
             strategy: "cached", "absorbed", or "reference" for the literal loop; None for the one
                 that `motet.kernels.plan` chooses. The results differ by rounding only.
             backend: "auto", "triton", "compile" or "eager".
 
         Returns:
             Logits [B, out_features] (real latents [B, C, D] for a block without a head); a
-            `LegoOutput` if latents are requested.
+            `LegoOutput` if latents or attention are requested.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit.
+            ValueError: shapes, dtypes or devices that do not fit; or attention that is not to the
+                tokens of the input.
             TypeError: something that is not a tensor.
         """
         batch = read(
-            self.modality,
-            x,
-            names=ArgumentNames(),
-            mask=mask,
-            present=present,
-            coords=coords,
-            statistics=statistics,
-            like=self.latents,
-        )
+            self.modality, x, names=ArgumentNames(), mask=mask, present=present, coords=coords,
+            statistics=statistics, like=self.latents,
+        )  # fmt: skip
         if latents is not None:
-            check_tensor(latents, "latents", self.latents)
-            shape = tuple(self.latents.shape)
-            if tuple(latents.shape) not in (shape, (batch.rows, *shape)):
-                raise ValueError(
-                    f"latents: expected {shape} or {(batch.rows, *shape)}, got "
-                    f"{tuple(latents.shape)}"
-                )
-        options = self.pass_options(strategy, backend)
-        spectrum = self.encode(batch.rows, self.prepare(batch, options), options, latents)
+            self._check_latents(latents, batch.rows)
+        options = self.pass_options(strategy, backend, return_attention)
+        keys = self.prepare(batch, options)
+        recorder = AttentionRecorder({"x": batch}, {"x": keys}) if return_attention else None
+        options = options._replace(watch=recorder)
+        spectrum = self.encode(batch.rows, keys, options, latents)
         real = spectrum.real
         logits = real if self.head is None else self.head(real, backend=options.head_backend)
-        return LegoOutput(logits, spectrum.to_complex()) if return_latents else logits
+        if not (return_latents or return_attention):
+            return logits
+        attention = None if recorder is None else recorder.attention
+        return LegoOutput(logits, spectrum.to_complex() if return_latents else None, attention)
 
     def pass_options(
-        self, strategy: Strategy | None = None, backend: Backend = "auto"
+        self,
+        strategy: Strategy | None = None,
+        backend: Backend = "auto",
+        return_attention: bool = False,
     ) -> PassOptions:
-        """Return the options of the block's passes; arguments as of `forward`."""
-        even = self.transform.axes == (-2,) and strategy != "reference"
-        return PassOptions(strategy, backend, even and not any(layer.drops for layer in self.sets))
+        """Return the options of the block's passes; arguments as of `forward`.
+
+        Raises:
+            ValueError: attention that is not to the tokens of the input.
+        """
+        if not return_attention:
+            even = self.transform.axes == (-2,) and strategy != "reference"
+            half = even and not any(layer.drops for layer in self.sets)
+            return PassOptions(strategy, backend, half)
+        if self.encoder is not None or (self.spectral_context and self.transform.axes):
+            what = "an encoder" if self.encoder is not None else "context='spectrum'"
+            raise ValueError(
+                "return_attention: expected a block whose tokens are those of the input, got one "
+                f"with {what}"
+            )
+        return PassOptions(strategy, backend)  # with the weights of all latents
 
     def prepare(self, batch: ModalityInput, options: PassOptions) -> list[Keys]:
         """Encode a batch and read the context once; return the keys of each set of weights.
@@ -371,6 +398,15 @@ class LegoBlock(nn.Module):
     def sets(self) -> list[LegoLayer]:
         """The sets of weights; pass i uses set `order[i]`."""
         return [cast(LegoLayer, layer) for layer in self.layers]
+
+    def _check_latents(self, latents: Tensor, rows: int) -> None:
+        """Raise unless a batch of `rows` rows can start from `latents`."""
+        check_tensor(latents, "latents", self.latents)
+        shape = tuple(self.latents.shape)
+        if tuple(latents.shape) not in (shape, (rows, *shape)):
+            raise ValueError(
+                f"latents: expected {shape} or {(rows, *shape)}, got {tuple(latents.shape)}"
+            )
 
     def _make_context(self, batch: ModalityInput, layer: int | None, half: bool) -> Context:
         """Return the context of a pass; `layer` is its index if the encoder has one per pass."""

@@ -83,11 +83,15 @@ class LegoFuse(JoinedBlocks):
             self.latents = nn.Parameter(first.latents.detach().clone())
         self.config = self._make_config(head, mode=mode, weights=dict(self.weights), depth=depth)
 
-    def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> LegoOutput:
-        if self.mode == "upstream-weave":
-            latents = self._upstream_weave(batches, options)
-            return LegoOutput(self.compute_logits(latents, {}, options), latents)
-        return super().join(batches, options)
+    def join(
+        self, batches: Mapping[str, ModalityInput], options: PassOptions, record: bool
+    ) -> LegoOutput:
+        if self.mode != "upstream-weave":
+            return super().join(batches, options, record)
+        if record:
+            raise ValueError("return_attention: expected mode stack or weave, got upstream-weave")
+        latents = self._upstream_weave(batches, options)
+        return LegoOutput(self.compute_logits(latents, {}, options), latents)
 
     def fuse(self, rows: int, keys: Mapping[str, Sequence[Keys]], options: PassOptions) -> Tensor:
         return (self._stack if self.mode == "stack" else self._weave)(rows, keys, options)

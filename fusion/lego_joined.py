@@ -16,7 +16,7 @@ from .layers import Head
 from .lego_block import LegoBlock, LegoOutput
 from .lego_heads import HeadMethod, merge_heads
 from .modalities import Modality, check_names
-from .passes import PassOptions
+from .passes import AttentionRecorder, PassOptions
 
 
 class JoinedBlocks(nn.Module):
@@ -88,14 +88,19 @@ class JoinedBlocks(nn.Module):
         coords: Any = None,
         statistics: Any = None,
         return_latents: bool = False,
+        return_attention: bool = False,
         strategy: Strategy | None = None,
         backend: Backend = "auto",
     ) -> Tensor | LegoOutput:
-        """Predict logits; arguments as of `HEALNet.forward`, the last three as of LegoBlock's.
+        """Predict logits; arguments as of `HEALNet.forward`, the last four as of LegoBlock's.
 
         Returns:
             Logits [B, out_features] (real latents [B, C, D] without a head); a `LegoOutput` if
-            latents are requested.
+            latents or attention are requested.
+
+        Raises:
+            ValueError: as `HEALNet.forward` and `LegoBlock.forward`.
+            TypeError: something that is not a tensor.
         """
         like = next(iter(self._blocks().values())).latents
         batches = read_all(
@@ -107,23 +112,36 @@ class JoinedBlocks(nn.Module):
             statistics=statistics,
             like=like,
         )
-        options = self.pass_options(strategy, backend)
-        output = self.join(batches, options)
-        return output if return_latents else output.logits
+        options = self.pass_options(strategy, backend, return_attention)
+        output = self.join(batches, options, return_attention)
+        if not (return_latents or return_attention):
+            return output.logits
+        return output if return_latents else output._replace(latents=None)
 
     def pass_options(
-        self, strategy: Strategy | None = None, backend: Backend = "auto"
+        self,
+        strategy: Strategy | None = None,
+        backend: Backend = "auto",
+        return_attention: bool = False,
     ) -> PassOptions:
         """Return the options of the passes of all blocks; arguments as of `forward`."""
-        options = [block.pass_options(strategy, backend) for block in self._blocks().values()]
+        options = [
+            block.pass_options(strategy, backend, return_attention)
+            for block in self._blocks().values()
+        ]
         return PassOptions(strategy, backend, all(of_block.half for of_block in options))
 
-    def join(self, batches: Mapping[str, ModalityInput], options: PassOptions) -> LegoOutput:
-        """Return the logits and the joint latents [B, C, D] of the modalities in `batches`."""
+    def join(
+        self, batches: Mapping[str, ModalityInput], options: PassOptions, record: bool
+    ) -> LegoOutput:
+        """Return logits and joint latents [B, C, D] of `batches`; attention too, if `record`."""
         rows = next(iter(batches.values())).rows
         keys = self.prepare(batches, options)
+        recorder = AttentionRecorder(batches, keys) if record else None
+        options = options._replace(watch=recorder)
         latents = self.fuse(rows, keys, options)
-        return LegoOutput(self.compute_logits(latents, keys, options), latents)
+        logits = self.compute_logits(latents, keys, options)
+        return LegoOutput(logits, latents, None if recorder is None else recorder.attention)
 
     def prepare(
         self, batches: Mapping[str, ModalityInput], options: PassOptions

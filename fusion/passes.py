@@ -5,7 +5,7 @@ attentions, and a LegoBlock's spectrum is never transformed back. `run_literally
 it computes the equations module by module, and the fast form is tested against it.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -23,12 +23,12 @@ from ..kernels.lego_pass.spectrum import (
 from ..kernels.lego_pass.weights import QueryWeights, UpdateWeights
 from ..kernels.plan import Strategy
 from .attention import Attention, Keys
+from .context import ModalityInput
 from .layers import FeedForward, update
 
 T = TypeVar("T")
-PassObserver = Callable[[int, Tensor | None], None]
-"""Called before every attention with the index of the pass and its queries (None if the attention
-needs no queries)."""
+PassObserver = Callable[["Pass", Tensor | None], None]
+"""Called before every attention with the pass and its queries (None if it needs no queries)."""
 
 
 class LegoLayer(nn.Module):
@@ -89,7 +89,7 @@ class FourierTransform(nn.Module):
 
 
 class PassOptions(NamedTuple):
-    """How passes are computed; the results differ by rounding only."""
+    """How passes are computed, with results that differ by rounding only, and who watches them."""
 
     strategy: Strategy | None = None
     """Of the attention, see `kernels.plan`; "reference" for the literal loop."""
@@ -99,6 +99,7 @@ class PassOptions(NamedTuple):
     Re Z is even: row C - i equals row i. Updates give equal rows equal results, unless dropout is
     active, so the other rows are copies. If the context is a spectrum, its mirrored rows are equal
     too; each pair is then one token that counts twice (`Context.counts`)."""
+    watch: PassObserver | None = None
 
     @property
     def head_backend(self) -> Backend:
@@ -125,7 +126,6 @@ def run_passes(
     passes: Sequence[Pass],
     transform: FourierTransform | None,
     options: PassOptions,
-    watch: PassObserver | None = None,
 ) -> Spectrum:
     """Run passes on real latents [B or 1, C, D]; return the last spectrum with all C latents.
 
@@ -138,7 +138,7 @@ def run_passes(
     only begins pass 0, the last one only finishes the last pass.
     """
     if options.strategy == "reference":
-        return run_literally(start, passes, transform, watch)
+        return run_literally(start, passes, transform, options.watch)
     axes, rows, spectrum = (), None, Spectrum(start, None)
     if transform is not None:
         axes, rows, spectrum = transform.axes, transform.rows, transform(start, half=options.half)
@@ -155,8 +155,8 @@ def run_passes(
         scaled=first.rows, query_weights=query_weights[0], backend=options.backend,
     )  # fmt: skip
     for index, layer_pass in enumerate(passes):
-        if watch is not None:
-            watch(index, queries)
+        if options.watch is not None:
+            options.watch(layer_pass, queries)
         attended = layer_pass.keys.attend(layer_pass.attention, queries, seeds[2 * index])
         if layer_pass.drop_imaginary and imaginary is not None:
             rows_to_drop = layer_pass.rows
@@ -195,7 +195,7 @@ def run_literally(
     for index, layer_pass in enumerate(passes):
         if transform is None or not axes:
             if watch is not None:
-                watch(index, layer_pass.attention.compute_queries(latents))
+                watch(layer_pass, layer_pass.attention.compute_queries(latents))
             latents = update(
                 layer_pass.attention, layer_pass.feed_forward, latents, layer_pass.keys
             )
@@ -213,6 +213,8 @@ def run_literally(
         # The spectrum of real latents is real at these places. Rounding noise there would decide
         # the phase of a merge, so it is set to exactly zero.
         imaginary = _zero_rows(z.imag.masked_fill(transform.self_conjugate, 0), dropped)
+        if watch is not None:
+            watch(layer_pass, layer_pass.attention.compute_queries(z.real))
         real = update(layer_pass.attention, layer_pass.feed_forward, z.real, layer_pass.keys)
         if layer_pass.drop_imaginary:
             dropped = dropped | rows
@@ -263,3 +265,28 @@ def _draw_seeds(passes: Sequence[Pass], like: Tensor) -> list[Tensor | None]:
 def _zero_rows(imaginary: Tensor, rows: Tensor) -> Tensor:
     """Return Im Z [B, C, D] with zeros in the rows where `rows` [B] is True."""
     return imaginary.masked_fill(rows[:, None, None], 0)
+
+
+class AttentionRecorder:
+    """Records the attention weights of a forward pass, as `PassOptions.watch`.
+
+    Args:
+        batches: the input of each modality.
+        keys: those that a model made of `batches`.
+    """
+
+    def __init__(
+        self, batches: Mapping[str, ModalityInput], keys: Mapping[str, Sequence[Keys]]
+    ) -> None:
+        self._batches = batches
+        self._name_of = {id(of_pass.context): name for name in keys for of_pass in keys[name]}
+        self.attention: dict[str, list[Tensor]] = {name: [] for name in keys}
+        """Weights of each pass, by modality, in the layout of `HEALNetOutput.attention`."""
+
+    def __call__(self, layer_pass: Pass, queries: Tensor | None) -> None:
+        context = layer_pass.keys.context
+        name = self._name_of.get(id(context))
+        if name is None:  # self-attention
+            return
+        weights = layer_pass.keys.weights(layer_pass.attention, queries)
+        self.attention[name].append(self._batches[name].restore_layout(weights, context))
