@@ -18,6 +18,13 @@ if TYPE_CHECKING:
         evaluate_classes,
         evaluate_survival,
     )
+    from .fusion.explain import (
+        RolloutOutput,
+        attention_rollout,
+        deletion_curve,
+        integrated_gradients,
+        token_attention,
+    )
     from .fusion.graphs import CudaGraphs, StepGraphs
     from .fusion.healnet import HEALNet, HEALNetOutput
     from .fusion.held_out import ClassFold, SurvivalFold
@@ -40,6 +47,13 @@ _HOMES = {
         "compare_survival",
         "evaluate_classes",
         "evaluate_survival",
+    ),
+    "fusion.explain": (
+        "RolloutOutput",
+        "attention_rollout",
+        "deletion_curve",
+        "integrated_gradients",
+        "token_attention",
     ),
     "fusion.graphs": ("CudaGraphs", "StepGraphs"),
     "fusion.healnet": ("HEALNet", "HEALNetOutput"),
@@ -75,18 +89,22 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
     "ClassFold",
     "Comparison",
     "Estimate",
+    "RolloutOutput",
     "SurvivalFold",
     "TimeBins",
+    "attention_rollout",
     "compare_classes",
     "compare_survival",
     "concordance_index",
     "cox_loss",
     "cross_entropy",
+    "deletion_curve",
     "evaluate_classes",
     "evaluate_survival",
     "from_upstream",
     "fusion",
     "hazards",
+    "integrated_gradients",
     "io",
     "kernels",
     "l1_penalty",
@@ -96,6 +114,7 @@ __all__ = [  # noqa: RUF022 (sorted by kind, as _HOMES is)
     "save",
     "survival",
     "to_upstream",
+    "token_attention",
     "token_statistics",
 ]
 
