@@ -280,14 +280,14 @@ def _split_rows(model: Model, inputs: Any, masks: Any, present: Any, coords: Any
         masks=masks, present=present, coords=coords, like=next(model.parameters()),
     )  # fmt: skip
     names = list(model.modalities)
-    tensors, masks_, coords_ = (by_name(v, names, "inputs") for v in (inputs, masks, coords))
     has = {name: _has_token(batch).tolist() for name, batch in batches.items()}
+    parts = [
+        {name: _rows_of(x) for name, x in by_name(values, names, "inputs").items()}
+        for values in (inputs, masks, coords)
+    ]
     rows = []
     for i in range(next(iter(batches.values())).rows):
-        x, mask, position = (
-            {name: _select(t, i) for name, t in values.items()}
-            for values in (tensors, masks_, coords_)
-        )
+        x, mask, position = ({name: of_rows[i] for name, of_rows in p.items()} for p in parts)
         missing = {name for name, of_rows in has.items() if not of_rows[i]}
         rows.append(_Row(x, mask, position, missing))
     return rows
@@ -298,9 +298,9 @@ def _offsets(x: Any) -> Tensor:
     return x.offsets()
 
 
-def _select(x: Tensor, row: int) -> Tensor:
-    """Return a row of a tensor, dense, [1, ...]."""
-    return x.unbind()[row][None] if x.is_nested else x[row : row + 1]
+def _rows_of(x: Tensor) -> list[Tensor]:
+    """Return the rows of a tensor, dense, [1, ...] each."""
+    return [row[None] for row in x.unbind()]
 
 
 def _join_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -380,11 +380,13 @@ def deletion_curve(
     rows = _split_rows(model, inputs, masks, present, coords)
     if not rows or modality not in rows[0].inputs:
         raise ValueError(f"modality: expected one of the inputs, got {modality!r}")
+    if importance.shape[0] != len(rows):
+        raise ValueError(f"importance: expected {len(rows)} rows, got {importance.shape[0]}")
     kind = model.modalities[modality]
     curves = []
     with torch.no_grad():
-        for i, row in enumerate(rows):
-            order = _order_tokens(row.inputs[modality], kind, _select(importance, i))
+        for row, scores in zip(rows, _rows_of(importance), strict=True):
+            order = _order_tokens(row.inputs[modality], kind, scores)
             count = len(order)
             removed = [order[: round(share * count)] for share in shares]
             left = [_remove(row, modality, kind, tokens) for tokens in removed]
