@@ -225,7 +225,7 @@ def _describe_machine(problems: Sequence[str]) -> str:
     ).stdout.strip()
     lines = [
         f"`make results` wrote this page at revision {revision or 'unknown'}, with torch "
-        f"{version('torch')}. Seconds are those of all folds, in a process of one thread, beside "
+        f"{version('torch')}. Seconds are\nthose of all folds, in a process of one thread, beside "
         "another such process."
     ]
     if problems:
