@@ -102,6 +102,11 @@ def _add_work(tile: argparse.ArgumentParser) -> None:
         help="number of processes, each with a GPU if there are GPUs (default: 1)",
     )  # fmt: skip
     tile.add_argument(
+        "--slide-timeout", type=float, default=600.0, metavar="S",
+        help="a slide without progress for this many seconds counts as hung and fails (default: "
+        "600)",
+    )  # fmt: skip
+    tile.add_argument(
         "--shard", metavar="I/N", help="divide the slides into N parts, tile part I (from 0)"
     )
     tile.add_argument(
@@ -118,7 +123,7 @@ def _tile(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     passed = ("encoder", "mpp", "mag", "downsample", "tile_px", "border", "min_tissue", "masks",
               "missing_mpp", "reader", "max_damaged", "device", "precision", "weights", "compile",
-              "batch", "workers", "ray")  # fmt: skip
+              "batch", "workers", "slide_timeout", "ray")  # fmt: skip
     progress = Progress()
     with closing(progress):
         tiled = tile_slides(

@@ -16,7 +16,7 @@ import numpy as np
 from motet.io import FeatureStore
 from motet.io.store.leases import Leases
 from motet.io.store.source import Source, describe
-from motet.io.store.write import StoreWriter
+from motet.io.store.write import StoreWriter, clean
 
 SPECS = [
     {"id": name, "width": width, "weights": "0", "transform": "0", "precision": "fp32"}
@@ -33,12 +33,12 @@ def work(out: Path, inputs: Path) -> None:
     for spec in SPECS:
         writer = StoreWriter.open(out, {"mpp": 1.0}, "0" * 16, spec)
         leases = Leases(out / "leases")
-        writer.clean(leases)
+        clean(out, leases)
         waiting = sources(inputs)
         while waiting:
             waiting = [one for one in waiting if not done(writer, leases, one, spec["width"])]
             time.sleep(0.001 * bool(waiting))
-        writer.clean(leases)
+        clean(out, leases)
 
 
 def done(writer: StoreWriter, leases: Leases, source: Source, width: int) -> bool:

@@ -19,7 +19,7 @@ from motet.io.errors import SlideError
 from motet.io.store import disk
 from motet.io.store.leases import Leases
 from motet.io.store.source import describe
-from motet.io.store.write import StoreWriter, note_failure
+from motet.io.store.write import StoreWriter, clean, note_failure
 
 from .conftest import ROOT, SOAK
 from .store_helpers import TILING, Slide, numbers, put, spec, tree
@@ -269,7 +269,7 @@ def test_replacing_loses_neither(
     else:
         assert slide.commit(replace=True)
     monkeypatch.undo()
-    writer.clean(Leases(out / "leases"))
+    clean(out, Leases(out / "leases"))
     assert not list((out / ".tmp").iterdir())
     assert len(FeatureStore(out)["a"]) == (4 if renames < 2 else 2)
     assert writer.state(source) == ("changed" if renames < 2 else "done")
@@ -400,9 +400,9 @@ def test_logs_and_leftovers(tmp_path: Path, source: Slide) -> None:
     for name in (f"{source.key}.{'0' * 16}", f"run.json.{'1' * 16}", "unknown"):
         (out / ".tmp" / name).mkdir()
     with leases.wait(source.key):
-        writer.clean(Leases(out / "leases"))  # keeps files under another worker's lease
+        clean(out, Leases(out / "leases"))  # keeps files under another worker's lease
         assert sorted(os.listdir(out / ".tmp")) == [f"{source.key}.{'0' * 16}", "unknown"]
-    writer.clean(leases)
+    clean(out, leases)
     assert os.listdir(out / ".tmp") == ["unknown"]
     with pytest.raises(TypeError, match="expected what JSON can hold, got object"):
         writer.log(source.key, {"x": object()})

@@ -1,13 +1,10 @@
 """Slides to a store: correct, complete, resumed after kills, full disks and damage."""
 
-import hashlib
 import json
 import os
 import resource
 import signal
 import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +14,12 @@ import pytest
 import torch
 from motet.io import FeatureStore, StoreError, tile_slides
 from motet.io.store.format import FLAGS
-from motet.io.store.leases import Leases
-from motet.io.store.source import Source
-from motet.io.tiling.pipeline import WorkerSettings
-from motet.io.tiling.workers import _gpu_environment, run_here
+from motet.io.tiling.workers import _gpu_environment
 from numpy.typing import NDArray
-from PIL import Image
 
 from .conftest import SOAK, data_path
 from .slides import draw_tissue, make_pyramid
-
-OPTIONS: dict[str, Any] = {"encoder": "stain-stats", "downsample": 2, "tile_px": 64}
-
-
-def command(slides: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "motet", "tile", str(slides), "--out", str(out)),
-        *("--encoder", "stain-stats", "--downsample", "2", "--tile-px", "64", "--no-report"),
-        *more,
-    ]
-
-
-def tile(slides: Path, out: Path, *more: str, code: int = 0, timeout: int = 120) -> str:
-    run = command(slides, out, *more)
-    done = subprocess.run(run, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def content(store: Path) -> dict[str, str]:
-    """Hash every file that depends on the inputs alone: all but logs."""
-    return {
-        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(store.rglob("*"))
-        if path.is_file() and path.relative_to(store).parts[0] in ("slides", "run.json", "failed")
-    }
-
-
-def leftovers(store: Path) -> list[Path]:
-    return [p for name in ("leases", ".tmp") for p in (store / name).rglob("*") if p.is_file()]
+from .tiling_helpers import OPTIONS, Overflowing, Quiet, command, content, leftovers, tile
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +148,7 @@ def test_a_full_disk(cohort: Path, undisturbed: Path, tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("cannot mount a small tmpfs")
     try:
-        out = tile(cohort, small / "store", code=2)
+        out = tile(cohort, small / "store", "--workers", "2", code=2)
         assert out.count("\n") == 1
         assert "No space left" in out
         for slide in FeatureStore(small / "store").values():
@@ -304,19 +268,6 @@ def test_no_mpp(tmp_path: Path) -> None:
     assert sources == {"known.tif": "file", "none.tif": "table"}
 
 
-class Overflowing:
-    """An encoder whose features are too large for float16."""
-
-    id, width, weights, transform, precision, input_px = "loud", 2, "none", "none", "fp32", None
-
-    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.full((len(pixels), 2), 1e6, np.float32)
-
-    def spec(self) -> dict[str, Any]:
-        return {"id": self.id, "width": 2, "weights": "none", "transform": "none",
-                "precision": "fp32"}  # fmt: skip
-
-
 def test_features_that_float16_cannot_hold_fail_loudly(cohort: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "encoder": Overflowing()}
     tiled = tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **options)
@@ -338,50 +289,6 @@ def test_a_second_encoder_joins(cohort: Path, tmp_path: Path) -> None:
         name: digest for name, digest in before.items() if name != "run.json"
     }
     assert FeatureStore(tmp_path, encoder="stain-stats").verify() == []
-
-
-class Quiet(Overflowing):
-    id = "quiet"
-
-    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.full((len(pixels), 2), 0.5, np.float32)
-
-
-class Failing(Quiet):
-    """An encoder that fails as soon as only slides of other workers remain."""
-
-    def __init__(self) -> None:
-        self.waiting = threading.Event()
-
-    def note(self, event: dict[str, Any]) -> None:
-        if event["event"] == "waiting":
-            self.waiting.set()
-
-    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        assert self.waiting.wait(20)
-        raise OSError("no encoder any more")
-
-
-def test_an_error_ends_a_worker_that_others_hold_slides_from(cohort: Path, tmp_path: Path) -> None:
-    held = Leases(tmp_path / "leases").take(Source(cohort / "slide-1.tif", "slide-1.tif").key)
-    assert held is not None
-    raised: list[OSError] = []
-
-    def run() -> None:
-        try:
-            slides = [cohort / f"slide-{i}.tif" for i in range(2)]
-            encoder = Failing()
-            options = {**OPTIONS, "encoder": encoder, "downsample": 8, "batch": 1000}
-            tile_slides(slides, tmp_path, workers=0, progress=encoder.note, **options)
-        except OSError as error:
-            raised.append(error)
-
-    worker = threading.Thread(target=run, daemon=True)  # a daemon, so that a hang fails the test
-    with held:
-        worker.start()
-        worker.join(20)
-        assert not worker.is_alive()
-    assert "no encoder any more" in str(raised[0])
 
 
 def test_another_specification_is_refused(cohort: Path, undisturbed: Path) -> None:
@@ -420,50 +327,6 @@ def test_refusals(cohort: Path, tmp_path: Path, change: dict[str, Any], message:
     with pytest.raises(ValueError, match=message):
         tile_slides(options.pop("slides"), options.pop("out"), **options)
     assert not (tmp_path / "store" / "slides").exists()
-
-
-FAULTS = """
-import os, signal, time
-
-def crash(pixels):  # as a C library does
-    if pixels.max() == 0:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return pixels.reshape(len(pixels), -1).mean(1, dtype="f4")[:, None]
-
-def hang(pixels):
-    if pixels.max() == 0:
-        time.sleep(1000)
-    return crash(pixels)
-"""
-
-
-@pytest.mark.parametrize("fault", ["crash", pytest.param("hang", marks=pytest.mark.slow)])
-def test_a_slide_that_takes_the_process_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    """The slide that crashes or hangs a worker is reported as failed; the others are done."""
-    slides = []
-    for i in range(4):
-        path = tmp_path / f"slide-{i}.tif"
-        image = draw_tissue(512, 512, seed=i)
-        make_pyramid(path, image=image if i != 1 else np.zeros_like(image), factors=(1, 4))
-        slides.append((str(path), path.name))
-    masks = tmp_path / "masks"
-    masks.mkdir()
-    for i in range(4):
-        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(masks / f"slide-{i}.png")
-    (tmp_path / "faults.py").write_text(FAULTS)
-    settings = WorkerSettings(
-        out=str(tmp_path / "store"), slides=slides, tiling={"downsample": 1, "tile_px": 64},
-        encoder=f"faults:{fault}", masks=str(masks),
-    )  # fmt: skip
-    events: list[dict[str, Any]] = []
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    run_here(settings, 2, events.append, stall_s=4.0)
-    (failed,) = [event for event in events if event["event"] == "failed"]
-    assert failed["name"] == "slide-1.tif"
-    assert ("died of SIGSEGV" if fault == "crash" else "hung") in failed["message"]
-    assert len(FeatureStore(tmp_path / "store")) == 3
 
 
 @pytest.mark.slow

@@ -112,8 +112,8 @@ def explain_full_disk(content: str, path: Path) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"no space for {content} ({error.strerror}); nothing half-written is left: make space "
-            "and run again",
+            f"no space for {content} ({error.strerror}): make space and run again; the slides "
+            "that were in work are begun anew, and until then .tmp/ may hold parts of them",
             str(path),
         ) from None
 

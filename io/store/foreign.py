@@ -22,7 +22,7 @@ from .leases import Leases
 from .read import FeatureStore
 from .read_slide import SlideFeatures
 from .source import Source, describe
-from .write import StoreWriter, note_failure
+from .write import StoreWriter, clean, note_failure
 
 SUFFIXES = (".h5", ".pt", ".npz")
 MAX_COMPRESSION = 1000
@@ -132,7 +132,7 @@ def import_features(
     sources = _find_sources(paths)
     writer = _open_writer(Path(out), encoder, sources)
     leases = Leases(writer.path / "leases")
-    writer.clean(leases)
+    clean(writer.path, leases)
     for source in sources:
         if writer.state(source) in ("done", "empty"):
             continue

@@ -225,18 +225,19 @@ class StoreWriter:
         """Write what differs between two runs (seconds, host) to logs/. motet never reads it."""
         _write_json(self.path, "logs", key, entries)
 
-    def clean(self, leases: Leases) -> None:
-        """Remove what dead workers left in `.tmp/` and `leases/`.
 
-        The files of keys whose lease a living worker holds are kept.
-        """
-        remains = map(REMAINS.fullmatch, names_in(self.path / ".tmp"))
-        leased_keys = filter(KEY.fullmatch, names_in(leases.folder))
-        for key in sorted({match[1] for match in remains if match} | {*leased_keys}):
-            lease = leases.take(key)
-            if lease is not None:
-                with lease:
-                    recover(self.path, key)
+def clean(cohort: Path, leases: Leases) -> None:
+    """Remove what dead workers left in `.tmp/` and `leases/` of a cohort folder.
+
+    The files of keys whose lease a living worker holds are kept.
+    """
+    remains = map(REMAINS.fullmatch, names_in(cohort / ".tmp"))
+    leased_keys = filter(KEY.fullmatch, names_in(leases.folder))
+    for key in sorted({match[1] for match in remains if match} | {*leased_keys}):
+        lease = leases.take(key)
+        if lease is not None:
+            with lease:
+                recover(cohort, key)
 
 
 def note_failure(

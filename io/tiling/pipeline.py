@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -30,19 +30,19 @@ from ..store.format import FLAGS
 from ..store.leases import Lease, Leases
 from ..store.read import FeatureStore
 from ..store.source import Source, describe
-from ..store.write import StoreWriter, note_failure
+from ..store.write import StoreWriter, clean, note_failure
 from ..store.write_slide import SlideWriter
 from .ahead import Ahead
+from .events import Emit, hung_error, slide_event
 from .find_patches import find_patches
 from .grid import PatchGrid, Tiling, make_grid
 from .patches import PatchBatch, probe_decoder, read_patches
+from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..encoders.base import Encoder
-
-Emit = Callable[[dict[str, Any]], None]
 
 BATCH_BYTES = 16 * 2**20
 """Most bytes of the pixels of a batch. A batch holds patches of one slide only: its content then
@@ -51,6 +51,8 @@ MASK_SUFFIXES = (".geojson", ".png")
 """Suffixes of the user's own masks; the first that exists is taken."""
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 """Exceptions that a bad slide may cause: SlideError, and those that libraries raise instead."""
+HUNG = 86
+"""Exit code of a worker that ended itself, after it wrote down that a slide hangs."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ class WorkerSettings:
     """True: open a slide only after the one before is committed, so that it is clear which slide
     crashed the process."""
     heartbeat_s: float = 30.0
+    slide_timeout_s: float | None = 600.0
+    """A slide without progress for this long counts as hung: its failure is written down and the
+    process ends. None for a worker in the process of the caller, which must not end."""
 
 
 @dataclass(eq=False)
@@ -142,7 +147,7 @@ class _Worker:
             settings.out, self.tiling.to_json(), self.tiling.hash, self.encoder.spec()
         )
         self.leases = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s)
-        self.store.clean(self.leases)
+        clean(self.store.path, self.leases)
         sources = [Source(Path(path), name) for path, name in settings.slides]
         # First the worker's own share, then the rest: workers rarely meet at the same slide.
         first, workers = turn
@@ -152,10 +157,12 @@ class _Worker:
         self.batch = max(1, min(settings.batch, BATCH_BYTES // (3 * self.tiling.tile_px**2)))
         self.stopped = threading.Event()
         self.jobs: set[SlideJob] = set()
+        self.watchdog = Watchdog(settings.slide_timeout_s, self._end_hung)
 
     def run(self) -> None:
         commits: list[Future[None]] = []
-        with ThreadPoolExecutor(1, "commit") as committer:
+        self.watchdog.start()
+        with closing(self.watchdog), ThreadPoolExecutor(1, "commit") as committer:
             try:
                 with (
                     closing(Ahead(self._open_slides(), 1, "open")) as jobs,
@@ -183,16 +190,24 @@ class _Worker:
         """Encode decoded patches; submit a slide to the committer when its last patch is done."""
         wait_began = time.perf_counter()
         for job, result in decoded:
+            if self.stopped.is_set():
+                return  # a commit raised an error, which `run` raises
             waited = time.perf_counter() - wait_began
             if isinstance(result, PatchBatch):
                 self._encode_batch(job, result, waited)
             elif result == "end" and not job.failed:
                 commits.append(committer.submit(self._commit, job))
+                commits[-1].add_done_callback(self._stop_after_an_error)
             elif isinstance(result, BaseException) and not job.failed:
                 self._fail(job, result)
             while len(commits) > 1 or (commits and commits[0].done()):
                 commits.pop(0).result()
             wait_began = time.perf_counter()
+
+    def _stop_after_an_error(self, commit: Future[None]) -> None:
+        """Stop if a commit raised an error; without this, only the next slide would show it."""
+        if commit.exception() is not None:
+            self.stopped.set()
 
     def _open_slides(self) -> Iterator[SlideJob]:
         """Open one slide after the other whose lease is free, until every slide is done."""
@@ -203,7 +218,7 @@ class _Worker:
                 if self.stopped.is_set():
                     return
                 if not self._is_to_do(source):
-                    self.emit(_slide_event("known", source))
+                    self.send(slide_event("known", source))
                     continue
                 lease = self.leases.take(source.key)
                 if lease is None:
@@ -220,7 +235,7 @@ class _Worker:
                             break
             todo = leased_by_others
             if todo:  # wait until they are done, or their workers die and the leases become free
-                self.emit({"event": "waiting", "slides": len(todo)})
+                self.send({"event": "waiting", "slides": len(todo)})
                 self.stopped.wait(min(1.0, self.settings.heartbeat_s))
 
     def _is_to_do(self, source: Source) -> bool:
@@ -233,7 +248,8 @@ class _Worker:
 
     def _open(self, source: Source, lease: Lease) -> SlideJob | None:
         """Open a slide and choose its patches; None if it fails, which is written down."""
-        self.emit({"event": "start", "key": source.key, "name": source.name})
+        self.watchdog.begin(source)
+        self.send({"event": "start", "key": source.key, "name": source.name})
         started = time.perf_counter()
         slide = None
         try:
@@ -337,7 +353,9 @@ class _Worker:
                 with closing(patches):
                     for batch in patches:
                         job.seconds["decode"] = time.perf_counter() - started
-                        if job.failed or self.stopped.is_set():
+                        if self.stopped.is_set():
+                            return
+                        if job.failed:
                             break
                         yield Decoded(job, batch)
                         # Leave out the time for which this thread waited in the yield.
@@ -371,7 +389,8 @@ class _Worker:
         took = time.perf_counter() - started
         job.seconds["encode"] = job.seconds.get("encode", 0.0) + took
         counts = {"patches": len(batch.rows), "decode_s": waited, "encode_s": took}
-        self.emit({"event": "patches", **counts})
+        self.watchdog.progress()
+        self.send({"event": "patches", **counts})
 
     def _commit(self, job: SlideJob) -> None:
         started = time.perf_counter()
@@ -384,7 +403,8 @@ class _Worker:
         log = {"seconds": job.seconds, "decoder": job.decoder, "host": os.uname().nodename}
         self.store.log(job.source.key, log)
         self._release(job)
-        self.emit(_slide_event("done", job.source))
+        self.watchdog.finish(job.source)
+        self.send(slide_event("done", job.source))
 
     def _fail(self, job: SlideJob, error: BaseException) -> None:
         job.failed = True
@@ -394,12 +414,16 @@ class _Worker:
             self._release(job)
 
     def _release(self, job: SlideJob) -> None:
-        """Close the slide, remove its files that are not committed, and release its lease."""
-        job.writer.abort()
-        job.slide.close()
-        job.lease.release()
-        job.finished.set()
+        """Close the slide, remove its files that are not committed, and release its lease.
+
+        All of it is done even if a part raises: a lease that is kept would make others wait.
+        """
         self.jobs.discard(job)
+        with ExitStack() as last_first:
+            last_first.callback(job.finished.set)
+            last_first.callback(job.lease.release)
+            last_first.callback(job.slide.close)
+            last_first.callback(job.writer.abort)
 
     def _record(self, source: Source, error: BaseException) -> None:
         """Write the failure of a slide to the store; raise an error that all slides would have."""
@@ -407,8 +431,17 @@ class _Worker:
             raise error
         attempts = self.settings.retry.get(source.key, 0) + 1
         note_failure(self.store.path, source.key, source, error, attempts)
-        self.emit({**_slide_event("failed", source), "message": str(error)})
+        self.watchdog.finish(source)
+        self.send({**slide_event("failed", source), "message": str(error)})
 
+    def _end_hung(self, source: Source) -> None:
+        """Write down that a slide hangs, and end the process: its threads cannot be stopped."""
+        try:
+            self._record(source, hung_error(source, self.settings.slide_timeout_s))
+        finally:
+            os._exit(HUNG)
 
-def _slide_event(event: str, source: Source) -> dict[str, Any]:
-    return {"event": event, "key": source.key, "name": source.name, "bytes": source.bytes}
+    def send(self, event: dict[str, Any]) -> None:
+        """Send an event. It may wait for the receiver, which is no fault of a slide."""
+        with self.watchdog.paused():
+            self.emit(event)

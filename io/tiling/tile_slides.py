@@ -13,7 +13,8 @@ from ..errors import listed
 if TYPE_CHECKING:
     from ..encoders.base import Encoder
     from ..store.source import Source
-    from .pipeline import Emit, WorkerSettings
+    from .events import Emit
+    from .pipeline import WorkerSettings
 
 
 class Tiled(NamedTuple):
@@ -64,6 +65,7 @@ def tile_slides(
     compile: bool = False,
     batch: int = 64,
     workers: int = 1,
+    slide_timeout: float = 600.0,
     shard: tuple[int, int] | None = None,
     ray: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
@@ -102,6 +104,8 @@ def tile_slides(
         workers: number of processes on this machine; GPUs are assigned to them in turn. 0 works
             inside this process, which then ends if a file crashes a C library. With ray: number of
             tasks, by default one per GPU.
+        slide_timeout: a slide on which no progress is made for this many seconds counts as hung and
+            fails. Without effect with workers=0: a process cannot end its threads.
         shard: (i, n), to do only the i-th of n parts, i from 0.
         ray: address of a Ray cluster; "auto" for that of this machine, "local" to start one. Paths
             must be valid on all machines of the cluster.
@@ -147,6 +151,7 @@ def tile_slides(
         max_damaged=max_damaged,
         decoders=max(1, len(os.sched_getaffinity(0)) // max(1, workers)),
         batch=batch,
+        slide_timeout_s=_positive(slide_timeout, "slide_timeout") if workers or ray else None,
         retry=read_attempts(Path(out)),
     )  # fmt: skip
     patches = 0

@@ -7,6 +7,9 @@ folder.
 How the parent finds the slide that killed a worker (`_next_workers`): a worker has several slides
 in work, and each of them may be the cause. The parent starts a worker for only these slides, which
 opens one slide at a time. If it dies too, the one slide in work is the cause.
+
+A worker watches its slides itself (watchdog.py): it writes down the one that hangs, and ends. The
+parent kills a worker only if that is impossible, since even the watching thread does not run.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from typing import Any
 from ..errors import SlideError, StoreError
 from ..store.leases import Leases
 from ..store.source import Source
-from ..store.write import note_failure
-from .pipeline import Emit, WorkerSettings, work
+from ..store.write import clean, note_failure
+from .events import Emit, hung_error, slide_event
+from .pipeline import HUNG, WorkerSettings, work
 
-STALL_S = 600.0
-"""A worker that sends no event for this long counts as hung and is killed."""
+LOAD_S, GRACE_S = 600.0, 10.0
+"""A worker that sends no event is killed: without a slide in work (it loads its encoder) after at
+least LOAD_S seconds, otherwise GRACE_S seconds after it should have ended itself."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 """Signals that a process causes itself. SIGKILL is not among them: it comes from outside, such as
 from the kernel when memory runs out, so it does not prove that the slide is at fault."""
@@ -44,16 +49,13 @@ STOPS = (StoreError, ValueError, OSError, RuntimeError, MemoryError)
 EventQueue = queue.Queue[tuple["_Child", dict[str, Any] | None]]
 
 
-def run_here(
-    settings: WorkerSettings, workers: int, emit: Emit, *, stall_s: float = STALL_S
-) -> None:
+def run_here(settings: WorkerSettings, workers: int, emit: Emit) -> None:
     """Run workers in child processes until every slide is done or failed.
 
     Args:
         settings: of the workers.
         workers: number of processes.
         emit: called with each event, from this thread.
-        stall_s: seconds without an event after which a worker counts as hung and is killed.
 
     Raises:
         StoreError, ValueError, OSError: the error that stopped a worker.
@@ -62,11 +64,15 @@ def run_here(
     events: EventQueue = queue.Queue()
     children = [_Child(settings, (i, workers), events) for i in range(workers)]
     try:
+        before = time.monotonic()
         while children:
+            now = time.monotonic()
             for child in children:
-                child.kill_if_stalled(stall_s)
+                # At most a second: while this process was halted, events could not arrive.
+                child.kill_if_stalled(min(1.0, now - before))
+            before = now
             try:
-                child, event = events.get(timeout=min(1.0, stall_s))
+                child, event = events.get(timeout=0.5)
             except queue.Empty:
                 continue
             if event is None:
@@ -82,6 +88,10 @@ def run_here(
             child.process.kill()
         for child in children:
             child.wait()
+        if children:  # they were killed: remove what they had begun to write
+            with suppress(OSError):  # the disk may be full, which is the error that is raised then
+                folder = Path(settings.out)
+                clean(folder, Leases(folder / "leases", heartbeat_s=settings.heartbeat_s))
 
 
 def _error_to_event(error: BaseException) -> dict[str, Any]:
@@ -105,11 +115,12 @@ def _next_workers(
 ) -> list[_Child]:
     """Start the worker that replaces one that has ended; return it in a list, or an empty list.
 
-    There are five cases:
+    There are six cases:
 
     * It ended normally and had all slides: every slide is done, no worker follows.
     * It ended normally and had only the suspects of an earlier death: a worker for all slides
       follows.
+    * It ended itself because a slide hung, which it wrote down: a worker for all slides follows.
     * It died with one slide in work, by a crash, a hang, an error, or by more than RESTARTS deaths
       in a row: this slide is recorded as failed, and a worker for all slides follows.
     * It died with no slide in work: a worker for all slides follows. After more than RESTARTS such
@@ -119,15 +130,14 @@ def _next_workers(
     code = child.wait()
     if code == 0 and not child.has_suspects_only:
         return []
-    if code == 0:
+    if code in (0, HUNG):
         return [_Child(settings, child.turn, events)]
     deaths = child.deaths + 1
     suspects = dict(child.slides_in_work)
     is_own_fault = child.hung or code > 0 or -code in CRASHES
     if len(suspects) == 1 and (is_own_fault or deaths > RESTARTS):
         ((key, name),) = suspects.items()
-        cause = "hung" if child.hung else _describe_death(code)
-        _record_failure(settings, key, name, cause, emit)
+        _record_failure(settings, key, name, None if child.hung else _describe_death(code), emit)
         suspects, deaths = {}, 0
     if deaths > RESTARTS and not suspects:
         raise ChildProcessError(
@@ -147,17 +157,22 @@ def _describe_death(code: int) -> str:
     return f"ended with exit code {code} (see logs/worker-*.stderr)"
 
 
-def _record_failure(settings: WorkerSettings, key: str, name: str, cause: str, emit: Emit) -> None:
-    """Write a slide down as failed, because the process that read it died or hung."""
+def _record_failure(
+    settings: WorkerSettings, key: str, name: str, death: str | None, emit: Emit
+) -> None:
+    """Write a slide down as failed: the process that read it died (None: it hung)."""
     path = next(path for path, other in settings.slides if other == name)
-    error = SlideError(path, "unreadable", f"the process that read it {cause}")
+    source = Source(Path(path), name)
+    error = hung_error(source, settings.slide_timeout_s)
+    if death is not None:
+        error = SlideError(path, "unreadable", f"the process that read it {death}")
     lease = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s).take(key)
     if lease is None:  # another worker took over the dead one's lease and now does the slide
         return
     with lease:
         attempts = settings.retry.get(key, 0) + 1
-        note_failure(Path(settings.out), key, Source(Path(path), name), error, attempts)
-    emit({"event": "failed", "key": key, "name": name, "message": str(error)})
+        note_failure(Path(settings.out), key, source, error, attempts)
+    emit({**slide_event("failed", source), "message": str(error)})
 
 
 class _Child:
@@ -181,7 +196,10 @@ class _Child:
         deaths: int = 0,
     ) -> None:
         self.turn, self.has_suspects_only, self.deaths = turn, has_suspects_only, deaths
-        self.last_event_s, self.hung = time.monotonic(), False
+        self.silent_s, self.hung = 0.0, False
+        timeout_s = settings.slide_timeout_s or LOAD_S
+        self.limits_s = max(timeout_s, LOAD_S), timeout_s + GRACE_S
+        """Seconds of silence after which it is killed: without and with slides in work."""
         self.slides_in_work: dict[str, str] = {}
         """Key to name of the slides that it has started and not finished."""
         logs = Path(settings.out) / "logs"
@@ -213,7 +231,7 @@ class _Child:
 
     def handle(self, event: dict[str, Any]) -> None:
         """Update the state by an event of this worker."""
-        self.last_event_s = time.monotonic()
+        self.silent_s = 0.0
         if event["event"] == "start":
             self.slides_in_work[event["key"]] = event["name"]
         elif event["event"] in ("done", "failed"):
@@ -231,9 +249,10 @@ class _Child:
         self.process.stdout.close()
         return code
 
-    def kill_if_stalled(self, stall_s: float) -> None:
-        """Kill the process if it has sent no event for `stall_s` seconds."""
-        if time.monotonic() - self.last_event_s > stall_s:
+    def kill_if_stalled(self, waited_s: float) -> None:
+        """Kill the process if it has sent no event for too long, now `waited_s` seconds more."""
+        self.silent_s += waited_s
+        if self.silent_s > self.limits_s[bool(self.slides_in_work)]:
             self.hung = True
             self.process.kill()
 
