@@ -31,10 +31,16 @@ def table(store: FeatureStore) -> str:
     for row, i in zip(slides, range(1, len(lines)), strict=True):
         if row["status"] == "failed":
             lines[i] += f"  {row['reason']}: {row['message']}"
+        elif row["message"]:
+            lines[i] += f"  failed: {row['message']}"
     states = [row["status"] for row in slides]
     patches = sum(row["patches"] or 0 for row in slides)
     counted = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "empty", "failed"))
-    return "\n".join([*lines, f"{len(slides)} slides: {counted}; {patches:,} patches"])
+    end = f"{len(slides)} slides: {counted}; {patches:,} patches"
+    incomplete = sum(row["status"] != "failed" and row["message"] is not None for row in slides)
+    if incomplete:
+        end += f"; {incomplete} failed for an encoder"
+    return "\n".join([*lines, end])
 
 
 def details(store: FeatureStore, name: str) -> dict[str, Any]:
@@ -52,7 +58,8 @@ def details(store: FeatureStore, name: str) -> dict[str, Any]:
     shapes = {}
     for slug in slide.encoders:
         shapes[slug] = [len(slide), store.run["encoders"].get(slug, {}).get("width")]
-    return {**slide.attrs, "features": shapes}
+    failure = store.failed.get(slide.key)
+    return {**slide.attrs, "features": shapes, **({"failed": failure} if failure else {})}
 
 
 def details_text(store: FeatureStore, name: str) -> str:

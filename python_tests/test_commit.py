@@ -11,15 +11,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from motet.io import FeatureStore, StoreError
 from motet.io.errors import SlideError
 from motet.io.store import disk
+from motet.io.store.failures import note_failure
 from motet.io.store.leases import Leases
 from motet.io.store.source import describe
-from motet.io.store.write import StoreWriter, clean, note_failure
+from motet.io.store.write import StoreWriter, clean
 
 from .conftest import ROOT, SOAK
 from .store_helpers import TILING, Slide, numbers, put, spec, tree
@@ -40,9 +42,9 @@ def test_states(tmp_path: Path, source: Slide) -> None:
     out = tmp_path / "cohort"
     writer = opened(out)
     assert writer.state(source) == "todo"
-    note_failure(writer.path, source.key, source, SlideError(source.path, "damaged", "too many"), 1)
+    note_failure(writer.path, "made", source, SlideError(source.path, "damaged", "too many"), 1)
     assert writer.state(source) == "failed"
-    assert writer.attempts(source.key) == 1
+    assert writer.attempts(source) == 1
     note = FeatureStore(out).failed[source.key]
     assert (note["reason"], note["message"], note["name"]) == ("damaged", "too many", "a.svs")
     source.path.write_bytes(b"other pixels")
@@ -174,8 +176,9 @@ def test_rows_are_written_once_each(tmp_path: Path, source: Slide) -> None:
             writer.begin(
                 key, describe(source), np.zeros((1, 2)), [1], [0], None, None, 3
             )  # fmt: skip
+        named = SimpleNamespace(path=source.path, name="a.svs", key=key)
         with pytest.raises(StoreError, match="expected a key"):
-            note_failure(writer.path, key, source, OSError(), 1)
+            note_failure(writer.path, "made", named, OSError(), 1)
     assert writer.state(source) == "todo"
 
 

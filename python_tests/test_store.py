@@ -15,8 +15,9 @@ from motet.io import CohortError, FeatureStore, StoreError, load_cohort
 from motet.io.cohorts.bags import Bags
 from motet.io.store import write_slide
 from motet.io.store.array import StoredArray
+from motet.io.store.failures import note_failure
 from motet.io.store.format import FLAGS
-from motet.io.store.write import StoreWriter, note_failure
+from motet.io.store.write import StoreWriter
 
 from .conftest import SOAK
 from .store_helpers import GOLDEN, TILING, Slide, numbers, put, spec, tree
@@ -75,7 +76,7 @@ def write_golden(folder: Path) -> None:
                 made.write(rows, numbers(n, width)[rows])
                 made.commit()
     broken = Slide(Path("broken.svs"), "broken.svs")
-    note_failure(writer.path, broken.key, broken, StoreError("not an image"), 2)
+    note_failure(writer.path, writer.slug, broken, StoreError("not an image"), 2)
     FeatureStore(folder).write_manifest()
 
 

@@ -54,7 +54,25 @@ class Overflowing:
 
 
 class Quiet(Overflowing):
+    """An encoder of constant features."""
+
     id = "quiet"
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         return np.full((len(pixels), 2), 0.5, np.float32)
+
+
+class NanOnce(Quiet):
+    """A further encoder that gives NaN for the first slide that it sees, and then constants."""
+
+    id = "nan/once"
+
+    def __init__(self) -> None:
+        self.first = True
+
+    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        features = super().encode(pixels)
+        if self.first:
+            features[:] = np.nan
+        self.first = False
+        return features

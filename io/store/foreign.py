@@ -17,12 +17,13 @@ from ... import _atomic
 from ..errors import SlideError, StoreError, listed
 from .array import UNREADABLE
 from .disk import FULL
+from .failures import note_failure
 from .format import read_run, run_hash
 from .leases import Leases
 from .read import FeatureStore
 from .read_slide import SlideFeatures
 from .source import Source, describe
-from .write import StoreWriter, clean, note_failure
+from .write import StoreWriter, clean
 
 SUFFIXES = (".h5", ".pt", ".npz")
 MAX_COMPRESSION = 1000
@@ -137,9 +138,9 @@ def import_features(
         if writer.state(source) in ("done", "empty"):
             continue
         with leases.wait(source.key):
-            state = writer.state(source)
-            if state not in ("done", "empty"):
-                _import_or_note(writer, source, coords, replace=state == "changed")
+            left = writer.work_left(source)
+            if left not in ("done", "empty"):
+                _import_or_note(writer, source, coords, replace=left == "changed")
     store = FeatureStore(out, encoder)
     store.write_manifest()
     return store
@@ -262,8 +263,8 @@ def _import_or_note(
     except (SlideError, StoreError, OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno in FULL:  # no fault of this file
             raise
-        attempts = (writer.attempts(source.key) or 0) + 1
-        note_failure(writer.path, source.key, source, error, attempts)
+        attempts = (writer.attempts(source) or 0) + 1
+        note_failure(writer.path, writer.slug, source, error, attempts)
 
 
 def _import(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError, listed, suggest
-from .format import KEY, mapping, names_in, read_json, read_run
+from .failures import read_failures
+from .format import KEY, mapping, read_run
 from .manifest import MANIFEST, make_column
 from .read_slide import SlideFeatures
 from .verify import Problem, store_problems
@@ -149,20 +150,19 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
 
     @property
     def failed(self) -> dict[str, dict[str, Any]]:
-        """Return name, path, reason, message and attempts of the slides that failed, by key."""
-        folder = self.path / "failed"
-        names = names_in(folder)
-        keys = [name.removesuffix(".json") for name in names if name.endswith(".json")]
-        return {
-            key: read_json(folder / f"{key}.json")
-            for key in keys
-            if not (self.path / "slides" / f"{key}.zarr").exists()
-        }
+        """Return name, path, reason, message and attempts of what failed, by key of the slide.
+
+        A slide that is in the store, and failed for a further encoder or could not be made anew, is
+        here too; `encoder` is then the id of the encoder. If the store was opened with an encoder,
+        failures of others are left out; otherwise the ids and messages of all encoders are joined.
+        """
+        return read_failures(self.path, self.run["encoders"], self._slug)
 
     def manifest(self) -> pd.DataFrame:
         """Return a table with one row per slide, failed ones too, sorted by key.
 
-        It is read from the slides, not from slides.parquet.
+        The row of a slide that is in the store, and failed for an encoder, has the encoder and the
+        reason in `message`. The table is read from the slides, not from slides.parquet.
         """
         import pandas as pd
 
@@ -172,14 +172,22 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
             for name, column in columns.items():
                 column.append(row.get(name))
 
+        failed = read_failures(self.path, self.run["encoders"], None)
         for key in self:
             slide = SlideFeatures(self, key)
             attrs, source = slide.attrs, mapping(slide.attrs.get("source"))
-            add({
+            row = {
                 **attrs, **source, **mapping(attrs.get("counts")), "key": key,
                 "encoders": " ".join(slide.encoders),
-            })  # fmt: skip
-        for key, record in self.failed.items():
+            }  # fmt: skip
+            if note := failed.pop(key, None):
+                row |= {
+                    "attempts": note.get("attempts"),
+                    "message": f"{note['encoder']}: {note.get('message')}",
+                    "reason": row.get("reason") or note.get("reason"),
+                }
+            add(row)
+        for key, record in failed.items():
             add({**record, "key": key, "status": "failed", "encoders": ""})
         table = pd.DataFrame(
             {name: make_column(columns[name], kind) for name, kind in MANIFEST.items()}

@@ -8,8 +8,8 @@ What is on the disk after each step, and what a crash at that point leaves:
 3. `commit`, first part: all other files of the slide, then fsync of every file, then of every
    folder (`sync_tree`). The order matters: after a power failure a name may be on the disk while
    the content of its file is not. Once the fsyncs have returned, the whole folder is on the disk.
-4. `commit`, second part: remove `failed/<key>.json`; rename the folder to `slides/<key>.zarr`. The
-   rename is atomic: readers see no slide or the complete one. Then fsync of `slides/`, so that
+4. `commit`, second part: remove the notes in `failed/`; rename the folder to `slides/<key>.zarr`.
+   The rename is atomic: readers see no slide or the complete one. Then fsync of `slides/`, so that
    the rename too survives a power failure. A crash between the removal and the rename leaves the
    slide in neither folder: it is done again.
 
@@ -26,9 +26,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,9 +35,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import SlideError, StoreError
+from ..errors import StoreError
 from .array import StoredArray
 from .disk import REMAINS, recover, replacing
+from .failures import attempts_of
 from .format import (
     FORMAT,
     KEY,
@@ -121,19 +120,25 @@ class StoreWriter:
         """Return the state of a source in the store. Reads a few small files.
 
         Returns:
+            "failed": not done, noted as failed, and the source file has not changed since; else
+            what `work_left` returns.
+        """
+        left = self.work_left(source)
+        is_done = left in ("done", "empty")
+        return left if is_done or self.attempts(source) is None else "failed"
+
+    def work_left(self, source: Source) -> str:
+        """Return what is to be done with a source, whether it has failed before or not.
+
+        Returns:
             "todo": not in the store. "done": complete. "empty": done, and no patch has tissue.
-            "failed": noted as failed, and the source file has not changed since. "features":
-            tiled, but without features of this encoder. "changed": in the store, but from another
-            source file, with another specification, or damaged; write it again and commit with
-            replace=True.
+            "features": tiled, but without features of this encoder. "changed": in the store, but
+            from another source file, with another specification, or damaged; write it again and
+            commit with replace=True.
         """
         folder = self.path / "slides" / f"{source.key}.zarr"
         if not folder.exists():
-            try:
-                note = read_json(self.path / "failed" / f"{source.key}.json")
-            except StoreError:
-                return "todo"
-            return "failed" if is_same(source, note) else "todo"
+            return "todo"
         try:
             meta = read_json(folder / "zarr.json")
             attrs = meta.get("attributes")
@@ -217,13 +222,15 @@ class StoreWriter:
             self._target, key, width, {"flags": slide.flags}, slide.attrs, further=True
         )
 
-    def attempts(self, key: str) -> int | None:
-        """Return how many times a slide has failed, None if it is not noted as failed."""
-        return read_attempts(self.path, [key]).get(key)
+    def attempts(self, source: Source) -> int | None:
+        """Return how many times a slide has failed, None if it has not or its file has changed."""
+        return attempts_of(self.path, self.slug, source)
 
     def log(self, key: str, entries: Mapping[str, Any]) -> None:
         """Write what differs between two runs (seconds, host) to logs/. motet never reads it."""
-        _write_json(self.path, "logs", key, entries)
+        check_key(key)
+        with replacing(self.path, key, self.path / "logs" / f"{key}.json") as partial:
+            partial.write_bytes(json_bytes(entries))
 
 
 def clean(cohort: Path, leases: Leases) -> None:
@@ -238,45 +245,6 @@ def clean(cohort: Path, leases: Leases) -> None:
         if lease is not None:
             with lease:
                 recover(cohort, key)
-
-
-def note_failure(
-    cohort: Path, key: str, source: Source, error: BaseException, attempts: int
-) -> None:
-    """Write `failed/<key>.json`: that a slide failed, and why. A later success removes it."""
-    reason = error.reason if isinstance(error, SlideError) else type(error).__name__
-    message = error.message if isinstance(error, SlideError) else str(error)
-    note = {
-        "attempts": attempts, "message": message, "name": source.name, "path": str(source.path),
-        "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-    with suppress(OSError):  # the file may be gone, which may be why it failed
-        status = source.path.stat()
-        note |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-    _write_json(cohort, "failed", key, note)
-
-
-def read_attempts(cohort: Path, keys: Iterable[str] | None = None) -> dict[str, int]:
-    """Return how many times each slide that is noted as failed has failed.
-
-    Args:
-        cohort: the cohort folder.
-        keys: the slides to look for; all of them if None.
-    """
-    folder = cohort / "failed"
-    if keys is None:
-        keys = [name.removesuffix(".json") for name in names_in(folder) if name.endswith(".json")]
-    attempts = {}
-    for key in keys:
-        if (folder / f"{key}.json").exists():
-            attempts[key] = int(read_json(folder / f"{key}.json").get("attempts", 0))
-    return attempts
-
-
-def _write_json(cohort: Path, folder: str, key: str, content: Mapping[str, Any]) -> None:
-    check_key(key)
-    with replacing(cohort, key, cohort / folder / f"{key}.json") as partial:
-        partial.write_bytes(json_bytes(content))
 
 
 def _slug_in_run(

@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..._atomic import sync
 from ..errors import SlideError, StoreError
 from .array import crc_of
 from .disk import allocate, explain_full_disk, swap, sync_tree, write_all
+from .failures import forget_failures
 from .format import FLAGS, VERSION, flag_counts, json_bytes, read_json
 
 ONE_CHUNK_BYTES, CHUNK_ROWS = 2**28, 65_536
@@ -185,8 +185,8 @@ class SlideWriter:
             if not self._further:
                 self._write_other_arrays()
             sync_tree(self._temporary)  # before the rename, or it could outlive the content
-        with suppress(FileNotFoundError):
-            (self._target.path / "failed" / f"{self.key}.json").unlink()
+        slug = self._target.slug if self._further else None
+        forget_failures(self._target.path, self.key, slug)
         slide = self._target.path / "slides" / f"{self.key}.zarr"
         if self._further and read_json(slide / "zarr.json").get("attributes") != self._attrs:
             raise StoreError(f"{slide}: another worker replaced it meanwhile")

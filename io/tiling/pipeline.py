@@ -26,11 +26,12 @@ from ..errors import SlideError
 from ..slides.open_slide import open_slide
 from ..slides.slide import Slide
 from ..store.disk import FULL
+from ..store.failures import note_failure, note_name
 from ..store.format import FLAGS
 from ..store.leases import Lease, Leases
 from ..store.read import FeatureStore
 from ..store.source import Source, describe
-from ..store.write import StoreWriter, clean, note_failure
+from ..store.write import StoreWriter, clean
 from ..store.write_slide import SlideWriter
 from .ahead import Ahead
 from .events import Emit, hung_error, slide_event
@@ -72,7 +73,7 @@ class WorkerSettings:
     decoders: int = 2
     batch: int = 64
     retry: dict[str, int] = field(default_factory=dict)
-    """Key to number of attempts, of the slides that failed before this call; they are retried."""
+    """Name of the note to number of attempts, of what failed before this call; it is retried."""
     one_at_a_time: bool = False
     """True: open a slide only after the one before is committed, so that it is clear which slide
     crashed the process."""
@@ -95,9 +96,9 @@ class SlideJob:
     rows: NDArray[np.int64]
     """Their rows [n] in the store, which also has rows for corrupt patches."""
     writer: SlideWriter
-    replace: bool
+    replace: bool = False
     """True if the store holds the slide from another file, or with another specification."""
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
     decoder: str = "cpu"
     failed: bool = False
     finished: threading.Event = field(default_factory=threading.Event)
@@ -121,8 +122,8 @@ def work(
 
     Args:
         settings: the slides, the store, the tiling and the encoder.
-        emit: called with each event, from several threads: known, start, patches, waiting, done,
-            failed.
+        emit: called with each event, from several threads: ready, known, start, patches, waiting,
+            done, failed.
         encoder: used instead of the one that the settings name.
         turn: (i, n) for the i-th of n workers, which begins with every n-th slide.
 
@@ -160,6 +161,7 @@ class _Worker:
         self.watchdog = Watchdog(settings.slide_timeout_s, self._end_hung)
 
     def run(self) -> None:
+        self.send({"event": "ready", "encoder": self.store.slug})
         commits: list[Future[None]] = []
         self.watchdog.start()
         with closing(self.watchdog), ThreadPoolExecutor(1, "commit") as committer:
@@ -239,12 +241,17 @@ class _Worker:
                 self.stopped.wait(min(1.0, self.settings.heartbeat_s))
 
     def _is_to_do(self, source: Source) -> bool:
-        state = self.store.state(source)
-        if state == "failed":
-            # Retried once per call: after the retry of any worker, the number of attempts is
-            # larger than it was when the call began.
-            return self.store.attempts(source.key) == self.settings.retry.get(source.key)
-        return state not in ("done", "empty")
+        if self.store.work_left(source) in ("done", "empty"):
+            return False
+        attempts = self.store.attempts(source)
+        # Retried once per call: after the retry of any worker, the number of attempts is larger
+        # than it was when the call began.
+        return attempts is None or attempts == self._attempts_before(source)
+
+    def _attempts_before(self, source: Source) -> int:
+        """Return how many times a slide had failed when this call began."""
+        name = note_name(self.store.path, source.key, self.store.slug)
+        return self.settings.retry.get(name, 0)
 
     def _open(self, source: Source, lease: Lease) -> SlideJob | None:
         """Open a slide and choose its patches; None if it fails, which is written down."""
@@ -254,9 +261,10 @@ class _Worker:
         slide = None
         try:
             slide = open_slide(source.path, reader=self.settings.reader)
-            is_tiled = self.store.state(source) == "features"
-            begin = self._begin_features if is_tiled else self._begin_slide
+            left = self.store.work_left(source)
+            begin = self._begin_features if left == "features" else self._begin_slide
             job = begin(source, lease, slide)
+            job.replace = left == "changed"
         except FAILURES as error:
             if slide is not None:
                 slide.close()
@@ -304,8 +312,7 @@ class _Worker:
             patches.thumb, patches.mask, self.encoder.width,
         )  # fmt: skip
         rows = np.flatnonzero(~corrupt)
-        replace = self.store.state(source) == "changed"
-        return SlideJob(source, lease, slide, grid, patches.kept[rows], rows, writer, replace, {})
+        return SlideJob(source, lease, slide, grid, patches.kept[rows], rows, writer)
 
     def _begin_features(self, source: Source, lease: Lease, slide: Slide) -> SlideJob:
         """Begin the features of a further encoder, for the patches that the store has."""
@@ -320,7 +327,7 @@ class _Worker:
             )
         writer = self.store.begin_features(source.key, self.encoder.width)
         indices = np.array(patches, np.int64)
-        return SlideJob(source, lease, slide, grid, indices, rows, writer, False, {})
+        return SlideJob(source, lease, slide, grid, indices, rows, writer)
 
     def _mpp_of(self, slide: Slide, source: Source) -> tuple[float | None, str | None]:
         """Return the micrometres per level-0 px of a slide and their origin, None if unknown."""
@@ -429,8 +436,8 @@ class _Worker:
         """Write the failure of a slide to the store; raise an error that all slides would have."""
         if isinstance(error, OSError) and error.errno in FULL:
             raise error
-        attempts = self.settings.retry.get(source.key, 0) + 1
-        note_failure(self.store.path, source.key, source, error, attempts)
+        attempts = self._attempts_before(source) + 1
+        note_failure(self.store.path, self.store.slug, source, error, attempts)
         self.watchdog.finish(source)
         self.send({**slide_event("failed", source), "message": str(error)})
 

@@ -12,6 +12,7 @@ from ..errors import listed
 
 if TYPE_CHECKING:
     from ..encoders.base import Encoder
+    from ..store.read import FeatureStore
     from ..store.source import Source
     from .events import Emit
     from .pipeline import WorkerSettings
@@ -109,8 +110,8 @@ def tile_slides(
         shard: (i, n), to do only the i-th of n parts, i from 0.
         ray: address of a Ray cluster; "auto" for that of this machine, "local" to start one. Paths
             must be valid on all machines of the cluster.
-        progress: called with each event, a dict whose `event` is: begin, known (done before),
-            start, patches, waiting, done, failed.
+        progress: called with each event, a dict whose `event` is: begin, ready (encoder loaded),
+            known (done before), start, patches, waiting, done, failed.
 
     Returns:
         The numbers of slides that are done, empty, skipped and failed.
@@ -130,7 +131,8 @@ def tile_slides(
         >>> motet.io.FeatureStore("tiled")["tissue"].features.shape[0] > 5
         True
     """
-    from ..store.write import read_attempts
+    from ..store.failures import read_attempts
+    from ..store.read import FeatureStore
     from .pipeline import WorkerSettings
 
     tiling = _tiling_fields(mpp, mag, downsample, tile_px, border, min_tissue)
@@ -154,18 +156,19 @@ def tile_slides(
         slide_timeout_s=_positive(slide_timeout, "slide_timeout") if workers or ray else None,
         retry=read_attempts(Path(out)),
     )  # fmt: skip
-    patches = 0
+    patches, slug = 0, ""
 
     def emit(event: dict[str, Any]) -> None:
-        nonlocal patches
+        nonlocal patches, slug
         patches += event.get("patches", 0) if event["event"] == "patches" else 0
+        slug = event["encoder"] if event["event"] == "ready" else slug
         if progress is not None:
             progress(event)
 
     total = sum(source.bytes for source in sources)
     emit({"event": "begin", "slides": len(sources), "bytes": total})
     _run_workers(settings, encoder, workers, ray, emit)
-    return _count_results(sources, out, missing_mpp, patches)
+    return _count_results(sources, FeatureStore(out, slug), missing_mpp, patches)
 
 
 def _tiling_fields(
@@ -244,21 +247,22 @@ def _run_workers(
 
 
 def _count_results(
-    sources: list[Source], out: str | PathLike[str], missing_mpp: str, patches: int
+    sources: list[Source], store: FeatureStore, missing_mpp: str, patches: int
 ) -> Tiled:
-    """Count the slides by their state in the store."""
-    from ..store.read import FeatureStore
-
-    store = FeatureStore(out)
+    """Count the slides by their state for the encoder with which the store is opened."""
     store.write_manifest()
-    table = store.manifest().set_index("key").loc[[source.key for source in sources]]
-    counts = table["status"].value_counts()
-    failures = table[table["status"] == "failed"]
-    skip = (failures["reason"] == "no-mpp") & (missing_mpp == "skip")
-    return Tiled(
-        len(sources), int(counts.get("ok", 0)), int(counts.get("empty", 0)), int(skip.sum()),
-        {str(key): str(why) for key, why in failures.loc[~skip, "message"].items()}, patches,
-    )  # fmt: skip
+    failures, states = store.failed, store.manifest().set_index("key")["status"]
+    failed: dict[str, str] = {}
+    counts = {"ok": 0, "empty": 0, "skipped": 0}
+    for source in sources:
+        failure = failures.get(source.key)
+        if failure is None:
+            counts[str(states[source.key])] += 1
+        elif failure.get("reason") == "no-mpp" and missing_mpp == "skip":
+            counts["skipped"] += 1
+        else:
+            failed[source.key] = str(failure.get("message"))
+    return Tiled(len(sources), counts["ok"], counts["empty"], counts["skipped"], failed, patches)
 
 
 def _shard(sources: list[Source], shard: tuple[int, int] | None) -> list[Source]:

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SlideError, StoreError
+from ..store.failures import note_failure, note_name
 from ..store.leases import Leases
 from ..store.source import Source
-from ..store.write import clean, note_failure
+from ..store.write import clean
 from .events import Emit, hung_error, slide_event
 from .pipeline import HUNG, WorkerSettings, work
 
@@ -136,8 +137,8 @@ def _next_workers(
     suspects = dict(child.slides_in_work)
     is_own_fault = child.hung or code > 0 or -code in CRASHES
     if len(suspects) == 1 and (is_own_fault or deaths > RESTARTS):
-        ((key, name),) = suspects.items()
-        _record_failure(settings, key, name, None if child.hung else _describe_death(code), emit)
+        (key,) = suspects
+        _record_failure(child, settings, key, None if child.hung else _describe_death(code), emit)
         suspects, deaths = {}, 0
     if deaths > RESTARTS and not suspects:
         raise ChildProcessError(
@@ -158,20 +159,21 @@ def _describe_death(code: int) -> str:
 
 
 def _record_failure(
-    settings: WorkerSettings, key: str, name: str, death: str | None, emit: Emit
+    child: _Child, settings: WorkerSettings, key: str, death: str | None, emit: Emit
 ) -> None:
-    """Write a slide down as failed: the process that read it died (None: it hung)."""
+    """Write a slide down as failed: the child that read it died (None: it hung)."""
+    name, out = child.slides_in_work[key], Path(settings.out)
     path = next(path for path, other in settings.slides if other == name)
     source = Source(Path(path), name)
     error = hung_error(source, settings.slide_timeout_s)
     if death is not None:
         error = SlideError(path, "unreadable", f"the process that read it {death}")
-    lease = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s).take(key)
+    lease = Leases(out / "leases", heartbeat_s=settings.heartbeat_s).take(key)
     if lease is None:  # another worker took over the dead one's lease and now does the slide
         return
     with lease:
-        attempts = settings.retry.get(key, 0) + 1
-        note_failure(Path(settings.out), key, source, error, attempts)
+        attempts = settings.retry.get(note_name(out, key, child.encoder), 0) + 1
+        note_failure(out, child.encoder, source, error, attempts)
     emit({**slide_event("failed", source), "message": str(error)})
 
 
@@ -200,6 +202,8 @@ class _Child:
         timeout_s = settings.slide_timeout_s or LOAD_S
         self.limits_s = max(timeout_s, LOAD_S), timeout_s + GRACE_S
         """Seconds of silence after which it is killed: without and with slides in work."""
+        self.encoder = ""
+        """Folder of its encoder; known before it opens a slide."""
         self.slides_in_work: dict[str, str] = {}
         """Key to name of the slides that it has started and not finished."""
         logs = Path(settings.out) / "logs"
@@ -232,7 +236,9 @@ class _Child:
     def handle(self, event: dict[str, Any]) -> None:
         """Update the state by an event of this worker."""
         self.silent_s = 0.0
-        if event["event"] == "start":
+        if event["event"] == "ready":
+            self.encoder = event["encoder"]
+        elif event["event"] == "start":
             self.slides_in_work[event["key"]] = event["name"]
         elif event["event"] in ("done", "failed"):
             self.slides_in_work.pop(event["key"], None)
