@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..io.errors import counted
 from .options import Commands, add_json, add_out
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def _add_patches(tile: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     tile.add_argument(
         "--masks", type=Path, metavar="DIR",
-        help="folder of tissue masks, STEM.geojson or STEM.png for each slide",
+        help="folder of tissue masks: a/b.geojson or a/b.png for the slide a/b.svs, or b.geojson "
+        "or b.png if no other slide has this stem",
     )  # fmt: skip
     tile.add_argument(
         "--slide-mpp", metavar="UM|CSV",
@@ -95,6 +97,11 @@ def _add_work(tile: argparse.ArgumentParser) -> None:
     tile.add_argument("--weights", type=Path, metavar="FILE", help="weights of the encoder")
     tile.add_argument("--compile", action="store_true", help="compile the encoder")
     tile.add_argument(
+        "--redo", action="store_true",
+        help="do the slides again that were made with other --masks, --slide-mpp, --reader or "
+        "--max-damaged",
+    )  # fmt: skip
+    tile.add_argument(
         "--batch", type=int, default=64, metavar="N", help="patches per batch (default: 64)"
     )
     tile.add_argument(
@@ -123,7 +130,7 @@ def _tile(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     passed = ("encoder", "mpp", "mag", "downsample", "tile_px", "border", "min_tissue", "masks",
               "missing_mpp", "reader", "max_damaged", "device", "precision", "weights", "compile",
-              "batch", "workers", "slide_timeout", "ray")  # fmt: skip
+              "batch", "workers", "slide_timeout", "redo", "ray")  # fmt: skip
     progress = Progress()
     with closing(progress):
         tiled = tile_slides(
@@ -170,6 +177,9 @@ class Progress:
                 total=event["bytes"], unit="B", unit_scale=True, disable=None, file=sys.stderr,
                 bar_format="{percentage:3.0f}% |{bar}| {desc}, {elapsed} so far, {remaining} left",
             )  # fmt: skip
+            if names := event["without_mask"]:
+                text = f"no mask: {counted(names, 'slide')}; tissue is searched on them"
+                self.bar.write(text, file=sys.stderr)
         elif kind == "patches":
             self.patches += event["patches"]
             self.decode_s += event["decode_s"]

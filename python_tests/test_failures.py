@@ -20,14 +20,20 @@ def mean(pixels):
 """
 
 
-@pytest.fixture
-def tiled(tmp_path: Path) -> Path:
-    """Return the folder of three slides and the store of their features."""
-    (tmp_path / "slides").mkdir()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with three slides and the store of their features."""
+    folder = tmp_path_factory.mktemp("tiled")
+    (folder / "slides").mkdir()
     for i in range(3):
-        make_pyramid(tmp_path / "slides" / f"{i}.tif", size=(700, 700), factors=(1, 4), seed=i)
-    assert tile_slides(tmp_path / "slides", tmp_path / "store", workers=0, **OPTIONS).done == 3
-    return tmp_path
+        make_pyramid(folder / "slides" / f"{i}.tif", size=(700, 700), factors=(1, 4), seed=i)
+    assert tile_slides(folder / "slides", folder / "store", workers=0, **OPTIONS).done == 3
+    return folder
+
+
+@pytest.fixture
+def tiled(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "tiled")
 
 
 def test_a_further_encoder_that_fails_for_a_slide(tiled: Path) -> None:

@@ -38,6 +38,7 @@ from .events import Emit, hung_error, slide_event
 from .find_patches import find_patches
 from .grid import PatchGrid, Tiling, make_grid
 from .patches import PatchBatch, probe_decoder, read_patches
+from .slide_options import given_mpp, mask_file, must_be_redone, slide_options
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 BATCH_BYTES = 16 * 2**20
 """Most bytes of the pixels of a batch. A batch holds patches of one slide only: its content then
 does not depend on the other slides, so the features are the same bytes in every run."""
-MASK_SUFFIXES = (".geojson", ".png")
-"""Suffixes of the user's own masks; the first that exists is taken."""
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 """Exceptions that a bad slide may cause: SlideError, and those that libraries raise instead."""
 HUNG = 86
@@ -68,6 +67,11 @@ class WorkerSettings:
     encoder_options: dict[str, Any] = field(default_factory=dict)
     slide_mpp: dict[str, float] | float | None = None
     masks: str | None = None
+    """Folder of the user's masks."""
+    mask_of: dict[str, str] = field(default_factory=dict)
+    """Name of the slide to the path of its mask in `masks`."""
+    redo: bool = False
+    """True to do the slides again that were made with other options."""
     reader: str = "auto"
     max_damaged: float = 0.5
     decoders: int = 2
@@ -241,12 +245,19 @@ class _Worker:
                 self.stopped.wait(min(1.0, self.settings.heartbeat_s))
 
     def _is_to_do(self, source: Source) -> bool:
-        if self.store.work_left(source) in ("done", "empty"):
+        if self._work_left(source) in ("done", "empty"):
             return False
         attempts = self.store.attempts(source)
         # Retried once per call: after the retry of any worker, the number of attempts is larger
         # than it was when the call began.
         return attempts is None or attempts == self._attempts_before(source)
+
+    def _work_left(self, source: Source) -> str:
+        """Return what `StoreWriter.work_left` returns; "changed" if the options have changed."""
+        left = self.store.work_left(source)
+        if self.settings.redo and left in ("done", "empty", "features"):
+            return "changed" if must_be_redone(self.store.path, self.settings, source) else left
+        return left
 
     def _attempts_before(self, source: Source) -> int:
         """Return how many times a slide had failed when this call began."""
@@ -261,7 +272,7 @@ class _Worker:
         slide = None
         try:
             slide = open_slide(source.path, reader=self.settings.reader)
-            left = self.store.work_left(source)
+            left = self._work_left(source)
             begin = self._begin_features if left == "features" else self._begin_slide
             job = begin(source, lease, slide)
             job.replace = left == "changed"
@@ -283,7 +294,8 @@ class _Worker:
     def _begin_slide(self, source: Source, lease: Lease, slide: Slide) -> SlideJob:
         """Choose the patches of a slide that is not in the store, and begin to write it."""
         mpp, mpp_source = self._mpp_of(slide, source)
-        patches = find_patches(slide, self.tiling, mpp, self._mask_of(source))
+        options = slide_options(self.settings, source)
+        patches = find_patches(slide, self.tiling, mpp, mask_file(self.settings, source))
         grid, corrupt, n = patches.grid, patches.corrupt, len(patches.kept)
         if n and corrupt.mean() > self.settings.max_damaged:
             raise SlideError(
@@ -305,6 +317,8 @@ class _Worker:
             "footprint_px": grid.footprint_px,
             "patch_mpp": grid.mpp,
             "counts": {"grid": len(grid.coords), "tissue": patches.with_tissue},
+            "mask": self.settings.mask_of.get(source.name),
+            "options": options,
             "reason": patches.why_empty,
         }
         writer = self.store.begin(
@@ -331,23 +345,9 @@ class _Worker:
 
     def _mpp_of(self, slide: Slide, source: Source) -> tuple[float | None, str | None]:
         """Return the micrometres per level-0 px of a slide and their origin, None if unknown."""
-        user_mpp = self.settings.slide_mpp
         if slide.mpp is not None:
             return slide.mpp, "file"
-        if isinstance(user_mpp, dict):
-            for name in (source.key, source.name, source.path.name, source.path.stem):
-                if name in user_mpp:
-                    return user_mpp[name], "table"
-            return None, None
-        return user_mpp, "user" if user_mpp is not None else None
-
-    def _mask_of(self, source: Source) -> Path | None:
-        """Return the file of the user's own mask of a slide, None if there is none."""
-        if self.settings.masks is None:
-            return None
-        folder, stem = Path(self.settings.masks), source.path.stem
-        files = [folder / (stem + suffix) for suffix in MASK_SUFFIXES]
-        return next((file for file in files if file.exists()), None)
+        return given_mpp(self.settings.slide_mpp, source)
 
     def _decode(self, jobs: Ahead[SlideJob]) -> Iterator[Decoded]:
         for job in jobs:

@@ -33,6 +33,8 @@ class Tiled(NamedTuple):
     """Key to message, of the slides that failed."""
     patches: int
     """Patches embedded in this call."""
+    without_mask: list[str]
+    """Names of the slides for which `masks` has no mask: their tissue is searched."""
 
     def __str__(self) -> str:
         parts = [f"{self.slides} slide{'s'[: self.slides != 1]}: {self.done} done"]
@@ -64,6 +66,7 @@ def tile_slides(
     precision: str = "auto",
     weights: str | PathLike[str] | None = None,
     compile: bool = False,
+    redo: bool = False,
     batch: int = 64,
     workers: int = 1,
     slide_timeout: float = 600.0,
@@ -89,8 +92,9 @@ def tile_slides(
         border: patches that reach beyond the right or lower edge of the slide: "drop" leaves them
             out, "shift" moves them inwards, "pad" fills them with white.
         min_tissue: least share of a patch that must be tissue, 0 to 1.
-        masks: folder with the user's own masks of tissue, <stem>.geojson or <stem>.png; used
-            instead of the tissue search.
+        masks: folder with the user's own masks of tissue; used instead of the tissue search. That
+            of the slide "a/b.svs" is a/b.geojson or a/b.png, or b.geojson or b.png if no other
+            slide has this stem. The tissue of slides without a mask is searched.
         slide_mpp: micrometres per level-0 pixel of slides whose files do not hold it: one value for
             all, or a dict from slide (key, name, file name or its stem) to value.
         missing_mpp: a slide of unknown resolution is a failure ("fail") or left out ("skip").
@@ -101,6 +105,9 @@ def tile_slides(
         precision: "auto" (bf16 on CUDA, else fp32), "fp32", "bf16" or "fp16".
         weights: a file of weights for the encoder.
         compile: True compiles the encoder.
+        redo: True does the slides of the store again that were made with other `masks`,
+            `slide_mpp`, `reader` or `max_damaged`; features of other encoders are then removed from
+            these slides. By default such a call is refused.
         batch: most patches per call of the encoder.
         workers: number of processes on this machine; GPUs are assigned to them in turn. 0 works
             inside this process, which then ends if a file crashes a C library. With ray: number of
@@ -133,11 +140,16 @@ def tile_slides(
     """
     from ..store.failures import read_attempts
     from ..store.read import FeatureStore
+    from .grid import Tiling
+    from .mask_files import find_masks
     from .pipeline import WorkerSettings
+    from .slide_options import check_options
 
     tiling = _tiling_fields(mpp, mag, downsample, tile_px, border, min_tissue)
     _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, on_ray=bool(ray))
-    sources = _shard(_find_sources(slides), shard)
+    all_sources = _find_sources(slides)
+    mask_of = {} if masks is None else find_masks(Path(masks), all_sources)
+    sources = _shard(all_sources, shard)
     settings = WorkerSettings(
         out=str(Path(out).absolute()),
         slides=[(str(source.path.absolute()), source.name) for source in sources],
@@ -149,6 +161,8 @@ def tile_slides(
         },
         slide_mpp=_check_slide_mpp(slide_mpp),
         masks=None if masks is None else str(Path(masks).absolute()),
+        mask_of=mask_of,
+        redo=redo,
         reader=reader,
         max_damaged=max_damaged,
         decoders=max(1, len(os.sched_getaffinity(0)) // max(1, workers)),
@@ -156,6 +170,8 @@ def tile_slides(
         slide_timeout_s=_positive(slide_timeout, "slide_timeout") if workers or ray else None,
         retry=read_attempts(Path(out)),
     )  # fmt: skip
+    if not redo:
+        check_options(Path(out), Tiling(**tiling).hash, settings, sources)
     patches, slug = 0, ""
 
     def emit(event: dict[str, Any]) -> None:
@@ -166,9 +182,15 @@ def tile_slides(
             progress(event)
 
     total = sum(source.bytes for source in sources)
-    emit({"event": "begin", "slides": len(sources), "bytes": total})
+    without_mask = [
+        source.name for source in sources if masks is not None and source.name not in mask_of
+    ]
+    emit({
+        "event": "begin", "slides": len(sources), "bytes": total, "without_mask": without_mask,
+    })  # fmt: skip
     _run_workers(settings, encoder, workers, ray, emit)
-    return _count_results(sources, FeatureStore(out, slug), missing_mpp, patches)
+    counts = _count_results(sources, FeatureStore(out, slug), missing_mpp)
+    return Tiled(len(sources), **counts, patches=patches, without_mask=without_mask)
 
 
 def _tiling_fields(
@@ -246,10 +268,8 @@ def _run_workers(
         work(settings, emit, encoder=None if isinstance(encoder, str) else encoder)
 
 
-def _count_results(
-    sources: list[Source], store: FeatureStore, missing_mpp: str, patches: int
-) -> Tiled:
-    """Count the slides by their state for the encoder with which the store is opened."""
+def _count_results(sources: list[Source], store: FeatureStore, missing_mpp: str) -> dict[str, Any]:
+    """Return `done`, `empty`, `skipped` and `failed` of Tiled, for the encoder of the store."""
     store.write_manifest()
     failures, states = store.failed, store.manifest().set_index("key")["status"]
     failed: dict[str, str] = {}
@@ -262,7 +282,10 @@ def _count_results(
             counts["skipped"] += 1
         else:
             failed[source.key] = str(failure.get("message"))
-    return Tiled(len(sources), counts["ok"], counts["empty"], counts["skipped"], failed, patches)
+    return {
+        "done": counts["ok"], "empty": counts["empty"], "skipped": counts["skipped"],
+        "failed": failed,
+    }  # fmt: skip
 
 
 def _shard(sources: list[Source], shard: tuple[int, int] | None) -> list[Source]:
