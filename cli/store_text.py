@@ -40,6 +40,7 @@ def table(store: FeatureStore) -> str:
     incomplete = sum(row["status"] != "failed" and row["message"] is not None for row in slides)
     if incomplete:
         end += f"; {incomplete} failed for an encoder"
+    lines += (f"not taken: {path}: {why}" for path, why in store.not_taken.items())
     return "\n".join([*lines, end])
 
 

@@ -23,7 +23,8 @@ def add_tile(commands: Commands) -> None:
         help="cut slides into patches, encode them, and store the features",
         description="Cut slides into patches, encode those with tissue, and store the features "
         "(docs/how-to/slides.md). To continue after an interruption, give the same command again; "
-        "several such commands at the same time share the work. Exit code 3: some slides failed.",
+        "several such commands at the same time share the work. Exit code 3: some slides failed "
+        "(with --strict also: some paths were not taken).",
     )
     tile.add_argument(
         "slides", nargs="+", metavar="SLIDES",
@@ -120,6 +121,11 @@ def _add_work(tile: argparse.ArgumentParser) -> None:
         "--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, local or its address"
     )
     tile.add_argument(
+        "--strict", action="store_true",
+        help="exit code 3 also if something in SLIDES is not taken: no slide by its extension, "
+        "unreadable, a link to nothing or to a slide that is taken",
+    )  # fmt: skip
+    tile.add_argument(
         "--no-report", action="store_true", help="write no report (pictures and tables)"
     )
 
@@ -150,7 +156,7 @@ def _tile(options: argparse.Namespace) -> int:
         print(json.dumps({**tiled._asdict(), "seconds": seconds, "out": str(options.out)}))
     else:
         print(last_line(tiled, options.out, seconds))
-    return 3 if tiled.failed else 0
+    return 3 if tiled.failed or (options.strict and tiled.not_taken) else 0
 
 
 class Progress:
@@ -177,9 +183,8 @@ class Progress:
                 total=event["bytes"], unit="B", unit_scale=True, disable=None, file=sys.stderr,
                 bar_format="{percentage:3.0f}% |{bar}| {desc}, {elapsed} so far, {remaining} left",
             )  # fmt: skip
-            if names := event["without_mask"]:
-                text = f"no mask: {counted(names, 'slide')}; tissue is searched on them"
-                self.bar.write(text, file=sys.stderr)
+            for line in notes(event["not_taken"], event["without_mask"]):
+                self.bar.write(line, file=sys.stderr)
         elif kind == "patches":
             self.patches += event["patches"]
             self.decode_s += event["decode_s"]
@@ -209,11 +214,26 @@ class Progress:
             self.bar.close()
 
 
+def notes(not_taken: dict[str, str], without_mask: list[str]) -> list[str]:
+    """Return the lines that are printed first: what is not taken, by reason, and missing masks."""
+    paths_of: dict[str, list[str]] = {}
+    for path, reason in not_taken.items():
+        paths_of.setdefault(reason, []).append(" ".join(path.split()))
+    lines = [f"not taken: {counted(paths, 'path')}: {why}" for why, paths in paths_of.items()]
+    if len(lines) > 10:
+        lines[9:] = [f"not taken: {len(lines) - 9} more reasons, in not_taken.json of the store"]
+    if without_mask:
+        lines.append(f"no mask: {counted(without_mask, 'slide')}; tissue is searched on them")
+    return lines
+
+
 def last_line(tiled: "Tiled", out: Path, seconds: float) -> str:
     """Return the line that is printed at the end."""
     text = f"{tiled}; {tiled.patches:,} patches embedded in {seconds:.1f} s"
     if tiled.patches:
         text += f" ({tiled.patches / seconds:,.0f}/s)"
+    if tiled.not_taken:
+        text += f"; {len(tiled.not_taken)} not taken"
     return f"{text}: {out}"
 
 

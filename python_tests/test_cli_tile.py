@@ -90,7 +90,7 @@ def test_slide_mpp_tables(tmp_path: Path) -> None:
 
 def test_progress_says_what_is_slowest() -> None:
     progress = tile.Progress()
-    progress({"event": "begin", "slides": 3, "bytes": 100, "without_mask": []})
+    progress({"event": "begin", "slides": 3, "bytes": 100, "without_mask": [], "not_taken": {}})
     progress({"event": "known", "key": "b", "name": "b", "bytes": 50})
     progress({"event": "known", "key": "b", "name": "b", "bytes": 50})
     progress({"event": "patches", "patches": 10, "decode_s": 0.2, "encode_s": 0.1})
@@ -103,7 +103,7 @@ def test_progress_says_what_is_slowest() -> None:
 
 
 def test_last_line() -> None:
-    tiled = Tiled(10, 7, 1, 1, {"a": "damaged"}, 1234, [])
+    tiled = Tiled(10, 7, 1, 1, {"a": "damaged"}, 1234, [], {})
     assert tile.last_line(tiled, Path("cohort"), 2.0) == (
         "10 slides: 7 done, 1 empty, 1 skipped, 1 failed; "
         "1,234 patches embedded in 2.0 s (617/s): cohort"

@@ -15,7 +15,10 @@ from typing import Any
 from ..errors import SlideError, StoreError
 from .disk import replacing
 from .format import check_key, json_bytes, names_in, read_json
+from .leases import Leases
 from .source import Source, is_same
+
+NOT_TAKEN = "not_taken.json"
 
 
 def note_name(cohort: Path, key: str, slug: str) -> str:
@@ -97,6 +100,21 @@ def forget_failures(cohort: Path, key: str, slug: str | None) -> None:
         return
     for path in (folder / f"{key}.json", *folder.glob(f"{key}@*.json")):
         path.unlink(missing_ok=True)
+
+
+def write_not_taken(cohort: Path, not_taken: Mapping[str, str]) -> None:
+    """Write `not_taken.json`: path to reason, of what the last call was given and did not take."""
+    path = cohort / NOT_TAKEN
+    if not_taken != read_not_taken(cohort):
+        lease = Leases(cohort / "leases").wait(NOT_TAKEN)
+        with lease, replacing(cohort, NOT_TAKEN, path) as partial:
+            partial.write_bytes(json_bytes(not_taken))
+
+
+def read_not_taken(cohort: Path) -> dict[str, str]:
+    """Read `not_taken.json`; an empty dict if there is no such file."""
+    path = cohort / NOT_TAKEN
+    return {name: str(why) for name, why in read_json(path).items()} if path.exists() else {}
 
 
 def _notes(cohort: Path) -> Iterator[tuple[str, Path]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StoreError, listed, suggest
-from .failures import read_failures
+from .failures import read_failures, read_not_taken
 from .format import KEY, mapping, read_run
 from .manifest import MANIFEST, make_column
 from .read_slide import SlideFeatures
@@ -157,6 +157,11 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         failures of others are left out; otherwise the ids and messages of all encoders are joined.
         """
         return read_failures(self.path, self.run["encoders"], self._slug)
+
+    @property
+    def not_taken(self) -> dict[str, str]:
+        """Return path to reason, of what the last tiling was given and did not take as a slide."""
+        return read_not_taken(self.path)
 
     def manifest(self) -> pd.DataFrame:
         """Return a table with one row per slide, failed ones too, sorted by key.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import SlideError
 from ..store.source import Source
@@ -17,66 +20,141 @@ SUFFIXES = {
 }  # fmt: skip
 
 
-def find_slides(paths: Iterable[str | os.PathLike[str]]) -> list[Source]:
+class _Reached(NamedTuple):
+    """A slide and how it was reached: by a list (0), by a folder (1), or named itself (2)."""
+
+    order: int
+    is_link: bool
+    source: Source
+    real: str
+    """Its path without links."""
+
+    @property
+    def rank(self) -> tuple[int, bool, str, str]:
+        """Of one file, the slide with the least rank is taken."""
+        return self.order, self.is_link, self.source.name, str(self.source.path)
+
+
+def find_slides(
+    paths: Iterable[str | os.PathLike[str]], *, not_taken: dict[str, str] | None = None
+) -> list[Source]:
     """Find the slides in folders and lists of slides, sorted by name.
 
-    Folders are searched with their subfolders for files with the suffix of a slide; hidden files
-    and folders are left out, and a link to a folder that was searched already is not followed.
-    Of the DICOM files of one series in a folder, the one with the largest image is the slide. A
-    .txt file lists slides, one per line, a .csv file in its column `path`; paths are relative to
-    the list's folder. Any other file counts as a slide.
+    Folders are searched with their subfolders for files with the suffix of a slide. Hidden files
+    and folders, feature stores, and the folder that belongs to a .mrxs file are left out. Of the
+    DICOM files of one series in a folder, the one with the largest image is the slide. A .txt file
+    lists slides, one per line, a .csv file in its column `path`; paths are relative to the list's
+    folder. Any other file counts as a slide.
+
+    A file that is reached several times, by links or by several paths, is one slide. Its name is
+    that of a list before that of a folder, and one without links before one with links; it does not
+    depend on the order of `paths`.
 
     Args:
         paths: folders, slides and lists.
+        not_taken: receives what was reached and is no slide of its own: path to reason.
 
     Returns:
         One Source per slide.
 
     Raises:
-        SlideError: "missing", for a path that does not exist.
+        SlideError: "missing", for a path that does not exist; "unreadable", for a pipe or device.
         ValueError: two slides have the same key.
     """
-    source_of_key: dict[str, Source] = {}
+    left_out = {} if not_taken is None else not_taken
+    by_file: dict[str, list[_Reached]] = {}
     for path in map(Path, paths):
-        for source in _sources_of(path):
-            other = source_of_key.setdefault(source.key, source)
-            if other is not source and os.path.realpath(other.path) != os.path.realpath(
-                source.path
-            ):
-                raise ValueError(
-                    f"paths: {str(other.path)!r} and {str(source.path)!r} are both called "
-                    f"{source.name!r}; give the folder that holds both"
-                )
+        for reached in _reach(path, left_out):
+            by_file.setdefault(reached.real, []).append(reached)
+    source_of_key: dict[str, Source] = {}
+    for several in by_file.values():
+        source = min(several, key=lambda reached: reached.rank).source
+        taken = os.path.abspath(source.path)
+        for other in several:
+            if os.path.abspath(other.source.path) != taken:
+                left_out[str(other.source.path)] = f"the same file as {source.name!r}"
+        rival = source_of_key.setdefault(source.key, source)
+        if rival is not source:
+            first, second = sorted((str(rival.path), str(source.path)))
+            raise ValueError(
+                f"paths: {first!r} and {second!r} are both called {source.name!r}; give the "
+                "folder that holds both"
+            )
     return sorted(source_of_key.values(), key=lambda source: source.name)
 
 
-def _sources_of(path: Path) -> Iterator[Source]:
+def _reach(path: Path, left_out: dict[str, str]) -> Iterator[_Reached]:
     if path.is_dir():
-        yield from _search(path)
-    elif path.suffix.lower() in (".txt", ".csv") and path.is_file():
-        for name in _read_list(path):
-            yield Source(path.parent / name, Path(name).as_posix())
-    elif path.exists():
-        yield Source(path, path.name)
-    else:
+        real_top = os.path.realpath(path)
+        for source, real in _search(path, left_out):
+            is_link = real != os.path.join(real_top, source.name)
+            yield _Reached(1, is_link, source, real)
+        return
+    sources = [Source(path, path.name)]
+    order = 2
+    if path.suffix.lower() in (".txt", ".csv") and path.is_file():
+        order = 0
+        sources = [Source(path.parent / name, Path(name).as_posix()) for name in _read_list(path)]
+    elif not path.exists():
         raise SlideError(path, "missing", "no such file or folder")
+    elif not path.is_file():  # opening a pipe would wait for a writer
+        raise SlideError(path, "unreadable", "expected a file or folder, got a pipe or device")
+    for source in sources:
+        real = os.path.realpath(source.path)
+        yield _Reached(order, os.path.islink(source.path), source, real)
 
 
-def _search(top: Path) -> Iterator[Source]:
+def _search(top: Path, left_out: dict[str, str]) -> Iterator[tuple[Source, str]]:
+    """Yield the slides in a folder and its subfolders, each with its path without links."""
     visited: set[tuple[int, int]] = set()  # device and inode: a link may lead back to a folder
-    for folder, subfolders, files in os.walk(top, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
-            subfolders.clear()
+    folders, links = [top], []
+    while folders or links:
+        # Links last: a folder is then searched by its name, not by that of a link to it.
+        folder = folders.pop() if folders else links.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            left_out[str(folder)] = f"cannot be read: {error.strerror}"
             continue
-        visited.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        slides = [
-            Path(folder, name) for name in sorted(files)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]  # fmt: skip
-        for path in _one_per_series([path for path in slides if path.is_file()]):
-            yield Source(path, path.relative_to(top).as_posix())
+        if {"run.json", "slides", "leases"} <= set(names):
+            continue  # a feature store: its report has pictures
+        subfolders, slides = [], []
+        for name in names:
+            if not name.startswith("."):
+                path = folder / name
+                kind = _kind_of(path)
+                if kind == "folder" and f"{name}.mrxs" not in names:
+                    (links if path.is_symlink() else subfolders).append(path)
+                elif kind == "slide":
+                    slides.append(path)
+                elif kind != "folder":
+                    left_out[str(path)] = kind
+        folders += reversed(subfolders)
+        real = os.path.realpath(folder)
+        for path in _one_per_series(slides):
+            real_path = os.path.realpath(path) if path.is_symlink() else f"{real}/{path.name}"
+            yield Source(path, path.relative_to(top).as_posix()), real_path
+
+
+def _kind_of(path: Path) -> str:
+    """Return "folder", "slide", or the reason why a path is neither."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        dangling = path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
+        return "a link to nothing" if dangling else f"cannot be read: {error.strerror}"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if not stat.S_ISREG(mode):
+        return "a pipe or device"
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return "slide"
+    return f"unknown extension {suffix}" if suffix else "no extension"
 
 
 def _read_list(path: Path) -> list[str]:

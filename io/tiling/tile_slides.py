@@ -35,6 +35,8 @@ class Tiled(NamedTuple):
     """Patches embedded in this call."""
     without_mask: list[str]
     """Names of the slides for which `masks` has no mask: their tissue is searched."""
+    not_taken: dict[str, str]
+    """Path to reason, of what `slides` names or holds and is no slide."""
 
     def __str__(self) -> str:
         parts = [f"{self.slides} slide{'s'[: self.slides != 1]}: {self.done} done"]
@@ -138,7 +140,7 @@ def tile_slides(
         >>> motet.io.FeatureStore("tiled")["tissue"].features.shape[0] > 5
         True
     """
-    from ..store.failures import read_attempts
+    from ..store.failures import read_attempts, write_not_taken
     from ..store.read import FeatureStore
     from .grid import Tiling
     from .mask_files import find_masks
@@ -147,7 +149,8 @@ def tile_slides(
 
     tiling = _tiling_fields(mpp, mag, downsample, tile_px, border, min_tissue)
     _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, on_ray=bool(ray))
-    all_sources = _find_sources(slides)
+    not_taken: dict[str, str] = {}
+    all_sources = _find_sources(slides, not_taken)
     mask_of = {} if masks is None else find_masks(Path(masks), all_sources)
     sources = _shard(all_sources, shard)
     settings = WorkerSettings(
@@ -187,10 +190,14 @@ def tile_slides(
     ]
     emit({
         "event": "begin", "slides": len(sources), "bytes": total, "without_mask": without_mask,
+        "not_taken": not_taken,
     })  # fmt: skip
     _run_workers(settings, encoder, workers, ray, emit)
+    write_not_taken(Path(out), not_taken)
     counts = _count_results(sources, FeatureStore(out, slug), missing_mpp)
-    return Tiled(len(sources), **counts, patches=patches, without_mask=without_mask)
+    return Tiled(
+        len(sources), **counts, patches=patches, without_mask=without_mask, not_taken=not_taken
+    )
 
 
 def _tiling_fields(
@@ -241,12 +248,16 @@ def _check(
         raise ValueError(f"masks: expected a folder, got {str(masks)!r}")
 
 
-def _find_sources(slides: str | PathLike[str] | Iterable[str | PathLike[str]]) -> list[Source]:
+def _find_sources(
+    slides: str | PathLike[str] | Iterable[str | PathLike[str]], not_taken: dict[str, str]
+) -> list[Source]:
     from .find_slides import find_slides
 
-    sources = find_slides([slides] if isinstance(slides, str | PathLike) else slides)
+    paths = [slides] if isinstance(slides, str | PathLike) else slides
+    sources = find_slides(paths, not_taken=not_taken)
     if not sources:
-        raise ValueError(f"slides: no slide in {slides}")
+        reasons = "; not taken: " + listed(f"{path}: {why}" for path, why in not_taken.items())
+        raise ValueError(f"slides: no slide in {slides}{reasons if not_taken else ''}")
     return sources
 
 
