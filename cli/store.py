@@ -1,4 +1,4 @@
-"""`motet store`: list, check and convert feature stores."""
+"""`motet store`: list, check, repair and convert feature stores."""
 
 import argparse
 import json
@@ -13,8 +13,9 @@ def add_store(commands: Commands) -> None:
     """Add `motet store` and its actions."""
     store = commands.add_parser(
         "store",
-        help="list, check, export and import stores of features",
-        description="List, check, export and import stores of features, which motet tile writes.",
+        help="list, check, repair, export and import stores of features",
+        description="List, check, repair, export and import stores of features, which motet tile "
+        "writes.",
     )
     actions = store.add_subparsers(dest="action", required=True, metavar="ACTION")
 
@@ -35,6 +36,14 @@ def add_store(commands: Commands) -> None:
     add_json(add("ls", "list the slides, also those that failed", _store_ls))
     add_json(add("show", "show the metadata of a slide", _store_show))
     add_json(add("verify", "read and check every byte; exit code 1 if one is wrong", _store_verify))
+    add_json(
+        add(
+            "repair",
+            "remove what verify condemns, so that motet tile or import makes it anew; exit code 1 "
+            "if a problem is left",
+            _store_repair,
+        )
+    )
     export = add("export", "write features to files of other tools", _store_export, several=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     export.add_argument(
@@ -89,6 +98,19 @@ def _store_verify(options: argparse.Namespace) -> int:
     else:
         print(store_text.problems_text(store, problems))
     return 1 if problems else 0
+
+
+def _store_repair(options: argparse.Namespace) -> int:
+    from ..io import FeatureStore
+    from . import store_text
+
+    store = FeatureStore(options.store)
+    repairs = store.repair()
+    if options.json:
+        print(json.dumps([repair._asdict() for repair in repairs]))
+    else:
+        print(store_text.repairs_text(store, repairs))
+    return 0 if all(repair.repaired for repair in repairs) else 1
 
 
 def _store_export(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..io import FeatureStore, StoreError
+from ..io.store.repair import Repair
 from ..io.store.verify import Problem
 
 _COLUMNS = ("key", "status", "patches", "corrupt", "mpp", "encoders")
@@ -74,7 +75,24 @@ def problems_text(store: FeatureStore, problems: list[Problem]) -> str:
     """Return a line per problem, or a line that says that there is none."""
     if not problems:
         return f"{len(store)} slides, nothing wrong"
-    return "\n".join(f"{problem.key or store.path}: {problem.message}" for problem in problems)
+    lines = [f"{problem.key or store.path}: {problem.message}" for problem in problems]
+    if any(problem.part for problem in problems):
+        lines.append(f"motet store repair {store.path} removes what can be made anew")
+    return "\n".join(lines)
+
+
+def repairs_text(store: FeatureStore, repairs: list[Repair]) -> str:
+    """Return a line per problem with what was done, and a last line that says what to do next."""
+    if not repairs:
+        return problems_text(store, [])
+    lines = [f"{repair.key or store.path}: {repair.message}" for repair in repairs]
+    removed = {repair.key for repair in repairs if repair.repaired and repair.key}
+    left = sum(not repair.repaired for repair in repairs)
+    end = f"{len(repairs) - left} problems repaired, {left} left"
+    if removed:
+        slides = f"{len(removed)} slide{'s'[: len(removed) != 1]}"
+        end += f"; to make {slides} anew, give the commands of all encoders again"
+    return "\n".join([*lines, end])
 
 
 def _flatten(value: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:

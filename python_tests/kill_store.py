@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from motet.io import FeatureStore
+from motet.io.store.disk import clean
 from motet.io.store.leases import Leases
 from motet.io.store.source import Source, describe
-from motet.io.store.write import StoreWriter, clean
+from motet.io.store.write import StoreWriter
 
 SPECS = [
     {"id": name, "width": width, "weights": "0", "transform": "0", "precision": "fp32"}

@@ -49,7 +49,11 @@ def test_verify(tmp_path: Path, capsys: Captured) -> None:
     path = next((tmp_path / "store").glob("slides/tissue*/coords/c/0/0"))
     path.write_bytes(bytes(len(path.read_bytes())))
     assert main(["store", "verify", str(tmp_path / "store")]) == 1
-    assert "its checksum is not that of its bytes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "its checksum is not that of its bytes" in printed
+    assert printed.endswith(
+        f"motet store repair {tmp_path / 'store'} removes what can be made anew\n"
+    )
     assert main(["store", "verify", "--json", str(tmp_path / "store")]) == 1
     assert json.loads(capsys.readouterr().out)[0]["key"] == "tissue-ccd5b8ee"
     assert main(["store", "verify", str(tmp_path)]) == 2

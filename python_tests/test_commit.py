@@ -18,10 +18,11 @@ import pytest
 from motet.io import FeatureStore, StoreError
 from motet.io.errors import SlideError
 from motet.io.store import disk
+from motet.io.store.disk import clean
 from motet.io.store.failures import note_failure
 from motet.io.store.leases import Leases
 from motet.io.store.source import describe
-from motet.io.store.write import StoreWriter, clean
+from motet.io.store.write import StoreWriter
 
 from .conftest import ROOT, SOAK
 from .store_helpers import TILING, Slide, numbers, put, spec, tree

@@ -14,7 +14,8 @@ from typing import Any
 
 from ... import _atomic
 from ..._atomic import sync
-from .format import names_in
+from .format import KEY, names_in
+from .leases import Leases
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk. Every slide would fail with them, so they stop the run instead."""
@@ -124,3 +125,17 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             sync(Path(parent, name))
         sync(Path(parent))
+
+
+def clean(cohort: Path, leases: Leases) -> None:
+    """Remove what dead workers left in `.tmp/` and `leases/` of a cohort folder.
+
+    The files of keys whose lease a living worker holds are kept.
+    """
+    remains = map(REMAINS.fullmatch, names_in(cohort / ".tmp"))
+    leased_keys = filter(KEY.fullmatch, names_in(leases.folder))
+    for key in sorted({match[1] for match in remains if match} | {*leased_keys}):
+        lease = leases.take(key)
+        if lease is not None:
+            with lease:
+                recover(cohort, key)

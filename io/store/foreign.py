@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from ... import _atomic
 from ..errors import SlideError, StoreError, listed
 from .array import UNREADABLE
-from .disk import FULL
+from .disk import FULL, clean
 from .failures import note_failure
 from .format import read_run, run_hash
 from .leases import Leases
 from .read import FeatureStore
 from .read_slide import SlideFeatures
 from .source import Source, describe
-from .write import StoreWriter, clean
+from .write import StoreWriter
 
 SUFFIXES = (".h5", ".pt", ".npz")
 MAX_COMPRESSION = 1000

@@ -12,6 +12,7 @@ from .failures import read_failures, read_not_taken
 from .format import KEY, mapping, read_run
 from .manifest import MANIFEST, make_column
 from .read_slide import SlideFeatures
+from .repair import Repair, repair_store
 from .verify import Problem, store_problems
 
 if TYPE_CHECKING:
@@ -219,3 +220,16 @@ class FeatureStore(Mapping[str, "SlideFeatures"]):
         a worker is writing at this moment are reported too.
         """
         return [*store_problems(self)]
+
+    def repair(self) -> list[Repair]:
+        """Remove what `verify` condemns, so that the next tiling or import makes it anew.
+
+        A slide is removed, or only the features of an encoder if nothing else of it is damaged.
+        What workers that died have left and notes of failures that cannot be read are removed too,
+        and slides.parquet is written anew. Kept are: a slide whose source is gone, since nothing
+        could replace it; slides that a worker has in work; run.json; files that are not motet's.
+
+        Returns:
+            What was done about each problem, or why nothing was.
+        """
+        return [*repair_store(self)]

@@ -37,15 +37,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StoreError
 from .array import StoredArray
-from .disk import REMAINS, recover, replacing
+from .disk import recover, replacing
 from .failures import attempts_of
 from .format import (
     FORMAT,
-    KEY,
     VERSION,
     check_key,
     json_bytes,
-    names_in,
     plain,
     read_json,
     read_run,
@@ -231,20 +229,6 @@ class StoreWriter:
         check_key(key)
         with replacing(self.path, key, self.path / "logs" / f"{key}.json") as partial:
             partial.write_bytes(json_bytes(entries))
-
-
-def clean(cohort: Path, leases: Leases) -> None:
-    """Remove what dead workers left in `.tmp/` and `leases/` of a cohort folder.
-
-    The files of keys whose lease a living worker holds are kept.
-    """
-    remains = map(REMAINS.fullmatch, names_in(cohort / ".tmp"))
-    leased_keys = filter(KEY.fullmatch, names_in(leases.folder))
-    for key in sorted({match[1] for match in remains if match} | {*leased_keys}):
-        lease = leases.take(key)
-        if lease is not None:
-            with lease:
-                recover(cohort, key)
 
 
 def _slug_in_run(

@@ -25,13 +25,13 @@ import numpy as np
 from ..errors import SlideError
 from ..slides.open_slide import open_slide
 from ..slides.slide import Slide
-from ..store.disk import FULL
+from ..store.disk import FULL, clean
 from ..store.failures import note_failure, note_name
 from ..store.format import FLAGS
 from ..store.leases import Lease, Leases
 from ..store.read import FeatureStore
 from ..store.source import Source, describe
-from ..store.write import StoreWriter, clean
+from ..store.write import StoreWriter
 from ..store.write_slide import SlideWriter
 from .ahead import Ahead
 from .events import Emit, hung_error, slide_event

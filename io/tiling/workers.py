@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SlideError, StoreError
+from ..store.disk import clean
 from ..store.failures import note_failure, note_name
 from ..store.leases import Leases
 from ..store.source import Source
-from ..store.write import clean
 from .events import Emit, hung_error, slide_event
 from .pipeline import HUNG, WorkerSettings, work
 
