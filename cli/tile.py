@@ -13,6 +13,7 @@ from ..io.errors import counted
 from .options import Commands, add_json, add_out
 
 if TYPE_CHECKING:
+    from ..io.tiling.encode_patches import Encoded
     from ..io.tiling.tile_slides import Tiled
 
 
@@ -44,7 +45,7 @@ def add_tile(commands: Commands) -> None:
 
 def _add_patches(tile: argparse.ArgumentParser) -> None:
     """Add the options that determine the patches."""
-    resolution = tile.add_mutually_exclusive_group(required=True)
+    resolution = tile.add_mutually_exclusive_group()
     resolution.add_argument("--mpp", type=float, metavar="UM", help="micrometres per patch pixel")
     resolution.add_argument(
         "--mag", type=float, metavar="X", help="magnification; the same as --mpp 10/X"
@@ -52,6 +53,10 @@ def _add_patches(tile: argparse.ArgumentParser) -> None:
     resolution.add_argument(
         "--downsample", type=float, metavar="F", help="level-0 pixels per patch pixel"
     )
+    tile.add_argument(
+        "--bags", choices=("folder",),
+        help="SLIDES are folders of patches that are images already; each folder is one bag",
+    )  # fmt: skip
     tile.add_argument(
         "--tile-px", type=int, default=256, metavar="N", help="patch size in pixels (default: 256)"
     )
@@ -133,6 +138,8 @@ def _add_work(tile: argparse.ArgumentParser) -> None:
 def _tile(options: argparse.Namespace) -> int:
     from ..io import tile_slides
 
+    if options.bags:
+        return _encode_bags(options)
     started = time.perf_counter()
     passed = ("encoder", "mpp", "mag", "downsample", "tile_px", "border", "min_tissue", "masks",
               "missing_mpp", "reader", "max_damaged", "device", "precision", "weights", "compile",
@@ -147,7 +154,41 @@ def _tile(options: argparse.Namespace) -> int:
             progress=progress,
             **{name: getattr(options, name) for name in passed},
         )
-    seconds = time.perf_counter() - started
+    return _finish(options, tiled, time.perf_counter() - started)
+
+
+NOT_OF_BAGS = {
+    "mpp": None, "mag": None, "downsample": None, "tile_px": 256, "border": "drop",
+    "min_tissue": 0.1, "masks": None, "slide_mpp": None, "missing_mpp": "fail", "reader": "auto",
+    "max_damaged": 0.5, "redo": False, "workers": 1, "slide_timeout": 600.0, "shard": None,
+    "ray": None,
+}  # fmt: skip
+"""The options that have no effect on bags, and their defaults."""
+
+
+def _encode_bags(options: argparse.Namespace) -> int:
+    """Encode the patches of `motet tile --bags folder`."""
+    from ..io import encode_patches
+
+    for name, default in NOT_OF_BAGS.items():
+        if getattr(options, name) != default:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: one process takes the patches of --bags as they are: "
+                "leave it out"
+            )
+    started = time.perf_counter()
+    progress = Progress()
+    with closing(progress):
+        encoded = encode_patches(
+            options.slides, options.out, progress=progress,
+            **{name: getattr(options, name)
+               for name in ("encoder", "batch", "device", "precision", "weights", "compile")},
+        )  # fmt: skip
+    return _finish(options, encoded, time.perf_counter() - started)
+
+
+def _finish(options: argparse.Namespace, tiled: "Tiled | Encoded", seconds: float) -> int:
+    """Write the report, print the last line, and return the exit code."""
     if not options.no_report:
         from ..io.tiling.quality import write_report
 
@@ -227,7 +268,7 @@ def notes(not_taken: dict[str, str], without_mask: list[str]) -> list[str]:
     return lines
 
 
-def last_line(tiled: "Tiled", out: Path, seconds: float) -> str:
+def last_line(tiled: "Tiled | Encoded", out: Path, seconds: float) -> str:
     """Return the line that is printed at the end."""
     text = f"{tiled}; {tiled.patches:,} patches embedded in {seconds:.1f} s"
     if tiled.patches:

@@ -54,7 +54,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|np|pandas|pd|pathlib|os|collections|typing|nn|PIL|zarr)\b.*"),
     ("py:class", r"motet\.(\w+\.)+\w+"),
-    ("py:class", "CohortSource|Floats|Image|Mask|NDArray|PathLike|Size|Tensor|Tiled"),
+    ("py:class", "CohortSource|Floats|Image|Mask|NDArray|PathLike|Size|Tensor|Tiled|Encoded"),
 ]
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .store.foreign import import_features
     from .store.format import FLAGS
     from .store.read import FeatureStore
+    from .tiling.encode_patches import encode_patches
     from .tiling.masks import coverage, outlines, read_mask
     from .tiling.quality import write_report
     from .tiling.tile_slides import tile_slides
@@ -38,6 +39,7 @@ _HOME = {
     "Survival": "cohorts.cohort",
     "blur_mask": "tiling.tissue",
     "coverage": "tiling.masks",
+    "encode_patches": "tiling.encode_patches",
     "import_features": "store.foreign",
     "load_cohort": "cohorts.load_cohort",
     "load_encoder": "encoders.load_encoder",
@@ -65,6 +67,7 @@ __all__ = [
     "Survival",
     "blur_mask",
     "coverage",
+    "encode_patches",
     "import_features",
     "load_cohort",
     "load_encoder",

@@ -50,7 +50,7 @@ def test_one_line_and_exit_code_3(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --mpp --mag --downsample is required"),
+        ([], "expected one of mpp, mag and downsample, got mpp=None"),
         (["--mpp", "1", "--mag", "20"], "not allowed with argument"),
         (["--mpp", "1", "--shard", "3/3"], "--shard: expected i/n with i from 0 to n - 1"),
         (["--mpp", "1", "--shard", "x"], "--shard: expected i/n"),

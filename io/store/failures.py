@@ -16,7 +16,7 @@ from ..errors import SlideError, StoreError
 from .disk import replacing
 from .format import check_key, json_bytes, names_in, read_json
 from .leases import Leases
-from .source import Source, is_same
+from .source import Source, is_same, size_and_time
 
 NOT_TAKEN = "not_taken.json"
 
@@ -43,8 +43,8 @@ def note_failure(
         "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     with suppress(OSError):  # the file may be gone, which may be why it failed
-        status = source.path.stat()
-        note |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        size, mtime_ns = size_and_time(source.path)
+        note |= {"bytes": size, "mtime_ns": mtime_ns}
     check_key(source.key)
     path = cohort / "failed" / f"{note_name(cohort, source.key, slug)}.json"
     with replacing(cohort, source.key, path) as partial:

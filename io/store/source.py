@@ -15,7 +15,7 @@ class Source:
     """The file of one slide of a cohort.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a bag of patches.
         name: its path relative to the folder that the user passed, with forward slashes, or its
             file name if the user passed the file.
     """
@@ -27,7 +27,7 @@ class Source:
     def bytes(self) -> int:
         """Return the size of the file, 0 if it cannot be read: opening it will raise the error."""
         try:
-            return self.path.stat().st_size
+            return size_and_time(self.path)[0]
         except OSError:
             return 0
 
@@ -47,12 +47,15 @@ def quick_hash(path: str | os.PathLike[str]) -> str:
     """Hash a file's size and its first, middle and last 64 KiB.
 
     Args:
-        path: the file.
+        path: the file; of a folder, the names and hashes of its files are hashed.
 
     Returns:
         16 hex digits of SHA-256. They show that a slide was replaced by another; they do not
         protect against a forged file.
     """
+    if os.path.isdir(path):
+        hashes = [(file.name, quick_hash(file)) for file in _files_in(path)]
+        return hashlib.sha256(repr(hashes).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     part = 1 << 16
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -63,14 +66,33 @@ def quick_hash(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Return the size of a file in bytes and its modification time in ns.
+
+    Of a folder, the sum of the sizes and the latest time of the files in it.
+    """
+    if not path.is_dir():
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    states = [file.stat() for file in _files_in(path)]
+    return sum(one.st_size for one in states), max((one.st_mtime_ns for one in states), default=0)
+
+
+def _files_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the files in a folder, not in its subfolders, sorted; hidden ones are left out."""
+    return sorted(
+        path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith(".")
+    )
+
+
 def describe(source: Source) -> dict[str, Any]:
     """Return the attributes of a slide by which `is_same` recognises its source file."""
-    status = source.path.stat()
+    size, mtime_ns = size_and_time(source.path)
     return {
         "name": source.name,
         "source": {
-            "bytes": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
+            "bytes": size,
+            "mtime_ns": mtime_ns,
             "path": str(source.path),
             "quick_hash": quick_hash(source.path),
         },
@@ -91,11 +113,10 @@ def is_same(source: Source, recorded: object) -> bool:
     if not isinstance(recorded, dict):
         return False
     try:
-        status = source.path.stat()
-        state = (status.st_size, status.st_mtime_ns)
+        state = size_and_time(source.path)
         if state == (recorded.get("bytes"), recorded.get("mtime_ns")):
             return True
-        if status.st_size != recorded.get("bytes") or "quick_hash" not in recorded:
+        if state[0] != recorded.get("bytes") or "quick_hash" not in recorded:
             return False
         return quick_hash(source.path) == recorded["quick_hash"]
     except OSError:  # the file is gone: keep what the store has of it
