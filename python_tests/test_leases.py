@@ -150,6 +150,24 @@ def test_leases_that_say_nothing(tmp_path: Path, text: str) -> None:
     assert sorted(os.listdir(folder)) == ["a", "b"]
 
 
+def test_what_a_killed_worker_began_is_removed(tmp_path: Path) -> None:
+    """A worker that is killed while it creates a lease leaves its draft, which blocks no one."""
+    code = (
+        "import os, sys; from motet.io.store.leases import Leases; os.link = lambda *_: os._exit(9)"
+    )
+    code += "; Leases(sys.argv[1]).take('a')"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
+    (draft,) = tmp_path.iterdir()
+    living = tmp_path / f".{'0' * 16}.new"
+    other = foreign(tmp_path, f".{'1' * 16}.new")
+    leases = Leases(tmp_path)
+    with leases.wait("a"):
+        living.write_bytes((tmp_path / "a").read_bytes())
+        leases.clean()
+        assert not draft.exists()
+        assert sorted(os.listdir(tmp_path)) == [living.name, other.name, "a"]
+
+
 def test_beats(tmp_path: Path) -> None:
     """A living owner keeps its lease; an owner whose lease was removed is told that it is lost."""
     leases, others = Leases(tmp_path, 0.05), Leases(tmp_path, 0.05)

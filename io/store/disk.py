@@ -132,6 +132,7 @@ def clean(cohort: Path, leases: Leases) -> None:
 
     The files of keys whose lease a living worker holds are kept.
     """
+    leases.clean()
     remains = map(REMAINS.fullmatch, names_in(cohort / ".tmp"))
     leased_keys = filter(KEY.fullmatch, names_in(leases.folder))
     for key in sorted({match[1] for match in remains if match} | {*leased_keys}):

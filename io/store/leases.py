@@ -25,7 +25,7 @@ How a dead owner's lease is taken over:
 A claim is itself a lease: if its creator dies before step 3, the next worker takes over the claim
 in the same way. All of this needs only atomic rename and exclusive creation of files. Shared file
 systems provide these more often than file locks. A killed worker may leave a small file whose name
-begins with a dot; it blocks no other worker.
+begins with a dot; it blocks no other worker, and `clean` removes it.
 """
 
 from __future__ import annotations
@@ -127,6 +127,14 @@ class Leases:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, self.heartbeat_s / 10)
         return lease
+
+    def clean(self) -> None:
+        """Remove the unfinished lease files of workers of this machine that died."""
+        for path in self.folder.glob(".*.new"):
+            state = _read_lease(path)
+            # A file without content may be of a worker that is about to write it.
+            if state is not None and state.boot and self._is_dead(path.name, state):
+                path.unlink(missing_ok=True)
 
     def _acquire(self, name: str) -> str | None:
         """Create the file `name`, or take it over from a dead owner; return the new token."""
