@@ -174,7 +174,7 @@ def _plot_histories(runs: dict[str, Run], path: Path) -> None:
 def tile(out: Path) -> None:
     """Write a slide of real tissue, tile it, and write the report of the store."""
     from ..io import FeatureStore, tile_slides
-    from ..io.tiling.quality import write_report
+    from ..io.tiling.report.write_report import write_report
 
     out.mkdir(exist_ok=True)
     slide = out / "tissue.tif"

@@ -190,7 +190,7 @@ def _encode_bags(options: argparse.Namespace) -> int:
 def _finish(options: argparse.Namespace, tiled: "Tiled | Encoded", seconds: float) -> int:
     """Write the report, print the last line, and return the exit code."""
     if not options.no_report:
-        from ..io.tiling.quality import write_report
+        from ..io.tiling.report.write_report import write_report
 
         write_report(options.out)
     if options.json:

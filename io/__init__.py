@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .store.read import FeatureStore
     from .tiling.encode_patches import encode_patches
     from .tiling.masks import coverage, outlines, read_mask
-    from .tiling.quality import write_report
+    from .tiling.report.write_report import write_report
     from .tiling.tile_slides import tile_slides
     from .tiling.tissue import blur_mask, pen_mask, tissue_mask
 
@@ -49,7 +49,7 @@ _HOME = {
     "read_mask": "tiling.masks",
     "tile_slides": "tiling.tile_slides",
     "tissue_mask": "tiling.tissue",
-    "write_report": "tiling.quality",
+    "write_report": "tiling.report.write_report",
 }
 
 __all__ = [

@@ -122,6 +122,7 @@ def test_wheel(compiler: bool, tmp_path: Path) -> None:
     assert "motet/setup.py" not in names
     assert "motet/py.typed" in names
     assert "motet/io/cohorts/shipped/breast_cancer.yaml" in names
+    assert {f"motet/io/tiling/report/page.{kind}" for kind in ("css", "js")} <= {*names}
     assert has_native(wheel) == compiler
 
     code = """
