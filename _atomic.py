@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
+def replacing(path: Path, partial: Path | None = None, *, private: bool = False) -> Iterator[Path]:
     """Yield a partial file to write; when the block ends without an error, it replaces `path`.
 
     A reader sees the old content or the new one, even after a power failure: the file is synced
@@ -19,6 +19,7 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
         partial: the partial file, on the same file system; an older one, left by a killed process,
             is overwritten. None for a hidden file beside `path` with a random name. It is removed
             if the block raises.
+        private: True if only the owner may read the file.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -30,7 +31,9 @@ def replacing(path: Path, partial: Path | None = None) -> Iterator[Path]:
     if partial is None:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(partial, mode) as file:  # gives it the default permissions
+        most = 0o600 if private else 0o666
+        # This gives it the default permissions.
+        with open(partial, mode, opener=lambda name, flags: os.open(name, flags, most)) as file:
             permissions = os.fstat(file.fileno()).st_mode
         yield partial
         os.chmod(partial, permissions)  # safetensors makes its files private

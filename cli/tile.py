@@ -133,6 +133,11 @@ def _add_work(tile: argparse.ArgumentParser) -> None:
     tile.add_argument(
         "--no-report", action="store_true", help="write no report (pictures and tables)"
     )
+    tile.add_argument(
+        "--pseudonymise", type=Path, metavar="FILE",
+        help="name slides by pseudonyms in the store and the report; FILE, outside of the store, "
+        "maps them to the slides (docs/concepts/stores.md)",
+    )  # fmt: skip
 
 
 def _tile(options: argparse.Namespace) -> int:
@@ -151,6 +156,7 @@ def _tile(options: argparse.Namespace) -> int:
             options.out,
             slide_mpp=read_slide_mpp(options.slide_mpp) if options.slide_mpp else None,
             shard=read_shard(options.shard) if options.shard else None,
+            pseudonymise=options.pseudonymise,
             progress=progress,
             **{name: getattr(options, name) for name in passed},
         )

@@ -18,6 +18,7 @@ class Slide:
 
     path: Path
     name: str
+    pseudonym: str | None = None
 
     @property
     def key(self) -> str:

@@ -212,7 +212,7 @@ TRITON = (
     "one program of a GPU: its values stay in registers, which calls would hide from the reader"
 )
 LONG_FUNCTIONS = {
-    "io.tiling.tile_slides.tile_slides": "documents 25 arguments, which are those of `motet tile`",
+    "io.tiling.tile_slides.tile_slides": "documents the arguments of `motet tile`",
     "kernels.plan.plan": "documents 14 arguments and what it weighs",
     "kernels.latent_attention.triton_kernels.attend_kernel": TRITON,
     "kernels.latent_attention.triton_kernels.dkv_kernel": TRITON,

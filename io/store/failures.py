@@ -16,6 +16,7 @@ from ..errors import SlideError, StoreError
 from .disk import replacing
 from .format import check_key, json_bytes, names_in, read_json
 from .leases import Leases
+from .pseudonyms import note_without_names
 from .source import Source, is_same, size_and_time
 
 NOT_TAKEN = "not_taken.json"
@@ -45,6 +46,8 @@ def note_failure(
     with suppress(OSError):  # the file may be gone, which may be why it failed
         size, mtime_ns = size_and_time(source.path)
         note |= {"bytes": size, "mtime_ns": mtime_ns}
+    if source.pseudonym is not None:
+        note = note_without_names(note, source)
     check_key(source.key)
     path = cohort / "failed" / f"{note_name(cohort, source.key, slug)}.json"
     with replacing(cohort, source.key, path) as partial:

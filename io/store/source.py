@@ -18,10 +18,12 @@ class Source:
         path: the file, or the folder of a bag of patches.
         name: its path relative to the folder that the user passed, with forward slashes, or its
             file name if the user passed the file.
+        pseudonym: its key in a store that must not hold names of files, None in other stores.
     """
 
     path: Path
     name: str
+    pseudonym: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -36,8 +38,10 @@ class Source:
         """Return the key of the slide: the file's stem and 8 hex digits of the hash of its name.
 
         It consists of letters, digits, '.', '_' and '-', so it can be the name of a folder. The
-        hash tells slides of the same file name in two folders apart.
+        hash tells slides of the same file name in two folders apart. A pseudonym is the key.
         """
+        if self.pseudonym is not None:
+            return self.pseudonym
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(self.name).stem).lstrip(".")[:80]
         name = self.name.encode("utf-8", "surrogateescape")
         return f"{stem}-{hashlib.sha256(name).hexdigest()[:8]}"
@@ -86,8 +90,14 @@ def _files_in(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """Return the attributes of a slide by which `is_same` recognises its source file."""
+    """Return the attributes of a slide by which `is_same` recognises its source file.
+
+    With a pseudonym, neither its path nor its time: the time of a scan is a fact about a patient.
+    """
     size, mtime_ns = size_and_time(source.path)
+    if source.pseudonym is not None:
+        content = {"bytes": size, "quick_hash": quick_hash(source.path)}
+        return {"name": source.pseudonym, "source": content}
     return {
         "name": source.name,
         "source": {
@@ -107,8 +117,7 @@ def is_same(source: Source, recorded: object) -> bool:
 
     Args:
         source: the file now.
-        recorded: what the store holds: `bytes`, `mtime_ns` and, unless it is the note of a failure,
-            `quick_hash`.
+        recorded: what the store holds: `bytes`, and `mtime_ns` or `quick_hash` or both.
     """
     if not isinstance(recorded, dict):
         return False

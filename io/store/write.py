@@ -50,6 +50,7 @@ from .format import (
     run_hash,
 )
 from .leases import Leases
+from .pseudonyms import check_pseudonyms
 from .read import FeatureStore
 from .read_slide import SlideFeatures
 from .source import Source, is_same
@@ -77,6 +78,7 @@ class StoreWriter:
         tiling: Mapping[str, Any],
         tiling_hash: str,
         encoder: Mapping[str, Any],
+        pseudonyms: str | None = None,
     ) -> StoreWriter:
         """Create a cohort folder, or open one that has the same specification.
 
@@ -85,12 +87,15 @@ class StoreWriter:
             tiling: the arguments of the tiling, as JSON.
             tiling_hash: hash of `tiling`.
             encoder: `Encoder.spec()`: id, width, weights, transform, precision.
+            pseudonyms: the fingerprint of the slides' pseudonyms, None if they have none.
 
         Raises:
             StoreError: the cohort has another specification; the message names the field.
         """
         folder = Path(path)
         specification = {"tiling": plain(tiling), "tiling_hash": tiling_hash}
+        if pseudonyms is not None:
+            specification["pseudonyms"] = pseudonyms
         spec: dict[str, Any] = plain(encoder)
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"{folder}: expected a folder, got a file")
@@ -239,6 +244,7 @@ def _slug_in_run(
     Any other difference from run.json is a StoreError.
     """
     run = read_run(file.parent)
+    check_pseudonyms(file, run, specification.get("pseudonyms"))
     for name, value in specification.items():
         _check_equal(file, name, run[name], value)
     for slug, stored_spec in run["encoders"].items():

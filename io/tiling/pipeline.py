@@ -29,6 +29,7 @@ from ..store.disk import FULL, clean
 from ..store.failures import note_failure, note_name
 from ..store.format import FLAGS
 from ..store.leases import Lease, Leases
+from ..store.pseudonyms import withhold_names
 from ..store.read import FeatureStore
 from ..store.source import Source, describe
 from ..store.write import StoreWriter
@@ -74,6 +75,12 @@ class WorkerSettings:
     """True to do the slides again that were made with other options."""
     reader: str = "auto"
     max_damaged: float = 0.5
+    pseudonyms: dict[str, str] = field(default_factory=dict)
+    """Name to pseudonym of each slide; empty if they have none."""
+    fingerprint: str | None = None
+    """Of the file of pseudonyms."""
+    logs: str | None = None
+    """Folder of what C libraries print; None for `logs` in the store."""
     decoders: int = 2
     batch: int = 64
     retry: dict[str, int] = field(default_factory=dict)
@@ -85,6 +92,10 @@ class WorkerSettings:
     slide_timeout_s: float | None = 600.0
     """A slide without progress for this long counts as hung: its failure is written down and the
     process ends. None for a worker in the process of the caller, which must not end."""
+
+    def source(self, path: str, name: str) -> Source:
+        """Return a slide with its pseudonym, if it has one."""
+        return Source(Path(path), name, pseudonym=self.pseudonyms.get(name))
 
 
 @dataclass(eq=False)
@@ -149,11 +160,12 @@ class _Worker:
         self.encoder = encoder or load_encoder(settings.encoder, **settings.encoder_options)
         self.tiling = Tiling(**settings.tiling)
         self.store = StoreWriter.open(
-            settings.out, self.tiling.to_json(), self.tiling.hash, self.encoder.spec()
-        )
+            settings.out, self.tiling.to_json(), self.tiling.hash, self.encoder.spec(),
+            settings.fingerprint,
+        )  # fmt: skip
         self.leases = Leases(Path(settings.out) / "leases", heartbeat_s=settings.heartbeat_s)
         clean(self.store.path, self.leases)
-        sources = [Source(Path(path), name) for path, name in settings.slides]
+        sources = [settings.source(path, name) for path, name in settings.slides]
         # First the worker's own share, then the rest: workers rarely meet at the same slide.
         first, workers = turn
         self.sources = sources[first::workers] + [
@@ -321,6 +333,9 @@ class _Worker:
             "options": options,
             "reason": patches.why_empty,
         }
+        if source.pseudonym is not None:
+            described = {name: attrs[name] for name in ("name", "source")}
+            attrs = withhold_names(attrs, source) | described
         writer = self.store.begin(
             source.key, attrs, grid.coords[patches.kept], patches.tissue, patches.flags,
             patches.thumb, patches.mask, self.encoder.width,

@@ -62,6 +62,7 @@ def tile_slides(
     masks: str | PathLike[str] | None = None,
     slide_mpp: Mapping[str, float] | float | None = None,
     missing_mpp: Literal["fail", "skip"] = "fail",
+    pseudonymise: str | PathLike[str] | None = None,
     reader: str = "auto",
     max_damaged: float = 0.5,
     device: str = "auto",
@@ -100,6 +101,9 @@ def tile_slides(
         slide_mpp: micrometres per level-0 pixel of slides whose files do not hold it: one value for
             all, or a dict from slide (key, name, file name or its stem) to value.
         missing_mpp: a slide of unknown resolution is a failure ("fail") or left out ("skip").
+        pseudonymise: a file outside of the store. The store, its report and exports then hold
+            pseudonyms in place of names and paths; this file, which only you can read, maps them to
+            the slides. It is created if it does not exist. Pass it again to continue.
         reader: "auto", or "cucim", "openslide", "tifffile", "pillow" for all slides.
         max_damaged: a slide fails if more than this share of its patches, 0 to 1, lies on damaged
             tiles of the file; otherwise these patches are flagged and not embedded.
@@ -127,7 +131,7 @@ def tile_slides(
 
     Raises:
         ValueError: an argument is wrong; there is no slide; two slides have the same key.
-        StoreError: the folder holds a store of another specification.
+        StoreError: the folder holds a store of another specification, or of other pseudonyms.
         OSError: the store cannot be written, for example because the disk is full.
 
     Example:
@@ -153,9 +157,15 @@ def tile_slides(
     all_sources = _find_sources(slides, not_taken)
     mask_of = {} if masks is None else find_masks(Path(masks), all_sources)
     sources = _shard(all_sources, shard)
+    fingerprint, logs = None, None
+    if pseudonymise is not None:
+        sources, fingerprint, logs = _pseudonymise(sources, Path(pseudonymise), Path(out))
     settings = WorkerSettings(
         out=str(Path(out).absolute()),
         slides=[(str(source.path.absolute()), source.name) for source in sources],
+        pseudonyms={source.name: source.pseudonym for source in sources if source.pseudonym},
+        fingerprint=fingerprint,
+        logs=logs,
         tiling=tiling,
         encoder=encoder if isinstance(encoder, str) else encoder.id,
         encoder_options={
@@ -193,11 +203,25 @@ def tile_slides(
         "not_taken": not_taken,
     })  # fmt: skip
     _run_workers(settings, encoder, workers, ray, emit)
-    write_not_taken(Path(out), not_taken)
+    # Names of files stay out of a store with pseudonyms.
+    write_not_taken(Path(out), {} if pseudonymise else not_taken)
     counts = _count_results(sources, FeatureStore(out, slug), missing_mpp)
     return Tiled(
         len(sources), **counts, patches=patches, without_mask=without_mask, not_taken=not_taken
     )
+
+
+def _pseudonymise(sources: list[Source], file: Path, out: Path) -> tuple[list[Source], str, str]:
+    """Return the slides with their pseudonyms, the fingerprint of these, and the folder of logs.
+
+    Messages of C libraries name files, so they go beside the file of pseudonyms.
+    """
+    from ..store.pseudonyms import pseudonymise
+
+    sources, fingerprint = pseudonymise(sources, file, out)
+    logs = file.with_name(f"{file.name}.logs")
+    logs.mkdir(mode=0o700, exist_ok=True)
+    return sources, fingerprint, str(logs.absolute())
 
 
 def _tiling_fields(

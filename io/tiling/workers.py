@@ -31,7 +31,6 @@ from ..errors import SlideError, StoreError
 from ..store.disk import clean
 from ..store.failures import note_failure, note_name
 from ..store.leases import Leases
-from ..store.source import Source
 from .events import Emit, hung_error, slide_event
 from .pipeline import HUNG, WorkerSettings, work
 
@@ -164,7 +163,7 @@ def _record_failure(
     """Write a slide down as failed: the child that read it died (None: it hung)."""
     name, out = child.slides_in_work[key], Path(settings.out)
     path = next(path for path, other in settings.slides if other == name)
-    source = Source(Path(path), name)
+    source = settings.source(path, name)
     error = hung_error(source, settings.slide_timeout_s)
     if death is not None:
         error = SlideError(path, "unreadable", f"the process that read it {death}")
@@ -206,7 +205,7 @@ class _Child:
         """Folder of its encoder; known before it opens a slide."""
         self.slides_in_work: dict[str, str] = {}
         """Key to name of the slides that it has started and not finished."""
-        logs = Path(settings.out) / "logs"
+        logs = Path(settings.logs or Path(settings.out, "logs"))
         logs.mkdir(parents=True, exist_ok=True)
         with open(logs / f"worker-{turn[0]}.stderr", "ab") as stderr:
             # C libraries print messages about damaged files; on the terminal they would break the
