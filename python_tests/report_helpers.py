@@ -17,6 +17,7 @@ class MadeSlides:
         self.folder, self.count, self.changes = folder, count, changes
         self.failed: dict[str, dict[str, Any]] = {}
         self.run: dict[str, Any] = {}
+        self.not_taken: dict[str, str] = {}
         self.others: dict[str, SimpleNamespace] = {}
         for key in self:
             (folder / "slides" / f"{key}.zarr").mkdir(parents=True)

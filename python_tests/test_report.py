@@ -99,7 +99,7 @@ def test_the_table_and_the_page_list_all_slides(tmp_path: Path) -> None:
         "Slides3✓ ok266.7 % of slides", "○ without patches0", "✕ failed1",
         "Patches kept70n = 2 slides", "n = 70 kept patches", "not an image", "Attempts2",
         "Image1, 1,000 × 750 px", "Readercucim, vendor aperio, level 0",
-        "Resolution0.5 µm per px, from the file", "Tissuemasks/a.geojson",
+        "Resolution0.5 µm per px, from the file", "Tissuemask masks/a.geojson",
         "Patches35 kept of 70, 35 touch tissue", "Flags1 edge, 1 blur, 1 pen, 1 corrupt",
     ):  # fmt: skip
         assert text in page.text, text
@@ -121,6 +121,41 @@ def test_features_that_are_absent_are_listed_per_encoder(tmp_path: Path) -> None
     assert "patches of 224 px · 0.5 µm per px · at least 10 % tissue · encoded by A, hf:B/C" in (
         page.text
     )
+
+
+def test_a_slide_that_failed_for_an_encoder_says_so(tmp_path: Path) -> None:
+    store = MadeSlides(tmp_path, 2, encoders=["a"])
+    store.run = {"encoders": {"a": {"id": "A"}, "b": {"id": "B"}}}
+    store.failed = {
+        "slide-00001": {"encoder": "B", "reason": "encoder", "message": "NaN", "attempts": 3},
+    }
+    index = write_report(tmp_path, store=store)
+    assert [row["status"] for row in table(index.parent)] == ["ok", "ok"]
+    assert table(index.parent)[1]["message"] == "B: NaN"
+    page = Page(index)
+    assert len(page.cards) == 2
+    for text in ("B: NaN", "AbsentB", "Attempts3", "◐ incomplete2"):
+        assert text in page.text, text
+
+
+def test_which_image_mask_and_resolution_were_taken(tmp_path: Path) -> None:
+    image = {"page": 2, "name": "Baseline", "number": 1, "slides": 2, "associated": ["Label"]}
+    store = MadeSlides(
+        tmp_path, 1, image=image, mask=None, mpp=0.5, mpp_source="table", mpp_file=0.25
+    )
+    store.not_taken = {"/data/x.vsi": "unknown extension .vsi", "/data/<b>": "a pipe or device"}
+    index = write_report(tmp_path, store=store)
+    row = table(index.parent)[0]
+    assert row["image"] == "page 2, Baseline, slide 1 of 2 in the file"
+    assert row["mask"] == "searched on the thumbnail"
+    text = Page(index).text
+    for part in (
+        "Imagepage 2, Baseline, slide 1 of 2 in the file, 1,000 × 750 px",
+        "Resolution0.5 µm per px, from the table of --slide-mpp (by the file 0.25)",
+        "Tissuesearched on the thumbnail", "Not shownLabel", "Not taken (n = 2)",
+        "/data/x.vsiunknown extension .vsi", "/data/<b>a pipe or device",
+    ):  # fmt: skip
+        assert part in text, part
 
 
 def test_failures_and_empty_slides_come_first(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         for n, name in enumerate(HOSTILE)
     }
     store.failed["plain"] = {"name": "plain.svs", "reason": "damaged", "message": "needle in it"}
+    store.not_taken = {f"/data/{name}": name for name in HOSTILE}
     return write_report(folder, store=store).as_uri()
 
 
@@ -153,6 +154,10 @@ def test_slides_are_searched_filtered_and_sorted(browser: Browser, page: str) ->
     choose(browser, "sort", "name")
     by_number = [name for name in visible(browser) if name[:6] == "slide-"]
     assert by_number == [*(f"slide-{n}.svs" for n in range(11, 19)), "slide-00019.svs"]
+    choose(browser, "state", "empty")
+    browser.run("document.querySelector('[href=\"#not-taken\"]').click()")
+    assert browser.run("return location.hash") == "#not-taken"
+    assert len(visible(browser)) == 1  # the choice stays
     browser.open(page + "#state=nonsense&sort=nonsense&search=%3Cscript%3E")
     assert len(visible(browser)) == 4
     assert browser.errors() == []

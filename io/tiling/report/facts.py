@@ -17,6 +17,8 @@ COLUMNS: tuple[str, ...] = (
     "mask", "level", *COUNTS, "encoders", "absent_encoders", "path",
 )  # fmt: skip
 """The columns of slides.csv."""
+SEARCHED = "searched on the thumbnail"
+"""The column `mask` of a slide whose tissue was searched."""
 _MPP_SOURCES = {
     "file": "from the file",
     "user": "from --slide-mpp",
@@ -32,16 +34,25 @@ class SlideFacts(NamedTuple):
     """The row of slides.csv; texts have one line, unknown values are None."""
     size: tuple[int, int] | None
     """Width and height of level 0, px."""
+    encoders: tuple[str, ...]
+    """Ids of the encoders of which it has features."""
     absent: tuple[str, ...]
-    """Ids of the encoders of which it has no features."""
+    """Ids of the encoders of the store of which it has no features."""
+    associated: tuple[str, ...]
+    """Label, macro and other images of the file that are no slides."""
+    mpp_file: float | None
+    """Micrometres per px by the file, if another value is used."""
     attempts: int | None
     """How many times the slide failed; None if it did not."""
+    failed_for_encoder: bool
+    """True if the slide is in the store, but failed for an encoder, or could not be made anew."""
 
     @property
     def state(self) -> str:
         """Return one of STATES."""
         status = self.row["status"]
-        return "incomplete" if status == "ok" and self.absent else status
+        is_incomplete = self.failed_for_encoder or (status == "ok" and self.absent)
+        return "incomplete" if is_incomplete else status
 
     @property
     def flags(self) -> dict[str, int]:
@@ -54,6 +65,7 @@ def slide_facts(
     attrs: Mapping[str, Any],
     encoders: Iterable[str] | None = None,
     expected: Mapping[str, str] | None = None,
+    failure: Mapping[str, Any] | None = None,
 ) -> SlideFacts:
     """Collect the facts of a slide from its attributes; what is absent or malformed is unknown.
 
@@ -62,6 +74,7 @@ def slide_facts(
         attrs: the slide's attributes, or the note of its failure with a `status`.
         encoders: folders of the encoders of which the slide has features; None if unknown.
         expected: folder to id of all encoders of the store.
+        failure: the note of a slide that is in the store and failed for an encoder.
     """
     counts, source = (_mapping(attrs.get(name)) for name in ("counts", "source"))
     counts = {name: value for name, value in counts.items() if _is_count(value)}
@@ -75,18 +88,27 @@ def slide_facts(
         "path": attrs.get("path") or source.get("path"),
     }
     row["name"] = attrs.get("name") or row["path"] or key
-    mpp = row["mpp"]
-    row["mpp"] = mpp if isinstance(mpp, int | float) and 0 < mpp < math.inf else None
+    row["mpp"] = _mpp(row["mpp"])
     if row["status"] == "empty":
         row["reason"] = row["reason"] or ("no patch has enough tissue" if counts.get("grid")
                                           else "no patch fits into it")  # fmt: skip
     ids = expected or {}
     present = list(encoders or ())
-    row["encoders"] = " ".join(ids.get(slug, slug) for slug in present)
+    named = tuple(ids.get(slug, slug) for slug in present)
+    row["encoders"] = " ".join(named)
     absent = () if encoders is None else tuple(ids[slug] for slug in ids if slug not in present)
     row["absent_encoders"] = " ".join(absent)
+    row["image"] = _image_text(attrs.get("image"))
+    # None in a store says that there was no mask; where the attribute is absent, that is unknown.
+    row["mask"] = attrs.get("mask") or (SEARCHED if "mask" in attrs else None)
+    note = failure or attrs
+    if failure is not None:
+        row["message"] = f"{failure.get('encoder', '')}: {failure.get('message', '')}".strip(": ")
     cells = {name: _cell(value) for name, value in row.items()}
-    return SlideFacts(cells, level0_size(attrs), absent, _count(attrs.get("attempts")))
+    return SlideFacts(
+        cells, level0_size(attrs), named, absent, _associated(attrs), _mpp(attrs.get("mpp_file")),
+        _count(note.get("attempts")), failed_for_encoder=failure is not None,
+    )  # fmt: skip
 
 
 def level0_size(attrs: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -103,12 +125,13 @@ def one_line(text: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
-def resolution_text(row: Mapping[str, Any]) -> str:
+def resolution_text(facts: SlideFacts) -> str:
     """Return the micrometres per level-0 px of a slide, and where the value comes from."""
-    if not row["mpp"]:
+    mpp, source = facts.row["mpp"], facts.row["mpp_source"]
+    if not mpp:
         return "unknown"
-    source = row["mpp_source"]
-    return f"{row['mpp']:.4g} µm per px, {_MPP_SOURCES.get(source, source or 'source unknown')}"
+    text = f"{mpp:.4g} µm per px, {_MPP_SOURCES.get(source, source or 'source unknown')}"
+    return text + (f" (by the file {facts.mpp_file:.4g})" if facts.mpp_file else "")
 
 
 def fact_lines(facts: SlideFacts) -> list[tuple[str, str]]:
@@ -128,15 +151,17 @@ def fact_lines(facts: SlideFacts) -> list[tuple[str, str]]:
     add("Image", row["image"], size)
     vendor = f"vendor {row['vendor']}" if row["vendor"] not in (None, row["reader"]) else None
     add("Reader", row["reader"], vendor, _labelled("level", row["level"]))
-    add("Resolution", resolution_text(row))
-    add("Tissue", row["mask"])
+    add("Resolution", resolution_text(facts))
+    add("Tissue", row["mask"] if row["mask"] in (None, SEARCHED) else f"mask {row['mask']}")
     if row["kept"] is not None:
         grid = f" of {row['grid']:,}" if row["grid"] is not None else ""
         tissue = f"{row['tissue']:,} touch tissue" if row["tissue"] is not None else None
         add("Patches", f"{row['kept']:,} kept{grid}", tissue)
     add("Flags", *(f"{count:,} {name}" for name, count in facts.flags.items()))
-    add("Features", row["encoders"])
-    add("Absent", row["absent_encoders"])
+    add("Features", *facts.encoders)
+    add("Absent", *facts.absent)
+    add("Attempts", facts.attempts)
+    add("Not shown", *facts.associated)
     return lines
 
 
@@ -144,6 +169,25 @@ def share(part: Sequence[int | None], of: int | None) -> float | None:
     """Return the sum of counts divided by another, None if one is unknown or there is nothing."""
     known = [count for count in part if count is not None]
     return sum(known) / of if of and len(known) == len(part) else None
+
+
+def _image_text(image: Any) -> str | None:
+    """Return which image of the file is the slide, None if that is unknown."""
+    if not isinstance(image, Mapping):
+        return None if image is None else f"{image}"
+    page, name = _labelled("page", image.get("page")), image.get("name")
+    number, slides = _count(image.get("number")), _count(image.get("slides"))
+    of = f"slide {number} of {slides} in the file" if number and slides and slides > 1 else None
+    return ", ".join(str(part) for part in (page, name, of) if part not in (None, "")) or None
+
+
+def _associated(attrs: Mapping[str, Any]) -> tuple[str, ...]:
+    names = _mapping(attrs.get("image")).get("associated")
+    return tuple(map(one_line, names)) if isinstance(names, list | tuple) else ()
+
+
+def _mpp(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and 0 < value < math.inf else None
 
 
 def _labelled(label: str, value: object) -> str | None:

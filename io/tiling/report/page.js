@@ -45,7 +45,9 @@
     shown.textContent = `${count.toLocaleString("en")} of ${slides.length.toLocaleString("en")} slides`;
   };
   const read = () => {
-    const choices = new URLSearchParams(location.hash.slice(1));
+    const hash = location.hash.slice(1);
+    if (hash && document.getElementById(hash)) return show(); // a link within the page
+    const choices = new URLSearchParams(hash);
     for (const name of fields) {
       const field = controls.elements[name];
       field.value = choices.get(name) ?? "";

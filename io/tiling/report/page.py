@@ -22,7 +22,7 @@ _SYMBOLS = {"ok": "✓", "empty": "○", "incomplete": "◐", "failed": "✕"}
 _STATE_WORDS = {
     "ok": "ok",
     "empty": "without patches",
-    "incomplete": "features absent",
+    "incomplete": "incomplete",
     "failed": "failed",
 }
 _SORTS = {
@@ -75,10 +75,9 @@ def page_lines(report: ReportFacts) -> Iterator[str]:
         f"<title>{title}: slides</title>\n<style>{style}</style>\n</head>\n<body>\n"
         f'<header>\n<h1>{title}</h1>\n<p class="muted">{_requested(report)}</p>\n</header>\n'
     )
-    yield from _summary(slides)
+    yield from _summary(slides, len(report.not_taken))
     yield from _encoders(slides, report.encoders)
-    yield from _not_taken(report.not_taken)
-    yield '<h2 id="list">Slides</h2>\n<ul class="legend">'
+    yield '<h2>Slides</h2>\n<ul class="legend">'
     for name, mark in _LEGEND.items():
         yield f'<li><svg viewBox="0 0 16 16" aria-hidden="true">{mark}</svg>{name}</li>'
     yield "</ul>\n"
@@ -86,8 +85,10 @@ def page_lines(report: ReportFacts) -> Iterator[str]:
     yield '<main class="slides" id="slides">\n'
     for slide in slides:
         yield _card(slide)
+    yield "</main>\n"
+    yield from _not_taken(report.not_taken)
     yield (
-        '</main>\n<footer>Written by motet. <a href="slides.csv">slides.csv</a> has a line per '
+        '<footer>Written by motet. <a href="slides.csv">slides.csv</a> has a line per '
         f"slide.</footer>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
@@ -124,7 +125,7 @@ def _requested(report: ReportFacts) -> str:
     return "Slides of a feature store" + "".join(f" · {part}" for part in parts)
 
 
-def _summary(slides: Sequence[SlideFacts]) -> Iterator[str]:
+def _summary(slides: Sequence[SlideFacts], not_taken: int) -> Iterator[str]:
     """Yield the counts and the charts."""
     states = Counter(slide.state for slide in slides)
     tiled = [slide for slide in slides if slide.state != "failed"]
@@ -135,6 +136,8 @@ def _summary(slides: Sequence[SlideFacts]) -> Iterator[str]:
         if states[state] or state in ("ok", "empty", "failed"):
             of = percent(states[state] / len(slides)) + " of slides" if slides else ""
             tiles.append((f"{_SYMBOLS[state]} {_STATE_WORDS[state]}", f"{states[state]:,}", of))
+    if not_taken:
+        tiles.append(("− not taken", f"{not_taken:,}", '<a href="#not-taken">files</a>'))
     tiles.append(("Patches kept", f"{kept:,}", f"n = {len(tiled):,} slides"))
     yield '<dl class="tiles">'
     for name, count, note in tiles:
@@ -159,8 +162,7 @@ def _encoders(slides: Sequence[SlideFacts], encoders: Mapping[str, str]) -> Iter
         return
     yield (
         '<h2>Encoders</h2>\n<div class="panel scroll"><table><tr><th>Encoder</th>'
-        f'<th class="n">Slides with features, of n = {len(tiled):,}</th>'
-        '<th class="n">Absent</th></tr>'
+        f'<th class="n">Features (n = {len(tiled):,} slides)</th><th class="n">Absent</th></tr>'
     )
     for name in encoders.values():
         absent = lacking[name]
@@ -176,8 +178,8 @@ def _not_taken(files: Sequence[tuple[str, str]]) -> Iterator[str]:
     if not files:
         return
     yield (
-        f"<h2>Not taken (n = {len(files):,})</h2>\n"
-        '<div class="panel"><table><tr><th>File</th><th>Reason</th></tr>'
+        f'<h2 id="not-taken">Not taken (n = {len(files):,})</h2>\n'
+        '<div class="panel"><table class="files"><tr><th>File</th><th>Reason</th></tr>'
     )
     for name, reason in files:
         yield f"<tr><td><bdi>{_text(name)}</bdi></td><td>{_text(reason)}</td></tr>\n"

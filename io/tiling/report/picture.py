@@ -220,7 +220,7 @@ def _draw_caption(draw: ImageDraw, facts: SlideFacts, top: int) -> None:
     row = facts.row
     parts = [
         facts.state + (f": {row['reason']}" if row["reason"] else ""),
-        resolution_text(row) if row["mpp"] else "resolution unknown",
+        resolution_text(facts) if row["mpp"] else "resolution unknown",
         *([f"level {row['level']}"] if row["level"] is not None else []),
         *([row["reader"]] if row["reader"] else []),
     ]

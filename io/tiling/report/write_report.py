@@ -22,8 +22,9 @@ from .picture import ReportSlide, draw_pictures
 class ReportStore(Protocol):
     """The attributes of a store that the report reads; `FeatureStore` has them.
 
-    A store may also have `run`, the content of run.json, and its slides `encoders`, the folders of
-    the encoders of which they have features.
+    A store may also have `run`, the content of run.json, and `not_taken`, path to reason of what
+    was named and is no slide; its slides may have `encoders`, the folders of the encoders of which
+    they have features.
     """
 
     def __iter__(self) -> Iterator[str]: ...
@@ -74,19 +75,18 @@ def write_report(
         (out / folder).mkdir(parents=True, exist_ok=True)
     run: Mapping[str, Any] = getattr(store, "run", {})
     encoders = {slug: str(spec.get("id", slug)) for slug, spec in run.get("encoders", {}).items()}
-    slides = [_report_slide(store[key], key, encoders, cohort, out) for key in store]
-    for key, note in sorted(store.failed.items()):
-        name = note.get("name") or note.get("path")
-        slides.append(slide_facts(key, {**note, "status": "failed", "name": name}))
+    slides = _report_slides(store, encoders, cohort, out)
     with _text_file(out / "slides.csv") as table:
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(slide.row for slide in slides)
-    title = one_line(cohort.resolve().name)
+    not_taken: Mapping[str, str] = getattr(store, "not_taken", {})
+    report = ReportFacts(
+        one_line(cohort.resolve().name), run.get("tiling", {}), encoders, slides,
+        sorted(not_taken.items()),
+    )  # fmt: skip
     with _text_file(out / "index.html") as index:
-        index.writelines(
-            page_lines(ReportFacts(title, run.get("tiling", {}), encoders, slides, []))
-        )
+        index.writelines(page_lines(report))
     return out / "index.html"
 
 
@@ -97,11 +97,31 @@ def _open_store(cohort: Path) -> ReportStore:
     return cast("ReportStore", FeatureStore(cohort))
 
 
+def _report_slides(
+    store: ReportStore, encoders: Mapping[str, str], cohort: Path, out: Path
+) -> list[SlideFacts]:
+    """Return the facts of all slides, those that failed last; draw the pictures."""
+    failed = dict(store.failed)
+    slides = [
+        _report_slide(store[key], key, encoders, failed.pop(key, None), cohort, out)
+        for key in store
+    ]
+    for key, note in sorted(failed.items()):
+        name = note.get("name") or note.get("path")
+        slides.append(slide_facts(key, {**note, "status": "failed", "name": name}))
+    return slides
+
+
 def _report_slide(
-    slide: ReportSlide, key: str, encoders: Mapping[str, str], cohort: Path, out: Path
+    slide: ReportSlide,
+    key: str,
+    encoders: Mapping[str, str],
+    failure: Mapping[str, Any] | None,
+    cohort: Path,
+    out: Path,
 ) -> SlideFacts:
     """Return the facts of a slide; draw its pictures unless they are up to date."""
-    facts = slide_facts(key, slide.attrs, getattr(slide, "encoders", None), encoders)
+    facts = slide_facts(key, slide.attrs, getattr(slide, "encoders", None), encoders, failure)
     large, small = out / "slides" / f"{key}.png", out / "thumbs" / f"{key}.jpg"
     changed = cohort / "slides" / f"{key}.zarr"
     if not (_is_newer(large, changed) and _is_newer(small, changed)):
