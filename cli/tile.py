@@ -134,6 +134,10 @@ def _add_work(tile: argparse.ArgumentParser) -> None:
         "--no-report", action="store_true", help="write no report (pictures and tables)"
     )
     tile.add_argument(
+        "--show-labels", action="store_true",
+        help="show label and macro images of the slides, which may name patients, in the report",
+    )  # fmt: skip
+    tile.add_argument(
         "--pseudonymise", type=Path, metavar="FILE",
         help="name slides by pseudonyms in the store and the report; FILE, outside of the store, "
         "maps them to the slides (docs/concepts/stores.md)",
@@ -143,6 +147,8 @@ def _add_work(tile: argparse.ArgumentParser) -> None:
 def _tile(options: argparse.Namespace) -> int:
     from ..io import tile_slides
 
+    if options.show_labels and options.pseudonymise:
+        raise ValueError("--show-labels: not with --pseudonymise: labels may name patients")
     if options.bags:
         return _encode_bags(options)
     started = time.perf_counter()
@@ -198,7 +204,7 @@ def _finish(options: argparse.Namespace, tiled: "Tiled | Encoded", seconds: floa
     if not options.no_report:
         from ..io.tiling.report.write_report import write_report
 
-        write_report(options.out)
+        write_report(options.out, labels=options.show_labels)
     if options.json:
         print(json.dumps({**tiled._asdict(), "seconds": seconds, "out": str(options.out)}))
     else:

@@ -57,6 +57,7 @@ def test_one_line_and_exit_code_3(
         (["--mpp", "1", "--slide-mpp", "none.csv"], "none.csv"),
         (["--mpp", "1", "--workers", "x"], "--workers"),
         (["--mpp", "-1"], "mpp"),
+        (["--mpp", "1", "--show-labels", "--pseudonymise", "x"], "--show-labels: not with"),
     ],
 )
 def test_refusals_are_one_line(

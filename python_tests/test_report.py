@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from motet.io import tile_slides, write_report
 from motet.io.tiling.report.charts import histogram, percent
+from motet.io.tiling.report.facts import slide_facts
+from motet.io.tiling.report.page import ReportFacts, page_lines
 from motet.io.tiling.report.picture import INKS, KEPT, OUTLINE
 from PIL import Image
 
+from .conftest import data_path
 from .report_helpers import HOSTILE, MadeSlides, made_slide
 from .slides import draw_tissue
 from .store_helpers import GOLDEN
@@ -158,6 +161,28 @@ def test_which_image_mask_and_resolution_were_taken(tmp_path: Path) -> None:
         assert part in text, part
 
 
+def test_labels_are_shown_only_if_asked_for(tmp_path: Path) -> None:
+    slide = data_path("slides", "CMU-1-Small-Region.svs")
+    store = MadeSlides(tmp_path, 2)
+    store.others = {
+        "slide-00000": made_slide("slide-00000", path=str(slide)),
+        "slide-00001": made_slide("slide-00001", path=str(tmp_path / "gone.svs")),
+    }
+    index = write_report(tmp_path, store=store, labels=True)
+    shown = [link for link in Page(index).links if link.startswith("label-images/")]
+    assert shown == ["label-images/slide-00000-0.jpg", "label-images/slide-00000-1.jpg"]
+    assert "labelmacro" in Page(index).text
+    for link in shown:
+        with Image.open(index.parent / link) as picture:
+            assert max(picture.size) == 440
+    write_report(tmp_path, store=store)
+    assert "label-images/" not in index.read_text()
+    assert not [*(index.parent / "label-images").iterdir()]
+    store.run = {"pseudonyms": "0123456789abcdef"}
+    with pytest.raises(ValueError, match="labels: the slides of this store have pseudonyms"):
+        write_report(tmp_path, store=store, labels=True)
+
+
 def test_failures_and_empty_slides_come_first(tmp_path: Path) -> None:
     nothing = {"grid": 70, "tissue": 0, "patches": 0}
     store = MadeSlides(tmp_path, 2)
@@ -281,6 +306,17 @@ def test_a_large_cohort_takes_no_more_memory_than_a_picture(tmp_path: Path) -> N
 
     peak(1)  # loads the imports
     assert peak(16) < peak(4) + 1e5
+
+
+def test_the_page_of_1000_slides_is_small_and_loads_lazily() -> None:
+    made = made_slide("slide", encoders=["a"])
+    slides = [
+        slide_facts(f"TCGA-{n:04}-01Z-00-DX1-01234567", made.attrs, ["a"], {"a": "A"})
+        for n in range(1000)
+    ]
+    page = "".join(page_lines(ReportFacts("cohort", {}, {"a": "A"}, slides, [])))
+    assert len(page.encode()) < 1.2e6
+    assert page.count("<img ") == page.count('<img loading="lazy"') == 1000
 
 
 def test_a_histogram_counts_every_value() -> None:

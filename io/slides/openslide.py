@@ -107,3 +107,34 @@ def _number(text: str) -> float:
         return float(text.replace(",", "."))
     except ValueError:
         return float("nan")
+
+
+def read_associated(path: Path, longest: int) -> dict[str, Pixels]:
+    """Read the images of a slide file that are not the slide: label, macro and others.
+
+    The thumbnail, which shows the slide, is left out. Images of more than 50 million px are too.
+
+    Args:
+        path: the file.
+        longest: most px of the longer side; a larger image is reduced.
+
+    Returns:
+        Name to uint8 [h, w, 3]; empty if OpenSlide reads no such image.
+
+    Raises:
+        SlideError: the file cannot be read, or OpenSlide is not installed.
+    """
+    library = _openslide(path)
+    images = {}
+    with opening(path, library.OpenSlideError), library.OpenSlide(path) as handle:
+        sizes = {
+            name: [_number(handle.properties.get(f"openslide.associated.{name}.{side}", ""))
+                   for side in ("width", "height")]
+            for name in handle.associated_images
+        }  # fmt: skip
+        for name, (width, height) in sizes.items():
+            if name != "thumbnail" and width * height <= 50e6:
+                image = handle.associated_images[name]
+                image.thumbnail((longest, longest))
+                images[name] = over_white(np.asarray(image))
+    return images

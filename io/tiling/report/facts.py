@@ -46,6 +46,8 @@ class SlideFacts(NamedTuple):
     """How many times the slide failed; None if it did not."""
     failed_for_encoder: bool
     """True if the slide is in the store, but failed for an encoder, or could not be made anew."""
+    labels: Sequence[tuple[str, str]] = ()
+    """Name and file of each label and macro image that the page shows."""
 
     @property
     def state(self) -> str:
@@ -161,7 +163,7 @@ def fact_lines(facts: SlideFacts) -> list[tuple[str, str]]:
     add("Features", *facts.encoders)
     add("Absent", *facts.absent)
     add("Attempts", facts.attempts)
-    add("Not shown", *facts.associated)
+    add("Not shown", *(() if facts.labels else facts.associated))
     return lines
 
 

@@ -18,6 +18,8 @@ from urllib.parse import quote
 from .charts import flag_chart, histogram, percent
 from .facts import FLAGS, STATES, SlideFacts, fact_lines, one_line, share
 
+LABELS = "label-images"
+"""Folder of the label and macro images, beside the page."""
 _SYMBOLS = {"ok": "✓", "empty": "○", "incomplete": "◐", "failed": "✕"}
 _STATE_WORDS = {
     "ok": "ok",
@@ -251,7 +253,15 @@ def _card(slide: SlideFacts) -> str:
     if row["message"]:
         lines.append(f'<p class="why"><bdi>{_text(row["message"])}</bdi></p>')
     facts = "".join(f"<dt>{label}</dt><dd>{_text(text)}</dd>" for label, text in fact_lines(slide))
-    lines.append((f"<dl>{facts}</dl>" if facts else "") + "</article>\n")
+    lines.append(f"<dl>{facts}</dl>" if facts else "")
+    if slide.labels:
+        pictures = "".join(
+            f'<figure><img loading="lazy" decoding="async" src="{LABELS}/{quote(file)}" '
+            f'alt="{_text(name)}"><figcaption>{_text(name)}</figcaption></figure>'
+            for name, file in slide.labels
+        )
+        lines.append(f'<div class="labels">{pictures}</div>')
+    lines.append("</article>\n")
     return "\n".join(lines)
 
 

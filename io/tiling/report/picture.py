@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ...._atomic import replacing
+from ...errors import SlideError
 from .facts import SlideFacts, level0_size, resolution_text
 
 if TYPE_CHECKING:
@@ -85,6 +86,34 @@ def draw_pictures(slide: ReportSlide, facts: SlideFacts, large: Path, small: Pat
     with replacing(small) as partial:
         # Without subsampling, which would blur thin coloured lines.
         card.save(partial, "JPEG", quality=82, subsampling=0)
+
+
+def draw_labels(path: str | None, labels: Path, key: str) -> list[tuple[str, str]]:
+    """Write the label, macro and other images of a slide file as JPEG.
+
+    Args:
+        path: the slide file.
+        labels: folder to write to.
+        key: of the slide.
+
+    Returns:
+        Name and file name of each; an empty list if there is none, or if the file cannot be read.
+    """
+    from PIL import Image
+
+    from ...slides.openslide import read_associated
+
+    try:
+        images = read_associated(Path(path), SMALL) if path else {}
+    except SlideError:
+        return []
+    written = []
+    for n, (name, pixels) in enumerate(sorted(images.items())):
+        file = labels / f"{key}-{n}.jpg"
+        with replacing(file) as partial:
+            Image.fromarray(pixels).save(partial, "JPEG", quality=82)
+        written.append((name, file.name))
+    return written
 
 
 def _thumb(slide: ReportSlide) -> NDArray[np.uint8]:

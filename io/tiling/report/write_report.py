@@ -1,7 +1,7 @@
 """The quality report of a store: a picture of each slide, a table, and a page that shows all.
 
-It is drawn only from the store, slide by slide: its memory is that of one picture, and about 2 KB
-per slide for its facts.
+It is drawn from the store, slide by slide: its memory is that of one picture, and about 2 KB per
+slide for its facts. Slide files are read only for their labels, if these are asked for.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import IO, Any, Protocol, cast
 
 from ...._atomic import replacing
 from .facts import COLUMNS, SlideFacts, one_line, slide_facts
-from .page import ReportFacts, page_lines
-from .picture import ReportSlide, draw_pictures
+from .page import LABELS, ReportFacts, page_lines
+from .picture import ReportSlide, draw_labels, draw_pictures
 
 
 class ReportStore(Protocol):
@@ -37,6 +37,7 @@ def write_report(
     cohort: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    labels: bool = False,
     store: ReportStore | None = None,
 ) -> Path:
     """Write the quality report of a cohort: its patches, their flags, empty and failed slides.
@@ -46,12 +47,13 @@ def write_report(
     loads nothing from the internet. `slides/<key>.png` is a slide's thumbnail with the outlines of
     its tissue and its patches; `thumbs/<key>.jpg` is the same, smaller. Patches with a flag are
     filled: orange for pen, yellow for blur, black for corrupt, light blue for edge. `slides.csv`
-    has one line per slide, failed ones too. The label and macro images of slide files are not
-    shown. A further call draws only slides that have changed.
+    has one line per slide, failed ones too. A further call draws only slides that have changed.
 
     Args:
         cohort: folder of the store.
         out: folder of the report; None for `report` in the cohort folder.
+        labels: True also shows the label and macro images of the slide files, which may name
+            patients. OpenSlide reads them. A call without this removes them.
         store: the store, if it is already open.
 
     Returns:
@@ -59,6 +61,7 @@ def write_report(
 
     Raises:
         StoreError: the folder is no store.
+        ValueError: labels of a store whose slides have pseudonyms.
         OSError: the report cannot be written.
 
     Example:
@@ -71,19 +74,21 @@ def write_report(
     cohort = Path(cohort)
     out = cohort / "report" if out is None else Path(out)
     store = _open_store(cohort) if store is None else store
+    run: Mapping[str, Any] = getattr(store, "run", {})
+    if labels and "pseudonyms" in run:
+        raise ValueError("labels: the slides of this store have pseudonyms; labels may name them")
+    encoders = {slug: str(spec.get("id", slug)) for slug, spec in run.get("encoders", {}).items()}
     for folder in ("slides", "thumbs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    run: Mapping[str, Any] = getattr(store, "run", {})
-    encoders = {slug: str(spec.get("id", slug)) for slug, spec in run.get("encoders", {}).items()}
+    for picture in (out / LABELS).glob("*.jpg"):
+        picture.unlink()
     slides = _report_slides(store, encoders, cohort, out)
-    with _text_file(out / "slides.csv") as table:
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(slide.row for slide in slides)
-    not_taken: Mapping[str, str] = getattr(store, "not_taken", {})
+    if labels:
+        slides = _with_labels(slides, out / LABELS)
+    _write_table(out / "slides.csv", slides)
     report = ReportFacts(
         one_line(cohort.resolve().name), run.get("tiling", {}), encoders, slides,
-        sorted(not_taken.items()),
+        sorted(getattr(store, "not_taken", {}).items()),
     )  # fmt: skip
     with _text_file(out / "index.html") as index:
         index.writelines(page_lines(report))
@@ -127,6 +132,26 @@ def _report_slide(
     if not (_is_newer(large, changed) and _is_newer(small, changed)):
         draw_pictures(slide, facts, large, small)
     return facts
+
+
+def _with_labels(slides: list[SlideFacts], folder: Path) -> list[SlideFacts]:
+    """Read the label and macro images of the slides, and return the facts with them.
+
+    Files that failed are not opened again: they may crash a C library.
+    """
+    folder.mkdir(exist_ok=True)
+    return [
+        slide if slide.state == "failed"
+        else slide._replace(labels=draw_labels(slide.row["path"], folder, slide.row["key"]))
+        for slide in slides
+    ]  # fmt: skip
+
+
+def _write_table(path: Path, slides: list[SlideFacts]) -> None:
+    with _text_file(path) as table:
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(slide.row for slide in slides)
 
 
 def _is_newer(picture: Path, slide: Path) -> bool:
