@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SlideError
+from .codestreams import Header, Tiles, parse_jpeg
 from .colours import Colours
-from .integrity import Header, Tiles, find_damaged, parse_jpeg
+from .integrity import find_damaged
 from .levels import MAX_LEVELS, MAX_TILE_BYTES, MAX_TILES, Pixels, make_levels
 from .library_errors import opening
 from .slide import Slide
