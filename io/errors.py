@@ -50,6 +50,7 @@ class SlideError(ValueError):
         "unreadable": "not an image, or so damaged that no reader opens it",
         "unsupported": "an image in a format that no reader decodes",
         "no-reader": "the reader for this format is not installed",
+        "several": "it holds several images that may be the slide",
         "too-large": "its header gives a size beyond the limits",
         "no-mpp": "its resolution is not known",
         "resolution": "it is coarser than the patches",

@@ -40,6 +40,8 @@ def cucim_obstacle(tiff: TiffFile) -> str:
     """
     if tiff.refusal:
         return tiff.refusal.message
+    if not tiff.is_first:
+        return "the slide is not the first image of the file"
     if tiff.vendor == "philips":
         return "its levels are padded to full tiles, and where cuCIM places these is not known"
     for level in tiff.levels:
@@ -90,8 +92,9 @@ class CuCimSlide(Slide):
         for level in self._pages:  # the scan then finds tiles of any other size
             level.tiles = replace(level.tiles, sizes=frozenset([level.tile]))
         super().__init__(
-            path, "cucim", tiff.vendor, tiff.pyramid, tiff.tile_px, tiff.mpp, tiff.properties, tiff
-        )
+            path, "cucim", tiff.vendor, tiff.pyramid, tiff.tile_px, tiff.mpp, tiff.properties, tiff,
+            tiff.image,
+        )  # fmt: skip
 
     def _pixels(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         corner = self._level0_corners(level, np.array([x, y])).tolist()

@@ -17,7 +17,9 @@ _BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 READERS = ("cucim", "openslide", "tifffile", "pillow")
 
 
-def open_slide(path: str | os.PathLike[str], *, reader: str = "auto") -> Slide:
+def open_slide(
+    path: str | os.PathLike[str], *, reader: str = "auto", image: int | None = None
+) -> Slide:
     """Open a slide or photograph with the fastest reader that reads it correctly.
 
     The content of the file decides, not its name: cuCIM for tiled JPEG whose damage a scan can
@@ -27,13 +29,14 @@ def open_slide(path: str | os.PathLike[str], *, reader: str = "auto") -> Slide:
     Args:
         path: the file; for a DICOM series any one of its files, for a MIRAX slide the .mrxs file.
         reader: "auto", or "cucim", "openslide", "tifffile" or "pillow" to use only this one.
+        image: number of the image that is the slide, from 1, if a TIFF holds several slides.
 
     Returns:
         The open slide, which is a context manager.
 
     Raises:
-        SlideError: its reason is "missing", "unreadable", "unsupported", "no-reader" or
-            "too-large".
+        SlideError: its reason is "missing", "unreadable", "unsupported", "no-reader", "too-large",
+            or "several" if `image` is needed.
 
     Example:
         >>> from PIL import Image
@@ -47,6 +50,8 @@ def open_slide(path: str | os.PathLike[str], *, reader: str = "auto") -> Slide:
     if reader not in ("auto", *READERS):
         raise ValueError(f"reader: expected auto, {', '.join(READERS)}, got {reader!r}")
     kind = _probe(path)
+    if image not in (None, 1) and kind != "tiff":
+        raise SlideError(path, "unsupported", f"expected image 1, its only one, got {image}")
     if kind in ("png", "jpeg"):
         if reader not in ("auto", "pillow"):
             raise _wrong_reader(path, reader, f"a {kind.upper()} image")
@@ -56,7 +61,7 @@ def open_slide(path: str | os.PathLike[str], *, reader: str = "auto") -> Slide:
     if reader == "pillow":
         raise _wrong_reader(path, reader, "a slide")
     if kind == "tiff":
-        return _open_tiff(path, reader)
+        return _open_tiff(path, reader, image)
     if reader in ("cucim", "tifffile"):
         raise _wrong_reader(path, reader, "no TIFF")
     from .openslide import OpenSlideSlide
@@ -64,13 +69,13 @@ def open_slide(path: str | os.PathLike[str], *, reader: str = "auto") -> Slide:
     return OpenSlideSlide(path, None)
 
 
-def _open_tiff(path: Path, reader: str) -> Slide:
+def _open_tiff(path: Path, reader: str, image: int | None) -> Slide:
     """Choose among the readers of TIFF. `TiffFile` checks the file before a C library reads it."""
     from .cucim import CuCimSlide, cucim_obstacle, has_cucim
     from .openslide import OpenSlideSlide, has_openslide
     from .tiff import TiffFile, TiffSlide
 
-    tiff = TiffFile(path)
+    tiff = TiffFile(path, image)
     try:
         if reader == "cucim":
             if obstacle := cucim_obstacle(tiff):

@@ -60,6 +60,13 @@ class OpenSlideSlide(Slide):
             properties.get(f"openslide.level[0].tile-{side}", "") for side in ("width", "height")
         ]
         mpp = [_number(properties.get(f"openslide.mpp-{axis}", "")) for axis in "xy"]
+        if tiff is not None and not tiff.needs_openslide and sides[0] != tiff.sides[0]:
+            self._handle.close()
+            raise SlideError(
+                path, "unsupported",
+                f"OpenSlide takes an image of {sides[0][0]} x {sides[0][1]} px for the slide, "
+                f"which has {tiff.sides[0][0]} x {tiff.sides[0][1]} px; leave reader='auto'",
+            )  # fmt: skip
         # Both see the same levels: then damage can be scanned, and levels read by tifffile.
         same_levels = tiff is not None and not tiff.refusal and tiff.sides == sides
         super().__init__(
@@ -67,7 +74,7 @@ class OpenSlideSlide(Slide):
             (int(tile[0]), int(tile[1])) if all(side.isdigit() for side in tile) else None,
             tiff.mpp if tiff and not tiff.needs_openslide else mean_mpp(*mpp),
             {key: value for key, value in properties.items() if "Patient" not in key},
-            tiff if same_levels else None,
+            tiff if same_levels else None, tiff.image if tiff else {},
         )  # fmt: skip
         if tiff is not None and not same_levels:
             tiff.close()

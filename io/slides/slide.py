@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,8 @@ class Slide(ABC):
         mpp: micrometres per level-0 px by the file, mean of both axes; None if not known.
         properties: further properties by the file.
         tiff: the structure of the file, if it is a TIFF whose tiles can be scanned for damage.
+        image: which image of a TIFF is the slide: `page`, from 0; `name`; `number`, from 1, of
+            `slides`; `associated`, images that are no slides. Empty for other formats.
 
     Example:
         >>> from PIL import Image
@@ -67,10 +69,11 @@ class Slide(ABC):
         mpp: float | None,
         properties: dict[str, str],
         tiff: ScannedFile | None = None,
+        image: dict[str, Any] | None = None,
     ) -> None:
         self.path, self.reader, self.vendor = path, reader, vendor
         self.levels, self.tile_px, self.mpp = levels, tile_px, mpp
-        self.properties = properties
+        self.properties, self.image = properties, image or {}
         self._tiff = tiff
 
     @abstractmethod

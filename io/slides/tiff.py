@@ -23,20 +23,22 @@ from ..errors import SlideError
 from .codestreams import Header, Tiles, parse_jpeg
 from .colours import Colours
 from .integrity import find_damaged
-from .levels import MAX_LEVELS, MAX_TILE_BYTES, MAX_TILES, Pixels, make_levels
-from .library_errors import opening
+from .levels import MAX_TILE_BYTES, MAX_TILES, Pixels, make_levels
+from .library_errors import DAMAGE, opening
 from .slide import Slide
+from .tiff_images import SCANNERS, FileImages, SlideImage, find_images
 from .tiff_metadata import mpp_of, name_of, planes_of, properties_of, vendor_of
 
-MAX_PAGES = 256  # the first pages of a file; others are ignored
 CACHE_BYTES = 32 << 20  # of decoded tiles: patches of a row read the same strips several times
+
+MAX_RATIO = 32  # of the sides of two pages that are compared
+SAME = 0.8  # least correlation of two pages that show the same picture; levels have 0.95 and more
 
 CODINGS = {
     1: "none", 5: "lzw", 7: "jpeg", 8: "deflate", 32946: "deflate", 32773: "packbits",
     33003: "jpeg2000", 33005: "jpeg2000", 34712: "jpeg2000",
 }  # fmt: skip
 JPEG2000_YCBCR = 33003
-SCANNERS = ("aperio", "philips")  # all their tiled pages are levels, with the tag for it or not
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else it prints to stderr
 
@@ -110,6 +112,7 @@ class TiffFile:
 
     Args:
         path: a file that begins with the signature of a TIFF.
+        number: of the image that is the slide, from 1; None if the file has only one.
 
     Raises:
         SlideError: "unreadable", "unsupported", "too-large" or "no-reader". If OpenSlide may be
@@ -117,9 +120,9 @@ class TiffFile:
             empty.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, number: int | None = None) -> None:
         tifffile = _tifffile(path)
-        self.path = path
+        self.path, self.number = path, number
         self.refusal: SlideError | None = None
         self.prefers_openslide = False
         self.file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -140,7 +143,21 @@ class TiffFile:
         base = tiff.pages[0]
         description = base.description if isinstance(base.description, str) else ""
         self.vendor, self.needs_openslide = vendor_of(tiff, base, description)
-        pages = [base, *_find_smaller_pages(tiff, base, self.vendor)]
+        self.is_first = True  # the slide is the first image of the file
+        self.image: dict[str, Any] = {}
+        pages, text = [base], description
+        if not self.needs_openslide:
+            images = find_images(
+                tiff, self.vendor, description, self._shows_same, file_name=self.path.name
+            )
+            image = images.choose(self.path, self.number)
+            base, pages, self.is_first = image.page, image.levels, image.number == 0
+            text = description if self.vendor in SCANNERS else image.text
+            self.image = _describe_image(image, images)
+        elif self.number not in (None, 1):
+            raise SlideError(
+                self.path, "unsupported", f"expected an image from 1 to 1, got {self.number}"
+            )
         self.sides = [(int(page.imagewidth), int(page.imagelength)) for page in pages]
         self.pyramid = make_levels(self.path, self.sides)
         if self.vendor == "philips":
@@ -150,7 +167,7 @@ class TiffFile:
                 replace(level, downsample=2.0 ** round(log2(base.imagewidth / level.width)))
                 for level in self.pyramid
             )
-        self.mpp = mpp_of(base, description, self.vendor)
+        self.mpp = mpp_of(base, text, self.vendor)
         self.properties = properties_of(base, description)
         self.tile_px = (base.tilewidth, base.tilelength) if base.is_tiled else None
         self.levels: list[TiffLevel] = []
@@ -159,7 +176,7 @@ class TiffFile:
         elif base.compression not in CODINGS:
             self._set_refusal(f"compression {name_of(base.compression)}; {_CONVERT}")
         else:
-            self._check_page(base, description)
+            self._check_page(base, text)
             self.levels = [self._make_level(page) for page in pages]
             if not self.levels[0].tiles.counts.any():
                 raise SlideError(self.path, "unreadable", "its tiles are empty")
@@ -170,7 +187,7 @@ class TiffFile:
     def _set_refusal(self, why: str) -> None:
         self.refusal = SlideError(self.path, "unsupported", why)
 
-    def _check_page(self, base: Any, description: str) -> None:
+    def _check_page(self, base: Any, text: str) -> None:
         """Raise SlideError for pixels that all readers, OpenSlide too, would read wrongly."""
         bits, samples = base.bitspersample, base.samplesperpixel
         form = int(base.photometric) if base.photometric is not None else -1
@@ -183,7 +200,7 @@ class TiffFile:
             why = f"{samples} samples of {name_of(base.photometric)}; expected RGB, grey or palette"
         elif form == 6 and CODINGS[base.compression] not in ("jpeg", "jpeg2000"):
             why = f"YCbCr with compression {name_of(base.compression)}; {_CONVERT}"
-        elif (planes := planes_of(description, samples)) > 1:
+        elif (planes := planes_of(text, samples)) > 1:
             why = f"{planes} channels or focal planes in separate images; expected one RGB image"
         if why:
             raise SlideError(self.path, "unsupported", why)
@@ -241,6 +258,35 @@ class TiffFile:
             return head[:4] == b"\xff\x4f\xff\x51" and {*head[43::3], *head[44::3]} == {1}
         return False
 
+    def _shows_same(self, base: Any, page: Any) -> bool:
+        """Return True if a smaller page shows the same picture as a page.
+
+        They are compared where the smaller one has the most bytes, which is no empty glass.
+        """
+        ratio = base.imagewidth / page.imagewidth
+        if ratio > MAX_RATIO or base.compression not in CODINGS:
+            return False
+        try:
+            fine, coarse = self._make_level(base), self._make_level(page)
+            row, column = divmod(int(coarse.tiles.counts.argmax()), coarse.columns)
+            x, y = column * coarse.tile[0], row * coarse.tile[1]
+            width, height = min(128, coarse.width - x), min(128, coarse.height - y)
+            small = read_tiles(coarse, TileCache(), 0, x, y, width, height)
+            edges = [
+                np.minimum(np.rint(ratio * np.arange(start, start + size + 1)), limit).astype(int)
+                for start, size, limit in ((y, height, fine.height), (x, width, fine.width))
+            ]
+            top, left, bottom, right = *(edge[0] for edge in edges), *(edge[-1] for edge in edges)
+            large = read_tiles(fine, TileCache(), 0, left, top, right - left, bottom - top)
+        except (SlideError, *DAMAGE):
+            return False
+        mean = large.mean(2)
+        for axis, edge in enumerate(edges):
+            sums = np.add.reduceat(mean, edge[:-1] - edge[0], axis)
+            mean = sums / np.maximum(np.diff(edge), 1).reshape((-1, 1) if axis == 0 else (1, -1))
+        pair = np.stack([mean.ravel(), small.mean(2).ravel()])
+        return bool(pair.std(1).min() > 0 and np.corrcoef(pair)[0, 1] > SAME)
+
     def header(self, level: TiffLevel, number: int) -> Header | None:
         """Read the JPEG header of one tile."""
         data = os.pread(
@@ -258,7 +304,7 @@ class TiffSlide(Slide):
             raise tiff.refusal
         super().__init__(
             path, "tifffile", tiff.vendor, tiff.pyramid, tiff.tile_px, tiff.mpp, tiff.properties,
-            tiff,
+            tiff, tiff.image,
         )  # fmt: skip
         self._pages, self._cache = tiff.levels, TileCache()
 
@@ -349,34 +395,12 @@ def _tifffile(path: Path) -> Any:
     return tifffile
 
 
-def _find_smaller_pages(tiff: Any, base: Any, vendor: str) -> list[Any]:
-    """Return the pages that show the same image, smaller. Labels, macros and others do not.
-
-    Such a page has the form of the first one (tiles, compression, samples) and its aspect ratio,
-    is smaller than the level before, and is marked as a smaller version: it is a SubIFD of the
-    first page, or has bit 0 of NewSubfileType. Scanners of SCANNERS do not mark it.
-    """
-    candidates = [(page, True) for page in list(base.pages or ())[:MAX_LEVELS] if base.subifds]
-    for number in range(1, MAX_PAGES):
-        try:
-            candidates.append((tiff.pages[number], False))
-        except IndexError:
-            break
-    levels, last = [], base
-    for page, is_sub_ifd in candidates:
-        width, height = page.imagewidth, page.imagelength
-        same_form = (page.is_tiled == base.is_tiled and page.compression == base.compression
-                     and page.samplesperpixel == base.samplesperpixel
-                     and page.bitspersample == base.bitspersample)  # fmt: skip
-        is_marked = is_sub_ifd or page.subfiletype & 1 or (base.is_tiled and vendor in SCANNERS)
-        if not (same_form and is_marked and page.subfiletype in (0, 1)) or min(width, height) < 1:
-            continue
-        # Sides are rounded to integers, by Philips up to full tiles, so the aspect ratio of a small
-        # level may differ much.
-        slack = max(page.tilewidth, page.tilelength) if vendor == "philips" else 1
-        ratio = (base.imagewidth / width) / (base.imagelength / height)
-        same_aspect = abs(ratio - 1) <= slack * (1 / width + 1 / height)
-        if same_aspect and width < last.imagewidth and height <= last.imagelength:
-            levels.append(page)
-            last = page
-    return levels[: MAX_LEVELS - 1]
+def _describe_image(image: SlideImage, images: FileImages) -> dict[str, Any]:
+    """Return what a store records of the image that is the slide."""
+    return {
+        "page": image.number,
+        "name": image.name or None,
+        "number": images.slides.index(image) + 1,
+        "slides": len(images.slides),
+        "associated": [str(other) for other in images.associated[:8]],
+    }

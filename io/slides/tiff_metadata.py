@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from typing import Any
 
 from .levels import mean_mpp
+
+MAX_OME = 4_000_000  # characters of OME metadata that are searched for images
 
 
 def name_of(value: Any) -> str:
@@ -31,9 +34,28 @@ def vendor_of(tiff: Any, base: Any, description: str) -> tuple[str, bool]:
     return ("ome", False) if tiff.is_ome else ("generic-tiff", False)
 
 
-def planes_of(description: str, samples: int) -> int:
-    """Return the number of images of an OME file: of channels, focal planes or times, or 1."""
-    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]{0,4000}>", description[:100_000])
+def ome_images(description: str, file_name: str) -> list[tuple[int, str, str]]:
+    """Return the images of OME metadata: the number of the first page, the name, the element.
+
+    If the metadata describe several files, only those in the file of this name are returned.
+    """
+    parts = re.split(r"<(?=(?:\w{1,20}:)?Image\b)", description[:MAX_OME])[1:]
+    files = [set(re.findall(r'\bFileName="([^"]{1,300})"', part)) for part in parts]
+    images: dict[int, tuple[int, str, str]] = {}
+    for number, (part, names) in enumerate(zip(parts, files, strict=True)):
+        if len(set().union(*files)) > 1 and file_name not in map(unescape, names):
+            continue
+        name = re.search(r'^[^>]{0,500}?\bName="([^"]{0,200})"', part)
+        data = re.search(r"<(?:\w{1,20}:)?TiffData\b([^>]{0,500})>", part)
+        page = re.search(r'\bIFD="(\d{1,6})"', data.group(1)) if data else None
+        first = int(page.group(1)) if page else 0 if data else number
+        images.setdefault(first, (first, unescape(name.group(1)) if name else "", part))
+    return list(images.values())
+
+
+def planes_of(text: str, samples: int) -> int:
+    """Return the number of pages of an OME image: of channels, focal planes or times, or 1."""
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]{0,4000}>", text[:100_000])
     if not pixels:
         return 1
     sizes = {k: int(v) for k, v in re.findall(r'Size([CZT])="(\d{1,6})"', pixels.group())}

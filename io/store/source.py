@@ -17,13 +17,22 @@ class Source:
     Args:
         path: the file, or the folder of a bag of patches.
         name: its path relative to the folder that the user passed, with forward slashes, or its
-            file name if the user passed the file.
+            file name if the user passed the file. It ends with "#2" for the second of several
+            slides in the file.
+        mpp: micrometres per level-0 px by a list of slides, None if it has none.
         pseudonym: its key in a store that must not hold names of files, None in other stores.
     """
 
     path: Path
     name: str
+    mpp: float | None = None
     pseudonym: str | None = None
+
+    @property
+    def image(self) -> int | None:
+        """Return the number of the image in the file, from 1; None if the name has none."""
+        number = re.search(r"#(\d{1,4})$", self.name)
+        return int(number[1]) if number and not self.path.name.endswith(number[0]) else None
 
     @property
     def bytes(self) -> int:
@@ -42,7 +51,12 @@ class Source:
         """
         if self.pseudonym is not None:
             return self.pseudonym
-        stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(self.name).stem).lstrip(".")[:80]
+        file, image = self.name, self.image
+        if image is not None:
+            file = file.rpartition("#")[0]
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(file).stem).lstrip(".")[:80]
+        if image is not None:
+            stem += f"_{image}"
         name = self.name.encode("utf-8", "surrogateescape")
         return f"{stem}-{hashlib.sha256(name).hexdigest()[:8]}"
 

@@ -43,8 +43,10 @@ def find_slides(
     Folders are searched with their subfolders for files with the suffix of a slide. Hidden files
     and folders, feature stores, and the folder that belongs to a .mrxs file are left out. Of the
     DICOM files of one series in a folder, the one with the largest image is the slide. A .txt file
-    lists slides, one per line, a .csv file in its column `path`; paths are relative to the list's
-    folder. Any other file counts as a slide.
+    lists slides, one per line, a .csv file in its column `path`, with their micrometres per px in
+    its column `mpp` if it has one; paths are relative to the list's folder. Any other file counts
+    as a slide. "slide.tif#2" is the second of several slides in a file; if one of them is named,
+    the file without a number is left out.
 
     A file that is reached several times, by links or by several paths, is one slide. Its name is
     that of a list before that of a folder, and one without links before one with links; it does not
@@ -58,7 +60,8 @@ def find_slides(
         One Source per slide.
 
     Raises:
-        SlideError: "missing", for a path that does not exist; "unreadable", for a pipe or device.
+        SlideError: "missing", for a path that does not exist; "unreadable", for a pipe or device,
+            or a list that cannot be used.
         ValueError: two slides have the same key.
     """
     left_out = {} if not_taken is None else not_taken
@@ -80,7 +83,14 @@ def find_slides(
                 f"paths: {first!r} and {second!r} are both called {source.name!r}; give the "
                 "folder that holds both"
             )
-    return sorted(source_of_key.values(), key=lambda source: source.name)
+    with_images = {source.path for source in source_of_key.values() if source.image}
+    sources = []
+    for source in source_of_key.values():
+        if source.image is None and source.path in with_images:
+            left_out[str(source.path)] = "slides in it are given by number"
+        else:
+            sources.append(source)
+    return sorted(sources, key=lambda source: source.name)
 
 
 def _reach(path: Path, left_out: dict[str, str]) -> Iterator[_Reached]:
@@ -90,17 +100,23 @@ def _reach(path: Path, left_out: dict[str, str]) -> Iterator[_Reached]:
             is_link = real != os.path.join(real_top, source.name)
             yield _Reached(1, is_link, source, real)
         return
-    sources = [Source(path, path.name)]
+    file = _file_of(path)
+    sources = [Source(file, path.name)]
     order = 2
     if path.suffix.lower() in (".txt", ".csv") and path.is_file():
         order = 0
-        sources = [Source(path.parent / name, Path(name).as_posix()) for name in _read_list(path)]
-    elif not path.exists():
+        sources = [
+            Source(_file_of(path.parent / name), Path(name).as_posix(), mpp)
+            for name, mpp in _read_list(path)
+        ]
+    elif not file.exists():
         raise SlideError(path, "missing", "no such file or folder")
-    elif not path.is_file():  # opening a pipe would wait for a writer
+    elif not file.is_file():  # opening a pipe would wait for a writer
         raise SlideError(path, "unreadable", "expected a file or folder, got a pipe or device")
     for source in sources:
         real = os.path.realpath(source.path)
+        if source.image is not None:
+            real += f"#{source.image}"
         yield _Reached(order, os.path.islink(source.path), source, real)
 
 
@@ -157,20 +173,45 @@ def _kind_of(path: Path) -> str:
     return f"unknown extension {suffix}" if suffix else "no extension"
 
 
-def _read_list(path: Path) -> list[str]:
-    """Return the paths that a .txt or .csv file lists."""
+def _file_of(path: Path) -> Path:
+    """Return the path of a file, without the number of an image at its end."""
+    file, _, number = str(path).rpartition("#")
+    return Path(file) if number.isdecimal() and not path.exists() else path
+
+
+def _read_list(path: Path) -> list[tuple[str, float | None]]:
+    """Return the paths that a .txt or .csv file lists, and their micrometres per px."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise SlideError(path, "unreadable", "expected a list of slides in UTF-8") from None
     if path.suffix.lower() == ".txt":
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        return [(line.strip(), None) for line in text.splitlines() if line.strip()]
     rows = list(csv.DictReader(text.splitlines()))
     if rows and "path" not in rows[0]:
         raise SlideError(
             path, "unreadable", f"expected a column 'path', got {', '.join(map(str, rows[0]))}"
         )
-    return [row["path"].strip() for row in rows if (row["path"] or "").strip()]
+    slides = []
+    for line, row in enumerate(rows, 2):
+        if name := (row["path"] or "").strip():
+            slides.append((name, _mpp_of(row.get("mpp"), path, line)))
+    return slides
+
+
+def _mpp_of(text: str | None, path: Path, line: int) -> float | None:
+    """Read the column `mpp` of a list; None if the cell is empty."""
+    if not (text or "").strip():
+        return None
+    try:
+        mpp = float(text or "")
+    except ValueError:
+        mpp = 0.0
+    if not 0 < mpp < float("inf"):
+        raise SlideError(
+            path, "unreadable", f"line {line}, column mpp: expected a number above 0, got {text!r}"
+        )
+    return mpp
 
 
 def _one_per_series(paths: list[Path]) -> list[Path]:

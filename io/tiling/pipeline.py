@@ -283,7 +283,7 @@ class _Worker:
         started = time.perf_counter()
         slide = None
         try:
-            slide = open_slide(source.path, reader=self.settings.reader)
+            slide = open_slide(source.path, reader=self.settings.reader, image=source.image)
             left = self._work_left(source)
             begin = self._begin_features if left == "features" else self._begin_slide
             job = begin(source, lease, slide)
@@ -320,6 +320,7 @@ class _Worker:
             **describe(source),
             "vendor": slide.vendor,
             "reader": slide.reader,
+            "image": slide.image or None,
             "width": slide.levels[0].width,
             "height": slide.levels[0].height,
             "mpp": mpp,
