@@ -29,7 +29,8 @@ def add_tile(commands: Commands) -> None:
     )
     tile.add_argument(
         "slides", nargs="+", metavar="SLIDES",
-        help="slide files, folders, or lists of paths (.txt; .csv with a column path)",
+        help="slide files, folders, or lists of paths (.txt; .csv with a column path, and mpp if "
+        "it has one); FILE#2 is the second of several slides in a file",
     )  # fmt: skip
     add_out(tile, "folder of the store")
     tile.add_argument(
@@ -54,6 +55,11 @@ def _add_patches(tile: argparse.ArgumentParser) -> None:
         "--downsample", type=float, metavar="F", help="level-0 pixels per patch pixel"
     )
     tile.add_argument(
+        "--mpp-tolerance", type=float, default=0.02, metavar="SHARE",
+        help="resolutions that differ by at most this share count as equal: pixels are then used "
+        "as they are, and a slide may be coarser by that much (default: 0.02)",
+    )  # fmt: skip
+    tile.add_argument(
         "--bags", choices=("folder",),
         help="SLIDES are folders of patches that are images already; each folder is one bag",
     )  # fmt: skip
@@ -76,8 +82,8 @@ def _add_patches(tile: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     tile.add_argument(
         "--slide-mpp", metavar="UM|CSV",
-        help="resolution of slides whose files do not have it: a number, or a CSV file with "
-        "columns slide and mpp",
+        help="micrometres per level-0 pixel, used instead of what the files say: a number for all "
+        "slides, or a CSV file with columns slide and mpp",
     )  # fmt: skip
     tile.add_argument(
         "--missing-mpp", default="fail", choices=("fail", "skip"),
@@ -152,9 +158,10 @@ def _tile(options: argparse.Namespace) -> int:
     if options.bags:
         return _encode_bags(options)
     started = time.perf_counter()
-    passed = ("encoder", "mpp", "mag", "downsample", "tile_px", "border", "min_tissue", "masks",
-              "missing_mpp", "reader", "max_damaged", "device", "precision", "weights", "compile",
-              "batch", "workers", "slide_timeout", "redo", "ray")  # fmt: skip
+    passed = ("encoder", "mpp", "mag", "downsample", "mpp_tolerance", "tile_px", "border",
+              "min_tissue", "masks", "missing_mpp", "reader", "max_damaged", "device",
+              "precision", "weights", "compile", "batch", "workers", "slide_timeout", "redo",
+              "ray")  # fmt: skip
     progress = Progress()
     with closing(progress):
         tiled = tile_slides(
@@ -170,8 +177,8 @@ def _tile(options: argparse.Namespace) -> int:
 
 
 NOT_OF_BAGS = {
-    "mpp": None, "mag": None, "downsample": None, "tile_px": 256, "border": "drop",
-    "min_tissue": 0.1, "masks": None, "slide_mpp": None, "missing_mpp": "fail", "reader": "auto",
+    "mpp": None, "mag": None, "downsample": None, "mpp_tolerance": 0.02, "tile_px": 256,
+    "border": "drop", "min_tissue": 0.1, "masks": None, "slide_mpp": None, "missing_mpp": "fail", "reader": "auto",
     "max_damaged": 0.5, "redo": False, "workers": 1, "slide_timeout": 600.0, "shard": None,
     "ray": None, "pseudonymise": None, "show_labels": False,
 }  # fmt: skip
@@ -247,7 +254,8 @@ class Progress:
             self.bar.update(event["bytes"])
         if kind == "failed":
             self.failed += 1
-            self.bar.write(f"failed: {event['message']}", file=sys.stderr)
+        if kind in ("failed", "warning"):
+            self.bar.write(f"{kind}: {event['message']}", file=sys.stderr)
         self.bar.set_description_str(self.describe(), refresh=False)
         self.bar.update(0)
 

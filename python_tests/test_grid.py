@@ -58,6 +58,16 @@ def test_level_and_ratio(mpp: float, level: int, ratio: float, true: float) -> N
     assert grid.read_px == pytest.approx(256 * ratio, rel=1e-12)
 
 
+def test_a_wider_tolerance_takes_the_pixels_as_they_are() -> None:
+    slide = pyramid(40_000, 30_000, 1, 4)
+    grid = grid_of(slide, 0.2637, mpp=0.25, mpp_tolerance=0.06)
+    assert (grid.level, grid.ratio, grid.mpp, grid.footprint_px) == (0, 1.0, 0.2637, 256)
+    grid = grid_of(slide, 0.2637, mpp=1.0, mpp_tolerance=0.06)
+    assert (grid.level, grid.ratio, grid.mpp) == (1, 1.0, pytest.approx(4 * 0.2637))
+    grid = grid_of(slide, 0.25, mpp=0.252, mpp_tolerance=0.0)
+    assert (grid.level, grid.ratio) == (0, pytest.approx(1.008))
+
+
 def test_noise_of_a_quotient_costs_no_patch() -> None:
     pairs = ((0.3, 0.1), (0.6, 0.2), (0.75, 0.25), (1.1, 1.0), (0.69, 0.23), (0.07, 0.01))
     for mpp, slide_mpp in pairs:
@@ -110,6 +120,10 @@ def test_refusals() -> None:
     with pytest.raises(SlideError, match="expected 0.48 .* or finer, got 0.5") as error:
         grid_of(slide, 0.5, mpp=0.48)
     assert error.value.reason == "resolution"
+    assert error.value.message.endswith("ask for mpp=0.5 or more, or set mpp_tolerance=0.042")
+    assert grid_of(slide, 0.5, mpp=0.48, mpp_tolerance=0.042).mpp == 0.5
+    with pytest.raises(SlideError, match="ask for mpp=0.5 or more$"):
+        grid_of(slide, 0.5, mpp=0.25)
     assert grid_of(slide, 0.5, mpp=0.495).ratio == 1.0
     with pytest.raises(SlideError, match=f"at most {2**24} patches, got 10000000 x 10") as error:
         grid_of(pyramid(1000, 10**9, 1), downsample=1, tile_px=100)
@@ -131,6 +145,7 @@ def test_refusals() -> None:
         ({"mpp": 1, "tile_px": 0}, "tile_px: expected an int from 1 to 16384, got 0"),
         ({"mpp": 1, "tile_px": 256.0}, "tile_px: expected an int .*, got 256.0"),
         ({"mpp": 1, "border": "cut"}, "border: expected one of drop, shift, pad, got 'cut'"),
+        ({"mpp": 1, "mpp_tolerance": 0.6}, "mpp_tolerance: expected 0 to 0.5, got 0.6"),
         ({"mpp": 1, "min_tissue": 1.5}, "min_tissue: expected 0 to 1, got 1.5"),
     ],
 )
@@ -143,8 +158,11 @@ def test_the_hash_of_a_tiling_is_of_its_values() -> None:
     first = Tiling(downsample=4)
     assert first.hash == Tiling(downsample=4.0).hash == "aa8e6bab8f0e57ea"
     assert Tiling(**json.loads(json.dumps(first.to_json()))) == first
-    others = [Tiling(mpp=4), Tiling(downsample=4, tile_px=224), Tiling(downsample=4, border="pad")]
-    assert len({tiling.hash for tiling in [first, *others]}) == 4
+    assert Tiling(downsample=4, mpp_tolerance=0.02).hash == first.hash  # as in older stores
+    assert Tiling(mpp=1, mpp_tolerance=0.1).to_json()["mpp_tolerance"] == 0.1
+    others = [Tiling(downsample=4, mpp_tolerance=0.1)]
+    others += [Tiling(mpp=4), Tiling(downsample=4, tile_px=224), Tiling(downsample=4, border="pad")]
+    assert len({tiling.hash for tiling in [first, *others]}) == 5
 
 
 @given(slides(), tilings)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ..slides.slide import Slide
 
 BORDERS = ("drop", "shift", "pad")
-CLOSE = 1.02  # resolutions with at most this ratio count as equal
+TOLERANCE = 0.02  # resolutions that differ by at most this share count as equal
+CLOSE = 1 + TOLERANCE
+MAX_TOLERANCE = 0.5
 MAX_PATCHES = 2**24  # of a slide
 
 
@@ -32,6 +34,7 @@ class Tiling:
         border: patches that reach beyond the slide: "drop" leaves them out, "shift" moves them
             inwards, "pad" fills them with white.
         min_tissue: least share of a patch that must be tissue, 0 to 1.
+        mpp_tolerance: resolutions that differ by at most this share, 0 to 0.5, count as equal.
 
     Raises:
         ValueError: an argument has another value.
@@ -42,6 +45,7 @@ class Tiling:
     tile_px: int = 256
     border: str = "drop"
     min_tissue: float = 0.1
+    mpp_tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
         if (self.mpp is None) == (self.downsample is None):
@@ -49,7 +53,12 @@ class Tiling:
                 "expected mpp or downsample, one of them, "
                 f"got mpp={self.mpp}, downsample={self.downsample}"
             )
-        for name in ("mpp", "downsample", "min_tissue"):  # 4 and 4.0 have the same hash
+        for name in (
+            "mpp",
+            "downsample",
+            "min_tissue",
+            "mpp_tolerance",
+        ):  # 4 and 4.0 have the same hash
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, number(name, value))
@@ -66,10 +75,19 @@ class Tiling:
             raise ValueError(f"border: expected one of {', '.join(BORDERS)}, got {self.border!r}")
         if not 0 <= self.min_tissue <= 1:
             raise ValueError(f"min_tissue: expected 0 to 1, got {self.min_tissue}")
+        if not 0 <= self.mpp_tolerance <= MAX_TOLERANCE:
+            raise ValueError(f"mpp_tolerance: expected 0 to 0.5, got {self.mpp_tolerance}")
 
     def to_json(self) -> dict[str, float | int | str | None]:
-        """Return the fields as they are written to run.json of a store."""
-        return asdict(self)
+        """Return the fields as they are written to run.json of a store.
+
+        The usual tolerance is left out: stores that were made before it could be set are of the
+        same specification.
+        """
+        fields = asdict(self)
+        if self.mpp_tolerance == TOLERANCE:
+            del fields["mpp_tolerance"]
+        return fields
 
     @property
     def hash(self) -> str:
@@ -111,9 +129,9 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> PatchGrid:
     """Choose a level of a slide and place patches on it.
 
     The level is the coarsest one whose resolution is at least that of the patches, with a tolerance
-    of 2 %. If it is within 2 % of the resolution of the patches, pixels of the level are copied,
-    and patches begin at integer pixels of the level. Otherwise a patch is the area mean of
-    tile_px * target level-0 px, and begins at an integer level-0 px.
+    of 2 % (`mpp_tolerance`). If it is within this of the resolution of the patches, pixels of the
+    level are copied, and patches begin at integer pixels of the level. Otherwise a patch is the
+    area mean of tile_px * target level-0 px, and begins at an integer level-0 px.
 
     Args:
         slide: the slide.
@@ -125,12 +143,12 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> PatchGrid:
 
     Raises:
         SlideError: "no-mpp" if the tiling has an mpp and that of the slide is not known,
-            "resolution" if the slide is more than 2 % coarser than the tiling, "too-large" if there
-            would be more than 16 million patches.
+            "resolution" if the slide is coarser than the tiling by more than the tolerance,
+            "too-large" if there would be more than 16 million patches.
     """
     target, index = _target_and_level(slide, tiling, mpp)
     level, level_0 = slide.levels[index], slide.levels[0]
-    copies = level.downsample >= target / CLOSE
+    copies = level.downsample >= target / (1 + tiling.mpp_tolerance)
     scale = level.downsample if copies else target  # level-0 px per px of a patch
     # Patches begin at integer units: px of the level if these are copied, else level-0 px. The
     # slide ends where the level ends: 4097 level-0 px at a downsample of 4 are 1024 px, and the
@@ -197,14 +215,22 @@ def _target_and_level(slide: Slide, tiling: Tiling, mpp: float | None) -> tuple[
             "no-mpp",
             f"expected its micrometres per pixel, got {mpp}: set slide_mpp, or use downsample",
         )
-    fine_levels = [i for i, level in enumerate(slide.levels) if level.downsample <= target * CLOSE]
+    close = 1 + tiling.mpp_tolerance
+    fine_levels = [i for i, level in enumerate(slide.levels) if level.downsample <= target * close]
     if not fine_levels:
         raise SlideError(
             slide.path,
             "resolution",
-            f"expected {tiling.mpp} micrometres per pixel or finer, got {mpp}: nothing is enlarged",
+            f"expected {tiling.mpp:.6g} micrometres per pixel or finer, got {mpp:.6g}: nothing is "
+            f"enlarged; ask for mpp={mpp:.6g} or more{_tolerance_cure(1 / target)}",
         )
     return target, max(fine_levels, key=lambda i: slide.levels[i].downsample)
+
+
+def _tolerance_cure(ratio: float) -> str:
+    """Return the tolerance that would accept a slide, as words; empty if none may be so large."""
+    tolerance = math.ceil(1000 * (ratio - 1) - 1e-6) / 1000
+    return f", or set mpp_tolerance={tolerance:g}" if tolerance <= MAX_TOLERANCE else ""
 
 
 def damaged_patches(slide: Slide, grid: PatchGrid) -> np.ndarray:

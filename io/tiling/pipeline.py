@@ -39,7 +39,8 @@ from .events import Emit, hung_error, slide_event
 from .find_patches import find_patches
 from .grid import PatchGrid, Tiling, make_grid
 from .patches import PatchBatch, probe_decoder, read_patches
-from .slide_options import given_mpp, mask_file, must_be_redone, slide_options
+from .resolution import find_resolution
+from .slide_options import mask_file, must_be_redone, slide_options
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class WorkerSettings:
     encoder: str
     encoder_options: dict[str, Any] = field(default_factory=dict)
     slide_mpp: dict[str, float] | float | None = None
+    list_mpp: dict[str, float] = field(default_factory=dict)
+    """Name to micrometres per px, by lists of slides."""
     masks: str | None = None
     """Folder of the user's masks."""
     mask_of: dict[str, str] = field(default_factory=dict)
@@ -94,8 +97,10 @@ class WorkerSettings:
     process ends. None for a worker in the process of the caller, which must not end."""
 
     def source(self, path: str, name: str) -> Source:
-        """Return a slide with its pseudonym, if it has one."""
-        return Source(Path(path), name, pseudonym=self.pseudonyms.get(name))
+        """Return a slide with the mpp of a list and its pseudonym, if it has them."""
+        return Source(
+            Path(path), name, mpp=self.list_mpp.get(name), pseudonym=self.pseudonyms.get(name)
+        )
 
 
 @dataclass(eq=False)
@@ -137,8 +142,8 @@ def work(
 
     Args:
         settings: the slides, the store, the tiling and the encoder.
-        emit: called with each event, from several threads: ready, known, start, patches, waiting,
-            done, failed.
+        emit: called with each event, from several threads: ready, known, start, warning,
+            patches, waiting, done, failed.
         encoder: used instead of the one that the settings name.
         turn: (i, n) for the i-th of n workers, which begins with every n-th slide.
 
@@ -305,9 +310,13 @@ class _Worker:
 
     def _begin_slide(self, source: Source, lease: Lease, slide: Slide) -> SlideJob:
         """Choose the patches of a slide that is not in the store, and begin to write it."""
-        mpp, mpp_source = self._mpp_of(slide, source)
+        resolution = find_resolution(slide, source, self.settings.slide_mpp)
+        if resolution.contradiction:
+            message = f"{source.path}: {resolution.contradiction}"
+            self.emit({**slide_event("warning", source), "message": message})
         options = slide_options(self.settings, source)
-        patches = find_patches(slide, self.tiling, mpp, mask_file(self.settings, source))
+        mask = mask_file(self.settings, source)
+        patches = find_patches(slide, self.tiling, resolution.mpp, mask)
         grid, corrupt, n = patches.grid, patches.corrupt, len(patches.kept)
         if n and corrupt.mean() > self.settings.max_damaged:
             raise SlideError(
@@ -323,8 +332,7 @@ class _Worker:
             "image": slide.image or None,
             "width": slide.levels[0].width,
             "height": slide.levels[0].height,
-            "mpp": mpp,
-            "mpp_source": mpp_source,
+            **resolution.to_json(),
             "level": grid.level,
             "read_px": grid.read_px,
             "footprint_px": grid.footprint_px,
@@ -358,12 +366,6 @@ class _Worker:
         writer = self.store.begin_features(source.key, self.encoder.width)
         indices = np.array(patches, np.int64)
         return SlideJob(source, lease, slide, grid, indices, rows, writer)
-
-    def _mpp_of(self, slide: Slide, source: Source) -> tuple[float | None, str | None]:
-        """Return the micrometres per level-0 px of a slide and their origin, None if unknown."""
-        if slide.mpp is not None:
-            return slide.mpp, "file"
-        return given_mpp(self.settings.slide_mpp, source)
 
     def _decode(self, jobs: Ahead[SlideJob]) -> Iterator[Decoded]:
         for job in jobs:

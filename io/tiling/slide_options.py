@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ..errors import StoreError, counted
 from ..store.format import mapping, read_json
 from ..store.source import Source, is_same
+from .resolution import given_mpp
 
 
 class OptionSettings(Protocol):
@@ -33,17 +34,6 @@ class OptionSettings(Protocol):
 
 DEFAULTS = {"mask": None, "max_damaged": 0.5, "reader": "auto", "slide_mpp": None}
 """The options of a slide whose options are not recorded."""
-
-
-def given_mpp(
-    slide_mpp: Mapping[str, float] | float | None, source: Source
-) -> tuple[float | None, str | None]:
-    """Return the user's micrometres per level-0 px of a slide and "table" or "user", else None."""
-    if isinstance(slide_mpp, Mapping):
-        names = (source.key, source.name, source.path.name, source.path.stem)
-        name = next((name for name in names if name in slide_mpp), None)
-        return (None, None) if name is None else (slide_mpp[name], "table")
-    return slide_mpp, None if slide_mpp is None else "user"
 
 
 def mask_file(settings: OptionSettings, source: Source) -> Path | None:

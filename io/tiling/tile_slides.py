@@ -56,6 +56,7 @@ def tile_slides(
     mpp: float | None = None,
     mag: float | None = None,
     downsample: float | None = None,
+    mpp_tolerance: float = 0.02,
     tile_px: int = 256,
     border: Literal["drop", "shift", "pad"] = "drop",
     min_tissue: float = 0.1,
@@ -85,12 +86,15 @@ def tile_slides(
 
     Args:
         slides: files, folders (searched with their subfolders), or lists of slides (.txt, or .csv
-            with a column `path`).
+            with a column `path`, and the micrometres per level-0 pixel in a column `mpp` if it has
+            one). "slide.tif#2" is the second of several slides in a file.
         out: folder of the store; its format is described in docs/reference/store-format.md.
         encoder: name as `load_encoder` takes it, or an Encoder, which needs `workers=0`.
         mpp: micrometres per pixel of a patch. Exactly one of mpp, mag and downsample is needed.
         mag: magnification; the same as mpp=10/mag.
         downsample: level-0 pixels per pixel of a patch, whatever the slide's resolution.
+        mpp_tolerance: resolutions that differ by at most this share, 0 to 0.5, count as equal: the
+            pixels of such a level are used as they are, and a slide may be coarser by that much.
         tile_px: width and height of a patch, pixels.
         border: patches that reach beyond the right or lower edge of the slide: "drop" leaves them
             out, "shift" moves them inwards, "pad" fills them with white.
@@ -98,8 +102,9 @@ def tile_slides(
         masks: folder with the user's own masks of tissue; used instead of the tissue search. That
             of the slide "a/b.svs" is a/b.geojson or a/b.png, or b.geojson or b.png if no other
             slide has this stem. The tissue of slides without a mask is searched.
-        slide_mpp: micrometres per level-0 pixel of slides whose files do not hold it: one value for
-            all, or a dict from slide (key, name, file name or its stem) to value.
+        slide_mpp: micrometres per level-0 pixel, used instead of what the files say: one value for
+            all slides, or a dict from slide (key, name, file name or its stem) to value. A value of
+            the dict wins over the list's column `mpp`, and that over one value for all.
         missing_mpp: a slide of unknown resolution is a failure ("fail") or left out ("skip").
         pseudonymise: a file outside of the store. The store, its report and exports then hold
             pseudonyms in place of names and paths; this file, which only you can read, maps them to
@@ -124,7 +129,8 @@ def tile_slides(
         ray: address of a Ray cluster; "auto" for that of this machine, "local" to start one. Paths
             must be valid on all machines of the cluster.
         progress: called with each event, a dict whose `event` is: begin, ready (encoder loaded),
-            known (done before), start, patches, waiting, done, failed.
+            known (done before), start, warning (the file's mpp differs from the user's by more than
+            2 %), patches, waiting, done, failed.
 
     Returns:
         The numbers of slides that are done, empty, skipped and failed.
@@ -151,7 +157,7 @@ def tile_slides(
     from .pipeline import WorkerSettings
     from .slide_options import check_options
 
-    tiling = _tiling_fields(mpp, mag, downsample, tile_px, border, min_tissue)
+    tiling = _tiling_fields(mpp, mag, downsample, mpp_tolerance, tile_px, border, min_tissue)
     _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, on_ray=bool(ray))
     not_taken: dict[str, str] = {}
     all_sources = _find_sources(slides, not_taken)
@@ -173,6 +179,7 @@ def tile_slides(
             "weights": None if weights is None else str(weights),
         },
         slide_mpp=_check_slide_mpp(slide_mpp),
+        list_mpp={source.name: source.mpp for source in sources if source.mpp is not None},
         masks=None if masks is None else str(Path(masks).absolute()),
         mask_of=mask_of,
         redo=redo,
@@ -228,6 +235,7 @@ def _tiling_fields(
     mpp: float | None,
     mag: float | None,
     downsample: float | None,
+    mpp_tolerance: float,
     tile_px: int,
     border: str,
     min_tissue: float,
@@ -238,6 +246,7 @@ def _tiling_fields(
     tiling = {
         "mpp": 10 / _positive(mag, "mag") if mag is not None and mpp is None else mpp,
         "downsample": downsample, "tile_px": tile_px, "border": border, "min_tissue": min_tissue,
+        "mpp_tolerance": mpp_tolerance,
     }  # fmt: skip
     if sum(value is not None for value in (mpp, mag, downsample)) != 1:
         raise ValueError("expected one of mpp, mag and downsample, got "
