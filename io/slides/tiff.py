@@ -27,7 +27,8 @@ from .levels import MAX_TILE_BYTES, MAX_TILES, Pixels, make_levels
 from .library_errors import DAMAGE, opening
 from .slide import Slide
 from .tiff_images import SCANNERS, FileImages, SlideImage, find_images
-from .tiff_metadata import mpp_of, name_of, planes_of, properties_of, vendor_of
+from .tiff_metadata import are_rgb, mpp_of, name_of, planes_of, properties_of, vendor_of
+from .tiff_planes import decoder_of, find_channels, pages_of_size
 
 CACHE_BYTES = 32 << 20  # of decoded tiles: patches of a row read the same strips several times
 
@@ -54,8 +55,9 @@ class TiffLevel:
     in_place: bool  # one block of uncompressed pixels: rows are read without reading a strip
     tiles: Tiles
     colours: Colours
-    decode: Callable[..., Any]
+    decode: Callable[[bytes, int], Any]
     file: int
+    planes: int  # each colour has tiles of its own: first all of red, then green, then blue; else 1
     _damage: NDArray[np.bool_] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -73,10 +75,12 @@ class TiffLevel:
         The tiles are scanned at the first call.
         """
         with self._lock:
-            if self._damage is None:
+            damage = self._damage
+            if damage is None:
                 damaged = find_damaged(self.file, self.tiles)
-                self._damage = damaged.reshape(self.rows, self.columns)
-        return self._damage if self._damage.any() else None
+                planes = damaged.reshape(self.planes, self.rows, self.columns)
+                damage = self._damage = np.asarray(planes.any(0))
+        return damage if damage.any() else None
 
     def hit(self, left: int, top: int, right: int, bottom: int) -> bool:
         """Return True if a region inside of the level touches a damaged tile."""
@@ -99,12 +103,17 @@ class TiffLevel:
 
     def read(self, number: int) -> Pixels:
         """Decode one tile, RGB over white, in its full size or cut at the image's edge."""
-        count = int(self.tiles.counts[number])
-        if count == 0:
+        places = range(number, len(self.tiles.counts), self.rows * self.columns)
+        if not self.tiles.counts[places].any():
             return np.full((self.tile[1], self.tile[0], 3), 255, np.uint8)
+        planes = [self._decode_tile(place) for place in places]
+        return self.colours.rgb(planes[0] if self.planes == 1 else np.concatenate(planes, 2))
+
+    def _decode_tile(self, number: int) -> Pixels:
+        """Return the samples [h, w, S] of one tile of the file."""
+        count = int(self.tiles.counts[number])
         data = os.pread(self.file, count, int(self.tiles.offsets[number]))
-        segment = self.decode(data, number, jpegtables=self.tiles.tables or None)[0]
-        return self.colours.rgb(segment[0])
+        return self.decode(data, number)[0][0]
 
 
 class TiffFile:
@@ -146,6 +155,7 @@ class TiffFile:
         self.is_first = True  # the slide is the first image of the file
         self.image: dict[str, Any] = {}
         pages, text = [base], description
+        channels: list[Any] = []
         if not self.needs_openslide:
             images = find_images(
                 tiff, self.vendor, description, self._shows_same, file_name=self.path.name
@@ -154,6 +164,7 @@ class TiffFile:
             base, pages, self.is_first = image.page, image.levels, image.number == 0
             text = description if self.vendor in SCANNERS else image.text
             self.image = _describe_image(image, images)
+            channels = find_channels(self.path, tiff, image)
         elif self.number not in (None, 1):
             raise SlideError(
                 self.path, "unsupported", f"expected an image from 1 to 1, got {self.number}"
@@ -177,7 +188,9 @@ class TiffFile:
             self._set_refusal(f"compression {name_of(base.compression)}; {_CONVERT}")
         else:
             self._check_page(base, text)
-            self.levels = [self._make_level(page) for page in pages]
+            self.levels = [
+                self._make_level(page, *pages_of_size(self.path, channels, page)) for page in pages
+            ]
             if not self.levels[0].tiles.counts.any():
                 raise SlideError(self.path, "unreadable", "its tiles are empty")
             # imagecodecs rounds the colours of subsampled YCbCr down, OpenSlide to the nearest.
@@ -194,18 +207,20 @@ class TiffFile:
         why = None
         if bits != 8 or base.sampleformat not in (1, None):
             why = f"{bits} bits per sample; expected 8: scale them by the range of your scanner"
-        elif samples > 1 and base.planarconfig != 1:
-            why = f"colours in separate planes; {_CONVERT}"
+        elif samples > 1 and base.planarconfig != 1 and form != 2:
+            why = f"{name_of(base.photometric)} in separate planes; expected RGB; {_CONVERT}"
         elif (form, samples) not in _FORMS:
             why = f"{samples} samples of {name_of(base.photometric)}; expected RGB, grey or palette"
         elif form == 6 and CODINGS[base.compression] not in ("jpeg", "jpeg2000"):
             why = f"YCbCr with compression {name_of(base.compression)}; {_CONVERT}"
-        elif (planes := planes_of(text, samples)) > 1:
+        elif (planes := planes_of(text, samples)) > 1 and not (samples == 1 and are_rgb(text)):
             why = f"{planes} channels or focal planes in separate images; expected one RGB image"
+            why += ", or three channels without names or named red, green and blue"
         if why:
             raise SlideError(self.path, "unsupported", why)
 
-    def _make_level(self, page: Any) -> TiffLevel:
+    def _make_level(self, page: Any, *channels: Any) -> TiffLevel:
+        """Make a level from its page, or from the pages of its colours."""
         width, height = int(page.imagewidth), int(page.imagelength)
         if page.is_tiled:
             tile = int(page.tilewidth), int(page.tilelength)
@@ -214,27 +229,34 @@ class TiffFile:
         if min(tile) < 1:
             raise SlideError(self.path, "unreadable", f"tiles of {tile[0]} x {tile[1]} px")
         columns, rows = ceil(width / tile[0]), ceil(height / tile[1])
-        raw = tile[0] * tile[1] * page.samplesperpixel
+        pages = (page, *channels)
+        in_planes = page.samplesperpixel > 1 and page.planarconfig != 1
+        planes = page.samplesperpixel if in_planes else len(pages)
+        samples = 1 if in_planes else page.samplesperpixel
+        raw = tile[0] * tile[1] * samples
         uncompressed = page.compression == 1 and page.predictor == 1
-        in_place = bool(uncompressed and not page.is_tiled and page.is_contiguous)
+        in_place = bool(uncompressed and planes == 1 and not page.is_tiled and page.is_contiguous)
         if columns * rows > MAX_TILES or (raw > MAX_TILE_BYTES and not in_place):
             raise SlideError(
                 self.path, "too-large", f"{columns * rows} tiles of {tile[0]} x {tile[1]} px"
             )
-        offsets, counts = page.dataoffsets, page.databytecounts
-        if not len(offsets) == len(counts) == columns * rows:
+        offsets, counts = (
+            [value for page in pages for value in getattr(page, name)]
+            for name in ("dataoffsets", "databytecounts")
+        )
+        if not len(offsets) == len(counts) == columns * rows * planes:
             raise SlideError(
-                self.path, "unreadable",
-                f"expected {columns * rows} tiles, got {len(offsets)} and {len(counts)} lengths",
+                self.path, "unreadable", f"expected {columns * rows * planes} tiles, got "
+                f"{len(offsets)} and {len(counts)} lengths",
             )  # fmt: skip
         coding = CODINGS[page.compression]
         sizes = {(w, h) for w in (tile[0], width % tile[0] or tile[0])
                  for h in (tile[1], height % tile[1] or tile[1])}  # fmt: skip
         tiles = Tiles(
             np.array(offsets, np.int64), np.array(counts, np.int64), coding, frozenset(sizes), raw,
-            page.samplesperpixel, page.jpegtables or b"", sparse=self.vendor != "aperio",
+            samples, page.jpegtables or b"", sparse=self.vendor != "aperio",
         )  # fmt: skip
-        form = int(page.photometric)
+        form = 2 if channels else int(page.photometric)
         palette = None
         if form == 3:
             palette = (np.asarray(page.colormap) >> 8).astype(np.uint8).T.copy()
@@ -243,8 +265,9 @@ class TiffFile:
         is_ycbcr = page.compression == JPEG2000_YCBCR and self._is_not_subsampled(tiles)
         colours = Colours(form, 1 in (page.extrasamples or ()), palette, is_ycbcr)
         return TiffLevel(
-            width, height, tile, page.is_tiled, in_place, tiles, colours, page.decode, self.file
-        )
+            width, height, tile, page.is_tiled, in_place, tiles, colours, decoder_of(pages),
+            self.file, planes,
+        )  # fmt: skip
 
     def _is_not_subsampled(self, tiles: Tiles) -> bool:
         """Return True if all components of a JPEG 2000 tile have the full number of px.

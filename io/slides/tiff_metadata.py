@@ -64,6 +64,20 @@ def planes_of(text: str, samples: int) -> int:
     return max(images, sizes.get("Z", 1), sizes.get("T", 1))
 
 
+def are_rgb(text: str) -> bool:
+    """Return True if an OME image has three channels without names, or named red, green, blue."""
+    sizes = {k: int(v) for k, v in re.findall(r'\bSize([CZT])="(\d{1,6})"', text[:100_000])}
+    if (sizes.get("C"), sizes.get("Z", 1), sizes.get("T", 1)) != (3, 1, 1):
+        return False
+    channels = re.findall(r"<(?:\w{1,20}:)?Channel\b([^>]{0,2000})>", text[:100_000])
+    names = [re.search(r'\bName="([^"]{0,100})"', channel) for channel in channels]
+    given = [name[1].strip().lower() for name in names if name]
+    given = [
+        name for name in given if not re.fullmatch(r"(channel|ch|c)?[ _:#-]{0,3}\d{0,3}", name)
+    ]
+    return given in ([], ["red", "green", "blue"], ["r", "g", "b"])
+
+
 _UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _NUMBER = r"([0-9.,eE+-]{1,30})"
 
