@@ -178,7 +178,8 @@ def _tile(options: argparse.Namespace) -> int:
 
 NOT_OF_BAGS = {
     "mpp": None, "mag": None, "downsample": None, "mpp_tolerance": 0.02, "tile_px": 256,
-    "border": "drop", "min_tissue": 0.1, "masks": None, "slide_mpp": None, "missing_mpp": "fail", "reader": "auto",
+    "border": "drop", "min_tissue": 0.1, "masks": None, "slide_mpp": None,
+    "missing_mpp": "fail", "reader": "auto",
     "max_damaged": 0.5, "redo": False, "workers": 1, "slide_timeout": 600.0, "shard": None,
     "ray": None, "pseudonymise": None, "show_labels": False,
 }  # fmt: skip

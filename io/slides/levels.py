@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from ..errors import SlideError
 
 Pixels = NDArray[np.uint8]
+Mpp = tuple[float, float]
+"""Micrometres per px along x and along y."""
+SQUARE = 1.02  # the largest ratio of the sides of pixels that count as square
 
 # Limits. Beyond them: SlideError "too-large", before memory is allocated.
 MAX_SIDE_PX = 2_000_000  # of a slide
@@ -67,8 +70,14 @@ def _downsample(base: tuple[int, int], sides: tuple[int, int]) -> float:
     return float(min(candidates, key=lambda k: abs(k - mean))) if candidates else mean
 
 
-def mean_mpp(*values: float) -> float | None:
-    """Return the mean of resolutions, micrometres per px; None if one is not in 1e-3 to 1e3."""
-    if not values or not all(isfinite(value) and 1e-3 < value < 1e3 for value in values):
+def checked_mpp(x: float, y: float) -> Mpp | None:
+    """Return a resolution along x and y, µm per px; None if one is not in 1e-3 to 1e3."""
+    is_sound = all(isfinite(value) and 1e-3 < value < 1e3 for value in (x, y))
+    return (x, y) if is_sound else None
+
+
+def mean_mpp(mpp: Mpp | None) -> float | None:
+    """Return the mean of both axes; None if they differ by more than 2 %, or are not known."""
+    if mpp is None or max(mpp) > SQUARE * min(mpp):
         return None
-    return sum(values) / len(values)
+    return (mpp[0] + mpp[1]) / 2

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import SlideError
 from .colours import over_white
-from .levels import MAX_LEVELS, Pixels, make_levels, mean_mpp
+from .levels import MAX_LEVELS, Pixels, checked_mpp, make_levels
 from .library_errors import DAMAGE, opening
 from .slide import Slide
 from .tiff import TiffFile, TiffLevel, TileCache, read_tiles
@@ -72,7 +72,7 @@ class OpenSlideSlide(Slide):
         super().__init__(
             path, "openslide", properties.get("openslide.vendor", "unknown"), levels,
             (int(tile[0]), int(tile[1])) if all(side.isdigit() for side in tile) else None,
-            tiff.mpp if tiff and not tiff.needs_openslide else mean_mpp(*mpp),
+            tiff.mpp if tiff and not tiff.needs_openslide else checked_mpp(mpp[0], mpp[1]),
             {key: value for key, value in properties.items() if "Patient" not in key},
             tiff if same_levels else None, tiff.image if tiff else {},
         )  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SlideError
-from .levels import Level, Pixels
+from .levels import Level, Mpp, Pixels, mean_mpp
 from .library_errors import DAMAGE, error_text
 from .thumbnails import thumbnail
 
@@ -45,7 +45,8 @@ class Slide(ABC):
             "jpeg".
         levels: of the pyramid, finest first.
         tile_px: (width, height) of the file's tiles at level 0; None if the file is not tiled.
-        mpp: micrometres per level-0 px by the file, mean of both axes; None if not known.
+        mpp_axes: micrometres per level-0 px by the file, along x and along y; None if not known.
+            `mpp` is their mean, or None if they differ by more than 2 %.
         properties: further properties by the file.
         tiff: the structure of the file, if it is a TIFF whose tiles can be scanned for damage.
         image: which image of a TIFF is the slide: `page`, from 0; `name`; `number`, from 1, of
@@ -66,13 +67,14 @@ class Slide(ABC):
         vendor: str,
         levels: tuple[Level, ...],
         tile_px: tuple[int, int] | None,
-        mpp: float | None,
+        mpp_axes: Mpp | None,
         properties: dict[str, str],
         tiff: ScannedFile | None = None,
         image: dict[str, Any] | None = None,
     ) -> None:
         self.path, self.reader, self.vendor = path, reader, vendor
-        self.levels, self.tile_px, self.mpp = levels, tile_px, mpp
+        self.levels, self.tile_px = levels, tile_px
+        self.mpp_axes, self.mpp = mpp_axes, mean_mpp(mpp_axes)
         self.properties, self.image = properties, image or {}
         self._tiff = tiff
 
@@ -224,9 +226,10 @@ class Slide(ABC):
 
     def __repr__(self) -> str:
         sides = self.levels[0]
+        mpp = self.mpp_axes if self.mpp is None else self.mpp
         return (
             f"Slide({self.path.name!r}, {sides.width} x {sides.height} px, "
-            f"{len(self.levels)} levels, mpp={self.mpp}, {self.vendor}, {self.reader})"
+            f"{len(self.levels)} levels, mpp={mpp}, {self.vendor}, {self.reader})"
         )
 
     def _level(self, level: int) -> int:

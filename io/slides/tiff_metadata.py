@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from html import unescape
+from math import nan
 from typing import Any
 
-from .levels import mean_mpp
+from .levels import Mpp, checked_mpp
 
 MAX_OME = 4_000_000  # characters of OME metadata that are searched for images
 
@@ -82,18 +83,20 @@ _UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 
 _NUMBER = r"([0-9.,eE+-]{1,30})"
 
 
-def mpp_of(base: Any, description: str, vendor: str) -> float | None:
-    """Return micrometres per px: from the vendor's metadata, else from the resolution tags.
+def mpp_of(base: Any, description: str, vendor: str) -> Mpp | None:
+    """Return micrometres per px along x and y, from the vendor's metadata or the resolution tags.
 
     The tags are used only with a physical unit and from 0.05 to 20 um per px: many programs write
     72, 96 or 300 dpi (353 to 85 um per px) without a measurement.
     """
     text = description[:100_000]
     if vendor == "aperio":
-        return _numbers(re.findall(rf"\|\s*MPP\s*=\s*{_NUMBER}", text)[:1])
+        value = re.search(rf"\|\s*MPP\s*=\s*{_NUMBER}", text)
+        return _axes(value[1], value[1]) if value else None
     if vendor == "philips":
         spacing = re.search(rf"DICOM_PIXEL_SPACING[^>]*>[^0-9]*{_NUMBER}[^0-9]+{_NUMBER}", text)
-        return _numbers(spacing.groups(), 1e3) if spacing else None
+        # DICOM has the distance of rows first, which is that along y.
+        return _axes(spacing[2], spacing[1], 1e3) if spacing else None
     if vendor == "ome" or "<Pixels" in text or ":Pixels" in text:
         sizes = []
         for axis in "XY":
@@ -101,9 +104,9 @@ def mpp_of(base: Any, description: str, vendor: str) -> float | None:
             unit = re.search(rf'PhysicalSize{axis}Unit="([^"]{{1,8}})"', text)
             factor = _UM.get(unit.group(1) if unit else "", 0.0)
             if size:
-                sizes += [_numbers([size.group(1)], factor)]
-        if len(sizes) == 2 and None not in sizes:
-            return mean_mpp(*sizes)
+                sizes.append(_number(size.group(1)) * factor)
+        if len(sizes) == 2 and (mpp := checked_mpp(sizes[0], sizes[1])):
+            return mpp
     unit = {2: 25400.0, 3: 1e4}.get(base.tags.valueof(296, 2))
     axes = []
     for tag in (282, 283):
@@ -111,14 +114,18 @@ def mpp_of(base: Any, description: str, vendor: str) -> float | None:
         if not isinstance(value, tuple) or len(value) != 2 or 0 in value or unit is None:
             return None
         axes.append(unit * value[1] / value[0])
-    return mean_mpp(*axes) if all(0.05 <= axis <= 20 for axis in axes) else None
+    return checked_mpp(axes[0], axes[1]) if all(0.05 <= axis <= 20 for axis in axes) else None
 
 
-def _numbers(texts: Any, factor: float = 1.0) -> float | None:
+def _axes(x: str, y: str, factor: float = 1.0) -> Mpp | None:
+    return checked_mpp(factor * _number(x), factor * _number(y))
+
+
+def _number(text: str) -> float:
     try:
-        return mean_mpp(*(factor * float(text.replace(",", ".")) for text in texts))
+        return float(text.replace(",", "."))
     except ValueError:
-        return None
+        return nan
 
 
 def properties_of(base: Any, description: str) -> dict[str, str]:

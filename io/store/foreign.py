@@ -366,6 +366,12 @@ def _write_h5(
     except ImportError:
         raise StoreError("expected h5py to write .h5: pip install 'motet[wsi]'") from None
     side = attrs.get("footprint_px")
+    if "footprint_y_px" in attrs:
+        raise StoreError(
+            f"{attrs.get('name')}: expected square patches in level-0 px, got {side:.6g} x "
+            f"{attrs['footprint_y_px']:.6g}: its pixels are not square, and .h5 holds one side; "
+            "use kind='npz' or 'pt'"
+        )
     with h5py.File(path, "w") as file:
         file["features"], file["coords"] = features, coords
         values = {

@@ -64,14 +64,14 @@ class TissuePatches:
 
 
 def find_patches(
-    slide: Slide, tiling: Tiling, mpp: float | None, mask_file: Path | None
+    slide: Slide, tiling: Tiling, mpp: tuple[float, float] | None, mask_file: Path | None
 ) -> TissuePatches:
     """Divide a slide into patches, and keep those that hold enough tissue.
 
     Args:
         slide: the slide.
         tiling: resolution, size and border of patches, and the least share of tissue.
-        mpp: micrometres per level-0 pixel, None if not known.
+        mpp: micrometres per level-0 pixel along x and y, None if not known.
         mask_file: the user's own mask of the tissue, used instead of `tissue_mask`.
 
     Raises:
@@ -81,7 +81,7 @@ def find_patches(
     grid = make_grid(slide, tiling, mpp)
     size = (slide.levels[0].width, slide.levels[0].height)
     thumb = slide.thumbnail(thumb_px(slide))
-    um_per_px = mpp * size[0] / thumb.shape[1] if mpp else None
+    um_per_px = math.sqrt(mpp[0] * mpp[1]) * size[0] / thumb.shape[1] if mpp else None
     mask, pen = find_tissue(thumb, um_per_px, grid.footprint_px / size[0] * thumb.shape[1])
     if mask_file is not None:
         mask = read_mask(mask_file, size, thumb.shape[:2])
@@ -91,7 +91,9 @@ def find_patches(
     mask |= _damaged_mask(slide, mask.shape)
 
     def share_of(mask: NDArray[np.bool_], patches: NDArray[np.int32]) -> NDArray[np.float64]:
-        return coverage(mask, patches, grid.footprint_px, size)
+        # If pixels are not square, neither are patches in level-0 px: stretch y until they are.
+        stretched = size[0], size[1] * grid.aspect
+        return coverage(mask, patches * (1, grid.aspect), grid.footprint_px, stretched)
 
     tissue = share_of(mask, grid.coords)
     kept = np.flatnonzero(tissue >= tiling.min_tissue)

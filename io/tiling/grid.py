@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -111,6 +112,9 @@ class PatchGrid:
         corners: float64 [G, 2], the same in pixels of the level, not rounded; used for reading.
         edge: bool [G], True if the patch was moved inwards or reaches beyond the slide.
         shape: number of rows and columns of patches; G is their product.
+        aspect: height of a pixel of the level, in micrometres, divided by its width: 1.0 if it is
+            square. `ratio`, `read_px` and `footprint_px` are along x; along y they are divided by
+            the aspect, so that a patch is square in micrometres.
     """
 
     level: int
@@ -123,9 +127,25 @@ class PatchGrid:
     corners: np.ndarray
     edge: np.ndarray
     shape: tuple[int, int]
+    aspect: float = 1.0
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """Return `ratio` along x and y."""
+        return self.ratio, self.ratio / self.aspect
+
+    @property
+    def read_size(self) -> tuple[float, float]:
+        """Return `read_px` along x and y."""
+        return self.read_px, self.read_px / self.aspect
+
+    @property
+    def footprint(self) -> tuple[float, float]:
+        """Return `footprint_px` along x and y."""
+        return self.footprint_px, self.footprint_px / self.aspect
 
 
-def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> PatchGrid:
+def make_grid(slide: Slide, tiling: Tiling, mpp: tuple[float, float] | float | None) -> PatchGrid:
     """Choose a level of a slide and place patches on it.
 
     The level is the coarsest one whose resolution is at least that of the patches, with a tolerance
@@ -136,7 +156,8 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> PatchGrid:
     Args:
         slide: the slide.
         tiling: resolution, size and border.
-        mpp: micrometres per level-0 pixel, None if not known.
+        mpp: micrometres per level-0 pixel, or along x and along y; None if not known. Axes that
+            differ by more than 2 % are resampled each by its own ratio.
 
     Returns:
         The grid. With border "drop" and a slide smaller than a patch it has no patches.
@@ -146,41 +167,53 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: float | None) -> PatchGrid:
             "resolution" if the slide is coarser than the tiling by more than the tolerance,
             "too-large" if there would be more than 16 million patches.
     """
-    target, index = _target_and_level(slide, tiling, mpp)
+    if isinstance(mpp, tuple):
+        mpp = mpp if max(mpp) > CLOSE * min(mpp) else (mpp[0] + mpp[1]) / 2
+    axes = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    targets, index = _targets_and_level(slide, tiling, axes)
     level, level_0 = slide.levels[index], slide.levels[0]
-    copies = level.downsample >= target / (1 + tiling.mpp_tolerance)
-    scale = level.downsample if copies else target  # level-0 px per px of a patch
+    # Level-0 px per px of a patch, along x and y: those of the level if it is close enough.
+    scales = [
+        level.downsample if level.downsample >= target / (1 + tiling.mpp_tolerance) else target
+        for target in targets
+    ]
+    copies = scales == [level.downsample] * 2
     # Patches begin at integer units: px of the level if these are copied, else level-0 px. The
     # slide ends where the level ends: 4097 level-0 px at a downsample of 4 are 1024 px, and the
     # last level-0 px belongs to no patch.
     unit = level.downsample if copies else 1.0
-    length = tiling.tile_px * scale / unit
+    lengths = [tiling.tile_px * scale / unit for scale in scales]
     extents = ((level_0.width, level.width), (level_0.height, level.height))
     sides = [math.floor(min(base, px * level.downsample) / unit + 1e-9) for base, px in extents]
     if tiling.border == "drop":
-        columns, rows = (math.floor(side / length + 1e-9) for side in sides)
+        columns, rows = (
+            math.floor(side / length + 1e-9) for side, length in zip(sides, lengths, strict=True)
+        )
     else:
-        columns, rows = (math.ceil(side / length - 1e-9) for side in sides)
+        columns, rows = (
+            math.ceil(side / length - 1e-9) for side, length in zip(sides, lengths, strict=True)
+        )
     if rows * columns > MAX_PATCHES:
         raise SlideError(
             slide.path,
             "too-large",
             f"expected at most {MAX_PATCHES} patches, got {rows} x {columns}",
         )
-    xs, beyond_x = _patch_begins(columns, length, sides[0], tiling.border)
-    ys, beyond_y = _patch_begins(rows, length, sides[1], tiling.border)
+    xs, beyond_x = _patch_begins(columns, lengths[0], sides[0], tiling.border)
+    ys, beyond_y = _patch_begins(rows, lengths[1], sides[1], tiling.border)
     corners = np.stack([np.tile(xs, rows), np.repeat(ys, columns)], axis=1)
     return PatchGrid(
         level=index,
-        ratio=1.0 if copies else target / level.downsample,
-        read_px=tiling.tile_px * scale / level.downsample,
-        footprint_px=tiling.tile_px * scale,
-        mpp=None if mpp is None else mpp * scale,
+        ratio=1.0 if copies else scales[0] / level.downsample,
+        read_px=tiling.tile_px * scales[0] / level.downsample,
+        footprint_px=tiling.tile_px * scales[0],
+        mpp=None if axes[0] is None else axes[0] * scales[0],
         tile_px=tiling.tile_px,
         coords=np.rint(corners * unit).astype(np.int32),
         corners=corners * (unit / level.downsample),
         edge=(beyond_y[:, None] | beyond_x).ravel(),
         shape=(rows, columns),
+        aspect=scales[0] / scales[1],
     )
 
 
@@ -202,20 +235,23 @@ def _patch_begins(
     return begins, beyond
 
 
-def _target_and_level(slide: Slide, tiling: Tiling, mpp: float | None) -> tuple[float, int]:
-    """Return the target (level-0 px per px of the patches) and the index of the level to read."""
+def _targets_and_level(
+    slide: Slide, tiling: Tiling, axes: Sequence[float | None]
+) -> tuple[list[float], int]:
+    """Return the targets (level-0 px per px of a patch, along x and y) and the level to read."""
+    mpp = max((axis for axis in axes if axis is not None), default=None)
     if tiling.downsample is not None:
-        target = float(tiling.downsample)
-    elif mpp is not None and 1e-4 < mpp < 1e6:
+        targets = [float(tiling.downsample)] * 2
+    elif mpp is not None and all(axis is not None and 1e-4 < axis < 1e6 for axis in axes):
         # Rounded to 12 digits: with 3.0000000000000004 the last column would not fit.
-        target = round(tiling.mpp / mpp, 12)  # pyright: ignore[reportOptionalOperand]
+        targets = [round((tiling.mpp or 0) / axis, 12) for axis in axes if axis is not None]
     else:
         raise SlideError(
             slide.path,
             "no-mpp",
             f"expected its micrometres per pixel, got {mpp}: set slide_mpp, or use downsample",
         )
-    close = 1 + tiling.mpp_tolerance
+    target, close = min(targets), 1 + tiling.mpp_tolerance
     fine_levels = [i for i, level in enumerate(slide.levels) if level.downsample <= target * close]
     if not fine_levels:
         raise SlideError(
@@ -224,7 +260,7 @@ def _target_and_level(slide: Slide, tiling: Tiling, mpp: float | None) -> tuple[
             f"expected {tiling.mpp:.6g} micrometres per pixel or finer, got {mpp:.6g}: nothing is "
             f"enlarged; ask for mpp={mpp:.6g} or more{_tolerance_cure(1 / target)}",
         )
-    return target, max(fine_levels, key=lambda i: slide.levels[i].downsample)
+    return targets, max(fine_levels, key=lambda i: slide.levels[i].downsample)
 
 
 def _tolerance_cure(ratio: float) -> str:
@@ -249,10 +285,13 @@ def damaged_patches(slide: Slide, grid: PatchGrid) -> np.ndarray:
     for x, y, width, height in slide.damaged(grid.level):
         across, down = (  # an overlap of less than 1e-6 px is rounding, no overlap
             slice(
-                np.searchsorted(begins + grid.read_px, first + 1e-6),
+                np.searchsorted(begins + length, first + 1e-6),
                 np.searchsorted(begins, first + size - 1e-6),
             )
-            for begins, first, size in ((xs, x, width), (ys, y, height))
+            for begins, length, first, size in (
+                (xs, grid.read_size[0], x, width),
+                (ys, grid.read_size[1], y, height),
+            )
         )
         is_damaged[down, across] = True
     return is_damaged.ravel()

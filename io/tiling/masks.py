@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
     Floats = NDArray[np.float64]
 
-Size = tuple[int, int]
+Size = tuple[float, float]
 _MAX_BYTES = 128 << 20  # of a file
 _MAX_PX = 1 << 26  # of a picture
 # Crossings of a polygon's edges with the rows of a mask: computed at a time (which bounds the

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import SlideError
-from .resample import area_resample, area_resample_torch
+from .resample import Ratio, area_resample, area_resample_torch
 
 if TYPE_CHECKING:
     from ..slides.slide import Slide
@@ -147,7 +147,7 @@ def _read_blocks(
 def _are_tiles(slide: Slide, grid: PatchGrid) -> bool:
     """Return True if the patches are tiles of the file and cuCIM decodes these."""
     side = grid.tile_px
-    same_size = grid.ratio == 1 and slide.tile_px == (side, side)
+    same_size = grid.ratio == grid.aspect == 1 and slide.tile_px == (side, side)
     return slide.reader == "cucim" and same_size and not (grid.corners % side).any()
 
 
@@ -213,13 +213,13 @@ class _Blocks:
     order: int64 [n], positions in `indices`, sorted by block.
     firsts: int64 [R + 1], the positions in `order` at which the blocks begin, and n.
     corners: int64 [R, 2], upper left corners of the blocks, (x, y) in px of the level.
-    side: side of every block, in px of the level.
+    size: (width, height) of every block, in px of the level.
     """
 
     order: np.ndarray
     firsts: np.ndarray
     corners: np.ndarray
-    side: int
+    size: tuple[int, int]
 
     @classmethod
     def choose(cls, slide: Slide, grid: PatchGrid, indices: np.ndarray) -> _Blocks:
@@ -232,27 +232,31 @@ class _Blocks:
         level, tiles = slide.levels[grid.level], slide.tile_px or (256, 256)
         rows, columns = np.divmod(indices, max(1, grid.shape[1]))
         choices = []
-        for k in range(1, max(1, min(16, int(READ_PX / grid.read_px))) + 1):
+        for k in range(1, max(1, min(16, int(READ_PX / max(grid.read_size)))) + 1):
             # Per axis: where blocks begin (a whole px), and where their last patches end.
             begins = [np.floor(axis[::k]) for axis in axes]
-            ends = [np.append(axis[k - 1 : -1 : k], axis[-1:]) + grid.read_px for axis in axes]
-            lengths = [
-                (end - begin).max(initial=0) for begin, end in zip(begins, ends, strict=True)
+            ends = [
+                np.append(axis[k - 1 : -1 : k], axis[-1:]) + length
+                for axis, length in zip(axes, grid.read_size, strict=True)
             ]
-            side = math.ceil(max(lengths) - 1e-6)
+            width, height = (
+                math.ceil((end - begin).max(initial=0) - 1e-6)
+                for begin, end in zip(begins, ends, strict=True)
+            )
+            size = width, height
             ids = rows // k * len(begins[0]) + columns // k  # of the block of each patch
             counts = np.bincount(ids, minlength=len(begins[0]) * len(begins[1]))
             # Per axis: how many tiles of the file a block touches.
             spans = [
                 np.minimum(begin + side - 1, length - 1) // tile - begin // tile + 1
-                for begin, length, tile in zip(
-                    begins, (level.width, level.height), tiles, strict=True
+                for begin, side, length, tile in zip(
+                    begins, size, (level.width, level.height), tiles, strict=True
                 )
             ]
             cost = ((np.outer(spans[1], spans[0]).ravel() + READ_COST) * (counts > 0)).sum()
-            choices.append((cost, side, begins, ids, counts))
+            choices.append((cost, size, begins, ids, counts))
         least = min(cost for cost, *_ in choices)
-        _, side, begins, ids, counts = next(
+        _, size, begins, ids, counts = next(
             choice for choice in choices if choice[0] <= COST_TOLERANCE * least
         )
         down, across = np.divmod(np.flatnonzero(counts), max(1, len(begins[0])))
@@ -260,7 +264,7 @@ class _Blocks:
             np.argsort(ids, kind="stable"),
             np.concatenate([[0], np.cumsum(counts[counts > 0])]),
             np.stack([begins[0][across], begins[1][down]], axis=1).astype(np.int64),
-            side,
+            size,
         )
 
     def runs(self, patches: int) -> list[tuple[int, int]]:
@@ -276,17 +280,18 @@ class _BlockReader:
         self.slide, self.grid, self.options = slide, grid, options
         # A patch of more than READ_PX is read in parts, and each part resampled: what `patches`
         # then yields has the patch's own resolution, hence a ratio of 1.
-        self.in_parts = grid.read_px > READ_PX
-        self.ratio = 1.0 if self.in_parts else grid.ratio
+        self.in_parts = max(grid.read_size) > READ_PX
+        ratio = grid.ratio if grid.aspect == 1 else grid.ratios
+        self.ratio: Ratio = 1.0 if self.in_parts else ratio
 
-    def read(self, corners: np.ndarray, side: int) -> Iterator[Any]:
-        """Yield for each corner the pixels of the square there, or the SlideError."""
+    def read(self, corners: np.ndarray, size: tuple[int, int]) -> Iterator[Any]:
+        """Yield for each corner the pixels of the rectangle there, or the SlideError."""
         if self.options:
-            yield from self.slide.read_many(self.grid.level, corners, side, side, **self.options)
+            yield from self.slide.read_many(self.grid.level, corners, *size, **self.options)
             return
         for x, y in corners.tolist():
             try:
-                image = self.slide.read(self.grid.level, x, y, side, side)
+                image = self.slide.read(self.grid.level, x, y, *size)
             except SlideError as error:
                 image = error
             yield image
@@ -310,18 +315,20 @@ class _BlockReader:
             for position in range(spans[0][0], spans[-1][1]):
                 yield self.read_in_parts(patch_corners[position]), 0.0, 0.0
             return
-        images = self.read(corners, blocks.side)
+        images = self.read(corners, blocks.size)
+        read_size = np.array(self.grid.read_size)
+        is_one_patch = bool((blocks.size <= np.ceil(read_size)).all())
         for image, corner, (first, last) in zip(images, corners, spans, strict=True):
             offsets = patch_corners[first:last] - corner
-            if not isinstance(image, SlideError) or blocks.side <= math.ceil(self.grid.read_px):
+            if not isinstance(image, SlideError) or is_one_patch:
                 yield from ((image, x, y) for x, y in offsets.tolist())
                 continue
             # The block cannot be decoded, but some of its patches may be: read them one by one.
             for patch_corner in patch_corners[first:last]:
                 low = np.floor(patch_corner)
                 x, y = patch_corner - low
-                side = math.ceil(max(x, y) + self.grid.read_px - 1e-6)
-                for patch_image in self.read(low.astype(np.int64)[None], side):
+                width, height = np.ceil(patch_corner - low + read_size - 1e-6).astype(int).tolist()
+                for patch_image in self.read(low.astype(np.int64)[None], (width, height)):
                     yield patch_image, x, y
 
     def read_in_parts(self, corner: np.ndarray) -> Any:
@@ -331,19 +338,21 @@ class _BlockReader:
         about READ_PX px of the level.
         """
         grid = self.grid
-        size = math.ceil(grid.tile_px / math.ceil(grid.read_px / READ_PX))
+        ratio = grid.ratio if grid.aspect == 1 else grid.ratios
+        size = math.ceil(grid.tile_px / math.ceil(max(grid.read_size) / READ_PX))
         parts = [(y, x) for y in range(0, grid.tile_px, size) for x in range(0, grid.tile_px, size)]
-        part_corners = corner + grid.ratio * np.array(parts)[:, ::-1]
+        part_corners = corner + np.array(grid.ratios) * np.array(parts)[:, ::-1]
         lows = np.floor(part_corners)
-        side = math.ceil((part_corners - lows).max() + grid.ratio * size - 1e-6)
+        ends = (part_corners - lows).max(0) + np.array(grid.ratios) * size
+        width, height = np.ceil(ends - 1e-6).astype(int).tolist()
         patch = None
-        images = self.read(lows.astype(np.int64), side)
+        images = self.read(lows.astype(np.int64), (width, height))
         for (y, x), offset, image in zip(parts, part_corners - lows, images, strict=True):
             if isinstance(image, SlideError):
                 return image
             if patch is None:
                 patch = _empty_like(image, (grid.tile_px, grid.tile_px, 3))
-            _cut(image, offset[0], offset[1], grid.ratio, patch[y : y + size, x : x + size])
+            _cut(image, offset[0], offset[1], ratio, patch[y : y + size, x : x + size])
         return patch
 
 
@@ -364,7 +373,7 @@ class _BatchBuffer:
         self.slots = np.argsort(np.argsort(rows)).tolist()
         self.kept = np.ones(len(rows), bool)
 
-    def put(self, nth: int, image: Any, x: float, y: float, ratio: float) -> None:
+    def put(self, nth: int, image: Any, x: float, y: float, ratio: Ratio) -> None:
         """Cut the nth patch out of an image, or mark it as lost if the image is a SlideError."""
         slot = self.slots[nth]
         if isinstance(image, SlideError):
@@ -418,7 +427,7 @@ def _empty_like(image: Any, shape: tuple[int, ...]) -> Any:
     return image.new_empty(shape)
 
 
-def _cut(image: Any, x: float, y: float, ratio: float, out: Any) -> None:
+def _cut(image: Any, x: float, y: float, ratio: Ratio, out: Any) -> None:
     """Fill `out`, a patch or a part of one, with the pixels of an image from (x, y) on.
 
     With a ratio of 1 the pixels are copied; x and y are integers then.
@@ -427,7 +436,8 @@ def _cut(image: Any, x: float, y: float, ratio: float, out: Any) -> None:
     if ratio == 1.0:
         out[:] = image[int(y) : int(y) + height, int(x) : int(x) + width]
         return
-    rows, columns = (begin + ratio * np.arange(n) for begin, n in ((y, height), (x, width)))
+    along_x, along_y = ratio if isinstance(ratio, tuple) else (ratio, ratio)
+    rows, columns = y + along_y * np.arange(height), x + along_x * np.arange(width)
     if isinstance(image, np.ndarray):
         area_resample(image, rows, columns, ratio, out=out)
     else:

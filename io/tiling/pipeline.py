@@ -39,7 +39,7 @@ from .events import Emit, hung_error, slide_event
 from .find_patches import find_patches
 from .grid import PatchGrid, Tiling, make_grid
 from .patches import PatchBatch, probe_decoder, read_patches
-from .resolution import find_resolution
+from .resolution import find_resolution, recorded_mpp
 from .slide_options import mask_file, must_be_redone, slide_options
 from .watchdog import Watchdog
 
@@ -337,6 +337,7 @@ class _Worker:
             "read_px": grid.read_px,
             "footprint_px": grid.footprint_px,
             "patch_mpp": grid.mpp,
+            **({} if grid.aspect == 1 else {"footprint_y_px": grid.footprint[1]}),
             "counts": {"grid": len(grid.coords), "tissue": patches.with_tissue},
             "mask": self.settings.mask_of.get(source.name),
             "options": options,
@@ -355,7 +356,7 @@ class _Worker:
     def _begin_features(self, source: Source, lease: Lease, slide: Slide) -> SlideJob:
         """Begin the features of a further encoder, for the patches that the store has."""
         tiled = FeatureStore(self.store.path, self.store.slug)[source.key]
-        grid = make_grid(slide, self.tiling, tiled.attrs["mpp"])
+        grid = make_grid(slide, self.tiling, recorded_mpp(tiled.attrs))
         rows = np.flatnonzero(~tiled.flags & FLAGS.CORRUPT)
         patch_at = {tuple(corner): i for i, corner in enumerate(grid.coords.tolist())}
         patches = [patch_at.get(tuple(corner), -1) for corner in tiled.coords[rows].tolist()]

@@ -143,7 +143,9 @@ def _draw(slide: ReportSlide, thumb: NDArray[np.uint8], longest: int) -> _Drawin
         scale = np.array([across / level0[0], along / level0[1]])
         corners = np.asarray(slide.coords, np.float64)
         low = np.clip(np.rint(corners * scale), 0, (across - 1, along - 1))
-        high = np.clip(np.rint((corners + footprint) * scale), 0, (across - 1, along - 1))
+        # Along y another side is recorded if pixels are not square.
+        sides = footprint, slide.attrs.get("footprint_y_px", footprint)
+        high = np.clip(np.rint((corners + sides) * scale), 0, (across - 1, along - 1))
         boxes = np.concatenate([low, high], 1).astype(np.int64)
         _overlay(pixels, boxes, flags, footprint * min(scale))
     mask = None if slide.thumb is None else slide.mask
