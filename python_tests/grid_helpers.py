@@ -26,6 +26,7 @@ class ArraySlide:
     """A slide in memory. Each item of read_many overwrites the one before, in the same buffer."""
 
     path, reader, vendor = Path("made.svs"), "pillow", "made"
+    bounds: tuple[int, int, int, int] | None = None
 
     def __init__(
         self,

@@ -165,6 +165,29 @@ def test_the_hash_of_a_tiling_is_of_its_values() -> None:
     assert len({tiling.hash for tiling in [first, *others]}) == 5
 
 
+@pytest.mark.parametrize("border", ["drop", "shift", "pad"])
+@pytest.mark.parametrize("downsample", [1.0, 4.0, 2.5])
+def test_the_grid_covers_the_part_that_was_scanned(downsample: float, border: str) -> None:
+    """Coordinates are level-0 px of the file; patches begin at the corner of the bounds."""
+    slide = pyramid(8000, 6000, 1, 4)
+    everything = grid_of(slide, downsample=downsample, tile_px=100, border=border)
+    slide.bounds = (1001, 2002, 3000, 1500)
+    grid = grid_of(slide, downsample=downsample, tile_px=100, border=border)
+    length = 100 * downsample
+    count = np.floor if border == "drop" else np.ceil
+    unit = 4 if downsample == 4 else 1
+    sides = [(1001 + 3000) // unit - -(-1001 // unit), (2002 + 1500) // unit - -(-2002 // unit)]
+    assert grid.shape == tuple(int(count(side * unit / length)) for side in sides[::-1])
+    assert grid.shape < everything.shape
+    first = grid.coords[0]
+    assert (first - (1001, 2002)).tolist() == [-1001 % unit, -2002 % unit]
+    np.testing.assert_allclose(grid.corners * slide.levels[grid.level].downsample, grid.coords)
+    if border != "pad":
+        assert (grid.coords.max(0) + length <= (4001, 3502)).all()
+    slide.bounds = (0, 0, 50, 50)
+    assert grid_of(slide, downsample=downsample, tile_px=100).shape == (0, 0)
+
+
 @given(slides(), tilings)
 def test_patches_tile_the_slide(slide: ArraySlide, tiling: Tiling) -> None:
     grid = make_grid(slide, tiling, None)  # pyright: ignore[reportArgumentType]

@@ -75,6 +75,7 @@ class OpenSlideSlide(Slide):
             tiff.mpp if tiff and not tiff.needs_openslide else checked_mpp(mpp[0], mpp[1]),
             {key: value for key, value in properties.items() if "Patient" not in key},
             tiff if same_levels else None, tiff.image if tiff else {},
+            _bounds(properties, *sides[0]),
         )  # fmt: skip
         if tiff is not None and not same_levels:
             tiff.close()
@@ -107,6 +108,23 @@ class OpenSlideSlide(Slide):
         self._cache.clear()
         self._handle.close()
         super().close()
+
+
+def _bounds(
+    properties: dict[str, str], width: int, height: int
+) -> tuple[int, int, int, int] | None:
+    """Return the part of level 0 that was scanned; None if it is all of it, or not known.
+
+    MIRAX files, for example, have a large empty canvas.
+    """
+    values = [
+        properties.get(f"openslide.bounds-{name}", "") for name in ("x", "y", "width", "height")
+    ]
+    if not all(value.isdecimal() for value in values):
+        return None
+    x, y, w, h = map(int, values)
+    is_part = w > 0 and h > 0 and x + w <= width and y + h <= height and (w, h) != (width, height)
+    return (x, y, w, h) if is_part else None
 
 
 def _number(text: str) -> float:

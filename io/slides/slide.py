@@ -51,6 +51,7 @@ class Slide(ABC):
         tiff: the structure of the file, if it is a TIFF whose tiles can be scanned for damage.
         image: which image of a TIFF is the slide: `page`, from 0; `name`; `number`, from 1, of
             `slides`; `associated`, images that are no slides. Empty for other formats.
+        bounds: the part of level 0 that was scanned, (x, y, width, height); None if all of it was.
 
     Example:
         >>> from PIL import Image
@@ -71,11 +72,12 @@ class Slide(ABC):
         properties: dict[str, str],
         tiff: ScannedFile | None = None,
         image: dict[str, Any] | None = None,
+        bounds: tuple[int, int, int, int] | None = None,
     ) -> None:
         self.path, self.reader, self.vendor = path, reader, vendor
         self.levels, self.tile_px = levels, tile_px
         self.mpp_axes, self.mpp = mpp_axes, mean_mpp(mpp_axes)
-        self.properties, self.image = properties, image or {}
+        self.properties, self.image, self.bounds = properties, image or {}, bounds
         self._tiff = tiff
 
     @abstractmethod

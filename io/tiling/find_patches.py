@@ -82,7 +82,11 @@ def find_patches(
     size = (slide.levels[0].width, slide.levels[0].height)
     thumb = slide.thumbnail(thumb_px(slide))
     um_per_px = math.sqrt(mpp[0] * mpp[1]) * size[0] / thumb.shape[1] if mpp else None
-    mask, pen = find_tissue(thumb, um_per_px, grid.footprint_px / size[0] * thumb.shape[1])
+    mask, pen = np.zeros(thumb.shape[:2], bool), np.zeros(thumb.shape[:2], bool)
+    scanned = _scanned_part(slide, thumb.shape)
+    mask[scanned], pen[scanned] = find_tissue(
+        thumb[scanned], um_per_px, grid.footprint_px / size[0] * thumb.shape[1]
+    )
     if mask_file is not None:
         mask = read_mask(mask_file, size, thumb.shape[:2])
     blur = blur_mask(thumb, mask, um_per_px)
@@ -113,12 +117,16 @@ def find_patches(
 def thumb_px(slide: Slide) -> int:
     """Return the longest side of a slide's thumbnail: 1024 to 2048 px if the slide is that large.
 
-    It is that of the coarsest level with at least 1024 px, divided by an integer: so few pixels are
-    read, and the thumbnail is a mean of whole pixels.
+    If at most half of the file was scanned, it is twice as large. It is that of the coarsest level
+    with at least 1024 px, divided by an integer: so few pixels are read, and the thumbnail is a
+    mean of whole pixels.
     """
     sides = [max(level.width, level.height) for level in slide.levels]
-    side = min((side for side in sides if side >= THUMB_PX // 2), default=sides[0])
-    return side // math.ceil(side / THUMB_PX)
+    longest = THUMB_PX
+    if slide.bounds and 2 * max(slide.bounds[2:]) <= sides[0]:
+        longest = 2 * THUMB_PX
+    side = min((side for side in sides if side >= longest // 2), default=sides[0])
+    return side // math.ceil(side / longest)
 
 
 def find_tissue(
@@ -142,6 +150,18 @@ def find_tissue(
     height, width = thumb.shape[:2]
     masks = [mask.repeat(factor, 0)[:height].repeat(factor, 1)[:, :width] for mask in (tissue, pen)]
     return masks[0], masks[1]
+
+
+def _scanned_part(slide: Slide, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """Return the rows and columns of the thumbnail that were scanned.
+
+    What lies outside is white, unlike glass, and must not be taken into account.
+    """
+    level = slide.levels[0]
+    left, top, width, height = slide.bounds or (0, 0, level.width, level.height)
+    down, across = shape[0] / level.height, shape[1] / level.width
+    rows = slice(math.floor(top * down), math.ceil((top + height) * down))
+    return rows, slice(math.floor(left * across), math.ceil((left + width) * across))
 
 
 def _damaged_mask(slide: Slide, shape: tuple[int, ...]) -> NDArray[np.bool_]:

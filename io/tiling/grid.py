@@ -171,37 +171,27 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: tuple[float, float] | float | N
         mpp = mpp if max(mpp) > CLOSE * min(mpp) else (mpp[0] + mpp[1]) / 2
     axes = mpp if isinstance(mpp, tuple) else (mpp, mpp)
     targets, index = _targets_and_level(slide, tiling, axes)
-    level, level_0 = slide.levels[index], slide.levels[0]
+    level = slide.levels[index]
     # Level-0 px per px of a patch, along x and y: those of the level if it is close enough.
     scales = [
         level.downsample if level.downsample >= target / (1 + tiling.mpp_tolerance) else target
         for target in targets
     ]
     copies = scales == [level.downsample] * 2
-    # Patches begin at integer units: px of the level if these are copied, else level-0 px. The
-    # slide ends where the level ends: 4097 level-0 px at a downsample of 4 are 1024 px, and the
-    # last level-0 px belongs to no patch.
+    # Patches begin at integer units: px of the level if these are copied, else level-0 px.
     unit = level.downsample if copies else 1.0
+    origin, sides = _extents(slide, index, unit)
     lengths = [tiling.tile_px * scale / unit for scale in scales]
-    extents = ((level_0.width, level.width), (level_0.height, level.height))
-    sides = [math.floor(min(base, px * level.downsample) / unit + 1e-9) for base, px in extents]
-    if tiling.border == "drop":
-        columns, rows = (
-            math.floor(side / length + 1e-9) for side, length in zip(sides, lengths, strict=True)
-        )
-    else:
-        columns, rows = (
-            math.ceil(side / length - 1e-9) for side, length in zip(sides, lengths, strict=True)
-        )
+    columns, rows = (
+        _patch_count(side, length, tiling.border)
+        for side, length in zip(sides, lengths, strict=True)
+    )
     if rows * columns > MAX_PATCHES:
-        raise SlideError(
-            slide.path,
-            "too-large",
-            f"expected at most {MAX_PATCHES} patches, got {rows} x {columns}",
-        )
+        message = f"expected at most {MAX_PATCHES} patches, got {rows} x {columns}"
+        raise SlideError(slide.path, "too-large", message)
     xs, beyond_x = _patch_begins(columns, lengths[0], sides[0], tiling.border)
     ys, beyond_y = _patch_begins(rows, lengths[1], sides[1], tiling.border)
-    corners = np.stack([np.tile(xs, rows), np.repeat(ys, columns)], axis=1)
+    corners = np.stack([np.tile(xs, rows), np.repeat(ys, columns)], axis=1) + origin
     return PatchGrid(
         level=index,
         ratio=1.0 if copies else scales[0] / level.downsample,
@@ -215,6 +205,29 @@ def make_grid(slide: Slide, tiling: Tiling, mpp: tuple[float, float] | float | N
         shape=(rows, columns),
         aspect=scales[0] / scales[1],
     )
+
+
+def _extents(slide: Slide, index: int, unit: float) -> tuple[list[int], list[int]]:
+    """Return where the slide begins and its sides, along x and y, in units of level-0 px.
+
+    The slide ends where the level ends: 4097 level-0 px at a downsample of 4 are 1024 px, and the
+    last level-0 px belongs to no patch. If only a part of the file was scanned, it is the slide.
+    """
+    level, level_0 = slide.levels[index], slide.levels[0]
+    left, top, width, height = slide.bounds or (0, 0, level_0.width, level_0.height)
+    origin, sides = [], []
+    for begin, end, px in ((left, left + width, level.width), (top, top + height, level.height)):
+        first = math.ceil(begin / unit - 1e-9)
+        last = math.floor(min(end, px * level.downsample) / unit + 1e-9)
+        origin.append(first)
+        sides.append(max(last - first, 0))
+    return origin, sides
+
+
+def _patch_count(side: int, length: float, border: str) -> int:
+    if border == "drop":
+        return math.floor(side / length + 1e-9)
+    return math.ceil(side / length - 1e-9)
 
 
 def _patch_begins(

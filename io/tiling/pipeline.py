@@ -330,6 +330,7 @@ class _Worker:
             "vendor": slide.vendor,
             "reader": slide.reader,
             "image": slide.image or None,
+            **({"bounds": list(slide.bounds)} if slide.bounds else {}),
             "width": slide.levels[0].width,
             "height": slide.levels[0].height,
             **resolution.to_json(),
