@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,22 @@ from .slide import Slide
 
 BAND_PX = 1 << 22  # px that are converted at a time
 
+_ORIENTATION = 274  # tag of EXIF
+_TURNED: dict[int, Callable[[Pixels], Pixels]] = {  # views, which need no further memory
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}
 
 
 class PhotoSlide(Slide):
-    """Read a PNG or JPEG: one level, in its stored orientation (EXIF is not applied)."""
+    """Read a PNG or JPEG: one level, turned upright by the orientation in its EXIF."""
 
     def __init__(self, path: Path, kind: str) -> None:
         try:
@@ -29,7 +41,9 @@ class PhotoSlide(Slide):
         except ImportError:
             raise SlideError(path, "no-reader", "not installed: pip install pillow") from None
         with opening(path), _size_limit(path, Image), Image.open(path, formats=[kind]) as image:
-            size, mode = image.size, image.mode
+            self._turn = _orientation(image)
+            width, height = image.size if self._turn < 5 else image.size[::-1]
+            size, mode = (width, height), image.mode
         levels = make_levels(path, [size])
         if size[0] * size[1] > MAX_PHOTO_PX:
             raise SlideError(
@@ -42,7 +56,8 @@ class PhotoSlide(Slide):
                 path, "unsupported",
                 f"samples of mode {mode}; expected 8 bits: scale them by your camera's range",
             )  # fmt: skip
-        super().__init__(path, "pillow", kind, levels, None, None, {f"{kind}.mode": mode})
+        properties = {f"{kind}.mode": mode, f"{kind}.orientation": str(self._turn)}
+        super().__init__(path, "pillow", kind, levels, None, None, properties)
         self._image_module: Any = Image
         self._kind = kind
         self._image: Pixels | None = None
@@ -64,6 +79,8 @@ class PhotoSlide(Slide):
 
     def _decode(self) -> Pixels:
         width, height = self.levels[0].width, self.levels[0].height
+        if self._turn >= 5:
+            width, height = height, width
         out = np.empty((height, width, 3), np.uint8)
         rows = max(1, BAND_PX // width)
         with (
@@ -80,12 +97,23 @@ class PhotoSlide(Slide):
                     out[top : top + rows] = over_white(np.asarray(band.convert("RGBA")))
                 else:
                     out[top : top + rows] = np.asarray(band.convert("RGB"))
-        return out
+        return _TURNED[self._turn](out)
 
     def close(self) -> None:
         """Release the pixels."""
         self._image = None
         super().close()
+
+
+def _orientation(image: Any) -> int:
+    """Return the orientation of an image by its EXIF, 1 to 8; 1 if it has none."""
+    if "exif" not in image.info:  # else Pillow would decode a PNG to look for it at its end
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except DAMAGE:
+        return 1
+    return orientation if orientation in _TURNED else 1
 
 
 class _size_limit:

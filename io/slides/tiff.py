@@ -204,8 +204,13 @@ class TiffFile:
         """Raise SlideError for pixels that all readers, OpenSlide too, would read wrongly."""
         bits, samples = base.bitspersample, base.samplesperpixel
         form = int(base.photometric) if base.photometric is not None else -1
-        why = None
-        if bits != 8 or base.sampleformat not in (1, None):
+        orientation, why = base.tags.valueof(274, 1), None
+        if orientation not in (0, 1):  # 0 is no valid value, and means that it was not set
+            why = (
+                f"orientation {name_of(orientation)} (tag 274); expected TOPLEFT: turn it with "
+                "vips autorot, or, if the pixels are upright as stored, run tiffset -s 274 1 FILE"
+            )
+        elif bits != 8 or base.sampleformat not in (1, None):
             why = f"{bits} bits per sample; expected 8: scale them by the range of your scanner"
         elif samples > 1 and base.planarconfig != 1 and form != 2:
             why = f"{name_of(base.photometric)} in separate planes; expected RGB; {_CONVERT}"
