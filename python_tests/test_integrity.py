@@ -247,6 +247,7 @@ def test_tiles_left_out(tmp_path: Path) -> None:
         with open_slide(path) as slide:
             assert slide.reader == "tifffile"  # cuCIM would make it black
             assert len(slide.damaged(0)) == lost
+            assert slide.image["missing_tiles"] == 1
             if not lost:
                 assert (slide.read(0, 256, 256, 256, 256) == 255).all()
 

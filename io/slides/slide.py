@@ -50,7 +50,8 @@ class Slide(ABC):
         properties: further properties by the file.
         tiff: the structure of the file, if it is a TIFF whose tiles can be scanned for damage.
         image: which image of a TIFF is the slide: `page`, from 0; `name`; `number`, from 1, of
-            `slides`; `associated`, images that are no slides. Empty for other formats.
+            `slides`; `associated`, images that are no slides; `missing_tiles`, of level 0, which
+            have no bytes, if there are any. Empty for other formats.
         bounds: the part of level 0 that was scanned, (x, y, width, height); None if all of it was.
 
     Example:

@@ -193,6 +193,8 @@ class TiffFile:
             ]
             if not self.levels[0].tiles.counts.any():
                 raise SlideError(self.path, "unreadable", "its tiles are empty")
+            if missing := int(np.count_nonzero(self.levels[0].tiles.counts == 0)):
+                self.image["missing_tiles"] = missing
             # imagecodecs rounds the colours of subsampled YCbCr down, OpenSlide to the nearest.
             is_ycbcr = base.compression == JPEG2000_YCBCR
             self.prefers_openslide = is_ycbcr and not self.levels[0].colours.ycbcr
