@@ -76,6 +76,11 @@ def _add_patches(tile: argparse.ArgumentParser) -> None:
         help="keep patches with at least this share of tissue (default: 0.1)",
     )  # fmt: skip
     tile.add_argument(
+        "--tissue-threshold", type=float, metavar="CONTRAST",
+        help="least contrast of tissue to the glass, between 0 and 1: 0.02 for pale tissue, 0.1 "
+        "to leave out dirt (default: chosen for each slide, 0.025 to 0.07)",
+    )  # fmt: skip
+    tile.add_argument(
         "--masks", type=Path, metavar="DIR",
         help="folder of tissue masks: a/b.geojson or a/b.png for the slide a/b.svs, or b.geojson "
         "or b.png if no other slide has this stem",
@@ -159,9 +164,9 @@ def _tile(options: argparse.Namespace) -> int:
         return _encode_bags(options)
     started = time.perf_counter()
     passed = ("encoder", "mpp", "mag", "downsample", "mpp_tolerance", "tile_px", "border",
-              "min_tissue", "masks", "missing_mpp", "reader", "max_damaged", "device",
-              "precision", "weights", "compile", "batch", "workers", "slide_timeout", "redo",
-              "ray")  # fmt: skip
+              "min_tissue", "tissue_threshold", "masks", "missing_mpp", "reader", "max_damaged",
+              "device", "precision", "weights", "compile", "batch", "workers", "slide_timeout",
+              "redo", "ray")  # fmt: skip
     progress = Progress()
     with closing(progress):
         tiled = tile_slides(
@@ -178,7 +183,7 @@ def _tile(options: argparse.Namespace) -> int:
 
 NOT_OF_BAGS = {
     "mpp": None, "mag": None, "downsample": None, "mpp_tolerance": 0.02, "tile_px": 256,
-    "border": "drop", "min_tissue": 0.1, "masks": None, "slide_mpp": None,
+    "border": "drop", "min_tissue": 0.1, "tissue_threshold": None, "masks": None, "slide_mpp": None,
     "missing_mpp": "fail", "reader": "auto",
     "max_damaged": 0.5, "redo": False, "workers": 1, "slide_timeout": 600.0, "shard": None,
     "ray": None, "pseudonymise": None, "show_labels": False,

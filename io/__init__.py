@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from .store.format import FLAGS
     from .store.read import FeatureStore
     from .tiling.encode_patches import encode_patches
+    from .tiling.ink import pen_mask
     from .tiling.masks import coverage, outlines, read_mask
     from .tiling.report.write_report import write_report
     from .tiling.tile_slides import tile_slides
-    from .tiling.tissue import blur_mask, pen_mask, tissue_mask
+    from .tiling.tissue import blur_mask, tissue_mask
 
 _HOME = {
     "Bags": "cohorts.bags",
@@ -45,7 +46,7 @@ _HOME = {
     "load_encoder": "encoders.load_encoder",
     "open_slide": "slides.open_slide",
     "outlines": "tiling.masks",
-    "pen_mask": "tiling.tissue",
+    "pen_mask": "tiling.ink",
     "read_mask": "tiling.masks",
     "tile_slides": "tiling.tile_slides",
     "tissue_mask": "tiling.tissue",

@@ -162,7 +162,13 @@ def test_the_hash_of_a_tiling_is_of_its_values() -> None:
     assert Tiling(mpp=1, mpp_tolerance=0.1).to_json()["mpp_tolerance"] == 0.1
     others = [Tiling(downsample=4, mpp_tolerance=0.1)]
     others += [Tiling(mpp=4), Tiling(downsample=4, tile_px=224), Tiling(downsample=4, border="pad")]
-    assert len({tiling.hash for tiling in [first, *others]}) == 5
+    others.append(Tiling(downsample=4, tissue_threshold=0.03))
+    assert len({tiling.hash for tiling in [first, *others]}) == 6
+    assert "tissue_threshold" not in first.to_json()  # a later field: old stores keep their hash
+    assert Tiling(**others[-1].to_json()) == others[-1]  # pyright: ignore[reportArgumentType]
+    for wrong in (0, 1, -1.0):
+        with pytest.raises(ValueError, match="tissue_threshold: expected a number between 0 and"):
+            Tiling(downsample=4, tissue_threshold=wrong)
 
 
 @pytest.mark.parametrize("border", ["drop", "shift", "pad"])

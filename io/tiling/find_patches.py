@@ -14,8 +14,9 @@ from ..slides.slide import Slide
 from ..slides.thumbnails import thumbnail_level
 from ..store.format import FLAGS
 from .grid import PatchGrid, Tiling, damaged_patches, make_grid
+from .ink import pen_mask
 from .masks import coverage, read_mask
-from .tissue import blur_mask, pen_mask, tissue_mask
+from .tissue import blur_mask, tissue_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -82,10 +83,11 @@ def find_patches(
     size = (slide.levels[0].width, slide.levels[0].height)
     thumb = slide.thumbnail(thumb_px(slide))
     um_per_px = math.sqrt(mpp[0] * mpp[1]) * size[0] / thumb.shape[1] if mpp else None
+    patch_px = grid.footprint_px / size[0] * thumb.shape[1]
     mask, pen = np.zeros(thumb.shape[:2], bool), np.zeros(thumb.shape[:2], bool)
     scanned = _scanned_part(slide, thumb.shape)
     mask[scanned], pen[scanned] = find_tissue(
-        thumb[scanned], um_per_px, grid.footprint_px / size[0] * thumb.shape[1]
+        thumb[scanned], um_per_px, patch_px, tiling.tissue_threshold
     )
     if mask_file is not None:
         mask = read_mask(mask_file, size, thumb.shape[:2])
@@ -130,7 +132,10 @@ def thumb_px(slide: Slide) -> int:
 
 
 def find_tissue(
-    thumb: NDArray[np.uint8], um_per_px: float | None, patch_px: float
+    thumb: NDArray[np.uint8],
+    um_per_px: float | None,
+    patch_px: float,
+    threshold: float | None = None,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the masks of tissue and of ink, each bool [h, w].
 
@@ -142,11 +147,12 @@ def find_tissue(
         thumb: uint8 [h, w, 3].
         um_per_px: micrometres per pixel of the thumbnail, None if not known.
         patch_px: side of a patch in px of the thumbnail.
+        threshold: least contrast of tissue, see `tissue_mask`.
     """
     factor = max(1, min(int(patch_px / 5), max(thumb.shape) // 256))
     small = np.asarray(Image.fromarray(thumb).reduce(factor))
     pen = pen_mask(small)
-    tissue = tissue_mask(small, um_per_px * factor if um_per_px else None) & ~pen
+    tissue = tissue_mask(small, um_per_px * factor if um_per_px else None, threshold) & ~pen
     height, width = thumb.shape[:2]
     masks = [mask.repeat(factor, 0)[:height].repeat(factor, 1)[:, :width] for mask in (tissue, pen)]
     return masks[0], masks[1]

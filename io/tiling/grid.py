@@ -36,6 +36,7 @@ class Tiling:
             inwards, "pad" fills them with white.
         min_tissue: least share of a patch that must be tissue, 0 to 1.
         mpp_tolerance: resolutions that differ by at most this share, 0 to 0.5, count as equal.
+        tissue_threshold: least contrast of tissue, see `tissue_mask`; None for Otsu's.
 
     Raises:
         ValueError: an argument has another value.
@@ -47,6 +48,7 @@ class Tiling:
     border: str = "drop"
     min_tissue: float = 0.1
     mpp_tolerance: float = TOLERANCE
+    tissue_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if (self.mpp is None) == (self.downsample is None):
@@ -59,6 +61,7 @@ class Tiling:
             "downsample",
             "min_tissue",
             "mpp_tolerance",
+            "tissue_threshold",
         ):  # 4 and 4.0 have the same hash
             value = getattr(self, name)
             if value is not None:
@@ -78,16 +81,22 @@ class Tiling:
             raise ValueError(f"min_tissue: expected 0 to 1, got {self.min_tissue}")
         if not 0 <= self.mpp_tolerance <= MAX_TOLERANCE:
             raise ValueError(f"mpp_tolerance: expected 0 to 0.5, got {self.mpp_tolerance}")
+        if self.tissue_threshold is not None and not 0 < self.tissue_threshold < 1:
+            raise ValueError(
+                f"tissue_threshold: expected a number between 0 and 1, got {self.tissue_threshold}"
+            )
 
     def to_json(self) -> dict[str, float | int | str | None]:
         """Return the fields as they are written to run.json of a store.
 
-        The usual tolerance is left out: stores that were made before it could be set are of the
-        same specification.
+        Fields that were added later are left out at their default, so that stores that were
+        written without them keep their hash.
         """
         fields = asdict(self)
         if self.mpp_tolerance == TOLERANCE:
             del fields["mpp_tolerance"]
+        if self.tissue_threshold is None:
+            del fields["tissue_threshold"]
         return fields
 
     @property

@@ -60,6 +60,7 @@ def tile_slides(
     tile_px: int = 256,
     border: Literal["drop", "shift", "pad"] = "drop",
     min_tissue: float = 0.1,
+    tissue_threshold: float | None = None,
     masks: str | PathLike[str] | None = None,
     slide_mpp: Mapping[str, float] | float | None = None,
     missing_mpp: Literal["fail", "skip"] = "fail",
@@ -99,6 +100,9 @@ def tile_slides(
         border: patches that reach beyond the right or lower edge of the slide: "drop" leaves them
             out, "shift" moves them inwards, "pad" fills them with white.
         min_tissue: least share of a patch that must be tissue, 0 to 1.
+        tissue_threshold: least contrast between tissue and glass, between 0 and 1, for slides on
+            which Otsu's threshold misses pale tissue (lower it, to 0.02) or takes dirt for tissue
+            (raise it, to 0.1); see `tissue_mask`.
         masks: folder with the user's own masks of tissue; used instead of the tissue search. That
             of the slide "a/b.svs" is a/b.geojson or a/b.png, or b.geojson or b.png if no other
             slide has this stem. The tissue of slides without a mask is searched.
@@ -157,7 +161,9 @@ def tile_slides(
     from .pipeline import WorkerSettings
     from .slide_options import check_options
 
-    tiling = _tiling_fields(mpp, mag, downsample, mpp_tolerance, tile_px, border, min_tissue)
+    tiling = _tiling_fields(
+        mpp, mag, downsample, mpp_tolerance, tile_px, border, min_tissue, tissue_threshold
+    )
     _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, on_ray=bool(ray))
     not_taken: dict[str, str] = {}
     all_sources = _find_sources(slides, not_taken)
@@ -239,6 +245,7 @@ def _tiling_fields(
     tile_px: int,
     border: str,
     min_tissue: float,
+    tissue_threshold: float | None,
 ) -> dict[str, Any]:
     """Return the fields of a `Tiling`, checked."""
     from .grid import Tiling
@@ -246,7 +253,7 @@ def _tiling_fields(
     tiling = {
         "mpp": 10 / _positive(mag, "mag") if mag is not None and mpp is None else mpp,
         "downsample": downsample, "tile_px": tile_px, "border": border, "min_tissue": min_tissue,
-        "mpp_tolerance": mpp_tolerance,
+        "mpp_tolerance": mpp_tolerance, "tissue_threshold": tissue_threshold,
     }  # fmt: skip
     if sum(value is not None for value in (mpp, mag, downsample)) != 1:
         raise ValueError("expected one of mpp, mag and downsample, got "

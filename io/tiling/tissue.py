@@ -1,4 +1,4 @@
-"""Find tissue, pen marks and blur in the thumbnail of a slide.
+"""Find tissue and blur in the thumbnail of a slide; ink.py finds pen marks.
 
 The rules use only colour and contrast of the thumbnail, without trained weights: the same thumbnail
 gives the same masks. docs/concepts/tissue.md shows them on real tissue, with the errors that
@@ -8,8 +8,19 @@ remain.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from .background import (
+    Background,
+    check_thumb,
+    contrast,
+    extremes,
+    find_background,
+    frames,
+    remove_small,
+    smooth,
+    smooth_planes,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,49 +29,57 @@ if TYPE_CHECKING:
     Image = NDArray[np.uint8]
     Mask = NDArray[np.bool_]
     Floats = NDArray[np.floating[Any]]
-    Pair = tuple[float, float]
-    Ink = Callable[[float, float], Mask]
 
-# Bounds of Otsu's threshold on the stain (see `_stain`; glass has 0). Measured on the test slides:
-# noise, glue, JPEG artefacts and uneven light stay below 0.03; the palest stroma and fat lie above
-# 0.05. Hence the lower bound. The upper bound is needed for strong eosin: there Otsu's threshold
-# separates pale from deep tissue (it is 0.27), not tissue from glass.
-_STAIN = (0.045, 0.07)
-# The same for fluorescence, on the square root of the light above the background, from 0 to 1.
-_LIGHT = (0.18, 0.25)
+# Bounds of Otsu's threshold on the contrast (see `contrast`; background has 0). Measured on the
+# test slides: noise, glue, JPEG artefacts and uneven light stay below 0.03 unless the picture is
+# noisy; the palest stroma and fat lie above 0.05, and above 0.025 where all stain is pale. The
+# upper bound is needed for strong eosin: there Otsu's threshold separates pale from deep tissue (it
+# is 0.27), not tissue from glass.
+_CONTRAST = (0.025, 0.07)
+# Flat pixels of less contrast than this are uneven light or glue.
+_CONTRAST_OF_FLAT = 0.05
+# The threshold is at least this many times the median contrast of the background, and at most this
+# share of the mean contrast of what is above it. Beside deeper tissue, within 1.5 times the
+# smoothing, it is a share of that tissue's: the smoothing would else widen every piece.
+_OF_NOISE, _OF_MEAN, _OF_NEIGHBOUR = 5.0, 0.35, 0.5
+# Standard deviation of the smoothing, and the radius of the closing, um: gaps between nuclei and
+# between fibres, up to twice as wide, are tissue. Fluorescence may show nothing but nuclei.
+_SMOOTH_UM, _CLOSE_UM = 6.0, 25.0
 # Largest hole that is filled and smallest piece that is kept: um^2, and the share of the thumbnail
 # that is used instead if its resolution is unknown.
 _HOLE, _PIECE = (20_000.0, 5e-4), (5_000.0, 1e-4)
-# Standard deviation of the smoothing, um. Fluorescence needs more: it shows nuclei, dots of 10 um
-# with gaps between them, and the mask should cover the gaps.
-_SMOOTH_UM, _SMOOTH_LIGHT_UM = 8.0, 30.0
 # Resolutions (um per px) at which detail is measured, and above which blur cannot be seen; the
 # least detail / structure of sharp tissue (see `blur_mask`: sharp tissue has 0.6 and more).
 _FINEST_UM, _COARSEST_UM, _LEAST_DETAIL = 1.5, 8.0, 0.4
-_BLACK = 12  # of 255: JPEG turns black into values up to this
 
 
-def tissue_mask(thumb: Image, um_per_px: float | None = None) -> Mask:
-    """Find the tissue of a slide: Otsu's threshold on the saturation of its thumbnail.
+def tissue_mask(
+    thumb: Image, um_per_px: float | None = None, threshold: float | None = None
+) -> Mask:
+    """Find the tissue of a slide: a threshold on the contrast between its thumbnail and the glass.
 
-    Colours are divided by the colour of the glass and smoothed over 8 um. Half of the darkness is
-    added to the saturation, to find tissue that is only grey (stroma in IHC). Otsu's threshold is
-    kept between 0.045 and 0.07, so that a slide without tissue gives an empty mask, and a slide
-    full of tissue a full one. Black pixels, and pixels of exactly 255 in all channels, are padding,
-    not tissue. If the background is dark (fluorescence), brightness is used instead of saturation.
-    Holes up to 20,000 um² are filled and pieces below 5,000 um² removed; without `um_per_px`,
-    0.05 % and 0.01 % of the thumbnail. Ink of a pen is coloured, so it counts as tissue here:
-    subtract `pen_mask`.
+    The colour of the glass, of any tint and brightness, is that of the flat pixels; if the other
+    pixels are brighter, the background is dark (fluorescence, dark field). The contrast to it is
+    the saturation plus half of the darkness, or of the light. It is smoothed over 6 um. Otsu's
+    threshold on it is kept between 0.025 and 0.07, and above five times the noise of the glass, so
+    that a slide without tissue gives an empty mask. Gaps up to 50 um and holes up to 20,000 um² are
+    filled, and pieces below 5,000 um² removed; without `um_per_px`, 1/320, 0.05 % and 0.01 % of the
+    thumbnail. Padding is not tissue: pixels of exactly 0 or 255 in all channels, and dark areas
+    with straight edges (the frame of a slide). Ink of a pen is coloured, so it counts as tissue
+    here: subtract `pen_mask`.
 
     Args:
         thumb: thumbnail of the whole slide, uint8 [height, width, 3] RGB.
         um_per_px: micrometres per pixel of the thumbnail, None if not known.
+        threshold: least contrast of tissue, above 0 and below 1; used instead of Otsu's. Lower
+            values find paler tissue.
 
     Returns:
         Bool [height, width], True for tissue.
 
     Raises:
-        ValueError: the image has another shape or dtype, or the resolution is not positive.
+        ValueError: the image has another shape or dtype, the resolution is not positive, or the
+            threshold is not between 0 and 1.
 
     Example:
         >>> from skimage import data
@@ -68,108 +87,82 @@ def tissue_mask(thumb: Image, um_per_px: float | None = None) -> Mask:
         True
     """
     import numpy as np
+    from scipy import ndimage
 
-    _check(thumb, um_per_px)
-    brightest, darkest = _extremes(thumb)
-    dark = has_dark_background(thumb)
-    is_scanned = darkest < 255 if dark else (brightest > _BLACK) & (darkest < 255)
+    check_thumb(thumb, um_per_px)
+    if threshold is not None and not 0 < threshold < 1:
+        raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
+    brightest, darkest = extremes(thumb)
+    is_scanned = (brightest > 0) & (darkest < 255)
     if not is_scanned.any():
         return is_scanned
-    if dark:
-        light = _smooth(brightest / np.float32(255), _px(_SMOOTH_LIGHT_UM, um_per_px, thumb))
-        background = np.median(brightest[is_scanned & (brightest < 32)]) / 255
-        value, (lowest, highest) = np.sqrt(np.maximum(light - background, 0)), _LIGHT
-    else:
-        value = _stain(thumb, is_scanned, _px(_SMOOTH_UM, um_per_px, thumb))
-        lowest, highest = _STAIN
-    # Values above `highest` are surely tissue. They are cut off at twice that, so that Otsu's
-    # threshold separates glass from tissue, not pale tissue from deep tissue.
-    threshold = otsu(np.minimum(value[is_scanned], 2 * highest))
-    mask = (value > min(max(threshold, lowest), highest)) & is_scanned
-    px_um2 = um_per_px**2 if um_per_px else None
-    hole, piece = (um2 / px_um2 if px_um2 else share * mask.size for um2, share in (_HOLE, _PIECE))
-    hole = min(hole, mask.size / 20)  # else the glass of a small thumbnail could be a hole
-    mask = ~_remove_small(~_remove_small(mask, piece), hole)
-    return mask if dark else mask & (brightest > 0)
+    background, sigma = find_background(thumb), _px(_SMOOTH_UM, um_per_px, thumb)
+    planes = smooth_planes(thumb, is_scanned, sigma)
+    value = contrast(planes, background, is_scanned)
+    frame = _frame(brightest, background, sigma)
+    is_scanned &= ~frame
+    if not is_scanned.any():
+        return is_scanned
+    least = np.float32(_threshold(value[is_scanned]) if threshold is None else threshold)
+    around = 2 * round(1.5 * sigma) + 1
+    mask = value > np.maximum(least, _OF_NEIGHBOUR * ndimage.maximum_filter(value, around))
+    if threshold is None:
+        mask &= ~background.flat | (value > _CONTRAST_OF_FLAT)
+    mask = remove_small(mask & is_scanned, math.pi * sigma**2)  # specks of noise
+    mask = _close(mask, _px(_CLOSE_UM, um_per_px, thumb))
+    mask = _fill_and_drop(mask, um_per_px)
+    return mask if background.is_dark else mask & (brightest > 0) & ~frame
 
 
-def pen_mask(thumb: Image) -> Mask:
-    """Find marks of a pen (green, blue, red and black ink) by their optical densities.
-
-    The optical density of red is at most 1.2 times that of green in haematoxylin, eosin and DAB,
-    and at least 1.5 times in green and blue ink. Red ink has high and equal densities of green and
-    blue, and almost none of red; black ink has high and equal densities of all three. A mark then
-    grows from such pixels into its paler rim, and over tissue that it covers. On a dark background
-    (fluorescence) there are no marks. Red chromogens (AEC, Fast Red) that stain large areas deeply
-    look like red ink.
-
-    Args:
-        thumb: thumbnail of the whole slide, uint8 [height, width, 3] RGB.
-
-    Returns:
-        Bool [height, width], True for ink.
-
-    Raises:
-        ValueError: the image has another shape or dtype.
-
-    Example:
-        >>> from skimage import data
-        >>> tissue = data.immunohistochemistry()  # blue haematoxylin, brown DAB
-        >>> bool(motet.io.pen_mask(tissue).any())
-        False
-        >>> tissue[100:200] = (45, 85, 175)
-        >>> round(float(motet.io.pen_mask(tissue).mean()), 2)
-        0.2
-    """
+def _frame(brightest: Image, background: Background, sigma: float) -> Mask:
+    """Return the frame of the slide with its edge, which is smoothed by `sigma` px."""
     import numpy as np
     from scipy import ndimage
 
-    _check(thumb, None)
-    mark = np.zeros(thumb.shape[:2], bool)
-    if has_dark_background(thumb):
-        return mark
-    brightest, darkest = _extremes(thumb)
-    is_scanned = (brightest > _BLACK) & (darkest < 255)
-    colour = _balance(thumb, is_scanned, max(1.0, max(mark.shape) / 1000))
-    for ink, core_limits, rim_limits in _inks(colour):
-        core = _remove_small(ink(*core_limits) & is_scanned, max(9.0, 2e-4 * mark.size))
-        if core.any():
-            rim = ink(*rim_limits) & is_scanned
-            mark |= ndimage.binary_propagation(core, mask=core | rim)
-    # Tissue under a mark hides its colour. A pixel counts as marked if, smoothed over 1 % of the
-    # thumbnail, more than a third of its surroundings is.
-    if mark.any():
-        mark |= _smooth(mark.astype(np.float32), max(1.0, max(mark.shape) / 100)) > 0.35
-    return mark
+    glass = max(background.colour) * 255
+    if background.is_dark or glass < 64:
+        return np.zeros(brightest.shape, bool)
+    frame = frames(1 - brightest / np.float32(glass))
+    if not frame.any():
+        return frame
+    return np.asarray(ndimage.binary_dilation(frame, iterations=math.ceil(2.5 * sigma)), bool)
 
 
-def _inks(colour: Sequence[Floats]) -> list[tuple[Ink, Pair, Pair]]:
-    """Return the rules for cold (green, blue), warm (red) and black ink.
+def _fill_and_drop(mask: Mask, um_per_px: float | None) -> Mask:
+    """Return a mask with its small holes filled and its small pieces removed."""
+    px_um2 = um_per_px**2 if um_per_px else None
+    hole, piece = (um2 / px_um2 if px_um2 else share * mask.size for um2, share in (_HOLE, _PIECE))
+    hole = min(hole, mask.size / 20)  # else the glass of a small thumbnail could be a hole
+    return ~remove_small(~remove_small(mask, piece), hole)
 
-    Each is a function of a least optical density and a ratio of densities, which returns a mask,
-    and two pairs of these limits: for the core of a mark, which only ink has, and for its rim,
-    which stain may have too and which counts only if it touches a core.
-    """
+
+def _threshold(value: Floats) -> float:
+    """Return the least contrast of tissue, from the contrasts [n] of all pixels."""
     import numpy as np
 
-    red, green, blue = (-np.log10(np.clip(plane, 1 / 255, 1)) for plane in colour)
-    lowest = np.minimum(np.minimum(red, green), blue)
-    highest = np.maximum(np.maximum(red, green), blue)
+    lowest, highest = _CONTRAST
+    low = value[value < highest]
+    noise = float(np.median(low)) if low.size else 0.0
+    # Values above `highest` are surely tissue. They are cut off at twice that, so that Otsu's
+    # threshold separates glass from tissue, not pale tissue from deep tissue.
+    threshold = otsu(np.minimum(value, 2 * highest))
+    threshold = min(threshold, _OF_MEAN * float(value[value >= threshold].mean()))
+    return min(max(threshold, lowest, _OF_NOISE * noise), highest)
 
-    def cold(depth: float, ratio: float) -> Mask:
-        return (red > depth) & (red > ratio * green) & (red > blue)
 
-    def warm(depth: float, ratio: float) -> Mask:
-        return (green > depth) & (np.abs(blue - green) < 0.25 * green) & (red < ratio * green)
+def _close(mask: Mask, radius: float) -> Mask:
+    """Return the morphological closing of a mask with a disc of this radius, px."""
+    import numpy as np
+    from scipy import ndimage
 
-    def black(depth: float, ratio: float) -> Mask:
-        return (lowest > depth) & (lowest > ratio * highest)
-
-    return [
-        (cold, (0.2, 1.5), (0.1, 1.15)),
-        (warm, (0.75, 0.35), (0.25, 0.35)),
-        (black, (0.75, 0.85), (0.4, 0.8)),
-    ]
+    if not mask.any():
+        return mask
+    pad = math.ceil(radius)
+    distance = np.asarray(ndimage.distance_transform_edt(~np.pad(mask, pad, mode="edge")))
+    near = distance <= radius
+    if near.all():
+        return np.ones_like(mask)
+    return (np.asarray(ndimage.distance_transform_edt(near)) > radius)[pad:-pad, pad:-pad]
 
 
 def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
@@ -207,7 +200,7 @@ def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
     """
     import numpy as np
 
-    _check(thumb, um_per_px)
+    check_thumb(thumb, um_per_px)
     if tissue.dtype != bool or tissue.shape != thumb.shape[:2]:
         got = f"{tissue.dtype} {list(tissue.shape)}"
         raise ValueError(f"tissue: expected bool {list(thumb.shape[:2])}, got {got}")
@@ -220,31 +213,17 @@ def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
         if min(tissue.shape) < 16 * step:
             break
         image, within = _pool(grey, step), _pool(weight, step)
-        fine, coarse = _smooth(image, 1.0), _smooth(image, 3.0)
-        detail = _smooth(within * (image - fine) ** 2, 8.0)
-        structure = _smooth(within * (fine - coarse) ** 2, 8.0)
+        fine, coarse = smooth(image, 1.0), smooth(image, 3.0)
+        detail = smooth(within * (image - fine) ** 2, 8.0)
+        structure = smooth(within * (fine - coarse) ** 2, 8.0)
         is_blurred = (within > 0.5) & (detail < _LEAST_DETAIL**2 * structure)
-        is_blurred = _remove_small(is_blurred, 64)
+        is_blurred = remove_small(is_blurred, 64)
         rows, columns = (  # of each pixel of the thumbnail; the last pool takes the remainder
             np.minimum(np.arange(side) // step, count - 1)
             for side, count in zip(tissue.shape, is_blurred.shape, strict=True)
         )
         blurred |= is_blurred[rows[:, None], columns]
     return blurred & tissue
-
-
-def has_dark_background(thumb: Image) -> bool:
-    """Return True if a thumbnail shows fluorescence: over a quarter nearly black, and no glass.
-
-    Bright-field scanners fill areas that they did not scan with exact black, so the median of the
-    other pixels must be dark too. Glass is light in all channels: less than 5 % may be.
-    """
-    import numpy as np
-
-    brightest, darkest = _extremes(thumb)
-    scanned = darkest[brightest > 0]
-    dark = scanned.size > 0 and np.median(scanned) < 32 and (brightest < 32).mean() > 0.25
-    return bool(dark and (darkest > 160).mean() < 0.05)
 
 
 def otsu(values: Floats) -> float:
@@ -265,61 +244,6 @@ def otsu(values: Floats) -> float:
     return float(centres[np.argmax(between)])
 
 
-def _stain(thumb: Image, is_scanned: Mask, sigma: float) -> Floats:
-    """Return the saturation plus half the darkness (1 - brightness).
-
-    Darkness of 0.5 and more is left out: the frame of the slide and its shadow are as dark.
-    """
-    import numpy as np
-
-    red, green, blue = _balance(thumb, is_scanned, sigma)
-    brightest = np.maximum(np.maximum(red, green), blue)
-    darkest = np.minimum(np.minimum(red, green), blue)
-    # The floor of 0.25 keeps the noise of nearly black pixels below the saturation of tissue.
-    saturation = (brightest - darkest) / np.maximum(brightest, 0.25)
-    return saturation + np.where(brightest > 0.5, (1 - brightest) / 2, 0)
-
-
-def _balance(thumb: Image, is_scanned: Mask, sigma: float) -> Sequence[Floats]:
-    """Return the smoothed colours divided by those of the glass, three planes from 0 to 1.
-
-    Glass is light (all channels above 0.7) and nearly grey (within 0.08); its colour is the median
-    of the brightest tenth. If less than 0.1 % of the pixels are glass, colours are not divided.
-    """
-    import numpy as np
-
-    # A weighted mean, in which pixels that were not scanned have no weight.
-    weight = np.maximum(_smooth(is_scanned.astype(np.float32), sigma), 1e-6)
-    planes = [
-        _smooth(np.where(is_scanned, thumb[..., i], np.float32(0)), sigma) / (255 * weight)
-        for i in range(3)
-    ]
-    # Every ninth pixel is enough for the colour of the glass.
-    sample = np.stack([plane[::3, ::3][is_scanned[::3, ::3]] for plane in planes])
-    brightest, darkest = sample.max(0), sample.min(0)
-    glass = sample[:, (darkest > 0.7) & (brightest - darkest < 0.08)]
-    if glass.shape[1] <= 1e-3 * sample.shape[1]:
-        return planes
-    light = glass.sum(0)
-    white = np.median(glass[:, light >= np.quantile(light, 0.9)], 1)
-    return [np.minimum(plane / level, 1) for plane, level in zip(planes, white, strict=True)]
-
-
-def _extremes(thumb: Image) -> tuple[Image, Image]:
-    """Return the brightest and the darkest channel, ten times as fast as thumb.max(2)."""
-    import numpy as np
-
-    red, green, blue = (thumb[..., i] for i in range(3))
-    brightest = np.maximum(np.maximum(red, green), blue)
-    return brightest, np.minimum(np.minimum(red, green), blue)
-
-
-def _smooth(image: Floats, sigma: float) -> Floats:
-    from scipy import ndimage
-
-    return ndimage.gaussian_filter(image, sigma, truncate=2.5, mode="nearest")
-
-
 def _pool(image: Floats, factor: int) -> Floats:
     height, width = (side // factor for side in image.shape)
     blocks = image[: height * factor, : width * factor].reshape(height, factor, width, factor)
@@ -332,28 +256,5 @@ def _px(um: float, um_per_px: float | None, thumb: Image) -> float:
     If the resolution is unknown, 8 um are taken as 1/500 of the longer side.
     """
     longest = max(thumb.shape[:2])
-    px = um / um_per_px if um_per_px else um / _SMOOTH_UM * longest / 500
+    px = um / um_per_px if um_per_px else um / 8 * longest / 500
     return max(1.0, min(px, longest / 32))
-
-
-def _remove_small(mask: Mask, least_px: float) -> Mask:
-    """Return a mask without the pieces of fewer than `least_px` pixels, connected by edges."""
-    import numpy as np
-    from scipy import ndimage
-
-    labels = np.empty(mask.shape, np.int32)
-    ndimage.label(mask, output=labels)
-    kept = np.bincount(labels.ravel()) >= least_px
-    kept[0] = False
-    return kept[labels]
-
-
-def _check(thumb: Image, um_per_px: float | None) -> None:
-    import numpy as np
-
-    valid = isinstance(thumb, np.ndarray) and thumb.dtype == np.uint8 and thumb.size > 0
-    if not (valid and thumb.ndim == 3 and thumb.shape[2] == 3):
-        kind, shape = getattr(thumb, "dtype", type(thumb).__name__), getattr(thumb, "shape", ())
-        raise ValueError(f"thumb: expected uint8 [height, width, 3], got {kind} {list(shape)}")
-    if um_per_px is not None and not (math.isfinite(um_per_px) and um_per_px > 0):
-        raise ValueError(f"um_per_px: expected a positive number or None, got {um_per_px}")
