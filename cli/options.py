@@ -41,6 +41,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
+def add_drop(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add --drop, flags of patches separated by commas."""
+    parser.add_argument("--drop", type=read_names, default=[], metavar="FLAGS", help=text)
+
+
 def add_set(parser: argparse.ArgumentParser) -> None:
     """Add --set, read by `read_changes`."""
     parser.add_argument(

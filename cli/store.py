@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .options import Commands, add_json
+from .options import Commands, add_drop, add_json
 
 
 def add_store(commands: Commands) -> None:
@@ -53,6 +53,7 @@ def add_store(commands: Commands) -> None:
     export.add_argument(
         "--encoder", help="encoder of the features (needed if the store has several)"
     )
+    add_drop(export, "leave out patches with these flags: pen, blur, or both")
     import_ = add("import", "import features of TRIDENT or CLAM", _store_import)
     import_.add_argument(
         "paths", nargs="+", type=Path, metavar="FILE|DIR", help=".h5, .pt or .npz files"
@@ -120,7 +121,7 @@ def _store_export(options: argparse.Namespace) -> int:
     store = FeatureStore(options.store, options.encoder)
     names = options.slides or list(store)
     for name in names:
-        export(store, name, options.out, options.format)
+        export(store, name, options.out, options.format, options.drop)
     print(f"{len(names)} slides: {options.out}")
     return 0
 

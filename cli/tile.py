@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io.errors import counted
-from .options import Commands, add_json, add_out
+from .options import Commands, add_drop, add_json, add_out
 
 if TYPE_CHECKING:
     from ..io.tiling.encode_patches import Encoded
@@ -80,6 +80,7 @@ def _add_patches(tile: argparse.ArgumentParser) -> None:
         help="least contrast of tissue to the glass, between 0 and 1: 0.02 for pale tissue, 0.1 "
         "to leave out dirt (default: chosen for each slide, 0.025 to 0.07)",
     )  # fmt: skip
+    add_drop(tile, "leave out patches with these flags, do not embed them: pen, blur, or both")
     tile.add_argument(
         "--masks", type=Path, metavar="DIR",
         help="folder of tissue masks: a/b.geojson or a/b.png for the slide a/b.svs, or b.geojson "
@@ -164,8 +165,8 @@ def _tile(options: argparse.Namespace) -> int:
         return _encode_bags(options)
     started = time.perf_counter()
     passed = ("encoder", "mpp", "mag", "downsample", "mpp_tolerance", "tile_px", "border",
-              "min_tissue", "tissue_threshold", "masks", "missing_mpp", "reader", "max_damaged",
-              "device", "precision", "weights", "compile", "batch", "workers", "slide_timeout",
+              "min_tissue", "tissue_threshold", "drop", "masks", "missing_mpp", "reader",
+              "max_damaged", "device", "precision", "weights", "compile", "batch", "workers", "slide_timeout",
               "redo", "ray")  # fmt: skip
     progress = Progress()
     with closing(progress):
@@ -183,10 +184,10 @@ def _tile(options: argparse.Namespace) -> int:
 
 NOT_OF_BAGS = {
     "mpp": None, "mag": None, "downsample": None, "mpp_tolerance": 0.02, "tile_px": 256,
-    "border": "drop", "min_tissue": 0.1, "tissue_threshold": None, "masks": None, "slide_mpp": None,
-    "missing_mpp": "fail", "reader": "auto",
-    "max_damaged": 0.5, "redo": False, "workers": 1, "slide_timeout": 600.0, "shard": None,
-    "ray": None, "pseudonymise": None, "show_labels": False,
+    "border": "drop", "min_tissue": 0.1, "tissue_threshold": None, "drop": [], "masks": None,
+    "slide_mpp": None, "missing_mpp": "fail", "reader": "auto", "max_damaged": 0.5, "redo": False,
+    "workers": 1, "slide_timeout": 600.0, "shard": None, "ray": None, "pseudonymise": None,
+    "show_labels": False,
 }  # fmt: skip
 """The options that have no effect on bags, and their defaults."""
 

@@ -162,9 +162,13 @@ def test_the_hash_of_a_tiling_is_of_its_values() -> None:
     assert Tiling(mpp=1, mpp_tolerance=0.1).to_json()["mpp_tolerance"] == 0.1
     others = [Tiling(downsample=4, mpp_tolerance=0.1)]
     others += [Tiling(mpp=4), Tiling(downsample=4, tile_px=224), Tiling(downsample=4, border="pad")]
-    others.append(Tiling(downsample=4, tissue_threshold=0.03))
-    assert len({tiling.hash for tiling in [first, *others]}) == 6
-    assert "tissue_threshold" not in first.to_json()  # a later field: old stores keep their hash
+    others += [Tiling(downsample=4, tissue_threshold=0.03), Tiling(downsample=4, drop=["pen"])]
+    assert len({tiling.hash for tiling in [first, *others]}) == 7
+    assert Tiling(downsample=4, drop=("pen", "blur")) == Tiling(downsample=4, drop=["blur", "pen"])
+    with pytest.raises(ValueError, match="drop: expected pen, blur, got 'edge'"):
+        Tiling(downsample=4, drop=["edge"])
+    # Later fields are left out at their defaults: old stores keep their hash.
+    assert list(first.to_json()) == ["mpp", "downsample", "tile_px", "border", "min_tissue"]
     assert Tiling(**others[-1].to_json()) == others[-1]  # pyright: ignore[reportArgumentType]
     for wrong in (0, 1, -1.0):
         with pytest.raises(ValueError, match="tissue_threshold: expected a number between 0 and"):

@@ -18,7 +18,7 @@ from ..errors import SlideError, StoreError, listed
 from .array import UNREADABLE
 from .disk import FULL, clean
 from .failures import note_failure
-from .format import read_run, run_hash
+from .format import drop_bits, read_run, run_hash
 from .leases import Leases
 from .read import FeatureStore
 from .read_slide import SlideFeatures
@@ -147,7 +147,11 @@ def import_features(
 
 
 def export(
-    store: FeatureStore, name: str, folder: str | os.PathLike[str], kind: str = "npz"
+    store: FeatureStore,
+    name: str,
+    folder: str | os.PathLike[str],
+    kind: str = "npz",
+    drop: Iterable[str] = (),
 ) -> Path:
     """Write the features of a slide to a file; return the path of the file.
 
@@ -159,8 +163,10 @@ def export(
         kind: "npz": features float16, coords, tissue and flags of all patches. "h5": TRIDENT's
             layout; "pt": CLAM's layout; both float32 and without the corrupt patches, since these
             layouts have no flag for them.
+        drop: leave out patches with these flags, "pen" and "blur".
 
     Raises:
+        ValueError: another flag.
         StoreError: the slide does not exist or cannot be read.
     """
     if kind not in ("npz", "h5", "pt"):
@@ -174,24 +180,26 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     with _atomic.replacing(path) as partial:
         if kind == "h5":
-            _write_h5(partial, slide.bag()[0], slide.coords[~slide.corrupt], slide.attrs)
+            coords = slide.coords[slide.without(drop)]
+            _write_h5(partial, slide.bag(drop=drop)[0], coords, slide.attrs)
         else:
             # An open file: to a path numpy would add `.npz`, and torch would store its name.
             with open(partial, "wb") as file:
-                _write_zip(file, slide, kind)
+                _write_zip(file, slide, kind, drop)
     return path
 
 
-def _write_zip(file: IO[bytes], slide: SlideFeatures, kind: str) -> None:
+def _write_zip(file: IO[bytes], slide: SlideFeatures, kind: str, drop: Iterable[str]) -> None:
     if kind == "npz":
+        rows = np.flatnonzero((slide.flags & np.uint8(drop_bits(drop))) == 0)
         np.savez(
-            file, features=slide.features, coords=slide.coords, tissue=slide.tissue,
-            flags=slide.flags,
+            file, features=slide.rows(rows), coords=slide.coords[rows], tissue=slide.tissue[rows],
+            flags=slide.flags[rows],
         )  # fmt: skip
     else:
         import torch
 
-        torch.save(torch.from_numpy(slide.bag()[0]), file)
+        torch.save(torch.from_numpy(slide.bag(drop=drop)[0]), file)
 
 
 def _find_files(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import IntFlag
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,24 @@ class FLAGS(IntFlag):
     BLUR = 4
     CORRUPT = 8
     """The pixels of the patch could not be decoded. It was not embedded; its features are NaN."""
+
+
+DROPPABLE = {"pen": FLAGS.PEN, "blur": FLAGS.BLUR}
+"""Flags that a user may ask to leave out, by name."""
+
+
+def drop_bits(drop: Iterable[str]) -> FLAGS:
+    """Return the bits of the flags of these names, "pen" and "blur".
+
+    Raises:
+        ValueError: another name.
+    """
+    bits = FLAGS(0)
+    for name in [drop] if isinstance(drop, str) else drop:
+        if name not in DROPPABLE:
+            raise ValueError(f"drop: expected {listed(DROPPABLE)}, got {name!r}")
+        bits |= DROPPABLE[name]
+    return bits
 
 
 def flag_counts(flags: NDArray[np.uint8]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StoreError, listed
 from .array import StoredArray
-from .format import FLAGS, mapping, read_json
+from .format import FLAGS, drop_bits, mapping, read_json
 
 
 class OpenedStore(Protocol):
@@ -105,12 +106,30 @@ class SlideFeatures:
         """Return the tissue of the whole slide, bool [h, w], None if the store has no mask."""
         return self._image("mask", np.bool_, (None, None))
 
-    def bag(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return features float32 [K, D] and coords float32 [K, 2] of all but corrupt patches."""
-        features, coords, corrupt = self.features, self.coords, self.corrupt
-        if corrupt.any():
-            features, coords = features[~corrupt], coords[~corrupt]
+    def bag(self, *, drop: Iterable[str] = ()) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return features float32 [K, D] and coords float32 [K, 2] of all but corrupt patches.
+
+        Args:
+            drop: also leave out patches with these flags, "pen" and "blur".
+
+        Raises:
+            ValueError: another flag.
+        """
+        features, coords, used = self.features, self.coords, self.without(drop)
+        if not used.all():
+            features, coords = features[used], coords[used]
         return features.astype(np.float32), coords.astype(np.float32)
+
+    def without(self, drop: Iterable[str] = ()) -> NDArray[np.bool_]:
+        """Return bool [N]: True for patches that are not corrupt and have none of these flags.
+
+        Args:
+            drop: "pen" and "blur".
+
+        Raises:
+            ValueError: another flag.
+        """
+        return (self.flags & np.uint8(FLAGS.CORRUPT | drop_bits(drop))) == 0
 
     @property
     def width(self) -> int:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..slides.slide import Slide
 from ..slides.thumbnails import thumbnail_level
-from ..store.format import FLAGS
+from ..store.format import FLAGS, drop_bits
 from .grid import PatchGrid, Tiling, damaged_patches, make_grid
 from .ink import pen_mask
 from .masks import coverage, read_mask
@@ -37,6 +37,7 @@ class TissuePatches:
         tissue: float64 [N], the share of each patch that is tissue.
         flags: uint8 [N], bits of FLAGS.
         with_tissue: number of patches of the grid that hold any tissue.
+        dropped: number of patches that are left out because of a flag in `Tiling.drop`.
         thumb: uint8 [h, w, 3], the thumbnail of the slide.
         mask: bool [h, w], the tissue in the thumbnail.
     """
@@ -46,6 +47,7 @@ class TissuePatches:
     tissue: NDArray[np.float64]
     flags: NDArray[np.uint8]
     with_tissue: int
+    dropped: int
     thumb: NDArray[np.uint8]
     mask: NDArray[np.bool_]
 
@@ -61,6 +63,8 @@ class TissuePatches:
             return None
         if not len(self.grid.coords):
             return "the slide is smaller than one patch"
+        if self.dropped:
+            return "all patches with tissue have a flag that is dropped"
         return "no patch holds enough tissue" if self.mask.any() else "no tissue was found"
 
 
@@ -113,7 +117,9 @@ def find_patches(
     ):
         flags[is_set] |= np.uint8(flag)
     with_tissue = int(np.count_nonzero(tissue))
-    return TissuePatches(grid, kept, tissue[kept], flags, with_tissue, thumb, mask)
+    used = (flags & np.uint8(drop_bits(tiling.drop))) == 0
+    kept, flags, dropped = kept[used], flags[used], int(np.count_nonzero(~used))
+    return TissuePatches(grid, kept, tissue[kept], flags, with_tissue, dropped, thumb, mask)
 
 
 def thumb_px(slide: Slide) -> int:

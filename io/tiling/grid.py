@@ -13,6 +13,7 @@ import numpy as np
 
 from ..._checks import number
 from ..errors import SlideError
+from ..store.format import drop_bits
 
 if TYPE_CHECKING:
     from ..slides.slide import Slide
@@ -37,6 +38,7 @@ class Tiling:
         min_tissue: least share of a patch that must be tissue, 0 to 1.
         mpp_tolerance: resolutions that differ by at most this share, 0 to 0.5, count as equal.
         tissue_threshold: least contrast of tissue, see `tissue_mask`; None for Otsu's.
+        drop: flags of patches that are left out, "pen" and "blur".
 
     Raises:
         ValueError: an argument has another value.
@@ -49,6 +51,7 @@ class Tiling:
     min_tissue: float = 0.1
     mpp_tolerance: float = TOLERANCE
     tissue_threshold: float | None = None
+    drop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if (self.mpp is None) == (self.downsample is None):
@@ -81,12 +84,15 @@ class Tiling:
             raise ValueError(f"min_tissue: expected 0 to 1, got {self.min_tissue}")
         if not 0 <= self.mpp_tolerance <= MAX_TOLERANCE:
             raise ValueError(f"mpp_tolerance: expected 0 to 0.5, got {self.mpp_tolerance}")
+        drop_bits(self.drop)  # raises ValueError if a name is wrong
+        names = (self.drop,) if isinstance(self.drop, str) else self.drop
+        object.__setattr__(self, "drop", tuple(sorted(set(names))))
         if self.tissue_threshold is not None and not 0 < self.tissue_threshold < 1:
             raise ValueError(
                 f"tissue_threshold: expected a number between 0 and 1, got {self.tissue_threshold}"
             )
 
-    def to_json(self) -> dict[str, float | int | str | None]:
+    def to_json(self) -> dict[str, float | int | str | list[str] | None]:
         """Return the fields as they are written to run.json of a store.
 
         Fields that were added later are left out at their default, so that stores that were
@@ -97,6 +103,9 @@ class Tiling:
             del fields["mpp_tolerance"]
         if self.tissue_threshold is None:
             del fields["tissue_threshold"]
+        fields["drop"] = list(self.drop)
+        if not self.drop:
+            del fields["drop"]
         return fields
 
     @property

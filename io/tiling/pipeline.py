@@ -339,7 +339,11 @@ class _Worker:
             "footprint_px": grid.footprint_px,
             "patch_mpp": grid.mpp,
             **({} if grid.aspect == 1 else {"footprint_y_px": grid.footprint[1]}),
-            "counts": {"grid": len(grid.coords), "tissue": patches.with_tissue},
+            "counts": {
+                "grid": len(grid.coords),
+                "tissue": patches.with_tissue,
+                **({"dropped": patches.dropped} if self.tiling.drop else {}),
+            },
             "mask": self.settings.mask_of.get(source.name),
             "options": options,
             "reason": patches.why_empty,

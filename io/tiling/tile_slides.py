@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -61,6 +61,7 @@ def tile_slides(
     border: Literal["drop", "shift", "pad"] = "drop",
     min_tissue: float = 0.1,
     tissue_threshold: float | None = None,
+    drop: Sequence[str] = (),
     masks: str | PathLike[str] | None = None,
     slide_mpp: Mapping[str, float] | float | None = None,
     missing_mpp: Literal["fail", "skip"] = "fail",
@@ -103,6 +104,8 @@ def tile_slides(
         tissue_threshold: least contrast between tissue and glass, between 0 and 1, for slides on
             which Otsu's threshold misses pale tissue (lower it, to 0.02) or takes dirt for tissue
             (raise it, to 0.1); see `tissue_mask`.
+        drop: flags of patches that are neither embedded nor stored: "pen", "blur" or both. Their
+            number is in the attribute `counts` of the slide.
         masks: folder with the user's own masks of tissue; used instead of the tissue search. That
             of the slide "a/b.svs" is a/b.geojson or a/b.png, or b.geojson or b.png if no other
             slide has this stem. The tissue of slides without a mask is searched.
@@ -162,7 +165,7 @@ def tile_slides(
     from .slide_options import check_options
 
     tiling = _tiling_fields(
-        mpp, mag, downsample, mpp_tolerance, tile_px, border, min_tissue, tissue_threshold
+        mpp, mag, downsample, mpp_tolerance, tile_px, border, min_tissue, tissue_threshold, drop
     )
     _check(encoder, masks, missing_mpp, reader, max_damaged, batch, workers, on_ray=bool(ray))
     not_taken: dict[str, str] = {}
@@ -246,6 +249,7 @@ def _tiling_fields(
     border: str,
     min_tissue: float,
     tissue_threshold: float | None,
+    drop: Sequence[str],
 ) -> dict[str, Any]:
     """Return the fields of a `Tiling`, checked."""
     from .grid import Tiling
@@ -253,13 +257,12 @@ def _tiling_fields(
     tiling = {
         "mpp": 10 / _positive(mag, "mag") if mag is not None and mpp is None else mpp,
         "downsample": downsample, "tile_px": tile_px, "border": border, "min_tissue": min_tissue,
-        "mpp_tolerance": mpp_tolerance, "tissue_threshold": tissue_threshold,
+        "mpp_tolerance": mpp_tolerance, "tissue_threshold": tissue_threshold, "drop": drop,
     }  # fmt: skip
     if sum(value is not None for value in (mpp, mag, downsample)) != 1:
         raise ValueError("expected one of mpp, mag and downsample, got "
                          f"mpp={mpp}, mag={mag}, downsample={downsample}")  # fmt: skip
-    Tiling(**tiling)  # raises ValueError if a field is wrong
-    return tiling
+    return Tiling(**tiling).to_json()  # raises ValueError if a field is wrong
 
 
 def _check(
