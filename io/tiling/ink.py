@@ -28,7 +28,9 @@ _BLACK = 12  # of 255: JPEG turns black into values up to this
 # median of each mark of the test pictures); stains with the texture of tissue vary by 12 to 39 %,
 # on thumbnails of 20 um per px by 8 to 11 %. If a colour makes up more than half of all that is
 # coloured, it is more likely a stain: then the lower limit holds.
-_TEXTURE, _TEXTURE_OF_MOST, _MOST = 0.1, 0.06, 0.5
+_TEXTURE, _MOST = (0.1, 0.06), 0.5
+# Tissue that is nearly black varies by 6.5 % and more; black strokes by 2 %.
+_TEXTURE_OF_BLACK = (0.06, 0.0)
 
 
 class InkKind(NamedTuple):
@@ -42,8 +44,8 @@ class InkKind(NamedTuple):
     """The same for its rim, which tissue may have too; it counts only if it touches a core."""
     density: Floats
     """[h, w], the optical density by which the ink is compared with the texture of tissue."""
-    texture_of_most: float
-    """The limit of texture if most of what is coloured has this colour."""
+    texture: Pair
+    """Limits of the texture: usually, and if most of what is coloured has this colour."""
 
 
 def pen_mask(thumb: Image) -> Mask:
@@ -131,7 +133,7 @@ def _flat_marks(marks: Mask, ink: InkKind, coloured: int) -> Mask:
     area = np.bincount(labels.ravel())[1:]
     is_most = area.sum() > _MOST * coloured
     medians = ndimage.median(texture, np.where(inner, labels, 0), every)
-    is_flat = medians < (ink.texture_of_most if is_most else _TEXTURE)
+    is_flat = medians < ink.texture[int(is_most)]
     # Narrow or striped strokes are not flat. They are ink if most marks of this colour are.
     if area[is_flat].sum() > area.sum() / 2:
         is_flat[:] = True
@@ -156,9 +158,7 @@ def _inks(densities: Sequence[Floats]) -> list[InkKind]:
         return (lowest > depth) & (lowest > ratio * highest)
 
     return [
-        InkKind(cold, (0.2, 1.5), (0.1, 1.15), red, _TEXTURE_OF_MOST),
-        InkKind(warm, (0.75, 0.35), (0.25, 0.35), green, _TEXTURE_OF_MOST),
-        InkKind(
-            black, (0.75, 0.85), (0.4, 0.8), lowest, 0.0
-        ),  # then it is tissue that is nearly black
+        InkKind(cold, (0.2, 1.5), (0.1, 1.15), red, _TEXTURE),
+        InkKind(warm, (0.75, 0.35), (0.25, 0.35), green, _TEXTURE),
+        InkKind(black, (0.75, 0.85), (0.4, 0.8), lowest, _TEXTURE_OF_BLACK),
     ]
