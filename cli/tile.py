@@ -166,8 +166,8 @@ def _tile(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     passed = ("encoder", "mpp", "mag", "downsample", "mpp_tolerance", "tile_px", "border",
               "min_tissue", "tissue_threshold", "drop", "masks", "missing_mpp", "reader",
-              "max_damaged", "device", "precision", "weights", "compile", "batch", "workers", "slide_timeout",
-              "redo", "ray")  # fmt: skip
+              "max_damaged", "device", "precision", "weights", "compile", "batch", "workers",
+              "slide_timeout", "redo", "ray")  # fmt: skip
     progress = Progress()
     with closing(progress):
         tiled = tile_slides(
