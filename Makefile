@@ -52,7 +52,7 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA
 SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
 	OPENBLAS_CORETYPE=Prescott MOTET_SIMD=16 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-sse
 NUMERIC := $(addprefix python_tests/test_,$(addsuffix .py,absorbed_attention attention_engine \
-	context_kv healnet harmonic_merge latent_attention lego lego_engine one_token resample slerp \
+	context_kv healnet harmonic_merge latent_attention lego lego_engine one_token resample slerp smooth \
 	stain_planes triton_context_kv triton_kernels triton_kv_records triton_lego_pass triton_operators))
 NUMBERS := "not compile and not registration and not memory and not fuzz"
 test-cpus: $(INSTALLED)
@@ -139,7 +139,7 @@ sanitize: $(INSTALLED)
 	PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -p no:cacheprovider -k "not registration and not gradients" \
-	$(addprefix python_tests/test_,$(addsuffix .py,bindings_fuzz harmonic_merge slerp context_kv one_token resample stain_planes))
+	$(addprefix python_tests/test_,$(addsuffix .py,bindings_fuzz harmonic_merge slerp context_kv one_token resample smooth stain_planes))
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info kernels/_C.* io/_C.*

