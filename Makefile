@@ -139,7 +139,7 @@ sanitize: $(INSTALLED)
 	PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -p no:cacheprovider -k "not registration and not gradients" \
-	$(addprefix python_tests/test_,$(addsuffix .py,bindings_fuzz harmonic_merge slerp context_kv one_token resample smooth stain_planes))
+	$(addprefix python_tests/test_,$(addsuffix .py,bindings_fuzz harmonic_merge slerp context_kv one_token resample smooth stain_planes jpeg_tiles))
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info kernels/_C.* io/_C.*

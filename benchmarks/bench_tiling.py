@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,18 @@ def _find_tissue_rows(slide: Slide) -> tuple[PatchGrid, NDArray[np.int64]]:
     """Return the grid, and the rows of its tissue patches, as the pipeline does before decoding."""
     grid = make_grid(slide, Tiling(mpp=0.5, tile_px=TILE), slide.mpp or MPP)
     size = (slide.levels[0].width, slide.levels[0].height)
-    thumb = slide.thumbnail(thumb_px(slide))
-    scale = thumb.shape[1] / size[0]
-    mask, pen = find_tissue(thumb, MPP / scale, grid.footprint_px * scale)
-    tissue = coverage(mask & ~pen, grid.coords, grid.footprint_px, size)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(slide.damaged, grid.level)
+        thumb = slide.thumbnail(thumb_px(slide))
+        scale = thumb.shape[1] / size[0]
+        mask, pen = find_tissue(thumb, MPP / scale, grid.footprint_px * scale)
+        tissue = coverage(mask & ~pen, grid.coords, grid.footprint_px, size)
     return grid, np.flatnonzero((tissue >= 0.1) & ~damaged_patches(slide, grid))
 
 
 def by_motet(path: Path, corners: NDArray[np.int32]) -> int:
     """Find the tissue and decode its patches; return their number."""
-    with open_slide(path, reader="cucim") as slide:
+    with open_slide(path, reader="libjpeg") as slide:
         grid, rows = _find_tissue_rows(slide)
         assert len(rows) == len(corners)
         return sum(len(b.rows) for b in read_patches(slide, grid, rows, workers=WORKERS))
@@ -124,7 +127,7 @@ def pixel_error(path: Path, count: int = 50) -> int:
     from openslide import OpenSlide
 
     worst = 0
-    with open_slide(path, reader="cucim") as slide, OpenSlide(path) as exact:
+    with open_slide(path, reader="libjpeg") as slide, OpenSlide(path) as exact:
         grid, rows = _find_tissue_rows(slide)
         rows = rows[:: max(1, len(rows) // count)]
         for batch in read_patches(slide, grid, rows, workers=WORKERS):

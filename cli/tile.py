@@ -96,7 +96,8 @@ def _add_patches(tile: argparse.ArgumentParser) -> None:
         help="whether slides of unknown resolution fail or are skipped (default: fail)",
     )  # fmt: skip
     tile.add_argument(
-        "--reader", default="auto", choices=("auto", "cucim", "openslide", "tifffile", "pillow"),
+        "--reader", default="auto",
+        choices=("auto", "libjpeg", "cucim", "openslide", "tifffile", "pillow"),
         help="library that reads the slides (default: auto)",
     )  # fmt: skip
     tile.add_argument(

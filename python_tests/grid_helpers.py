@@ -74,6 +74,20 @@ class ArraySlide:
                 yield buffer
             buffer[:] = 77
 
+    def read_into(
+        self, level: int, corners: np.ndarray, out: list[np.ndarray]
+    ) -> list[SlideError | None]:
+        assert corners.dtype == np.int64
+        errors: list[SlideError | None] = []
+        for (x, y), pixels in zip(corners.tolist(), out, strict=True):
+            try:
+                pixels[:] = self.read(level, x, y, pixels.shape[1], pixels.shape[0])
+                errors.append(None)
+            except SlideError as error:
+                pixels[:] = 77
+                errors.append(error)
+        return errors
+
 
 def pyramid(width: int, height: int, *factors: float) -> ArraySlide:
     """Return a slide with levels of these downsamples; sides are rounded down."""

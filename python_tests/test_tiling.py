@@ -271,7 +271,7 @@ def test_another_specification_is_refused(cohort: Path, undisturbed: Path) -> No
         ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
         ({"batch": 0}, "batch: expected an integer of at least 1, got 0"),
         ({"shard": (3, 3)}, r"shard: expected \(i, n\) with 0 <= i < n, got \(3, 3\)"),
-        ({"reader": "vips"}, "reader: expected auto, cucim, openslide, tifffile, pillow"),
+        ({"reader": "vips"}, "reader: expected auto, libjpeg, cucim, openslide, tifffile, pillow"),
         ({"missing_mpp": "guess"}, "missing_mpp: expected fail, skip, got 'guess'"),
         ({"slide_mpp": 0}, "slide_mpp: expected a number above 0, got 0"),
         ({"slide_mpp": {"a": "b"}}, "slide_mpp of a: expected a number above 0, got 'b'"),
@@ -411,15 +411,13 @@ def test_decoding_follows_the_encoder_to_its_gpu(
             return super().encode(pixels)
 
     monkeypatch.setattr(pipeline, "probe_decoder", lambda slide, grid: "meta")
-    batches = CuCimSlide._read_batches
 
-    def decoded(self: Any, *arguments: Any) -> Any:
-        *others, device = arguments
-        for image in batches(self, *others, "cpu"):
-            yield image if device == "cpu" else torch.from_numpy(np.array(image))
+    def decoded(self: Any, level: int, corners: Any, width: int, height: int, *_: Any) -> Any:
+        for x, y in corners.tolist():
+            yield torch.from_numpy(self.read(level, x, y, width, height))
 
     monkeypatch.setattr(CuCimSlide, "_read_batches", decoded)
-    options = {**OPTIONS, "encoder": OnGpu()}
+    options = {**OPTIONS, "encoder": OnGpu(), "reader": "cucim"}
     assert tile_slides(cohort / "slide-0.tif", tmp_path, workers=0, **options).done == 1
     assert set(seen) == {torch.Tensor}
     (log,) = (json.loads(path.read_text()) for path in (tmp_path / "logs").glob("*.json"))

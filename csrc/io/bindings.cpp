@@ -3,13 +3,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "area_resample.hpp"
+#include "jpeg_tiles.hpp"
 #include "smooth.hpp"
 #include "stain_planes.hpp"
 
@@ -167,6 +170,60 @@ void smooth(const py::buffer& image, const std::vector<double>& weights, const p
                   static_cast<std::size_t>(in.shape[1]), weights, static_cast<float*>(to.ptr));
 }
 
+motet::JpegTiles jpeg_tiles(const std::string& library, int file, const py::buffer& offsets,
+                            const py::buffer& counts, py::ssize_t columns,
+                            std::array<py::ssize_t, 2> size, const py::bytes& tables, bool ycbcr) {
+    const auto sides = offsets.request();
+    const auto n = sides.ndim == 1 ? sides.shape[0] : 0;
+    const auto begin = contiguous_buffer<std::int64_t>(offsets, "offsets", "int64", {n});
+    const auto length = contiguous_buffer<std::int64_t>(counts, "counts", "int64", {n});
+    if (n < 1 || columns < 1 || n % columns)
+        throw std::invalid_argument("columns: expected a divisor of the " + std::to_string(n) +
+                                    " tiles, got " + std::to_string(columns));
+    for (const auto side : size)
+        if (side < 1 || side > 65'535)
+            throw std::invalid_argument("size: expected sides of 1 to 65535 px, got " +
+                                        std::to_string(side));
+    const auto *first = static_cast<const std::int64_t*>(begin.ptr),
+               *lengths = static_cast<const std::int64_t*>(length.ptr);
+    const std::string bytes = tables;
+    return {motet::load_jpeg_library(library),
+            file,
+            {first, first + n},
+            {lengths, lengths + n},
+            static_cast<std::size_t>(columns),
+            static_cast<std::size_t>(size[0]),
+            static_cast<std::size_t>(size[1]),
+            {bytes.begin(), bytes.end()},
+            ycbcr};
+}
+
+std::vector<std::string> read_regions(const motet::JpegTiles& tiles,
+                                      const std::vector<std::array<py::ssize_t, 2>>& corners,
+                                      const std::vector<py::buffer>& out) {
+    if (corners.size() != out.size())
+        throw std::invalid_argument("out: expected an image for each of " +
+                                    std::to_string(corners.size()) + " corners, got " +
+                                    std::to_string(out.size()));
+    const auto width = static_cast<py::ssize_t>(tiles.columns * tiles.width),
+               height = static_cast<py::ssize_t>(tiles.rows() * tiles.height);
+    std::vector<py::buffer_info> images;  // they hold the memory until the end
+    std::vector<motet::JpegRegion> regions;
+    for (std::size_t i = 0; i < out.size(); ++i) {
+        const auto& to = images.emplace_back(image_buffer(out[i], "out", true));
+        const auto [x, y] = corners[i];
+        if (x < 0 || y < 0 || x > width - to.shape[1] || y > height - to.shape[0])
+            throw std::invalid_argument("corners: expected regions within the tiles, got one at " +
+                                        std::to_string(x) + ", " + std::to_string(y));
+        regions.push_back({static_cast<std::size_t>(x), static_cast<std::size_t>(y),
+                           static_cast<std::size_t>(to.shape[1]),
+                           static_cast<std::size_t>(to.shape[0]),
+                           static_cast<std::uint8_t*>(to.ptr), to.strides[0]});
+    }
+    py::gil_scoped_release release;
+    return motet::read_regions(tiles, regions);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -176,4 +233,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("stain_planes", &stain_planes, py::arg("pixels"), py::arg("down"), py::arg("across"),
                py::arg("table"), py::arg("planes"), py::arg("within"));
     module.def("smooth", &smooth, py::arg("image"), py::arg("weights"), py::arg("out"));
+    py::class_<motet::JpegTiles>(module, "JpegTiles")
+        .def(py::init(&jpeg_tiles), py::arg("library"), py::arg("file"), py::arg("offsets"),
+             py::arg("counts"), py::arg("columns"), py::arg("size"), py::arg("tables"),
+             py::arg("ycbcr"))
+        .def("read", &read_regions, py::arg("corners"), py::arg("out"));
 }

@@ -1,4 +1,4 @@
-"""The reader by cuCIM: the fastest, used for tiled JPEG only.
+"""The reader by cuCIM, for tiled JPEG: it can decode on a GPU.
 
 cuCIM does not report tiles that it cannot decode, so it reads only files whose damage the scan of
 integrity.py finds.
@@ -7,22 +7,31 @@ integrity.py finds.
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
+import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SlideError
+from .jpeg_tiles import jpeg_obstacle, set_tile_size
 from .levels import Pixels
 from .library_errors import DAMAGE, opening
 from .slide import Slide, check_corners, check_sides
 from .tiff import TiffFile
 
-BATCH = 16  # regions per call: 7,259 tiles/s with two workers; batches of 64 give 6,290
+_log = logging.getLogger(__name__)
+_STDERR = threading.Lock()  # held while stderr is a file: it is one for all threads
+
+BATCH = 16  # regions per call
 BATCH_BYTES = 24 << 20  # most bytes of a batch; cuCIM holds about three batches at a time
 
 
@@ -35,28 +44,13 @@ def cucim_obstacle(tiff: TiffFile) -> str:
     """Return why cuCIM must not read a file; empty if it may.
 
     For a tile that it cannot decode, cuCIM returns the pixels of another one. So it reads only
-    files in which the scan finds such tiles: tiled baseline JPEG of three 8-bit samples, without
-    missing tiles, and without tiles cut at the edges.
+    files in which the scan finds such tiles.
     """
-    if tiff.refusal:
-        return tiff.refusal.message
     if not tiff.is_first:
         return "the slide is not the first image of the file"
     if tiff.vendor == "philips":
         return "its levels are padded to full tiles, and where cuCIM places these is not known"
-    for level in tiff.levels:
-        tiles = level.tiles
-        if not level.tiled or tiles.coding != "jpeg" or tiles.samples != 3:
-            return "damage can be found in tiled JPEG in colour only"
-        if not (tiles.offsets.all() and tiles.counts.all()):
-            return "some tiles are missing, which cuCIM makes black"
-        for number in (0, len(tiles.offsets) - 1):
-            header = tiff.header(level, number)  # None: damaged, which the scan will report
-            if header and not header.single:
-                return "its JPEG is progressive, in which damage cannot be found"
-            if header and header.size != level.tile:
-                return "its tiles are cut at the edges"
-    return ""
+    return jpeg_obstacle(tiff)
 
 
 def _open_image(image_class: Any, path: Path) -> Any:
@@ -74,14 +68,18 @@ class CuCimSlide(Slide):
 
     def __init__(self, path: Path, tiff: TiffFile) -> None:
         try:
-            from cucim import CuImage
+            with _messages_to_log():
+                from cucim import CuImage
         except ImportError as error:
             raise SlideError(
                 path, "no-reader",
                 f"cuCIM cannot be imported ({error}): pip install --no-deps cucim-cu13, with click "
                 "and lazy-loader",
             ) from None  # fmt: skip
-        with opening(path, MemoryError):  # std::bad_alloc, for damaged directories
+        with (
+            opening(path, MemoryError),
+            _messages_to_log(),
+        ):  # std::bad_alloc, for damaged directories
             self._image: Any = _open_image(CuImage, path)
             resolutions = self._image.resolutions
         if list(map(tuple, resolutions["level_dimensions"])) != tiff.sides:
@@ -89,8 +87,8 @@ class CuCimSlide(Slide):
         # Level-0 px per px of each level, with which cuCIM computes.
         self._ratios = [float(ratio) for ratio in resolutions["level_downsamples"]]
         self._pages = tiff.levels
-        for level in self._pages:  # the scan then finds tiles of any other size
-            level.tiles = replace(level.tiles, sizes=frozenset([level.tile]))
+        for level in self._pages:
+            set_tile_size(level)
         super().__init__(
             path, "cucim", tiff.vendor, tiff.pyramid, tiff.tile_px, tiff.mpp, tiff.properties, tiff,
             tiff.image,
@@ -119,11 +117,14 @@ class CuCimSlide(Slide):
         workers: int = 1,
         device: str = "cpu",
     ) -> Iterator[Any]:
-        """Read regions of the same size in batches; see Slide.read_many.
+        """Read regions of the same size; see Slide.read_many.
 
-        Regions that reach beyond the level or touch a damaged tile are read one by one. With
-        device="cuda" regions are decoded on the GPU, and are torch tensors in cuCIM's memory.
+        With device="cuda" they are decoded on the GPU in batches, and are torch tensors in cuCIM's
+        memory. Regions that reach beyond the level or touch a damaged tile are read one by one.
         """
+        if device == "cpu":
+            yield from super().read_many(level, corners, width, height, workers=workers)
+            return
         level = self._level(level)
         check_sides(width, height)
         corners = check_corners(corners)
@@ -152,15 +153,19 @@ class CuCimSlide(Slide):
         workers: int,
         device: str,
     ) -> Iterator[Any]:
-        done, options = 0, {} if device == "cpu" else {"device": device}
+        done = 0
         batch = max(workers, min(BATCH, BATCH_BYTES // (3 * width * height)))
         if len(corners):
             try:
-                for images in self._image.read_region(
-                    self._level0_corners(level, corners).tolist(),  # cuCIM refuses int64 arrays
-                    (width, height), level, batch_size=batch, num_workers=workers, **options,
-                ):  # fmt: skip
-                    regions = np.asarray(images) if device == "cpu" else _tensor(images, device)
+                with _messages_to_log():  # the first read prepares the GPU
+                    batches = self._image.read_region(
+                        self._level0_corners(level, corners).tolist(),  # int64 arrays are refused
+                        (width, height), level, batch_size=batch, num_workers=workers,
+                        device=device,
+                    )  # fmt: skip
+                    first = next(batches)
+                for images in chain([first], batches):
+                    regions = _tensor(images, device)
                     yield from regions
                     done += len(regions)
             except DAMAGE:
@@ -170,8 +175,7 @@ class CuCimSlide(Slide):
 
     def _read_one(self, level: int, corner: list[int], width: int, height: int, device: str) -> Any:
         try:
-            image = self.read(level, corner[0], corner[1], width, height)
-            return image if device == "cpu" else _tensor(image, device)
+            return _tensor(self.read(level, corner[0], corner[1], width, height), device)
         except SlideError as error:
             return error
 
@@ -200,6 +204,23 @@ class CuCimSlide(Slide):
         """Close the file."""
         self._image.close()
         super().close()
+
+
+@contextmanager
+def _messages_to_log() -> Iterator[None]:
+    """Give what C++ prints to stderr, such as errors of cuFile, to the log of this module."""
+    with _STDERR, TemporaryFile() as file:
+        sys.stderr.flush()
+        terminal = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                _log.info("cuCIM: %s", line)
 
 
 def _tensor(image: Any, device: str) -> Any:

@@ -14,7 +14,7 @@ from .slide import Slide
 # Errors of a name that no file can have.
 _BAD_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
-READERS = ("cucim", "openslide", "tifffile", "pillow")
+READERS = ("libjpeg", "cucim", "openslide", "tifffile", "pillow")
 
 
 def open_slide(
@@ -22,13 +22,14 @@ def open_slide(
 ) -> Slide:
     """Open a slide or photograph with the fastest reader that reads it correctly.
 
-    The content of the file decides, not its name: cuCIM for tiled JPEG whose damage a scan can
-    find, OpenSlide for the formats of scanners and for DICOM, tifffile for other TIFF, Pillow for
-    PNG and JPEG.
+    The content of the file decides, not its name: libjpeg-turbo for tiled JPEG whose damage a scan
+    can find (cuCIM where the C++ of motet was not built), OpenSlide for the formats of scanners and
+    for DICOM, tifffile for other TIFF, Pillow for PNG and JPEG.
 
     Args:
         path: the file; for a DICOM series any one of its files, for a MIRAX slide the .mrxs file.
-        reader: "auto", or "cucim", "openslide", "tifffile" or "pillow" to use only this one.
+        reader: "auto", or "libjpeg", "cucim", "openslide", "tifffile" or "pillow" to use only this
+            one. cuCIM can decode on a GPU.
         image: number of the image that is the slide, from 1, if a TIFF holds several slides.
 
     Returns:
@@ -62,7 +63,7 @@ def open_slide(
         raise _wrong_reader(path, reader, "a slide")
     if kind == "tiff":
         return _open_tiff(path, reader, image)
-    if reader in ("cucim", "tifffile"):
+    if reader in ("libjpeg", "cucim", "tifffile"):
         raise _wrong_reader(path, reader, "no TIFF")
     from .openslide import OpenSlideSlide
 
@@ -72,20 +73,24 @@ def open_slide(
 def _open_tiff(path: Path, reader: str, image: int | None) -> Slide:
     """Choose among the readers of TIFF. `TiffFile` checks the file before a C library reads it."""
     from .cucim import CuCimSlide, cucim_obstacle, has_cucim
+    from .jpeg_tiles import JpegSlide, jpeg_obstacle
     from .openslide import OpenSlideSlide, has_openslide
     from .tiff import TiffFile, TiffSlide
 
     tiff = TiffFile(path, image)
     try:
-        if reader == "cucim":
-            if obstacle := cucim_obstacle(tiff):
-                raise _wrong_reader(path, reader, obstacle)
-            return CuCimSlide(path, tiff)
-        if reader == "auto" and has_cucim() and not cucim_obstacle(tiff):
-            try:
-                return CuCimSlide(path, tiff)
-            except SlideError:
-                pass  # tifffile reads the same tiles, more slowly
+        of_jpeg_tiles = [("libjpeg", JpegSlide, jpeg_obstacle, True),
+                         ("cucim", CuCimSlide, cucim_obstacle, has_cucim())]  # fmt: skip
+        for name, slide_class, obstacle_of, is_installed in of_jpeg_tiles:
+            if reader == name:
+                if obstacle := obstacle_of(tiff):
+                    raise _wrong_reader(path, reader, obstacle)
+                return slide_class(path, tiff)
+            if reader == "auto" and is_installed and not obstacle_of(tiff):
+                try:
+                    return slide_class(path, tiff)
+                except SlideError:
+                    pass  # the next one reads the same tiles, more slowly
         if reader == "openslide" or (reader == "auto" and tiff.needs_openslide):
             return OpenSlideSlide(path, tiff)
         if reader == "auto" and has_openslide() and (tiff.prefers_openslide or tiff.refusal):

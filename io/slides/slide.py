@@ -40,7 +40,7 @@ class Slide(ABC):
 
     Args:
         path: the file.
-        reader: "cucim", "openslide", "tifffile" or "pillow".
+        reader: "libjpeg", "cucim", "openslide", "tifffile" or "pillow".
         vendor: name of the format as OpenSlide has it ("aperio", "generic-tiff", ...), "png" or
             "jpeg".
         levels: of the pyramid, finest first.
@@ -180,6 +180,40 @@ class Slide(ABC):
             finally:
                 for future in futures:
                     future.cancel()
+
+    def read_into(
+        self, level: int, corners: NDArray[np.int64], out: Sequence[Pixels]
+    ) -> list[SlideError | None]:
+        """Read regions into arrays of the caller, such as parts of a batch.
+
+        Args:
+            level: index of the level.
+            corners: int64 [n, 2], upper left corners (x, y) in px of the level.
+            out: n arrays uint8 [height, width, 3], each as large as its region.
+
+        Returns:
+            For each region None, or a SlideError if it cannot be decoded; its array then has any
+            content.
+
+        Example:
+            >>> import numpy as np
+            >>> from PIL import Image
+            >>> Image.new("RGB", (300, 200), "pink").save("skin.png")
+            >>> batch = np.empty((2, 64, 64, 3), np.uint8)
+            >>> with motet.io.open_slide("skin.png") as slide:
+            ...     slide.read_into(0, np.array([[0, 0], [64, 0]]), list(batch))
+            [None, None]
+            >>> batch[1, 0, 0].tolist()
+            [255, 192, 203]
+        """
+        errors: list[SlideError | None] = []
+        for (x, y), pixels in zip(check_corners(corners).tolist(), out, strict=True):
+            try:
+                pixels[:] = self.read(level, x, y, pixels.shape[1], pixels.shape[0])
+                errors.append(None)
+            except SlideError as error:
+                errors.append(error)
+        return errors
 
     def damaged(self, level: int) -> NDArray[np.int64]:
         """Return the damaged tiles of the file, found by a scan of their bytes (once per level).

@@ -91,7 +91,11 @@ def find_patches(
 
 
 def _find_patches(
-    slide: Slide, tiling: Tiling, grid: PatchGrid, mpp: float | None, mask_file: Path | None
+    slide: Slide,
+    tiling: Tiling,
+    grid: PatchGrid,
+    mpp: tuple[float, float] | None,
+    mask_file: Path | None,
 ) -> TissuePatches:
     """Find the patches of a grid; see `find_patches`."""
     size = (slide.levels[0].width, slide.levels[0].height)

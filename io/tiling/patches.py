@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .grid import PatchGrid
 
 READ_PX = 2304  # most px per side of a block: 16 MB of pixels
+MOST_PATCHES = 16  # most patches per side of a block
 READ_COST = 0.02  # cost of a read beside that of its tiles, as a share of decoding a tile: 5 µs
 COST_TOLERANCE = 1.01  # take the smallest block within 1 % of the least cost: it fits the cache
 RUN = 16  # patches per task of a thread, about, so that the cost of a task is small beside it
@@ -84,11 +85,9 @@ def read_patches(
             tensors on that device.
     """
     indices = np.asarray(indices, np.int64)
-    blocks = _Blocks.choose(slide, grid, indices)
-    if device == "cpu" and _are_tiles(slide, grid):
-        yield from _read_tiles(slide, grid, indices, blocks.order, batch, workers)
-    else:
-        yield from _read_blocks(slide, grid, indices, blocks, batch, workers, device)
+    most = 1 if device == "cpu" and _are_tiles(slide, grid) else MOST_PATCHES
+    blocks = _Blocks.choose(slide, grid, indices, most)
+    yield from _read_blocks(slide, grid, indices, blocks, batch, workers, device)
 
 
 def _read_blocks(
@@ -112,8 +111,17 @@ def _read_blocks(
     corners, firsts = grid.corners[indices[blocks.order]], blocks.firsts.tolist()
     buffers: dict[int, _BatchBuffer] = {}  # by number of the batch
 
+    # Blocks of one patch whose pixels are not resampled are decoded straight into the batch.
+    side = grid.tile_px
+    in_place = on_cpu and grid.ratio == grid.aspect == 1 and blocks.size == (side, side)
+    in_place = in_place and side <= READ_PX
+
     def fill(start: int, end: int) -> None:
         # Threads never write the same slot of a buffer, so they need no lock.
+        if in_place:
+            run = slice(firsts[start], firsts[end])
+            _read_in_place(slide, grid.level, corners[run], run.start, batch, buffers)
+            return
         patches = images.patches(blocks, start, end, corners)
         for position, (image, x, y) in enumerate(patches, firsts[start]):
             buffers[position // batch].put(position % batch, image, x, y, images.ratio)
@@ -144,31 +152,24 @@ def _read_blocks(
         pool.shutdown(cancel_futures=True)
 
 
+def _read_in_place(
+    slide: Slide, level: int, corners: np.ndarray, first: int, batch: int,
+    buffers: dict[int, _BatchBuffer],
+) -> None:  # fmt: skip
+    """Decode the patches from position `first` on straight into their batches."""
+    places = [divmod(position, batch) for position in range(first, first + len(corners))]
+    out = [buffers[n].pixels_of(nth) for n, nth in places]
+    errors = slide.read_into(level, corners.astype(np.int64), out)
+    for (n, nth), error in zip(places, errors, strict=True):
+        if error is not None:
+            buffers[n].lose(nth)
+
+
 def _are_tiles(slide: Slide, grid: PatchGrid) -> bool:
-    """Return True if the patches are tiles of the file and cuCIM decodes these."""
+    """Return True if the patches are tiles of the file: then no block decodes a tile twice."""
     side = grid.tile_px
     same_size = grid.ratio == grid.aspect == 1 and slide.tile_px == (side, side)
-    return slide.reader == "cucim" and same_size and not (grid.corners % side).any()
-
-
-def _read_tiles(
-    slide: Slide, grid: PatchGrid, indices: np.ndarray, order: np.ndarray, batch: int, workers: int
-) -> Iterator[PatchBatch]:
-    """Read patches that are tiles by one call, with cuCIM's own threads, which need no GIL.
-
-    This thread copies the tiles. That takes less time than Python threads that copy would lose by
-    waiting for the GIL.
-    """
-    corners, side = grid.corners[indices[order]].astype(np.int64), grid.tile_px
-    images = slide.read_many(grid.level, corners, side, side, workers=workers)
-    memory = _Memory(batch, side, side, 3)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        buffer = _BatchBuffer(rows, memory.take(), memory.shape)
-        # `range` first: zip ends with it, before it takes an image of the next batch.
-        for nth, image in zip(range(len(rows)), images, strict=False):
-            buffer.put(nth, image, 0.0, 0.0, 1.0)
-        yield buffer.finish()
+    return same_size and not (grid.corners % side).any()
 
 
 def probe_decoder(slide: Slide, grid: PatchGrid) -> str:
@@ -222,17 +223,18 @@ class _Blocks:
     size: tuple[int, int]
 
     @classmethod
-    def choose(cls, slide: Slide, grid: PatchGrid, indices: np.ndarray) -> _Blocks:
-        """Choose k: the smallest whose cost, tiles decoded plus reads, is within 1 % of the least.
+    def choose(cls, slide: Slide, grid: PatchGrid, indices: np.ndarray, most: int) -> _Blocks:
+        """Choose k, at most `most`: the smallest whose cost is within 1 % of the least.
 
-        A tile that two blocks touch is decoded twice and counts twice.
+        The cost is that of the tiles that are decoded, and of the reads. A tile that two blocks
+        touch is decoded twice and counts twice.
         """
         corners = grid.corners.reshape(*grid.shape, 2)
         axes = (corners[0, :, 0], corners[:, 0, 1]) if len(grid.corners) else (np.empty(0),) * 2
         level, tiles = slide.levels[grid.level], slide.tile_px or (256, 256)
         rows, columns = np.divmod(indices, max(1, grid.shape[1]))
         choices = []
-        for k in range(1, max(1, min(16, int(READ_PX / max(grid.read_size)))) + 1):
+        for k in range(1, max(1, min(most, int(READ_PX / max(grid.read_size)))) + 1):
             # Per axis: where blocks begin (a whole px), and where their last patches end.
             begins = [np.floor(axis[::k]) for axis in axes]
             ends = [
@@ -375,13 +377,20 @@ class _BatchBuffer:
 
     def put(self, nth: int, image: Any, x: float, y: float, ratio: Ratio) -> None:
         """Cut the nth patch out of an image, or mark it as lost if the image is a SlideError."""
-        slot = self.slots[nth]
         if isinstance(image, SlideError):
-            self.kept[slot] = False
+            self.lose(nth)
             return
         if self.pixels is None:  # tensors: there is only one thread, so no other allocates too
             self.pixels = _empty_like(image, self.shape)
-        _cut(image, x, y, ratio, self.pixels[slot])
+        _cut(image, x, y, ratio, self.pixels_of(nth))
+
+    def lose(self, nth: int) -> None:
+        """Mark the nth patch as lost."""
+        self.kept[self.slots[nth]] = False
+
+    def pixels_of(self, nth: int) -> Any:
+        """Return the memory of the nth patch."""
+        return self.pixels[self.slots[nth]]
 
     def finish(self) -> PatchBatch:
         """Return the batch, without the lost patches."""

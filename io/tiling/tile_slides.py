@@ -116,7 +116,7 @@ def tile_slides(
         pseudonymise: a file outside of the store. The store, its report and exports then hold
             pseudonyms in place of names and paths; this file, which only you can read, maps them to
             the slides. It is created if it does not exist. Pass it again to continue.
-        reader: "auto", or "cucim", "openslide", "tifffile", "pillow" for all slides.
+        reader: "auto", or "libjpeg", "cucim", "openslide", "tifffile", "pillow" for all slides.
         max_damaged: a slide fails if more than this share of its patches, 0 to 1, lies on damaged
             tiles of the file; otherwise these patches are flagged and not embedded.
         device: device of the encoder: "auto", "cpu", "cuda" or "cuda:1".
@@ -278,7 +278,7 @@ def _check(
 ) -> None:
     """Check the arguments that no other function checks; `on_ray` is True for a run on Ray."""
     _check_choice("missing_mpp", missing_mpp, ("fail", "skip"))
-    _check_choice("reader", reader, ("auto", "cucim", "openslide", "tifffile", "pillow"))
+    _check_choice("reader", reader, ("auto", "libjpeg", "cucim", "openslide", "tifffile", "pillow"))
     if not 0 <= max_damaged <= 1:
         raise ValueError(f"max_damaged: expected 0 to 1, got {max_damaged}")
     for name, count, least in (("batch", batch, 1), ("workers", workers, 0)):
