@@ -180,7 +180,7 @@ def _tile(options: argparse.Namespace) -> int:
             progress=progress,
             **{name: getattr(options, name) for name in passed},
         )
-    return _finish(options, tiled, time.perf_counter() - started)
+    return _finish(options, tiled, progress, time.perf_counter() - started)
 
 
 NOT_OF_BAGS = {
@@ -211,19 +211,22 @@ def _encode_bags(options: argparse.Namespace) -> int:
             **{name: getattr(options, name)
                for name in ("encoder", "batch", "device", "precision", "weights", "compile")},
         )  # fmt: skip
-    return _finish(options, encoded, time.perf_counter() - started)
+    return _finish(options, encoded, progress, time.perf_counter() - started)
 
 
-def _finish(options: argparse.Namespace, tiled: "Tiled | Encoded", seconds: float) -> int:
+def _finish(
+    options: argparse.Namespace, tiled: "Tiled | Encoded", progress: "Progress", seconds: float
+) -> int:
     """Write the report, print the last line, and return the exit code."""
     if not options.no_report:
         from ..io.tiling.report.write_report import write_report
 
         write_report(options.out, labels=options.show_labels)
     if options.json:
-        print(json.dumps({**tiled._asdict(), "seconds": seconds, "out": str(options.out)}))
+        result = {**tiled._asdict(), "seconds": seconds, "encoder_waits": progress.encoder_waits}
+        print(json.dumps({**result, "out": str(options.out)}))
     else:
-        print(last_line(tiled, options.out, seconds))
+        print(last_line(tiled, options.out, seconds, progress.encoder_waits))
     return 3 if tiled.failed or (options.strict and tiled.not_taken) else 0
 
 
@@ -268,15 +271,22 @@ class Progress:
         self.bar.update(0)
 
     def describe(self) -> str:
-        """Return the text of the bar: slides, patches per second, and which step is slowest."""
+        """Return the text of the bar: slides, patches per second, and how long encoders wait."""
         text = f"{len(self.finished)}/{self.slides} slides"
         if self.failed:
             text += f" ({self.failed} failed)"
         if self.patches:
             rate = self.patches / (time.perf_counter() - self.started)
-            slowest = "decoding" if self.decode_s > self.encode_s else "encoding"
-            text += f", {rate:,.0f} patches/s, {slowest} is slowest"
+            text += f", {rate:,.0f} patches/s"
+        if self.encoder_waits is not None:
+            text += f", encoder waits {self.encoder_waits:.0%} of the time"
         return text
+
+    @property
+    def encoder_waits(self) -> float | None:
+        """Return the share of the time that encoders waited for pixels; None without patches."""
+        total = self.decode_s + self.encode_s
+        return self.decode_s / total if total else None
 
     def close(self) -> None:
         if self.bar is not None:
@@ -296,11 +306,15 @@ def notes(not_taken: dict[str, str], without_mask: list[str]) -> list[str]:
     return lines
 
 
-def last_line(tiled: "Tiled | Encoded", out: Path, seconds: float) -> str:
+def last_line(
+    tiled: "Tiled | Encoded", out: Path, seconds: float, encoder_waits: float | None
+) -> str:
     """Return the line that is printed at the end."""
     text = f"{tiled}; {tiled.patches:,} patches embedded in {seconds:.1f} s"
     if tiled.patches:
         text += f" ({tiled.patches / seconds:,.0f}/s)"
+    if encoder_waits is not None:
+        text += f", the encoder waited {encoder_waits:.0%} of the time"
     if tiled.not_taken:
         text += f"; {len(tiled.not_taken)} not taken"
     return f"{text}: {out}"

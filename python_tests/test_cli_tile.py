@@ -89,7 +89,7 @@ def test_slide_mpp_tables(tmp_path: Path) -> None:
         tile.read_slide_mpp(str(table))
 
 
-def test_progress_says_what_is_slowest() -> None:
+def test_progress_says_how_long_the_encoder_waits() -> None:
     progress = tile.Progress()
     progress({"event": "begin", "slides": 3, "bytes": 100, "without_mask": [], "not_taken": {}})
     progress({"event": "known", "key": "b", "name": "b", "bytes": 50})
@@ -97,15 +97,19 @@ def test_progress_says_what_is_slowest() -> None:
     progress({"event": "patches", "patches": 10, "decode_s": 0.2, "encode_s": 0.1})
     progress({"event": "done", "key": "a", "name": "a", "bytes": 50})
     assert progress.describe().startswith("2/3 slides, ")
-    assert progress.describe().endswith("decoding is slowest")
+    assert progress.describe().endswith(" patches/s, encoder waits 67% of the time")
     progress({"event": "patches", "patches": 10, "decode_s": 0.0, "encode_s": 0.5})
-    assert progress.describe().endswith("encoding is slowest")
+    assert progress.describe().endswith("encoder waits 25% of the time")
+    assert progress.encoder_waits == pytest.approx(0.25)
     progress.close()
 
 
 def test_last_line() -> None:
     tiled = Tiled(10, 7, 1, 1, {"a": "damaged"}, 1234, [], {})
-    assert tile.last_line(tiled, Path("cohort"), 2.0) == (
-        "10 slides: 7 done, 1 empty, 1 skipped, 1 failed; "
-        "1,234 patches embedded in 2.0 s (617/s): cohort"
+    expected = (
+        "10 slides: 7 done, 1 empty, 1 skipped, 1 failed; 1,234 patches embedded in 2.0 s (617/s)"
+    )
+    assert tile.last_line(tiled, Path("cohort"), 2.0, None) == f"{expected}: cohort"
+    assert tile.last_line(tiled, Path("cohort"), 2.0, 0.034) == (
+        f"{expected}, the encoder waited 3% of the time: cohort"
     )

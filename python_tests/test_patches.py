@@ -213,6 +213,25 @@ def test_memory_serves_again_when_nothing_refers_to_it() -> None:
         assert np.array_equal(copy, fresh)
 
 
+def test_memory_may_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, asked = torch.empty, []
+
+    def unpinned(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        asked.append(pin_memory)
+        return empty(shape, dtype=dtype)
+
+    slide = pyramid(2000, 1800, 1)
+    slide.tile_px = (64, 64)
+    grid = grid_of(slide, downsample=1, tile_px=64)
+    everything = np.arange(len(grid.coords))
+    expected, _ = read(slide, grid, everything)
+    monkeypatch.setattr(torch, "empty", unpinned)
+    got, _ = read(slide, grid, everything, batch=4, pinned=True)
+    assert np.array_equal(got, expected)
+    assert asked == [True] * len(asked)
+    assert 0 < len(asked) < 20 < len(everything) / 4  # memory is used again
+
+
 def test_a_patch_too_large_for_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches, "READ_PX", 100)
     slide = pyramid(1100, 900, 1)

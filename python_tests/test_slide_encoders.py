@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -232,6 +233,40 @@ def small(**options: Any) -> TorchEncoder:
     """Make an encoder of a small network that standardises."""
     transform = Transform(mean=(0.7, 0.5, 0.7), std=(0.2, 0.3, 0.2))
     return TorchEncoder("small", net(), transform, Setup(device="cpu", **options))
+
+
+def test_pixels_are_copied_on_a_stream_of_their_own() -> None:
+    """On a fake GPU: an attribute that torch.cuda lacks raises, and so does a wrong call."""
+    encoder, pixels = small(), patches(2, 32, 32)
+    assert encoder.upload(pixels) is pixels  # on the CPU
+    expected = encoder.encode(pixels)
+    cuda, calls = mock.create_autospec(torch.cuda), mock.Mock()
+    calls.attach_mock(cuda.stream, "stream")
+    calls.attach_mock(cuda.Stream.return_value.synchronize, "synchronize")
+    to = torch.Tensor.to
+
+    def copy(tensor: Tensor, device: Any, *, non_blocking: bool) -> Tensor:
+        calls.copy(device.type, non_blocking)
+        return to(tensor, "cpu", copy=True)
+
+    encoder.device = torch.device("cuda:1")
+    with (
+        mock.patch.object(torch, "cuda", cuda),
+        mock.patch.object(torch.Tensor, "to", copy),
+        mock.patch.object(torch.Tensor, "record_stream", calls.record),
+    ):
+        uploaded = [encoder.upload(pixels), encoder.upload(pixels)]
+        assert encoder.upload(uploaded[0]) is uploaded[0]
+    cuda.Stream.assert_called_once_with(encoder.device)  # one stream for all copies
+    steps = [name for name, *_ in calls.mock_calls if "__" not in name]
+    assert steps == ["stream", "copy", "record", "synchronize"] * 2
+    calls.copy.assert_called_with("cuda", True)
+    cuda.current_stream.assert_called_with(encoder.device)
+    calls.record.assert_called_with(cuda.current_stream.return_value)
+    encoder.device = torch.device("cpu")
+    for tensor in uploaded:
+        assert isinstance(tensor, Tensor)
+        assert np.array_equal(encoder.encode(tensor), expected)
 
 
 def test_torch_encoders() -> None:

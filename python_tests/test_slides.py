@@ -8,8 +8,9 @@ import subprocess
 import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -741,6 +742,55 @@ def test_cucim_reads_the_same(kind: str, made: dict[str, tuple[Slide, list[Pixel
             items = other.read_many(level, corners, 120, 90, workers=2)
             for (x, y), item in zip(corners.tolist(), items, strict=True):
                 np.testing.assert_array_equal(item, slide.read(level, x, y, 120, 90))
+
+
+@pytest.mark.skipif(not module_has("cucim"), reason="cuCIM is not installed")
+def test_cucim_decodes_batches_on_a_gpu(
+    made: dict[str, tuple[Slide, list[Pixels]]], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """On a fake of cuCIM's image: order, damage, errors of a batch, and messages in the log."""
+    import torch
+    from motet.io.slides import cucim
+
+    slide, pages = made["libjpeg"]
+    asked: list[str] = []
+    fails = [False, True]
+
+    class Image:
+        """cuCIM's image, whose GPU is the CPU; in the second slide a batch fails."""
+
+        def __init__(self, image: Any) -> None:
+            self.image, self.fails, self.close = image, fails[len(asked)], image.close
+
+        def read_region(self, places: Any, size: Any, level: int, **options: Any) -> Any:
+            if not options:
+                return self.image.read_region(places, size, level)
+            asked.append(options["device"])
+            return self.batches(places, size, options["batch_size"])
+
+        def batches(self, places: Any, size: Any, count: int) -> Iterator[torch.Tensor]:
+            os.write(2, b"[Error] cuFile is missing\n")
+            for start in range(0, len(places), count):
+                if start and self.fails:
+                    raise RuntimeError("nvJPEG")
+                part = [inside(pages[0], *at, *size) for at in places[start : start + count]]
+                yield torch.from_numpy(np.stack(part))
+
+    monkeypatch.setattr(cucim, "_tensor", lambda image, device: torch.as_tensor(image))
+    corners = np.array([[x, y] for y in (-9, 0, 300) for x in range(0, 900, 90)])
+    caplog.set_level("INFO", logger="motet.io.slides.cucim")
+    for _ in fails:
+        with open_slide(slide.path, reader="cucim") as other:
+            assert isinstance(other, cucim.CuCimSlide)
+            other._image = Image(other._image)
+            items = list(other.read_many(0, corners, 64, 64, workers=2, device="cuda"))
+        for (x, y), item in zip(corners.tolist(), items, strict=True):
+            assert isinstance(item, torch.Tensor)
+            np.testing.assert_array_equal(item.numpy(), inside(pages[0], x, y, 64, 64))
+    assert asked == ["cuda", "cuda"]
+    assert "cuFile" not in capfd.readouterr().err
+    assert caplog.messages.count("cuCIM: [Error] cuFile is missing") == 2
 
 
 # Missing packages

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,9 @@ def test_decoding_follows_the_encoder_to_its_gpu(
     class OnGpu(Quiet):
         device = torch.device("cuda")
 
+        def upload(self, pixels: Any) -> Any:
+            return pixels
+
         def encode(self, pixels: Any) -> NDArray[np.float32]:
             seen.append(type(pixels))
             return super().encode(pixels)
@@ -422,3 +426,53 @@ def test_decoding_follows_the_encoder_to_its_gpu(
     assert set(seen) == {torch.Tensor}
     (log,) = (json.loads(path.read_text()) for path in (tmp_path / "logs").glob("*.json"))
     assert log["decoder"] == "meta"
+
+
+class Uploading(Quiet):
+    """An encoder on a GPU, which takes pixels that were uploaded in another thread."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.threads, self.batches = fails, set[str](), 0
+
+    def upload(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        self.threads.add(threading.current_thread().name)
+        if self.fails:
+            raise RuntimeError("CUDA out of memory")
+        return torch.from_numpy(pixels.copy())
+
+    def encode(self, pixels: Any) -> NDArray[np.float32]:
+        assert isinstance(pixels, torch.Tensor)
+        self.threads.add(threading.current_thread().name)
+        self.batches += 1
+        return pixels.float().mean((1, 2)).numpy()[:, :2]
+
+
+def test_pixels_are_pinned_and_uploaded_while_the_encoder_works(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from motet.io.tiling import patches
+
+    asked: list[bool] = []
+    memory = patches._Memory.__init__
+
+    def note(self: Any, *shape: int, pinned: bool) -> None:
+        asked.append(pinned)
+        memory(self, *shape, pinned=False)
+
+    monkeypatch.setattr(patches._Memory, "__init__", note)
+    encoder = Uploading()
+    events: list[dict[str, Any]] = []
+    options = {**OPTIONS, "encoder": encoder, "batch": 16, "progress": events.append}
+    tiled = tile_slides(cohort / "slide-0.tif", tmp_path / "gpu", workers=0, **options)
+    assert tiled.done == 1
+    assert asked == [True]
+    assert encoder.batches == -(-tiled.patches // 16) > 3
+    assert encoder.threads == {"decode", threading.current_thread().name}
+    batches = [event for event in events if event["event"] == "patches"]
+    assert all(event["decode_s"] >= 0 and event["encode_s"] > 0 for event in batches)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        options["encoder"] = Uploading(fails=True)
+        tile_slides(cohort / "slide-0.tif", tmp_path / "full", workers=0, **options)
+    assert not FeatureStore(tmp_path / "full").failed

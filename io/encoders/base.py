@@ -53,6 +53,17 @@ class Encoder(ABC):
             MemoryError: the batch does not fit into the memory of the GPU.
         """
 
+    def upload(self, pixels: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """Return pixels as `encode` takes them without a wait, on a GPU if the encoder has one.
+
+        It is called in another thread than `encode`, while that works on the batch before. Here
+        the pixels are returned as they are.
+
+        Args:
+            pixels: uint8 [B, H, W, 3]; after the call their memory may be used again.
+        """
+        return pixels
+
     def spec(self) -> dict[str, Any]:
         """Return all that the features depend on, besides the pixels, for JSON."""
         return {

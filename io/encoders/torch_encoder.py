@@ -144,6 +144,7 @@ class TorchEncoder(Encoder):
         self.transform = digest(asdict(transform))
         self.input_px = transform.input_px
         self._prepare, self._batch = transform, batch
+        self._copies: torch.cuda.Stream | None = None
         self._half = None if self.precision == "fp32" or as_is else DTYPES[self.precision]
         if not as_is:
             module.eval().requires_grad_(False)
@@ -163,6 +164,23 @@ class TorchEncoder(Encoder):
             ) from error
         if setup.compile:
             self._module = torch.compile(module)
+
+    def upload(self, pixels: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """Copy pixels to the GPU, on a stream of its own: the model continues meanwhile.
+
+        The copy is done when this returns. From pinned memory it takes a third of the time.
+        """
+        if self.device.type != "cuda" or isinstance(pixels, Tensor):
+            return pixels
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._copies):
+            uploaded = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        # Its memory belongs to the stream of copies: it must not be used again before the model,
+        # which runs on another stream, has read it.
+        uploaded.record_stream(torch.cuda.current_stream(self.device))
+        self._copies.synchronize()
+        return uploaded
 
     def encode(self, pixels: np.ndarray | Tensor) -> np.ndarray:
         if len(check_pixels(pixels)) == 0:

@@ -65,6 +65,7 @@ def read_patches(
     batch: int = 64,
     workers: int = 1,
     device: str = "cpu",
+    pinned: bool = False,
 ) -> Iterator[PatchBatch]:
     """Decode patches, batch by batch, in an order that decodes each tile of the file about once.
 
@@ -83,11 +84,13 @@ def read_patches(
         workers: threads that decode and resample.
         device: "cpu" gives numpy arrays; any other is passed to slide.read_many, which then gives
             tensors on that device.
+        pinned: True keeps batches of numpy arrays in pinned memory, for copies to a GPU.
     """
     indices = np.asarray(indices, np.int64)
     most = 1 if device == "cpu" and _are_tiles(slide, grid) else MOST_PATCHES
     blocks = _Blocks.choose(slide, grid, indices, most)
-    yield from _read_blocks(slide, grid, indices, blocks, batch, workers, device)
+    memory = _Memory(batch, grid.tile_px, grid.tile_px, 3, pinned=pinned)
+    yield from _read_blocks(slide, grid, indices, blocks, memory, workers, device)
 
 
 def _read_blocks(
@@ -95,7 +98,7 @@ def _read_blocks(
     grid: PatchGrid,
     indices: np.ndarray,
     blocks: _Blocks,
-    batch: int,
+    memory: _Memory,
     workers: int,
     device: str,
 ) -> Iterator[PatchBatch]:
@@ -107,7 +110,7 @@ def _read_blocks(
     """
     on_cpu = device == "cpu"
     images = _BlockReader(slide, grid, {} if on_cpu else {"workers": workers, "device": device})
-    memory = _Memory(batch, grid.tile_px, grid.tile_px, 3)
+    batch = memory.shape[0]
     corners, firsts = grid.corners[indices[blocks.order]], blocks.firsts.tolist()
     buffers: dict[int, _BatchBuffer] = {}  # by number of the batch
 
@@ -416,18 +419,25 @@ class _Memory:
     view no further than there. So the weak reference is dead only once every view is gone.
     """
 
-    def __init__(self, *shape: int) -> None:
-        self.shape = shape
+    def __init__(self, *shape: int, pinned: bool) -> None:
+        self.shape, self.pinned = shape, pinned
         self.blocks: list[tuple[memoryview, weakref.ref[np.ndarray]]] = []
 
     def take(self) -> np.ndarray:
         """Return uint8 memory of the shape, not initialised."""
         free = [i for i, (_, user) in enumerate(self.blocks) if user() is None]
         i = free[0] if free else len(self.blocks)
-        block = self.blocks[i][0] if free else np.empty(self.shape, np.uint8).data
+        block = self.blocks[i][0] if free else self._allocate()
         pixels = np.asarray(block)
         self.blocks[i : i + 1] = [(block, weakref.ref(pixels))]
         return pixels
+
+    def _allocate(self) -> memoryview:
+        if not self.pinned:
+            return np.empty(self.shape, np.uint8).data
+        import torch
+
+        return torch.empty(self.shape, dtype=torch.uint8, pin_memory=True).numpy().data
 
 
 def _empty_like(image: Any, shape: tuple[int, ...]) -> Any:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -189,7 +189,7 @@ class _Worker:
             try:
                 with (
                     closing(Ahead(self._open_slides(), 1, "open")) as jobs,
-                    closing(Ahead(self._decode(jobs), 2, "decode")) as decoded,
+                    closing(Ahead(self._upload(jobs), 2, "decode")) as decoded,
                 ):
                     try:
                         self._encode(decoded, committer, commits)
@@ -211,13 +211,14 @@ class _Worker:
         commits: list[Future[None]],
     ) -> None:
         """Encode decoded patches; submit a slide to the committer when its last patch is done."""
-        wait_began = time.perf_counter()
+        waited, wait_began = 0.0, time.perf_counter()
         for job, result in decoded:
             if self.stopped.is_set():
                 return  # a commit raised an error, which `run` raises
-            waited = time.perf_counter() - wait_began
+            waited += time.perf_counter() - wait_began
             if isinstance(result, PatchBatch):
                 self._encode_batch(job, result, waited)
+                waited = 0.0
             elif result == "end" and not job.failed:
                 commits.append(committer.submit(self._commit, job))
                 commits[-1].add_done_callback(self._stop_after_an_error)
@@ -313,7 +314,7 @@ class _Worker:
         resolution = find_resolution(slide, source, self.settings.slide_mpp)
         if resolution.contradiction:
             message = f"{source.path}: {resolution.contradiction}"
-            self.emit({**slide_event("warning", source), "message": message})
+            self.send({**slide_event("warning", source), "message": message})
         options = slide_options(self.settings, source)
         mask = mask_file(self.settings, source)
         patches = find_patches(slide, self.tiling, resolution.mpp, mask)
@@ -373,13 +374,14 @@ class _Worker:
         indices = np.array(patches, np.int64)
         return SlideJob(source, lease, slide, grid, indices, rows, writer)
 
-    def _decode(self, jobs: Ahead[SlideJob]) -> Iterator[Decoded]:
+    def _decode(self, jobs: Ahead[SlideJob]) -> Generator[Decoded]:
         for job in jobs:
             started = time.perf_counter()
             try:
                 patches: Any = read_patches(
                     job.slide, job.grid, job.patches, batch=self.batch,
                     workers=self.settings.decoders, device=self._decoder_of(job),
+                    pinned=self._on_gpu,
                 )  # fmt: skip
                 with closing(patches):
                     for batch in patches:
@@ -396,10 +398,25 @@ class _Worker:
             else:
                 yield Decoded(job, "end")
 
+    def _upload(self, jobs: Ahead[SlideJob]) -> Iterator[Decoded]:
+        """Decode patches, and copy them to the GPU while the encoder works on those before.
+
+        An error of a copy is the encoder's, not the slide's, and stops the worker.
+        """
+        with closing(self._decode(jobs)) as decoded:
+            for job, result in decoded:
+                if self._on_gpu and isinstance(result, PatchBatch) and len(result.rows):
+                    result = replace(result, pixels=self.encoder.upload(result.pixels))
+                yield Decoded(job, result)
+
+    @property
+    def _on_gpu(self) -> bool:
+        device = getattr(self.encoder, "device", None)
+        return device is not None and device.type == "cuda"
+
     def _decoder_of(self, job: SlideJob) -> str:
         """Return "cuda" if the encoder runs there and decodes this slide faster, else "cpu"."""
-        device = getattr(self.encoder, "device", None)
-        if device is None or device.type != "cuda":
+        if not self._on_gpu:
             return "cpu"
         job.decoder = probe_decoder(job.slide, job.grid)
         return job.decoder
