@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ...page import one_line
+
 FLAGS = ("edge", "blur", "pen", "corrupt")
 """Names of the flags, in the order in which they are drawn."""
 STATES = ("failed", "incomplete", "empty", "ok")
@@ -117,14 +119,6 @@ def level0_size(attrs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return width and height of level 0 in px, None if the store does not have them."""
     width, height = _count(attrs.get("width")), _count(attrs.get("height"))
     return (width, height) if width and height else None
-
-
-def one_line(text: object) -> str:
-    """Return a text in one line, each run of spaces and unprintable characters as one space.
-
-    Unprintable are also the characters that reverse the direction of the text after them.
-    """
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def resolution_text(facts: SlideFacts) -> str:

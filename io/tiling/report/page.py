@@ -1,22 +1,19 @@
 """The page of the report, index.html: one file that loads only pictures from its folder.
 
-All texts of files and slides are escaped. As a second barrier, the page's security policy allows
-only the script and the style sheet that are written here.
+All texts of files and slides are escaped.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from ...page import escape, frame_page
 from .charts import flag_chart, histogram, percent
-from .facts import FLAGS, STATES, SlideFacts, fact_lines, one_line, share
+from .facts import FLAGS, STATES, SlideFacts, fact_lines, share
 
 LABELS = "label-images"
 """Folder of the label and macro images, beside the page."""
@@ -65,17 +62,11 @@ class ReportFacts(NamedTuple):
 def page_lines(report: ReportFacts) -> Iterator[str]:
     """Yield the lines of index.html."""
     slides = sorted(report.slides, key=lambda slide: STATES.index(slide.state))
-    title, style, script = _text(report.title), _resource("page.css"), _resource("page.js")
-    policy = (
-        f"default-src 'none'; img-src 'self' file:; style-src {_hash(style)}; "
-        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    )
+    folder = Path(__file__).parent
+    before, after = frame_page(f"{report.title}: slides", folder, images="'self' file:")
     yield (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}: slides</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        f'<header>\n<h1>{title}</h1>\n<p class="muted">{_requested(report)}</p>\n</header>\n'
+        f"{before}<header>\n<h1>{escape(report.title)}</h1>\n"
+        f'<p class="muted">{_requested(report)}</p>\n</header>\n'
     )
     yield from _summary(slides, len(report.not_taken))
     yield from _encoders(slides, report.encoders)
@@ -91,23 +82,8 @@ def page_lines(report: ReportFacts) -> Iterator[str]:
     yield from _not_taken(report.not_taken)
     yield (
         '<footer>Written by motet. <a href="slides.csv">slides.csv</a> has a line per '
-        f"slide.</footer>\n<script>{script}</script>\n</body>\n</html>\n"
+        f"slide.</footer>\n{after}"
     )
-
-
-def _resource(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _hash(content: str) -> str:
-    """Return the source expression of a security policy that allows exactly this content."""
-    digest = hashlib.sha256(content.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
-def _text(value: object) -> str:
-    """Return a text in one line, escaped for an element or a quoted attribute."""
-    return html.escape(one_line(value))
 
 
 def _requested(report: ReportFacts) -> str:
@@ -119,11 +95,11 @@ def _requested(report: ReportFacts) -> str:
     ):  # fmt: skip
         if (value := tiling.get(name)) is not None:
             known = name == "min_tissue" and isinstance(value, int | float)
-            parts.append(form.format(percent(value) if known else _text(value)))
+            parts.append(form.format(percent(value) if known else escape(value)))
     if tiling.get("imported"):
         parts.append("features of another tool")
     if report.encoders:
-        parts.append("encoded by " + ", ".join(map(_text, report.encoders.values())))
+        parts.append("encoded by " + ", ".join(map(escape, report.encoders.values())))
     return "Slides of a feature store" + "".join(f" · {part}" for part in parts)
 
 
@@ -169,7 +145,7 @@ def _encoders(slides: Sequence[SlideFacts], encoders: Mapping[str, str]) -> Iter
     for name in encoders.values():
         absent = lacking[name]
         yield (
-            f'<tr><td>{_text(name)}</td><td class="n">{len(tiled) - absent:,}</td>'
+            f'<tr><td>{escape(name)}</td><td class="n">{len(tiled) - absent:,}</td>'
             f'<td class="n">{absent:,}</td></tr>'
         )
     yield "</table></div>\n"
@@ -184,7 +160,7 @@ def _not_taken(files: Sequence[tuple[str, str]]) -> Iterator[str]:
         '<div class="panel"><table class="files"><tr><th>File</th><th>Reason</th></tr>'
     )
     for name, reason in files:
-        yield f"<tr><td><bdi>{_text(name)}</bdi></td><td>{_text(reason)}</td></tr>\n"
+        yield f"<tr><td><bdi>{escape(name)}</bdi></td><td>{escape(reason)}</td></tr>\n"
     yield "</table></div>\n"
 
 
@@ -217,7 +193,7 @@ def _controls(slides: Sequence[SlideFacts]) -> Iterator[str]:
 
 def _select(name: str, all_of_them: str, choices: Sequence[tuple[str, str]]) -> str:
     options = "".join(
-        f'<option value="{_text(value)}">{_text(text)}</option>' for value, text in choices
+        f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in choices
     )
     return (
         f'<select name="{name}" aria-label="{all_of_them}"><option value="">{all_of_them}</option>'
@@ -237,27 +213,27 @@ def _card(slide: SlideFacts) -> str:
     )
     lines = [
         f'<article class="slide" data-state="{state}" data-flags="{" ".join(slide.flags)}" '
-        f'data-reader="{_text(row["reader"] or "")}"{data}>'
+        f'data-reader="{escape(row["reader"] or "")}"{data}>'
     ]
     if state != "failed":
         name = quote(row["key"])
         lines.append(
             f'<a class="picture" href="slides/{name}.png"><img loading="lazy" decoding="async" '
-            f'src="thumbs/{name}.jpg" alt="Tissue and patches of {_text(row["name"])}"></a>'
+            f'src="thumbs/{name}.jpg" alt="Tissue and patches of {escape(row["name"])}"></a>'
         )
-    reason = f": {_text(row['reason'])}" if row["reason"] else ""
+    reason = f": {escape(row['reason'])}" if row["reason"] else ""
     lines.append(
-        f'<div class="head"><h3><bdi>{_text(row["name"])}</bdi></h3>'
+        f'<div class="head"><h3><bdi>{escape(row["name"])}</bdi></h3>'
         f'<span class="state {state}">{_SYMBOLS[state]} {_STATE_WORDS[state]}{reason}</span></div>'
     )
     if row["message"]:
-        lines.append(f'<p class="why"><bdi>{_text(row["message"])}</bdi></p>')
-    facts = "".join(f"<dt>{label}</dt><dd>{_text(text)}</dd>" for label, text in fact_lines(slide))
+        lines.append(f'<p class="why"><bdi>{escape(row["message"])}</bdi></p>')
+    facts = "".join(f"<dt>{label}</dt><dd>{escape(text)}</dd>" for label, text in fact_lines(slide))
     lines.append(f"<dl>{facts}</dl>" if facts else "")
     if slide.labels:
         pictures = "".join(
             f'<figure><img loading="lazy" decoding="async" src="{LABELS}/{quote(file)}" '
-            f'alt="{_text(name)}"><figcaption>{_text(name)}</figcaption></figure>'
+            f'alt="{escape(name)}"><figcaption>{escape(name)}</figcaption></figure>'
             for name, file in slide.labels
         )
         lines.append(f'<div class="labels">{pictures}</div>')

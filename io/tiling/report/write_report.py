@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from ...._atomic import replacing
-from .facts import COLUMNS, SlideFacts, one_line, slide_facts
+from ...page import one_line
+from .facts import COLUMNS, SlideFacts, slide_facts
 from .page import LABELS, ReportFacts, page_lines
 from .picture import ReportSlide, draw_labels, draw_pictures
 
