@@ -50,6 +50,7 @@ class FoldResult:
             "parameters": self.parameters,
             "history": asdict(self.history),
             "cut": None if self.scale is None else self.scale.cut,
+            "tertiles": None if self.scale is None else self.scale.tertiles,
             "grid": None if grid is None else grid.tolist(),
         }
 

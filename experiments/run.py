@@ -9,11 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import pandas as pd
 from tqdm import tqdm
 
 from .._atomic import write_text
 from ..fusion.training import History, rank
 from ..io import Cohort, Split
+from ..io.cohorts.summary import has_modality
 from .calibration_plot import write_calibration
 from .evaluate import evaluate_run, read_metrics
 from .fit import EachEpoch, FoldResult
@@ -109,6 +111,8 @@ def execute_run(spec: RunSpec, fit_fold: FitFold) -> Run:
     with locked(spec.out):
         outcome = task_of(spec.cohort).outcome_table(spec.cohort)
         run = Run.create(spec.out, spec.config, splits, outcome)
+        if not (run.path / "modalities.csv").is_file():
+            write_text(run.path / "modalities.csv", _modalities_table(spec).to_csv(index=False))
         label = f"{spec.config['model']} {' + '.join(spec.config['modalities'])}"
         epochs = (spec.config["training"] or {}).get("epochs", 1)
         failed: dict[int, str] = {}
@@ -125,6 +129,16 @@ def execute_run(spec: RunSpec, fit_fold: FitFold) -> Run:
             raise RunError(_describe_failures(run, failed))
         _write_metrics(run)
     return run
+
+
+def _modalities_table(spec: RunSpec) -> pd.DataFrame:
+    """Return the content of modalities.csv: patient, then has_NAME for each modality of the run."""
+    cohort = spec.cohort
+    columns = {
+        f"has_{name}": has_modality(cohort.modalities[name], cohort.patients).astype(int)
+        for name in spec.config["modalities"]
+    }
+    return pd.DataFrame({"patient": list(cohort.patients), **columns})
 
 
 def _report_failure(run: Run, number: int, error: Exception, bar: tqdm) -> str:

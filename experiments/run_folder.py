@@ -3,6 +3,7 @@
     config.json        the configuration; a run continues only with an equal one
     splits.json        {"folds": [{"train": [ids], "validation": [ids], "test": [ids]}, ...]}
     outcome.csv        patient, time and event, or label
+    modalities.csv     patient, then has_NAME, 1 or 0, for each modality of the run
     folds/0/           model.safetensors, fitted.json (scaling, objective), predictions.csv and,
                        written last, done.json (history, seconds)
     predictions.csv    out of fold: the predictions of all test parts
@@ -35,7 +36,7 @@ FORMAT = 1
 # Keys of the configuration that may differ when a run is continued.
 _MAY_DIFFER = ("motet", "data", "cohort")
 # Names that may be in a folder without config.json: a run that is killed early leaves these.
-_WRITTEN_FIRST = ("blocks", "folds", "splits.json", "outcome.csv")
+_WRITTEN_FIRST = ("blocks", "folds", "splits.json", "outcome.csv", "modalities.csv")
 
 
 class RunError(ValueError):
@@ -241,6 +242,22 @@ class Run:
         if not split_patients <= set(frame.index):
             raise RunError(f"{path}: incomplete, it lacks patients of splits.json")
         return frame
+
+    def modalities(self) -> pd.DataFrame | None:
+        """Return which modality of the run each patient has, bool; the index is the patient.
+
+        None for a run that was finished before this was recorded; the same command adds it.
+        """
+        path = self.path / "modalities.csv"
+        if not path.is_file():
+            return None
+        try:
+            frame = pd.read_csv(path, dtype={"patient": str}, keep_default_na=False)
+            frame = frame.set_index("patient").loc[self.outcome().index]
+            names = self.config["modalities"]
+            return frame[[f"has_{name}" for name in names]].astype(bool).set_axis(names, axis=1)
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{path}: cannot be read: {error}") from error
 
     def tested(self, only: Set[str] | None = None) -> list[SurvivalFold] | list[ClassFold]:
         """Return the test parts for an evaluation; `only` selects patients."""

@@ -130,7 +130,7 @@ class Fitted:
                 model,
                 {name: scaling_from_config(config) for name, config in content["scaling"].items()},
                 objective_from_config(content["objective"]),
-                None if scale is None else RiskScale(**scale),
+                None if scale is None else RiskScale.from_config(scale),
                 None if grid is None else np.asarray(grid),
                 None if calibrations is None else Calibrations.from_config(calibrations),
             )

@@ -1,7 +1,8 @@
 """The predictions of a model: risks and survival curves, or probabilities of classes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,16 +72,31 @@ class RiskScale:
         cut: median; a patient above it counts as high risk.
         mean: mean.
         sd: standard deviation.
+        tertiles: the two risks that divide the training patients into thirds; None for models that
+            were fitted before they were recorded.
     """
 
     cut: float
     mean: float
     sd: float
+    tertiles: tuple[float, float] | None = None
 
     @classmethod
     def fit(cls, risks: NDArray[np.float64]) -> Self:
         """Fit to the risks [n] of the training patients."""
-        return cls(float(np.median(risks)), float(risks.mean()), max(float(risks.std()), 1e-12))
+        first, second = np.quantile(risks, [1 / 3, 2 / 3])
+        return cls(
+            float(np.median(risks)),
+            float(risks.mean()),
+            max(float(risks.std()), 1e-12),
+            (float(first), float(second)),
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build from the fields as JSON has them."""
+        tertiles = config.get("tertiles")
+        return cls(**{**config, "tertiles": None if tertiles is None else tuple(tertiles)})
 
 
 def time_grid(times: NDArray[np.float64]) -> NDArray[np.float64]:

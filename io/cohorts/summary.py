@@ -22,7 +22,7 @@ MODALITIES, COMBINATIONS = 12, 5
 def summarize(modalities: Mapping[str, pd.DataFrame | Bags], patients: Sequence[str]) -> str:
     """Return a row per modality, and the combinations of modalities that patients lack."""
     rows = [("modality", "kind", "width", "patients", "tokens per patient: median (max)")]
-    has = {name: _has(modality, patients) for name, modality in modalities.items()}
+    has = {name: has_modality(modality, patients) for name, modality in modalities.items()}
     for name, modality in list(modalities.items())[:MODALITIES]:
         rows.append((name, *_shape(modality, patients, has[name])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -53,7 +53,7 @@ def median_follow_up(times: NDArray[np.float64], events: NDArray[np.bool_]) -> s
     return f"{unique[reached[0]]:,.4g}" if len(reached) else f"above {unique[-1]:,.4g}"
 
 
-def _has(modality: pd.DataFrame | Bags, patients: Sequence[str]) -> NDArray[np.bool_]:
+def has_modality(modality: pd.DataFrame | Bags, patients: Sequence[str]) -> NDArray[np.bool_]:
     """Return bool [n], whether each patient has the modality."""
     if isinstance(modality, Bags):
         return np.array([patient in modality for patient in patients], bool)
