@@ -1,7 +1,8 @@
-"""Pseudonyms: keys of slides from which nobody can compute the names of the files.
+"""Pseudonyms: keys of slides, and of patients, from which nobody can compute their names.
 
-A pseudonym is an HMAC of a slide's name under a random secret. The secret, and the list that leads
-back from pseudonyms to files, are in one file outside of the store, which only its owner can read.
+A pseudonym is an HMAC of the name of a slide or a patient under a random secret. The secret, and
+the list that leads back from pseudonyms to names, are in one file outside of the store, which only
+its owner can read.
 The store holds a fingerprint of the secret, so that a later call with another file is refused.
 """
 
@@ -11,7 +12,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -69,9 +70,38 @@ def pseudonymise(sources: Sequence[Source], file: Path, cohort: Path) -> Pseudon
             for source in named
         }
         if slides != content["slides"] or not file.exists():
-            with _atomic.replacing(file, private=True) as partial:
-                partial.write_bytes(json_bytes({**content, "slides": slides}))
+            _write(file, {**content, "slides": slides})
     return Pseudonymised(named, fingerprint)
+
+
+def pseudonymise_patients(patients: Iterable[str], file: Path) -> dict[str, str]:
+    """Give patients their pseudonyms, and list them in the file of pseudonyms.
+
+    Args:
+        patients: the ids.
+        file: the file of pseudonyms, which may be that of a store; created, with a new secret, if
+            it does not exist. With the same file, a patient always has the same pseudonym.
+
+    Returns:
+        Id to pseudonym.
+
+    Raises:
+        StoreError: the file is no file of pseudonyms.
+        OSError: the file cannot be written.
+    """
+    file = file.absolute()
+    with Leases(file.parent).wait(f"{file.name}.lease"):
+        content = _read(file) if file.exists() else _new()
+        secret = bytes.fromhex(content["secret"])
+        pseudonyms = {
+            patient: f"patient-{_hmac(secret, b'patient ' + os.fsencode(patient))}"
+            for patient in patients
+        }
+        known = {**mapping(content.get("patients"))}
+        listed = known | {pseudonym: patient for patient, pseudonym in pseudonyms.items()}
+        if listed != known or not file.exists():
+            _write(file, {**content, "patients": listed})
+    return pseudonyms
 
 
 def check_pseudonyms(file: Path, run: Mapping[str, Any], fingerprint: str | None) -> None:
@@ -134,6 +164,11 @@ def _read(file: Path) -> dict[str, Any]:
     if not is_ours or not isinstance(secret, str) or not re.fullmatch("[0-9a-f]{64}", secret):
         raise StoreError(f"{file}: expected a file of pseudonyms, or none, got another file")
     return {**content, "slides": {**mapping(content.get("slides"))}}
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    with _atomic.replacing(file, private=True) as partial:
+        partial.write_bytes(json_bytes(content))
 
 
 def _hmac(secret: bytes, message: bytes) -> str:
