@@ -10,6 +10,7 @@ from pathlib import Path
 from .doctor import add_doctor, installed_version
 from .evaluate import add_evaluate, add_predict
 from .options import Commands, Parser, add_out
+from .report import add_report
 from .store import add_store
 from .tile import add_tile
 from .train import add_fuse, add_merge, add_train
@@ -46,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _add_demo, add_tile, add_train, add_merge, add_fuse, add_evaluate, add_predict, add_store,
-        _add_bench, add_doctor,
+        _add_demo, add_tile, add_train, add_merge, add_fuse, add_evaluate, add_predict, add_report,
+        add_store, _add_bench, add_doctor,
     ):  # fmt: skip
         add(commands)
     return parser

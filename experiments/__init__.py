@@ -1,4 +1,4 @@
-"""The commands train, merge, fuse, evaluate and predict as Python functions; see README.md."""
+"""The commands train, merge, fuse, evaluate, predict and report as functions; see README.md."""
 
 from .calibration_plot import write_calibration
 from .evaluate import compare_runs, evaluate_run, read_metrics
@@ -6,6 +6,7 @@ from .external import External
 from .folds import split_cohort
 from .join import blocks_of, cohort_of, fuse_runs, merge_runs
 from .predict import predict_cohort
+from .report.write_report import write_run_report
 from .run_folder import Run, RunError
 from .settings import Settings, Splits
 from .train import train_run
@@ -27,4 +28,5 @@ __all__ = [
     "split_cohort",
     "train_run",
     "write_calibration",
+    "write_run_report",
 ]

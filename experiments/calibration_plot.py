@@ -55,7 +55,7 @@ def _draw(task: Task, table: pd.DataFrame) -> str:
         )  # fmt: skip
         for panel_axes, (panel, groups) in zip(axes, panels, strict=False):
             panel_axes.set_title(task.calibration_title(panel), fontsize=9)
-            _draw_panel(panel_axes, groups)
+            draw_calibration(panel_axes, groups)
         for unused in axes[len(panels) :]:
             unused.set_visible(False)
         figure.supxlabel("predicted probability", fontsize=9, y=0.1 / rows / SIDE, va="bottom")
@@ -67,8 +67,13 @@ def _draw(task: Task, table: pd.DataFrame) -> str:
     return text.getvalue()
 
 
-def _draw_panel(axes: "Axes", groups: pd.DataFrame) -> None:
-    """Draw observed shares over mean predictions; n of each group is above its interval."""
+def draw_calibration(axes: "Axes", groups: pd.DataFrame) -> None:
+    """Draw observed shares over mean predictions; n of each group is above its interval.
+
+    Args:
+        axes: of one horizon or class.
+        groups: its rows of `Task.calibration_table`.
+    """
     known = groups[groups["observed"].notna()]
     end = 1.05 * max([*groups["predicted"], *known["high"], 0.05])
     top = 1.15 * end  # n needs some space above the intervals

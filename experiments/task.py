@@ -1,7 +1,7 @@
 """Tasks, survival or classes: everything in which runs of the two differ.
 
-`task_of` finds the task of a cohort, `task_of_config` that of a run folder. No other code asks
-which of the two it is.
+`task_of` finds the task of a cohort, `task_of_config` that of a run folder. Apart from the
+report, whose pictures differ, no other code asks which of the two it is.
 """
 
 from abc import ABC, abstractmethod

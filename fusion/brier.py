@@ -35,27 +35,19 @@ def survival_brier(
     """
     steps = np.linspace(0, end, BRIER_STEPS + 1)[1:]
 
-    def errors(at_times: Floats, *, model: bool) -> Floats:
-        def curves(fold: SurvivalFold) -> Floats:
-            if model:
-                return survival_at(fold, at_times)
-            return fold.kaplan_meier(at_times)[None]
-
-        return np.concatenate([_squared_errors(fold, at_times, curves(fold)) for fold in folds])
-
     def integrated(values: Floats) -> Floats:
         return np.trapezoid(values, steps, axis=1) / (steps[-1] - steps[0])
 
     model, reference = (
-        resampled_mean(integrated(errors(steps, model=model)), resampling)
-        for model in (True, False)
+        resampled_mean(integrated(errors), resampling) for errors in _all_errors(folds, steps)
     )
     scaled = resampling.interval_of_number(complement_of_ratio(model, reference))
+    scores, reference_scores = brier_over_time(folds, times)
     return {
         "brier": {
             "times": times.tolist(),
-            "values": errors(times, model=True).mean(0).tolist(),
-            "kaplan_meier": errors(times, model=False).mean(0).tolist(),
+            "values": scores.tolist(),
+            "kaplan_meier": reference_scores.tolist(),
         },
         "integrated_brier": {
             **resampling.interval_of_number(model)._asdict(),
@@ -66,6 +58,19 @@ def survival_brier(
         },
         "scaled_brier": scaled._asdict(),
     }
+
+
+def brier_over_time(folds: Sequence[SurvivalFold], times: Floats) -> tuple[Floats, Floats]:
+    """Return the Brier score of the model and of Kaplan-Meier at rising `times`, [T] each."""
+    model, reference = _all_errors(folds, times)
+    return model.mean(0), reference.mean(0)
+
+
+def _all_errors(folds: Sequence[SurvivalFold], times: Floats) -> tuple[Floats, Floats]:
+    """Return the squared errors of all patients, [n, T], by the model and by Kaplan-Meier."""
+    model = [_squared_errors(fold, times, survival_at(fold, times)) for fold in folds]
+    reference = [_squared_errors(fold, times, fold.kaplan_meier(times)[None]) for fold in folds]
+    return np.concatenate(model), np.concatenate(reference)
 
 
 def class_brier(folds: Sequence[ClassFold], resampling: Resampling) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The report of finished runs: one page with the figures, pictures and patients of a cohort."""
