@@ -68,7 +68,10 @@ def _draw(task: Task, table: pd.DataFrame) -> str:
 
 
 def draw_calibration(axes: "Axes", groups: pd.DataFrame) -> None:
-    """Draw observed shares over mean predictions; n of each group is above its interval.
+    """Draw observed shares over mean predictions, with n of each group.
+
+    Quantiles have equal n, which is written once: beside points that are close together, the
+    numbers would cover each other.
 
     Args:
         axes: of one horizon or class.
@@ -83,7 +86,12 @@ def draw_calibration(axes: "Axes", groups: pd.DataFrame) -> None:
     )
     ends = np.maximum([y - low, high - y], 0)  # rounding may give -1e-17
     axes.errorbar(x, y, ends, fmt="o-", color=BLUE, capsize=2, markersize=4)
-    for place, height, n in zip(x, high, known["patients"], strict=True):
+    counts = known["patients"].to_numpy(int)
+    equal = len(counts) > 0 and counts.max() - counts.min() <= 1
+    if equal:
+        n = "-".join(str(count) for count in dict.fromkeys([counts.min(), counts.max()]))
+        axes.text(0.02, 0.98, f"n = {n} per point", fontsize=7, va="top", transform=axes.transAxes)
+    for place, height, n in [] if equal else zip(x, high, counts, strict=True):
         axes.annotate(
             f"n = {n}", (place, height), xytext=(0, 3), textcoords="offset points", fontsize=7,
             rotation=90, ha="center", va="bottom", annotation_clip=False,
