@@ -14,10 +14,11 @@ from PIL import Image
 from ..slides.slide import Slide
 from ..slides.thumbnails import thumbnail_level
 from ..store.format import FLAGS, drop_bits
+from .background import find_background
 from .grid import PatchGrid, Tiling, damaged_patches, make_grid
-from .ink import pen_mask
+from .ink import find_ink
 from .masks import coverage, read_mask
-from .tissue import blur_mask, tissue_mask
+from .tissue import blur_mask, find_stain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -171,8 +172,13 @@ def find_tissue(
     """
     factor = max(1, min(int(patch_px / 5), max(thumb.shape) // 256))
     small = np.asarray(Image.fromarray(thumb).reduce(factor))
-    pen = pen_mask(small)
-    tissue = tissue_mask(small, um_per_px * factor if um_per_px else None, threshold) & ~pen
+    background = find_background(small)
+    with ThreadPoolExecutor(1, "ink") as pool:  # numpy and scipy release Python's lock
+        pen_of_thread = pool.submit(find_ink, small, background)
+        um = um_per_px * factor if um_per_px else None
+        tissue = find_stain(small, um, threshold, background)
+        pen = pen_of_thread.result()
+    tissue &= ~pen
     height, width = thumb.shape[:2]
     masks = [mask.repeat(factor, 0)[:height].repeat(factor, 1)[:, :width] for mask in (tissue, pen)]
     return masks[0], masks[1]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .background import (
+    Background,
     check_thumb,
     extremes,
     find_background,
@@ -78,12 +79,16 @@ def pen_mask(thumb: Image) -> Mask:
         >>> round(float(motet.io.pen_mask(tissue).mean()), 2)
         0.2
     """
+    check_thumb(thumb, None)
+    return find_ink(thumb, find_background(thumb))
+
+
+def find_ink(thumb: Image, background: Background) -> Mask:
+    """Find marks of a pen on a thumbnail with a known background; see `pen_mask`."""
     import numpy as np
     from scipy import ndimage
 
-    check_thumb(thumb, None)
     mark = np.zeros(thumb.shape[:2], bool)
-    background = find_background(thumb)
     if background.is_dark:
         return mark
     brightest, darkest = extremes(thumb)

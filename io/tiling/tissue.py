@@ -87,17 +87,24 @@ def tissue_mask(
         >>> float(motet.io.tissue_mask(data.immunohistochemistry(), 0.5).mean()) > 0.9
         True
     """
-    import numpy as np
-    from scipy import ndimage
-
     check_thumb(thumb, um_per_px)
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
+    return find_stain(thumb, um_per_px, threshold, find_background(thumb))
+
+
+def find_stain(
+    thumb: Image, um_per_px: float | None, threshold: float | None, background: Background
+) -> Mask:
+    """Find the tissue of a thumbnail with a known background; see `tissue_mask`."""
+    import numpy as np
+    from scipy import ndimage
+
     brightest, darkest = extremes(thumb)
     is_scanned = (brightest > 0) & (darkest < 255)
     if not is_scanned.any():
         return is_scanned
-    background, sigma = find_background(thumb), _px(_SMOOTH_UM, um_per_px, thumb)
+    sigma = _px(_SMOOTH_UM, um_per_px, thumb)
     planes = smooth_planes(thumb, is_scanned, sigma)
     value = contrast(planes, background, is_scanned)
     frame = _frame(brightest, background, sigma)
