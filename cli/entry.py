@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .doctor import add_doctor, installed_version
 from .evaluate import add_evaluate, add_predict
+from .explain import add_explain
 from .options import Commands, Parser, add_out
 from .report import add_report
 from .store import add_store
@@ -47,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _add_demo, add_tile, add_train, add_merge, add_fuse, add_evaluate, add_predict, add_report,
-        add_store, _add_bench, add_doctor,
+        _add_demo, add_tile, add_train, add_merge, add_fuse, add_evaluate, add_predict, add_explain,
+        add_report, add_store, _add_bench, add_doctor,
     ):  # fmt: skip
         add(commands)
     return parser

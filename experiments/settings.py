@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._checks import integer
 from ..fusion.healnet import HEALNet
@@ -32,6 +32,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "fuse": {"epochs": 2, "max_lr": 0.002, "batch_size": 16, "modality_dropout": 0.2, "l2": 1e-2},
 }  # fmt: skip
+
+
+class Explained(NamedTuple):
+    """What explanations explain.
+
+    Args:
+        title: of the axis of a picture, with the unit.
+        label: index of the class; None for survival.
+    """
+
+    title: str
+    label: int | None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..fusion.predictions import ClassPredictions, Predictions, SurvivalPredicti
 from ..fusion.resampling import Comparison
 from ..io import Classes, Cohort, Survival
 from ..io.cohorts.tables import HOURS
-from .settings import Goal
+from .settings import Explained, Goal
 
 Outcome = tuple[NDArray[Any], ...]
 """Times and events, or labels, [n] each."""
@@ -101,6 +101,14 @@ class Task(ABC):
     @abstractmethod
     def average_columns(self, average: Predictions) -> dict[str, NDArray[Any]]:
         """Return the columns of a prediction table from the average over folds."""
+
+    @abstractmethod
+    def explained(self, name: str | None) -> Explained:
+        """Return what `motet explain` explains: the risk, or the log-odds of the class `name`.
+
+        Raises:
+            ValueError: a class for survival; none or an unknown one for classes.
+        """
 
     @abstractmethod
     def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -285,6 +293,13 @@ class SurvivalTask(Task):
             for time, column in zip(times, curves, strict=True)
         }
 
+    def explained(self, name: str | None) -> Explained:
+        if name is not None:
+            raise ValueError(
+                f"--class: expected none for a run that predicts survival, got {name!r}"
+            )
+        return Explained("risk (SD of the training patients' risks)", None)
+
     def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         return pd.DataFrame(rows)
 
@@ -410,6 +425,16 @@ class ClassTask(Task):
 
     def average_columns(self, average: Predictions) -> dict[str, NDArray[Any]]:
         return self._columns(cast(ClassPredictions, average).probabilities)
+
+    def explained(self, name: str | None) -> Explained:
+        """Return the log-odds of a class; without a name those of the last one of two classes."""
+        if name is None and len(self.names) == 2:
+            name = self.names[-1]
+        if name not in self.names:
+            raise ValueError(
+                f"--class: expected one of {', '.join(self.names)}, got {name or 'none'}"
+            )
+        return Explained(f"log-odds of {name}", self.names.index(name))
 
     def calibration_table(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         return pd.DataFrame([{**row, "class": self.names[row["class"]]} for row in rows])

@@ -175,10 +175,10 @@ class Calibrations:
         subsets = patients.sets_of_modalities()
         for subset in set(subsets):
             rows = [i for i, other in enumerate(subsets) if other == subset]
-            calibrated[rows] = self._nearest(subset).apply(logits[rows])
+            calibrated[rows] = self.nearest(subset).apply(logits[rows])
         return calibrated
 
-    def _nearest(self, subset: tuple[str, ...]) -> Calibration:
+    def nearest(self, subset: tuple[str, ...]) -> Calibration:
         """Return the map of a set of modalities, or of the one that differs in the fewest."""
         nearest = min(self.maps, key=lambda other: (len({*other} ^ {*subset}), other))
         return self.maps[nearest]

@@ -278,6 +278,11 @@ class LegoBlock(nn.Module):
         attention = None if recorder is None else recorder.attention
         return LegoOutput(logits, spectrum.to_complex() if return_latents else None, attention)
 
+    @property
+    def attends_to_input(self) -> bool:
+        """Whether the tokens that the block attends to are those of the input."""
+        return self.encoder is None and not (self.spectral_context and self.transform.axes)
+
     def pass_options(
         self,
         strategy: Strategy | None = None,
@@ -293,7 +298,7 @@ class LegoBlock(nn.Module):
             even = self.transform.axes == (-2,) and strategy != "reference"
             half = even and not any(layer.drops for layer in self.sets)
             return PassOptions(strategy, backend, half)
-        if self.encoder is not None or (self.spectral_context and self.transform.axes):
+        if not self.attends_to_input:
             what = "an encoder" if self.encoder is not None else "context='spectrum'"
             raise ValueError(
                 "return_attention: expected a block whose tokens are those of the input, got one "

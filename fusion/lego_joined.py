@@ -53,6 +53,11 @@ class JoinedBlocks(nn.Module):
     def modalities(self) -> dict[str, Modality]:
         return {name: block.modality for name, block in self._blocks().items()}
 
+    @property
+    def attends_to_input(self) -> bool:
+        """Whether the tokens that all blocks attend to are those of the input."""
+        return all(block.attends_to_input for block in self._blocks().values())
+
     @classmethod
     def from_config(
         cls, config: dict[str, Any], encoders: Mapping[str, nn.Module] | None = None

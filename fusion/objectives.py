@@ -34,8 +34,12 @@ class _SurvivalObjective(ABC):
     """The predictions of both survival objectives."""
 
     @abstractmethod
+    def explained(self, logits: Tensor, label: int | None = None) -> Tensor:
+        """Return what explanations explain: the risk [n] of each patient, with its gradient."""
+
     def risk(self, logits: Tensor) -> NDArray[np.float64]:
         """Return the risks [n], higher is worse."""
+        return self.explained(logits.double()).cpu().numpy()
 
     @abstractmethod
     def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
@@ -105,9 +109,9 @@ class DiscreteSurvival(_SurvivalObjective):
             logits, target["bins"], target["events"], alpha=self.alpha, weights=weights
         )
 
-    def risk(self, logits: Tensor) -> NDArray[np.float64]:
-        """Return the risks [n], higher is worse."""
-        return risk(logits.double()).cpu().numpy()
+    def explained(self, logits: Tensor, label: int | None = None) -> Tensor:
+        """Return the risk [n] of each patient; `label` is not used."""
+        return risk(logits)
 
     def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
         """Return S(t) [n, G] at the times `grid`; constant after the end of the last bin.
@@ -206,9 +210,9 @@ class CoxSurvival(_SurvivalObjective):
         """Return `cox_loss` without checking values, which a CUDA graph cannot do."""
         return partial_likelihood(logits.squeeze(1), target["times"], target["events"])
 
-    def risk(self, logits: Tensor) -> NDArray[np.float64]:
-        """Return the risks [n], log hazard ratios."""
-        return logits.double().squeeze(1).cpu().numpy()
+    def explained(self, logits: Tensor, label: int | None = None) -> Tensor:
+        """Return the log hazard ratio [n] of each patient; `label` is not used."""
+        return logits.squeeze(1)
 
     def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
         """Return S(t) [n, G] at the times `grid`, exp(-H(t) exp(risk)) with the baseline H.
@@ -291,9 +295,9 @@ class SurvivalCurves(_SurvivalObjective):
     def out_features(self) -> int:
         return 1 + len(self.times)
 
-    def risk(self, logits: Tensor) -> NDArray[np.float64]:
-        """Return the risks [n], higher is worse."""
-        return logits[:, 0].double().cpu().numpy()
+    def explained(self, logits: Tensor, label: int | None = None) -> Tensor:
+        """Return the risk [n] of each patient; `label` is not used."""
+        return logits[:, 0]
 
     def curves(self, logits: Tensor, grid: CurveTimes) -> NDArray[np.float64]:
         """Return S(t) [n, G] at the times `grid`: linear from S(0) = 1, constant after the last."""
@@ -356,6 +360,12 @@ class Classification:
     def risk_scale(self, logits: Tensor, labels: NDArray[np.int64]) -> tuple[None, None]:
         """Return None for the scale of risks and None for the times of curves: there are none."""
         return None, None
+
+    def explained(self, logits: Tensor, label: int | None = None) -> Tensor:
+        """Return the log-odds [n] of the class `label`, which must be given."""
+        assert label is not None
+        others = [k for k in range(self.classes) if k != label]
+        return logits[:, label] - logits[:, others].logsumexp(1)
 
     def probabilities(self, logits: Tensor) -> NDArray[np.float64]:
         """Return [n, K]."""

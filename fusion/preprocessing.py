@@ -114,6 +114,12 @@ class TableScaling:
         values = (f"{name}={level}" for name, levels in self.levels.items() for level in levels)
         return (*self.numbers, *missing, *values)
 
+    @property
+    def columns_of_features(self) -> tuple[str, ...]:
+        """The column of the table from which each of `features` is made."""
+        values = (name for name, levels in self.levels.items() for _ in levels)
+        return (*self.numbers, *self.flagged, *values)
+
     def unseen(self, frame: pd.DataFrame) -> dict[tuple[str, str], int]:
         """Return the patients with a category that no training patient has, by column and value."""
         counts = {}
@@ -232,6 +238,11 @@ class BagScaling:
     def features(self) -> tuple[str, ...]:
         """Names of the columns of the scaled tokens."""
         return (*map(str, self.kept), *(f"{i} missing" for i in self.flagged))
+
+    @property
+    def names_of_features(self) -> tuple[str, ...]:
+        """The name of the feature from which each of `features` is made; empty without names."""
+        return tuple(self.names[i] for i in (*self.kept, *self.flagged)) if self.names else ()
 
     @property
     def known_names(self) -> tuple[str, ...]:
