@@ -54,7 +54,11 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|np|pandas|pd|pathlib|os|collections|typing|nn|PIL|zarr)\b.*"),
     ("py:class", r"motet\.(\w+\.)+\w+"),
-    ("py:class", "CohortSource|Floats|Image|Mask|NDArray|PathLike|Size|Tensor|Tiled|Encoded"),
+    (
+        "py:class",
+        "ArrayLike|CohortSource|Floats|Image|Mask|NDArray|PathLike|Size|SlideFeatures|Tensor|Tiled|"
+        "Encoded",
+    ),
 ]
 
 

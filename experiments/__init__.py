@@ -1,4 +1,4 @@
-"""The commands that train, join, evaluate, predict, explain and report as functions; see README.md."""
+"""What the commands train, merge, fuse, evaluate, predict, explain and report do; see README.md."""
 
 from .calibration_plot import write_calibration
 from .evaluate import compare_runs, evaluate_run, read_metrics

@@ -11,9 +11,7 @@ cohort.svg         the same as a picture
 patients/ID.svg    of the named patients
 """
 
-import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ from numpy.typing import NDArray
 
 from .._atomic import write_text
 from ..fusion.preprocessing import BagSource
-from ..io.store.format import KEY
 from .explain import Explanation, PatientExplanation
 from .explain_plots import draw_cohort, draw_patient
+from .explain_slides import file_name, write_slides
 
 Floats = NDArray[np.float64]
 ABOUT = "explanation.json"
@@ -49,7 +47,7 @@ def check_folder(out: Path) -> None:
 
 
 def write_explanation(explanation: Explanation, out: Path) -> dict[str, Any]:
-    """Write all files but those of slides, and return the content of explanation.json.
+    """Write all files, and return the content of explanation.json.
 
     Files of the same names are replaced.
     """
@@ -84,20 +82,8 @@ def write_explanation(explanation: Explanation, out: Path) -> dict[str, Any]:
         if patient.patient in explanation.named:
             picture = draw_patient(explanation, patient, feature_rows(explanation, patient))
             write_text(out / "patients" / f"{file_name(patient.patient)}.svg", picture)
+    write_slides(explanation, out)
     return about
-
-
-def file_name(patient: str) -> str:
-    """Return a file name without suffix for a patient: the id, if that is a safe name.
-
-    Else it is the id with other characters replaced, and 8 hex digits of the hash of the id, as the
-    keys of feature stores.
-    """
-    if KEY.fullmatch(patient):
-        return patient
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", patient).lstrip(".")[:80]
-    digest = hashlib.sha256(patient.encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{safe}-{digest[:8]}"
 
 
 def patients_table(explanation: Explanation) -> pd.DataFrame:

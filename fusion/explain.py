@@ -24,6 +24,9 @@ Model = HEALNet | LegoMerge | LegoFuse
 """A model of several modalities; a LegoBlock is explained as a LegoMerge of one block."""
 Output = Callable[[Tensor], Tensor]
 """From logits [B, K] to one number per patient [B], such as `motet.risk`."""
+# Numbers of the inputs for which gradients are computed at once, 128 MiB of float32: a slide of
+# 60,000 patches with 1,024 features takes one point of the integral at a time.
+POINT_NUMBERS = 1 << 25
 
 
 def token_attention(
@@ -231,7 +234,7 @@ def integrated_gradients(
         model: HEALNet, LegoMerge or LegoFuse.
         inputs, masks, present, coords: as of `HEALNet.forward`.
         output: from logits [B, K] to numbers [B], such as `motet.risk`.
-        steps: points of the integral. At most eight are computed at once.
+        steps: points of the integral. At most eight are computed at once, fewer of large bags.
 
     Returns:
         By modality in the shape of its input, 0 at tokens that are not real.
@@ -328,7 +331,9 @@ def _integrate(
             tuple(x.detach() for x in inputs.values()),
             additional_forward_args=(*masks.values(), *coords.values()) or None,
             n_steps=steps,
-            internal_batch_size=8,
+            internal_batch_size=max(
+                1, min(8, POINT_NUMBERS // sum(map(torch.numel, inputs.values())))
+            ),
         )
         gradients |= dict(zip(inputs, values, strict=True))
     return gradients

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .encoders.base import Encoder
     from .encoders.load_encoder import load_encoder
     from .errors import CohortError, SlideError, StoreError
+    from .heat_maps.extreme_patches import extreme_patches
+    from .heat_maps.geojson import heat_map_geojson
+    from .heat_maps.heat_map import heat_map
     from .slides.open_slide import open_slide
     from .slides.slide import Slide
     from .store.foreign import import_features
@@ -41,6 +44,9 @@ _HOME = {
     "blur_mask": "tiling.tissue",
     "coverage": "tiling.masks",
     "encode_patches": "tiling.encode_patches",
+    "extreme_patches": "heat_maps.extreme_patches",
+    "heat_map": "heat_maps.heat_map",
+    "heat_map_geojson": "heat_maps.geojson",
     "import_features": "store.foreign",
     "load_cohort": "cohorts.load_cohort",
     "load_encoder": "encoders.load_encoder",
@@ -69,6 +75,9 @@ __all__ = [
     "blur_mask",
     "coverage",
     "encode_patches",
+    "extreme_patches",
+    "heat_map",
+    "heat_map_geojson",
     "import_features",
     "load_cohort",
     "load_encoder",

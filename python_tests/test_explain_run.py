@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from motet import cli
 from motet.experiments import Run, fuse_runs, train_run
-from motet.experiments.explain_files import file_name
+from motet.experiments.explain_slides import file_name
 from motet.experiments.settings import Splits
 from motet.io import load_cohort
 
@@ -181,7 +181,7 @@ def test_planted_genes_are_the_top_bars(
     changes = {"num_latents": 4, "latent_dim": 8, "epochs": 15}
     model = "healnet" if kind == "healnet" else "lego"
     run = train_run(
-        cohort, model, tmp_path / model, splits=Splits(2), changes=changes, modalities=names
+        cohort, model, tmp_path / model, splits=Splits(1), changes=changes, modalities=names
     )
     if kind == "fuse":
         blocks = [Run.finished(run.path / "blocks" / name) for name in names]

@@ -103,7 +103,7 @@ def part_of(name: str) -> str:
 
 
 GROUND = {"_atomic", "_checks", "_error_floors"}
-IO = {"io", "io.slides", "io.tiling", "io.encoders", "io.store", "io.cohorts"}
+IO = {"io", "io.slides", "io.tiling", "io.encoders", "io.store", "io.cohorts", "io.heat_maps"}
 ALLOWED = {
     "_atomic": set(),
     "_checks": set(),
@@ -116,6 +116,7 @@ ALLOWED = {
     "io.store": {"io.store", "io", *GROUND},
     "io.tiling": {"io.tiling", "io.slides", "io.encoders", "io.store", "io", *GROUND},
     "io.cohorts": {"io.cohorts", "io.slides", "io.encoders", "io.store", "io", *GROUND},
+    "io.heat_maps": {"io.heat_maps", "io.slides", "io.store", "io", *GROUND},
     "experiments": {"experiments", "fusion", "kernels", *IO, *GROUND},
     "cli": {"cli", "experiments", "fusion", "kernels", *IO, *GROUND},
     "__main__": {"cli"},

@@ -91,6 +91,15 @@ class Bags:
         tokens = source.tokens(patient) if is_lazy else len(source[patient][0])
         return tokens, self.features
 
+    def slides(self, patient: str) -> list[SlideFeatures]:
+        """Return the slides of a patient, if the bags are in feature stores; else none.
+
+        The tokens of the patient are the patches of these slides, one slide after the other,
+        without corrupt patches.
+        """
+        source = self._source
+        return source.slides(patient) if isinstance(source, FileBags) else []
+
 
 class LazyBags(Mapping[str, Bag]):
     """Bags whose patients and numbers of tokens are known before they are read.
@@ -238,7 +247,7 @@ class SlideBags:
         """Return for each slide the stem of its file, or its key if two slides share the stem."""
         names: list[str] = []
         for key in self._store:
-            stem = PurePosixPath(str(self._slide(key).attrs.get("name"))).stem
+            stem = PurePosixPath(str(self.slide(key).attrs.get("name"))).stem
             names.append(stem if self._store.find(stem) == key else key)
         return tuple(names)
 
@@ -253,7 +262,7 @@ class SlideBags:
             raise CohortError(f"{self._where}: {key!r} is the name of slides {listed(matches)}")
         if not matches:
             return False
-        slide = self._slide(matches[0])
+        slide = self.slide(matches[0])
         if self._slug not in slide.encoders:
             raise CohortError(
                 f"{self._where}: {key}: no features of {self._slug!r} yet: tile the cohort again"
@@ -261,22 +270,23 @@ class SlideBags:
         return self.shape(key)[0] > 0
 
     def shape(self, key: str) -> tuple[int, ...]:
-        slide = self._slide(key)
+        slide = self.slide(key)
         return self._read(lambda: (int((~slide.corrupt).sum()), slide.width))
 
     def coords(self, key: str) -> Any:
-        slide = self._slide(key)
+        slide = self.slide(key)
         if slide.attrs.get("coords") == "absent":
             return None
         return self._read(lambda: slide.coords[~slide.corrupt])
 
     def read(self, key: str) -> Bag:
-        slide = self._slide(key)
+        slide = self.slide(key)
         features, coords = self._read(slide.bag)
         tokens = _as_tokens(features, self._features, f"{self._where}: {key}")
         return tokens, None if slide.attrs.get("coords") == "absent" else coords
 
-    def _slide(self, key: str) -> SlideFeatures:
+    def slide(self, key: str) -> SlideFeatures:
+        """Open the slide of a key."""
         return self._read(lambda: self._store[key])
 
     def _read(self, function: Callable[[], T]) -> T:
@@ -331,6 +341,12 @@ class FileBags(LazyBags):
             all_tokens.append(tokens)
             all_coords.append(coords)
         return np.concatenate(all_tokens), np.concatenate(all_coords) if self._coords else None
+
+    def slides(self, patient: str) -> list[SlideFeatures]:
+        """Return the slides of a patient; none if one of the files is no feature store."""
+        files = [(self._files[i], key) for i, key in self._locations[patient]]
+        slides = [file.slide(key) for file, key in files if isinstance(file, SlideBags)]
+        return slides if len(slides) == len(files) else []
 
     def tokens(self, patient: str) -> int:
         return sum(self._files[i].shape(key)[0] for i, key in self._locations[patient])

@@ -5,7 +5,6 @@ A slide has two: the large one has a caption and a scale bar, the small one is s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ...._atomic import replacing
 from ...errors import SlideError
+from ...scale_bar import choose_scale_bar
 from .facts import SlideFacts, level0_size, resolution_text
 
 if TYPE_CHECKING:
@@ -235,10 +235,7 @@ def _draw_marks(draw: ImageDraw, boxes: NDArray[np.int64], flags: NDArray[np.uin
 
 def _draw_scale_bar(draw: ImageDraw, px_per_um: float, left: int, bottom: int, across: int) -> None:
     """Draw a bar of 1, 2 or 5 times a power of ten µm, at most a fifth of the picture's width."""
-    longest_um = across / 5 / px_per_um
-    power = 10.0 ** math.floor(math.log10(longest_um))
-    length = next(step * power for step in (5, 2, 1) if step * power <= longest_um)
-    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    length, text = choose_scale_bar(across / 5 / px_per_um)
     font = _font(13)
     width = max(length * px_per_um, draw.textlength(text, font))
     x, y = left + 10, bottom - 34

@@ -1,0 +1,1 @@
+"""Heat maps: values of patches drawn over their slide, as GeoJSON, and as pictures of patches."""
