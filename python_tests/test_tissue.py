@@ -364,3 +364,17 @@ def test_what_is_no_thumbnail_is_refused() -> None:
             tissue_mask(thumb, wrong)
     with pytest.raises(ValueError, match=r"tissue: expected bool \[512, 512\], got bool \[3, 3\]"):
         blur_mask(thumb, np.ones((3, 3), bool), 2.0)
+
+
+def test_black_may_be_the_background_of_fluorescence() -> None:
+    """Pixels of exactly 0 give the same masks as the noise of a camera, if nothing is glass."""
+    y, x = np.mgrid[:512, :512]
+    spots = np.zeros((512, 512, 3), np.uint8)
+    for down, across in np.random.default_rng(0).normal(200, 40, (60, 2)):
+        spots[(y - down) ** 2 + (x - across) ** 2 < 25, 2] = 200
+    noise = np.random.default_rng(1).integers(1, 5, spots.shape)
+    noisy = np.maximum(spots, noise).astype(np.uint8)
+    masks = [tissue_mask(picture, 1.0) for picture in (spots, noisy)]
+    assert 0.05 < masks[0].mean() < 0.3
+    assert (masks[0] & masks[1]).sum() > 0.8 * (masks[0] | masks[1]).sum()
+    assert not tissue_mask(np.zeros_like(spots), 1.0).any()

@@ -27,6 +27,7 @@ _LEAST_SHARE, _OF_LARGEST, _SAME_COLOUR = 0.02, 0.25, 0.025
 # Ink may be as flat, but is more saturated ((max - min) / max) than the tint of any glass. Dark
 # colours have no meaningful saturation.
 _SATURATION_OF_INK, _DARK = 0.6, 0.15
+_LEAST_BLACK = 0.2  # share of pixels of exactly 0 that can be a background
 _LEAST_GLASS = 0.3  # a darker glass is taken as this bright: its noise is not stain
 _TRUNCATE = 2.5  # standard deviations at which the kernel of a smoothing ends
 # Light above the dark background of 1 counts as much as stain of 1 if the brightest 0.1 % are as
@@ -71,6 +72,10 @@ def find_background(thumb: Image) -> Background:
     planes = smooth_planes(thumb, is_scanned, 1.0)
     flat = _flat_pixels(planes, is_scanned)
     colour = _frequent_colour(planes, is_scanned, flat)
+    black = brightest == 0
+    if colour is None and black.mean() >= _LEAST_BLACK:
+        # No glass between the black and the rest: the black is no padding, but the background.
+        return Background((0.0, 0.0, 0.0), is_dark=True, flat=black)
     if colour is None:
         glass = _light_grey(planes, is_scanned)
         return Background(glass, is_dark=False, flat=np.zeros_like(flat))

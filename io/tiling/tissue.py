@@ -102,6 +102,8 @@ def find_stain(
 
     brightest, darkest = extremes(thumb)
     is_scanned = (brightest > 0) & (darkest < 255)
+    if background.is_dark and not any(background.colour):
+        is_scanned = darkest < 255  # black is the background, not padding
     if not is_scanned.any():
         return is_scanned
     sigma = _px(_SMOOTH_UM, um_per_px, thumb)
