@@ -177,7 +177,7 @@ def test_rows_are_written_once_each(tmp_path: Path, source: Slide) -> None:
             writer.begin(
                 key, describe(source), np.zeros((1, 2)), [1], [0], None, None, 3
             )  # fmt: skip
-        named = SimpleNamespace(path=source.path, name="a.svs", key=key)
+        named = SimpleNamespace(path=source.path, name="a.svs", key=key, pseudonym=None)
         with pytest.raises(StoreError, match="expected a key"):
             note_failure(writer.path, "made", named, OSError(), 1)
     assert writer.state(source) == "todo"
