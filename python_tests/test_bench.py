@@ -150,6 +150,7 @@ def test_operators_side_by_side(script, tmp_path: Path) -> None:
         assert all(error < measure.FLOOR["fp32"] for error in row["error"].values())
 
 
+@pytest.mark.slow
 def test_scaling(script, tmp_path: Path) -> None:
     out, figure = tmp_path / "scaling.json", tmp_path / "scaling.png"
     options = ["--threads", 1, "--rounds", 3, "--figure", figure, "--json", out]

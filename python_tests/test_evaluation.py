@@ -633,7 +633,7 @@ def test_paired_intervals_cover(folds: int, n: int) -> None:
     assert kstest(p, "uniform").pvalue > 0.001
 
 
-@pytest.mark.parametrize(("auc", "folds"), [(0.6, 1), (0.8, 5)])
+@pytest.mark.parametrize(("auc", "folds"), [(0.6, 1), pytest.param(0.8, 5, marks=pytest.mark.slow)])
 def test_class_intervals_cover(auc: float, folds: int) -> None:
     """Normal scores of two classes, apart by d: AUC = Φ(d / √2), balanced accuracy = Φ(d / 2)."""
     rng = np.random.default_rng(13)

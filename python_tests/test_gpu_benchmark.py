@@ -272,6 +272,7 @@ def test_without_a_gpu_it_is_one_line(run, capsys, tmp_path: Path) -> None:
     assert capsys.readouterr().err == "make gpu: --device: torch finds no CUDA device here\n"
 
 
+@pytest.mark.slow
 def test_what_is_measured_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are measured correctly, with a FakeCapture in place of CUDA's."""
     monkeypatch.syspath_prepend(ROOT)

@@ -282,6 +282,7 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x: model({"wsi": x}, masks={"wsi": mask}), bag)
 
 
+@pytest.mark.slow
 def test_compiles_whole() -> None:
     model = model_of(self_attention=1)
     inputs, coords = inputs_of(2)

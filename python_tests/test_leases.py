@@ -193,6 +193,7 @@ def test_beats(tmp_path: Path) -> None:
     assert leases._thread is None
 
 
+@pytest.mark.slow
 def test_stress(tmp_path: Path) -> None:
     """Eight processes take four keys and are killed at random: no key ever has two owners."""
     kills = 5000 if SOAK else 100

@@ -724,6 +724,7 @@ def test_a_first_tile_loads_readers_alone(
     assert not loaded & {"torch", "lightning", "scipy", "pandas", "pyarrow", "zarr", "matplotlib"}
 
 
+@pytest.mark.slow
 def test_memory_and_files_after_200_slides(made: dict[str, tuple[Slide, list[Pixels]]]) -> None:
     kinds = ("libjpeg", "deflate", "jpeg 2000 ycbcr", "png")
     paths = [str(made[kind][0].path) for kind in kinds]

@@ -69,7 +69,7 @@ def check(args: tuple[Tensor, ...], x: Tensor, offsets: Tensor = OFFSETS, **opti
     assert_as_good_as(by_triton, by_torch, *args)
 
 
-@pytest.mark.parametrize("places", [None, 65, 130])
+@pytest.mark.parametrize("places", [None, pytest.param(65, marks=pytest.mark.slow), 130])
 @pytest.mark.parametrize("shared", [False, True])
 def test_equals_the_composition(shared: bool, places: int | None) -> None:
     positions = None if places is None else torch.randn(places, 5)
@@ -79,7 +79,14 @@ def test_equals_the_composition(shared: bool, places: int | None) -> None:
 
 
 # Heads of width 1, of odd width, wider than a block of the gradients; latents in many blocks.
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 17, 27, 300), (1, 70, 130, 33)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1, 1),
+        (3, 17, 27, 300),
+        pytest.param((1, 70, 130, 33), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("shared", [False, True])
 def test_sizes_at_the_edge(sizes: tuple[int, int, int, int], shared: bool) -> None:
     args = inputs(*sizes, bags=1 if shared else 3)

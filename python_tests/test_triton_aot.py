@@ -77,6 +77,7 @@ def table():
     return json.loads(TABLE.read_text())
 
 
+@pytest.mark.slow
 def test_the_table_lists_every_shipped_configuration(table, tmp_path):
     listed = run(SCRIPT, "--keys", tmp_path=tmp_path)
     assert not listed.returncode, listed.stderr
@@ -226,6 +227,7 @@ def test_the_gate_sees_a_race(version, tmp_path):
     assert "local_load" not in clean
 
 
+@pytest.mark.slow
 def test_the_gate_sees_a_fault(tmp_path):
     """Rows of an odd width are not aligned and have no asynchronous copies."""
     code = f"""if True:

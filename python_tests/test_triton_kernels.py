@@ -198,7 +198,14 @@ def test_attention_without_keys():
     assert [x.shape for x in nobody] == [(0, 2, 3, 4), (0, 2, 3)]
 
 
-@pytest.mark.parametrize(("heads", "counted"), [(2, False), (2, True), (4, False)])
+@pytest.mark.parametrize(
+    ("heads", "counted"),
+    [
+        (2, True),
+        pytest.param(2, False, marks=pytest.mark.slow),
+        pytest.param(4, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_bag_alone_is_the_bag_in_a_batch(heads, counted):
     q, kv, offsets = attention_inputs(RAGGED, heads, 3, 16, torch.float32)
     counts = 4 * torch.rand(sum(RAGGED)) if counted else None

@@ -69,7 +69,7 @@ def literal(q: Tensor, kv: Tensor, counts: Tensor | None) -> Tensor:
     ("shared", "latents", "width", "dtype"),
     [
         (True, 7, 27, torch.float32),
-        (False, 25, 16, torch.float32),
+        pytest.param(False, 25, 16, torch.float32, marks=pytest.mark.slow),
         (False, 17, 63, torch.float16),
         pytest.param(True, 40, 16, torch.float16, marks=pytest.mark.slow),
     ],
@@ -157,6 +157,7 @@ def test_registration(lengths: list[int], option: str | None) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compiles_whole() -> None:
     def run(q: Tensor, kv: Tensor) -> Tensor:
         offsets = torch.arange(3) * (len(kv) // 2)
@@ -214,8 +215,11 @@ def test_where_there_are_none() -> None:
         torch.autograd.grad(first.sum(), given)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("share", [True, False, "all-but-first"])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "share",
+    [True, *(pytest.param(share, marks=pytest.mark.slow) for share in (False, "all-but-first"))],
+)
 def test_healnet_reads_k_and_v_once(
     monkeypatch: pytest.MonkeyPatch, share: Any, dropout: float
 ) -> None:

@@ -371,6 +371,7 @@ def test_opcheck(form):
     opcheck(torch.ops.motet.lego_pass_backward, (*grads, *detached))
 
 
+@pytest.mark.slow
 def test_compiles_whole_for_any_number_of_samples():
     weights = inputs((1, 7, 13))[3:]
 
