@@ -106,6 +106,20 @@ def test_extreme_patches_are_those_of_the_slide(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "gone").iterdir()] == ["patches.csv"]
 
 
+def test_pixels_that_are_not_square(tmp_path: Path) -> None:
+    """A patch has another height than width, in GeoJSON and in the pictures."""
+    slide, pixels = make_slide(tmp_path, footprint_y_px=SIDE / 2)
+    ring = io.heat_map_geojson(slide, {"a": values_of(slide)})["features"][0]["geometry"]
+    x, y = np.array(ring["coordinates"][0]).T
+    assert (np.ptp(x), np.ptp(y)) == (SIDE, SIDE / 2)
+    table = io.extreme_patches(slide, values_of(slide), tmp_path / "patches", count=1)
+    assert table[["width", "height"]].iloc[0].tolist() == [SIDE, SIDE / 2]
+    x, y = table[["x", "y"]].iloc[0].astype(int)
+    top = np.asarray(Image.open(tmp_path / "patches" / "top-1.png"))
+    assert top.shape == (32, 32, 3)
+    assert np.array_equal(top[0, 0], pixels[y, x])
+
+
 def test_values_that_do_not_fit(tmp_path: Path) -> None:
     slide, _ = make_slide(tmp_path)
     with pytest.raises(

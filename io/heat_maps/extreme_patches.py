@@ -39,7 +39,8 @@ def extreme_patches(
 
     Returns:
         The content of patches.csv, with the columns rank (top-1 has the largest value), x and y of
-        the upper left corner and side in level-0 px, value, and file ("" if there is no picture).
+        the upper left corner, width and height in level-0 px, value, and file ("" if there is no
+        picture).
 
     Raises:
         ValueError: values of another length, infinite, or all NaN.
@@ -68,13 +69,13 @@ def extreme_patches(
             x, y = place.corners[row].astype(int).tolist()
             file = folder / f"{rank}.png"
             is_written = opened is not None and _write_patch(
-                opened, (x, y, place.footprint), slide.attrs.get("tile_px"), file
+                opened, (x, y), place.footprint, slide.attrs.get("tile_px"), file
             )
-            rows.append((rank, x, y, place.footprint, numbers[row], file.name * is_written))
+            rows.append((rank, x, y, *place.footprint, numbers[row], file.name * is_written))
     finally:
         if opened is not None:
             opened.close()
-    table = pd.DataFrame(rows, columns=["rank", "x", "y", "side", "value", "file"])
+    table = pd.DataFrame(rows, columns=["rank", "x", "y", "width", "height", "value", "file"])
     write_text(folder / "patches.csv", table.to_csv(index=False, float_format="%.6g"))
     return table
 
@@ -85,25 +86,27 @@ def _open_source(slide: SlideFeatures) -> Slide | None:
     path = Path(str(recorded.get("path")))
     source = Source(path, str(slide.attrs.get("name")))
     try:
-        return open_slide(path) if path.is_file() and is_same(source, recorded) else None
+        if not (path.is_file() and is_same(source, recorded)):
+            return None
+        return open_slide(path, image=source.image)
     except SlideError:
         return None
 
 
 def _write_patch(
-    opened: Slide, square: tuple[int, int, float], tile_px: object, file: Path
+    opened: Slide, corner: tuple[int, int], sides: tuple[float, float], tile_px: object, file: Path
 ) -> bool:
-    """Write a square (x, y, side in level-0 px) of a slide; return whether it could be read."""
+    """Write a patch (corner and sides in level-0 px) of a slide; return whether it can be read."""
     from PIL import Image
 
-    x, y, side = square
-    pixels = tile_px if isinstance(tile_px, int) and tile_px > 0 else min(round(side), 512)
-    fine = [i for i, level in enumerate(opened.levels) if level.downsample <= side / pixels * 1.01]
-    level = max(fine, default=0)
+    pixels = tile_px if isinstance(tile_px, int) and tile_px > 0 else min(round(sides[0]), 512)
+    finest = min(sides) / pixels * 1.01
+    level = max((i for i, one in enumerate(opened.levels) if one.downsample <= finest), default=0)
     down = opened.levels[level].downsample
-    width = max(1, round(side / down))
+    x, y = (round(place / down) for place in corner)
+    width, height = (max(1, round(side / down)) for side in sides)
     try:
-        read = opened.read(level, round(x / down), round(y / down), width, width)
+        read = opened.read(level, x, y, width, height)
     except SlideError:
         return False
     image = Image.fromarray(read).resize((pixels, pixels), Image.Resampling.BOX)

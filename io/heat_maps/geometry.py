@@ -20,10 +20,11 @@ class Geometry(NamedTuple):
     """(width, height) of the slide; if unknown, as far as its patches reach."""
     corners: Floats
     """[N, 2], (x, y) of the top left corners."""
-    footprint: float
-    """Side of a patch; if unknown, the smallest distance between two patches."""
+    footprint: tuple[float, float]
+    """Sides of a patch along x and y, which differ if pixels are not square; if unknown, the
+    smallest distance between two patches."""
     mpp: float | None
-    """µm per px."""
+    """µm per px along x."""
 
 
 def geometry_of(slide: SlideFeatures) -> Geometry:
@@ -41,13 +42,14 @@ def geometry_of(slide: SlideFeatures) -> Geometry:
     if not isinstance(footprint, int | float) or not footprint > 0:
         steps = [np.diff(np.unique(axis)).min(initial=np.inf) for axis in corners.T]
         footprint = min(steps) if np.isfinite(min(steps)) else 256.0
+    sides = float(footprint), float(attrs.get("footprint_y_px", footprint))
     width, height = attrs.get("width"), attrs.get("height")
     if not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
-        width, height = (corners.max(0) + footprint).tolist()
+        width, height = (corners.max(0) + sides).tolist()
     mpp = attrs.get("mpp")
     if not (isinstance(mpp, int | float) and 0 < mpp < np.inf):
         mpp = None
-    return Geometry((width, height), corners, float(footprint), mpp)
+    return Geometry((width, height), corners, sides, mpp)
 
 
 def check_values(slide: SlideFeatures, values: ArrayLike, name: str = "values") -> Floats:
