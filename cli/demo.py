@@ -10,7 +10,6 @@ import csv
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ MISSING = "HEALNet, half miss genes"
 
 
 def run(out: Path, *, epochs: int | None = None, folds: int = 5) -> dict[str, Run]:
-    """Train and evaluate all models; print a table; write runs, plots and results.csv to `out`.
+    """Train and evaluate all models; print a table; write runs, results.csv and a report to `out`.
 
     If `epochs` is None, every model trains for its default number of epochs.
     """
@@ -95,80 +94,11 @@ def _report(runs: dict[str, Run], outcome: Survival, out: Path) -> None:
     with open(out / "results.csv", "w", newline="") as file:
         header = ["model", "c_index", "ci_low", "ci_high", "seconds", "parameters"]
         csv.writer(file).writerows([header, *rows])
-    _plot_groups(runs["HEALNet"], out / "kaplan_meier.png")
-    _plot_histories(runs, out / "training.png")
-    print(f"\nWritten to {out}: a folder per run, results.csv, kaplan_meier.png, training.png")
-
-
-def _plot_groups(run: Run, path: Path) -> None:
-    """Plot Kaplan-Meier curves of patients above and below the median risk of the training part."""
-    from matplotlib.figure import Figure
-    from sksurv.nonparametric import kaplan_meier_estimator
-
-    folds: Any = run.tested()
-    high = np.concatenate([fold.risks > fold.cut for fold in folds])
-    all_times = np.concatenate([fold.times for fold in folds])
-    all_events = np.concatenate([fold.events for fold in folds])
-    p = experiments.read_metrics(run)["risk_groups"]["log_rank_p"]
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    # The curves end when ten patients of a group are left: beyond that they show mostly chance.
-    end = min(np.sort(all_times[high == group])[-10] for group in (False, True)) / 365.25
-    for group, colour, label in ((False, "#2b6cb0", "low risk"), (True, "#c53030", "high risk")):
-        rows = high == group
-        estimate: Any = kaplan_meier_estimator(
-            all_events[rows], all_times[rows], conf_type="log-log"
-        )
-        # At time 0 no patient has had the event; the estimate begins later.
-        times, survival = np.append(0.0, estimate[0]), np.append(1.0, estimate[1])
-        interval = np.column_stack([[1.0, 1.0], estimate[2]])
-        years = times / 365.25
-        axes.step(years, survival, where="post", color=colour, label=f"{label} (n = {rows.sum()})")
-        axes.fill_between(years, *interval, step="post", color=colour, alpha=0.15, linewidth=0)
-        censored = np.flatnonzero(rows & ~all_events)
-        steps = np.searchsorted(times, all_times[censored], side="right") - 1
-        axes.plot(all_times[censored] / 365.25, survival[steps], "|", color=colour, markersize=5)
-    axes.set(
-        xlabel="years", ylabel="free of distant metastasis", ylim=(0, 1.02), xlim=(0, end),
-        title=f"HEALNet, out of fold, split at the median training risk (log-rank p = {p:.2g})",
-    )  # fmt: skip
-    axes.title.set_fontsize(10)
-    axes.legend(loc="lower left", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-def _plot_histories(runs: dict[str, Run], path: Path) -> None:
-    """Plot training and validation losses of every trained model, one line per fold."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    trained = {
-        name: [run.facts(number)["history"] for number in range(len(run.splits))]
-        for name, run in runs.items()
-        if run.config["training"]
-    }
-    figure = Figure(figsize=(3.2 * len(trained), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(trained), squeeze=False)[0]
-    for axes, (name, histories) in zip(panels, trained.items(), strict=True):
-        for history in histories:
-            epochs = np.arange(1, len(history["train_loss"]) + 1)
-            axes.plot(epochs, history["train_loss"], color="#a0aec0", linewidth=0.8)
-            axes.plot(epochs, history["validation_loss"], color="#2b6cb0", linewidth=0.8)
-            best = history["validation_loss"][history["best_epoch"] - 1]
-            axes.plot(history["best_epoch"], best, "o", color="#2b6cb0", markersize=4)
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("loss, one line per fold")
-    handles = [
-        Line2D([], [], color="#a0aec0", label="training"),
-        Line2D([], [], color="#2b6cb0", label="validation"),
-        Line2D([], [], color="#2b6cb0", linestyle="", marker="o", label="best"),
-    ]
-    panels[0].legend(handles=handles, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    blocks = [name for name in runs if name.startswith("LegoBlock")]
+    report = experiments.write_run_report(
+        [run for name, run in runs.items() if name not in blocks], out / "report.html"
+    )
+    print(f"\nWritten to {out}: a folder per run, results.csv, and a report to look at: {report}")
 
 
 def tile(out: Path) -> None:

@@ -63,9 +63,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     assert "\r" not in printed.err
     assert "HEALNet: done" in printed.out
-    pictures = {"results.csv", "kaplan_meier.png", "training.png"}
+    files = {"results.csv", "report.html"}
     folders = {"cox", "healnet", "lego", "fuse", "healnet_half_missing"}
-    assert {path.name for path in out.iterdir()} == pictures | folders
+    assert {path.name for path in out.iterdir()} == files | folders
     with open(out / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows][:2] == ["ridge Cox", "HEALNet"]
@@ -80,7 +80,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for fold in "01":  # no model may predict the same for everyone
             risks = np.array([float(row["risk"]) for row in patients if row["fold"] == fold])
             assert risks.std() > 1e-3 * abs(risks.mean()), folder
-    assert (out / "kaplan_meier.png").stat().st_size > 10_000
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") > 10
+    assert "healnet_half_missing" in page
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
