@@ -218,7 +218,8 @@ def _outputs(
             )
         inputs, options = batch.arguments()
         outputs.append(merged.model(inputs, **options, return_latents=True))
-    logits, latents = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    logits = torch.cat([output.logits for output in outputs])
+    latents = torch.cat([output.latents for output in outputs])
     assert merged.calibrations is not None
     calibrated = merged.calibrations.apply(patients, logits.double().numpy())
     return torch.from_numpy(calibrated), latents
