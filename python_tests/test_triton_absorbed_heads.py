@@ -87,7 +87,7 @@ def test_equals_the_composition(shared: bool, places: int | None) -> None:
         pytest.param((1, 70, 130, 33), marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sizes_at_the_edge(sizes: tuple[int, int, int, int], shared: bool) -> None:
     args = inputs(*sizes, bags=1 if shared else 3)
     check(args, torch.randn(12, sizes[3]), offsets_of([4, 0, 8]))
