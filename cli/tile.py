@@ -41,7 +41,7 @@ def add_tile(commands: Commands) -> None:
     _add_patches(tile)
     _add_work(tile)
     add_json(tile)
-    tile.set_defaults(run=_tile)
+    tile.set_defaults(run=_tile, default_of=tile.get_default)
 
 
 def _add_patches(tile: argparse.ArgumentParser) -> None:
@@ -183,22 +183,20 @@ def _tile(options: argparse.Namespace) -> int:
     return _finish(options, tiled, progress, time.perf_counter() - started)
 
 
-NOT_OF_BAGS = {
-    "mpp": None, "mag": None, "downsample": None, "mpp_tolerance": 0.02, "tile_px": 256,
-    "border": "drop", "min_tissue": 0.1, "tissue_threshold": None, "drop": [], "masks": None,
-    "slide_mpp": None, "missing_mpp": "fail", "reader": "auto", "max_damaged": 0.5, "redo": False,
-    "workers": 1, "slide_timeout": 600.0, "shard": None, "ray": None, "pseudonymise": None,
-    "show_labels": False,
-}  # fmt: skip
-"""The options that have no effect on bags, and their defaults."""
+NOT_OF_BAGS = (
+    "mpp", "mag", "downsample", "mpp_tolerance", "tile_px", "border", "min_tissue",
+    "tissue_threshold", "drop", "masks", "slide_mpp", "missing_mpp", "reader", "max_damaged",
+    "redo", "workers", "slide_timeout", "shard", "ray", "pseudonymise", "show_labels",
+)  # fmt: skip
+"""The options that have no effect on bags."""
 
 
 def _encode_bags(options: argparse.Namespace) -> int:
     """Encode the patches of `motet tile --bags folder`."""
     from ..io import encode_patches
 
-    for name, default in NOT_OF_BAGS.items():
-        if getattr(options, name) != default:
+    for name in NOT_OF_BAGS:
+        if getattr(options, name) != options.default_of(name):
             raise ValueError(
                 f"--{name.replace('_', '-')}: one process takes the patches of --bags as they are: "
                 "leave it out"

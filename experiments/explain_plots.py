@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..io.page import one_line
 from .calibration_plot import BLUE
 from .explain import Explanation, PatientExplanation
 
@@ -61,7 +62,7 @@ def draw_cohort(explanation: Explanation, table: pd.DataFrame) -> str:
         total = int((table["level"] == level).sum())
         shown = f"{len(rows)} of {total:,} {title}" if total > len(rows) else title
         labels = [
-            _one_line(
+            _shorten(
                 row["modality"] if level == "modality"
                 else f"{row['modality']}: {row['feature']}" if several else row["feature"],
                 f" (n = {row['patients']:,})",
@@ -90,7 +91,7 @@ def draw_patient(explanation: Explanation, patient: PatientExplanation, rows: pd
     values = [
         patient.modalities[name].total if name in patient.modalities else 0.0 for name in names
     ]
-    labels = [_one_line(name, "" if name in patient.modalities else " (missing)") for name in names]
+    labels = [_shorten(name, "" if name in patient.modalities else " (missing)") for name in names]
     axis = f"contribution to {explanation.explained.title}"
     panels = [Bars("modalities", labels, values, None, axis)]
     if len(rows):
@@ -98,7 +99,7 @@ def draw_patient(explanation: Explanation, patient: PatientExplanation, rows: pd
         order = rows["contribution"].abs().sort_values(ascending=False, kind="stable").index
         top = rows.loc[order[:TOP]]
         labels = [
-            _one_line(
+            _shorten(
                 f"{row['modality']}: {row['feature']}" if several else row["feature"],
                 f" = {row['value'] or 'missing'}",
             )
@@ -109,7 +110,7 @@ def draw_patient(explanation: Explanation, patient: PatientExplanation, rows: pd
     folds = f"{patient.folds} fold{'s'[: patient.folds != 1]}"
     note = "; the models were trained on the patient" if patient.trained else ""
     figure = f"{explanation.explained.title}: {patient.output:.2f}"
-    title = f"patient {_one_line(patient.patient, '')}, {figure} ({folds}{note}; n = 1)"
+    title = f"patient {_shorten(patient.patient, '')}, {figure} ({folds}{note}; n = 1)"
     return _draw(title, panels)
 
 
@@ -125,7 +126,7 @@ def _draw(title: str, panels: Sequence[Bars]) -> str:
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure = Figure(figsize=(WIDTH, height))
         figure.text(
-            0.02, 1 - 0.12 / height, _one_line(title, "", 110), va="top", fontsize=9, weight="bold"
+            0.02, 1 - 0.12 / height, _shorten(title, "", 110), va="top", fontsize=9, weight="bold"
         )
         top = height - HEADER
         for panel in panels:
@@ -159,14 +160,13 @@ def _draw_panel(axes: "Axes", panel: Bars) -> None:
     axes.set_yticks(places, panel.labels)
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.axvline(0, color="0.4", linewidth=0.8)
-    axes.set_xlabel(_one_line(panel.axis, "", 90))
+    axes.set_xlabel(_shorten(panel.axis, "", 90))
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _one_line(text: object, end: str, longest: int = LONGEST) -> str:
+def _shorten(text: object, end: str, longest: int = LONGEST) -> str:
     """Return a text in one line, cut to a length; `end` is kept."""
-    printable = "".join(c if c.isprintable() else " " for c in str(text))
-    words, end = " ".join(printable.split()), " ".join(end.split()) if end.isspace() else end
+    words, end = one_line(text), " ".join(end.split()) if end.isspace() else end
     room = longest - len(end)
     return (words if len(words) <= room else f"{words[: max(room, 8) - 1]}…") + end

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import expit, logit
-from scipy.stats import chi2, norm
+from scipy.stats import norm
 from sksurv.nonparametric import SurvivalFunctionEstimator
 from sksurv.util import Surv
 
@@ -29,6 +29,7 @@ from .concordance import (
     uno_pairs,
 )
 from .held_out import ClassFold, Floats, SurvivalFold
+from .log_rank import stratified_log_rank
 from .reliability import (
     calibration_error,
     class_calibration,
@@ -289,10 +290,11 @@ def _auc_over_time(
 
 def _risk_groups(folds: Sequence[SurvivalFold]) -> dict[str, Any]:
     """Compare the patients above and below each fold's cut, stratified by fold."""
-    rows, sizes = [], np.zeros((2, 2), int)
+    rows, groups, sizes = [], [], np.zeros((2, 2), int)
     for fold in folds:
         assert fold.cut is not None
         high = fold.risks > fold.cut
+        groups.append(high.astype(np.intp))
         for group in (0, 1):
             sizes[group] += (high == group).sum(), (fold.events & (high == group)).sum()
         event_times = np.unique(fold.times[fold.events])[:, None]
@@ -309,12 +311,11 @@ def _risk_groups(folds: Sequence[SurvivalFold]) -> dict[str, Any]:
     events, events_high, risk, risk_high = (
         x[informative] for x in (events, events_high, risk, risk_high)
     )
-    share = risk_high / risk
-    variance = (events * share * (1 - share) * (risk - events) / np.maximum(risk - 1, 1)).sum()
-    if not 0 < events_high.sum() < events.sum() or not variance:
+    p = stratified_log_rank(folds, groups, 2)
+    if not 0 < events_high.sum() < events.sum() or p is None:
         return metrics
-    surplus = (events_high - events * share).sum()
-    metrics["log_rank_p"] = float(chi2.sf(surplus**2 / variance, df=1))
+    metrics["log_rank_p"] = p
+    share = risk_high / risk
 
     def expected(log_ratio: float) -> Floats:
         return expit(logit(share) + log_ratio)

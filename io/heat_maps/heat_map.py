@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..._atomic import replacing
+from ..page import one_line
 from ..scale_bar import choose_scale_bar
 from ..store.read_slide import SlideFeatures
 from .geometry import Floats, Geometry, check_values, geometry_of
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Values are drawn on the pixels of the thumbnail; px of the longer side if there is none.
 _LONGEST = 1024
+_MOST = 120  # characters of a title or label
 # Of a picture, in inches: the longer and the shortest side of the slide, and the space around it.
 _SIDE, _SHORTEST = 9.0, 2.5
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.85, 1.2, 0.35, 0.55
@@ -73,7 +75,7 @@ def heat_map(
         figure = _draw(slide, numbers, geometry_of(slide), label)
         count = f"n = {np.isfinite(numbers).sum():,} patches"
         figure.axes[0].set_title(
-            _one_line(f"{title}, {count}" if title else count), loc="left", fontsize=9
+            one_line(f"{title}, {count}" if title else count)[:_MOST], loc="left", fontsize=9
         )
         with replacing(path) as partial:
             figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
@@ -95,7 +97,7 @@ def _draw(slide: SlideFeatures, values: Floats, place: Geometry, label: str) -> 
     shown, extend = _draw_values(axes, slide.thumb, values, place)
     box = axes.get_position()
     beside = figure.add_axes((box.x1 + 0.15 / across, box.y0, 0.18 / across, box.height))
-    figure.colorbar(shown, cax=beside, extend=extend).set_label(_one_line(label))
+    figure.colorbar(shown, cax=beside, extend=extend).set_label(one_line(label)[:_MOST])
     _draw_outline(axes, slide.mask, place)
     _draw_scale_bar(axes, place)
     axes.set(xlabel="x (px of level 0)", ylabel="y (px of level 0)")
@@ -186,7 +188,3 @@ def _draw_scale_bar(axes: Axes, place: Geometry) -> None:
         left, bottom - 1.6 * thick, text, va="bottom", ha="left",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
     )  # fmt: skip
-
-
-def _one_line(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:120]

@@ -277,8 +277,10 @@ def _check(
     on_ray: bool,
 ) -> None:
     """Check the arguments that no other function checks; `on_ray` is True for a run on Ray."""
+    from ..slides.open_slide import READERS
+
     _check_choice("missing_mpp", missing_mpp, ("fail", "skip"))
-    _check_choice("reader", reader, ("auto", "libjpeg", "cucim", "openslide", "tifffile", "pillow"))
+    _check_choice("reader", reader, ("auto", *READERS))
     if not 0 <= max_damaged <= 1:
         raise ValueError(f"max_damaged: expected 0 to 1, got {max_damaged}")
     for name, count, least in (("batch", batch, 1), ("workers", workers, 0)):
